@@ -1,0 +1,57 @@
+"""What travels from the data to the models: token ids, the shifted labels, and the counts that the loss divides by.
+
+Nothing here knows a model, a teacher or a loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+"""The label of a position that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: sequences right-padded to a common length.
+
+    input_ids:    [batch, time] int64.
+    labels:       [batch, time] int64; ``labels[b, t]`` is the token that position t must predict (already shifted by
+                  one), or ``IGNORE``.
+    position_ids: [batch, time] int64, restarting at 0 with every packed document; None when each row is one document.
+    num_tokens:   tokens that are not padding.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+    position_ids: Tensor | None
+    num_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``; copies from pinned memory overlap with compute."""
+        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            position_ids=move(self.position_ids),
+        )
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One optimizer step: this rank's micro-batches and the counts over *all* ranks.
+
+    micro_batches:  every rank has equally many.
+    num_supervised: supervised tokens over all ranks and micro-batches; the loss divides by it once.
+    num_tokens:     non-padding tokens over all ranks.
+    num_slots:      batch × time summed over all ranks; 1 − num_tokens / num_slots is the padding share.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    num_supervised: int
+    num_tokens: int
+    num_slots: int

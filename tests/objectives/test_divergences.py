@@ -1,0 +1,118 @@
+"""The closed forms against published values, the definitions and their limits."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from limbeck.errors import LimbeckError
+from limbeck.objectives import divergence, names
+
+torch.manual_seed(0)
+P = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+Q = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
+
+
+def definition(name: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """The textbook formula in plain differentiable float64, written without the registered weight."""
+    kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "js_divergence":
+        return 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
+    if name == "skewed_forward_kl":
+        return kl(p, 0.1 * p + 0.9 * q)
+    if name == "skewed_reverse_kl":
+        return kl(q, 0.9 * p + 0.1 * q)
+    ascending, order = p.sort(-1)
+    gap = (p - q).detach().abs()
+    tail = (gap.gather(-1, order) * (ascending.cumsum(-1) <= 0.5)).sum(-1) / gap.sum(-1)
+    return (1 - tail) * kl(p, q) + tail * kl(q, p)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "value"),
+    [
+        ("forward_kl", {}, 0.3960584572),
+        ("reverse_kl", {}, 0.3652740407),
+        ("js_divergence", {"beta": 0.1}, 0.0347612335),
+        ("js_divergence", {"beta": 0.25}, 0.0703677031),
+        ("js_divergence", {"beta": 0.5}, 0.0911207985),
+        ("js_divergence", {"beta": 0.9}, 0.0326324985),
+        ("skewed_forward_kl", {"skew": 0.1}, 0.3058114086),
+        ("skewed_forward_kl", {"skew": 0.9}, 0.0038020109),
+        ("skewed_reverse_kl", {"skew": 0.1}, 0.2921068874),
+        ("skewed_reverse_kl", {"skew": 0.5}, 0.0945818720),
+    ],
+)
+def test_closed_forms_meet_the_golden_values(name, parameters, value):
+    assert divergence(name, **parameters)(Q, P).item() == pytest.approx(value, abs=1e-9)
+
+
+def test_adaptive_kl_meets_its_golden_value():
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.4, 0.3, 0.2, 0.1), (0.1, 0.25, 0.35, 0.3)))
+    assert divergence("adaptive_kl", alpha=0.5)(q, p).item() == pytest.approx(0.3643346060, abs=1e-9)
+
+
+def test_temperature_divides_both_unless_the_teachers_is_given():
+    teacher, student = (torch.tensor([x], dtype=torch.float64) for x in ((2.0, 0, 0), (0, 1.0, 0)))
+    kl = divergence("forward_kl")
+    assert kl(student, teacher).item() == pytest.approx(0.7793650531, abs=1e-9)
+    assert kl(student, teacher, 2.0).item() == pytest.approx(0.2130781614, abs=1e-9)
+    assert kl(student, teacher, 2.0, 1.0).item() == pytest.approx(kl(student / 2, teacher).item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", names())
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), vocab=st.integers(2, 40), temperature=st.floats(0.3, 4.0))
+def test_value_and_gradient_equal_autograd_of_the_definition(name, seed, vocab, temperature):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(3, vocab, generator=generator, dtype=torch.float64) * 3 for _ in range(2))
+    ours, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = divergence(name)(ours, teacher, temperature)
+    expected = definition(name, (teacher / temperature).softmax(-1), (plain / temperature).softmax(-1))
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", names())
+def test_equal_distributions_cost_nothing_and_pull_nowhere(name):
+    logits = torch.randn(5, 17, dtype=torch.float64, requires_grad=True)
+    value = divergence(name)(logits, logits.detach().clone())
+    value.sum().backward()
+    assert value.abs().max() < 1e-12
+    assert logits.grad.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("name", names())
+def test_impossible_and_vanishing_tokens_stay_finite(name):
+    student = torch.tensor([[0.0, -400.0, 1.0, -math.inf]], requires_grad=True)
+    teacher = torch.tensor([[0.0, -300.0, -1.0, -math.inf]])
+    value = divergence(name)(student, teacher)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(student.grad).all()
+
+
+@pytest.mark.parametrize("name", names())
+def test_padding_columns_of_the_wider_head_do_not_exist(name):
+    student, teacher = torch.randn(4, 9), torch.randn(4, 12)
+    torch.testing.assert_close(divergence(name)(student, teacher), divergence(name)(student, teacher[:, :9]))
+
+
+def test_jensen_shannon_tends_to_the_two_kls():
+    forward, reverse = divergence("forward_kl")(Q, P).item(), divergence("reverse_kl")(Q, P).item()
+    assert divergence("js_divergence", beta=1e-6)(Q, P).item() / 1e-6 == pytest.approx(forward, rel=1e-4)
+    assert divergence("js_divergence", beta=1 - 1e-6)(Q, P).item() / 1e-6 == pytest.approx(reverse, rel=1e-4)
+    assert divergence("js_divergence", beta=0.0)(Q, P).item() == forward
+    assert divergence("js_divergence", beta=1.0)(Q, P).item() == reverse
+
+
+def test_an_unknown_divergence_is_named_with_the_known_ones():
+    with pytest.raises(LimbeckError, match=r"no divergence called 'kl'.*forward_kl"):
+        divergence("kl")
