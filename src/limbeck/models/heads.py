@@ -1,0 +1,84 @@
+"""A causal language model seen as a body that gives hidden states and a head that gives logits.
+
+The body is Hugging Face's own ``base_model``; what the model does to its logits after the head's matrix product (soft-cap,
+scale) is read from its configuration and checked once against the model's own forward, so that a model with a habit that is
+not known here is refused rather than distilled wrongly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import LimbeckError
+from limbeck.objectives import OutputHead
+
+
+def _unwrapped(model: Any) -> Any:
+    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def body(model: Any) -> nn.Module:
+    """The part of ``model`` that ends in the last hidden state, norm included."""
+    return _unwrapped(model).base_model
+
+
+def hidden_states(model_body: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    """The last hidden states [batch, time, hidden].
+
+    No attention mask is passed: sequences are right-padded and attention is causal, so padding is out of sight of every real
+    token; packed documents are told apart by position ids that restart.
+    """
+    return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head's current weight and bias (tied or not, sharded or gathered) with the configuration's soft-cap and scale."""
+    causal = _unwrapped(model)
+    linear = causal.get_output_embeddings()
+    if linear is None or getattr(linear, "weight", None) is None or hasattr(linear, "base_layer"):
+        raise LimbeckError(
+            f"{type(causal).__name__} has no plain linear output head to distil through; "
+            "if LoRA wraps the output head, leave it out of lora_target."
+        )
+    config = causal.config.get_text_config().to_dict()
+    softcap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
+    scale = 1.0
+    if "logits_scaling" in config:  # Granite divides
+        scale /= config["logits_scaling"]
+    if "logit_scale" in config:  # Cohere multiplies
+        scale *= config["logit_scale"]
+    return OutputHead(linear.weight, getattr(linear, "bias", None), softcap, scale)
+
+
+@torch.no_grad()
+def check_head(model: Any, name: str) -> None:
+    """Raise LimbeckError unless body and head reproduce the model's own logits on four tokens."""
+    causal = _unwrapped(model)
+    was_training = causal.training
+    causal.eval()
+    head = output_head(causal)
+    device = head.weight.device
+    ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.weight.shape[0]
+    h = hidden_states(body(causal), ids, None)
+    z = (h.to(head.weight.dtype) @ head.weight.T).float()
+    z = (z if head.bias is None else z + head.bias.float()) * head.scale
+    z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+    own = causal(input_ids=ids, use_cache=False).logits.float()
+    causal.train(was_training)
+    coarse = head.weight.dtype in (torch.bfloat16, torch.float16)
+    worst = (z[..., : own.shape[-1]] - own).abs().max().item()
+    if worst > (0.05 if coarse else 1e-3) * max(1.0, own.abs().max().item()):
+        raise LimbeckError(
+            f"{name} ({type(causal).__name__}) changes its logits after the output head in a way that Limbeck does not know "
+            f"(they differ by up to {worst:.3g}), so its distribution would be wrong; use another model."
+        )
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The repeated blocks of ``model``, as Hugging Face names them: the natural units of sharding."""
+    classes = set(_unwrapped(model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]

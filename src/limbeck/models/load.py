@@ -1,0 +1,87 @@
+"""Load a model and its tokenizer by path or hub name, or make a model from a configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from limbeck.errors import LimbeckError
+
+_ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
+
+
+def load_model(
+    name_or_path: str | None,
+    *,
+    dtype: torch.dtype,
+    attn_implementation: str = "auto",
+    from_scratch: bool = False,
+    config_kwargs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    seed: int = 0,
+    role: str = "model",
+) -> Any:
+    """An ``AutoModelForCausalLM`` in ``dtype`` on the CPU.
+
+    from_scratch: only the configuration is read and the weights are drawn from ``seed``; without a path ``config_kwargs`` is
+    the whole configuration and must name its ``model_type``. Otherwise ``config_kwargs`` override the checkpoint's
+    configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load.
+    """
+    changes = dict(config_kwargs or {})
+    attention = _ATTENTION.get(attn_implementation, attn_implementation)
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        common["revision"] = revision
+    try:
+        if name_or_path is None:
+            if not from_scratch or "model_type" not in changes:
+                raise LimbeckError(
+                    f"the {role} has no checkpoint: set {role}_pretrain to a folder or hub name, or for a new model "
+                    f"{role}.model_args.from_scratch: true with model_config_kwargs that name a model_type."
+                )
+            config = AutoConfig.for_model(**changes)
+        else:
+            config = AutoConfig.from_pretrained(name_or_path, **common, **changes)
+        if from_scratch:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                return AutoModelForCausalLM.from_config(
+                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+                )
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
+        )
+    except (OSError, ValueError, ImportError) as error:
+        hint = _hint(name_or_path)
+        raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
+
+
+def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
+    try:
+        extra = {} if revision is None else {"revision": revision}
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
+    except (OSError, ValueError, ImportError) as error:
+        hint = _hint(name_or_path)
+        raise LimbeckError(f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}{hint}") from error
+    if tokenizer.eos_token_id is None:
+        raise LimbeckError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set eos_token in its config.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") + "." if lines else type(error).__name__ + "."
+
+
+def _hint(name_or_path: str | None) -> str:
+    if name_or_path is None or Path(name_or_path).is_dir():
+        return ""
+    return " It is not a folder here; check the path, or the hub name and the network."

@@ -1,0 +1,70 @@
+"""A LoRA student through peft: adapters added, and merged into an ordinary checkpoint without touching the live weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+
+
+def add_lora(
+    model: Any, *, target: str, rank: int, alpha: int | None, dropout: float, additional_target: str | None
+) -> Any:
+    """``model`` with trainable adapters, everything else frozen.
+
+    target: ``all-linear`` (every linear layer but the output head), a comma-separated list of module names, or one regular
+    expression. alpha: default 2 · rank. additional_target: comma-separated modules trained whole.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise LimbeckError("lora_target is set but peft is not installed; pip install 'limbeck[lora]'.") from error
+    listed = [part.strip() for part in target.split(",") if part.strip()]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        lora_dropout=dropout,
+        target_modules=listed[0] if len(listed) == 1 and _is_pattern(listed[0]) else listed,
+        modules_to_save=[part.strip() for part in additional_target.split(",")] if additional_target else None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise LimbeckError(f"student.model_args.lora_target = {target!r} does not fit this model: {error}") from error
+
+
+def _is_pattern(target: str) -> bool:
+    return target == "all-linear" or any(mark in target for mark in "*+?[]()|^$\\")
+
+
+def has_lora(model: Any) -> bool:
+    """Whether ``model`` carries adapters."""
+    return hasattr(model, "peft_config")
+
+
+def merged_state_dict(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state of the plain model with every adapter added in: W + (α/r) · B A, computed in float32.
+
+    ``state`` is the full (gathered) state of the wrapped model under its own names.
+    """
+    merged: dict[str, Tensor] = {}
+    prefix = "base_model.model."
+    adapter = model.active_adapter
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and adapter in scaling:
+            a, b = (state[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
+            delta = scaling[adapter] * (b @ a)
+            delta = delta.T if module.fan_in_fan_out else delta
+            weight = state[f"{name}.base_layer.weight"]
+            merged[f"{name}.weight".removeprefix(prefix)] = (weight.float() + delta).to(weight.dtype)
+    for key, value in state.items():
+        plain = key.removeprefix(prefix)
+        if ".lora_" in plain or ".original_module." in plain:
+            continue
+        plain = plain.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
+        merged.setdefault(plain, value)
+    return merged

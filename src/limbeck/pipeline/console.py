@@ -1,0 +1,70 @@
+"""What a person sees while a run goes on: a live bar on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def numbers(values: Mapping[str, float]) -> str:
+    """One line's worth of a log line: losses first, then speed."""
+    shown = [
+        ("loss", "train/loss", ".4f"),
+        ("kd", "train/train_distill_loss", ".4f"),
+        ("ce", "train/train_student_loss", ".4f"),
+        ("agree", "train/top1_agreement", ".1%"),
+        ("tok/s", "train/tokens_per_second", ",.0f"),
+    ]
+    return "  ".join(f"{label} {values[key]:{form}}" for label, key, form in shown if key in values)
+
+
+class RunConsole:
+    """Progress of one run. Silent on every process but the main one."""
+
+    def __init__(self, title: str, total: int, start: int, *, enabled: bool) -> None:
+        self._console = Console(quiet=not enabled)
+        self._title, self._total, self._start, self._begun = title, total, start, time.perf_counter()
+        self._bar: Progress | None = None
+        if enabled and self._console.is_terminal:
+            columns = (
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(*columns, console=self._console)
+            self._task = self._bar.add_task(title, total=total, completed=start, numbers="")
+
+    def __enter__(self) -> RunConsole:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """A sentence above the bar, or a line of its own."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """Step ``step`` is done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Show a log line."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers(values))
+            return
+        left = (time.perf_counter() - self._begun) / max(step - self._start, 1) * (self._total - step)
+        eta = time.strftime("%H:%M:%S", time.gmtime(left))
+        self.say(f"{self._title}: step {step}/{self._total}  {numbers(values)}  left {eta}")

@@ -1,0 +1,297 @@
+"""The loop: a batch goes to the teacher, its signal and the batch to the student, the gradient to the optimizer.
+
+Every rank runs this same loop. How data is made, a model spread, a signal sent or a folder written is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.config import DistillConfig
+from limbeck.data import GlobalBatch
+from limbeck.errors import LimbeckError
+from limbeck.models import has_lora, merged_state_dict
+from limbeck.pipeline import checkpoint as files
+from limbeck.pipeline.console import RunConsole
+from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.metrics import LossSums, StepMetrics
+from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
+from limbeck.pipeline.parts import DTYPES, make_data, make_student, make_teacher
+from limbeck.pipeline.trackers import MetricsFile, Tracker, make_tracker
+from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.strategies.host_memory import keep_freed_pages
+from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
+from limbeck.strategies.world import World, start_world
+
+_ROOT = "model."  # the student inside StudentWithLoss
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. student: the folder that ``from_pretrained`` loads; stopped_by: a signal's number, or 0."""
+
+    student: Path
+    step: int
+    metrics: Mapping[str, float]
+    stopped_by: int = 0
+
+
+class DistillPipeline:
+    """One distillation run, from a configuration to a saved student."""
+
+    def __init__(self, config: DistillConfig) -> None:
+        self.config = config
+
+    def run(self) -> RunResult:
+        """Train to the end, or until a signal asks to stop; either way a whole checkpoint is left. Resumes if configured."""
+        with start_world() as world, stop_requests() as stop:
+            quiet_libraries()
+            if world.device.type == "cpu":
+                keep_freed_pages()
+            return _Run(self.config, world).loop(stop)
+
+
+class _Run:
+    """The state of a run on one rank."""
+
+    def __init__(self, config: DistillConfig, world: World) -> None:
+        self.config, self.world = config, world
+        self.output_dir = Path(config.output_dir)
+        resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
+        self.data = make_data(config, world)
+        self.teacher = make_teacher(config, world, self.data)
+        self.student = make_student(config, world, self.data, self.teacher)
+        training = config.student.training_args
+        self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
+        self.optimizer = make_optimizer(self.student, training)
+        self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
+        self.dtype = DTYPES[config.student.model_args.dtype]
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.metrics = StepMetrics(world)
+        self.step = 0
+        self.latest: dict[str, float] = {}
+        self.resumed_from = resume
+        if resume is not None:
+            self._restore(files.load_checkpoint(resume))
+        self.trackers = self._open_trackers()
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def loop(self, stop: StopRequest) -> RunResult:
+        config = self.config
+        saved = self.step if self.resumed_from else -1
+        stopped = 0
+        with RunConsole(config.exp_name, self.total_steps, self.step, enabled=self.world.is_main) as console:
+            self._introduce(console)
+            while self.step < self.total_steps and not stopped:
+                self._train_step()
+                stopped = int(self.world.max(stop.signal))
+                ended = stopped or self.step == self.total_steps
+                console.advance(self.step)
+                if ended or self.step % config.logging_steps == 0:
+                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None))
+                due = config.save_steps and self.step % config.save_steps == 0
+                judged: dict[str, float] = {}
+                if self.data.validation and not stopped and (ended or due or _every(self.step, config.eval_steps)):
+                    judged = self._validate()
+                    self._log(console, judged)
+                if ended or due:
+                    self._save(judged)
+                    saved = self.step
+            if saved != self.step:
+                self._save({})
+            if stopped:
+                console.say(f"Stopped by {signal.Signals(stopped).name} after step {self.step}; "
+                            f"resume_from_checkpoint=true goes on from there.")
+        for tracker in self.trackers:
+            tracker.close()
+        return RunResult(config.checkpoint_dir / f"checkpoint-{self.step}", self.step, self.latest, stopped)
+
+    def _train_step(self) -> None:
+        timer = self.metrics.timer
+        # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
+        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
+        with timer.section("data"):
+            batch = next(self.data.stream)
+        # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
+        normalizer = max(batch.num_supervised, 1) / self.world.size
+        for micro_batch in batch.micro_batches:
+            micro = micro_batch.to(self.world.device)
+            with timer.section("teacher"):
+                signals = None if self.teacher is None else self.teacher.signals(micro)
+            with timer.section("student"):
+                with self._autocast():
+                    loss = self.student(micro, signals, normalizer)
+                self.scaler.scale(loss.loss).backward()
+            self.metrics.losses.add(loss)
+        with timer.section("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            norm = clip_gradients(self.student, self.config.max_grad_norm)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.metrics.count(batch, norm)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
+        half = self.dtype is not torch.float32 and self.world.size == 1
+        return torch.autocast(self.world.device.type, self.dtype) if half else nullcontext()
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step that comes next."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Means over the supervised tokens of all held-out rows."""
+        self.student.eval()
+        sums = LossSums(self.world.device)
+        count = sum(batch.num_supervised for batch in self.data.validation)
+        for batch in self.data.validation:
+            for micro_batch in batch.micro_batches:
+                micro = micro_batch.to(self.world.device)
+                signals = None if self.teacher is None else self.teacher.signals(micro)
+                with self._autocast():
+                    sums.add(self.student(micro, signals, 1.0))
+        self.student.train()
+        means = sums.read(self.world, count)
+        line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
+        if self.teacher is not None:
+            line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
+        return {**line, "student/val_loss": means["ce"]}
+
+    # -- what is told -----------------------------------------------------------------------------------------------
+
+    def _open_trackers(self) -> list[Tracker]:
+        if not self.world.is_main:
+            return []
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        config = self.config
+        parameters = {"student": _count(self.student.model)}
+        if self.teacher is not None:
+            parameters["teacher"] = _count(self.teacher.body)
+        facts = {
+            "exp_name": config.exp_name,
+            "student": config.student.model_args.model_name_or_path,
+            "teacher": config.teacher.model_args.model_name_or_path,
+            "limbeck_version": version("limbeck"),
+            "parameters": parameters,
+            "ranks": self.world.size,
+            "device": str(self.world.device),
+            "config": config.model_dump(mode="json"),
+            "data": self.data.report,
+        }
+        (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
+        other = make_tracker(config.track_with, config.log_dir, dict(config.tracker_kwargs))
+        return [MetricsFile(self.output_dir / "metrics.jsonl"), *([other] if other else [])]
+
+    def _introduce(self, console: RunConsole) -> None:
+        console.say(self.data.report)
+        console.say(
+            f"{self.total_steps} steps of {self.config.student.training_args.per_device_train_batch_size} × "
+            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.size} rows on "
+            f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
+        )
+        if self.resumed_from is not None:
+            console.say(f"Resumed from {self.resumed_from} at step {self.step}.")
+        elif self.config.resume_from_checkpoint:
+            console.say(f"No checkpoint in {self.config.checkpoint_dir} yet: this is a new run.")
+
+    def _log(self, console: RunConsole, line: dict[str, float]) -> None:
+        self.latest |= line
+        if "train/loss" in line:
+            console.log(self.step, line)
+        else:
+            console.say("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
+        for tracker in self.trackers:
+            tracker.log(self.step, line)
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self, judged: Mapping[str, float]) -> None:
+        folder, settings = self.config.checkpoint_dir, self.config.checkpoint_config
+        if settings.best_metric and judged and settings.best_metric not in judged:
+            raise LimbeckError(
+                f"checkpoint_config.best_metric = {settings.best_metric!r} is not a validation metric; "
+                f"use one of {', '.join(judged)}."
+            )
+        state = {name.removeprefix(_ROOT): tensor for name, tensor in gather_model(self.student).items()}
+        moments = gather_optimizer(self.student, self.optimizer)
+        if self.world.is_main:
+            trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
+            checkpoint = files.Checkpoint(
+                self.step,
+                {name: tensor for name, tensor in state.items() if name in trained},
+                moments,
+                {
+                    "data": self.data.stream.position,
+                    "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
+                    "scaler": self.scaler.state_dict(),
+                    "config": self.config.model_dump(mode="json"),
+                },
+                judged.get(settings.best_metric) if settings.best_metric else None,
+            )
+            path = files.save_checkpoint(folder, checkpoint, lambda target: self._write_student(target, state))
+            files.point(folder / "student", path)
+            files.prune(folder, self.config.max_ckpt_to_keep, settings.best_mode)
+            best = files.best_checkpoint(folder, settings.best_mode)
+            if best is not None:
+                files.point(folder / "best", best)
+        self.world.wait()
+
+    def _write_student(self, folder: Path, state: dict[str, torch.Tensor]) -> None:
+        model, plain = self.student.model, state
+        if has_lora(model):
+            plain = merged_state_dict(model, state)
+            model.save_pretrained(folder / "adapter", state_dict=state)
+            model = model.get_base_model()
+        tied = set(model.all_tied_weights_keys)
+        weights = {name: tensor.to(self.dtype) for name, tensor in plain.items() if name not in tied}
+        before, model.config.dtype = model.config.dtype, self.dtype
+        model.save_pretrained(folder, state_dict=weights)
+        model.config.dtype = before
+        self.data.tokenizer.save_pretrained(folder)
+
+    def _restore(self, checkpoint: files.Checkpoint) -> None:
+        self.step = checkpoint.step
+        whole = {name.removeprefix(_ROOT): tensor for name, tensor in self.student.state_dict().items()}
+        trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
+        if trained & whole.keys() != checkpoint.masters.keys():
+            odd = min((trained & whole.keys()) ^ checkpoint.masters.keys())
+            raise LimbeckError(f"{self.resumed_from} was made with another student or other frozen parts ({odd} differs).")
+        scatter_model(self.student, {_ROOT + name: tensor for name, tensor in checkpoint.masters.items()})
+        scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
+        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **checkpoint.state["scheduler"]})
+        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.data.stream.seek(checkpoint.state["data"])
+
+
+def _total_steps(config: DistillConfig, steps_per_epoch: int) -> int:
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        limits.append(ceil(config.num_train_epochs * steps_per_epoch))
+    return min(limits)
+
+
+def _every(step: int, period: int) -> bool:
+    return period > 0 and step % period == 0
+
+
+def _count(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

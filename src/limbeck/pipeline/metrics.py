@@ -1,0 +1,130 @@
+"""What is measured between two log lines. Numbers stay on the device until a line is due; a line costs one copy."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from limbeck.data.batch import GlobalBatch
+from limbeck.objectives import DistillationLoss
+from limbeck.strategies.world import World
+
+_LOSS_NAMES = ("loss", "kd", "ce", "student_entropy", "teacher_entropy", "top1_agreement")
+
+
+class LossSums:
+    """The loss and its diagnostics, summed over micro-batches on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(len(_LOSS_NAMES), dtype=torch.float64, device=device)
+
+    def add(self, loss: DistillationLoss) -> None:
+        """Add one micro-batch, already divided by its global batch's normalizer."""
+        self._sums += torch.stack([part.detach().to(torch.float64) for part in loss])
+
+    def read(self, world: World, divisor: float) -> dict[str, float]:
+        """The sums over all ranks ÷ ``divisor``, by name; starts again from zero. Every rank must call it."""
+        values = (world.sum(self._sums) / divisor).tolist()
+        self._sums.zero_()
+        return dict(zip(_LOSS_NAMES, values, strict=True))
+
+
+class Timer:
+    """Seconds spent per section. On a GPU the sections are measured by events on its stream, read when a line is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Count the time inside under ``name``; data work is always host time."""
+        if self._on_gpu and name != "data":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """Seconds by section since the last call."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = dict(self._seconds), defaultdict(float), []
+        return seconds
+
+
+class StepMetrics:
+    """Everything between two log lines, under ROLL's names and a few of our own."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.losses = LossSums(world.device)
+        self.timer = Timer(world.device)
+        self._norm = torch.zeros((), device=world.device)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = self._tokens = self._supervised = self._slots = 0
+        self._started = time.perf_counter()
+
+    def count(self, batch: GlobalBatch, grad_norm: Tensor) -> None:
+        """Add one optimizer step."""
+        self._steps += 1
+        self._tokens += batch.num_tokens
+        self._supervised += batch.num_supervised
+        self._slots += batch.num_slots
+        self._norm += grad_norm
+
+    def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
+        """Means over the steps since the last line. Every rank must call it."""
+        n = max(self._steps, 1)
+        losses, seconds = self.losses.read(self.world, n), self.timer.read()
+        norm = self._norm.item() / n
+        self._norm.zero_()
+        wall = time.perf_counter() - self._started
+        line = {
+            "train/loss": losses["loss"],
+            "train/train_student_loss": losses["ce"],
+            "train/student_entropy": losses["student_entropy"],
+            "student/lr": learning_rate,
+            "student/grad_norm": norm,
+            "train/tokens": float(self._tokens),
+            "train/supervised_tokens": float(self._supervised),
+            "train/tokens_per_second": self._tokens / wall,
+            "train/padding_share": 1 - self._tokens / max(self._slots, 1),
+            **{f"time/{name}": seconds.get(name, 0.0) / n for name in ("data", "teacher", "student", "optimizer")},
+            "time/step": wall / n,
+            "train/teacher_forward": seconds.get("teacher", 0.0) / n,
+            "train/student_train_step": (seconds.get("student", 0.0) + seconds.get("optimizer", 0.0)) / n,
+            "train/step_train": wall / n,
+            "system/peak_memory_gb": peak_memory_gb(self.world.device),
+        }
+        if has_teacher:
+            line["train/train_distill_loss"] = losses["kd"]
+            line["train/teacher_entropy"] = losses["teacher_entropy"]
+            line["train/top1_agreement"] = losses["top1_agreement"]
+        self._begin()
+        return line
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most this process has held so far, in 10⁹ bytes: on the GPU, or resident for a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

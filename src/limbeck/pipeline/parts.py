@@ -1,0 +1,245 @@
+"""A configuration turned into the objects of a run: data, models, objective. The loop is not here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.config import DistillConfig
+from limbeck.config.schema import WorkerConfig
+from limbeck.data import BatchStream, Examples, GlobalBatch, check_same_tokenizer, fixed_batches, tokenize_files
+from limbeck.errors import LimbeckError
+from limbeck.models import (
+    add_lora,
+    body,
+    check_head,
+    decoder_layers,
+    freeze,
+    load_model,
+    load_tokenizer,
+    output_head,
+)
+from limbeck.objectives import Objective
+from limbeck.pipeline.student import StudentWithLoss
+from limbeck.strategies.fsdp2 import Fsdp2, shard
+from limbeck.strategies.world import World
+from limbeck.teachers import LocalTeacher
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
+
+    largest_token: the highest token id that occurs; num_tokens: ids that the tokenizer has.
+    """
+
+    tokenizer: Any
+    stream: BatchStream
+    validation: list[GlobalBatch]
+    report: str
+    largest_token: int
+    num_tokens: int
+
+
+def cache_folder(config: DistillConfig) -> Path:
+    """Where tokenised data is kept: ``cache_path``, else LIMBECK_CACHE, else the user's cache folder."""
+    given = config.student.data_args.cache_path or os.environ.get("LIMBECK_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limbeck" / "tokens"
+
+
+def make_data(config: DistillConfig, world: World) -> Data:
+    """Read, check and tokenise everything before anything is trained."""
+    model, args, training = config.student.model_args, config.student.data_args, config.student.training_args
+    tokenizer = load_tokenizer(str(config.tokenizer_name_or_path), trust_remote_code=model.trust_remote_code)
+    if config.has_teacher:
+        teacher = config.teacher.model_args
+        _check_tokenizers(tokenizer, str(teacher.model_name_or_path), teacher.trust_remote_code)
+
+    def examples_of(files: list[str]) -> tuple[Examples, Any]:
+        return tokenize_files(
+            files,
+            tokenizer,
+            template=args.template,
+            template_kwargs=args.template_kwargs,
+            question_key=config.question_key,
+            answer_key=config.answer_key,
+            prompt_key=config.prompt_key,
+            system_key=config.system_key,
+            sequence_length=config.sequence_length,
+            distill_on_prompt=config.distill_on_prompt,
+            cache_dir=cache_folder(config),
+        )
+
+    if not world.is_main:
+        world.wait()  # the main process fills the cache, the others read it
+    train, report = examples_of(list(args.file_name or ()))
+    held_out = examples_of(config.validation_files) if config.validation_files else None
+    if world.is_main:
+        world.wait()
+    stream = BatchStream(
+        train,
+        seed=config.data_seed,
+        sequence_length=config.sequence_length,
+        per_device_batch_size=training.per_device_train_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        rank=world.rank,
+        world_size=world.size,
+        packing=config.student.use_sequence_packing,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        length_round=config.student.sequence_length_round_in_train,
+        pad_id=tokenizer.pad_token_id,
+    )
+    validation: list[GlobalBatch] = []
+    text, largest = f"training: {report}", int(train.tokens.max())
+    if held_out is not None:
+        validation = fixed_batches(
+            held_out[0],
+            batch_size=config.student.infer_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            pad_id=tokenizer.pad_token_id,
+            length_round=config.student.sequence_length_round_in_train,
+        )
+        text += f"\nvalidation: {held_out[1]}"
+        largest = max(largest, int(held_out[0].tokens.max()))
+    return Data(tokenizer, stream, validation, text, largest, max(tokenizer.get_vocab().values()) + 1)
+
+
+def _check_tokenizers(student: Any, teacher_name: str, trust_remote_code: bool) -> None:
+    folder = Path(teacher_name)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return  # a bare model folder speaks the student's tokens by the user's word
+    check_same_tokenizer(student, load_tokenizer(teacher_name, trust_remote_code=trust_remote_code))
+
+
+def make_objective(config: DistillConfig) -> Objective:
+    """The objective in numbers."""
+    parameters: dict[str, float] = {}
+    if config.kd_objective == "adaptive_kl":
+        parameters["alpha"] = config.adaptive_kl_alpha
+    elif config.kd_objective in ("skewed_forward_kl", "skewed_reverse_kl"):
+        parameters["skew"] = config.skew_lambda
+    elif config.kd_objective == "js_divergence":
+        parameters["beta"] = config.js_beta
+    return Objective.of(
+        config.kd_objective,
+        kd_weight=config.distill_loss_weight,
+        temperature=config.kd_temperature,
+        teacher_temperature=config.effective_teacher_temperature,
+        squared=config.temperature_squared,
+        topk=config.logits_topk,
+        **parameters,
+    )
+
+
+def make_student(
+    config: DistillConfig, world: World, data: Data, teacher: LocalTeacher | None
+) -> StudentWithLoss:
+    """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
+
+    The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.
+    """
+    args = config.student.model_args
+    dtype = DTYPES[args.dtype]
+    if dtype is torch.float16 and world.size > 1:
+        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
+    model = load_model(
+        args.model_name_or_path,
+        dtype=dtype if args.lora_target else torch.float32,
+        attn_implementation=args.attn_implementation,
+        from_scratch=args.from_scratch,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        seed=config.seed,
+        role="student",
+    )
+    check_head(model, str(args.model_name_or_path or "the student"))
+    vocab = min(data.num_tokens, output_head(model).weight.shape[0])
+    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
+    if teacher is not None:
+        vocab = min(vocab, teacher.head.weight.shape[0])
+    if args.lora_target:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = add_lora(
+                model,
+                target=args.lora_target,
+                rank=args.lora_rank,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                additional_target=args.additional_target,
+            )
+    if args.freeze_module_prefix:
+        freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
+    if recompute(config, world):
+        reentrant = bool(args.gradient_checkpointing_use_reentrant)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        if args.lora_target:
+            model.enable_input_require_grads()
+    root = StudentWithLoss(model, make_objective(config), vocab).to(world.device).train()
+    layers = decoder_layers(model)
+    shard(root, layers, world, fsdp2_options(config.student, dtype))
+    return root
+
+
+def recompute(config: DistillConfig, world: World) -> bool:
+    """Whether activations are computed again in the backward pass: unless told, on GPUs, where memory is what runs out."""
+    disabled = config.student.model_args.disable_gradient_checkpointing
+    return world.device.type == "cuda" if disabled is None else not disabled
+
+
+def _check_tokens(role: str, known: int, data: Data) -> None:
+    if data.largest_token >= known:
+        raise LimbeckError(
+            f"the data holds token id {data.largest_token}, but the {role} knows only {known} tokens; "
+            "use the tokenizer that both models were trained with, or resize the model's embeddings first."
+        )
+
+
+def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeacher | None:
+    """The frozen teacher, or None when nothing is distilled."""
+    args = config.teacher.model_args
+    if not config.has_teacher:
+        return None
+    model = load_model(
+        args.model_name_or_path,
+        dtype=DTYPES[args.dtype],
+        attn_implementation=args.attn_implementation,
+        from_scratch=args.from_scratch,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        seed=config.seed,
+        role="teacher",
+    ).to(world.device)
+    check_head(model, str(args.model_name_or_path))
+    head = output_head(model)
+    _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
+    # The head is sent once: every rank keeps it whole, also when the body is spread.
+    head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    trunk = body(model).requires_grad_(False)
+    if config.teacher.strategy_args.strategy_name != "hf_infer":
+        shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, DTYPES[args.dtype]))
+    return LocalTeacher(trunk, head)
+
+
+def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:
+    """The strategy's settings as FSDP2 wants them."""
+    given = worker.strategy_args.strategy_config
+    return Fsdp2(
+        fsdp_size=given.fsdp_size or 0,
+        replicate=given.replicate,
+        param_dtype=DTYPES[given.param_dtype] if given.param_dtype else (None if dtype is torch.float32 else dtype),
+        reduce_dtype=DTYPES[given.reduce_dtype],
+        reshard_after_forward=True if given.reshard_after_forward is None else given.reshard_after_forward,
+    )

@@ -1,0 +1,44 @@
+"""The student as one root module: body, output head and loss.
+
+The loss is computed inside the root's forward, so that whatever wraps the root (FSDP2, a pipeline stage) gathers the head's
+parameters and reduces their gradients with its own hooks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from limbeck.data.batch import IGNORE, Batch
+from limbeck.models import body, hidden_states, output_head
+from limbeck.objectives import DistillationLoss, Objective, fused_linear_distillation
+from limbeck.teachers import Signal
+
+
+class StudentWithLoss(nn.Module):
+    """A Hugging Face causal language model that answers a batch with its loss."""
+
+    def __init__(self, model: Any, objective: Objective, vocab_size: int) -> None:
+        super().__init__()
+        self.model = model
+        self.objective = objective
+        self.vocab_size = vocab_size
+
+    def forward(self, batch: Batch, signal: Signal | None, normalizer: float) -> DistillationLoss:
+        """The loss of one micro-batch; ``normalizer`` is the global number of supervised tokens (÷ ranks that average)."""
+        hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
+        return self.loss(hidden[batch.labels != IGNORE], batch.labels[batch.labels != IGNORE], signal, normalizer)
+
+    def loss(self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float) -> DistillationLoss:
+        """The loss from last hidden states [supervised, H] and labels [supervised]."""
+        return fused_linear_distillation(
+            hidden,
+            output_head(self.model),
+            None if signal is None else signal.hidden,
+            None if signal is None else signal.head,
+            labels,
+            objective=self.objective,
+            vocab_size=self.vocab_size,
+            normalizer=normalizer,
+        )

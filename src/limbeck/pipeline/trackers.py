@@ -1,0 +1,83 @@
+"""Where log lines go. A tracker takes a step and a flat dict of numbers; ``register_tracker`` adds one under a name."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from limbeck.errors import LimbeckError
+
+
+class Tracker(Protocol):
+    """Something that keeps numbers."""
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep ``values`` of optimizer step ``step``."""
+
+    def close(self) -> None:
+        """Everything logged is safe when this returns."""
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one JSON object a line, appended and flushed at once, so that a killed run loses nothing."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+        if self._file.tell() and not path.read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # a line that a kill cut short must not swallow the next one
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """TensorBoard event files; ``tracker_kwargs.log_dir`` overrules the run's logging folder."""
+
+    def __init__(self, log_dir: Path, log_dir_override: str | None = None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer: Any = SummaryWriter(log_dir_override or str(log_dir))
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+_TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker | None]] = {}
+
+
+def register_tracker(name: str, make: Callable[[Path, dict[str, Any]], Tracker | None]) -> None:
+    """Make ``track_with: name`` call ``make(logging folder, tracker_kwargs)``."""
+    _TRACKERS[name] = make
+
+
+def _tensorboard(log_dir: Path, kwargs: dict[str, Any]) -> Tracker:
+    unknown = set(kwargs) - {"log_dir"}
+    if unknown:
+        raise LimbeckError(f"tracker_kwargs.{min(unknown)} is not known to TensorBoard; the only key is log_dir.")
+    return TensorBoard(log_dir, kwargs.get("log_dir"))
+
+
+register_tracker("tensorboard", _tensorboard)
+register_tracker("stdout", lambda log_dir, kwargs: None)  # the console prints every line anyway
+register_tracker("none", lambda log_dir, kwargs: None)
+
+
+def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
+    """The tracker called ``name``; raises LimbeckError for one that nobody registered."""
+    if name not in _TRACKERS:
+        raise LimbeckError(
+            f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, or register_tracker() your own."
+        )
+    return _TRACKERS[name](log_dir, kwargs)

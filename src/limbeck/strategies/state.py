@@ -1,0 +1,53 @@
+"""Whole states of models and optimizers, gathered from and scattered to any number of processes.
+
+A state is a flat dict of CPU tensors under the parameters' plain names: the same whether one process held the model or many,
+which is what lets a run resume on another number of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def gather_model(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model on the CPU of the main process; empty elsewhere. Every process must call it."""
+    return get_model_state_dict(model, options=_WHOLE)
+
+
+def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a whole state, given in every process, into a model however it is spread."""
+    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+
+
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the main process. Every process must call it."""
+    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)["state"]
+    return {
+        f"{name}|{entry}": torch.as_tensor(value)
+        for name, entries in state.items()
+        for entry, value in entries.items()
+    }
+
+
+def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``gather_optimizer``, given the tensors in every process; learning rates stay as they are."""
+    state: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        name, entry = key.rsplit("|", 1)
+        state.setdefault(name, {})[entry] = value
+    options = StateDictOptions(full_state_dict=True)
+    # get_… first: it makes the optimizer's (empty) state exist, so that its groups are known under plain names.
+    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)

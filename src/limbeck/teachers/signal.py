@@ -1,0 +1,21 @@
+"""What a teacher says about a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from limbeck.objectives import OutputHead
+
+
+@dataclass(frozen=True)
+class Signal:
+    """The teacher's last hidden states at the supervised positions, with its head: the whole distribution, exactly.
+
+    hidden: [supervised, H_teacher], in the order of the batch's flattened supervised positions. head: the same object for
+    every batch.
+    """
+
+    hidden: Tensor
+    head: OutputHead
