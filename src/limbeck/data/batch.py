@@ -32,12 +32,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
-        move = lambda t: None if t is None else t.to(device, non_blocking=True)  # noqa: E731
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
-            position_ids=move(self.position_ids),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )
 
 

@@ -14,7 +14,7 @@ Shapes: N positions, V vocabulary, H hidden size (student's and teacher's may di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,8 +81,7 @@ class Objective:
         return cls(formulas(name, **parameters), kd_weight, temperature, tau_t, squared, topk)
 
 
-@dataclass(frozen=True)
-class DistillationLoss:
+class DistillationLoss(NamedTuple):
     """``loss`` backpropagates; the rest are detached scalars on the device, each a sum over supervised tokens ÷ normalizer.
 
     kd: the divergence; ce: cross-entropy; entropies in nats of q and p; top1_agreement: share of positions where both models'
@@ -163,6 +162,16 @@ class _Job:
     softcap: float | None
     scale: float
 
+    @property
+    def inside(self) -> float | Tensor:
+        """The part of 1/normalizer that goes into the logits' gradient: none in float16, which would underflow."""
+        return 1.0 if self.dtype is torch.float16 else 1.0 / self.normalizer
+
+    @property
+    def rest(self) -> float | Tensor:
+        """The part of 1/normalizer that is left for the summed gradients."""
+        return 1.0 / self.normalizer if self.dtype is torch.float16 else 1.0
+
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden.device.type):
@@ -197,17 +206,18 @@ class _HeadAndLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = outputs[0]
+        scale = outputs[0] * ctx.job.rest
         grads, ctx.grads = ctx.grads, None
+        hidden, weight, bias, teacher_hidden, labels, rows = ctx.saved_tensors
         if grads is None:
-            hidden, weight, bias, teacher_hidden, labels, rows = ctx.saved_tensors
             grads = _walk(hidden, weight, bias, teacher_hidden, ctx.teacher, labels, rows, ctx.job, ctx.needs)[2]
         # On a CPU reading the scale costs nothing and saves a pass over the head's gradient; on a GPU it would be a sync.
         if scale.device.type != "cpu" or scale.item() != 1.0:
             for grad in grads:
                 if grad is not None:
                     grad.mul_(scale)
-        return (*grads, None, None, None, None, None)
+        cast = [None if g is None else g.to(like.dtype) for g, like in zip(grads, (hidden, weight, bias), strict=True)]
+        return (*cast, None, None, None, None, None)
 
 
 def _walk(
@@ -221,7 +231,7 @@ def _walk(
     job: _Job,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Loss, the five diagnostics, and the gradients for hidden, weight and bias where ``needs`` says so."""
+    """Loss, the five diagnostics, and the gradients (``job.inside`` of them) for hidden, weight and bias where ``needs`` says so."""
     device, vocab, count = hidden.device, job.vocab, rows.numel()
     accumulate = torch.float64 if job.dtype is torch.float64 else torch.float32
     w_s = weight[:vocab].to(job.dtype)
@@ -237,11 +247,10 @@ def _walk(
     z_t = None if no_teacher else torch.empty(chunk, vocab, dtype=w_t.dtype, device=device)
     tile = max(1, _TILE_ELEMENTS // vocab) if device.type == "cpu" else chunk
 
-    d_hidden = torch.zeros_like(hidden) if needs[0] else None
+    d_hidden = torch.zeros(hidden.shape, dtype=accumulate, device=device) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=accumulate, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
     stats = torch.zeros(5, dtype=accumulate, device=device)
-    scale = 1.0 / job.normalizer
 
     for start in range(0, count, chunk):
         index = rows[start : start + chunk]
@@ -252,18 +261,17 @@ def _walk(
         for low in range(0, n, tile):
             part = slice(low, low + tile)
             logits_t = None if zt is None else _logits(zt[part], b_t, teacher.scale, teacher.softcap, accumulate)
-            _tile(zs[part], b_s, logits_t, target[part], job, scale, stats, any(needs), accumulate, d_bias)
+            _tile(zs[part], b_s, logits_t, target[part], job, stats, any(needs), accumulate, d_bias)
         if d_hidden is not None:
-            d_hidden[index] = torch.mm(zs, w_s).to(d_hidden.dtype)
+            d_hidden[index] = torch.mm(zs, w_s).to(accumulate)
         if d_weight is not None:
             _accumulate(d_weight[:vocab], zs, h_s)
 
-    stats *= scale
+    stats /= job.normalizer
     w = job.objective.kd_weight
     squared = job.objective.temperature**2 if job.objective.squared else 1.0
     loss = (1 - w) * stats[1] + w * squared * stats[0]
-    cast = lambda grad, like: None if grad is None else grad.to(like.dtype)  # noqa: E731
-    return loss, stats, (d_hidden, cast(d_weight, weight), cast(d_bias, bias))
+    return loss, stats, (d_hidden, d_weight, d_bias)
 
 
 def _default_chunk(device: torch.device, vocab: int, w_s: Tensor, w_t: Tensor | None) -> int:
@@ -297,7 +305,6 @@ def _tile(
     teacher_logits: Tensor | None,
     target: Tensor,
     job: _Job,
-    scale: float | Tensor,
     stats: Tensor,
     wants_grad: bool,
     dtype: torch.dtype,
@@ -350,7 +357,7 @@ def _tile(
         gradient.scatter_add_(-1, target, torch.full_like(target, -(1 - w), dtype=dtype))
     if job.softcap is not None:
         gradient = gradient * (1 - (logits / job.softcap) ** 2)
-    gradient = gradient * (scale * job.scale)
+    gradient = gradient * (job.inside * job.scale)
     if d_bias is not None:
         d_bias[: job.vocab] += gradient.sum(0)
     z.copy_(gradient)

@@ -25,12 +25,12 @@ class StudentWithLoss(nn.Module):
         self.objective = objective
         self.vocab_size = vocab_size
 
-    def forward(self, batch: Batch, signal: Signal | None, normalizer: float) -> DistillationLoss:
+    def forward(self, batch: Batch, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
         """The loss of one micro-batch; ``normalizer`` is the global number of supervised tokens (÷ ranks that average)."""
         hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
         return self.loss(hidden[batch.labels != IGNORE], batch.labels[batch.labels != IGNORE], signal, normalizer)
 
-    def loss(self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float) -> DistillationLoss:
+    def loss(self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
         """The loss from last hidden states [supervised, H] and labels [supervised]."""
         return fused_linear_distillation(
             hidden,

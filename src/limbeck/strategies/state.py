@@ -33,7 +33,7 @@ def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the main process. Every process must call it."""
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE)["state"]
+    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})  # nothing on the other ranks
     return {
         f"{name}|{entry}": torch.as_tensor(value)
         for name, entries in state.items()

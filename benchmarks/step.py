@@ -1,0 +1,128 @@
+"""Whole training steps beside TRL's GKDTrainer: the same models, the same batches, the same run.
+
+    python benchmarks/step.py                    # fp32 and bf16, then prints the ratios
+    python benchmarks/step.py --dtype bf16 --rounds 40
+
+Both sides are real programs in processes of their own: ``DistillPipeline`` here, ``GKDTrainer`` (lmbda=0, beta=0: forward KL on
+the dataset's own tokens) in a side environment that this script makes on first use (benchmarks/.venv-trl). They take turns
+step by step, so that whatever else the machine does hits both. Every position is supervised, which is the hard case for a
+loss that skips the others. Memory is the growth of the process's peak over what it held before the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SIDE = HERE / ".venv-trl"
+REQUIREMENTS = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets", "torch==2.13.0"]
+ROWS, TIME, VOCAB = 4, 256, 32_000
+MODEL = {"num_key_value_heads": 8, "num_attention_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 512,
+         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
+TEACHER = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2048, **MODEL}
+STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024, **MODEL}
+
+
+class Side:
+    """One contestant's process; it takes one step per line that it is sent and answers with the seconds."""
+
+    def __init__(self, name: str, python: str, folder: Path, dtype: str, steps: int) -> None:
+        self.name = name
+        command = [python, str(HERE / "step_sides.py"), name, str(folder), dtype, str(steps)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.answer()
+
+    def answer(self) -> dict:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise SystemExit(f"{self.name} stopped; its messages are above")
+
+    def ask(self, what: str = "step") -> dict:
+        assert self.process.stdin is not None
+        self.process.stdin.write(what + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def prepare(folder: Path) -> None:
+    """Both models (random weights), a tokenizer of one word per token, and rows of exactly TIME tokens."""
+    import random
+
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        chat_template="{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}",
+    )  # fmt: skip
+    for name, config, seed in (("teacher", TEACHER, 1), ("student", STUDENT, 0)):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rng = random.Random(0)
+    with (folder / "data.jsonl").open("w") as file:
+        for _ in range(64):
+            ids = [f"w{rng.randrange(3, VOCAB)}" for _ in range(TIME - 1)]
+            file.write(json.dumps({"question": " ".join(ids[:64]), "answer": " ".join(ids[64:])}) + "\n")
+
+
+def side_environment() -> str:
+    python = SIDE / "bin" / "python"
+    if not python.exists():
+        print("making the side environment for TRL …", flush=True)
+        subprocess.run([sys.executable, "-m", "venv", str(SIDE)], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[::-1]], check=True)
+    return str(python)
+
+
+def compare(dtype: str, rounds: int, warmup: int) -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        prepare(folder)
+        steps = rounds + warmup
+        ours = Side("limbeck", sys.executable, folder, dtype, steps)
+        theirs = Side("trl", side_environment(), folder, dtype, steps)
+        for _ in range(warmup):
+            ours.ask(), theirs.ask()
+        seconds: dict[str, list[float]] = {"limbeck": [], "trl": []}
+        parts: list[float] = []
+        for _ in range(rounds):
+            seconds["limbeck"].append(ours.ask()["seconds"])
+            seconds["trl"].append(theirs.ask()["seconds"])
+            parts.append(ours.ask("parts")["seconds"])
+        growth = {side.name: side.ask("memory")["growth_mb"] for side in (ours, theirs)}
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"\n{dtype}: {ROWS} × {TIME} tokens, vocabulary {VOCAB}, median of {rounds} interleaved steps")
+    for name in ("limbeck", "trl"):
+        print(f"  {name:8} {ROWS * TIME / middle[name]:7.0f} tokens/s  {middle[name] * 1e3:6.0f} ms  "
+              f"peak memory growth {growth[name]:6.0f} MB")
+    print(f"  limbeck trains {middle['trl'] / middle['limbeck']:.2f} × the tokens/s in "
+          f"{growth['limbeck'] / growth['trl']:.2f} × the memory growth")
+    print(f"  a step costs {middle['limbeck'] / statistics.median(parts):.3f} × its parts measured alone "
+          "(teacher forward + student forward and backward with the fused loss + optimizer)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "both"), default="both")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=4)
+    args = parser.parse_args()
+    for dtype in ("fp32", "bf16") if args.dtype == "both" else (args.dtype,):
+        compare(dtype, args.rounds, args.warmup)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The two contestants of step.py. Each waits for a line on stdin, takes one training step, and prints the seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def resident_mb() -> float:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def say(**values: float) -> None:
+    print("@" + json.dumps(values), flush=True)
+
+
+def turns():
+    """Yield "step" when one is asked for; answers other questions itself once ``parts`` is set."""
+    before = resident_mb()
+    say(ready=1)
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            say(growth_mb=peak_mb() - before)
+        else:
+            yield line.strip()
+
+
+def limbeck(folder: Path, dtype: str, steps: int) -> None:
+    import torch
+    from limbeck.config import DistillConfig
+    from limbeck.pipeline import distill as pipeline
+    from limbeck.pipeline.optimizer import clip_gradients
+
+    asked = None
+    step = pipeline._Run._train_step
+
+    def parts(run: pipeline._Run) -> float:
+        """The same work as a step, each part timed alone, with nothing around it."""
+        batch = next(run.data.stream)
+        (micro,) = batch.micro_batches
+        begun = time.perf_counter()
+        signals = run.teacher.signals(micro)
+        seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        with run._autocast():
+            loss = run.student(micro, signals, batch.num_supervised)
+        loss.loss.backward()
+        seconds += time.perf_counter() - begun
+        begun = time.perf_counter()
+        clip_gradients(run.student, 1.0)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        return seconds + time.perf_counter() - begun
+
+    def timed(run: pipeline._Run) -> None:
+        nonlocal asked
+        asked = asked or turns()
+        for what in asked:
+            if what == "parts":
+                say(seconds=parts(run))
+                continue
+            begun = time.perf_counter()
+            step(run)
+            say(seconds=time.perf_counter() - begun)
+            return
+        sys.exit()
+
+    pipeline._Run._train_step = timed
+    training = {"per_device_train_batch_size": 4, "learning_rate": 1e-4}
+    config = DistillConfig(
+        student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
+        sequence_length=256, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
+        distill_on_prompt=True,
+        student={
+            "model_args": {"dtype": dtype, "disable_gradient_checkpointing": True},
+            "training_args": training,
+            "data_args": {"file_name": [str(folder / "data.jsonl")], "cache_path": str(folder / "cache")},
+        },
+        teacher={"model_args": {"dtype": dtype}},
+    )  # fmt: skip
+    torch.set_num_threads(os.cpu_count() or 1)
+    pipeline.DistillPipeline(config).run()
+
+
+def trl(folder: Path, dtype: str, steps: int) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    rows = [json.loads(line) for line in (folder / "data.jsonl").open()]
+    ids = torch.tensor([tokenizer(row["question"] + " " + row["answer"] + " </s>")["input_ids"] for row in rows])
+    torch.set_num_threads(os.cpu_count() or 1)
+
+    class SameBatches(GKDTrainer):
+        def get_train_dataloader(self):
+            everything = torch.ones(4, ids.shape[1], dtype=torch.long)
+            return [
+                {"input_ids": part, "attention_mask": everything, "labels": part.clone(),
+                 "prompts": part[:, :1], "prompt_attention_mask": everything[:, :1]}
+                for part in ids.split(4) * (steps // 16 + 1)
+            ]  # fmt: skip
+
+    class Turns(TrainerCallback):
+        asked = None
+
+        def on_step_begin(self, *args, **kwargs):
+            self.asked = self.asked or turns()
+            if next(self.asked, None) is None:
+                sys.exit()
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            say(seconds=time.perf_counter() - self.begun)
+
+    config = GKDConfig(
+        output_dir=str(folder / "trl"), lmbda=0.0, beta=0.0, bf16=dtype == "bf16", use_cpu=True, gradient_checkpointing=False,
+        per_device_train_batch_size=4, max_steps=steps + 1, learning_rate=1e-4, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, max_length=256,
+    )  # fmt: skip
+    load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)  # noqa: E731
+    messages = [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}] * 8
+    trainer = SameBatches(
+        model=load("student"), teacher_model=load("teacher"), args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(messages), callbacks=[Turns()],
+    )  # fmt: skip
+    trainer.train()
+
+
+if __name__ == "__main__":
+    side, where, precision, count = sys.argv[1:]
+    {"limbeck": limbeck, "trl": trl}[side](Path(where), precision, int(count))

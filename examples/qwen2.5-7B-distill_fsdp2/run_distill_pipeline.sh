@@ -1,0 +1,10 @@
+#!/bin/bash
+# Any key can be overruled:  bash run_distill_pipeline.sh max_steps=100 student.training_args.learning_rate=1e-5
+set -euo pipefail
+
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+
+python "$here/../start_distill_pipeline.py" \
+  --config_path "$here" \
+  --config_name distill_fsdp2 \
+  "$@"

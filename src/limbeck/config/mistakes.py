@@ -1,0 +1,157 @@
+"""Turns what is wrong with a configuration into sentences: which key, which value, what would be right.
+
+How a mistake was found, and in which file, is not known here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from limbeck.config.places import leaves
+from limbeck.config.schema import Contradiction, ContradictionError, walk_keys
+
+_BOUNDS = {
+    "greater_than": ("must be greater than", "gt"),
+    "greater_than_equal": ("must be at least", "ge"),
+    "less_than": ("must be less than", "lt"),
+    "less_than_equal": ("must be at most", "le"),
+}
+_TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def contradictions(error: ValidationError) -> list[Contradiction]:
+    """Everything that pydantic found, one entry a key."""
+    known = dict(walk_keys())
+    found: dict[str, Contradiction] = {}
+    for details in error.errors():
+        cause = details.get("ctx", {}).get("error")
+        if isinstance(cause, ContradictionError):
+            found.update({one.path: one for one in cause.contradictions})
+        elif details["type"] == "extra_forbidden":
+            found.update({one.path: one for one in _unknown(details, known)})
+        else:
+            path, field = _locate(details["loc"], known)
+            if path not in found:
+                found[path] = Contradiction(path, _wrong_value(details, _type_at(path, field, known)))
+    return list(found.values())
+
+
+def _locate(loc: tuple[int | str, ...], known: Mapping[str, FieldInfo]) -> tuple[str, FieldInfo | None]:
+    """The key path of an error, without the marks that pydantic leaves for the members of a union."""
+    path, field = "", None
+    for part in loc:
+        if field is not None and get_origin(field.annotation) is not dict and not isinstance(part, int):
+            break
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+        field = known.get(path, field)
+    return path, field
+
+
+def _type_at(path: str, field: FieldInfo | None, known: Mapping[str, FieldInfo]) -> Any:
+    """The type that belongs at `path`: the field's, or that of the items if `path` is inside its list or section."""
+    annotation = None if field is None else field.annotation
+    if path in known:
+        return annotation
+    for candidate in (annotation, *get_args(annotation)):
+        plain = get_args(candidate)[0] if get_origin(candidate) is Annotated else candidate
+        if get_origin(plain) in (list, dict):
+            return get_args(plain)[-1]
+    return annotation
+
+
+def _unknown(details: ErrorDetails, known: Mapping[str, FieldInfo]) -> list[Contradiction]:
+    path, value = ".".join(str(part) for part in details["loc"]), details["input"]
+    paths = [inner for inner, _ in leaves(value, f"{path}.")] if isinstance(value, Mapping) and value else [path]
+    return [Contradiction(inner, unknown_key(inner, known)) for inner in paths]
+
+
+def unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
+    """A sentence's end about a key that is not in `known`: where it belongs, or which one is nearest."""
+    section, _, leaf = path.rpartition(".")
+    elsewhere: dict[str, list[str]] = {}
+    for candidate in known:
+        elsewhere.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+    if path in {candidate.rpartition(".")[0] for candidate in known}:
+        return "is a section, not a key with a value"
+    if section in known:
+        return f"cannot stand below {section}, which holds one value"
+    if leaf in elsewhere:
+        return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
+    siblings = [name for name, paths in elsewhere.items() if any(p.rpartition(".")[0] == section for p in paths)]
+    inner = {
+        p[len(section) :].lstrip(".").partition(".")[0] for p in known if p.startswith(f"{section}.") or not section
+    }
+    for names in (sorted({*siblings, *inner}), list(elsewhere)):
+        near = difflib.get_close_matches(leaf, names, n=1, cutoff=0.7)
+        if near and near[0] in inner:
+            return f"is not a key; did you mean {near[0]}?"
+        if near:
+            return f"is not a key; did you mean {near[0]}, a key of {_sections(elsewhere[near[0]])}?"
+    return "is not a key; `limbeck config --schema` lists them all"
+
+
+def _sections(paths: list[str]) -> str:
+    names = [path.rpartition(".")[0] or "the top level" for path in paths]
+    return " and of ".join(names)
+
+
+def _wrong_value(details: ErrorDetails, annotation: Any) -> str:
+    kind, value = details["type"], shown(details["input"])
+    if kind == "value_error":
+        return f"= {value} {details['ctx']['error']}"
+    if kind in _BOUNDS:
+        phrase, bound = _BOUNDS[kind]
+        return f"= {value} {phrase} {details['ctx'][bound]:g}"
+    if kind == "string_too_short":
+        return "must not be empty"
+    if kind == "finite_number":
+        return f"= {value} must be a finite number"
+    if annotation is None:
+        return f"= {value} is not a section; write its keys below it as `key: value` lines"
+    sentence = f"= {value} is not {expected(annotation)}"
+    if kind == "literal_error":
+        allowed = [choice for choice in _choices(annotation) if isinstance(choice, str)]
+        near = difflib.get_close_matches(str(details["input"]), allowed, n=1, cutoff=0.6)
+        sentence += f"; did you mean {near[0]}?" if near else ""
+    if kind == "string_type" and isinstance(details["input"], bool):
+        sentence += "; put it in quotes"
+    return sentence
+
+
+def expected(annotation: Any) -> str:
+    """The values that a type allows, in words."""
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        members = [expected(member) for member in get_args(annotation) if member is not type(None)]
+        return " or ".join(dict.fromkeys(members))
+    if origin is Literal:
+        choices = [shown(choice) for choice in get_args(annotation)]
+        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if origin is list:
+        return f"a list of {expected(get_args(annotation)[0])} values"
+    if origin is dict:
+        return "a section of `key: value` lines"
+    if get_origin(annotation) is not None and get_args(annotation):
+        return expected(get_args(annotation)[0])
+    return _TYPES[annotation]
+
+
+def _choices(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [choice for member in get_args(annotation) for choice in _choices(member)]
+
+
+def shown(value: object) -> str:
+    """A value as YAML would write it, cut to a readable length."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = value if isinstance(value, str) and value else repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

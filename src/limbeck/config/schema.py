@@ -1,0 +1,767 @@
+"""Every key that a run understands, with its type, its default, its meaning and the combinations that contradict.
+
+The names are those of ROLL's distillation pipeline wherever it has one; spellings that only ROLL knows are translated
+before they reach this file (`roll.py`). Nothing here reads files or knows how any key is carried out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from limbeck.config.device_mapping import parse_device_mapping
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+OBJECTIVES = (
+    "forward_kl",
+    "reverse_kl",
+    "adaptive_kl",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "js_divergence",
+)
+Scheduler = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate", "num_cycles", "warmup_lr_rate"),
+    "warmup_stable_decay": (
+        "num_decay_steps",
+        "num_stable_steps",
+        "warmup_type",
+        "decay_type",
+        "min_lr_ratio",
+        "num_cycles",
+    ),
+}
+"""Per scheduler, the lr_scheduler_kwargs that it reads; a scheduler that is not listed reads none."""
+
+REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
+    "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    "warmup_stable_decay": ("num_decay_steps",),
+}
+"""Per scheduler, the lr_scheduler_kwargs of which one must be given."""
+
+TRACKER_KWARGS: dict[str, tuple[str, ...]] = {"tensorboard": ("log_dir",), "stdout": (), "none": ()}
+"""Per tracker of the package, the tracker_kwargs that it reads."""
+
+OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
+    "adaptive_kl_alpha": ("adaptive_kl",),
+    "skew_lambda": ("skewed_forward_kl", "skewed_reverse_kl"),
+    "js_beta": ("js_divergence",),
+}
+"""Which objectives read which of the keys that shape one."""
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """One key whose value does not fit the rest: its dotted path, and a sentence's end ("needs a teacher; set ...")."""
+
+    path: str
+    sentence: str
+
+
+class ContradictionError(ValueError):
+    """All contradictions of one configuration, so that a user meets them in one go."""
+
+    def __init__(self, contradictions: list[Contradiction]) -> None:
+        super().__init__("; ".join(f"{found.path} {found.sentence}" for found in contradictions))
+        self.contradictions = tuple(contradictions)
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _comma_list(value: object) -> object:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return value
+
+
+def _environment_text(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    # An environment holds text only; RAY_PROFILING: 0 can mean nothing but "0", whereas true could be "true" or "1".
+    return {
+        str(name): str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text
+        for name, text in value.items()
+    }
+
+
+def _known_objective(name: str) -> str:
+    if name not in OBJECTIVES:
+        # Only a name that does not come with the package is worth the time that importing torch takes.
+        from limbeck.objectives.divergences import names
+
+        if name not in names():
+            near = difflib.get_close_matches(name, names(), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"is not one of {', '.join(names())}{hint}")
+    return name
+
+
+Files = Annotated[list[str], BeforeValidator(_one_or_many)]
+CommaList = Annotated[str, BeforeValidator(_comma_list)]
+Environment = Annotated[dict[str, str], BeforeValidator(_environment_text)]
+Objective = Annotated[str, AfterValidator(_known_objective)]
+Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
+
+
+class Section(BaseModel):
+    """A block of keys. Unknown keys are errors, values are frozen, and NaN is not a number that anybody meant."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        validate_default=False,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _mean_what_yaml_says(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+        if value is None and (is_section or get_origin(annotation) is dict):
+            return {}  # `strategy_config: ~`, or a key with nothing after its colon
+        # Python counts True as 1, so `learning_rate: true` would otherwise train with a rate of 1.
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError("is a switch (true or false) where a value belongs")
+        return value
+
+
+class ModelArgs(Section):
+    """Which checkpoint, and how it is loaded."""
+
+    model_name_or_path: str | None = Field(
+        default=None,
+        description="Folder or Hugging Face id of the checkpoint; unset, `student_pretrain` or `teacher_pretrain`.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the Hugging Face hub; unset, the repository's main branch."
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Allow the checkpoint to bring and run its own Python code. Only for sources you trust.",
+    )
+    model_config_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values that replace those of the checkpoint's config.json; with from_scratch and no checkpoint, "
+        "the whole of it (with `model_type`).",
+    )
+    from_scratch: bool = Field(
+        default=False,
+        description="Build the architecture with fresh random weights instead of loading the checkpoint's.",
+    )
+    dtype: Dtype = Field(
+        default="bf16",
+        description="Number format in which the model computes: fp32, bf16 or fp16 (torch's names work).",
+    )
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+        default="auto",
+        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2.",
+    )
+
+    @property
+    def names_a_model(self) -> bool:
+        """Whether there is a model to load or, from scratch, to make."""
+        return self.model_name_or_path is not None or (self.from_scratch and "model_type" in self.model_config_kwargs)
+
+
+class StudentModelArgs(ModelArgs):
+    """Which checkpoint the student starts from, and which of its parameters are trained."""
+
+    disable_gradient_checkpointing: bool = Field(
+        default=False,
+        description="True keeps all activations of the student (faster); false recomputes them (far less memory).",
+    )
+    gradient_checkpointing_use_reentrant: bool | None = Field(
+        default=None, description="Which of torch's two checkpointing variants to use; unset, the non-reentrant one."
+    )
+    freeze_module_prefix: CommaList | None = Field(
+        default=None, description="Name prefixes of student parameters that are not trained, separated by commas."
+    )
+    lora_target: CommaList | None = Field(
+        default=None,
+        description="Train LoRA adapters on these modules: names separated by commas, a regular expression, or "
+        "all-linear.",
+    )
+    lora_rank: int = Field(default=8, ge=1, description="Rank of the LoRA adapters.")
+    lora_alpha: int | None = Field(
+        default=None, ge=1, description="Scale of the LoRA adapters (alpha / rank is applied); unset, 2 x lora_rank."
+    )
+    lora_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout probability in front of the LoRA adapters."
+    )
+    additional_target: CommaList | None = Field(
+        default=None,
+        description="Modules trained in full beside LoRA, separated by commas, such as embed_tokens,lm_head.",
+    )
+
+
+class DataArgs(Section):
+    """Which files the student learns from, and how a row becomes text."""
+
+    file_name: Files | None = Field(
+        default=None, description="Training files: JSON, JSONL or Parquet; one name or a list, read in this order."
+    )
+    eval_file_name: Files | None = Field(
+        default=None, description="Validation files, as an alternative to `validation.data_args.file_name`."
+    )
+    template: str | None = Field(
+        default=None,
+        description="Chat template: native (the tokenizer's own), a template's name, a .jinja file or Jinja source; "
+        "unset, native if the tokenizer has one, else base.",
+    )
+    template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Values passed on to the chat template, such as `enable_thinking: false`."
+    )
+    cache_path: str | None = Field(
+        default=None, description="Folder that keeps tokenised data for the next run with the same files; unset, none."
+    )
+
+
+class TrainingArgs(Section):
+    """How long, how fast, and in what portions the student is trained."""
+
+    num_train_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        description="Passes over the data, fractions allowed; unset, `max_steps` decides, or one pass if that is "
+        "unset too.",
+    )
+    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate of AdamW.")
+    lr_scheduler_type: Scheduler = Field(
+        default="linear", description="Shape of the learning rate over the run, by its name in transformers."
+    )
+    lr_scheduler_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Values that the scheduler's shape needs, such as `min_lr` or `num_decay_steps`.",
+    )
+    warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="Optimizer steps over which the rate rises from 0; above 0 it wins over warmup_ratio.",
+    )
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1, description="Warm-up as a share of all optimizer steps.")
+    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's running mean.")
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean.")
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's guard against division by zero.")
+    per_device_train_batch_size: int = Field(
+        default=8,
+        ge=1,
+        description="Rows in one micro-batch of one rank. With packing: rows of `sequence_length` tokens.",
+    )
+    gradient_accumulation_steps: int = Field(
+        default=1, ge=1, description="Micro-batches of each rank that are summed into one optimizer step."
+    )
+    data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data; unset, `seed`.")
+
+
+class StrategyConfig(Section):
+    """How FSDP2 spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
+
+    fsdp_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="Ranks that share one copy of the model, such groups being replicas of each other; unset, or when "
+        "there are no more ranks than this, all ranks share one copy.",
+    )
+    replicate: bool = Field(
+        default=False,
+        description="Keep a whole copy of the model on every rank instead of sharding it (as ZeRO stage 0).",
+    )
+    reshard_after_forward: bool | None = Field(
+        default=None,
+        description="Free gathered parameters after the forward pass (less memory, one more gather); unset, FSDP2's "
+        "choice.",
+    )
+    param_dtype: Dtype | None = Field(
+        default=None, description="Number format of the gathered parameters and of compute; unset, `model_args.dtype`."
+    )
+    reduce_dtype: Dtype = Field(
+        default="fp32", description="Number format in which gradients are summed over the ranks."
+    )
+
+
+class StrategyArgs(Section):
+    """How one model is spread over the ranks."""
+
+    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer"] | None = Field(
+        default=None,
+        description="fsdp2_train for the student; fsdp2_infer or hf_infer (a whole copy on each rank) for the teacher; "
+        "unset, whole on a single rank and FSDP2 on several.",
+    )
+    strategy_config: StrategyConfig = Field(
+        default_factory=StrategyConfig, description="Details of the strategy; see the keys below it."
+    )
+
+
+class WorkerConfig(Section):
+    """What student and teacher have in common."""
+
+    model_args: ModelArgs = Field(default_factory=ModelArgs, description="Which checkpoint, and how it is loaded.")
+    strategy_args: StrategyArgs = Field(default_factory=StrategyArgs, description="How it is spread over the ranks.")
+    device_mapping: Devices = Field(
+        default=None,
+        description="Device numbers, one rank each: [0, 1], list(range(0, 8)), range(8) or 0,1,2. Student and teacher "
+        "share them, so naming them once is enough; unset, the launcher decides.",
+    )
+    system_envs: Environment = Field(
+        default_factory=dict,
+        description="Environment variables for this role; it shares its process with the other role.",
+    )
+
+
+class TeacherConfig(WorkerConfig):
+    """The model that answers. It reads the student's batches, so it has no data and no batch sizes of its own."""
+
+
+class StudentConfig(WorkerConfig):
+    """The model that is trained."""
+
+    model_args: StudentModelArgs = Field(
+        default_factory=StudentModelArgs,
+        description="Which checkpoint it starts from, and which parameters are trained.",
+    )
+    training_args: TrainingArgs = Field(
+        default_factory=TrainingArgs, description="How long, how fast, and in what portions."
+    )
+    data_args: DataArgs = Field(default_factory=DataArgs, description="Which files it learns from.")
+    infer_batch_size: int = Field(
+        default=16, ge=1, description="Rows in one micro-batch of one rank during validation."
+    )
+    use_sequence_packing: bool = Field(
+        default=False,
+        description="Put several short rows into one, without letting them see each other, to avoid padding.",
+    )
+    use_dynamic_batching_in_train: bool = Field(
+        default=False,
+        description="Cut micro-batches by tokens (`max_tokens_per_microbatch_in_train`) instead of by rows.",
+    )
+    max_tokens_per_microbatch_in_train: int = Field(
+        default=0, ge=0, description="Tokens, padding included, that a dynamic micro-batch may hold on one rank."
+    )
+    sequence_length_round_in_train: int = Field(
+        default=4, ge=1, description="Micro-batches are padded to a multiple of this many tokens."
+    )
+
+
+class ValidationDataArgs(Section):
+    """Which files the student is measured on."""
+
+    file_name: Files | None = Field(
+        default=None, description="Validation files: JSON, JSONL or Parquet; one name or a list."
+    )
+
+
+class ValidationConfig(Section):
+    """What the student is measured on while it trains."""
+
+    data_args: ValidationDataArgs = Field(
+        default_factory=ValidationDataArgs, description="Which files the student is measured on."
+    )
+
+
+class CheckpointConfig(Section):
+    """Where checkpoints go and which of them counts as the best."""
+
+    output_dir: str | None = Field(
+        default=None,
+        description="Folder of the checkpoints, written straight into it; unset, the top-level `output_dir`.",
+    )
+    best_metric: str | None = Field(
+        default="val/loss",
+        description="Metric that chooses the best checkpoint, such as val/loss; `null` chooses none.",
+    )
+    best_mode: Literal["min", "max"] = Field(
+        default="min", description="Whether the smallest or the largest value of best_metric is the best."
+    )
+
+
+class DistillConfig(Section):
+    """One run. Only a student, a data file and (unless `distill_loss_weight` is 0) a teacher must be named."""
+
+    exp_name: str = Field(default="distill", min_length=1, description="Name of the run in logs and reports.")
+    seed: int = Field(default=42, ge=0, description="Decides everything random: data order, dropout, fresh weights.")
+    output_dir: str = Field(default="./output", min_length=1, description="Folder of checkpoints, metrics and reports.")
+    logging_dir: str | None = Field(default=None, description="Folder of the log files; unset, `<output_dir>/logs`.")
+
+    student_pretrain: str | None = Field(
+        default=None, description="The student's checkpoint: a folder or a Hugging Face id."
+    )
+    teacher_pretrain: str | None = Field(
+        default=None, description="The teacher's checkpoint: a folder or a Hugging Face id."
+    )
+    tokenizer: str | None = Field(
+        default=None,
+        description="Folder or Hugging Face id of the tokenizer; unset, the student's, else the teacher's.",
+    )
+
+    question_key: str = Field(default="question", description="Column of the data that holds the question.")
+    answer_key: str = Field(default="answer", description="Column of the data that holds the answer to learn.")
+    prompt_key: str | None = Field(
+        default=None, description="Column whose text is put before the question, on a line of its own."
+    )
+    system_key: str | None = Field(default=None, description="Column that holds the system message.")
+    sequence_length: int = Field(
+        default=1024, ge=2, description="Tokens of question and answer together; longer rows are cut."
+    )
+    distill_on_prompt: bool = Field(
+        default=False, description="Learn the question's tokens too, in both parts of the loss, not only the answer's."
+    )
+
+    distill_loss_weight: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="Share of the distillation term in the loss; the cross-entropy with the answer gets 1 minus this.",
+    )
+    kd_objective: Objective = Field(
+        default="forward_kl",
+        description=f"Divergence between the teacher's and the student's next-token distributions: "
+        f"{', '.join(OBJECTIVES)}, or one that you have registered.",
+    )
+    kd_temperature: float = Field(
+        default=1.0, gt=0, description="Divides the student's logits in the distillation term."
+    )
+    teacher_temperature: float | None = Field(
+        default=None, gt=0, description="Divides the teacher's logits; unset, `kd_temperature`."
+    )
+    temperature_convention: Literal["absolute", "roll"] = Field(
+        default="absolute",
+        description="absolute: teacher_temperature is all that divides the teacher's logits; roll: it is multiplied by "
+        "kd_temperature, and is 1 when unset.",
+    )
+    temperature_squared: bool = Field(
+        default=False,
+        description="Multiply the distillation term by kd_temperature squared, so that its gradient keeps its size.",
+    )
+    logits_topk: int = Field(
+        default=0,
+        ge=0,
+        description="0 compares whole vocabularies, exactly; k > 0 compares the teacher's k likeliest tokens only, "
+        "both sides renormalised to them.",
+    )
+    adaptive_kl_alpha: float = Field(
+        default=0.5, ge=0, le=1, description="Teacher probability mass that counts as the tail in adaptive_kl."
+    )
+    skew_lambda: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the other distribution mixed in by the skewed objectives."
+    )
+    js_beta: float = Field(
+        default=0.5,
+        gt=0,
+        lt=1,
+        description="Weight of the teacher in js_divergence's mixture; 0.5 is the symmetric one.",
+    )
+
+    max_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after this many optimizer steps; with epochs given too, whichever ends first.",
+    )
+    max_grad_norm: float = Field(
+        default=1.0,
+        ge=0,
+        description="Scale gradients down to this global norm when they exceed it; 0 switches it off.",
+    )
+    save_steps: int = Field(
+        default=50,
+        ge=0,
+        description="Save a checkpoint every so many optimizer steps and at the end; 0: only at the end.",
+    )
+    max_ckpt_to_keep: int = Field(
+        default=0, ge=0, description="Keep only this many of the newest checkpoints (and the best one); 0 keeps all."
+    )
+    resume_from_checkpoint: bool | str = Field(
+        default=False,
+        description="true or latest continues from the newest checkpoint of output_dir; a path from that one.",
+    )
+    checkpoint_config: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="Where checkpoints go and which of them counts as the best."
+    )
+    logging_steps: int = Field(default=1, ge=1, description="Record training metrics every so many optimizer steps.")
+    eval_steps: int = Field(
+        default=10, ge=0, description="Measure on the validation files every so many optimizer steps; 0: never."
+    )
+    track_with: str = Field(
+        default="tensorboard",
+        description="Where metrics go beside `<output_dir>/metrics.jsonl`: tensorboard, stdout, none, or a tracker "
+        "that you have registered.",
+    )
+    tracker_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="For tensorboard: `log_dir`, the folder of its event files (unset, logging_dir).",
+    )
+
+    system_envs: Environment = Field(
+        default_factory=dict, description="Environment variables set before anything is loaded."
+    )
+    num_nodes: int = Field(default=1, ge=1, description="Machines that take part.")
+    num_gpus_per_node: int | None = Field(
+        default=None, ge=1, description="Ranks on each machine; unset, as many as devices are named or found."
+    )
+
+    student: StudentConfig = Field(default_factory=StudentConfig, description="The model that is trained.")
+    teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The model that answers.")
+    validation: ValidationConfig | None = Field(
+        default=None, description="What the student is measured on while it trains; unset, nothing."
+    )
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> DistillConfig:
+        for role, pretrain in (("student", self.student_pretrain), ("teacher", self.teacher_pretrain)):
+            worker: WorkerConfig = getattr(self, role)
+            if pretrain is not None and worker.model_args.model_name_or_path is None:
+                model_args = worker.model_args.model_copy(update={"model_name_or_path": pretrain})
+                # Frozen for everybody else; here the object is still being made.
+                object.__setattr__(self, role, worker.model_copy(update={"model_args": model_args}))
+        contradictions = list(self._contradictions())
+        if contradictions:
+            raise ContradictionError(contradictions)
+        return self
+
+    def _contradictions(self) -> Iterator[Contradiction]:
+        yield from self._model_contradictions()
+        yield from self._training_contradictions()
+        yield from self._placement_contradictions()
+
+    def _model_contradictions(self) -> Iterator[Contradiction]:
+        student, teacher = self.student.model_args, self.teacher.model_args
+        if not student.names_a_model:
+            yield Contradiction("student_pretrain", "is not set; name the student's checkpoint, a folder or a hub id")
+        elif self.tokenizer_name_or_path is None:
+            yield Contradiction("tokenizer", "is not set, and there is no checkpoint to take one from; name one")
+        if not teacher.names_a_model and self.distill_loss_weight > 0:
+            yield Contradiction(
+                "teacher_pretrain",
+                f"is not set, but distill_loss_weight = {self.distill_loss_weight:g} needs a teacher; name its "
+                "checkpoint, or set distill_loss_weight: 0 to train on the answers alone",
+            )
+        for role, pretrain, model_args in (
+            ("student", self.student_pretrain, student),
+            ("teacher", self.teacher_pretrain, teacher),
+        ):
+            if pretrain is not None and pretrain != model_args.model_name_or_path:
+                yield Contradiction(
+                    f"{role}_pretrain",
+                    f"= {pretrain} is not {role}.model_args.model_name_or_path = {model_args.model_name_or_path}; "
+                    "they mean the same, so give only one",
+                )
+        if student.lora_target is None and student.additional_target is not None:
+            yield Contradiction(
+                "student.model_args.additional_target",
+                "names modules to train beside LoRA; set student.model_args.lora_target too",
+            )
+
+    def _training_contradictions(self) -> Iterator[Contradiction]:
+        student, training = self.student, self.student.training_args
+        if not student.data_args.file_name:
+            yield Contradiction("student.data_args.file_name", "is not set; name the file or files to learn from")
+        if student.data_args.eval_file_name and self.validation and self.validation.data_args.file_name:
+            yield Contradiction(
+                "student.data_args.eval_file_name", "and validation.data_args.file_name mean the same; give only one"
+            )
+        if student.use_dynamic_batching_in_train:
+            if student.max_tokens_per_microbatch_in_train == 0:
+                yield Contradiction(
+                    "student.use_dynamic_batching_in_train",
+                    "needs student.max_tokens_per_microbatch_in_train, the tokens that one micro-batch may hold",
+                )
+            elif student.max_tokens_per_microbatch_in_train < self.sequence_length:
+                yield Contradiction(
+                    "student.max_tokens_per_microbatch_in_train",
+                    f"= {student.max_tokens_per_microbatch_in_train} cannot hold one row of sequence_length = "
+                    f"{self.sequence_length} tokens; raise the one or lower the other",
+                )
+        scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
+        needed = REQUIRED_SCHEDULER_KWARGS.get(scheduler, ())
+        if needed and not any(key in kwargs for key in needed):
+            yield Contradiction(
+                "student.training_args.lr_scheduler_type",
+                f"= {scheduler} needs {' or '.join(needed)} in student.training_args.lr_scheduler_kwargs",
+            )
+        readable = SCHEDULER_KWARGS.get(scheduler, ())
+        for key in kwargs:
+            if key not in readable:
+                yield Contradiction(
+                    f"student.training_args.lr_scheduler_kwargs.{key}",
+                    f"means nothing to lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
+                )
+        if self.track_with in TRACKER_KWARGS:
+            known = TRACKER_KWARGS[self.track_with]
+            for key in self.tracker_kwargs:
+                if key not in known:
+                    yield Contradiction(
+                        f"tracker_kwargs.{key}",
+                        f"means nothing to track_with = {self.track_with}, which reads {', '.join(known) or 'none'}",
+                    )
+
+    def _placement_contradictions(self) -> Iterator[Contradiction]:
+        student, teacher = self.student, self.teacher
+        for role, strategy, wrong, right in (
+            ("student", student.strategy_args, ("hf_infer", "fsdp2_infer"), "fsdp2_train"),
+            ("teacher", teacher.strategy_args, ("fsdp2_train",), "fsdp2_infer"),
+        ):
+            path = f"{role}.strategy_args.strategy_name"
+            if strategy.strategy_name in wrong:
+                trained = "is trained" if role == "student" else "is never trained"
+                yield Contradiction(path, f"= {strategy.strategy_name} does not fit: the {role} {trained}; use {right}")
+            if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
+                yield Contradiction(
+                    f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
+                )
+        given = [worker.device_mapping for worker in (student, teacher) if worker.device_mapping is not None]
+        if len(given) == 2 and given[0] != given[1]:
+            yield Contradiction(
+                "teacher.device_mapping",
+                f"= {given[1]} differs from student.device_mapping = {given[0]}; a teacher on devices of its own needs "
+                "worker groups, which are not built yet, so use the same mapping for both",
+            )
+        environments = (
+            ("system_envs", self.system_envs),
+            ("student.system_envs", student.system_envs),
+            ("teacher.system_envs", teacher.system_envs),
+        )
+        seen: dict[str, tuple[str, str]] = {}
+        for path, environment in environments:
+            for name, value in environment.items():
+                first_path, first = seen.setdefault(name, (path, value))
+                if first != value:
+                    yield Contradiction(
+                        f"{path}.{name}",
+                        f"= {value} contradicts {first_path}.{name} = {first}; student and teacher share one process",
+                    )
+
+    def unread_keys(self) -> Iterator[tuple[str, str]]:
+        """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
+        for key, objectives in OBJECTIVE_KEYS.items():
+            if self.kd_objective not in objectives:
+                yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {self.kd_objective}"
+        student = self.student
+        if not student.use_dynamic_batching_in_train:
+            yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
+        if student.model_args.lora_target is None:
+            for key in ("lora_rank", "lora_alpha", "lora_dropout"):
+                yield f"student.model_args.{key}", "is read with lora_target only"
+        if student.model_args.disable_gradient_checkpointing:
+            key = "student.model_args.gradient_checkpointing_use_reentrant"
+            yield key, "is read with disable_gradient_checkpointing: false only"
+        if student.training_args.warmup_steps > 0:
+            yield "student.training_args.warmup_ratio", "yields to warmup_steps"
+        if not self.validation_files:
+            yield "eval_steps", "measures nothing, as no validation files are named"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher is named."""
+        return self.teacher.model_args.names_a_model
+
+    @property
+    def effective_teacher_temperature(self) -> float:
+        """What the teacher's logits are divided by."""
+        if self.temperature_convention == "roll":
+            return self.kd_temperature * (1.0 if self.teacher_temperature is None else self.teacher_temperature)
+        return self.kd_temperature if self.teacher_temperature is None else self.teacher_temperature
+
+    @property
+    def tokenizer_name_or_path(self) -> str | None:
+        """Where the tokenizer comes from: its own key, else the student, else the teacher."""
+        student, teacher = self.student.model_args, self.teacher.model_args
+        return self.tokenizer or student.model_name_or_path or teacher.model_name_or_path
+
+    @property
+    def num_train_epochs(self) -> float | None:
+        """Passes over the data after which the run ends; None when `max_steps` alone decides."""
+        epochs = self.student.training_args.num_train_epochs
+        return 1.0 if epochs is None and self.max_steps is None else epochs
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the order of the data."""
+        data_seed = self.student.training_args.data_seed
+        return self.seed if data_seed is None else data_seed
+
+    @property
+    def max_tokens_per_microbatch(self) -> int:
+        """Tokens that one micro-batch may hold; 0 when micro-batches are cut by rows."""
+        return self.student.max_tokens_per_microbatch_in_train if self.student.use_dynamic_batching_in_train else 0
+
+    @property
+    def validation_files(self) -> list[str]:
+        """The files that the student is measured on; empty when there are none."""
+        named = self.validation.data_args.file_name if self.validation else None
+        return list(named or self.student.data_args.eval_file_name or [])
+
+    @property
+    def checkpoint_dir(self) -> Path:
+        """The folder that holds the checkpoint-<N> folders."""
+        return Path(self.checkpoint_config.output_dir or self.output_dir)
+
+    @property
+    def log_dir(self) -> Path:
+        """The folder of the log files."""
+        return Path(self.logging_dir) if self.logging_dir else Path(self.output_dir) / "logs"
+
+    @property
+    def device_mapping(self) -> list[int] | None:
+        """The devices that student and teacher share, one rank each; None when the launcher decides."""
+        return self.student.device_mapping or self.teacher.device_mapping
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment variables of the run and of both roles, which share one process."""
+        return {**self.system_envs, **self.student.system_envs, **self.teacher.system_envs}
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, or None if it holds a value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def walk_keys(section: type[Section] = DistillConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that holds a value, by its dotted path, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from walk_keys(inner, f"{prefix}{name}.")

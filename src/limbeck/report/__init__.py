@@ -1,0 +1,8 @@
+"""Pictures of what happened: a run folder, or several side by side, as one HTML file that needs nothing else."""
+
+from limbeck.report.charts import Level
+from limbeck.report.results import Answer, ResultRow, ResultTable, Sample
+from limbeck.report.run import Run, load_run
+from limbeck.report.write import write_report
+
+__all__ = ["Answer", "Level", "ResultRow", "ResultTable", "Run", "Sample", "load_run", "write_report"]

@@ -1,0 +1,101 @@
+"""What a run folder says: the facts in ``run.json`` and the measurements in ``metrics.jsonl``.
+
+Reading is all that happens here; what is worth showing is decided in ``write.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from limbeck.errors import LimbeckError
+from limbeck.report.curves import Curve
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run as its folder tells it.
+
+    facts:   ``run.json``: exp_name, student, teacher, limbeck_version, parameters, config, data.
+    rows:    measurements by step, in increasing order; training and validation of one step share a row.
+    notices: sentences about the folder that a reader of the report should know.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+    rows: Mapping[int, Mapping[str, float]]
+    notices: tuple[str, ...] = ()
+
+    def curve(self, key: str, label: str = "") -> Curve:
+        """The finite values of ``key`` over steps; empty when it was never measured."""
+        points = [(step, row[key]) for step, row in self.rows.items() if math.isfinite(row.get(key, math.nan))]
+        steps, values = zip(*points, strict=True) if points else ((), ())
+        return Curve(label or key, np.array(steps, dtype=float), np.array(values, dtype=float))
+
+
+def load_run(folder: str | Path) -> Run:
+    """The run in ``folder``. A file that is missing or says nothing raises ``LimbeckError``.
+
+    A killed run leaves a half-written line in ``metrics.jsonl``: it is left out, with a notice. A resumed run repeats
+    steps: from the step where it set in again, its lines replace those of the first attempt.
+    """
+    folder = Path(folder)
+    facts = _object(_read(folder / "run.json"))
+    if facts is None:
+        raise LimbeckError(
+            f"{folder / 'run.json'} holds no JSON object; restore it, or give the folder of another run."
+        )
+    path = folder / "metrics.jsonl"
+    rows: dict[int, dict[str, float]] = {}
+    torn = []
+    latest = -1
+    for number, text in enumerate(_read(path).splitlines(), start=1):
+        line = _object(text)
+        step = line.get("step") if line else None
+        if line is None or not isinstance(step, int):
+            torn.append(number)
+            continue
+        if "train/loss" in line:
+            if step <= latest:
+                rows = {seen: row for seen, row in rows.items() if seen < step}
+            latest = step
+        measured = {key: float(value) for key, value in line.items() if isinstance(value, (int, float))}
+        rows.setdefault(step, {}).update(measured)
+    if not rows:
+        raise LimbeckError(f"{path} holds no measurement; wait for the first logged step, or give another folder.")
+    rows = dict(sorted(rows.items()))
+    return Run(str(facts.get("exp_name") or folder.name), facts, rows, tuple(_notices(rows, torn)))
+
+
+def _notices(rows: Mapping[int, Mapping[str, float]], torn: list[int]) -> Iterator[str]:
+    if torn:
+        where = ", ".join(map(str, torn[:5])) + (", ..." if len(torn) > 5 else "")
+        yield f"metrics.jsonl has {len(torn)} half-written or unreadable lines (line {where}); they are left out."
+    for key in ("train/loss", "val/loss"):
+        lost = [step for step, row in rows.items() if not math.isfinite(row.get(key, 0.0))]
+        if lost:
+            yield f"{key} is not a finite number at {len(lost)} logged steps, first at step {lost[0]}."
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise LimbeckError(
+            f"{path} cannot be read ({error.strerror}); give the output_dir of a run: "
+            "a folder that holds run.json and metrics.jsonl."
+        ) from error
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None

@@ -1,0 +1,286 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from limbeck.config import LoadedConfig
+from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
+
+Load = Callable[..., LoadedConfig]
+Mistakes = Callable[..., list[str]]
+
+IN_THE_WILD = """
+hydra:
+  run:
+    dir: .
+  output_subdir: null
+
+exp_name: "distill_wild"
+seed: 42
+logging_dir: ./output/${exp_name}/logs
+output_dir: ./output
+rpc_timeout: 7200
+system_envs:
+  RAY_PROFILING: 0
+checkpoint_config:
+  type: file_system
+  output_dir: /data/ckpt
+  async_upload: true
+track_with: tensorboard
+tracker_kwargs: ~
+num_gpus_per_node: 8
+max_steps: -1
+save_steps: 100
+resume_from_checkpoint: false
+rollout_batch_size: 64
+is_offload_states: true
+pretrain: Qwen/Qwen2.5
+student_pretrain: ${pretrain}-7B
+teacher_pretrain: ${pretrain}-14B
+logits_topk: 64
+distill_loss_weight: 0.85
+kd_objective: reverse_kl
+logits_transfer_backend: "nccl_only"
+prompt_length: 512
+response_length: 1536
+max_grad_norm: 1.0
+question_key: question_zh
+answer_key: answer_zh
+student:
+  model_args:
+    attn_implementation: fa2
+    disable_gradient_checkpointing: false
+    dtype: bfloat16
+    model_type: ~
+  training_args:
+    learning_rate: 2e-5
+    lr_scheduler_type: constant
+    per_device_train_batch_size: 8
+    gradient_accumulation_steps: 4
+    warmup_steps: 0
+    num_train_epochs: 1
+    max_grad_norm: 1.0
+    bf16: true
+  data_args:
+    template: qwen3_nothink
+    dataset_dir: data
+    file_name:
+      - train.json
+      - /abs/more.json
+    preprocessing_num_workers: 16
+  strategy_args:
+    strategy_name: fsdp2_train
+    strategy_config:
+      fsdp_size: 1
+      param_dtype: bfloat16
+      reduce_dtype: float32
+      offload_policy: false
+      tp_size: 1
+      wrap_policy: {wrap_embeddings: false}
+  use_sequence_packing: True
+  apply_loss_scale: true
+  router_replay: {mode: disable}
+  worker_cls: roll.pipeline.distill.distill_worker.StudentWorker
+  device_mapping: list(range(0,8))
+teacher:
+  model_args:
+    attn_implementation: fa2
+    disable_gradient_checkpointing: true
+    dtype: bf16
+  data_args:
+    template: qwen2_5
+  training_args:
+    per_device_train_batch_size: 8
+  generating_args: ~
+  strategy_args:
+    strategy_name: hf_infer
+    strategy_config: ~
+  use_sequence_packing: True
+  device_mapping: list(range(0,8))
+validation:
+  data_args:
+    template: qwen2_5
+    file_name:
+      - valid.json
+  infer_batch_size: 4
+"""
+
+
+def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: Load) -> None:
+    loaded = load(yaml=IN_THE_WILD)
+    config, student = loaded.config, loaded.config.student
+    assert config.student_pretrain == "Qwen/Qwen2.5-7B"
+    assert config.sequence_length == 2048
+    assert config.max_steps is None
+    assert config.logging_dir == "./output/distill_wild/logs"
+    assert config.environment == {"RAY_PROFILING": "0"}
+    assert config.device_mapping == list(range(8))
+    assert config.validation_files == ["valid.json"]
+    assert student.model_args.dtype == "bf16"
+    assert student.model_args.attn_implementation == "flash_attention_2"
+    assert student.strategy_args.strategy_config.fsdp_size is None
+    assert student.strategy_args.strategy_config.param_dtype == "bf16"
+    assert student.strategy_args.strategy_config.reduce_dtype == "fp32"
+    assert student.data_args.template == "native"
+    assert student.data_args.template_kwargs == {"enable_thinking": False}
+    assert student.data_args.file_name == ["data/train.json", "/abs/more.json"]
+
+
+def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
+    (notice,) = load(yaml=IN_THE_WILD).notices
+    for path in (
+        "rpc_timeout",
+        "rollout_batch_size",
+        "logits_transfer_backend",
+        "checkpoint_config.async_upload",
+        "student.data_args.preprocessing_num_workers",
+        "teacher.training_args.per_device_train_batch_size",
+        "teacher.data_args.template",
+        "teacher.use_sequence_packing",
+        "teacher.model_args.disable_gradient_checkpointing",
+        "validation.infer_batch_size",
+        "validation.data_args.template",
+    ):
+        assert f"{path} (" in notice
+    assert "rpc_timeout (" in notice and "run.yaml:10)" in notice
+    assert "exp_name" not in notice and "worker_cls" not in notice
+
+
+def test_a_moved_key_tells_where_it_came_from(load: Load) -> None:
+    yaml = IN_THE_WILD.replace("max_grad_norm: 1.0\nquestion", "question")
+    origins = load("student.training_args.max_grad_norm=0.5", yaml=yaml).origins
+    assert origins["max_grad_norm"] == "derived from student.training_args.max_grad_norm (command line)"
+    assert origins["sequence_length"] == "derived from prompt_length + response_length"
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, role: str) -> None:
+    suffix = {"student": "train", "teacher": "infer"}[role]
+    (line,) = mistakes(
+        f"{role}.strategy_args.strategy_name=megatron_{suffix}",
+        f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=2",
+    )
+    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not built yet; use fsdp2_{suffix}" in line
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_server_as_teacher_is_not_built_yet(mistakes: Mistakes, engine: str) -> None:
+    (line,) = mistakes(f"teacher.strategy_args.strategy_name={engine}")
+    assert "is not built yet; use fsdp2_infer or hf_infer" in line
+
+
+@pytest.mark.parametrize("key", sorted(ONLY_WHEN_OFF["strategy_config"]))
+def test_what_would_change_a_result_is_refused_with_its_line(mistakes: Mistakes, key: str) -> None:
+    (line,) = mistakes(f"student.strategy_args.strategy_config.{key}=7")
+    assert line.startswith(f"command line: student.strategy_args.strategy_config.{key} = 7 ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "off"), [(kind, key, off) for kind, keys in ONLY_WHEN_OFF.items() for key, (off, _) in keys.items()]
+)
+def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...]) -> None:
+    from limbeck.config.roll import translate
+
+    for value in off:
+        values: dict[str, object] = {key: value}
+        for part in reversed(SECTIONS[kind][0].split(".") if SECTIONS[kind][0] else []):
+            values = {part: values}
+        assert translate(values).contradictions == []
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("student.router_replay.mode=R3", "student.router_replay = {'mode': 'R3'} is not built yet"),
+        ("student.mtp_training_mode=joint", "student.mtp_training_mode = joint (multi-token prediction) is not built"),
+        ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
+        ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
+        ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
+        ("student.model_args.ulysses_size=2", "student.model_args.ulysses_size = 2 (sequence parallelism)"),
+        ("student.strategy_args.tp_size=2", "student.strategy_args.tp_size = 2 is not built yet"),
+        (
+            "student.training_args.fp16=true",
+            "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
+        ),
+        ("student.training_args.seed=1", "student.training_args.seed = 1 contradicts seed = 42"),
+        ("student.training_args.max_steps=9", "student.training_args.max_steps = 9 contradicts max_steps = null"),
+        ("model_download_type=MODELSCOPE", "model_download_type = MODELSCOPE is not built yet"),
+        ("checkpoint_config.type=oss", "checkpoint_config.type = oss is not built yet; use file_system"),
+        ("response_length=long", "response_length = long and prompt_length = 1024 must be whole numbers"),
+    ],
+)
+def test_a_foreign_key_that_asks_for_more_is_refused(mistakes: Mistakes, override: str, sentence: str) -> None:
+    (line,) = mistakes(override)
+    assert line.startswith(f"command line: {sentence}")
+
+
+def test_a_key_given_in_both_places_must_agree(mistakes: Mistakes, load: Load) -> None:
+    assert load("max_grad_norm=2", "student.training_args.max_grad_norm=2").config.max_grad_norm == 2
+    (line,) = mistakes("max_grad_norm=2", "student.training_args.max_grad_norm=3")
+    assert "student.training_args.max_grad_norm = 3 contradicts max_grad_norm = 2" in line
+
+
+def test_a_typo_in_a_section_that_the_teacher_ignores_is_still_told(mistakes: Mistakes) -> None:
+    (line,) = mistakes("teacher.training_args.per_device_batch=3")
+    assert "did you mean per_device_train_batch_size, a key of student.training_args?" in line
+
+
+def test_a_temperature_that_roll_would_multiply_is_told(load: Load) -> None:
+    (notice,) = load("kd_temperature=2", "teacher_temperature=1").notices
+    assert "temperature_convention: roll" in notice
+    assert load("kd_temperature=2", "teacher_temperature=1", "temperature_convention=roll").notices == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "strategy"),
+    [
+        (0, {"replicate": True}),
+        (1, {"reshard_after_forward": False}),
+        (2, {"reshard_after_forward": False}),
+        (3, {"reshard_after_forward": True}),
+    ],
+)
+def test_a_zero_stage_becomes_the_fsdp2_layout_with_the_same_mathematics(
+    load: Load, stage: int, strategy: dict[str, bool]
+) -> None:
+    yaml = f"""
+    deepspeed_zero3:
+      train_micro_batch_size_per_gpu: auto
+      gradient_clipping: auto
+      bf16: {{enabled: auto}}
+      zero_optimization: {{stage: {stage}, overlap_comm: true, stage3_max_live_parameters: 1e9}}
+    student_pretrain: s
+    teacher_pretrain: t
+    student:
+      data_args: {{file_name: d}}
+      strategy_args:
+        strategy_name: deepspeed_train
+        strategy_config: ${{deepspeed_zero3}}
+    """
+    loaded = load(yaml=yaml)
+    made = loaded.config.student.strategy_args
+    assert made.strategy_name == "fsdp2_train"
+    assert {key: getattr(made.strategy_config, key) for key in strategy} == strategy
+    assert any("deepspeed_train runs as fsdp2_train" in notice for notice in loaded.notices)
+    (key,) = strategy
+    place = "student.strategy_args.strategy_config (run.yaml:12)"
+    assert loaded.origins[f"student.strategy_args.strategy_config.{key}"] == f"derived from {place}"
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ("{zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}", "offload_optimizer = cpu (parameters"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "offload_param = nvme (parameters"),
+        ("{zero_optimization: {stage: 4}}", "stage = 4 is not a ZeRO stage; use 0, 1, 2 or 3"),
+        ("{zero_optimization: {stage: 3, zero_quantized_weights: true}}", "zero_quantized_weights has no counterpart"),
+        ("{fp16: {enabled: true}}", "fp16.enabled = true contradicts model_args.dtype = bf16"),
+        ("{train_micro_batch_size_per_gpu: 4}", "is student.training_args.per_device_train_batch_size here"),
+        ("{optimizer: {type: Adam}}", "optimizer has no counterpart"),
+    ],
+)
+def test_a_deepspeed_block_that_asks_for_more_is_refused(mistakes: Mistakes, block: str, sentence: str) -> None:
+    name = "student.strategy_args.strategy_name=deepspeed_train"
+    (line,) = mistakes(name, f"student.strategy_args.strategy_config={block}")
+    assert sentence in line

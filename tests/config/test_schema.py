@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from limbeck.config import DistillConfig, render_schema
+from limbeck.config.schema import walk_keys
+
+
+def config(**changes: Any) -> DistillConfig:
+    student = {"data_args": {"file_name": "data.json"}, **changes.pop("student", {})}
+    return DistillConfig(**{"student_pretrain": "small", "teacher_pretrain": "large", "student": student, **changes})
+
+
+def test_loading_a_configuration_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(
+        "student_pretrain: s\nteacher_pretrain: t\nstudent: {data_args: {file_name: d}}\n"
+    )
+    program = (
+        "import sys; from limbeck.config import load_config; load_config('run.yaml');"
+        "sys.exit(bool({'torch', 'transformers'} & sys.modules.keys()))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=False).returncode == 0
+
+
+def test_every_key_has_a_sentence_and_a_place_in_the_schema_table() -> None:
+    table = render_schema()
+    for path, field in walk_keys():
+        assert (field.description or "").endswith("."), path
+        assert f"| `{path}` |" in table
+    assert all(line.replace("\\|", "").count("|") == 5 for line in table.splitlines())
+
+
+def test_pretrain_fills_only_what_is_unset() -> None:
+    filled = config()
+    assert filled.student.model_args.model_name_or_path == "small"
+    assert filled.teacher.model_args.model_name_or_path == "large"
+    other = config(teacher_pretrain=None, teacher={"model_args": {"model_name_or_path": "mine"}})
+    assert other.teacher.model_args.model_name_or_path == "mine"
+    with pytest.raises(ValidationError, match="give only one"):
+        config(teacher={"model_args": {"model_name_or_path": "mine"}})
+
+
+@pytest.mark.parametrize(
+    ("convention", "kd", "teacher", "effective"),
+    [
+        ("absolute", 2.0, None, 2.0),
+        ("absolute", 2.0, 3.0, 3.0),
+        ("roll", 2.0, None, 2.0),
+        ("roll", 2.0, 3.0, 6.0),
+    ],
+)
+def test_teacher_temperature_follows_its_convention(
+    convention: Any, kd: float, teacher: float | None, effective: float
+) -> None:
+    made = config(kd_temperature=kd, teacher_temperature=teacher, temperature_convention=convention)
+    assert made.effective_teacher_temperature == effective
+
+
+def test_a_student_without_teacher_needs_a_weight_of_zero() -> None:
+    assert not config(teacher_pretrain=None, distill_loss_weight=0).has_teacher
+    with pytest.raises(ValidationError, match="distill_loss_weight: 0"):
+        config(teacher_pretrain=None)
+
+
+def test_a_model_from_scratch_needs_a_type_and_a_tokenizer_instead_of_a_checkpoint() -> None:
+    scratch = {"model_args": {"from_scratch": True, "model_config_kwargs": {"model_type": "llama"}}}
+    made = config(student_pretrain=None, student=scratch, tokenizer="tok")
+    assert made.tokenizer_name_or_path == "tok"
+    with pytest.raises(ValidationError, match="tokenizer is not set"):
+        config(student_pretrain=None, student=scratch, teacher_pretrain=None, distill_loss_weight=0)
+
+
+def test_one_pass_is_the_length_when_nothing_says_otherwise() -> None:
+    assert config().num_train_epochs == 1.0
+    assert config(max_steps=5).num_train_epochs is None
+    assert config(max_steps=5, student={"training_args": {"num_train_epochs": 0.5}}).num_train_epochs == 0.5
+
+
+def test_folders_and_files_fall_back_to_the_broader_key() -> None:
+    made = config(output_dir="out")
+    assert (made.checkpoint_dir, made.log_dir) == (Path("out"), Path("out/logs"))
+    made = config(output_dir="out", logging_dir="logs", checkpoint_config={"output_dir": "ckpt"})
+    assert (made.checkpoint_dir, made.log_dir) == (Path("ckpt"), Path("logs"))
+    assert config().validation_files == []
+    assert config(validation={"data_args": {"file_name": "v.json"}}).validation_files == ["v.json"]
+    assert config(student={"data_args": {"file_name": "d", "eval_file_name": "e"}}).validation_files == ["e"]
+
+
+def test_naming_devices_once_is_enough() -> None:
+    assert config(teacher={"device_mapping": "range(2)"}).device_mapping == [0, 1]
+    assert config(student={"device_mapping": "0,1"}, teacher={"device_mapping": [0, 1]}).device_mapping == [0, 1]
+    assert config().device_mapping is None
+
+
+def test_environments_are_merged_and_must_not_contradict() -> None:
+    made = config(system_envs={"A": 0}, student={"system_envs": {"B": "x"}}, teacher={"system_envs": {"A": "0"}})
+    assert made.environment == {"A": "0", "B": "x"}
+    with pytest.raises(ValidationError, match="share one process"):
+        config(system_envs={"A": 0}, teacher={"system_envs": {"A": 1}})
+
+
+def test_a_registered_objective_is_an_objective() -> None:
+    from limbeck.objectives import divergences
+
+    @divergences.register
+    def upside_down_kl() -> Any:
+        raise NotImplementedError
+
+    assert config(kd_objective="upside_down_kl").kd_objective == "upside_down_kl"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"student": {"use_dynamic_batching_in_train": True}}, "needs student.max_tokens_per_microbatch_in_train"),
+        (
+            {"student": {"use_dynamic_batching_in_train": True, "max_tokens_per_microbatch_in_train": 100}},
+            "cannot hold one row",
+        ),
+        ({"student": {"training_args": {"lr_scheduler_type": "cosine_with_min_lr"}}}, "needs min_lr or min_lr_rate"),
+        ({"student": {"training_args": {"lr_scheduler_kwargs": {"min_lr": 1}}}}, "which reads none"),
+        ({"student": {"strategy_args": {"strategy_name": "fsdp2_infer"}}}, "use fsdp2_train"),
+        ({"teacher": {"strategy_args": {"strategy_name": "fsdp2_train"}}}, "use fsdp2_infer"),
+        (
+            {"student": {"strategy_args": {"strategy_config": {"replicate": True, "fsdp_size": 2}}}},
+            "contradicts fsdp_size",
+        ),
+        ({"student": {"device_mapping": [0]}, "teacher": {"device_mapping": [1]}}, "use the same mapping for both"),
+        ({"tracker_kwargs": {"project": "p"}}, "tracker_kwargs.project means nothing"),
+        ({"student": {"model_args": {"additional_target": "lm_head"}}}, "set student.model_args.lora_target too"),
+        (
+            {
+                "validation": {"data_args": {"file_name": "v"}},
+                "student": {"data_args": {"file_name": "d", "eval_file_name": "e"}},
+            },
+            "give only one",
+        ),
+    ],
+)
+def test_keys_that_contradict_each_other_are_told(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValidationError, match=sentence):
+        config(**changes)

@@ -1,0 +1,283 @@
+import json
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.data import IGNORE, BatchStream, Examples, fixed_batches
+from limbeck.errors import LimbeckError
+
+PAD = 0
+LENGTHS = st.lists(st.integers(2, 20), min_size=8, max_size=60)
+PROPERTY = settings(max_examples=40, deadline=None)
+
+
+def make(lengths):
+    """Rows that cannot be confused: all tokens differ, and about half of the positions are supervised."""
+    total = sum(lengths)
+    tokens = np.arange(1, total + 1, dtype=np.int32)
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    labels = np.full(total, IGNORE, dtype=np.int32)
+    for start, stop in pairwise(offsets):
+        middle = (start + stop) // 2
+        labels[middle - 1 : stop - 1] = tokens[middle:stop]
+    return Examples(tokens, labels, offsets)
+
+
+def stream(examples, rank=0, world_size=1, **changes):
+    options = {
+        "seed": 7,
+        "sequence_length": 24,
+        "per_device_batch_size": 8 // world_size,
+        "accumulation_steps": 1,
+        "packing": False,
+        "max_tokens_per_microbatch": 0,
+        "length_round": 4,
+        "pad_id": PAD,
+    }
+    return BatchStream(examples, rank=rank, world_size=world_size, **{**options, **changes})
+
+
+def documents(batch):
+    """(tokens, labels) of every document in a micro-batch; padding is checked on the way."""
+    found = []
+    for b in range(batch.input_ids.shape[0]):
+        tokens, labels = batch.input_ids[b], batch.labels[b]
+        real = int((tokens != PAD).sum())
+        assert (tokens[real:] == PAD).all()
+        assert (labels[real:] == IGNORE).all()
+        if batch.position_ids is None:
+            starts = [0] if real else []
+        else:
+            positions = batch.position_ids[b]
+            starts = [i for i in range(real) if positions[i] == 0]
+            jumps = (positions[1:] - positions[:-1] != 1).nonzero().flatten() + 1
+            assert [i for i in starts if i] == jumps.tolist()  # a document begins only where one really begins
+        for start, stop in pairwise([*starts, real]):
+            found.append((tuple(tokens[start:stop].tolist()), tuple(labels[start:stop].tolist())))
+    return found
+
+
+def rows_of(examples):
+    return Counter(tuple(map(tuple, (part.tolist() for part in examples.row(i)))) for i in range(len(examples)))
+
+
+def seen(steps):
+    return Counter(document for step in steps for batch in step.micro_batches for document in documents(batch))
+
+
+MODES = [{}, {"packing": True}, {"max_tokens_per_microbatch": 48}, {"packing": True, "max_tokens_per_microbatch": 48}]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(lengths=LENGTHS)
+@PROPERTY
+def test_every_row_comes_exactly_once_in_an_epoch(mode, lengths):
+    examples = make(lengths)
+    batches = stream(examples, per_device_batch_size=1, **mode)
+    assert seen(next(batches) for _ in range(batches.steps_per_epoch)) == rows_of(examples)
+    assert batches.position["epoch"] == 1
+    assert seen(next(batches) for _ in range(batches.steps_per_epoch)) == rows_of(examples)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(lengths=st.lists(st.integers(9, 20), min_size=40, max_size=60), accumulation=st.sampled_from([1, 2]))
+@PROPERTY
+def test_a_step_is_the_same_on_any_number_of_ranks(mode, lengths, accumulation):
+    examples = make(lengths)
+    steps = {}
+    for world_size in (1, 2, 4):
+        ranks = [
+            stream(
+                examples,
+                rank,
+                world_size,
+                accumulation_steps=accumulation,
+                per_device_batch_size=8 // world_size // accumulation,
+                **mode,
+            )
+            for rank in range(world_size)
+        ]
+        for number in range(2):
+            parts = [next(rank) for rank in ranks]
+            batches = [batch for part in parts for batch in part.micro_batches]
+            assert len({len(part.micro_batches) for part in parts}) == 1
+            if "max_tokens_per_microbatch" not in mode:
+                assert len(parts[0].micro_batches) == accumulation
+            for part in parts:
+                assert part.num_tokens == sum(batch.num_tokens for batch in batches)
+                assert part.num_tokens == sum(int((batch.input_ids != PAD).sum()) for batch in batches)
+                assert part.num_supervised == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+                assert part.num_slots == sum(batch.input_ids.numel() for batch in batches)
+            content = seen(parts)
+            assert steps.setdefault(number, content) == content
+
+
+@pytest.mark.parametrize("mode", MODES)
+@given(lengths=LENGTHS, done=st.integers(0, 12))
+@PROPERTY
+def test_a_stream_continues_exactly_where_its_position_says(mode, lengths, done):
+    examples = make(lengths)
+    one = stream(examples, per_device_batch_size=1, **mode)
+    for _ in range(done):
+        next(one)
+    position = json.loads(json.dumps(one.position))
+    other = stream(examples, per_device_batch_size=1, **mode)
+    other.seek(position)
+    assert other.position == position
+    for _ in range(5):
+        ours, theirs = next(one), next(other)
+        for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True):
+            assert torch.equal(a.input_ids, b.input_ids)
+            assert torch.equal(a.labels, b.labels)
+
+
+def test_a_position_of_other_data_or_seed_is_refused():
+    position = stream(make([5] * 20)).position
+    with pytest.raises(LimbeckError, match="rows = 20, and this run has 24"):
+        stream(make([5] * 24)).seek(position)
+    with pytest.raises(LimbeckError, match="seed = 7, and this run has 8"):
+        stream(make([5] * 20), seed=8).seek(position)
+    with pytest.raises(LimbeckError, match="rows_per_step = 8, and this run has 4"):
+        stream(make([5] * 20), per_device_batch_size=4).seek(position)
+
+
+def test_epochs_and_seeds_differ_and_without_shuffling_order_is_kept():
+    examples = make([5] * 16)
+    one = stream(examples)
+    first, _, second = next(one), next(one), next(one)
+    assert seen([first]) != seen([second])
+    assert seen([first]) != seen([next(stream(examples, seed=8))])
+    ordered = stream(examples, shuffle=False)
+    ids = [next(ordered).micro_batches[0].input_ids[:, 0].tolist() for _ in range(3)]
+    assert ids == [list(range(1, 41, 5)), list(range(41, 81, 5)), list(range(1, 41, 5))]
+
+
+def test_rows_left_over_at_the_end_of_an_epoch_are_skipped():
+    examples = make([5] * 19)
+    batches = stream(examples)
+    assert batches.steps_per_epoch == 2
+    assert sum(seen(next(batches) for _ in range(2)).values()) == 16
+    assert batches.position["epoch"] == 1
+
+
+@pytest.mark.parametrize(("packing", "words"), [(False, "7 rows"), (True, "2 packs")])
+def test_data_smaller_than_one_step_is_refused_with_the_numbers(packing, words):
+    with pytest.raises(LimbeckError, match=rf"{words}, fewer than .* 8 = .* 2 x .* 2 x 2 ranks; lower"):
+        stream(make([5] * 7), 0, 2, per_device_batch_size=2, accumulation_steps=2, packing=packing)
+
+
+@given(lengths=LENGTHS)
+@PROPERTY
+def test_packs_stay_within_the_sequence_and_waste_little(lengths):
+    examples = make(lengths)
+    batches = stream(examples, packing=True, per_device_batch_size=1)
+    packs = [next(batches).micro_batches[0] for _ in range(batches.steps_per_epoch)]
+    assert max(pack.input_ids.shape[1] for pack in packs) <= 24
+    assert len(packs) <= 11 / 9 * -(-sum(lengths) // 24) * 2  # best fit leaves no two packs that would fit into one
+    fills = sorted(pack.num_tokens for pack in packs)
+    assert len(fills) == 1 or fills[0] + fills[1] > 24
+
+
+def test_packs_come_in_shuffled_order():
+    batches = stream(make([24] * 20 + [10] * 20), packing=True, per_device_batch_size=1)
+    sizes = [next(batches).num_tokens for _ in range(batches.steps_per_epoch)]
+    assert sorted(sizes) == [20] * 10 + [24] * 20
+    assert sizes not in (sorted(sizes), sorted(sizes, reverse=True))
+    again = [next(batches).num_tokens for _ in range(batches.steps_per_epoch)]
+    assert sorted(again) == sorted(sizes)
+    assert again != sizes
+
+
+def test_a_row_longer_than_the_sequence_has_its_own_pack():
+    batches = stream(make([30, 5, 5, 5]), packing=True, per_device_batch_size=1)
+    sizes = sorted(next(batches).num_tokens for _ in range(batches.steps_per_epoch))
+    assert sizes == [15, 30]
+
+
+@given(lengths=st.lists(st.integers(2, 20), min_size=32, max_size=60), world_size=st.sampled_from([1, 2, 4]))
+@PROPERTY
+def test_dynamic_micro_batches_stay_within_the_budget(lengths, world_size):
+    examples = make(lengths)
+    for rank in range(world_size):
+        batches = stream(
+            examples, rank, world_size, per_device_batch_size=32 // world_size, max_tokens_per_microbatch=40
+        )
+        assert all(batch.input_ids.numel() <= 40 for batch in next(batches).micro_batches)
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 3), (2, 2), (4, 1)])
+def test_micro_batches_are_halved_until_every_rank_has_equally_many(world_size, expected):
+    examples = make([20] * 12)
+    ranks = [
+        stream(examples, rank, world_size, per_device_batch_size=12 // world_size, max_tokens_per_microbatch=80)
+        for rank in range(world_size)
+    ]
+    parts = [next(rank) for rank in ranks]
+    assert [len(part.micro_batches) for part in parts] == [expected] * world_size
+    assert all(batch.num_tokens for part in parts for batch in part.micro_batches)
+    assert seen(parts) == rows_of(examples)
+
+
+def test_a_row_over_the_budget_is_refused_at_once():
+    with pytest.raises(LimbeckError, match=r"longest row has 19 tokens \(20 with padding\).* = 16; raise that to 20"):
+        stream(make([19] * 10), max_tokens_per_microbatch=16)
+    with pytest.raises(LimbeckError, match=r"longest pack has 24 tokens .* = 23"):
+        stream(make([12] * 20), packing=True, max_tokens_per_microbatch=23)
+
+
+@given(lengths=LENGTHS, length_round=st.integers(1, 16))
+@PROPERTY
+def test_padded_lengths_are_rounded_but_never_beyond_the_sequence(lengths, length_round):
+    examples = make(lengths)
+    limit = max(18, max(lengths))
+    batches = stream(examples, per_device_batch_size=2, sequence_length=18, length_round=length_round)
+    for _ in range(batches.steps_per_epoch):
+        (batch,) = next(batches).micro_batches
+        longest = int((batch.input_ids != PAD).sum(1).max())
+        assert batch.input_ids.shape[1] == min(-(-longest // length_round) * length_round, limit)
+
+
+def test_ranks_get_rows_of_similar_length_in_every_round():
+    examples = make([4, 8, 12, 16, 20, 24, 28, 32] * 4)
+    ranks = [
+        stream(examples, rank, 2, per_device_batch_size=4, accumulation_steps=4, sequence_length=32)
+        for rank in range(2)
+    ]
+    parts = [next(rank) for rank in ranks]
+    assert parts[0].num_tokens == parts[0].num_slots  # every micro-batch holds rows of one length
+    assert [sum(batch.num_tokens for batch in part.micro_batches) for part in parts] == [4 * 72, 4 * 72]
+
+
+@given(lengths=LENGTHS, world_size=st.sampled_from([1, 2, 3, 4]), batch_size=st.integers(1, 5))
+@PROPERTY
+def test_validation_sees_every_row_once_and_ranks_stay_in_step(lengths, world_size, batch_size):
+    examples = make(lengths)
+    ranks = [
+        fixed_batches(examples, batch_size=batch_size, rank=rank, world_size=world_size, pad_id=PAD, length_round=4)
+        for rank in range(world_size)
+    ]
+    assert seen(step for rank in ranks for step in rank) == rows_of(examples)
+    for parts in zip(*ranks, strict=True):
+        batches = [batch for part in parts for batch in part.micro_batches]
+        assert [len(part.micro_batches) for part in parts] == [1] * world_size
+        assert all(batch.input_ids.shape[0] <= batch_size for batch in batches)
+        for part in parts:
+            assert part.num_supervised == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+            assert part.num_tokens == sum(batch.num_tokens for batch in batches)
+            assert part.num_slots == sum(batch.input_ids.numel() for batch in batches)
+
+
+def test_a_validation_rank_without_rows_gets_a_batch_that_teaches_nothing():
+    part = [
+        fixed_batches(make([5]), batch_size=2, rank=rank, world_size=2, pad_id=PAD, length_round=4)[0]
+        for rank in range(2)
+    ]
+    empty = next(p.micro_batches[0] for p in part if p.micro_batches[0].num_tokens == 0)
+    assert (empty.labels == IGNORE).all()
+    assert empty.input_ids.tolist() == [[PAD] * 4]
+    assert part[0].num_supervised == part[1].num_supervised > 0

@@ -1,0 +1,35 @@
+import pytest
+
+from limbeck.data import check_same_tokenizer
+from limbeck.errors import LimbeckError
+
+
+def test_equal_content_under_another_name_passes(build_tokenizer):
+    check_same_tokenizer(build_tokenizer(name_or_path="a"), build_tokenizer(name_or_path="b", pad_token="<s>"))
+
+
+def test_another_choice_of_eos_among_the_same_ids_passes(build_tokenizer):
+    check_same_tokenizer(build_tokenizer(), build_tokenizer(eos_token="<|im_end|>"))
+
+
+def test_swapped_special_tokens_are_told_with_examples(build_tokenizer):
+    student = build_tokenizer(name_or_path="small")
+    teacher = build_tokenizer(name_or_path="large", special=["<s>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"])
+    with pytest.raises(LimbeckError) as caught:
+        check_same_tokenizer(student, teacher)
+    for words in (
+        "small",
+        "large",
+        "differ in 2 of",
+        "2 is '<|im_start|>' for the student, '<|im_end|>' for the teacher",
+    ):
+        assert words in str(caught.value)
+
+
+def test_an_added_token_is_told(build_tokenizer):
+    student, teacher = build_tokenizer(), build_tokenizer()
+    teacher.add_tokens(["<tool>"])
+    with pytest.raises(
+        LimbeckError, match=r"differ in 1 of \d+ ids .* unused for the student, '<tool>' for the teacher"
+    ):
+        check_same_tokenizer(student, teacher)
