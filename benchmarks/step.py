@@ -106,12 +106,18 @@ def compare(dtype: str, rounds: int, warmup: int) -> None:
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{dtype}: {ROWS} × {TIME} tokens, vocabulary {VOCAB}, median of {rounds} interleaved steps")
     for name in ("limbeck", "trl"):
-        print(f"  {name:8} {ROWS * TIME / middle[name]:7.0f} tokens/s  {middle[name] * 1e3:6.0f} ms  "
-              f"peak memory growth {growth[name]:6.0f} MB")
-    print(f"  limbeck trains {middle['trl'] / middle['limbeck']:.2f} × the tokens/s in "
-          f"{growth['limbeck'] / growth['trl']:.2f} × the memory growth")
-    print(f"  a step costs {middle['limbeck'] / statistics.median(parts):.3f} × its parts measured alone "
-          "(teacher forward + student forward and backward with the fused loss + optimizer)")
+        print(
+            f"  {name:8} {ROWS * TIME / middle[name]:7.0f} tokens/s  {middle[name] * 1e3:6.0f} ms  "
+            f"peak memory growth {growth[name]:6.0f} MB"
+        )
+    print(
+        f"  limbeck trains {middle['trl'] / middle['limbeck']:.2f} × the tokens/s in "
+        f"{growth['limbeck'] / growth['trl']:.2f} × the memory growth"
+    )
+    print(
+        f"  a step costs {middle['limbeck'] / statistics.median(parts):.3f} × its parts measured alone "
+        "(teacher forward + student forward and backward with the fused loss + optimizer)"
+    )
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ def turns():
 
 def limbeck(folder: Path, dtype: str, steps: int) -> None:
     import torch
+
     from limbeck.config import DistillConfig
     from limbeck.pipeline import distill as pipeline
     from limbeck.pipeline.optimizer import clip_gradients

@@ -1,9 +1,10 @@
 """The Trainer subclass trains, saves a plain student, and its loss is the fused loss."""
 
 import torch
-from limbeck import DistillTrainer, divergence
 from tiny import make_model, make_tokenizer, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
+
+from limbeck import DistillTrainer, divergence
 
 
 def dataset():

@@ -18,7 +18,10 @@ TEMPLATE = (
 def rows(count: int = 96) -> list[dict[str, str]]:
     """Questions of one addition each."""
     return [
-        {"question": f"What is {i % 13} plus {i * 7 % 11}?", "answer": f"It is {i % 13 + i * 7 % 11}" + " indeed" * (i % 4)}
+        {
+            "question": f"What is {i % 13} plus {i * 7 % 11}?",
+            "answer": f"It is {i % 13 + i * 7 % 11}" + " indeed" * (i % 4),
+        }
         for i in range(count)
     ]
 
@@ -30,7 +33,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([" ".join(row.values()) for row in rows()], trainer)
     return PreTrainedTokenizerFast(
@@ -38,7 +44,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(folder: Path, *, kind: str = "qwen2", layers: int = 2, hidden: int = 32, seed: int = 0, **changes) -> Path:
+def make_model(
+    folder: Path, *, kind: str = "qwen2", layers: int = 2, hidden: int = 32, seed: int = 0, **changes
+) -> Path:
     """A random model with its tokenizer, saved as any checkpoint is."""
     tokenizer = make_tokenizer()
     torch.manual_seed(seed)

@@ -7,12 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck.config import load_mapping
+from limbeck.config import DistillConfig, load_mapping
+from limbeck.config.schema import DataArgs, StudentConfig, StudentModelArgs, TrainingArgs
+from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
     from limbeck.pipeline.distill import RunResult
 
-_SHORT = ("model_args", "training_args", "data_args")
+_SECTIONS = (
+    ("", DistillConfig),
+    ("student.", StudentConfig),
+    ("student.training_args.", TrainingArgs),
+    ("student.model_args.", StudentModelArgs),
+    ("student.data_args.", DataArgs),
+)
 
 
 def distill(
@@ -21,11 +29,46 @@ def distill(
     data: str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]],
     **overrides: Any,
 ) -> RunResult:
-    """Distil ``teacher`` into ``student`` on ``data`` and return where the better student lies.
+    """Distil ``teacher`` into ``student`` on ``data``; ``result.student`` is the folder of the better student.
 
-    student, teacher: checkpoint folders or hub names; teacher None trains on the answers alone. data: a file, several
-    files, or the rows themselves as dicts. Everything else is a key of ``DistillConfig``: ``max_steps=200``; a key of the
-    student's training, model or data arguments may be given by its own name (``learning_rate=1e-4``), anything deeper as a
-    nested dict (``teacher={"model_args": {"dtype": "bf16"}}`` is spelled ``teacher_args={...}`` here).
+    student, teacher: checkpoint folders or hub names; teacher None trains on the answers alone. data: a file, several files,
+    or the rows themselves as dicts. Everything else is a key of ``DistillConfig``, by its own name (``max_steps=200``,
+    ``learning_rate=1e-4``: the student's sections are searched) or by its path
+    (``**{"teacher.model_args.dtype": "bf16"}``). Raises LimbeckError with a line for each mistake.
     """
-    raise NotImplementedError
+    values: dict[str, Any] = {}
+    _set(values, "student_pretrain", str(student))
+    if teacher is not None:
+        _set(values, "teacher_pretrain", str(teacher))
+    elif "distill_loss_weight" not in overrides:
+        _set(values, "distill_loss_weight", 0.0)
+    for key, value in overrides.items():
+        _set(values, _path(key), value)
+    _set(values, "student.data_args.file_name", _files(data, Path(values.get("output_dir", "output"))))
+
+    from limbeck.pipeline.distill import DistillPipeline
+
+    return DistillPipeline(load_mapping(values, "distill()").config).run()
+
+
+def _path(key: str) -> str:
+    return next((place + key for place, section in _SECTIONS if key in section.model_fields), key)
+
+
+def _set(values: dict[str, Any], path: str, value: Any) -> None:
+    *sections, leaf = path.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = value
+
+
+def _files(data: Any, output_dir: Path) -> list[str]:
+    given: list[Any] = [data] if isinstance(data, (str, Path)) else list(data)
+    if not given:
+        raise LimbeckError("distill(data=…) is empty; give a file, several files, or rows as dicts.")
+    if not isinstance(given[0], Mapping):
+        return [str(file) for file in given]
+    path = output_dir / "rows.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in given), encoding="utf-8")
+    return [str(path)]

@@ -25,9 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="limbeck", description="Distil a large language model into a small one."
-    )
+    parser = argparse.ArgumentParser(prog="limbeck", description="Distil a large language model into a small one.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="distil a student as a YAML file says")
@@ -35,7 +33,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
     train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides))
 
-    config = commands.add_parser("config", help="print a configuration with every default and where each value came from")
+    config = commands.add_parser(
+        "config", help="print a configuration with every default and where each value came from"
+    )
     config.add_argument("config", type=Path, nargs="?", help="YAML file")
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.add_argument("--schema", action="store_true", help="document every key instead")
@@ -47,7 +47,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     report = commands.add_parser("report", help="draw a run as one HTML page")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several are compared")
+    report.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several are compared"
+    )
     report.add_argument("--output", type=Path, help="the page; default RUN/report.html")
     report.set_defaults(run=_report)
     return parser

@@ -31,8 +31,8 @@ class _Distilled(nn.Module):
         super().__init__()
         self.student = student
         self.config = student.model.config
-        # Not a submodule: a frozen teacher is neither trained, nor saved, nor moved twice.
-        object.__setattr__(self, "_teacher", teacher)
+        # In a tuple, so not a submodule: a frozen teacher is neither trained, nor saved, nor moved twice.
+        self._asked = (teacher,)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **ignored: Any
@@ -40,7 +40,8 @@ class _Distilled(nn.Module):
         """The loss over ``num_items_in_batch`` supervised tokens (default: this batch's own)."""
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         batch = Batch(input_ids, shifted, None, input_ids.numel())
-        signals = None if self._teacher is None else self._teacher.signals(batch)
+        (teacher,) = self._asked
+        signals = None if teacher is None else teacher.signals(batch)
         count = (shifted != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
         return {"loss": self.student(batch, signals, count).loss}
 
@@ -64,7 +65,7 @@ class DistillTrainer(Trainer):
         kd_weight: float = 0.5,
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
-        parameters: dict[str, float] | None = None,
+        parameters: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_head(model, "the student")

@@ -54,9 +54,10 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(values=CONFIGS)
 @example({**MINIMAL, "exp_name": "1e-5"})
+@example({**MINIMAL, "exp_name": "off"})
 @example({**MINIMAL, "exp_name": "no", "system_envs": {"on": "null", "1": "~"}})
 @example({**MINIMAL, "exp_name": "${oc.env:HOME} \\${x} \\"})
 @example({**MINIMAL, "exp_name": "a: b # c\n\td\x85\u2028\ufeff\x00'\""})

@@ -1,4 +1,8 @@
+import json
+
 import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from limbeck.data import check_same_tokenizer
 from limbeck.errors import LimbeckError
@@ -26,10 +30,13 @@ def test_swapped_special_tokens_are_told_with_examples(build_tokenizer):
         assert words in str(caught.value)
 
 
-def test_an_added_token_is_told(build_tokenizer):
+def test_a_token_added_on_one_side_passes_and_a_longer_vocabulary_does_not(build_tokenizer):
     student, teacher = build_tokenizer(), build_tokenizer()
     teacher.add_tokens(["<tool>"])
-    with pytest.raises(
-        LimbeckError, match=r"differ in 1 of \d+ ids .* unused for the student, '<tool>' for the teacher"
-    ):
-        check_same_tokenizer(student, teacher)
+    check_same_tokenizer(student, teacher)
+    check_same_tokenizer(teacher, student)
+    wider = json.loads(student.backend_tokenizer.to_str())
+    wider["model"]["vocab"]["ab"] = len(student)
+    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(wider)))
+    with pytest.raises(LimbeckError, match=r"differ in 1 of \d+ ids .* unused for the student, 'ab' for the teacher"):
+        check_same_tokenizer(student, other)

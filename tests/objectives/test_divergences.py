@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from limbeck.errors import LimbeckError
 from limbeck.objectives import divergence, names
 

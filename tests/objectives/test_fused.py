@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from limbeck.errors import LimbeckError
 from limbeck.objectives import Objective, OutputHead, divergence, fused_linear_distillation, names
 

@@ -7,6 +7,7 @@ nothing is ever executed. What a device is, and whether it exists, is not known 
 from __future__ import annotations
 
 import ast
+import warnings
 
 MAX_DEVICES = 65_536
 FORMS = "[0, 1], list(range(0, 8)), range(8) or 0,1,2"
@@ -43,7 +44,9 @@ def _single_number(number: int) -> str:
 
 def _parse_expression(text: str) -> list[int]:
     try:
-        tree = ast.parse(text.strip(), mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # `0or 1` is refused below; Python would print a warning first
+            tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ValueError(f"cannot be read as a list of device numbers; write {FORMS}") from None
     if isinstance(tree, ast.Constant) and isinstance(tree.value, int):

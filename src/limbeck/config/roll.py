@@ -8,7 +8,7 @@ key that is in no table is left for the schema to accept or refuse.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,10 +317,10 @@ def _set(result: Translation, path: str, value: object, derived_from: str) -> No
     result.derived[path] = derived_from
 
 
-def _ignore(result: Translation, path: str, keys: Iterable[str]) -> None:
+def _ignore(result: Translation, path: str, keys: Set[str]) -> None:
     """Drop those of `keys` that stand in the section at `path`."""
     section = _section(result, path) or {}
-    for key in [key for key in section if key in set(keys)]:
+    for key in [key for key in section if key in keys]:
         del section[key]
         result.ignored.append(f"{path}.{key}" if path else key)
 
@@ -361,9 +361,8 @@ def _translate_deepspeed(result: Translation) -> None:
         zero = section.get("strategy_config") or {}
         if not isinstance(zero, dict):
             continue
-        model_args = _section(result, path.replace("strategy_args.", "model_args")) or {}
-        found = list(deepspeed.contradictions(zero, f"{path}strategy_config", model_args.get("dtype", "bf16")))
-        result.contradictions.extend(found)
+        dtype = _dtype(result, path.partition(".")[0])
+        result.contradictions.extend(deepspeed.contradictions(zero, f"{path}strategy_config", dtype))
         section["strategy_config"] = {}
         for key, value in deepspeed.strategy_config_from_zero(zero).items():
             _set(result, f"{path}strategy_config.{key}", value, f"{path}strategy_config")
@@ -376,14 +375,17 @@ def _translate_deepspeed(result: Translation) -> None:
 def _drop_precision_flags(result: Translation) -> None:
     for kind in ("training_args", "strategy_config"):
         for path, section in _sections(result, kind):
-            model_args = _section(result, f"{path.split('.')[0]}.model_args") or {}
-            dtype = model_args.get("dtype", "bf16")
+            role = path.partition(".")[0]
+            dtype = _dtype(result, role)
             for key in ("bf16", "fp16"):
                 if section.pop(key, None) is True and dtype != key:
-                    role = path.partition(".")[0]
                     result.refuse(
                         f"{path}{key}", f"= true contradicts {role}.model_args.dtype = {dtype}; keep the latter only"
                     )
+
+
+def _dtype(result: Translation, role: str) -> object:
+    return (_section(result, f"{role}.model_args") or {}).get("dtype", ModelArgs.model_fields["dtype"].default)
 
 
 def _drop_what_means_nothing(result: Translation) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
@@ -46,7 +47,7 @@ def load_model(
                 )
             config = AutoConfig.for_model(**changes)
         else:
-            config = AutoConfig.from_pretrained(name_or_path, **common, **changes)
+            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
         if from_scratch:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -56,9 +57,19 @@ def load_model(
         return AutoModelForCausalLM.from_pretrained(
             name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         hint = _hint(name_or_path)
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
+
+
+def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
+    """``config`` with other values, made anew so that what is derived from them (a type per layer, say) follows."""
+    if not changes:
+        return config
+    values = {**config.to_dict(), **changes}
+    if "num_hidden_layers" in changes and "layer_types" not in changes:
+        values.pop("layer_types", None)
+    return type(config).from_dict(values)
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -70,7 +81,9 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         hint = _hint(name_or_path)
         raise LimbeckError(f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}{hint}") from error
     if tokenizer.eos_token_id is None:
-        raise LimbeckError(f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set eos_token in its config.")
+        raise LimbeckError(
+            f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set eos_token in its config."
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -132,11 +132,15 @@ def fused_linear_distillation(
     student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
     teacher = teacher_head if isinstance(teacher_head, OutputHead) or teacher_head is None else OutputHead(teacher_head)
     if objective.kd_weight > 0 and (teacher is None or teacher_hidden is None):
-        raise LimbeckError("kd_weight is above 0 but there is no teacher; give teacher_hidden and teacher_head, or kd_weight=0.")
+        raise LimbeckError(
+            "kd_weight is above 0 but there is no teacher; give teacher_hidden and teacher_head, or kd_weight=0."
+        )
     widest = student.weight.shape[0] if teacher is None else min(student.weight.shape[0], teacher.weight.shape[0])
     vocab = widest if vocab_size is None else vocab_size
     if not 0 < vocab <= widest:
-        raise LimbeckError(f"vocab_size={vocab_size} is not between 1 and the {widest} rows of the smaller output head.")
+        raise LimbeckError(
+            f"vocab_size={vocab_size} is not between 1 and the {widest} rows of the smaller output head."
+        )
 
     dtype = _compute_dtype(student_hidden, student.weight)
     rows = (labels != IGNORE).nonzero().squeeze(-1)
@@ -177,6 +181,27 @@ def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return torch.promote_types(hidden.dtype, weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The teacher's side of a walk: hidden [N, Ht], the head's rows of the shared vocabulary [V, Ht], and what follows them."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    head: OutputHead
+
+    @classmethod
+    def of(cls, head: OutputHead, hidden: Tensor, vocab: int, dtype: torch.dtype) -> _Teacher:
+        bias = None if head.bias is None else head.bias[:vocab].to(dtype).clamp_min(LOWEST)
+        return cls(hidden, head.weight[:vocab], bias, head)
+
+    def product(self, index: Tensor, buffer: Tensor) -> Tensor:
+        return torch.mm(self.hidden[index].to(self.weight.dtype), self.weight.t(), out=buffer[: index.numel()])
+
+    def logits(self, z: Tensor, dtype: torch.dtype) -> Tensor:
+        return _logits(z, self.bias, self.head.scale, self.head.softcap, dtype)
 
 
 class _HeadAndLoss(torch.autograd.Function):
@@ -231,20 +256,20 @@ def _walk(
     job: _Job,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """Loss, the five diagnostics, and the gradients (``job.inside`` of them) for hidden, weight and bias where ``needs`` says so."""
+    """Loss, diagnostics, and the gradients (``job.inside`` of them) for hidden, weight and bias where ``needs`` says so."""
     device, vocab, count = hidden.device, job.vocab, rows.numel()
     accumulate = torch.float64 if job.dtype is torch.float64 else torch.float32
     w_s = weight[:vocab].to(job.dtype)
     b_s = None if bias is None else bias[:vocab].to(accumulate).clamp_min(LOWEST)
-    no_teacher = teacher is None or teacher_hidden is None
     # A teacher far larger than the student keeps the precision that it was loaded in.
-    w_t = None if no_teacher else teacher.weight[:vocab]
-    b_t = None if no_teacher or teacher.bias is None else teacher.bias[:vocab].to(accumulate).clamp_min(LOWEST)
+    asked = (
+        None if teacher is None or teacher_hidden is None else _Teacher.of(teacher, teacher_hidden, vocab, accumulate)
+    )
 
-    chunk = job.chunk_size or _default_chunk(device, vocab, w_s, w_t)
+    chunk = job.chunk_size or _default_chunk(device, vocab, w_s, None if asked is None else asked.weight)
     chunk = max(1, min(chunk, count))
     z_s = torch.empty(chunk, vocab, dtype=job.dtype, device=device)
-    z_t = None if no_teacher else torch.empty(chunk, vocab, dtype=w_t.dtype, device=device)
+    z_t = None if asked is None else torch.empty(chunk, vocab, dtype=asked.weight.dtype, device=device)
     tile = max(1, _TILE_ELEMENTS // vocab) if device.type == "cpu" else chunk
 
     d_hidden = torch.zeros(hidden.shape, dtype=accumulate, device=device) if needs[0] else None
@@ -257,10 +282,10 @@ def _walk(
         n, target = index.numel(), labels[index]
         h_s = hidden[index].to(job.dtype)
         zs = torch.mm(h_s, w_s.t(), out=z_s[:n])
-        zt = None if no_teacher else torch.mm(teacher_hidden[index].to(w_t.dtype), w_t.t(), out=z_t[:n])
+        zt = None if asked is None or z_t is None else asked.product(index, z_t)
         for low in range(0, n, tile):
             part = slice(low, low + tile)
-            logits_t = None if zt is None else _logits(zt[part], b_t, teacher.scale, teacher.softcap, accumulate)
+            logits_t = None if asked is None or zt is None else asked.logits(zt[part], accumulate)
             _tile(zs[part], b_s, logits_t, target[part], job, stats, any(needs), accumulate, d_bias)
         if d_hidden is not None:
             d_hidden[index] = torch.mm(zs, w_s).to(accumulate)
@@ -366,5 +391,3 @@ def _tile(
 def _tempered(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
     log_q = (logits / tau).log_softmax(-1)
     return log_q, log_q.exp()
-
-

@@ -125,7 +125,9 @@ def find_resume(setting: bool | str, folder: Path) -> Path | None:
     if not path.is_dir():
         nearby = list_checkpoints(path.parent) or list_checkpoints(folder)
         names = ", ".join(map(str, nearby)) or "none"
-        raise LimbeckError(f"resume_from_checkpoint = {str(path)!r} is not a folder; the checkpoints there are: {names}.")
+        raise LimbeckError(
+            f"resume_from_checkpoint = {str(path)!r} is not a folder; the checkpoints there are: {names}."
+        )
     if not _NAME.fullmatch(path.resolve().name) and list_checkpoints(path):
         return list_checkpoints(path)[-1]
     return path

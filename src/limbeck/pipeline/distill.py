@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from limbeck.config import DistillConfig
-from limbeck.data import GlobalBatch
 from limbeck.errors import LimbeckError
 from limbeck.models import has_lora, merged_state_dict
 from limbeck.pipeline import checkpoint as files
@@ -28,8 +27,8 @@ from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
 from limbeck.pipeline.parts import DTYPES, make_data, make_student, make_teacher
-from limbeck.pipeline.trackers import MetricsFile, Tracker, make_tracker
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.trackers import MetricsFile, Tracker, make_tracker
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
@@ -77,6 +76,7 @@ class _Run:
         self.optimizer = make_optimizer(self.student, training)
         self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
+        self.distils = config.distill_loss_weight > 0  # else a teacher is only measured against, in validation
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
         self.metrics = StepMetrics(world)
         self.step = 0
@@ -100,7 +100,7 @@ class _Run:
                 ended = stopped or self.step == self.total_steps
                 console.advance(self.step)
                 if ended or self.step % config.logging_steps == 0:
-                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None))
+                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None and self.distils))
                 due = config.save_steps and self.step % config.save_steps == 0
                 judged: dict[str, float] = {}
                 if self.data.validation and not stopped and (ended or due or _every(self.step, config.eval_steps)):
@@ -112,8 +112,10 @@ class _Run:
             if saved != self.step:
                 self._save({})
             if stopped:
-                console.say(f"Stopped by {signal.Signals(stopped).name} after step {self.step}; "
-                            f"resume_from_checkpoint=true goes on from there.")
+                console.say(
+                    f"Stopped by {signal.Signals(stopped).name} after step {self.step}; "
+                    f"resume_from_checkpoint=true goes on from there."
+                )
         for tracker in self.trackers:
             tracker.close()
         return RunResult(config.checkpoint_dir / f"checkpoint-{self.step}", self.step, self.latest, stopped)
@@ -129,7 +131,7 @@ class _Run:
         for micro_batch in batch.micro_batches:
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
-                signals = None if self.teacher is None else self.teacher.signals(micro)
+                signals = self.teacher.signals(micro) if self.teacher and self.distils else None
             with timer.section("student"):
                 with self._autocast():
                     loss = self.student(micro, signals, normalizer)
@@ -272,7 +274,9 @@ class _Run:
         trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
         if trained & whole.keys() != checkpoint.masters.keys():
             odd = min((trained & whole.keys()) ^ checkpoint.masters.keys())
-            raise LimbeckError(f"{self.resumed_from} was made with another student or other frozen parts ({odd} differs).")
+            raise LimbeckError(
+                f"{self.resumed_from} was made with another student or other frozen parts ({odd} differs)."
+            )
         scatter_model(self.student, {_ROOT + name: tensor for name, tensor in checkpoint.masters.items()})
         scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
         self.scheduler.load_state_dict({**self.scheduler.state_dict(), **checkpoint.state["scheduler"]})

@@ -40,7 +40,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArgs, total_s
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
-    """The gradients' norm over all parameters and processes, as a device scalar; scaled down to ``max_norm`` if above (0 = off)."""
+    """The gradients' norm over all processes, as a device scalar; they are scaled down to ``max_norm`` if above (0 = off)."""
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -140,9 +140,7 @@ def make_objective(config: DistillConfig) -> Objective:
     )
 
 
-def make_student(
-    config: DistillConfig, world: World, data: Data, teacher: LocalTeacher | None
-) -> StudentWithLoss:
+def make_student(config: DistillConfig, world: World, data: Data, teacher: LocalTeacher | None) -> StudentWithLoss:
     """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
 
     The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.

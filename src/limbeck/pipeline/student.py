@@ -30,7 +30,9 @@ class StudentWithLoss(nn.Module):
         hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
         return self.loss(hidden[batch.labels != IGNORE], batch.labels[batch.labels != IGNORE], signal, normalizer)
 
-    def loss(self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
+    def loss(
+        self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float | Tensor
+    ) -> DistillationLoss:
         """The loss from last hidden states [supervised, H] and labels [supervised]."""
         return fused_linear_distillation(
             hidden,

@@ -44,7 +44,8 @@ def shard(root: nn.Module, layers: Sequence[nn.Module], world: World, options: F
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
     # The head is read where the root runs, so the root's own parameters stay gathered until its backward is done.
-    return fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    return root
 
 
 def _mesh(world: World, options: Fsdp2) -> DeviceMesh:

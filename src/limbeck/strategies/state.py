@@ -7,6 +7,7 @@ which is what lets a run resume on another number of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def gather_model(model: nn.Module) -> dict[str, Tensor]:
+def gather_model(model: nn.Module) -> dict[str, Any]:
     """The whole model on the CPU of the main process; empty elsewhere. Every process must call it."""
     return get_model_state_dict(model, options=_WHOLE)
 
@@ -33,17 +34,17 @@ def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the main process. Every process must call it."""
-    state = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get("state", {})  # nothing on the other ranks
+    state: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get(
+        "state", {}
+    )  # nothing on the other ranks
     return {
-        f"{name}|{entry}": torch.as_tensor(value)
-        for name, entries in state.items()
-        for entry, value in entries.items()
+        f"{name}|{entry}": torch.as_tensor(value) for name, entries in state.items() for entry, value in entries.items()
     }
 
 
 def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``gather_optimizer``, given the tensors in every process; learning rates stay as they are."""
-    state: dict[str, dict[str, Tensor]] = {}
+    state: dict[str, Any] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
         state.setdefault(name, {})[entry] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,4 +62,6 @@ def start_world(timeout_minutes: float = 30) -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         if started:
+            # FSDP's modules and hooks form cycles; one that outlives its process group aborts the interpreter at exit.
+            gc.collect()
             dist.destroy_process_group()

@@ -1,0 +1,75 @@
+"""Several real processes give what one gives: FSDP2 over gloo, started by torchrun or by device_mapping."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from limbeck import DistillPipeline
+
+from .conftest import assert_same_weights, forget_after
+
+
+def train(settings: dict, tmp_path: Path, ranks: int, *overrides: str) -> str:
+    config = tmp_path / f"{ranks}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "limbeck", "train", str(config), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(folder: Path, key: str) -> list[float]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in found if key in line]
+
+
+def rows(per_device: int, accumulation: int = 1) -> dict:
+    return {
+        "student.training_args.per_device_train_batch_size": per_device,
+        "student.training_args.gradient_accumulation_steps": accumulation,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, rows(4)),
+        (2, {**rows(2, 2), "student.model_args.disable_gradient_checkpointing": False}),
+        (2, {**rows(4), "student.strategy_args.strategy_config.replicate": True,
+             "teacher.strategy_args.strategy_name": "hf_infer"}),
+        (4, {**rows(2), "student.strategy_args.strategy_config.fsdp_size": 2}),
+    ],
+    ids=["fsdp2", "accumulated-and-recomputed", "replicated", "hsdp"],
+)  # fmt: skip
+def test_ranks_give_the_losses_of_one(configure, settings, tmp_path, ranks, changes):
+    # No warm-up and clipping on: the gradient norm must be global for the weights to agree.
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    train(settings(output_dir=str(tmp_path / "many"), **changes), tmp_path, ranks)
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
+        assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(configure, settings, tmp_path):
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    out = tmp_path / "out"
+    train(settings(**rows(4)), tmp_path, 2)
+    forget_after(out, 10)
+    text = train(settings(**rows(8)), tmp_path, 1, "resume_from_checkpoint=latest")
+    assert "at step 10" in text
+    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(tmp_path / "one", "train/loss")[-1], abs=1e-6)
+    forget_after(out, 10)
+    train(settings(**rows(4)), tmp_path, 2, "resume_from_checkpoint=latest")
+    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(tmp_path / "one", "train/loss")[-1], abs=1e-6)
+    assert_same_weights(tmp_path / "one" / "student", out / "student", tolerance=1e-4)
+
+
+def test_device_mapping_starts_its_own_ranks(settings, tmp_path):
+    mapped = settings(**rows(4), max_steps=2, **{"student.device_mapping": "list(range(0,2))"})
+    text = train(mapped, tmp_path, 1)
+    assert "4 × 1 × 2 rows on 2 × cpu" in text
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
