@@ -199,10 +199,10 @@ def test_old_checkpoints_go_and_the_best_stays(configure):
     assert (out / "student").resolve().name == "checkpoint-30"
 
 
-def test_epochs_may_be_fractional_and_the_shorter_limit_wins(configure):
-    epochs = {"student.training_args.num_train_epochs": 0.5}
-    assert DistillPipeline(configure(**epochs, max_steps=100)).run().step == 6  # 96 rows of 8 make 12 steps
-    assert DistillPipeline(configure(**epochs, max_steps=3)).run().step == 3
+def test_epochs_may_be_fractional_and_the_shorter_limit_wins(configure, tmp_path):
+    epochs = {"student.training_args.num_train_epochs": 0.5}  # 96 rows of 8 make 12 steps
+    assert DistillPipeline(configure(**epochs, max_steps=100, output_dir=str(tmp_path / "a"))).run().step == 6
+    assert DistillPipeline(configure(**epochs, max_steps=3, output_dir=str(tmp_path / "b"))).run().step == 3
 
 
 def test_accumulation_changes_nothing(configure, tmp_path):
@@ -370,6 +370,17 @@ def test_different_tokenizers_are_refused_before_training(configure, tmp_path, a
     with pytest.raises(LimbeckError, match=r"differ in 2 of"):
         DistillPipeline(configure(teacher_pretrain=str(tmp_path / "other"))).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_run_never_mixes_with_an_earlier_one(configure):
+    DistillPipeline(configure(max_steps=1)).run()
+    with pytest.raises(LimbeckError, match="holds the checkpoints of an earlier run"):
+        DistillPipeline(configure(max_steps=2)).run()
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
+    with pytest.raises(LimbeckError, match="track_with = 'wand' is not known"):
+        DistillPipeline(configure(track_with="wand", student_pretrain="/nowhere")).run()
 
 
 def test_a_missing_model_is_one_sentence(configure, tmp_path):

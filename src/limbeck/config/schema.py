@@ -204,9 +204,10 @@ class ModelArgs(Section):
 class StudentModelArgs(ModelArgs):
     """Which checkpoint the student starts from, and which of its parameters are trained."""
 
-    disable_gradient_checkpointing: bool = Field(
-        default=False,
-        description="True keeps all activations of the student (faster); false recomputes them (far less memory).",
+    disable_gradient_checkpointing: bool | None = Field(
+        default=None,
+        description="True keeps all activations (faster); false recomputes them (far less memory); unset, they are "
+        "recomputed on GPUs and kept on CPUs.",
     )
     gradient_checkpointing_use_reentrant: bool | None = Field(
         default=None, description="Which of torch's two checkpointing variants to use; unset, the non-reentrant one."
@@ -250,7 +251,8 @@ class DataArgs(Section):
         default_factory=dict, description="Values passed on to the chat template, such as `enable_thinking: false`."
     )
     cache_path: str | None = Field(
-        default=None, description="Folder that keeps tokenised data for the next run with the same files; unset, none."
+        default=None, description="Folder that keeps tokenised data for the next run with the same files; unset, LIMBECK_CACHE or "
+        "`~/.cache/limbeck/tokens`."
     )
 
 

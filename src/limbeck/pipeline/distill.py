@@ -28,7 +28,7 @@ from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
 from limbeck.pipeline.parts import DTYPES, make_data, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
-from limbeck.pipeline.trackers import MetricsFile, Tracker, make_tracker
+from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
@@ -67,7 +67,13 @@ class _Run:
     def __init__(self, config: DistillConfig, world: World) -> None:
         self.config, self.world = config, world
         self.output_dir = Path(config.output_dir)
+        check_tracker(config.track_with)
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
+        if not config.resume_from_checkpoint and files.list_checkpoints(config.checkpoint_dir):
+            raise LimbeckError(
+                f"{config.checkpoint_dir} holds the checkpoints of an earlier run; "
+                "set resume_from_checkpoint: true to go on with it, or another output_dir."
+            )
         self.data = make_data(config, world)
         self.teacher = make_teacher(config, world, self.data)
         self.student = make_student(config, world, self.data, self.teacher)
@@ -198,6 +204,8 @@ class _Run:
             "data": self.data.report,
         }
         (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
+        if self.resumed_from is None:
+            (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
         other = make_tracker(config.track_with, config.log_dir, dict(config.tracker_kwargs))
         return [MetricsFile(self.output_dir / "metrics.jsonl"), *([other] if other else [])]
 

@@ -184,10 +184,9 @@ def make_student(config: DistillConfig, world: World, data: Data, teacher: Local
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         if args.lora_target:
             model.enable_input_require_grads()
-    root = StudentWithLoss(model, make_objective(config), vocab).to(world.device).train()
-    layers = decoder_layers(model)
-    shard(root, layers, world, fsdp2_options(config.student, dtype))
-    return root
+    root = StudentWithLoss(model, make_objective(config), vocab).train()
+    # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
+    return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -219,16 +218,17 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         trust_remote_code=args.trust_remote_code,
         seed=config.seed,
         role="teacher",
-    ).to(world.device)
+    )
     check_head(model, str(args.model_name_or_path))
     head = output_head(model)
     _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
     # The head is sent once: every rank keeps it whole, also when the body is spread.
-    head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    bias = None if head.bias is None else head.bias.detach().to(world.device)
+    head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     trunk = body(model).requires_grad_(False)
     if config.teacher.strategy_args.strategy_name != "hf_infer":
         shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, DTYPES[args.dtype]))
-    return LocalTeacher(trunk, head)
+    return LocalTeacher(trunk.to(world.device), head)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

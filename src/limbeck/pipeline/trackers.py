@@ -74,10 +74,14 @@ register_tracker("stdout", lambda log_dir, kwargs: None)  # the console prints e
 register_tracker("none", lambda log_dir, kwargs: None)
 
 
-def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
-    """The tracker called ``name``; raises LimbeckError for one that nobody registered."""
+def check_tracker(name: str) -> None:
+    """Raise LimbeckError for a tracker that nobody registered."""
     if name not in _TRACKERS:
         raise LimbeckError(
             f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, or register_tracker() your own."
         )
+
+
+def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
+    """The tracker called ``name``, or None for one that keeps nothing."""
     return _TRACKERS[name](log_dir, kwargs)

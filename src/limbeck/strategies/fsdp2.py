@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Fsdp2:
     reshard_after_forward: bool = True
 
 
-def shard(root: nn.Module, layers: Sequence[nn.Module], world: World, options: Fsdp2) -> nn.Module:
+def shard(root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2) -> M:
     """``root`` with each of ``layers`` and the rest of it sharded in place; unchanged when the process is alone."""
     if world.size == 1:
         return root

@@ -1,0 +1,64 @@
+"""Start-up: seconds from the start of the process to ``limbeck --help``'s answer, and to the end of the first training step.
+
+    python benchmarks/startup.py
+
+The models are of the demo's size and the data is tokenised already (the first run fills the cache and is not counted).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+from limbeck.demo.problems import generate, write_jsonl
+from limbeck.demo.run import Sizes, _make_model, _make_tokenizer
+
+LIMBECK = [sys.executable, "-m", "limbeck"]
+
+
+def seconds_of(command: list[str]) -> float:
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    return time.perf_counter() - begun
+
+
+def seconds_to_first_step(config: Path, metrics: Path) -> float:
+    metrics.unlink(missing_ok=True)
+    begun = time.time()
+    subprocess.run([*LIMBECK, "train", str(config)], check=True, capture_output=True)
+    return json.loads(metrics.read_text().splitlines()[0])["time"] - begun
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        sizes = Sizes()
+        write_jsonl(generate(sizes.student_problems, 1), folder / "teacher.jsonl")
+        tokenizer = _make_tokenizer(folder, sizes.vocab_size)
+        _make_model(folder / "teacher", tokenizer, sizes.teacher, 1)
+        _make_model(folder / "student", tokenizer, sizes.student, 0)
+        config = folder / "run.yaml"
+        settings = {
+            "student_pretrain": str(folder / "student"),
+            "teacher_pretrain": str(folder / "teacher"),
+            "output_dir": str(folder / "out"),
+            "max_steps": 1,
+            "sequence_length": 128,
+            "student": {"data_args": {"file_name": str(folder / "teacher.jsonl"), "cache_path": str(folder / "cache")}},
+        }
+        config.write_text(yaml.safe_dump(settings))
+        seconds_to_first_step(config, folder / "out" / "metrics.jsonl")
+        first = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(5)]
+        answer = [seconds_of([*LIMBECK, "--help"]) for _ in range(5)]
+    print(f"limbeck --help: {statistics.median(answer):.2f} s (worst of 5: {max(answer):.2f} s)")
+    print(f"limbeck train to the end of the first step: {statistics.median(first):.2f} s (worst of 5: {max(first):.2f} s)")
+
+
+if __name__ == "__main__":
+    main()
