@@ -27,6 +27,7 @@ def resident_mb() -> float:
 
 def measure(way: str) -> None:
     import torch
+
     from limbeck import fused_linear_distillation
 
     torch.manual_seed(0)
@@ -40,7 +41,9 @@ def measure(way: str) -> None:
     def naive() -> torch.Tensor:
         z_s, z_t = h_s @ w_s.T, h_t @ w_t.T
         ce = torch.nn.functional.cross_entropy(z_s, labels)
-        kd = torch.nn.functional.kl_div(z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True)
+        kd = torch.nn.functional.kl_div(
+            z_s.log_softmax(-1), z_t.log_softmax(-1), reduction="batchmean", log_target=True
+        )
         return 0.5 * ce + 0.5 * kd
 
     # The gradients' memory is there before; the fused loss makes its own and hands it over, so one copy is set aside.

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import yaml
+
 from limbeck.demo.problems import generate, write_jsonl
 from limbeck.demo.run import Sizes, _make_model, _make_tokenizer
 
@@ -57,7 +58,9 @@ def main() -> None:
         first = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(5)]
         answer = [seconds_of([*LIMBECK, "--help"]) for _ in range(5)]
     print(f"limbeck --help: {statistics.median(answer):.2f} s (worst of 5: {max(answer):.2f} s)")
-    print(f"limbeck train to the end of the first step: {statistics.median(first):.2f} s (worst of 5: {max(first):.2f} s)")
+    print(
+        f"limbeck train to the end of the first step: {statistics.median(first):.2f} s (worst of 5: {max(first):.2f} s)"
+    )
 
 
 if __name__ == "__main__":

@@ -251,8 +251,9 @@ class DataArgs(Section):
         default_factory=dict, description="Values passed on to the chat template, such as `enable_thinking: false`."
     )
     cache_path: str | None = Field(
-        default=None, description="Folder that keeps tokenised data for the next run with the same files; unset, LIMBECK_CACHE or "
-        "`~/.cache/limbeck/tokens`."
+        default=None,
+        description="Folder that keeps tokenised data for the next run with the same files; unset, LIMBECK_CACHE or "
+        "`~/.cache/limbeck/tokens`.",
     )
 
 

@@ -1,0 +1,104 @@
+"""The command line: fast to answer, exact about mistakes, and the same function behind every front door."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import make_data, make_model
+
+from limbeck.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def run_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    settings = {
+        "student_pretrain": str(make_model(folder / "student")),
+        "teacher_pretrain": str(make_model(folder / "teacher", hidden=48, seed=1)),
+        "output_dir": str(folder / "out"),
+        "sequence_length": 64,
+        "max_steps": 2,
+        "student": {"data_args": {"file_name": str(make_data(folder / "rows.jsonl"))}, "model_args": {"dtype": "fp32"}},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, limbeck.cli\n"
+        "try: limbeck.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'hydra', 'pydantic', 'rich', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "train" in done.stdout
+
+
+def test_train_then_report(run_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["train", str(run_file), f"output_dir={out}", "seed=3"]) == 0
+    assert "student: " in capsys.readouterr().out
+    assert json.loads((out / "run.json").read_text())["config"]["seed"] == 3
+    assert main(["report", str(out)]) == 0
+    assert "<svg" in (out / "report.html").read_text()
+
+
+def test_a_mistake_is_sentences_on_stderr_and_status_two(run_file, capsys):
+    assert main(["train", str(run_file), "student.training_args.learning_rat=1"]) == 2
+    text = capsys.readouterr().err
+    assert "student.training_args.learning_rat" in text
+    assert "learning_rate" in text
+    assert "Traceback" not in text
+
+
+def test_config_prints_what_would_run(run_file, capsys):
+    assert main(["config", str(run_file), "kd_temperature=2"]) == 0
+    text = capsys.readouterr().out
+    values = yaml.safe_load(text)
+    assert values["kd_temperature"] == 2
+    assert values["max_steps"] == 2
+    assert "command line" in text
+    assert main(["config", "--schema"]) == 0
+    assert "student.training_args.learning_rate" in capsys.readouterr().out
+
+
+def test_the_launcher_of_the_reference_is_the_same_door(run_file, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "examples" / "start_distill_pipeline.py"), "--config_path", run_file.parent.name,
+            "--config_name", "run", f"output_dir={tmp_path / 'out'}",
+        ],
+        capture_output=True, text=True, cwd=run_file.parents[1], check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+
+
+def test_the_demo_runs_and_refuses_a_folder_that_is_not_its_own(tmp_path, monkeypatch, capsys):
+    import limbeck.demo.run as demo
+
+    small = demo.Sizes(
+        teacher_problems=200, student_problems=64, held_out=16, teacher_steps=3, student_steps=3, teacher=(1, 32),
+        student=(1, 32), rows_per_step=8,
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "Sizes", lambda: small)
+    for _ in range(2):  # a second demo replaces the first
+        assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
+    shown = capsys.readouterr().out
+    for words in ("Held-out loss", "Divergence from the teacher", "Exact match", "report.html"):
+        assert words in shown
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert "Distilled" in page
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    assert main(["demo", "--output", str(tmp_path / "mine")]) == 2
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
