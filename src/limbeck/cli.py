@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from limbeck.errors import LimbeckError
+
+USER_MISTAKE = 2
+_STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except LimbeckError as error:
         print(f"limbeck: {error}", file=sys.stderr)
-        return 2
+        return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
 
@@ -65,24 +72,26 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     loaded = load_config(config_file, overrides)
     config = loaded.config
     main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process:
+    if main_process and not os.environ.get(_STARTED_HERE):
         for notice in loaded.notices:
             print(f"note: {notice}", file=sys.stderr)
-    os.environ.update(config.environment)
-    ranks = len(config.device_mapping or [0])
+    os.environ.update(config.environment)  # before torch is imported, which reads some of it once
+    devices = config.device_mapping or []
     launched = "WORLD_SIZE" in os.environ
-    if launched and config.device_mapping and int(os.environ["WORLD_SIZE"]) != ranks:
+    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices) * config.num_nodes:
         raise LimbeckError(
-            f"student.device_mapping names {ranks} devices but the launcher started {os.environ['WORLD_SIZE']} processes; "
-            "start as many, or leave device_mapping out."
+            f"student.device_mapping names {len(devices)} devices on {config.num_nodes} machines, but the launcher started "
+            f"{os.environ['WORLD_SIZE']} processes; start as many, or leave device_mapping out."
         )
     if config.num_nodes > 1 and not launched:
         raise LimbeckError(
-            f"num_nodes = {config.num_nodes}: start one `torchrun --nnodes {config.num_nodes} … -m limbeck train …` per "
+            f"num_nodes = {config.num_nodes}: start `torchrun --nnodes {config.num_nodes} … -m limbeck train …` on each "
             "machine; limbeck train itself starts processes on one machine only."
         )
-    if ranks > 1 and not launched:
-        return _launch(config.device_mapping or [], config_file, overrides)
+    if len(devices) > 1 and not launched:
+        return _launch(len(devices), config_file, overrides)
+    if devices:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     from limbeck.pipeline.distill import DistillPipeline
 
@@ -92,26 +101,59 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
-def _launch(devices: Sequence[int], config_file: Path, overrides: Sequence[str]) -> int:
-    import torch
+def _visible(devices: Sequence[int], allowed: str | None) -> str:
+    """The value of CUDA_VISIBLE_DEVICES under which ``devices`` count from 0, inside what a scheduler ``allowed``."""
+    if allowed is None:
+        return ",".join(map(str, devices))
+    names = [name.strip() for name in allowed.split(",") if name.strip()]
+    if names and max(devices) >= len(names):
+        raise LimbeckError(
+            f"student.device_mapping names device {max(devices)}, but CUDA_VISIBLE_DEVICES = {allowed} leaves only "
+            f"{len(names)} (numbered from 0); name devices that exist."
+        )
+    return ",".join(names[device] for device in devices) if names else allowed
 
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // len(devices))))
-    if torch.cuda.is_available():
-        if max(devices) >= torch.cuda.device_count():
-            raise LimbeckError(
-                f"student.device_mapping names device {max(devices)}, but this machine has {torch.cuda.device_count()} GPUs "
-                "(numbered from 0); name devices that exist."
+
+def _launch(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
+    """Run this command once per rank on this machine. When one fails the others are stopped; the worst status is returned."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {**os.environ, _STARTED_HERE: "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    command = [sys.executable, "-m", "limbeck", "train", str(config_file), *overrides]
+    with tempfile.TemporaryFile("w+") as others:
+        processes = [
+            subprocess.Popen(
+                command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=others if rank else None
             )
-        environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(len(devices)),
-        "-m", "limbeck", "train", str(config_file), *overrides,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, env=environment)
-    while True:
+            for rank in range(ranks)
+        ]
+        _wait(processes)
+        # What the others say after the main rank's sentence is only that it is gone.
+        if processes[0].returncode != USER_MISTAKE and any(process.returncode for process in processes):
+            others.seek(0)
+            sys.stderr.write("".join(others.readlines()[-40:]))
+    codes = [process.returncode for process in processes]
+    worst = next((code for code in codes if code), 0)
+    return 128 - worst if worst < 0 else worst
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    while any(process.poll() is None for process in processes):
         try:
-            return process.wait()
+            time.sleep(0.2)
+            if any(process.poll() for process in processes):
+                # The main rank may be the one with something to say; give it a moment before it is stopped too.
+                time.sleep(2)
+                for process in processes:
+                    process.terminate()
+                for process in processes:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(60)
+                    process.kill()
+                    process.wait()
         except KeyboardInterrupt:
             continue  # the processes have had the same Ctrl-C and are saving
 

@@ -50,7 +50,8 @@ class DistillTrainer(Trainer):
     """``Trainer(model=student, …)`` with a teacher.
 
     teacher: a causal language model with the student's tokenizer, or None for cross-entropy alone. objective, kd_weight,
-    temperature, teacher_temperature and ``parameters`` (alpha, skew, beta) are those of ``fused_linear_distillation``. Batches
+    temperature, teacher_temperature, temperature_squared, topk and ``parameters`` (alpha, skew, beta of the divergence) are
+    those of ``Objective.of``. Batches
     hold ``input_ids`` and unshifted ``labels`` (−100 where nothing is learned), right-padded. The loss is divided once by
     the supervised tokens of the whole step, over accumulation and processes, as the Trainer counts them. Logits are never
     formed, so ``compute_metrics`` sees none.
@@ -65,7 +66,9 @@ class DistillTrainer(Trainer):
         kd_weight: float = 0.5,
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
-        parameters: dict[str, Any] | None = None,
+        temperature_squared: bool = False,
+        topk: int = 0,
+        parameters: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
         check_head(model, "the student")
@@ -81,7 +84,9 @@ class DistillTrainer(Trainer):
             kd_weight=kd_weight if teacher is not None else 0.0,
             temperature=temperature,
             teacher_temperature=teacher_temperature,
-            **(parameters or {}),
+            squared=temperature_squared,
+            topk=topk,
+            parameters=parameters,
         )
         super().__init__(_Distilled(StudentWithLoss(model, goal, vocab), local), *args, **kwargs)
         if teacher is not None:

@@ -275,6 +275,8 @@ def _notices(
     if translation.ignored:
         listed = ", ".join(f"{path} ({place_of(path, places)})" for path in sorted(translation.ignored))
         yield f"These keys have no meaning here and change nothing: {listed}."
+        if origins["logits_topk"] == "default" and config.distill_loss_weight > 0:
+            yield "logits_topk is not set: the whole vocabulary is compared, where ROLL would take the teacher's top 64."
     yield from translation.notices
     defaults = {path: field.get_default(call_default_factory=True) for path, field in walk_keys()}
     values = dict(leaves(config.model_dump()))

@@ -237,7 +237,7 @@ class DataArgs(Section):
     """Which files the student learns from, and how a row becomes text."""
 
     file_name: Files | None = Field(
-        default=None, description="Training files: JSON, JSONL or Parquet; one name or a list, read in this order."
+        default=None, description="Training files: JSON or JSONL; one name or a list, read in this order."
     )
     eval_file_name: Files | None = Field(
         default=None, description="Validation files, as an alternative to `validation.data_args.file_name`."
@@ -310,8 +310,7 @@ class StrategyConfig(Section):
     )
     reshard_after_forward: bool | None = Field(
         default=None,
-        description="Free gathered parameters after the forward pass (less memory, one more gather); unset, FSDP2's "
-        "choice.",
+        description="Free gathered parameters after the forward pass (less memory, one more gather); unset, true.",
     )
     param_dtype: Dtype | None = Field(
         default=None, description="Number format of the gathered parameters and of compute; unset, `model_args.dtype`."
@@ -387,9 +386,7 @@ class StudentConfig(WorkerConfig):
 class ValidationDataArgs(Section):
     """Which files the student is measured on."""
 
-    file_name: Files | None = Field(
-        default=None, description="Validation files: JSON, JSONL or Parquet; one name or a list."
-    )
+    file_name: Files | None = Field(default=None, description="Validation files: JSON or JSONL; one name or a list.")
 
 
 class ValidationConfig(Section):
@@ -488,9 +485,10 @@ class DistillConfig(Section):
     )
     js_beta: float = Field(
         default=0.5,
-        gt=0,
-        lt=1,
-        description="Weight of the teacher in js_divergence's mixture; 0.5 is the symmetric one.",
+        ge=0,
+        le=1,
+        description="Weight of the teacher in js_divergence's mixture; 0.5 is the symmetric one, 0 and 1 stand for the "
+        "forward and the reverse KL as in GKD.",
     )
 
     max_steps: int | None = Field(
@@ -513,7 +511,7 @@ class DistillConfig(Section):
     )
     resume_from_checkpoint: bool | str = Field(
         default=False,
-        description="true or latest continues from the newest checkpoint of output_dir; a path from that one.",
+        description="true or latest continues from the newest checkpoint of the run's checkpoint folder; a path from that one.",
     )
     checkpoint_config: CheckpointConfig = Field(
         default_factory=CheckpointConfig, description="Where checkpoints go and which of them counts as the best."
@@ -537,7 +535,9 @@ class DistillConfig(Section):
     )
     num_nodes: int = Field(default=1, ge=1, description="Machines that take part.")
     num_gpus_per_node: int | None = Field(
-        default=None, ge=1, description="Ranks on each machine; unset, as many as devices are named or found."
+        default=None,
+        ge=1,
+        description="Devices that each machine has: device numbers must lie below num_nodes x this; unset, unchecked.",
     )
 
     student: StudentConfig = Field(default_factory=StudentConfig, description="The model that is trained.")
@@ -648,6 +648,14 @@ class DistillConfig(Section):
             if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
                 yield Contradiction(
                     f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
+                )
+        if self.num_gpus_per_node is not None and self.device_mapping:
+            there = self.num_nodes * self.num_gpus_per_node
+            if max(self.device_mapping) >= there:
+                yield Contradiction(
+                    "num_gpus_per_node",
+                    f"= {self.num_gpus_per_node} on {self.num_nodes} machine(s) makes {there} devices, but device_mapping "
+                    f"names device {max(self.device_mapping)} (they are numbered from 0); correct one of them",
                 )
         given = [worker.device_mapping for worker in (student, teacher) if worker.device_mapping is not None]
         if len(given) == 2 and given[0] != given[1]:

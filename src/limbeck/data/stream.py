@@ -6,6 +6,7 @@ ranks, and every rank can count the whole step without asking the others. Nothin
 
 from __future__ import annotations
 
+import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -100,6 +101,7 @@ class BatchStream:
                 f"gradient_accumulation_steps {accumulation_steps} x {world_size} ranks; lower "
                 "gradient_accumulation_steps or per_device_train_batch_size, or give more data."
             )
+        self._checksum = zlib.crc32(examples.labels.tobytes(), zlib.crc32(examples.tokens.tobytes()))
         self._epoch = 0
         self._step = 0
         self._order = self._order_of(0)
@@ -146,6 +148,7 @@ class BatchStream:
             "rows": len(self._examples),
             "rows_per_step": self._units_per_step,
             "steps_per_epoch": self._steps_per_epoch,
+            "checksum": self._checksum,
         }
 
     def _advance(self) -> None:

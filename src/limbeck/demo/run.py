@@ -39,7 +39,7 @@ class Sizes:
     student: tuple[int, int] = (2, 128)
     teacher_steps: int = 1_200
     student_steps: int = 600
-    rows_per_step: int = 32
+    packs_per_step: int = 10  # of 128 tokens, three problems each
     distill_loss_weight: float = 0.9
 
 
@@ -182,12 +182,13 @@ def _train(
                     "lr_scheduler_type": "cosine",
                     "warmup_ratio": 0.05,
                     "weight_decay": 0.01,
-                    "per_device_train_batch_size": sizes.rows_per_step,
+                    "per_device_train_batch_size": sizes.packs_per_step,
                 },
                 "data_args": {
                     "file_name": [str(folder / "data" / f"{start}.jsonl")],
                     "cache_path": str(folder / "data" / "tokens"),
                 },
+                "use_sequence_packing": True,
                 "infer_batch_size": 64,
             },
             "teacher": {"model_args": {"dtype": "fp32"}},

@@ -2,7 +2,7 @@
 
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import body, check_head, decoder_layers, hidden_states, output_head
-from limbeck.models.load import load_model, load_tokenizer
+from limbeck.models.load import load_model, load_tokenizer, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 
 __all__ = [
@@ -17,4 +17,5 @@ __all__ = [
     "load_tokenizer",
     "merged_state_dict",
     "output_head",
+    "recompute_activations",
 ]

@@ -13,6 +13,7 @@ Shapes: N positions, V vocabulary, H hidden size (student's and teacher's may di
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,9 +69,12 @@ class Objective:
         teacher_temperature: float | None = None,
         squared: bool = False,
         topk: int = 0,
-        **parameters: float,
+        parameters: Mapping[str, float] | None = None,
     ) -> Objective:
-        """The objective with the divergence called ``name``; unset, τ_t = τ_s. Raises LimbeckError for impossible numbers."""
+        """The objective with the divergence called ``name``, given its ``parameters``; unset, τ_t = τ_s.
+
+        Raises LimbeckError for impossible numbers.
+        """
         if not 0 <= kd_weight <= 1:
             raise LimbeckError(f"kd_weight must be in [0, 1], got {kd_weight}.")
         tau_t = temperature if teacher_temperature is None else teacher_temperature
@@ -78,14 +82,14 @@ class Objective:
             raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
         if topk < 0:
             raise LimbeckError(f"logits_topk must be 0 (the whole vocabulary) or more, got {topk}.")
-        return cls(formulas(name, **parameters), kd_weight, temperature, tau_t, squared, topk)
+        return cls(formulas(name, **(parameters or {})), kd_weight, temperature, tau_t, squared, topk)
 
 
 class DistillationLoss(NamedTuple):
     """``loss`` backpropagates; the rest are detached scalars on the device, each a sum over supervised tokens ÷ normalizer.
 
-    kd: the divergence; ce: cross-entropy; entropies in nats of q and p; top1_agreement: share of positions where both models'
-    most likely token is the same. kd, teacher_entropy and top1_agreement are 0 without a teacher.
+    kd: the divergence; ce: cross-entropy; entropies in nats of q and p as the divergence sees them; top1_agreement: share of
+    positions where both models' most likely token is the same. kd, teacher_entropy and top1_agreement are 0 without a teacher.
     """
 
     loss: Tensor
@@ -343,8 +347,7 @@ def _tile(
     log_q1 = logits.log_softmax(-1)
     q1 = log_q1.exp()
     stats[1] -= log_q1.gather(-1, target).sum()
-    stats[2] -= torch.linalg.vecdot(q1, log_q1).sum()
-
+    q, log_q = q1, log_q1
     weight = None
     if teacher_logits is not None:
         best = teacher_logits.argmax(-1, keepdim=True)
@@ -358,11 +361,13 @@ def _tile(
             columns = None
             tau_t = objective.teacher_temperature
             log_p = (teacher_logits if tau_t == 1.0 else teacher_logits / tau_t).log_softmax(-1)
-            log_q, q = (log_q1, q1) if tau == 1.0 else _tempered(logits, tau)
+            if tau != 1.0:
+                log_q, q = _tempered(logits, tau)
         p = log_p.exp()
         stats[3] -= torch.linalg.vecdot(p, log_p).sum()
         value, weight = objective.terms(p, q, log_p, log_q)
         stats[0] += value.sum()
+    stats[2] -= torch.linalg.vecdot(q, log_q).sum()
     if not wants_grad:
         return
 

@@ -63,6 +63,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callabl
     }
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, temporary / MANIFEST]:
+        path.chmod(0o644)  # safetensors leaves its files to their owner alone; a shared disk has other readers
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if final.exists():
@@ -76,8 +77,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
     damage = find_damage(path)
     if damage is not None:
         whole = [other for other in list_checkpoints(path.parent) if other != path and find_damage(other) is None]
-        advice = f"resume_from_checkpoint: {whole[-1]}" if whole else "there is no whole one beside it; start anew"
-        raise LimbeckError(f"{path} is damaged ({damage}); the newest whole checkpoint: {advice}.")
+        advice = (
+            f"go on from the newest whole one with resume_from_checkpoint: {whole[-1]}"
+            if whole
+            else "no other one there is whole, so start anew"
+        )
+        raise LimbeckError(f"{path} is damaged ({damage}); {advice}.")
     manifest = json.loads((path / MANIFEST).read_text())
     training = path / TRAINING
     return Checkpoint(

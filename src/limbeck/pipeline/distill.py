@@ -6,6 +6,7 @@ Every rank runs this same loop. How data is made, a model spread, a signal sent 
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 from collections.abc import Mapping
@@ -54,6 +55,13 @@ class DistillPipeline:
 
     def run(self) -> RunResult:
         """Train to the end, or until a signal asks to stop; either way a whole checkpoint is left. Resumes if configured."""
+        os.environ.update(self.config.environment)
+        ranks = len(self.config.device_mapping or [0]) * self.config.num_nodes
+        if self.config.device_mapping and int(os.environ.get("WORLD_SIZE", "1")) != ranks:
+            raise LimbeckError(
+                f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
+                "processes; start it with `limbeck train`, or with torchrun and as many processes."
+            )
         with start_world() as world, stop_requests() as stop:
             quiet_libraries()
             if world.device.type == "cpu":
@@ -68,6 +76,7 @@ class _Run:
         self.config, self.world = config, world
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
+        self._check_best_metric()
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
         if not config.resume_from_checkpoint and files.list_checkpoints(config.checkpoint_dir):
             raise LimbeckError(
@@ -109,12 +118,14 @@ class _Run:
                     self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None and self.distils))
                 due = config.save_steps and self.step % config.save_steps == 0
                 judged: dict[str, float] = {}
-                if self.data.validation and not stopped and (ended or due or _every(self.step, config.eval_steps)):
-                    judged = self._validate()
-                    self._log(console, judged)
-                if ended or due:
-                    self._save(judged)
-                    saved = self.step
+                with self.metrics.aside():
+                    judging = self.data.validation and config.eval_steps > 0 and not stopped
+                    if judging and (ended or due or self.step % config.eval_steps == 0):
+                        judged = self._validate()
+                        self._log(console, judged)
+                    if ended or due:
+                        self._save(judged)
+                        saved = self.step
             if saved != self.step:
                 self._save({})
             if stopped:
@@ -182,6 +193,17 @@ class _Run:
             line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
         return {**line, "student/val_loss": means["ce"]}
 
+    def _check_best_metric(self) -> None:
+        known = ["val/loss", "val/ce", "val/student_entropy", "student/val_loss"]
+        if self.config.has_teacher:
+            known += ["val/kd", "val/teacher_entropy", "val/top1_agreement"]
+        metric = self.config.checkpoint_config.best_metric
+        if metric is not None and metric not in known:
+            raise LimbeckError(
+                f"checkpoint_config.best_metric = {metric!r} is not a metric of this run's validation; "
+                f"use one of {', '.join(known)}."
+            )
+
     # -- what is told -----------------------------------------------------------------------------------------------
 
     def _open_trackers(self) -> list[Tracker]:
@@ -200,12 +222,13 @@ class _Run:
             "parameters": parameters,
             "ranks": self.world.size,
             "device": str(self.world.device),
-            "config": config.model_dump(mode="json"),
+            "config": _shareable(config),
             "data": self.data.report,
         }
         (self.output_dir / "run.json").write_text(json.dumps(facts, indent=1))
-        if self.resumed_from is None:
-            (self.output_dir / "metrics.jsonl").unlink(missing_ok=True)
+        earlier = self.output_dir / "metrics.jsonl"
+        if self.resumed_from is None and earlier.exists():
+            earlier.replace(earlier.with_name("metrics.previous.jsonl"))
         other = make_tracker(config.track_with, config.log_dir, dict(config.tracker_kwargs))
         return [MetricsFile(self.output_dir / "metrics.jsonl"), *([other] if other else [])]
 
@@ -234,11 +257,6 @@ class _Run:
 
     def _save(self, judged: Mapping[str, float]) -> None:
         folder, settings = self.config.checkpoint_dir, self.config.checkpoint_config
-        if settings.best_metric and judged and settings.best_metric not in judged:
-            raise LimbeckError(
-                f"checkpoint_config.best_metric = {settings.best_metric!r} is not a validation metric; "
-                f"use one of {', '.join(judged)}."
-            )
         state = {name.removeprefix(_ROOT): tensor for name, tensor in gather_model(self.student).items()}
         moments = gather_optimizer(self.student, self.optimizer)
         if self.world.is_main:
@@ -249,9 +267,8 @@ class _Run:
                 moments,
                 {
                     "data": self.data.stream.position,
-                    "scheduler": {k: v for k, v in self.scheduler.state_dict().items() if k != "lr_lambdas"},
                     "scaler": self.scaler.state_dict(),
-                    "config": self.config.model_dump(mode="json"),
+                    "config": _shareable(self.config),
                 },
                 judged.get(settings.best_metric) if settings.best_metric else None,
             )
@@ -287,9 +304,11 @@ class _Run:
             )
         scatter_model(self.student, {_ROOT + name: tensor for name, tensor in checkpoint.masters.items()})
         scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
-        self.scheduler.load_state_dict({**self.scheduler.state_dict(), **checkpoint.state["scheduler"]})
-        for group, rate in zip(self.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
-            group["lr"] = rate
+        # The rate is a function of the step, so a longer or another schedule is entered at the right place.
+        self.scheduler.load_state_dict(
+            {**self.scheduler.state_dict(), "last_epoch": self.step - 1, "_step_count": self.step}
+        )
+        self.scheduler.step()
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.data.stream.seek(checkpoint.state["data"])
 
@@ -301,8 +320,13 @@ def _total_steps(config: DistillConfig, steps_per_epoch: int) -> int:
     return min(limits)
 
 
-def _every(step: int, period: int) -> bool:
-    return period > 0 and step % period == 0
+def _shareable(config: DistillConfig) -> dict[str, Any]:
+    """The configuration as it may be shown and uploaded: environment and tracker values can be tokens, so names only."""
+    values = config.model_dump(mode="json")
+    for section in (values["system_envs"], values["student"]["system_envs"], values["teacher"]["system_envs"]):
+        section.update(dict.fromkeys(section, "(not shown)"))
+    values["tracker_kwargs"] = dict.fromkeys(values["tracker_kwargs"], "(not shown)")
+    return values
 
 
 def _count(model: torch.nn.Module) -> int:

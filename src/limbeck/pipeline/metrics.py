@@ -82,6 +82,13 @@ class StepMetrics:
         self._steps = self._tokens = self._supervised = self._slots = 0
         self._started = time.perf_counter()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is not training: its time counts neither as a step nor against the throughput."""
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
+
     def count(self, batch: GlobalBatch, grad_norm: Tensor) -> None:
         """Add one optimizer step."""
         self._steps += 1

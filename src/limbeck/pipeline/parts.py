@@ -22,6 +22,7 @@ from limbeck.models import (
     load_model,
     load_tokenizer,
     output_head,
+    recompute_activations,
 )
 from limbeck.objectives import Objective
 from limbeck.pipeline.student import StudentWithLoss
@@ -136,7 +137,7 @@ def make_objective(config: DistillConfig) -> Objective:
         teacher_temperature=config.effective_teacher_temperature,
         squared=config.temperature_squared,
         topk=config.logits_topk,
-        **parameters,
+        parameters=parameters,
     )
 
 
@@ -180,8 +181,7 @@ def make_student(config: DistillConfig, world: World, data: Data, teacher: Local
     if args.freeze_module_prefix:
         freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
     if recompute(config, world):
-        reentrant = bool(args.gradient_checkpointing_use_reentrant)
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
         if args.lora_target:
             model.enable_input_require_grads()
     root = StudentWithLoss(model, make_objective(config), vocab).train()

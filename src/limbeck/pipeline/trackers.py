@@ -78,7 +78,8 @@ def check_tracker(name: str) -> None:
     """Raise LimbeckError for a tracker that nobody registered."""
     if name not in _TRACKERS:
         raise LimbeckError(
-            f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, or register_tracker() your own."
+            f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, "
+            "or add yours from Python with limbeck.register_tracker()."
         )
 
 
