@@ -9,7 +9,8 @@ import pytest
 import yaml
 from tiny import make_data, make_model
 
-from limbeck.cli import main
+from limbeck import LimbeckError
+from limbeck.cli import _visible, main
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +82,19 @@ def test_the_launcher_of_the_reference_is_the_same_door(run_file, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("devices", "allowed", "visible"),
+    [([3], None, "3"), ([0, 1], "4,5,6,7", "4,5"), ([2], "GPU-a,GPU-b,GPU-c", "GPU-c")],
+)
+def test_devices_are_counted_inside_what_a_scheduler_allows(devices, allowed, visible):
+    assert _visible(devices, allowed) == visible
+
+
+def test_a_device_beyond_what_a_scheduler_allows_is_refused():
+    with pytest.raises(LimbeckError, match="leaves only 2"):
+        _visible([2], "0,1")
 
 
 def test_the_demo_runs_and_refuses_a_folder_that_is_not_its_own(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,11 @@
 """Several real processes give what one gives: FSDP2 over gloo, started by torchrun or by device_mapping."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,3 +76,35 @@ def test_device_mapping_starts_its_own_ranks(settings, tmp_path):
     text = train(mapped, tmp_path, 1)
     assert "4 × 1 × 2 rows on 2 × cpu" in text
     assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+
+
+def test_a_mistake_on_several_ranks_is_one_sentence_and_status_two(settings, tmp_path):
+    mapped = settings(**rows(4), **{"student.device_mapping": "0,1", "teacher_pretrain": str(tmp_path / "nowhere")})
+    config = tmp_path / "bad.yaml"
+    config.write_text(yaml.safe_dump(mapped))
+    command = [sys.executable, "-m", "limbeck", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("nowhere") == 1
+
+
+def test_a_stop_signal_reaches_every_rank(settings, tmp_path):
+    keys = settings(**rows(4), max_steps=10_000, eval_steps=0, save_steps=0, **{"student.device_mapping": "0,1"})
+    keys["student"]["training_args"]["num_train_epochs"] = 10_000
+    keys.pop("validation")
+    config, out = tmp_path / "long.yaml", tmp_path / "out"
+    config.write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-m", "limbeck", "train", str(config)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not ((out / "metrics.jsonl").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) > 2):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    text = process.communicate(timeout=60)[0]
+    assert process.returncode == 130, text
+    assert "Stopped by SIGINT" in text
+    assert (out / "student" / "model.safetensors").is_file()

@@ -372,6 +372,51 @@ def test_different_tokenizers_are_refused_before_training(configure, tmp_path, a
     assert not (tmp_path / "out").exists()
 
 
+def test_a_longer_schedule_is_entered_at_the_right_rate(configure):
+    first = configure(max_steps=4, save_steps=0, eval_steps=0)
+    DistillPipeline(first).run()
+    longer = configure(max_steps=8, save_steps=0, eval_steps=0, resume_from_checkpoint=True)
+    DistillPipeline(longer).run()
+    rates = lines(Path(longer.output_dir), "student/lr")
+    assert [rates[step] for step in range(5, 9)] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(5, 9)])
+
+
+def test_edited_data_of_the_same_size_is_noticed_on_resume(configure, assets, tmp_path):
+    copy = tmp_path / "rows.jsonl"
+    shutil.copy(assets / "rows.jsonl", copy)
+    changes = {"student.data_args.file_name": [str(copy)], "max_steps": 2, "eval_steps": 0}
+    DistillPipeline(configure(**changes)).run()
+    copy.write_text(copy.read_text().replace("It is", "It was"))
+    with pytest.raises(LimbeckError, match="place in the data"):
+        DistillPipeline(configure(**{**changes, "max_steps": 4}, resume_from_checkpoint=True)).run()
+
+
+def test_a_wrong_best_metric_is_told_before_anything_is_loaded(configure):
+    with pytest.raises(LimbeckError, match=r"best_metric = 'val/accuracy' .*val/kd"):
+        DistillPipeline(
+            configure(**{"checkpoint_config.best_metric": "val/accuracy"}, student_pretrain="/nowhere")
+        ).run()
+
+
+def test_secrets_stay_out_of_what_is_written(configure, monkeypatch):
+    monkeypatch.delenv("MY_TOKEN", raising=False)
+    config = configure(max_steps=1, eval_steps=0, system_envs={"MY_TOKEN": "s3cr3t"})
+    DistillPipeline(config).run()
+    assert os.environ["MY_TOKEN"] == "s3cr3t"
+    for path in Path(config.output_dir).rglob("*.json*"):
+        assert "s3cr3t" not in path.read_text(), path
+
+
+def test_no_validation_when_eval_steps_is_zero(configure):
+    result = DistillPipeline(configure(max_steps=2, eval_steps=0)).run()
+    assert not [name for name in result.metrics if name.startswith("val/")]
+
+
+def test_python_refuses_a_mapping_that_needs_more_processes(configure):
+    with pytest.raises(LimbeckError, match=r"names 2 devices, but this is one of 1 processes"):
+        DistillPipeline(configure(**{"student.device_mapping": [0, 1]})).run()
+
+
 def test_a_new_run_never_mixes_with_an_earlier_one(configure):
     DistillPipeline(configure(max_steps=1)).run()
     with pytest.raises(LimbeckError, match="holds the checkpoints of an earlier run"):
@@ -384,5 +429,5 @@ def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
 
 
 def test_a_missing_model_is_one_sentence(configure, tmp_path):
-    with pytest.raises(LimbeckError, match="cannot load"):
+    with pytest.raises(LimbeckError, match="there is no folder"):
         DistillPipeline(configure(teacher_pretrain=str(tmp_path / "nowhere"))).run()

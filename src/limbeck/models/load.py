@@ -33,6 +33,7 @@ def load_model(
     the whole configuration and must name its ``model_type``. Otherwise ``config_kwargs`` override the checkpoint's
     configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load.
     """
+    _check_folder(name_or_path, role)
     changes = dict(config_kwargs or {})
     attention = _ATTENTION.get(attn_implementation, attn_implementation)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -83,6 +84,7 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
+    _check_folder(name_or_path, "tokenizer")
     try:
         extra = {} if revision is None else {"revision": revision}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
@@ -96,6 +98,14 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_folder(name_or_path: str | None, role: str) -> None:
+    """A hub name is ``name`` or ``owner/name``; anything else can only be a folder."""
+    if name_or_path is None or Path(name_or_path).is_dir():
+        return
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
+        raise LimbeckError(f"there is no folder {name_or_path!r} to load the {role} from; check the path.")
 
 
 def _first_line(error: Exception) -> str:
