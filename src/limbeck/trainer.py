@@ -39,7 +39,7 @@ class _Distilled(nn.Module):
     ) -> dict[str, Tensor]:
         """The loss over ``num_items_in_batch`` supervised tokens (default: this batch's own)."""
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
-        batch = Batch(input_ids, shifted, None, input_ids.numel())
+        batch = Batch.of(input_ids, shifted, None, input_ids.numel())
         (teacher,) = self._asked
         signals = None if teacher is None else teacher.signals(batch)
         count = (shifted != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch

@@ -23,12 +23,21 @@ class Batch:
                   one), or ``IGNORE``.
     position_ids: [batch, time] int64, restarting at 0 with every packed document; None when each row is one document.
     num_tokens:   tokens that are not padding.
+    supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
+                  batch is made, so that a GPU need not be asked in the middle of a step.
     """
 
     input_ids: Tensor
     labels: Tensor
     position_ids: Tensor | None
     num_tokens: int
+    supervised: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: int) -> Batch:
+        """A batch with its supervised places found from the labels."""
+        supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
+        return cls(input_ids, labels, position_ids, num_tokens, supervised)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
@@ -36,6 +45,7 @@ class Batch:
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
             labels=self.labels.to(device, non_blocking=True),
+            supervised=self.supervised.to(device, non_blocking=True),
             position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
         )
 

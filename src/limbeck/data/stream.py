@@ -269,7 +269,7 @@ def _collate(examples: Examples, group: Sequence[_Unit], shape: tuple[int, int],
             input_ids[i, here], labels[i, here] = tokens, targets
             position_ids[i, end:] = np.arange(shape[1] - end)
             end += len(tokens)
-    return Batch(
+    return Batch.of(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids) if layout.packed else None,

@@ -114,6 +114,7 @@ def fused_linear_distillation(
     vocab_size: int | None = None,
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
+    all_supervised: bool = False,
 ) -> DistillationLoss:
     """Cross-entropy and distillation from the last hidden states, without ever holding [N, V] logits.
 
@@ -124,6 +125,7 @@ def fused_linear_distillation(
     objective: a divergence's name, or an ``Objective`` (then kd_weight and the temperatures are taken from it).
     vocab_size: the shared vocabulary; default the smaller head. Rows beyond it do not exist for the loss.
     normalizer: what the sums are divided by; default the number of supervised positions.
+    all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
     chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU, 1 GiB on a GPU.
 
     Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. Gradients
@@ -147,7 +149,8 @@ def fused_linear_distillation(
         )
 
     dtype = _compute_dtype(student_hidden, student.weight)
-    rows = (labels != IGNORE).nonzero().squeeze(-1)
+    everything = torch.arange(labels.numel(), device=labels.device)
+    rows = everything if all_supervised else everything[labels != IGNORE]
     if normalizer is None:
         normalizer = max(rows.numel(), 1)
     wants_grad = torch.is_grad_enabled()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from limbeck.data.batch import IGNORE, Batch
+from limbeck.data.batch import Batch
 from limbeck.models import body, hidden_states, output_head
 from limbeck.objectives import DistillationLoss, Objective, fused_linear_distillation
 from limbeck.teachers import Signal
@@ -28,19 +28,14 @@ class StudentWithLoss(nn.Module):
     def forward(self, batch: Batch, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
         """The loss of one micro-batch; ``normalizer`` is the global number of supervised tokens (÷ ranks that average)."""
         hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
-        return self.loss(hidden[batch.labels != IGNORE], batch.labels[batch.labels != IGNORE], signal, normalizer)
-
-    def loss(
-        self, hidden: Tensor, labels: Tensor, signal: Signal | None, normalizer: float | Tensor
-    ) -> DistillationLoss:
-        """The loss from last hidden states [supervised, H] and labels [supervised]."""
         return fused_linear_distillation(
-            hidden,
+            hidden.flatten(0, 1).index_select(0, batch.supervised),
             output_head(self.model),
             None if signal is None else signal.hidden,
             None if signal is None else signal.head,
-            labels,
+            batch.labels.flatten().index_select(0, batch.supervised),
             objective=self.objective,
             vocab_size=self.vocab_size,
             normalizer=normalizer,
+            all_supervised=True,
         )

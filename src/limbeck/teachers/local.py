@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from limbeck.data.batch import IGNORE, Batch
+from limbeck.data.batch import Batch
 from limbeck.models import hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.teachers.signal import Signal
@@ -22,4 +22,4 @@ class LocalTeacher:
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
         hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
-        return Signal(hidden[batch.labels != IGNORE], self.head)
+        return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head)
