@@ -75,7 +75,7 @@ def train_config(
         {
             "exp_name": name, "output_dir": str(args.output / name), "seed": args.seed,
             "student_pretrain": str(start), "teacher_pretrain": None if teacher is None else str(teacher),
-            "sequence_length": 256, "distill_on_prompt": True, "max_steps": steps, "save_steps": 0, "eval_steps": 100,
+            "sequence_length": 256, "distill_on_prompt": True, "max_steps": steps, "save_steps": 0, "eval_steps": 200,
             "logging_steps": 20, "track_with": "none", **keys,
             "student": {
                 "model_args": {"dtype": args.dtype, "disable_gradient_checkpointing": True},
@@ -99,17 +99,28 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--teacher-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--teacher", type=Path, help="a teacher that an earlier call trained, with its tokenizer")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train = args.data / "train.jsonl"
     start = args.output / "start"
     make_start(start, train)
-    teacher_run = train_config(
-        args, "teacher", start / "teacher", train, None, rate=1e-3, steps=args.teacher_steps, distill_loss_weight=0.0
-    )
-    teacher = DistillPipeline(teacher_run).run()
-    print(f"teacher: held-out loss {teacher.metrics['val/ce']:.3f}", flush=True)
-    lines = [f"teacher                                   {teacher.metrics['val/ce']:.3f}"]
+    teacher, lines = args.teacher, []
+    if teacher is None:
+        config = train_config(
+            args,
+            "teacher",
+            start / "teacher",
+            train,
+            None,
+            rate=1e-3,
+            steps=args.teacher_steps,
+            distill_loss_weight=0.0,
+        )
+        done = DistillPipeline(config).run()
+        teacher = done.student
+        lines.append(f"{'teacher':33} held-out loss {done.metrics['val/ce']:.3f}")
+        print(lines[-1], flush=True)
     for label, file in (("600 packed rows", small_file(args.output, train, 600)), ("all training text", train)):
         for kind, weight in (("cross-entropy", 0.0), ("distilled", 1.0)):
             name = f"{label.split()[0]}-{kind}"
@@ -118,7 +129,7 @@ def main() -> None:
                 name,
                 start / "student",
                 file,
-                teacher.student,
+                teacher,
                 rate=2e-3,
                 steps=args.steps,
                 distill_loss_weight=weight,

@@ -78,10 +78,10 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     os.environ.update(config.environment)  # before torch is imported, which reads some of it once
     devices = config.device_mapping or []
     launched = "WORLD_SIZE" in os.environ
-    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices) * config.num_nodes:
+    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices):
         raise LimbeckError(
-            f"student.device_mapping names {len(devices)} devices on {config.num_nodes} machines, but the launcher started "
-            f"{os.environ['WORLD_SIZE']} processes; start as many, or leave device_mapping out."
+            f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
+            "processes; start as many, or leave device_mapping out."
         )
     if config.num_nodes > 1 and not launched:
         raise LimbeckError(
@@ -90,7 +90,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
         )
     if len(devices) > 1 and not launched:
         return _launch(len(devices), config_file, overrides)
-    if devices:
+    if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     from limbeck.pipeline.distill import DistillPipeline

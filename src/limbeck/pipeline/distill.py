@@ -56,7 +56,7 @@ class DistillPipeline:
     def run(self) -> RunResult:
         """Train to the end, or until a signal asks to stop; either way a whole checkpoint is left. Resumes if configured."""
         os.environ.update(self.config.environment)
-        ranks = len(self.config.device_mapping or [0]) * self.config.num_nodes
+        ranks = len(self.config.device_mapping or [0])
         if self.config.device_mapping and int(os.environ.get("WORLD_SIZE", "1")) != ranks:
             raise LimbeckError(
                 f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
