@@ -63,3 +63,15 @@ def test_its_loss_is_the_definition_whatever_the_accumulation(tmp_path):
     whole.train(), split.train()
     losses = [[line["loss"] for line in one.state.log_history if "loss" in line] for one in (whole, split)]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+
+
+def test_the_trainers_own_arguments_reach_the_student(tmp_path):
+    run = trainer(
+        tmp_path, gradient_checkpointing=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3,
+        metric_for_best_model="loss",
+    )  # fmt: skip
+    run.train()
+    assert run._student.is_gradient_checkpointing
+    best = AutoModelForCausalLM.from_pretrained(run.state.best_model_checkpoint)
+    for name, tensor in run._student.state_dict().items():
+        torch.testing.assert_close(best.state_dict()[name], tensor, rtol=0, atol=0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,10 +48,13 @@ def distill(
     for key, value in overrides.items():
         _set(values, _path(key), value)
     _set(values, "student.data_args.file_name", _files(data, Path(values.get("output_dir", "output"))))
+    loaded = load_mapping(values, "distill()")
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
     from limbeck.pipeline.distill import DistillPipeline
 
-    return DistillPipeline(load_mapping(values, "distill()").config).run()
+    return DistillPipeline(loaded.config).run()
 
 
 def _path(key: str) -> str:
@@ -68,7 +74,12 @@ def _files(data: Any, output_dir: Path) -> list[str]:
         raise LimbeckError("distill(data=…) is empty; give a file, several files, or rows as dicts.")
     if not isinstance(given[0], Mapping):
         return [str(file) for file in given]
-    path = output_dir / "rows.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in given), encoding="utf-8")
+    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in given)
+    # Named by content and put in place whole: another call, or another rank of this one, never finds other rows under it.
+    path = output_dir / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
     return [str(path)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 from limbeck.errors import LimbeckError
 
 USER_MISTAKE = 2
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 _STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 
@@ -130,7 +132,14 @@ def _launch(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
             )
             for rank in range(ranks)
         ]
+
+        def pass_on(number: int, frame: object) -> None:
+            for process in processes:
+                process.terminate()
+
+        before = signal.signal(signal.SIGTERM, pass_on)
         _wait(processes)
+        signal.signal(signal.SIGTERM, before)
         # What the others say after the main rank's sentence is only that it is gone.
         if processes[0].returncode != USER_MISTAKE and any(process.returncode for process in processes):
             others.seek(0)
@@ -144,7 +153,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     while any(process.poll() is None for process in processes):
         try:
             time.sleep(0.2)
-            if any(process.poll() for process in processes):
+            # A rank that stopped as it was asked to has company in that; any other end but a good one ends the rest.
+            if any(process.poll() not in (None, 0, *_STOPPED) for process in processes):
                 # The main rank may be the one with something to say; give it a moment before it is stopped too.
                 time.sleep(2)
                 for process in processes:

@@ -34,6 +34,13 @@ class _Distilled(nn.Module):
         # In a tuple, so not a submodule: a frozen teacher is neither trained, nor saved, nor moved twice.
         self._asked = (teacher,)
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # what the Trainer asks of a Hugging Face model, the student answers
+            student: Any = super().__getattr__("student")
+            return getattr(student.model, name)
+
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **ignored: Any
     ) -> dict[str, Tensor]:
@@ -78,7 +85,7 @@ class DistillTrainer(Trainer):
             check_head(teacher, "the teacher")
             head = output_head(teacher.requires_grad_(False))
             vocab = min(vocab, head.weight.shape[0])
-            local = LocalTeacher(body(teacher), head)
+            local = LocalTeacher(body(teacher), head, teacher.num_parameters())
         goal = Objective.of(
             objective,
             kd_weight=kd_weight if teacher is not None else 0.0,
@@ -94,6 +101,9 @@ class DistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self._student if model is None else model)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if not self.args.should_save:

@@ -89,7 +89,8 @@ def test_a_mistake_on_several_ranks_is_one_sentence_and_status_two(settings, tmp
     assert done.stderr.count("nowhere") == 1
 
 
-def test_a_stop_signal_reaches_every_rank(settings, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     keys = settings(**rows(4), max_steps=10_000, eval_steps=0, save_steps=0, **{"student.device_mapping": "0,1"})
     keys["student"]["training_args"]["num_train_epochs"] = 10_000
     keys.pop("validation")
@@ -103,8 +104,11 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path):
     while not ((out / "metrics.jsonl").is_file() and len((out / "metrics.jsonl").read_text().splitlines()) > 2):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)  # Ctrl-C goes to all
+    else:
+        process.send_signal(number)  # a scheduler's goes to the one it knows
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, text
-    assert "Stopped by SIGINT" in text
+    assert process.returncode == 128 + number, text
+    assert f"Stopped by {number.name}" in text
     assert (out / "student" / "model.safetensors").is_file()

@@ -257,6 +257,9 @@ def test_half_precision_learns_and_is_saved_as_asked(configure, dtype):
     assert {tensor.dtype for tensor in weights(out / "student").values()} == {
         {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     }
+    assert AutoModelForCausalLM.from_pretrained(out / "student", dtype="auto").dtype == (
+        torch.bfloat16 if dtype == "bf16" else torch.float16
+    )
     values = list(lines(out, "val/kd").values())
     assert values[-1] < values[0]
 
@@ -370,6 +373,66 @@ def test_different_tokenizers_are_refused_before_training(configure, tmp_path, a
     with pytest.raises(LimbeckError, match=r"differ in 2 of"):
         DistillPipeline(configure(teacher_pretrain=str(tmp_path / "other"))).run()
     assert not (tmp_path / "out").exists()
+
+
+def test_edited_manifests_are_refused_and_torn_ones_are_nobodys_best(configure):
+    DistillPipeline(configure(max_steps=4, save_steps=2, eval_steps=2)).run()
+    out = Path(configure().output_dir)
+    manifest = out / "checkpoint-4" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"step": 4', '"step": 3'))
+    with pytest.raises(LimbeckError, match=r"manifest.json has been changed.*checkpoint-2"):
+        DistillPipeline(configure(max_steps=6, resume_from_checkpoint=True)).run()
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "checkpoint-2" / "manifest.json").rename(out / "saved")
+    DistillPipeline(configure(max_steps=1, output_dir=str(out / "other"))).run()
+    (out / "checkpoint-2" / "manifest.json").write_text("{")
+    from limbeck.pipeline.checkpoint import best_checkpoint
+
+    assert best_checkpoint(out, "min") is None
+
+
+def test_going_on_from_an_older_checkpoint_does_not_mix_two_futures(configure):
+    DistillPipeline(configure()).run()
+    out = Path(configure().output_dir)
+    with pytest.raises(LimbeckError, match="also holds checkpoint-10, checkpoint-12"):
+        DistillPipeline(configure(resume_from_checkpoint=str(out / "checkpoint-5"))).run()
+    elsewhere = configure(resume_from_checkpoint=str(out / "checkpoint-5"), output_dir=str(out / "branch"))
+    assert DistillPipeline(elsewhere).run().student == out / "branch" / "checkpoint-12"
+    finished = configure(resume_from_checkpoint=str(out / "checkpoint-12"), output_dir=str(out / "done"))
+    assert (DistillPipeline(finished).run().student / "model.safetensors").is_file()
+
+
+def test_a_diverged_run_stops_with_a_sentence_and_saves_nothing(configure):
+    config = configure(max_grad_norm=0.0, **{"student.training_args.learning_rate": 1e18})
+    with pytest.raises(LimbeckError, match="the run has diverged"):
+        DistillPipeline(config).run()
+    assert not list_checkpoints(Path(config.output_dir))
+
+
+def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(configure, tmp_path):
+    make_model(tmp_path / "opt", kind="opt", word_embed_proj_dim=32, ffn_dim=64)
+    changes = {"student.use_sequence_packing": True, "student.training_args.per_device_train_batch_size": 2}
+    with pytest.raises(LimbeckError, match="does not keep packed rows apart"):
+        DistillPipeline(configure(**changes, student_pretrain=str(tmp_path / "opt"))).run()
+
+
+def test_rows_longer_than_the_model_are_refused(configure, tmp_path):
+    make_model(tmp_path / "short", max_position_embeddings=8)
+    with pytest.raises(LimbeckError, match=r"longest row has \d+ tokens.*made for 8"):
+        DistillPipeline(configure(student_pretrain=str(tmp_path / "short"))).run()
+
+
+def test_tied_ends_are_not_trained_apart(configure, tmp_path):
+    make_model(tmp_path / "tied", tie_word_embeddings=True)
+    lora = {"student.model_args.lora_target": "q_proj", "student.model_args.additional_target": "embed_tokens,lm_head"}
+    with pytest.raises(LimbeckError, match=r"additional_target names .* ties its"):
+        DistillPipeline(configure(**lora, student_pretrain=str(tmp_path / "tied"))).run()
+    untied = configure(**lora, **{"student.model_args.dtype": "bf16"}, max_steps=2)
+    DistillPipeline(untied).run()
+    from safetensors.torch import load_file
+
+    masters = load_file(Path(untied.output_dir) / "checkpoint-2" / "training" / "masters.safetensors")
+    assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
 def test_a_longer_schedule_is_entered_at_the_right_rate(configure):

@@ -71,10 +71,41 @@ def check_head(model: Any, name: str) -> None:
     causal.train(was_training)
     coarse = head.weight.dtype in (torch.bfloat16, torch.float16)
     worst = (z[..., : own.shape[-1]] - own).abs().max().item()
-    if worst > (0.05 if coarse else 1e-3) * max(1.0, own.abs().max().item()):
+    if not worst <= (0.05 if coarse else 1e-3) * max(1.0, own.abs().max().item()):  # NaN is refused too
         raise LimbeckError(
             f"{name} ({type(causal).__name__}) changes its logits after the output head in a way that Limbeck does not know "
             f"(they differ by up to {worst:.3g}), so its distribution would be wrong; use another model."
+        )
+
+
+@torch.no_grad()
+def check_packing(model: Any, name: str) -> None:
+    """Raise LimbeckError unless two documents in one row, told apart by their position ids, give what each gives alone."""
+    causal = _unwrapped(model)
+    was_training = causal.training
+    causal.eval()
+    trunk = body(causal)
+    device = output_head(causal).weight.device
+    ids = torch.arange(1, 13, device=device).unsqueeze(0) % output_head(causal).weight.shape[0]
+    positions = torch.cat([torch.arange(5, device=device), torch.arange(7, device=device)]).unsqueeze(0)
+    packed = hidden_states(trunk, ids, positions)[:, 5:].float()
+    alone = hidden_states(trunk, ids[:, 5:], None).float()
+    causal.train(was_training)
+    coarse = output_head(causal).weight.dtype in (torch.bfloat16, torch.float16)
+    if not (packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max():
+        raise LimbeckError(
+            f"{name} ({type(causal).__name__}) does not keep packed rows apart by their position ids, so rows would see each "
+            "other; set student.use_sequence_packing: false."
+        )
+
+
+def check_length(model: Any, name: str, longest: int) -> None:
+    """Raise LimbeckError if a row of ``longest`` tokens has positions that the model does not."""
+    known = getattr(_unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    if known is not None and longest > known:
+        raise LimbeckError(
+            f"the longest row has {longest} tokens, but {name} is made for {known}; lower sequence_length, or set "
+            "model_args.model_config_kwargs.max_position_embeddings if it really reaches further."
         )
 
 

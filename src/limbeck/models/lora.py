@@ -21,19 +21,32 @@ def add_lora(
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise LimbeckError("lora_target is set but peft is not installed; pip install 'limbeck[lora]'.") from error
+    whole = [part.strip() for part in additional_target.split(",")] if additional_target else None
+    if whole and model.config.get_text_config().tie_word_embeddings:
+        ends = (model.get_input_embeddings(), model.get_output_embeddings())
+        tied = {name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
+        if tied & set(whole):
+            raise LimbeckError(
+                f"student.model_args.additional_target names {', '.join(sorted(tied & set(whole)))}, but this model ties its "
+                "embeddings to its output head, and LoRA would train them apart; leave them out."
+            )
     listed = [part.strip() for part in target.split(",") if part.strip()]
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,
         lora_dropout=dropout,
         target_modules=listed[0] if len(listed) == 1 and _is_pattern(listed[0]) else listed,
-        modules_to_save=[part.strip() for part in additional_target.split(",")] if additional_target else None,
+        modules_to_save=whole,
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         raise LimbeckError(f"student.model_args.lora_target = {target!r} does not fit this model: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # an optimizer's steps are too small for half precision
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def _is_pattern(target: str) -> bool:

@@ -56,11 +56,12 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callabl
     save_file(_contiguous(checkpoint.optimizer), temporary / TRAINING / "optimizer.safetensors")
     (temporary / TRAINING / "state.json").write_text(json.dumps(dict(checkpoint.state), indent=1))
     files = sorted(path for path in temporary.rglob("*") if path.is_file())
-    manifest = {
+    manifest: dict[str, Any] = {
         "step": checkpoint.step,
         "metric": checkpoint.metric,
         "files": {str(path.relative_to(temporary)): _fingerprint(path) for path in files},
     }
+    manifest["sha256"] = _own_digest(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, temporary / MANIFEST]:
         path.chmod(0o644)  # safetensors leaves its files to their owner alone; a shared disk has other readers
@@ -98,6 +99,8 @@ def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint in a few words, or None when it is whole."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if manifest["sha256"] != _own_digest(manifest):
+            return f"{MANIFEST} has been changed"
         for name, expected in manifest["files"].items():
             file = path / name
             if not file.is_file():
@@ -153,7 +156,10 @@ def best_checkpoint(folder: Path, mode: str) -> Path | None:
     """The checkpoint with the lowest (``min``) or highest (``max``) judged metric; the earliest of equals."""
     judged = []
     for path in list_checkpoints(folder):
-        metric = json.loads((path / MANIFEST).read_text())["metric"] if (path / MANIFEST).is_file() else None
+        try:
+            metric = json.loads((path / MANIFEST).read_text())["metric"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # a damaged one is nobody's best; resuming from it is what tells its damage
         if metric is not None:
             judged.append((metric if mode == "min" else -metric, int(path.name.split("-")[1]), path))
     return min(judged)[2] if judged else None
@@ -173,6 +179,11 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             digest.update(block)
     return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

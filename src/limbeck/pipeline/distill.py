@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
-from math import ceil
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from limbeck.pipeline.console import RunConsole
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, make_data, make_student, make_teacher
+from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_data, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.strategies.host_memory import keep_freed_pages
@@ -83,6 +83,8 @@ class _Run:
                 f"{config.checkpoint_dir} holds the checkpoints of an earlier run; "
                 "set resume_from_checkpoint: true to go on with it, or another output_dir."
             )
+        if resume is not None:
+            _refuse_a_branch(resume, config.checkpoint_dir)
         self.data = make_data(config, world)
         self.teacher = make_teacher(config, world, self.data)
         self.student = make_student(config, world, self.data, self.teacher)
@@ -92,7 +94,8 @@ class _Run:
         self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
         self.distils = config.distill_loss_weight > 0  # else a teacher is only measured against, in validation
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype is torch.float16)
+        self.compute_dtype = fsdp2_options(config.student, self.dtype).param_dtype
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.compute_dtype is torch.float16)
         self.metrics = StepMetrics(world)
         self.step = 0
         self.latest: dict[str, float] = {}
@@ -105,7 +108,8 @@ class _Run:
 
     def loop(self, stop: StopRequest) -> RunResult:
         config = self.config
-        saved = self.step if self.resumed_from else -1
+        here = config.checkpoint_dir / f"checkpoint-{self.step}"
+        saved = self.step if self.resumed_from is not None and here.is_dir() else -1
         stopped = 0
         with RunConsole(config.exp_name, self.total_steps, self.step, enabled=self.world.is_main) as console:
             self._introduce(console)
@@ -114,9 +118,9 @@ class _Run:
                 stopped = int(self.world.max(stop.signal))
                 ended = stopped or self.step == self.total_steps
                 console.advance(self.step)
-                if ended or self.step % config.logging_steps == 0:
-                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None and self.distils))
                 due = config.save_steps and self.step % config.save_steps == 0
+                if ended or due or self.step % config.logging_steps == 0:
+                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None and self.distils))
                 judged: dict[str, float] = {}
                 with self.metrics.aside():
                     judging = self.data.validation and config.eval_steps > 0 and not stopped
@@ -166,8 +170,9 @@ class _Run:
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
-        half = self.dtype is not torch.float32 and self.world.size == 1
-        return torch.autocast(self.world.device.type, self.dtype) if half else nullcontext()
+        if self.compute_dtype is None or self.world.size > 1:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, self.compute_dtype)
 
     @property
     def learning_rate(self) -> float:
@@ -213,7 +218,7 @@ class _Run:
         config = self.config
         parameters = {"student": _count(self.student.model)}
         if self.teacher is not None:
-            parameters["teacher"] = _count(self.teacher.body)
+            parameters["teacher"] = self.teacher.num_parameters
         facts = {
             "exp_name": config.exp_name,
             "student": config.student.model_args.model_name_or_path,
@@ -241,10 +246,19 @@ class _Run:
         )
         if self.resumed_from is not None:
             console.say(f"Resumed from {self.resumed_from} at step {self.step}.")
+            if self.step >= self.total_steps:
+                console.say(f"It has all of the {self.total_steps} steps that are asked for; nothing is left to do.")
         elif self.config.resume_from_checkpoint:
             console.say(f"No checkpoint in {self.config.checkpoint_dir} yet: this is a new run.")
 
     def _log(self, console: RunConsole, line: dict[str, float]) -> None:
+        broken = [name for name in ("train/loss", "val/loss") if not isfinite(line.get(name, 0.0))]
+        if broken:
+            raise LimbeckError(
+                f"{broken[0]} is {line[broken[0]]} at step {self.step}: the run has diverged; lower "
+                "student.training_args.learning_rate, or clip with max_grad_norm (checkpoints so far are as they were)."
+            )
+        line = {name: value for name, value in line.items() if isfinite(value)}  # JSON has no infinity
         self.latest |= line
         if "train/loss" in line:
             console.log(self.step, line)
@@ -288,9 +302,11 @@ class _Run:
             model = model.get_base_model()
         tied = set(model.all_tied_weights_keys)
         weights = {name: tensor.to(self.dtype) for name, tensor in plain.items() if name not in tied}
-        before, model.config.dtype = model.config.dtype, self.dtype
         model.save_pretrained(folder, state_dict=weights)
-        model.config.dtype = before
+        # save_pretrained writes the masters' dtype, whatever the dtype of the tensors that it is given.
+        described = json.loads((folder / "config.json").read_text())
+        described["dtype"] = str(self.dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
         self.data.tokenizer.save_pretrained(folder)
 
     def _restore(self, checkpoint: files.Checkpoint) -> None:
@@ -311,6 +327,18 @@ class _Run:
         self.scheduler.step()
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.data.stream.seek(checkpoint.state["data"])
+
+
+def _refuse_a_branch(resume: Path, folder: Path) -> None:
+    """Checkpoints later than the one to go on from belong to another future; mixed with this one's they would mislead."""
+    existing = [path.resolve() for path in files.list_checkpoints(folder)]
+    place = existing.index(resume.resolve()) + 1 if resume.resolve() in existing else 0
+    later = [path for path in existing[place:] if files.find_damage(path) is None]
+    if later:
+        raise LimbeckError(
+            f"{folder} also holds {', '.join(path.name for path in later)}, which a run from {resume} would be mixed with; "
+            "set another output_dir, or move them away."
+        )
 
 
 def _total_steps(config: DistillConfig, steps_per_epoch: int) -> int:

@@ -17,6 +17,8 @@ from limbeck.models import (
     add_lora,
     body,
     check_head,
+    check_length,
+    check_packing,
     decoder_layers,
     freeze,
     load_model,
@@ -37,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Data:
     """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
 
-    largest_token: the highest token id that occurs; num_tokens: ids that the tokenizer has.
+    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
     """
 
     tokenizer: Any
@@ -45,6 +47,7 @@ class Data:
     validation: list[GlobalBatch]
     report: str
     largest_token: int
+    longest_row: int
     num_tokens: int
 
 
@@ -59,10 +62,11 @@ def cache_folder(config: DistillConfig) -> Path:
 def make_data(config: DistillConfig, world: World) -> Data:
     """Read, check and tokenise everything before anything is trained."""
     model, args, training = config.student.model_args, config.student.data_args, config.student.training_args
-    tokenizer = load_tokenizer(str(config.tokenizer_name_or_path), trust_remote_code=model.trust_remote_code)
+    source = str(config.tokenizer_name_or_path)
+    revision = model.revision if source == model.model_name_or_path else None
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
     if config.has_teacher:
-        teacher = config.teacher.model_args
-        _check_tokenizers(tokenizer, str(teacher.model_name_or_path), teacher.trust_remote_code)
+        _check_tokenizers(tokenizer, config.teacher)
 
     def examples_of(files: list[str]) -> tuple[Examples, Any]:
         return tokenize_files(
@@ -99,7 +103,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         pad_id=tokenizer.pad_token_id,
     )
     validation: list[GlobalBatch] = []
-    text, largest = f"training: {report}", int(train.tokens.max())
+    text, largest, longest = f"training: {report}", int(train.tokens.max()), int(train.lengths.max())
     if held_out is not None:
         validation = fixed_batches(
             held_out[0],
@@ -111,14 +115,19 @@ def make_data(config: DistillConfig, world: World) -> Data:
         )
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, int(held_out[0].tokens.max()))
-    return Data(tokenizer, stream, validation, text, largest, max(tokenizer.get_vocab().values()) + 1)
+        longest = max(longest, int(held_out[0].lengths.max()))
+    return Data(tokenizer, stream, validation, text, largest, longest, max(tokenizer.get_vocab().values()) + 1)
 
 
-def _check_tokenizers(student: Any, teacher_name: str, trust_remote_code: bool) -> None:
-    folder = Path(teacher_name)
+def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
+    args = teacher.model_args
+    name = str(args.model_name_or_path)
+    folder = Path(name)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return  # a bare model folder speaks the student's tokens by the user's word
-    check_same_tokenizer(student, load_tokenizer(teacher_name, trust_remote_code=trust_remote_code))
+    check_same_tokenizer(
+        student, load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    )
 
 
 def make_objective(config: DistillConfig) -> Objective:
@@ -162,7 +171,7 @@ def make_student(config: DistillConfig, world: World, data: Data, teacher: Local
         seed=config.seed,
         role="student",
     )
-    check_head(model, str(args.model_name_or_path or "the student"))
+    _check_model(model, str(args.model_name_or_path or "the student"), config, data)
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
     _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
     if teacher is not None:
@@ -178,6 +187,11 @@ def make_student(config: DistillConfig, world: World, data: Data, teacher: Local
                 dropout=args.lora_dropout,
                 additional_target=args.additional_target,
             )
+    if args.freeze_module_prefix and args.lora_target:
+        raise LimbeckError(
+            "student.model_args.freeze_module_prefix and lora_target contradict: LoRA freezes everything but its adapters; "
+            "give only one."
+        )
     if args.freeze_module_prefix:
         freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
     if recompute(config, world):
@@ -195,6 +209,13 @@ def recompute(config: DistillConfig, world: World) -> bool:
     return world.device.type == "cuda" if disabled is None else not disabled
 
 
+def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> None:
+    check_length(model, name, data.longest_row)
+    check_head(model, name)
+    if config.student.use_sequence_packing:
+        check_packing(model, name)
+
+
 def _check_tokens(role: str, known: int, data: Data) -> None:
     if data.largest_token >= known:
         raise LimbeckError(
@@ -208,9 +229,10 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     args = config.teacher.model_args
     if not config.has_teacher:
         return None
+    dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
     model = load_model(
         args.model_name_or_path,
-        dtype=DTYPES[args.dtype],
+        dtype=dtype,
         attn_implementation=args.attn_implementation,
         from_scratch=args.from_scratch,
         config_kwargs=args.model_config_kwargs,
@@ -219,25 +241,27 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         seed=config.seed,
         role="teacher",
     )
-    check_head(model, str(args.model_name_or_path))
+    _check_model(model, str(args.model_name_or_path), config, data)
     head = output_head(model)
     _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
+    size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
     if config.teacher.strategy_args.strategy_name != "hf_infer":
-        shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, DTYPES[args.dtype]))
-    return LocalTeacher(trunk.to(world.device), head)
+        shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
+    return LocalTeacher(trunk.to(world.device), head, size)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:
     """The strategy's settings as FSDP2 wants them."""
     given = worker.strategy_args.strategy_config
+    computed = DTYPES[given.param_dtype] if given.param_dtype else dtype
     return Fsdp2(
         fsdp_size=given.fsdp_size or 0,
         replicate=given.replicate,
-        param_dtype=DTYPES[given.param_dtype] if given.param_dtype else (None if dtype is torch.float32 else dtype),
+        param_dtype=None if computed is torch.float32 else computed,
         reduce_dtype=DTYPES[given.reduce_dtype],
         reshard_after_forward=True if given.reshard_after_forward is None else given.reshard_after_forward,
     )

@@ -14,9 +14,10 @@ from limbeck.teachers.signal import Signal
 class LocalTeacher:
     """A body (perhaps sharded over the processes) and its head, both frozen."""
 
-    def __init__(self, model_body: nn.Module, head: OutputHead) -> None:
+    def __init__(self, model_body: nn.Module, head: OutputHead, num_parameters: int) -> None:
         self.body = model_body.eval().requires_grad_(False)
         self.head = head
+        self.num_parameters = num_parameters
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
