@@ -15,6 +15,7 @@ from pathlib import Path
 
 from limbeck import DistillConfig, DistillPipeline
 from limbeck.data import BatchStream, tokenize_files
+from limbeck.pipeline.distill import RunResult
 
 
 def make_start(folder: Path, train: Path) -> None:
@@ -92,6 +93,13 @@ def train_config(
     )  # fmt: skip
 
 
+def run(config: DistillConfig) -> RunResult:
+    result = DistillPipeline(config).run()
+    if result.stopped_by:
+        raise SystemExit(128 + result.stopped_by)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
@@ -117,7 +125,7 @@ def main() -> None:
             steps=args.teacher_steps,
             distill_loss_weight=0.0,
         )
-        done = DistillPipeline(config).run()
+        done = run(config)
         teacher = done.student
         lines.append(f"{'teacher':33} held-out loss {done.metrics['val/ce']:.3f}")
         print(lines[-1], flush=True)
@@ -134,7 +142,7 @@ def main() -> None:
                 steps=args.steps,
                 distill_loss_weight=weight,
             )
-            metrics = DistillPipeline(config).run().metrics
+            metrics = run(config).metrics
             lines.append(
                 f"{label:18} {kind:14} held-out loss {metrics['val/ce']:.3f}  KL from teacher {metrics['val/kd']:.3f}"
             )

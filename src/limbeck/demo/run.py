@@ -196,7 +196,10 @@ def _train(
         }
     )
     begun = time.perf_counter()
-    return _Trained(DistillPipeline(config).run(), time.perf_counter() - begun)
+    result = DistillPipeline(config).run()
+    if result.stopped_by:
+        raise KeyboardInterrupt
+    return _Trained(result, time.perf_counter() - begun)
 
 
 def _write_answers(student: Path, problems: Iterable[Problem], batch: int = 125) -> list[str]:

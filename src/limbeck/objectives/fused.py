@@ -26,7 +26,8 @@ from limbeck.objectives.divergences import LOWEST, Formulas, formulas
 IGNORE = -100
 
 _CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
-_TILE_ELEMENTS = 1 << 18  # with some eight float32 temporaries this is 8 MiB: the cache of a core or two
+_WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
+_TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def fused_linear_distillation(
     vocab_size: the shared vocabulary; default the smaller head. Rows beyond it do not exist for the loss.
     normalizer: what the sums are divided by; default the number of supervised positions.
     all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
-    chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU, 1 GiB on a GPU.
+    chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU (1024 if these
+    fit in 256 MiB), 1 GiB on a GPU.
 
     Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. Gradients
     reach student_hidden and the student's head (weight and bias) when they require them; none is formed otherwise.
@@ -308,6 +310,8 @@ def _walk(
 
 def _default_chunk(device: torch.device, vocab: int, w_s: Tensor, w_t: Tensor | None) -> int:
     per_row = vocab * (w_s.element_size() + (0 if w_t is None else w_t.element_size()))
+    if device.type == "cpu" and _WHOLE_ROWS * per_row <= _WHOLE_BYTES:
+        return _WHOLE_ROWS
     rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // per_row
     return max(16, rows // 16 * 16)
 
@@ -347,8 +351,7 @@ def _tile(
     tau = objective.temperature
     logits = _logits(z, bias, job.scale, job.softcap, dtype)
     target = target.unsqueeze(-1)
-    log_q1 = logits.log_softmax(-1)
-    q1 = log_q1.exp()
+    log_q1, q1 = _log_and_softmax(logits)
     stats[1] -= log_q1.gather(-1, target).sum()
     q, log_q = q1, log_q1
     weight = None
@@ -357,16 +360,14 @@ def _tile(
         stats[4] += (logits.gather(-1, best).squeeze(-1) == logits.amax(-1)).sum()
         if objective.topk and objective.topk < job.vocab:
             kept, columns = teacher_logits.topk(objective.topk, dim=-1)
-            log_p = (kept / objective.teacher_temperature).log_softmax(-1)
-            log_q = (logits.gather(-1, columns) / tau).log_softmax(-1)
-            q = log_q.exp()
+            log_p, p = _log_and_softmax(kept / objective.teacher_temperature)
+            log_q, q = _log_and_softmax(logits.gather(-1, columns) / tau)
         else:
             columns = None
             tau_t = objective.teacher_temperature
-            log_p = (teacher_logits if tau_t == 1.0 else teacher_logits / tau_t).log_softmax(-1)
+            log_p, p = _log_and_softmax(teacher_logits if tau_t == 1.0 else teacher_logits / tau_t)
             if tau != 1.0:
-                log_q, q = _tempered(logits, tau)
-        p = log_p.exp()
+                log_q, q = _log_and_softmax(logits / tau)
         stats[3] -= torch.linalg.vecdot(p, log_p).sum()
         value, weight = objective.terms(p, q, log_p, log_q)
         stats[0] += value.sum()
@@ -374,28 +375,30 @@ def _tile(
     if not wants_grad:
         return
 
-    # ∂/∂logits of (1 − w) CE + w τ² D, as [c_q q1 − (1 − w) onehot] + c (weight − q Σ weight)
+    k = job.inside * job.scale
+    # k times ∂/∂logits of (1 − w) CE + w τ² D, as [c_q q1 − (1 − w) onehot] + c (weight − q Σ weight)
     if weight is None or w == 0:
-        gradient = q1 * (1 - w)
+        gradient = q1 * ((1 - w) * k)
     else:
-        c = w * (tau if objective.squared else 1 / tau)
+        c = w * (tau if objective.squared else 1 / tau) * k
         total = weight.sum(-1, keepdim=True)
         if columns is None and tau == 1.0:
-            gradient = torch.addcmul(weight * c, q1, (1 - w) - c * total)
+            gradient = torch.addcmul(weight * c, q1, (1 - w) * k - c * total)
         else:
             share = (weight - q * total) * c
-            gradient = q1 * (1 - w)
+            gradient = q1 * ((1 - w) * k)
             gradient = gradient + share if columns is None else gradient.scatter_add(-1, columns, share)
     if w < 1:
-        gradient.scatter_add_(-1, target, torch.full_like(target, -(1 - w), dtype=dtype))
+        gradient.scatter_add_(-1, target, torch.ones_like(target, dtype=dtype) * (-(1 - w) * k))
     if job.softcap is not None:
         gradient = gradient * (1 - (logits / job.softcap) ** 2)
-    gradient = gradient * (job.inside * job.scale)
     if d_bias is not None:
         d_bias[: job.vocab] += gradient.sum(0)
     z.copy_(gradient)
 
 
-def _tempered(logits: Tensor, tau: float) -> tuple[Tensor, Tensor]:
-    log_q = (logits / tau).log_softmax(-1)
-    return log_q, log_q.exp()
+def _log_and_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log softmax and softmax with one exponential per entry: the largest entry's probability tells the log-sum-exp."""
+    probability = z.softmax(-1)
+    log_sum = z.amax(-1, keepdim=True) - probability.amax(-1, keepdim=True).log()
+    return z - log_sum, probability

@@ -62,11 +62,16 @@ class DistillPipeline:
                 f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
                 "processes; start it with `limbeck train`, or with torchrun and as many processes."
             )
-        with start_world() as world, stop_requests() as stop:
-            quiet_libraries()
-            if world.device.type == "cpu":
-                keep_freed_pages()
-            return _Run(self.config, world).loop(stop)
+        with start_world() as world:
+            return self._run_in(world)
+
+    def _run_in(self, world: World) -> RunResult:
+        quiet_libraries()
+        if world.device.type == "cpu":
+            keep_freed_pages()
+        run = _Run(self.config, world)
+        with stop_requests() as stop:  # until here there is nothing to save, and a signal ends the process at once
+            return run.loop(stop)
 
 
 class _Run:
