@@ -53,7 +53,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
         seconds = time.perf_counter() - begun
         begun = time.perf_counter()
         with run._autocast():
-            loss = run.student(micro, signals, batch.num_supervised)
+            loss = run.student(micro, signals, batch.normalizer)
         loss.loss.backward()
         seconds += time.perf_counter() - begun
         begun = time.perf_counter()

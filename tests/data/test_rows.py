@@ -9,7 +9,7 @@ KEYS = RowKeys("question", "answer")
 
 def read(row, keys=KEYS, first=None):
     _, to_messages = detect_format(Record(first or row, "f.jsonl", 1), keys)
-    return to_messages(Record(row, "f.jsonl", 7))
+    return to_messages(Record(row, "f.jsonl", 7)).messages
 
 
 def turns(*pairs):

@@ -1,5 +1,6 @@
 import pytest
 
+from limbeck.data.rows import Conversation
 from limbeck.data.templates import check_template_kwargs, render, resolve_template
 from limbeck.errors import LimbeckError
 
@@ -14,8 +15,8 @@ END = "<|endoftext|>"
 
 
 def rendered(messages, template, tokenizer, **kwargs):
-    out = render(messages, resolve_template(template, tokenizer), tokenizer, kwargs, "f.jsonl:1")
-    return out.text, [out.text[start:end] for start, end in out.spans]
+    out = render(Conversation(messages), resolve_template(template, tokenizer), tokenizer, kwargs, "f.jsonl:1")
+    return out.text, [out.text[start:end] for start, end, _ in out.spans]
 
 
 @pytest.mark.parametrize(

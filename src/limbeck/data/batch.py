@@ -25,6 +25,7 @@ class Batch:
     num_tokens:   tokens that are not padding.
     supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
                   batch is made, so that a GPU need not be asked in the middle of a step.
+    weights:      [supervised] float32, what multiplies each one's loss; None when all count alike.
     """
 
     input_ids: Tensor
@@ -32,12 +33,21 @@ class Batch:
     position_ids: Tensor | None
     num_tokens: int
     supervised: Tensor
+    weights: Tensor | None = None
 
     @classmethod
-    def of(cls, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, num_tokens: int) -> Batch:
-        """A batch with its supervised places found from the labels."""
+    def of(
+        cls,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None,
+        num_tokens: int,
+        weights: Tensor | None = None,
+    ) -> Batch:
+        """A batch with its supervised places found from the labels; ``weights`` [batch, time] or None."""
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
-        return cls(input_ids, labels, position_ids, num_tokens, supervised)
+        chosen = None if weights is None else weights.flatten()[supervised]
+        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
@@ -47,6 +57,7 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             supervised=self.supervised.to(device, non_blocking=True),
             position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
+            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
         )
 
 
@@ -55,12 +66,14 @@ class GlobalBatch:
     """One optimizer step: this rank's micro-batches and the counts over *all* ranks.
 
     micro_batches:  every rank has equally many.
-    num_supervised: supervised tokens over all ranks and micro-batches; the loss divides by it once.
+    num_supervised: supervised tokens over all ranks and micro-batches.
+    normalizer:     the sum of their weights (their number when all count alike); the loss divides by it once.
     num_tokens:     non-padding tokens over all ranks.
     num_slots:      batch × time summed over all ranks; 1 − num_tokens / num_slots is the padding share.
     """
 
     micro_batches: tuple[Batch, ...]
     num_supervised: int
+    normalizer: float
     num_tokens: int
     num_slots: int

@@ -42,22 +42,37 @@ class RowKeys:
     system: str | None = None
 
 
-ToMessages = Callable[[Record], list[Message]]
+@dataclass(frozen=True)
+class Conversation:
+    """One row as it will be rendered.
+
+    messages: the turns, in order; an assistant turn's ``weight`` (0: not learned) multiplies the loss of its tokens.
+    tools: what the template is told of tools. weight: multiplies the loss of every supervised token of the row.
+    plain: running text in one message: no template, every token is learned.
+    """
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    weight: float = 1.0
+    plain: bool = False
 
 
-def detect_format(first: Record, keys: RowKeys) -> tuple[str, ToMessages]:
+ToConversation = Callable[[Record], Conversation]
+
+
+def detect_format(first: Record, keys: RowKeys) -> tuple[str, ToConversation]:
     """The name of a file's shape, judged by its first row, and the function that reads all its rows.
 
     The reader raises LimbeckError, with file and line, for a row that lacks its keys, holds something that is not text,
     or has no answer to learn from.
     """
     if keys.question in first.row and keys.answer in first.row:
-        return f"{keys.question}/{keys.answer}", lambda record: _question_answer(record, keys)
+        return f"{keys.question}/{keys.answer}", lambda record: Conversation(_question_answer(record, keys))
     for name, reader in (("messages", _openai), ("conversations", _sharegpt)):
         if name in first.row:
             _reject_column_keys(first, keys, name)
-            return name, reader
-    return f"{keys.question}/{keys.answer}", lambda record: _question_answer(record, keys)
+            return name, lambda record, reader=reader: Conversation(reader(record))
+    return f"{keys.question}/{keys.answer}", lambda record: Conversation(_question_answer(record, keys))
 
 
 def _question_answer(record: Record, keys: RowKeys) -> list[Message]:

@@ -250,6 +250,7 @@ def _global_batch(
     return GlobalBatch(
         micro_batches=tuple(mine),
         num_supervised=sum(unit.supervised for unit in units),
+        normalizer=float(sum(unit.supervised for unit in units)),
         num_tokens=sum(unit.length for unit in units),
         num_slots=slots,
     )

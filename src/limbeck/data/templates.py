@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from limbeck.data.rows import Message
+from limbeck.data.rows import Conversation, Message
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -50,11 +50,11 @@ class Template:
 
 @dataclass(frozen=True)
 class Rendered:
-    """The text of one conversation. ``spans`` are the ``[start, end)`` characters of the assistant's turns, in order,
-    each with the token that ends it."""
+    """The text of one conversation. ``spans`` are the ``[start, end)`` characters that are learned, in order, each with the
+    token that ends it and its weight."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int, float], ...]
 
 
 def resolve_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -90,7 +90,7 @@ def resolve_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -
 
 
 def render(
-    messages: Sequence[Message],
+    conversation: Conversation,
     template: Template,
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any],
@@ -117,6 +117,7 @@ def render(
                 f"{where}: the chat template ({template.name}) cannot render this row: {error}"
             ) from error
 
+    messages = conversation.messages
     whole = text_of(messages, prompt=False)
     last = len(messages) - 1
     text = whole.rstrip()
@@ -132,7 +133,7 @@ def render(
                 "differently in a prompt and in the whole conversation, so the place of the answer is unknown; "
                 "set template: chatml, or another one that never rewrites earlier turns."
             )
-        spans.append((len(prompt), len(until)))
+        spans.append((len(prompt), len(until), conversation.weight))
     if messages[last]["role"] == "assistant" and not text.endswith(template.ends):
         if tokenizer.eos_token is None:
             raise LimbeckError(
@@ -140,7 +141,7 @@ def render(
                 "ends no answer, so the student could not learn to stop; set the tokenizer's eos_token."
             )
         text += tokenizer.eos_token
-        spans[-1] = (spans[-1][0], len(text))
+        spans[-1] = (spans[-1][0], len(text), spans[-1][2])
     return Rendered(text, tuple(spans))
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.data.batch import IGNORE
-from limbeck.data.rows import Message, RowKeys, detect_format
+from limbeck.data.rows import Conversation, RowKeys, detect_format
 from limbeck.data.sources import Record, expand, read_records
 from limbeck.data.templates import Rendered, Template, check_template_kwargs, render, resolve_template
 from limbeck.errors import LimbeckError
@@ -39,11 +39,13 @@ class Examples:
     tokens:  [total] int32.
     labels:  [total] int32; already shifted: the token that each position must predict, or ``IGNORE``.
     offsets: [rows + 1] int64; row i is ``tokens[offsets[i] : offsets[i + 1]]``. No row is empty.
+    weights: [total] float32, what multiplies the loss of each position, 0 where nothing is learned; None when all count alike.
     """
 
     tokens: NDArray[np.int32]
     labels: NDArray[np.int32]
     offsets: NDArray[np.int64]
+    weights: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -212,8 +214,8 @@ def _tokenize(
         shape, conversations = _conversations(name, records, settings.keys)
         while chunk := list(islice(conversations, _CHUNK)):
             rendered = [
-                render(messages, settings.template, tokenizer, settings.template_kwargs, record.where)
-                for record, messages in chunk
+                render(conversation, settings.template, tokenizer, settings.template_kwargs, record.where)
+                for record, conversation in chunk
             ]
             for ids, mask in _encode(rendered, tokenizer, settings.distill_on_prompt):
                 kept = ids[: settings.sequence_length]
@@ -255,13 +257,13 @@ def _tokenize(
 
 def _conversations(
     name: str, records: Iterator[Record], keys: RowKeys
-) -> tuple[str, Iterator[tuple[Record, list[Message]]]]:
+) -> tuple[str, Iterator[tuple[Record, Conversation]]]:
     """The shape of one file, judged by its first row, and all its rows as conversations."""
     first = next(records, None)
     if first is None:
         raise LimbeckError(f"{name} holds no rows; remove it from data_args.file_name, or fill it.")
-    shape, to_messages = detect_format(first, keys)
-    return shape, ((record, to_messages(record)) for record in chain([first], records))
+    shape, to_conversation = detect_format(first, keys)
+    return shape, ((record, to_conversation(record)) for record in chain([first], records))
 
 
 def _encode(
@@ -292,7 +294,7 @@ def _shifted(tokens: NDArray[np.int32], supervised: NDArray[np.bool_]) -> NDArra
     return labels
 
 
-def _overlaps(places: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+def _overlaps(places: NDArray[np.int64], spans: Sequence[tuple[int, int, float]]) -> NDArray[np.bool_]:
     """Which tokens [n], at the characters ``places`` [n, 2], touch a span.
 
     Some tokenizers leave a token's blanks out of its place, so a gap before a token is counted as the token's own.
@@ -300,7 +302,7 @@ def _overlaps(places: NDArray[np.int64], spans: Sequence[tuple[int, int]]) -> ND
     reached = np.maximum.accumulate(np.concatenate(([0], places[:-1, 1])))
     start = np.minimum(places[:, 0], reached)
     mask = np.zeros(len(places), dtype=bool)
-    for first, last in spans:
+    for first, last, _ in spans:
         mask |= (start < last) & (places[:, 1] > first)
     return mask
 

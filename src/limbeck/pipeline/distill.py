@@ -153,7 +153,7 @@ class _Run:
         with timer.section("data"):
             batch = next(self.data.stream)
         # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
-        normalizer = max(batch.num_supervised, 1) / self.world.size
+        normalizer = (batch.normalizer or 1.0) / self.world.size
         for micro_batch in batch.micro_batches:
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
@@ -189,7 +189,7 @@ class _Run:
         """Means over the supervised tokens of all held-out rows."""
         self.student.eval()
         sums = LossSums(self.world.device)
-        count = sum(batch.num_supervised for batch in self.data.validation)
+        count = sum(batch.normalizer for batch in self.data.validation)
         for batch in self.data.validation:
             for micro_batch in batch.micro_batches:
                 micro = micro_batch.to(self.world.device)
