@@ -34,7 +34,14 @@ OBJECTIVES = (
     "skewed_forward_kl",
     "skewed_reverse_kl",
     "js_divergence",
+    "mixed_kl",
+    "symmetric_kl",
+    "tvd",
+    "alpha_beta",
+    "taid",
+    "cross_entropy",
 )
+Tail = Literal["renormalize", "bucket", "drop", "uniform", "zero"]
 Scheduler = Literal[
     "linear",
     "cosine",
@@ -129,6 +136,18 @@ def _known_objective(name: str) -> str:
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"is not one of {', '.join(names())}{hint}")
     return name
+
+
+def _run_objective_file(path: str | None) -> str | None:
+    if path is not None:
+        from limbeck.errors import LimbeckError
+        from limbeck.objectives.divergences import load_file
+
+        try:
+            load_file(path)
+        except LimbeckError as error:
+            raise ValueError(str(error)) from error
+    return path
 
 
 Files = Annotated[list[str], BeforeValidator(_one_or_many)]
@@ -451,10 +470,20 @@ class DistillConfig(Section):
         le=1,
         description="Share of the distillation term in the loss; the cross-entropy with the answer gets 1 minus this.",
     )
+    objective_file: Annotated[str | None, AfterValidator(_run_objective_file)] = Field(
+        default=None,
+        description="Python file of yours that registers a divergence for kd_objective; it is run when the configuration is "
+        "read.",
+    )
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "
-        f"{', '.join(OBJECTIVES)}, or one that you have registered.",
+        f"{', '.join(OBJECTIVES)}, or one that objective_file registers.",
+    )
+    kd_objective_kwargs: dict[str, float | str] = Field(
+        default_factory=dict,
+        description="What else shapes the divergence: mixed_kl: forward (its weight); alpha_beta: alpha, beta; taid: t_start, "
+        "t_end, rate, momentum; adaptive_kl: head (roll or paper); for your own: its parameters.",
     )
     kd_temperature: float = Field(
         default=1.0, gt=0, description="Divides the student's logits in the distillation term."
@@ -475,7 +504,12 @@ class DistillConfig(Section):
         default=0,
         ge=0,
         description="0 compares whole vocabularies, exactly; k > 0 compares the teacher's k likeliest tokens only, "
-        "both sides renormalised to them.",
+        "and what logits_topk_tail makes of the rest.",
+    )
+    logits_topk_tail: Tail = Field(
+        default="renormalize",
+        description="The tokens outside logits_topk: renormalize (both sides are renormalised to the k), bucket (one further "
+        "token), drop (left out of the sum), uniform (the teacher's rest spread evenly), zero (none for the teacher).",
     )
     adaptive_kl_alpha: float = Field(
         default=0.5, ge=0, le=1, description="Teacher probability mass that counts as the tail in adaptive_kl."
@@ -489,6 +523,12 @@ class DistillConfig(Section):
         le=1,
         description="Weight of the teacher in js_divergence's mixture; 0.5 is the symmetric one, 0 and 1 stand for the "
         "forward and the reverse KL as in GKD.",
+    )
+
+    compile_loss: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compile the elementwise part of the loss: auto does where there is a compiler and the run is long "
+        "enough to repay some ten seconds.",
     )
 
     max_steps: int | None = Field(
@@ -684,6 +724,8 @@ class DistillConfig(Section):
         for key, objectives in OBJECTIVE_KEYS.items():
             if self.kd_objective not in objectives:
                 yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {self.kd_objective}"
+        if self.logits_topk == 0:
+            yield "logits_topk_tail", "is read with logits_topk only"
         student = self.student
         if not student.use_dynamic_batching_in_train:
             yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"

@@ -1,14 +1,34 @@
 """Divergences and the fused head-and-loss. Knows tensors; knows no model, file or process."""
 
-from limbeck.objectives.divergences import divergence, names, register
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, fused_linear_distillation
+from limbeck.objectives.across import Across, VocabParallel, take_rows
+from limbeck.objectives.divergences import coupled, divergence, load_file, names, register
+from limbeck.objectives.fused import (
+    DistillationLoss,
+    Objective,
+    OutputHead,
+    compiler_found,
+    fused_linear_distillation,
+)
+from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
+from limbeck.objectives.taid import TaidSchedule
 
 __all__ = [
+    "TAILS",
+    "Across",
     "DistillationLoss",
+    "Logits",
     "Objective",
     "OutputHead",
+    "Sampled",
+    "TaidSchedule",
+    "TopK",
+    "VocabParallel",
+    "compiler_found",
+    "coupled",
     "divergence",
     "fused_linear_distillation",
+    "load_file",
     "names",
     "register",
+    "take_rows",
 ]

@@ -6,25 +6,30 @@ is then always
 
     ∂D/∂z = (w − q · Σw) / τ
 
-so one pair of formulas serves the closed form, the fused head-and-loss and the top-k path alike. A term c · q in w (c the
-same for the whole row) cancels in that expression and is left out below.
+so one pair of formulas serves the closed form, the fused head-and-loss, the top-k, vocabulary-parallel and GPU paths alike.
 
 Nothing here knows a model, a mask or a chunk. Shapes: every tensor is [rows, vocab]; the value sums over the last axis.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.across import WHOLE, Across
 
-Formulas = Callable[[Tensor, Tensor, Tensor, Tensor], "tuple[Tensor, Tensor]"]
-"""(p, q, log p, log q), each [rows, vocab] → (value, w), each [rows, vocab]."""
+Formulas = Callable[..., "tuple[Tensor, Tensor]"]
+"""(p, q, log p, log q), each [rows, vocab] → (value, w), each [rows, vocab].
+
+With the attribute ``coupled`` set it takes a fifth argument, ``Across``, for sums over the vocabulary."""
 
 LOWEST = -1e30
 """Stands for a logit of −∞: its probability is 0, and 0 · log 0 stays 0 instead of NaN."""
@@ -38,16 +43,50 @@ def register(make: Callable[..., Formulas]) -> Callable[..., Formulas]:
     return make
 
 
+def coupled(terms: Formulas) -> Formulas:
+    """Mark formulas in which the entries of a row depend on one another: they are given ``Across`` as well."""
+    terms.coupled = True  # type: ignore[attr-defined]
+    return terms
+
+
+def evaluate(
+    terms: Formulas, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """Value and weight, whether the formulas are coupled or not."""
+    if getattr(terms, "coupled", False):
+        return terms(p, q, log_p, log_q, across)
+    return terms(p, q, log_p, log_q)
+
+
 def names() -> list[str]:
     """The registered divergences."""
     return sorted(_REGISTRY)
 
 
-def formulas(name: str, **parameters: float) -> Formulas:
+def formulas(name: str, **parameters: Any) -> Formulas:
     """The two formulas of divergence ``name``; raises LimbeckError for a name that is not registered."""
     if name not in _REGISTRY:
         raise LimbeckError(f"there is no divergence called {name!r}; the known ones are {', '.join(names())}.")
-    return _REGISTRY[name](**parameters)
+    try:
+        return _REGISTRY[name](**parameters)
+    except TypeError as error:
+        raise LimbeckError(f"the divergence {name} does not take these parameters: {error}.") from error
+
+
+def load_file(path: str | Path) -> None:
+    """Run a Python file of the user's that registers divergences; raises LimbeckError if it is missing or fails."""
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise LimbeckError(f"{file} does not exist; give the path of the Python file that registers your divergence.")
+    name = f"limbeck_user_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where compilers and dataclasses look for the source
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise LimbeckError(f"{file} cannot be run ({type(error).__name__}: {error}); correct it.") from error
 
 
 @register
@@ -66,7 +105,39 @@ def reverse_kl() -> Formulas:
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         value = q * (log_q - log_p)
-        return value, value
+        return value, value + q
+
+    return terms
+
+
+@register
+def cross_entropy() -> Formulas:
+    """−Σ p log q: the forward KL without the teacher's entropy; same gradient, and at p = q the value is that entropy."""
+
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return -p * log_q, -p
+
+    return terms
+
+
+@register
+def mixed_kl(forward: float = 0.5) -> Formulas:
+    """λ KL(p ‖ q) + (1−λ) KL(q ‖ p), λ = ``forward`` (NeMo-RL's mixed KL)."""
+    if not 0 <= forward <= 1:
+        raise LimbeckError(f"mixed_kl needs the weight of the forward KL in [0, 1], got {forward}.")
+    return _both_ways(forward, 1 - forward)
+
+
+@register
+def symmetric_kl() -> Formulas:
+    """KL(p ‖ q) + KL(q ‖ p) (Jeffreys, 1946)."""
+    return _both_ways(1.0, 1.0)
+
+
+def _both_ways(forward: float, reverse: float) -> Formulas:
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        gap = log_p - log_q
+        return (forward * p - reverse * q) * gap, reverse * q * (1 - gap) - forward * p
 
     return terms
 
@@ -87,7 +158,7 @@ def js_divergence(beta: float = 0.5) -> Formulas:
     log_beta, log_rest = math.log(beta), math.log1p(-beta)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = torch.logaddexp(log_p + log_beta, log_q + log_rest)
+        log_m = _log_sum(log_p + log_beta, log_q + log_rest)
         weight = (1 - beta) * q * (log_q - log_m)
         return weight + beta * p * (log_p - log_m), weight
 
@@ -104,7 +175,7 @@ def skewed_forward_kl(skew: float = 0.1) -> Formulas:
     log_skew, log_rest = math.log(skew), math.log1p(-skew)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = torch.logaddexp(log_p + log_skew, log_q + log_rest)
+        log_m = _log_sum(log_p + log_skew, log_q + log_rest)
         return p * (log_p - log_m), -p * torch.exp(log_q - log_m + log_rest)
 
     return terms
@@ -120,32 +191,102 @@ def skewed_reverse_kl(skew: float = 0.1) -> Formulas:
     log_skew, log_rest = math.log(skew), math.log1p(-skew)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = torch.logaddexp(log_p + log_rest, log_q + log_skew)
+        log_m = _log_sum(log_p + log_rest, log_q + log_skew)
         value = q * (log_q - log_m)
-        return value, value - q * torch.exp(log_q - log_m + log_skew)
+        return value, value + q - q * torch.exp(log_q - log_m + log_skew)
+
+    return terms
+
+
+def _log_sum(a: Tensor, b: Tensor) -> Tensor:
+    """log(eᵃ + eᵇ), written out because compilers vectorise this and not ``logaddexp``."""
+    return torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))
+
+
+@register
+def tvd() -> Formulas:
+    """Total variation ½ Σ |p − q|."""
+
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        gap = q - p
+        return 0.5 * gap.abs(), 0.5 * q * gap.sign()
 
     return terms
 
 
 @register
-def adaptive_kl(alpha: float = 0.5) -> Formulas:
+def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Formulas:
+    """−1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] (Cichocki et al., 2011; ABKD, arXiv 2505.04560).
+
+    (1, 0) is the forward and (0, 1) the reverse KL, as limits; (½, ½) is 4 (1 − Σ√pq), (1, 1) is ½ Σ(p − q)².
+    """
+    if alpha < 0 or beta < 0 or alpha + beta == 0:
+        raise LimbeckError(
+            f"alpha_beta needs alpha and beta of 0 or more, one of them above 0; got {alpha} and {beta}."
+        )
+    both = alpha + beta
+
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        p_both, q_both = torch.exp(both * log_p), torch.exp(both * log_q)
+        if beta == 0:
+            value = p_both * (log_p - log_q) / alpha - (p_both - q_both) / alpha**2
+            return value, (q_both - p_both) / alpha
+        if alpha == 0:
+            gap = q_both * (log_q - log_p)
+            return gap / beta - (q_both - p_both) / beta**2, gap
+        cross = torch.exp(alpha * log_p + beta * log_q)
+        value = -(cross - alpha / both * p_both - beta / both * q_both) / (alpha * beta)
+        return value, (q_both - cross) / alpha
+
+    return terms
+
+
+@register
+def taid(t: float | Tensor = 0.4) -> Formulas:
+    """KL(p_t ‖ q), p_t = softmax((1−t) log q + t log p) with q in p_t taken as a constant (TAID, arXiv 2501.16937).
+
+    t moves from the student (0) to the teacher (1); see ``TaidSchedule``. A tensor t is read when the loss is computed.
+    """
+    if isinstance(t, float | int) and not 0 <= t <= 1:
+        raise LimbeckError(f"taid needs t in [0, 1], got {t}.")
+
+    @coupled
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE) -> tuple[Tensor, Tensor]:
+        mixed = log_q + t * (log_p - log_q)
+        highest = across.max(mixed.amax(-1, keepdim=True))
+        log_m = mixed - highest - across.sum(torch.exp(mixed - highest).sum(-1, keepdim=True)).log()
+        m = torch.exp(log_m)
+        return m * (log_m - log_q), -m
+
+    return terms
+
+
+@register
+def adaptive_kl(alpha: float = 0.5, head: str = "roll") -> Formulas:
     """g_head · KL(p ‖ q) + g_tail · KL(q ‖ p) (AKL, arXiv 2404.02657).
 
-    The tail is the teacher's least likely tokens whose summed probability stays within α, the head is the rest; g_head and
-    g_tail are the shares of Σ|p − q| found in each, taken as constants. Where p = q both are ½, so nothing is 0/0.
+    g_head and g_tail are the shares of Σ|p − q| found in the teacher's head and tail, taken as constants. Where p = q both
+    are ½, so nothing is 0/0. ``head="roll"``: the tail is the least likely tokens whose summed probability stays within α.
+    ``head="paper"``: the head is the most likely tokens whose summed probability stays within α, and always the first.
     """
     if not 0 <= alpha <= 1:
         raise LimbeckError(f"adaptive_kl needs adaptive_kl_alpha in [0, 1], got {alpha}.")
+    if head not in ("roll", "paper"):
+        raise LimbeckError(f'adaptive_kl knows the heads "roll" and "paper", not {head!r}.')
 
-    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        ascending, order = p.sort(dim=-1)
-        gap = (p - q).abs()
-        in_tail = ascending.cumsum(dim=-1) <= alpha
-        tail = (gap.gather(-1, order) * in_tail).sum(-1, keepdim=True)
+    @coupled
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE) -> tuple[Tensor, Tensor]:
+        everywhere, gap = across.gather(torch.stack([p, (p - q).abs()])).unbind()
+        ordered, order = everywhere.sort(dim=-1, descending=head == "paper")
+        within = ordered.cumsum(dim=-1) <= alpha
+        if head == "paper":
+            within[..., :1] = True
+        part = (gap.gather(-1, order) * within).sum(-1, keepdim=True)
         total = gap.sum(-1, keepdim=True)
-        g_tail = torch.where(total > 0, tail / total.clamp_min(torch.finfo(p.dtype).tiny), 0.5)
+        share = torch.where(total > 0, part / total.clamp_min(torch.finfo(p.dtype).tiny), 0.5)
+        g_tail = share if head == "roll" else 1 - share
         forward, reverse = p * (log_p - log_q), q * (log_q - log_p)
-        return (1 - g_tail) * forward + g_tail * reverse, g_tail * reverse - (1 - g_tail) * p
+        return (1 - g_tail) * forward + g_tail * reverse, g_tail * (reverse + q) - (1 - g_tail) * p
 
     return terms
 
@@ -157,7 +298,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, teacher: Tensor, terms: Formulas) -> Tensor:
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
         q = log_q.exp()
-        value, weight = terms(log_p.exp(), q, log_p, log_q)
+        value, weight = evaluate(terms, log_p.exp(), q, log_p, log_q)
         ctx.save_for_backward(weight - q * weight.sum(-1, keepdim=True))
         return value.sum(-1)
 
@@ -167,7 +308,7 @@ class _Rows(torch.autograd.Function):
         return gradient * grads[0].unsqueeze(-1), None, None
 
 
-def divergence(name: str, **parameters: float) -> Callable[..., Tensor]:
+def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
     """The closed form of a divergence on whole logits.
 
     Returns a callable ``(student_logits [N, V], teacher_logits [N, V'], temperature=1.0, teacher_temperature=None) -> [N]``

@@ -1,33 +1,45 @@
 """The output head and the loss in one pass: hidden states of both models in, loss and gradients out, logits never stored whole.
 
 The supervised positions are walked in chunks. A chunk's logits are one matrix product into a buffer that is made once; the
-gradient is written over them; two more matrix products leave it behind for the hidden states and the head. Peak memory is one
-chunk, whatever the number of tokens. Inside a chunk the elementwise work goes in tiles that stay in the processor's cache.
+gradient is written over them (``rows``); two more matrix products leave it behind for the hidden states and the head. Peak
+memory is one chunk, whatever the number of tokens. Inside a chunk the elementwise work goes in tiles that stay in the
+processor's cache.
 
-    loss = [ (1 − w) Σ CE  +  w Σ D(p, q) ] / normalizer        p = softmax(z_t / τ_t),  q = softmax(z_s / τ_s)
+    loss = [ (1 − w) Σ u CE  +  w Σ u D(p, q) ] / normalizer    p = softmax(z_t / τ_t),  q = softmax(z_s / τ_s)
 
-Cross-entropy is that of the untempered student. Nothing here knows a model, a batch or a teacher's whereabouts.
+u is a position's weight, 1 unless given. Cross-entropy is that of the untempered student. Nothing here knows a model, a batch
+or a teacher's whereabouts.
 
 Shapes: N positions, V vocabulary, H hidden size (student's and teacher's may differ), C rows of a chunk.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.across import WHOLE, Across, VocabParallel
 from limbeck.objectives.divergences import LOWEST, Formulas, formulas
+from limbeck.objectives.rows import STATS, Rows, Spec, row_pass
+from limbeck.objectives.sampled import ESTIMATORS
+from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
 
 IGNORE = -100
 
 _CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
+_COMPILED_TILE_BYTES = 16 << 20  # compiled code has no temporaries, only the logits themselves
+_WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
 
 
 @dataclass(frozen=True)
@@ -48,9 +60,9 @@ class OutputHead:
 class Objective:
     """What is minimised, in numbers: see the module's formula.
 
-    kd_weight w in [0, 1]; terms: the divergence's two formulas; temperature τ_s; teacher_temperature τ_t; squared: multiply
-    the divergence by τ_s²; topk: 0 for the whole vocabulary, else both distributions are renormalised over the teacher's k
-    most likely tokens (the mass outside is invisible to the divergence, as in ROLL).
+    kd_weight w in [0, 1]; terms: the divergence's two formulas (or an estimator's, ``sampled``); temperature τ_s;
+    teacher_temperature τ_t; squared: multiply the divergence by τ_s²; topk: 0 for the whole vocabulary, else the divergence
+    sees the teacher's k most likely tokens and what ``tail`` (one of ``TAILS``) makes of the rest.
     """
 
     terms: Formulas
@@ -59,6 +71,8 @@ class Objective:
     teacher_temperature: float = 1.0
     squared: bool = False
     topk: int = 0
+    tail: str = "renormalize"
+    sampled: bool = False
 
     @classmethod
     def of(
@@ -70,11 +84,13 @@ class Objective:
         teacher_temperature: float | None = None,
         squared: bool = False,
         topk: int = 0,
-        parameters: Mapping[str, float] | None = None,
+        tail: str = "renormalize",
+        parameters: Mapping[str, Any] | None = None,
     ) -> Objective:
         """The objective with the divergence called ``name``, given its ``parameters``; unset, τ_t = τ_s.
 
-        Raises LimbeckError for impossible numbers.
+        k1, k2 and k3 name the estimators of the reverse KL on tokens that the student has drawn. Raises LimbeckError for
+        impossible numbers.
         """
         if not 0 <= kd_weight <= 1:
             raise LimbeckError(f"kd_weight must be in [0, 1], got {kd_weight}.")
@@ -83,14 +99,24 @@ class Objective:
             raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
         if topk < 0:
             raise LimbeckError(f"logits_topk must be 0 (the whole vocabulary) or more, got {topk}.")
-        return cls(formulas(name, **(parameters or {})), kd_weight, temperature, tau_t, squared, topk)
+        if tail not in TAILS:
+            raise LimbeckError(f"there is no tail called {tail!r}; use one of {', '.join(TAILS)}.")
+        sampled = name in ESTIMATORS
+        if sampled and topk:
+            raise LimbeckError(
+                f"{name} looks at the drawn token alone, so logits_topk = {topk} has no meaning; set it to 0."
+            )
+        terms = ESTIMATORS[name] if sampled else formulas(name, **(parameters or {}))
+        return cls(terms, kd_weight, temperature, tau_t, squared, topk, tail, sampled)
 
 
 class DistillationLoss(NamedTuple):
-    """``loss`` backpropagates; the rest are detached scalars on the device, each a sum over supervised tokens ÷ normalizer.
+    """``loss`` backpropagates; the rest are detached scalars on the device, each a weighted sum over supervised tokens ÷
+    normalizer.
 
     kd: the divergence; ce: cross-entropy; entropies in nats of q and p as the divergence sees them; top1_agreement: share of
-    positions where both models' most likely token is the same. kd, teacher_entropy and top1_agreement are 0 without a teacher.
+    positions where both models' most likely token is the same; topk_mass: the teacher's probability of its k tokens;
+    topk_overlap: the share of these among the student's own k. Without a teacher, or without top-k, the respective are 0.
     """
 
     loss: Tensor
@@ -99,8 +125,11 @@ class DistillationLoss(NamedTuple):
     student_entropy: Tensor
     teacher_entropy: Tensor
     top1_agreement: Tensor
+    topk_mass: Tensor
+    topk_overlap: Tensor
 
 
+@torch.compiler.disable
 def fused_linear_distillation(
     student_hidden: Tensor,
     student_head: Tensor | OutputHead,
@@ -113,22 +142,32 @@ def fused_linear_distillation(
     temperature: float = 1.0,
     teacher_temperature: float | None = None,
     vocab_size: int | None = None,
+    teacher: Signal | None = None,
+    weights: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
     all_supervised: bool = False,
+    across: Across | None = None,
+    compiled: bool | None = None,
 ) -> DistillationLoss:
     """Cross-entropy and distillation from the last hidden states, without ever holding [N, V] logits.
 
     student_hidden [N, Hs], student_head [V, Hs], teacher_hidden [N, Ht], teacher_head [V', Ht], labels [N] with −100 where
     nothing is learned. labels[i] is the token that position i must predict: shift before calling. Heads are weight matrices
-    or ``OutputHead`` when there is a bias, soft-cap or scale. Both teacher arguments may be None when kd_weight is 0.
+    or ``OutputHead`` when there is a bias, soft-cap or scale. Both teacher arguments may be None when kd_weight is 0, or
+    when ``teacher`` is a ``TopK``, ``Logits`` or ``Sampled`` signal, each with N rows.
 
     objective: a divergence's name, or an ``Objective`` (then kd_weight and the temperatures are taken from it).
     vocab_size: the shared vocabulary; default the smaller head. Rows beyond it do not exist for the loss.
-    normalizer: what the sums are divided by; default the number of supervised positions.
+    weights: [N], what multiplies each position's loss; default 1.
+    normalizer: what the sums are divided by; default the summed weight of the supervised positions.
     all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
     chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU (1024 if these
     fit in 256 MiB), 1 GiB on a GPU.
+    across: ``VocabParallel`` when each rank of a group gives its own rows of both heads; hidden states and labels are then
+    the same on all ranks, and so is the result.
+    compiled: whether the elementwise work is compiled; default, when there is a compiler and enough to do. Results differ by
+    rounding only.
 
     Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. Gradients
     reach student_hidden and the student's head (weight and bias) when they require them; none is formed otherwise.
@@ -138,12 +177,22 @@ def fused_linear_distillation(
             objective, kd_weight=kd_weight, temperature=temperature, teacher_temperature=teacher_temperature
         )
     student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
-    teacher = teacher_head if isinstance(teacher_head, OutputHead) or teacher_head is None else OutputHead(teacher_head)
-    if objective.kd_weight > 0 and (teacher is None or teacher_hidden is None):
+    asked = None
+    if teacher is not None:
+        _check_signal(teacher, objective, teacher_hidden)
+    elif teacher_head is not None and teacher_hidden is not None:
+        asked = teacher_head if isinstance(teacher_head, OutputHead) else OutputHead(teacher_head)
+    elif objective.kd_weight > 0:
         raise LimbeckError(
             "kd_weight is above 0 but there is no teacher; give teacher_hidden and teacher_head, or kd_weight=0."
         )
-    widest = student.weight.shape[0] if teacher is None else min(student.weight.shape[0], teacher.weight.shape[0])
+    widest = student.weight.shape[0]
+    if asked is not None:
+        widest = min(widest, asked.weight.shape[0])
+    elif isinstance(teacher, Logits):
+        widest = min(widest, teacher.logits.shape[-1])
+    if isinstance(across, VocabParallel):
+        vocab_size = across.size
     vocab = widest if vocab_size is None else vocab_size
     if not 0 < vocab <= widest:
         raise LimbeckError(
@@ -154,14 +203,46 @@ def fused_linear_distillation(
     everything = torch.arange(labels.numel(), device=labels.device)
     rows = everything if all_supervised else everything[labels != IGNORE]
     if normalizer is None:
-        normalizer = max(rows.numel(), 1)
-    wants_grad = torch.is_grad_enabled()
-    job = _Job(objective, vocab, dtype, chunk_size, normalizer, wants_grad, student.softcap, student.scale)
-    loss, stats = _HeadAndLoss.apply(
-        student_hidden, student.weight, student.bias, teacher_hidden, teacher, labels, rows, job
+        normalizer = max(rows.numel(), 1) if weights is None else weights[rows].sum().clamp_min(1e-30)
+    job = _Job(
+        objective,
+        vocab,
+        dtype,
+        chunk_size,
+        normalizer,
+        torch.is_grad_enabled(),
+        student.scale,
+        student.softcap,
+        asked,
+        teacher,
+        weights,
+        across or WHOLE,
+        (across is None and _should_compile(rows.numel() * vocab)) if compiled is None else compiled,
     )
-    kd, ce, student_entropy, teacher_entropy, agreement = stats.unbind()
-    return DistillationLoss(loss, kd, ce, student_entropy, teacher_entropy, agreement)
+    loss, stats = _HeadAndLoss.apply(student_hidden, student.weight, student.bias, teacher_hidden, labels, rows, job)
+    return DistillationLoss(loss, *stats.unbind())
+
+
+def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor | None) -> None:
+    if teacher_hidden is not None:
+        raise LimbeckError("there are two teachers: give teacher_hidden and teacher_head, or a signal, not both.")
+    if isinstance(signal, Sampled) != objective.sampled and not isinstance(signal, Logits):
+        wanted = "log-probabilities of the labels (Sampled)" if objective.sampled else "a distribution (TopK or Logits)"
+        raise LimbeckError(f"this objective needs {wanted}, and the teacher sends {type(signal).__name__}.")
+    if isinstance(signal, TopK):
+        signal.at(objective.teacher_temperature, objective.tail)
+
+
+def _should_compile(logits: int) -> bool:
+    return logits >= _WORTH_COMPILING and compiler_found()
+
+
+@cache
+def compiler_found() -> bool:
+    """Whether the elementwise work can be compiled on this machine: LIMBECK_COMPILE=0 says no."""
+    if os.environ.get("LIMBECK_COMPILE", "1") == "0":
+        return False
+    return torch.cuda.is_available() or any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 @dataclass(frozen=True)
@@ -172,8 +253,18 @@ class _Job:
     chunk_size: int | None
     normalizer: float | Tensor
     wants_grad: bool
-    softcap: float | None
     scale: float
+    softcap: float | None
+    teacher: OutputHead | None
+    signal: Signal | None
+    weights: Tensor | None
+    across: Across
+    compiled: bool
+
+    @property
+    def whole_vocab(self) -> int:
+        """Columns of all ranks together."""
+        return self.across.vocab_size if isinstance(self.across, VocabParallel) else self.vocab
 
     @property
     def inside(self) -> float | Tensor:
@@ -185,32 +276,35 @@ class _Job:
         """The part of 1/normalizer that is left for the summed gradients."""
         return 1.0 / self.normalizer if self.dtype is torch.float16 else 1.0
 
+    @property
+    def accumulate(self) -> torch.dtype:
+        """The precision of everything but the products."""
+        return torch.float64 if self.dtype is torch.float64 else torch.float32
+
+    def spec(self, wants_grad: bool) -> Spec:
+        objective, teacher = self.objective, self.teacher
+        return Spec(
+            terms=objective.terms,
+            sampled=objective.sampled,
+            kd_weight=objective.kd_weight,
+            temperature=objective.temperature,
+            teacher_temperature=objective.teacher_temperature,
+            squared=objective.squared,
+            topk=objective.topk if objective.topk < self.whole_vocab else 0,
+            tail=objective.tail,
+            scale=self.scale,
+            softcap=self.softcap,
+            teacher_scale=1.0 if teacher is None else teacher.scale,
+            teacher_softcap=None if teacher is None else teacher.softcap,
+            wants_grad=wants_grad,
+            dtype=self.accumulate,
+        )
+
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return torch.promote_types(hidden.dtype, weight.dtype)
-
-
-@dataclass(frozen=True)
-class _Teacher:
-    """The teacher's side of a walk: hidden [N, Ht], the head's rows of the shared vocabulary [V, Ht], and what follows them."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    head: OutputHead
-
-    @classmethod
-    def of(cls, head: OutputHead, hidden: Tensor, vocab: int, dtype: torch.dtype) -> _Teacher:
-        bias = None if head.bias is None else head.bias[:vocab].to(dtype).clamp_min(LOWEST)
-        return cls(hidden, head.weight[:vocab], bias, head)
-
-    def product(self, index: Tensor, buffer: Tensor) -> Tensor:
-        return torch.mm(self.hidden[index].to(self.weight.dtype), self.weight.t(), out=buffer[: index.numel()])
-
-    def logits(self, z: Tensor, dtype: torch.dtype) -> Tensor:
-        return _logits(z, self.bias, self.head.scale, self.head.softcap, dtype)
 
 
 class _HeadAndLoss(torch.autograd.Function):
@@ -226,15 +320,14 @@ class _HeadAndLoss(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         teacher_hidden: Tensor | None,
-        teacher: OutputHead | None,
         labels: Tensor,
         rows: Tensor,
         job: _Job,
     ) -> tuple[Tensor, Tensor]:
         needs = tuple(job.wants_grad and need for need in ctx.needs_input_grad[:3])
-        loss, stats, grads = _walk(hidden, weight, bias, teacher_hidden, teacher, labels, rows, job, needs)
+        loss, stats, grads = _walk(hidden, weight, bias, teacher_hidden, labels, rows, job, needs)
         ctx.save_for_backward(hidden, weight, bias, teacher_hidden, labels, rows)
-        ctx.teacher, ctx.job, ctx.needs, ctx.grads = teacher, job, needs, grads
+        ctx.job, ctx.needs, ctx.grads = job, needs, grads
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
@@ -244,14 +337,14 @@ class _HeadAndLoss(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         hidden, weight, bias, teacher_hidden, labels, rows = ctx.saved_tensors
         if grads is None:
-            grads = _walk(hidden, weight, bias, teacher_hidden, ctx.teacher, labels, rows, ctx.job, ctx.needs)[2]
+            grads = _walk(hidden, weight, bias, teacher_hidden, labels, rows, ctx.job, ctx.needs)[2]
         # On a CPU reading the scale costs nothing and saves a pass over the head's gradient; on a GPU it would be a sync.
         if scale.device.type != "cpu" or scale.item() != 1.0:
             for grad in grads:
                 if grad is not None:
                     grad.mul_(scale)
         cast = [None if g is None else g.to(like.dtype) for g, like in zip(grads, (hidden, weight, bias), strict=True)]
-        return (*cast, None, None, None, None, None)
+        return (*cast, None, None, None, None)
 
 
 def _walk(
@@ -259,53 +352,114 @@ def _walk(
     weight: Tensor,
     bias: Tensor | None,
     teacher_hidden: Tensor | None,
-    teacher: OutputHead | None,
     labels: Tensor,
     rows: Tensor,
     job: _Job,
     needs: tuple[bool, ...],
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
     """Loss, diagnostics, and the gradients (``job.inside`` of them) for hidden, weight and bias where ``needs`` says so."""
-    device, vocab, count = hidden.device, job.vocab, rows.numel()
-    accumulate = torch.float64 if job.dtype is torch.float64 else torch.float32
+    device, vocab, count, accumulate = hidden.device, job.vocab, rows.numel(), job.accumulate
     w_s = weight[:vocab].to(job.dtype)
-    b_s = None if bias is None else bias[:vocab].to(accumulate).clamp_min(LOWEST)
+    b_s = _bias(bias, vocab, accumulate)
     # A teacher far larger than the student keeps the precision that it was loaded in.
-    asked = (
-        None if teacher is None or teacher_hidden is None else _Teacher.of(teacher, teacher_hidden, vocab, accumulate)
-    )
+    w_t = None if job.teacher is None else job.teacher.weight[:vocab]
+    b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
 
-    chunk = job.chunk_size or _default_chunk(device, vocab, w_s, None if asked is None else asked.weight)
+    chunk = job.chunk_size or _default_chunk(device, vocab, w_s, w_t)
     chunk = max(1, min(chunk, count))
     z_s = torch.empty(chunk, vocab, dtype=job.dtype, device=device)
-    z_t = None if asked is None else torch.empty(chunk, vocab, dtype=asked.weight.dtype, device=device)
-    tile = max(1, _TILE_ELEMENTS // vocab) if device.type == "cpu" else chunk
+    z_t = None if w_t is None else torch.empty(chunk, vocab, dtype=w_t.dtype, device=device)
+    tile = chunk if device.type != "cpu" else _tile_rows(job.compiled, z_s, z_t)
+    run = row_pass(job.spec(any(needs)), job.across)
+    fast = _Compiled(job.spec(any(needs)), job.across) if job.compiled else None
 
     d_hidden = torch.zeros(hidden.shape, dtype=accumulate, device=device) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=accumulate, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
-    stats = torch.zeros(5, dtype=accumulate, device=device)
+    stats = torch.zeros(len(STATS), dtype=accumulate, device=device)
+    factor = torch.as_tensor(job.inside, dtype=accumulate, device=device)
 
     for start in range(0, count, chunk):
         index = rows[start : start + chunk]
         n, target = index.numel(), labels[index]
         h_s = hidden[index].to(job.dtype)
         zs = torch.mm(h_s, w_s.t(), out=z_s[:n])
-        zt = None if asked is None or z_t is None else asked.product(index, z_t)
+        zt = None
+        if w_t is not None and z_t is not None and teacher_hidden is not None:
+            zt = torch.mm(teacher_hidden[index].to(w_t.dtype), w_t.t(), out=z_t[:n])
+        log_probs, columns, zt = _said(job, index, zt)
+        weigh = torch.ones(n, 1, dtype=accumulate, device=device)
+        if job.weights is not None:
+            weigh = job.weights[index].to(accumulate).unsqueeze(-1)
         for low in range(0, n, tile):
             part = slice(low, low + tile)
-            logits_t = None if asked is None or zt is None else asked.logits(zt[part], accumulate)
-            _tile(zs[part], b_s, logits_t, target[part], job, stats, any(needs), accumulate, d_bias)
+            lp, ix, t = (None if x is None else x[part] for x in (log_probs, columns, zt))
+            tensors = Rows(zs[part], b_s, t, b_t, lp, ix, target[part], weigh[part], factor)
+            some, more = run(*tensors) if fast is None else fast(run, tensors)
+            stats += some
+            if d_bias is not None and more is not None:
+                d_bias[:vocab] += more
         if d_hidden is not None:
             d_hidden[index] = torch.mm(zs, w_s).to(accumulate)
         if d_weight is not None:
             _accumulate(d_weight[:vocab], zs, h_s)
 
+    if d_hidden is not None:
+        d_hidden = job.across.sum(d_hidden)  # each slice of the vocabulary pulls on the same hidden states
     stats /= job.normalizer
     w = job.objective.kd_weight
     squared = job.objective.temperature**2 if job.objective.squared else 1.0
     loss = (1 - w) * stats[1] + w * squared * stats[0]
     return loss, stats, (d_hidden, d_weight, d_bias)
+
+
+def _said(job: _Job, index: Tensor, zt: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A signal's log-probabilities, columns and logits at the positions ``index``."""
+    if isinstance(job.signal, TopK):
+        said = job.signal.at(job.objective.teacher_temperature, job.objective.tail)
+        return said[index].to(job.accumulate).clamp_min(LOWEST), job.signal.indices[index], None
+    if isinstance(job.signal, Sampled):
+        return job.signal.log_probs[index].to(job.accumulate).unsqueeze(-1), None, None
+    if isinstance(job.signal, Logits):
+        return None, None, job.signal.logits[index][:, : job.vocab].to(job.accumulate).clamp_min(LOWEST)
+    return None, None, zt
+
+
+def _bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[:vocab].to(dtype).clamp_min(LOWEST)
+
+
+class _Compiled:
+    """The compiled pass, and the plain one where compiling fails or is not worth it."""
+
+    failed = False
+
+    def __init__(self, spec: Spec, across: Across) -> None:
+        self._pass = row_pass(spec, across, True)
+
+    def __call__(self, plain: Any, tensors: Rows) -> tuple[Tensor, Tensor | None]:
+        if _Compiled.failed or tensors.target.numel() == 1:  # one row would be compiled as a case of its own
+            return plain(*tensors)
+        for tensor in (tensors.z, tensors.teacher, tensors.log_probs, tensors.indices, tensors.target, tensors.weight):
+            if tensor is not None:
+                torch._dynamo.mark_dynamic(tensor, 0)
+        try:
+            return self._pass(*tensors)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            _Compiled.failed = True
+            warnings.warn(
+                f"The elementwise part of the loss could not be compiled ({type(error).__name__}); it runs uncompiled, "
+                "which is slower and gives the same results.",
+                stacklevel=2,
+            )
+            return plain(*tensors)
+
+
+def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
+    if not compiled:
+        return max(1, _TILE_ELEMENTS // z_s.shape[1])
+    per_row = z_s.shape[1] * (z_s.element_size() + (0 if z_t is None else z_t.element_size()))
+    return max(2, _COMPILED_TILE_BYTES // per_row)
 
 
 def _default_chunk(device: torch.device, vocab: int, w_s: Tensor, w_t: Tensor | None) -> int:
@@ -324,81 +478,3 @@ def _accumulate(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
     step = max(1, (1 << 22) // d_weight.shape[1])
     for low in range(0, d_weight.shape[0], step):
         d_weight[low : low + step] += torch.mm(dz[:, low : low + step].t(), h)
-
-
-def _logits(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    z = z.to(dtype)
-    if bias is not None:
-        z = z + bias
-    if scale != 1.0:
-        z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def _tile(
-    z: Tensor,
-    bias: Tensor | None,
-    teacher_logits: Tensor | None,
-    target: Tensor,
-    job: _Job,
-    stats: Tensor,
-    wants_grad: bool,
-    dtype: torch.dtype,
-    d_bias: Tensor | None,
-) -> None:
-    """One tile of rows: adds to ``stats`` and, if wanted, writes the gradient of h·Wᵀ over ``z``."""
-    objective, w = job.objective, job.objective.kd_weight
-    tau = objective.temperature
-    logits = _logits(z, bias, job.scale, job.softcap, dtype)
-    target = target.unsqueeze(-1)
-    log_q1, q1 = _log_and_softmax(logits)
-    stats[1] -= log_q1.gather(-1, target).sum()
-    q, log_q = q1, log_q1
-    weight = None
-    if teacher_logits is not None:
-        best = teacher_logits.argmax(-1, keepdim=True)
-        stats[4] += (logits.gather(-1, best).squeeze(-1) == logits.amax(-1)).sum()
-        if objective.topk and objective.topk < job.vocab:
-            kept, columns = teacher_logits.topk(objective.topk, dim=-1)
-            log_p, p = _log_and_softmax(kept / objective.teacher_temperature)
-            log_q, q = _log_and_softmax(logits.gather(-1, columns) / tau)
-        else:
-            columns = None
-            tau_t = objective.teacher_temperature
-            log_p, p = _log_and_softmax(teacher_logits if tau_t == 1.0 else teacher_logits / tau_t)
-            if tau != 1.0:
-                log_q, q = _log_and_softmax(logits / tau)
-        stats[3] -= torch.linalg.vecdot(p, log_p).sum()
-        value, weight = objective.terms(p, q, log_p, log_q)
-        stats[0] += value.sum()
-    stats[2] -= torch.linalg.vecdot(q, log_q).sum()
-    if not wants_grad:
-        return
-
-    k = job.inside * job.scale
-    # k times ∂/∂logits of (1 − w) CE + w τ² D, as [c_q q1 − (1 − w) onehot] + c (weight − q Σ weight)
-    if weight is None or w == 0:
-        gradient = q1 * ((1 - w) * k)
-    else:
-        c = w * (tau if objective.squared else 1 / tau) * k
-        total = weight.sum(-1, keepdim=True)
-        if columns is None and tau == 1.0:
-            gradient = torch.addcmul(weight * c, q1, (1 - w) * k - c * total)
-        else:
-            share = (weight - q * total) * c
-            gradient = q1 * ((1 - w) * k)
-            gradient = gradient + share if columns is None else gradient.scatter_add(-1, columns, share)
-    if w < 1:
-        gradient.scatter_add_(-1, target, torch.ones_like(target, dtype=dtype) * (-(1 - w) * k))
-    if job.softcap is not None:
-        gradient = gradient * (1 - (logits / job.softcap) ** 2)
-    if d_bias is not None:
-        d_bias[: job.vocab] += gradient.sum(0)
-    z.copy_(gradient)
-
-
-def _log_and_softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log softmax and softmax with one exponential per entry: the largest entry's probability tells the log-sum-exp."""
-    probability = z.softmax(-1)
-    log_sum = z.amax(-1, keepdim=True) - probability.amax(-1, keepdim=True).log()
-    return z - log_sum, probability

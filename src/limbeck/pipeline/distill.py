@@ -27,7 +27,7 @@ from limbeck.pipeline.console import RunConsole
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_data, make_student, make_teacher
+from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_data, make_objective, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.strategies.host_memory import keep_freed_pages
@@ -90,11 +90,12 @@ class _Run:
             )
         if resume is not None:
             _refuse_a_branch(resume, config.checkpoint_dir)
+        objective, self.taid = make_objective(config, world.device)
         self.data = make_data(config, world)
-        self.teacher = make_teacher(config, world, self.data)
-        self.student = make_student(config, world, self.data, self.teacher)
-        training = config.student.training_args
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
+        self.teacher = make_teacher(config, world, self.data)
+        self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
+        training = config.student.training_args
         self.optimizer = make_optimizer(self.student, training)
         self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
@@ -154,6 +155,7 @@ class _Run:
             batch = next(self.data.stream)
         # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
         normalizer = (batch.normalizer or 1.0) / self.world.size
+        kd = torch.zeros((), device=self.world.device)
         for micro_batch in batch.micro_batches:
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
@@ -163,6 +165,7 @@ class _Run:
                     loss = self.student(micro, signals, normalizer)
                 self.scaler.scale(loss.loss).backward()
             self.metrics.losses.add(loss)
+            kd += loss.kd
         with timer.section("optimizer"):
             self.scaler.unscale_(self.optimizer)
             norm = clip_gradients(self.student, self.config.max_grad_norm)
@@ -171,6 +174,8 @@ class _Run:
             self.scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        if self.taid:
+            self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
         self.metrics.count(batch, norm)
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -287,6 +292,7 @@ class _Run:
                 {
                     "data": self.data.stream.position,
                     "scaler": self.scaler.state_dict(),
+                    "taid": self.taid.state() if self.taid else None,
                     "config": _shareable(self.config),
                 },
                 judged.get(settings.best_metric) if settings.best_metric else None,
@@ -332,6 +338,12 @@ class _Run:
         self.scheduler.step()
         self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.data.stream.seek(checkpoint.state["data"])
+        if self.taid:
+            if not checkpoint.state.get("taid"):
+                raise LimbeckError(
+                    f"{self.resumed_from} was made with another objective than taid; set that one again."
+                )
+            self.taid.load_state(checkpoint.state["taid"])
 
 
 def _refuse_a_branch(resume: Path, folder: Path) -> None:

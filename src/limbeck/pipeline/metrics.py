@@ -16,7 +16,7 @@ from limbeck.data.batch import GlobalBatch
 from limbeck.objectives import DistillationLoss
 from limbeck.strategies.world import World
 
-_LOSS_NAMES = ("loss", "kd", "ce", "student_entropy", "teacher_entropy", "top1_agreement")
+_LOSS_NAMES = DistillationLoss._fields
 
 
 class LossSums:
@@ -126,6 +126,9 @@ class StepMetrics:
             line["train/train_distill_loss"] = losses["kd"]
             line["train/teacher_entropy"] = losses["teacher_entropy"]
             line["train/top1_agreement"] = losses["top1_agreement"]
+            if losses["topk_mass"]:
+                line["train/topk_mass"] = losses["topk_mass"]
+                line["train/topk_overlap"] = losses["topk_overlap"]
         self._begin()
         return line
 

@@ -26,12 +26,13 @@ from limbeck.models import (
     output_head,
     recompute_activations,
 )
-from limbeck.objectives import Objective
+from limbeck.objectives import Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher
 
+_REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -39,7 +40,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Data:
     """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
 
-    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
+    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
+    supervised_tokens: in an epoch.
     """
 
     tokenizer: Any
@@ -49,6 +51,7 @@ class Data:
     largest_token: int
     longest_row: int
     num_tokens: int
+    supervised_tokens: int
 
 
 def cache_folder(config: DistillConfig) -> Path:
@@ -116,7 +119,8 @@ def make_data(config: DistillConfig, world: World) -> Data:
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, int(held_out[0].tokens.max()))
         longest = max(longest, int(held_out[0].lengths.max()))
-    return Data(tokenizer, stream, validation, text, largest, longest, max(tokenizer.get_vocab().values()) + 1)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
 
 
 def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
@@ -130,27 +134,51 @@ def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
     )
 
 
-def make_objective(config: DistillConfig) -> Objective:
-    """The objective in numbers."""
-    parameters: dict[str, float] = {}
-    if config.kd_objective == "adaptive_kl":
+def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objective, TaidSchedule | None]:
+    """The objective in numbers, and the schedule that moves it if it is TAID."""
+    parameters: dict[str, Any] = dict(config.kd_objective_kwargs)
+    schedule = None
+    if config.kd_objective == "taid":
+        try:
+            schedule = TaidSchedule(**parameters, device=device)
+        except TypeError as error:
+            raise LimbeckError(f"kd_objective_kwargs does not fit taid: {error}.") from error
+        parameters = {"t": schedule.t}
+    elif config.kd_objective == "adaptive_kl":
         parameters["alpha"] = config.adaptive_kl_alpha
     elif config.kd_objective in ("skewed_forward_kl", "skewed_reverse_kl"):
         parameters["skew"] = config.skew_lambda
     elif config.kd_objective == "js_divergence":
         parameters["beta"] = config.js_beta
-    return Objective.of(
+    objective = Objective.of(
         config.kd_objective,
         kd_weight=config.distill_loss_weight,
         temperature=config.kd_temperature,
         teacher_temperature=config.effective_teacher_temperature,
         squared=config.temperature_squared,
         topk=config.logits_topk,
+        tail=config.logits_topk_tail,
         parameters=parameters,
     )
+    return objective, schedule
 
 
-def make_student(config: DistillConfig, world: World, data: Data, teacher: LocalTeacher | None) -> StudentWithLoss:
+def compile_loss(config: DistillConfig, data: Data, total_steps: int, vocab: int) -> bool:
+    """Whether to compile the loss: a function of the configuration and the data alone, so that a resumed run does the same."""
+    if config.compile_loss == "auto":
+        logits = data.supervised_tokens / data.stream.steps_per_epoch * total_steps * vocab
+        return logits >= _REPAYS_COMPILING and compiler_found()
+    return config.compile_loss
+
+
+def make_student(
+    config: DistillConfig,
+    world: World,
+    data: Data,
+    teacher: LocalTeacher | None,
+    objective: Objective,
+    total_steps: int,
+) -> StudentWithLoss:
     """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
 
     The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.
@@ -198,7 +226,8 @@ def make_student(config: DistillConfig, world: World, data: Data, teacher: Local
         recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
         if args.lora_target:
             model.enable_input_require_grads()
-    root = StudentWithLoss(model, make_objective(config), vocab).train()
+    compiled = compile_loss(config, data, total_steps, vocab)
+    root = StudentWithLoss(model, objective, vocab, compiled).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 

@@ -19,14 +19,15 @@ from limbeck.teachers import Signal
 class StudentWithLoss(nn.Module):
     """A Hugging Face causal language model that answers a batch with its loss."""
 
-    def __init__(self, model: Any, objective: Objective, vocab_size: int) -> None:
+    def __init__(self, model: Any, objective: Objective, vocab_size: int, compiled: bool | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.vocab_size = vocab_size
+        self.compiled = compiled
 
     def forward(self, batch: Batch, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
-        """The loss of one micro-batch; ``normalizer`` is the global number of supervised tokens (÷ ranks that average)."""
+        """The loss of one micro-batch; ``normalizer`` is the global weight of supervised tokens (÷ ranks that average)."""
         hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
         return fused_linear_distillation(
             hidden.flatten(0, 1).index_select(0, batch.supervised),
@@ -36,6 +37,8 @@ class StudentWithLoss(nn.Module):
             batch.labels.flatten().index_select(0, batch.supervised),
             objective=self.objective,
             vocab_size=self.vocab_size,
+            weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
+            compiled=self.compiled,
         )

@@ -1,0 +1,64 @@
+"""What a teacher can say of a position when it does not send hidden states, and what is assumed of the tokens it left out.
+
+Shapes: N positions, V vocabulary, k tokens kept. Log-probabilities are normalised over the whole vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+
+TAILS = ("renormalize", "bucket", "drop", "uniform", "zero")
+"""What becomes of the tokens outside the teacher's k (P, Q: both models' mass on the k):
+
+renormalize: both distributions are renormalised over the k; the rest is invisible (ROLL, NeMo-RL, ModelOpt on Megatron).
+bucket: the rest is one further token with the masses 1 − P and 1 − Q; a lower bound of the forward KL (TRL, verl, and
+DistillKit's "symmetric_uniform"). drop: the sum stops after the k; may be negative. uniform: the teacher's 1 − P is spread
+evenly over the rest. zero: the teacher is renormalised over the k and has e⁻¹⁰⁰ elsewhere, the student keeps its whole
+distribution (NeMo-RL's zero_outside_topk).
+"""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """log_probs [N, k] of the tokens indices [N, k], at the teacher's ``temperature``."""
+
+    log_probs: Tensor
+    indices: Tensor
+    temperature: float = 1.0
+
+    def at(self, temperature: float, tail: str) -> Tensor:
+        """The log-probabilities [N, k] at another temperature, up to a constant per row.
+
+        Σ over the whole vocabulary is then unknown, so only ``tail="renormalize"`` and ``"zero"`` can follow a change;
+        others raise LimbeckError.
+        """
+        if temperature == self.temperature:
+            return self.log_probs
+        if tail not in ("renormalize", "zero"):
+            raise LimbeckError(
+                f"top-k log-probabilities stored at temperature {self.temperature} cannot be brought to {temperature} with "
+                f"tail={tail!r}, because the mass outside the k is unknown there; store them at {temperature}, or use "
+                'tail="renormalize".'
+            )
+        return self.log_probs * (self.temperature / temperature)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """The teacher's whole logits [N, V]; −∞ is a token of probability 0."""
+
+    logits: Tensor
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """log_probs [N] of the tokens in the labels, which the student has drawn; for the objectives k1, k2 and k3."""
+
+    log_probs: Tensor
+
+
+Signal = TopK | Logits | Sampled
