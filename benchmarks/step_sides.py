@@ -80,7 +80,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
         sequence_length=256, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
-        distill_on_prompt=True,
+        distill_on_prompt=True, compile_loss=True,  # as any run of a few hundred such steps does by itself
         student={
             "model_args": {"dtype": dtype, "disable_gradient_checkpointing": True},
             "training_args": training,
