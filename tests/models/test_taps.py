@@ -147,9 +147,15 @@ def test_what_gives_no_row_per_token_is_told(folders):
         hidden_states(trunk, IDS, None)
 
 
-def test_widths_are_those_of_the_outputs(folders):
+def test_a_probe_shows_widths_and_what_can_be_trained(folders):
     trunk = body(load(folders[2])).train()
-    assert Taps.on(trunk, ["model.norm", "model.layers.0.mlp.up_proj"], "student").widths(trunk) == [32, 64]
+    trunk.embed_tokens.requires_grad_(False)
+    rows = Taps.on(trunk, ["model.norm", "model.layers.0.mlp.up_proj", "model.embed_tokens"], "student").probe(trunk)
+    assert [(tuple(one.shape), one.requires_grad) for one in rows] == [
+        ((8, 32), True),
+        ((8, 64), True),
+        ((8, 32), False),
+    ]
     assert trunk.training
 
 

@@ -159,13 +159,10 @@ def test_lora_trains_projections_beside_its_adapters(configure):
 
 
 def test_half_precision_trains(configure, tmp_path):
+    changes = {"features.pairs": PAIRS, "max_steps": 1}
+    exact = DistillPipeline(configure(**changes)).run().metrics
     bf16 = {"student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"}
-    exact = DistillPipeline(configure(max_steps=1, **{"features.pairs": PAIRS})).run().metrics
-    half = (
-        DistillPipeline(configure(max_steps=1, output_dir=str(tmp_path / "half"), **bf16, **{"features.pairs": PAIRS}))
-        .run()
-        .metrics
-    )
+    half = DistillPipeline(configure(output_dir=str(tmp_path / "half"), **changes, **bf16)).run().metrics
     assert half[TOTAL] == pytest.approx(exact[TOTAL], rel=2e-2)
     assert half["student/grad_norm"] == pytest.approx(exact["student/grad_norm"], rel=5e-2)
 
@@ -202,6 +199,13 @@ def test_modelopts_file_runs_with_its_balance(configure, tmp_path, skip):
         ),
         ({"features.logit_layers": ["lm_head", "model.norm"]}, "the teacher's next-token distribution"),
         ({"features.pairs": [["model.rotary_emb", "model.norm"]]}, "student submodule model.rotary_emb gives"),
+        (
+            {
+                "features.pairs": [["model.layers.0", "model.norm"]],
+                "student.model_args.freeze_module_prefix": "model.embed,model.layers.0",
+            },
+            r"student's model\.layers\.0 is frozen",
+        ),
     ],
 )
 def test_what_does_not_fit_the_models_is_one_sentence(configure, changes, sentence):

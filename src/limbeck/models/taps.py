@@ -108,18 +108,18 @@ class Taps:
             chosen[name] = flat if places is None else flat.index_select(0, places)
         return tuple(chosen[name] for name in self.names)
 
-    @torch.no_grad()
-    def widths(self, trunk: nn.Module) -> list[int]:
-        """The width of each output, found by a forward pass over four tokens. Every process must call it."""
-        if not self.names:
-            return []
+    def probe(self, trunk: nn.Module) -> tuple[Tensor, ...]:
+        """The outputs [8, width] for two rows of four tokens, to see their widths and whether they can be trained.
+
+        Every process must call it. Raises LimbeckError as ``rows`` does.
+        """
         was_training = trunk.training
         trunk.eval()
         device = next(trunk.parameters()).device
         with self.opened() as found:
-            hidden_states(trunk, torch.zeros(1, 4, dtype=torch.int64, device=device), None)
+            hidden_states(trunk, torch.zeros(2, 4, dtype=torch.int64, device=device), None)
         trunk.train(was_training)
-        return [rows.shape[-1] for rows in self.rows(found, (1, 4), None)]
+        return self.rows(found, (2, 4), None)
 
 
 def _keep(found: dict[str, Tensor], name: str, role: str, module: nn.Module, args: Any, output: Any) -> None:

@@ -6,10 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
+from limbeck.errors import LimbeckError
 from limbeck.models import NamedPair, Taps, body, resolve_pairs, submodules
 from limbeck.objectives import FeatureLosses
 from limbeck.teachers import LocalTeacher, Signal
@@ -56,9 +58,19 @@ def make_features(config: DistillConfig, student: Any, teacher: LocalTeacher | N
     taps = Taps.on(trunk, [pair.student for pair in pairs], "student")
     asked = Taps.on(teacher.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
+    with torch.enable_grad():
+        ours = taps.probe(trunk)
+    with torch.no_grad():
+        theirs = asked.probe(teacher.body)
+    for pair, rows in zip(pairs, ours, strict=True):
+        if not rows.requires_grad:
+            raise LimbeckError(
+                f"features.pairs: everything that leads to the student's {pair.student} is frozen, so nothing there can "
+                "learn; name a later submodule, or freeze less."
+            )
     losses = FeatureLosses(
         [pair.loss for pair in pairs],
-        list(zip(taps.widths(trunk), asked.widths(teacher.body), strict=True)),
+        [(s.shape[-1], t.shape[-1]) for s, t in zip(ours, theirs, strict=True)],
         shared=settings.projection == "shared",
         seed=config.seed,
     )
