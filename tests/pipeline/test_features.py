@@ -88,6 +88,15 @@ def test_the_student_comes_closer_to_the_teachers_inside(configure):
 
 
 @pytest.mark.parametrize("mask", ["tokens", "supervised"])
+def test_validation_measures_what_training_does(configure, mask):
+    """All rows in one step that changes nothing, beside the same rows held out, in batches of other shapes."""
+    still = {"max_steps": 1, "eval_steps": 1, "student.training_args.learning_rate": 0, **rows(96)}
+    found = DistillPipeline(configure(**still, **{"features.pairs": PAIRS, "features.mask": mask})).run().metrics
+    assert found["val/loss"] == pytest.approx(found["train/loss"], rel=1e-5)
+    assert found["val/loss"] == pytest.approx(0.5 * found["val/ce"] + 0.5 * found["val/kd"] + found[TOTAL], rel=1e-5)
+
+
+@pytest.mark.parametrize("mask", ["tokens", "supervised"])
 def test_micro_batches_give_what_one_batch_gives(configure, tmp_path, mask):
     changes = {"features.pairs": PAIRS, "features.mask": mask, "eval_steps": 6}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **changes)).run()
