@@ -18,6 +18,7 @@ from limbeck.models import (
     resolve_pairs,
     submodules,
 )
+from limbeck.objectives import FeatureLosses
 
 IDS = torch.arange(1, 13).view(2, 6)
 
@@ -92,12 +93,15 @@ def test_nothing_outlives_a_step_with_the_garbage_collector_off(folders, recompu
     if recompute:
         recompute_activations(model)
     taps = Taps.on(trunk, ["model.layers.0.mlp", "model.layers.1", "model.norm"], "student")
+    losses = FeatureLosses(["mse", "l1", "cosine"], [(32, 8), (32, 32), (32, 8)])
+    teacher = [torch.ones(12, width) for width in (8, 32, 8)]
 
     def step():
         with taps.opened() as found:
             hidden = hidden_states(trunk, IDS, None)
-        (sum(rows.square().sum() for rows in taps.rows(found, IDS.shape, None)) + hidden.sum()).backward()
+        (losses(taps.rows(found, IDS.shape, None), teacher, 12.0).sum() + hidden.sum()).backward()
         model.zero_grad()
+        losses.zero_grad()
 
     def tensors():
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
