@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from limbeck.config import mistakes, roll
+from limbeck.config import mistakes, modelopt, roll
 from limbeck.config.places import COMMAND_LINE, Place, leaves, not_yaml, place_of, read_places
 from limbeck.config.schema import Contradiction, DistillConfig, walk_keys
 from limbeck.errors import LimbeckError
@@ -65,6 +65,7 @@ def load_mapping(values: Mapping[str, Any], source: str = "arguments") -> Loaded
 
 def _checked(composed: _Composed, source: str) -> LoadedConfig:
     translation = roll.translate(composed.values)
+    modelopt.translate(translation, composed.places)
     found = list(translation.contradictions)
     config: DistillConfig | None = None
     try:

@@ -42,6 +42,7 @@ OBJECTIVES = (
     "cross_entropy",
 )
 Tail = Literal["renormalize", "bucket", "drop", "uniform", "zero"]
+FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 Scheduler = Literal[
     "linear",
     "cosine",
@@ -150,10 +151,28 @@ def _run_objective_file(path: str | None) -> str | None:
     return path
 
 
+def _feature_pair(entry: list[str]) -> list[str]:
+    if len(entry) not in (2, 3) or not all(entry):
+        raise ValueError("is not a pair; write [student submodule, teacher submodule] or [student, teacher, loss]")
+    if len(entry) == 3 and entry[2] not in FEATURE_LOSSES:
+        near = difflib.get_close_matches(entry[2], FEATURE_LOSSES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"has a loss that is none of {', '.join(FEATURE_LOSSES)}{hint}")
+    return entry
+
+
+def _two_names(names: list[str]) -> list[str]:
+    if len(names) != 2 or not all(names):
+        raise ValueError("must name two output heads: [the student's, the teacher's]")
+    return names
+
+
 Files = Annotated[list[str], BeforeValidator(_one_or_many)]
 CommaList = Annotated[str, BeforeValidator(_comma_list)]
 Environment = Annotated[dict[str, str], BeforeValidator(_environment_text)]
 Objective = Annotated[str, AfterValidator(_known_objective)]
+FeaturePair = Annotated[list[str], AfterValidator(_feature_pair)]
+TwoNames = Annotated[list[str], AfterValidator(_two_names)]
 Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
 
 
@@ -402,6 +421,33 @@ class StudentConfig(WorkerConfig):
     )
 
 
+class FeaturesConfig(Section):
+    """Which inner states of student and teacher are compared beside their logits."""
+
+    pairs: list[FeaturePair] = Field(
+        default_factory=list,
+        description="Submodules whose outputs are compared: a list of [student, teacher] (cosine) or [student, teacher, "
+        f"loss], loss being one of {', '.join(FEATURE_LOSSES)}; a * in both names stands for the number of a layer.",
+    )
+    weight: float = Field(
+        default=1.0, gt=0, description="What multiplies the mean of the pairs' losses before it joins the loss."
+    )
+    projection: Literal["per_pair", "shared"] = Field(
+        default="per_pair",
+        description="Where a pair's widths differ, a linear projection is trained: one for each such pair, or one shared "
+        "by all of them.",
+    )
+    mask: Literal["tokens", "supervised"] = Field(
+        default="tokens",
+        description="Where features are compared: at every token that is not padding, or at supervised positions only.",
+    )
+    logit_layers: TwoNames | None = Field(
+        default=None,
+        description="ModelOpt's names of the output heads of student and teacher, checked against the models; unset, they "
+        "are found.",
+    )
+
+
 class ValidationDataArgs(Section):
     """Which files the student is measured on."""
 
@@ -530,6 +576,15 @@ class DistillConfig(Section):
         description="Compile the elementwise part of the loss: auto does where there is a compiler and the run is long "
         "enough to repay some ten seconds.",
     )
+    features: FeaturesConfig = Field(
+        default_factory=FeaturesConfig,
+        description="Which inner states of student and teacher are compared beside their logits.",
+    )
+    loss_balance: Literal["weighted", "modelopt"] = Field(
+        default="weighted",
+        description="weighted adds the parts of the loss with their fixed weights; modelopt scales, in each micro-batch, the "
+        "features to the logits' divergence and both to the cross-entropy (left out with distill_loss_weight: 1).",
+    )
 
     max_steps: int | None = Field(
         default=None,
@@ -615,6 +670,17 @@ class DistillConfig(Section):
                 "teacher_pretrain",
                 f"is not set, but distill_loss_weight = {self.distill_loss_weight:g} needs a teacher; name its "
                 "checkpoint, or set distill_loss_weight: 0 to train on the answers alone",
+            )
+        if self.features.pairs and not teacher.names_a_model:
+            yield Contradiction("features.pairs", "need a teacher to compare with; name one with teacher_pretrain")
+        if self.features.pairs and student.gradient_checkpointing_use_reentrant:
+            yield Contradiction(
+                "student.model_args.gradient_checkpointing_use_reentrant",
+                "= true hides the layers' insides from features.pairs; set it to false",
+            )
+        if self.loss_balance == "modelopt" and self.distill_loss_weight == 0:
+            yield Contradiction(
+                "loss_balance", "= modelopt scales to the divergence of the logits; set distill_loss_weight above 0"
             )
         for role, pretrain, model_args in (
             ("student", self.student_pretrain, student),
@@ -726,6 +792,11 @@ class DistillConfig(Section):
                 yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {self.kd_objective}"
         if self.logits_topk == 0:
             yield "logits_topk_tail", "is read with logits_topk only"
+        if not self.features.pairs:
+            for key in ("weight", "projection", "mask"):
+                yield f"features.{key}", "is read with features.pairs only"
+        elif self.loss_balance == "modelopt":
+            yield "features.weight", "yields to loss_balance: modelopt"
         student = self.student
         if not student.use_dynamic_batching_in_train:
             yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"

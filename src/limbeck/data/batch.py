@@ -26,6 +26,7 @@ class Batch:
     supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
                   batch is made, so that a GPU need not be asked in the middle of a step.
     weights:      [supervised] float32, what multiplies each one's loss; None when all count alike.
+    real:         [num_tokens] int64, the places in the flattened input_ids that are not padding; None when there is none.
     """
 
     input_ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     num_tokens: int
     supervised: Tensor
     weights: Tensor | None = None
+    real: Tensor | None = None
 
     @classmethod
     def of(
@@ -43,11 +45,12 @@ class Batch:
         position_ids: Tensor | None,
         num_tokens: int,
         weights: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> Batch:
         """A batch with its supervised places found from the labels; ``weights`` [batch, time] or None."""
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
         chosen = None if weights is None else weights.flatten()[supervised]
-        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen)
+        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
@@ -58,6 +61,7 @@ class Batch:
             supervised=self.supervised.to(device, non_blocking=True),
             position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            real=None if self.real is None else self.real.to(device, non_blocking=True),
         )
 
 

@@ -262,6 +262,7 @@ def _collate(examples: Examples, group: Sequence[_Unit], shape: tuple[int, int],
     labels = np.full(shape, IGNORE, dtype=np.int64)
     # Padding counts on from the last document, so that it does not look like the beginning of another.
     position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
+    is_real = np.zeros(shape, dtype=bool)
     for i, unit in enumerate(group):
         end = 0
         for row in unit.rows:
@@ -270,11 +271,13 @@ def _collate(examples: Examples, group: Sequence[_Unit], shape: tuple[int, int],
             input_ids[i, here], labels[i, here] = tokens, targets
             position_ids[i, end:] = np.arange(shape[1] - end)
             end += len(tokens)
+        is_real[i, :end] = True
     return Batch.of(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids) if layout.packed else None,
         num_tokens=sum(unit.length for unit in group),
+        real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
     )
 
 

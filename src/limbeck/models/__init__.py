@@ -12,12 +12,16 @@ from limbeck.models.heads import (
 )
 from limbeck.models.load import load_model, load_tokenizer, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
+from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
 __all__ = [
+    "NamedPair",
+    "Taps",
     "add_lora",
     "body",
     "check_head",
     "check_length",
+    "check_logit_layer",
     "check_packing",
     "decoder_layers",
     "freeze",
@@ -28,4 +32,6 @@ __all__ = [
     "merged_state_dict",
     "output_head",
     "recompute_activations",
+    "resolve_pairs",
+    "submodules",
 ]

@@ -2,6 +2,7 @@
 
 from limbeck.objectives.across import Across, VocabParallel, take_rows
 from limbeck.objectives.divergences import coupled, divergence, load_file, names, register
+from limbeck.objectives.features import FeatureLosses, feature_loss, modelopt_balance
 from limbeck.objectives.fused import (
     DistillationLoss,
     Objective,
@@ -16,6 +17,7 @@ __all__ = [
     "TAILS",
     "Across",
     "DistillationLoss",
+    "FeatureLosses",
     "Logits",
     "Objective",
     "OutputHead",
@@ -26,8 +28,10 @@ __all__ = [
     "compiler_found",
     "coupled",
     "divergence",
+    "feature_loss",
     "fused_linear_distillation",
     "load_file",
+    "modelopt_balance",
     "names",
     "register",
     "take_rows",

@@ -99,10 +99,12 @@ class _Run:
         self.optimizer = make_optimizer(self.student, training)
         self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
-        self.distils = config.distill_loss_weight > 0  # else a teacher is only measured against, in validation
+        self.features = self.student.features
+        # Otherwise a teacher is only measured against, in validation.
+        self.distils = config.distill_loss_weight > 0 or self.features is not None
         self.compute_dtype = fsdp2_options(config.student, self.dtype).param_dtype
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.compute_dtype is torch.float16)
-        self.metrics = StepMetrics(world)
+        self.metrics = StepMetrics(world, self.features.labels if self.features else ())
         self.step = 0
         self.latest: dict[str, float] = {}
         self.resumed_from = resume
@@ -154,18 +156,18 @@ class _Run:
         with timer.section("data"):
             batch = next(self.data.stream)
         # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
-        normalizer = (batch.normalizer or 1.0) / self.world.size
         kd = torch.zeros((), device=self.world.device)
+        normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))
         for micro_batch in batch.micro_batches:
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
                 signals = self.teacher.signals(micro) if self.teacher and self.distils else None
             with timer.section("student"):
                 with self._autocast():
-                    loss = self.student(micro, signals, normalizer)
+                    loss = self.student(micro, signals, normalizer, tokens)
                 self.scaler.scale(loss.loss).backward()
             self.metrics.losses.add(loss)
-            kd += loss.kd
+            kd += loss.distillation.kd
         with timer.section("optimizer"):
             self.scaler.unscale_(self.optimizer)
             norm = clip_gradients(self.student, self.config.max_grad_norm)
@@ -193,14 +195,15 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         """Means over the supervised tokens of all held-out rows."""
         self.student.eval()
-        sums = LossSums(self.world.device)
+        sums = LossSums(self.world.device, self.features.labels if self.features else ())
         count = sum(batch.normalizer for batch in self.data.validation)
+        tokens = sum(batch.num_tokens for batch in self.data.validation)
         for batch in self.data.validation:
             for micro_batch in batch.micro_batches:
                 micro = micro_batch.to(self.world.device)
                 signals = None if self.teacher is None else self.teacher.signals(micro)
                 with self._autocast():
-                    sums.add(self.student(micro, signals, 1.0))
+                    sums.add(self.student(micro, signals, 1.0, tokens / (count or 1.0)))
         self.student.train()
         means = sums.read(self.world, count)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
@@ -281,13 +284,15 @@ class _Run:
 
     def _save(self, judged: Mapping[str, float]) -> None:
         folder, settings = self.config.checkpoint_dir, self.config.checkpoint_config
-        state = {name.removeprefix(_ROOT): tensor for name, tensor in gather_model(self.student).items()}
+        # Projections of features stand beside the student: they are part of the run's masters and of no student's folder.
+        whole = gather_model(self.student)
+        state = {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name.startswith(_ROOT)}
         moments = gather_optimizer(self.student, self.optimizer)
         if self.world.is_main:
-            trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
+            trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
             checkpoint = files.Checkpoint(
                 self.step,
-                {name: tensor for name, tensor in state.items() if name in trained},
+                {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name in trained},
                 moments,
                 {
                     "data": self.data.stream.position,
@@ -322,14 +327,14 @@ class _Run:
 
     def _restore(self, checkpoint: files.Checkpoint) -> None:
         self.step = checkpoint.step
-        whole = {name.removeprefix(_ROOT): tensor for name, tensor in self.student.state_dict().items()}
+        whole = {name.removeprefix(_ROOT): name for name in self.student.state_dict()}
         trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
         if trained & whole.keys() != checkpoint.masters.keys():
             odd = min((trained & whole.keys()) ^ checkpoint.masters.keys())
             raise LimbeckError(
-                f"{self.resumed_from} was made with another student or other frozen parts ({odd} differs)."
+                f"{self.resumed_from} was made with another student, other frozen parts or other features ({odd} differs)."
             )
-        scatter_model(self.student, {_ROOT + name: tensor for name, tensor in checkpoint.masters.items()})
+        scatter_model(self.student, {whole[name]: tensor for name, tensor in checkpoint.masters.items()})
         scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
         # The rate is a function of the step, so a longer or another schedule is entered at the right place.
         self.scheduler.load_state_dict(

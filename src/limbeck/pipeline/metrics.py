@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,26 +14,32 @@ from torch import Tensor
 
 from limbeck.data.batch import GlobalBatch
 from limbeck.objectives import DistillationLoss
+from limbeck.pipeline.student import StudentLoss
 from limbeck.strategies.world import World
 
+FEATURES = "features/"
 _LOSS_NAMES = DistillationLoss._fields
 
 
 class LossSums:
-    """The loss and its diagnostics, summed over micro-batches on the device."""
+    """The loss and its diagnostics, and the loss of each of ``pairs``, summed over micro-batches on the device."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(_LOSS_NAMES), dtype=torch.float64, device=device)
+    def __init__(self, device: torch.device, pairs: Sequence[str] = ()) -> None:
+        self._names = (*_LOSS_NAMES, *(f"{FEATURES}{pair}" for pair in pairs))
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
-    def add(self, loss: DistillationLoss) -> None:
+    def add(self, loss: StudentLoss) -> None:
         """Add one micro-batch, already divided by its global batch's normalizer."""
-        self._sums += torch.stack([part.detach().to(torch.float64) for part in loss])
+        parts = torch.stack([part.detach().to(torch.float64) for part in loss.distillation])
+        self._sums[: len(parts)] += parts
+        if loss.features is not None:
+            self._sums[len(parts) :] += loss.features
 
     def read(self, world: World, divisor: float) -> dict[str, float]:
         """The sums over all ranks ÷ ``divisor``, by name; starts again from zero. Every rank must call it."""
         values = (world.sum(self._sums) / divisor).tolist()
         self._sums.zero_()
-        return dict(zip(_LOSS_NAMES, values, strict=True))
+        return dict(zip(self._names, values, strict=True))
 
 
 class Timer:
@@ -71,9 +77,9 @@ class Timer:
 class StepMetrics:
     """Everything between two log lines, under ROLL's names and a few of our own."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, pairs: Sequence[str] = ()) -> None:
         self.world = world
-        self.losses = LossSums(world.device)
+        self.losses = LossSums(world.device, pairs)
         self.timer = Timer(world.device)
         self._norm = torch.zeros((), device=world.device)
         self._begin()
@@ -129,6 +135,9 @@ class StepMetrics:
             if losses["topk_mass"]:
                 line["train/topk_mass"] = losses["topk_mass"]
                 line["train/topk_overlap"] = losses["topk_overlap"]
+        pairs = {f"train/{name}": value for name, value in losses.items() if name.startswith(FEATURES)}
+        if pairs:
+            line |= pairs | {f"train/{FEATURES}total": sum(pairs.values()) / len(pairs)}
         self._begin()
         return line
 

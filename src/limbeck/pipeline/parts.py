@@ -18,6 +18,7 @@ from limbeck.models import (
     body,
     check_head,
     check_length,
+    check_logit_layer,
     check_packing,
     decoder_layers,
     freeze,
@@ -27,6 +28,7 @@ from limbeck.models import (
     recompute_activations,
 )
 from limbeck.objectives import Objective, TaidSchedule, compiler_found
+from limbeck.pipeline.features import make_features
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
@@ -200,6 +202,8 @@ def make_student(
         role="student",
     )
     _check_model(model, str(args.model_name_or_path or "the student"), config, data)
+    if config.features.logit_layers:
+        check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
     _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
     if teacher is not None:
@@ -227,7 +231,8 @@ def make_student(
         if args.lora_target:
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
-    root = StudentWithLoss(model, objective, vocab, compiled).train()
+    features = make_features(config, model, teacher)
+    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 
@@ -271,6 +276,8 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         role="teacher",
     )
     _check_model(model, str(args.model_name_or_path), config, data)
+    if config.features.logit_layers:
+        check_logit_layer(model, config.features.logit_layers[1], "teacher")
     head = output_head(model)
     _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
     # The head is sent once: every rank keeps it whole, also when the body is spread.

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from limbeck.data.batch import Batch
-from limbeck.models import hidden_states
+from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.teachers.signal import Signal
 
@@ -18,9 +18,16 @@ class LocalTeacher:
         self.body = model_body.eval().requires_grad_(False)
         self.head = head
         self.num_parameters = num_parameters
+        self._taps, self._supervised_only = Taps(), False
+
+    def tap(self, taps: Taps, *, supervised_only: bool) -> None:
+        """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
+        self._taps, self._supervised_only = taps, supervised_only
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
-        hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
-        return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head)
+        with self._taps.opened() as found:
+            hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
+        features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
+        return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head, features)

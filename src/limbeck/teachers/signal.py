@@ -14,8 +14,9 @@ class Signal:
     """The teacher's last hidden states at the supervised positions, with its head: the whole distribution, exactly.
 
     hidden: [supervised, H_teacher], in the order of the batch's flattened supervised positions. head: the same object for
-    every batch.
+    every batch. features: the outputs of the submodules that are tapped, each [rows, its width], if any are.
     """
 
     hidden: Tensor
     head: OutputHead
+    features: tuple[Tensor, ...] = ()

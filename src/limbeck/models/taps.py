@@ -1,0 +1,233 @@
+"""Taps on the inside of a model: the outputs of named submodules, taken by forward hooks that are gone after the forward.
+
+A hook only puts a reference aside; no class is changed and nothing is stashed on a module, so nothing outlives the step and
+recomputation in the backward pass finds no hook. Names are Hugging Face's (``model.layers.3.mlp``), the same under LoRA and
+FSDP; a few of Megatron's are understood. No loss is known here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.errors import LimbeckError
+from limbeck.models.heads import hidden_states
+
+STAR = "*"
+
+MEGATRON: dict[str, tuple[str, ...]] = {
+    "": ("",),
+    "input_layernorm": ("input_layernorm", "ln_1"),
+    "self_attention": ("self_attn", "attn", "attention"),
+    "self_attention.linear_proj": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
+    # Where a layer has several of these, which one stands before the MLP differs from model to model.
+    "pre_mlp_layernorm": (
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+        "ln_2",
+    ),
+    "mlp": ("mlp", "feed_forward"),
+    "mlp.linear_fc2": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h"),
+}
+"""What follows ``decoder.layers.<n>.`` in Megatron, and what it is called in Hugging Face's layers: one of these."""
+
+MEGATRON_ENDS: dict[str, tuple[str, ...]] = {
+    "decoder.final_layernorm": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+    "decoder.final_norm": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
+    "embedding.word_embeddings": ("embed_tokens", "wte", "embed_in"),
+}
+"""Megatron's names outside the layers, and those of Hugging Face's bodies: one of these."""
+
+_LAYERS = re.compile(r"(?P<layers>(?:[^.]+\.)?(?:layers|h))\.0")
+_MEGATRON_LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+|\*)(?:\.(?P<rest>.+))?")
+
+
+@dataclass(frozen=True)
+class NamedPair:
+    """One submodule of each model, and the loss between their outputs."""
+
+    student: str
+    teacher: str
+    loss: str
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The submodules of one body whose outputs are wanted, in the order in which they are wanted; names may repeat."""
+
+    names: tuple[str, ...] = ()
+    modules: tuple[nn.Module, ...] = ()
+    role: str = "model"
+
+    @classmethod
+    def on(cls, trunk: nn.Module, names: Sequence[str], role: str) -> Taps:
+        """Taps on the submodules of the body ``trunk`` that are called ``names``."""
+        known = submodules(trunk)
+        return cls(tuple(names), tuple(known[name] for name in names), role)
+
+    @contextmanager
+    def opened(self) -> Iterator[dict[str, Tensor]]:
+        """What the submodules give in a forward pass inside, by name; the hooks are gone afterwards, come what may."""
+        found: dict[str, Tensor] = {}
+        handles = []
+        try:
+            for name, module in dict(zip(self.names, self.modules, strict=True)).items():
+                handles.append(module.register_forward_hook(partial(_keep, found, name, self.role)))
+            yield found
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def rows(self, found: dict[str, Tensor], shape: Sequence[int], places: Tensor | None) -> tuple[Tensor, ...]:
+        """The outputs as [rows, width], one for each name: those at ``places`` of the flattened [batch, time], or all.
+
+        ``shape`` is [batch, time]. Raises LimbeckError for an output of another shape, or none at all.
+        """
+        chosen: dict[str, Tensor] = {}
+        for name in dict.fromkeys(self.names):
+            if name not in found:
+                raise LimbeckError(
+                    f"features: {self.role} submodule {name} did not run in a forward pass; name one that does."
+                )
+            output = found.pop(name)
+            if output.dim() != 3 or output.shape[:2] != torch.Size(shape):
+                raise LimbeckError(
+                    f"features: {self.role} submodule {name} gives {list(output.shape)} for a batch of {list(shape)} tokens, "
+                    "which cannot be paired token by token; name one that gives [batch, time, width]."
+                )
+            flat = output.flatten(0, 1)
+            chosen[name] = flat if places is None else flat.index_select(0, places)
+        return tuple(chosen[name] for name in self.names)
+
+    def probe(self, trunk: nn.Module) -> tuple[Tensor, ...]:
+        """The outputs [8, width] for two rows of four tokens, to see their widths and whether they can be trained.
+
+        Every process must call it. Raises LimbeckError as ``rows`` does.
+        """
+        was_training = trunk.training
+        trunk.eval()
+        device = next(trunk.parameters()).device
+        with self.opened() as found:
+            hidden_states(trunk, torch.zeros(2, 4, dtype=torch.int64, device=device), None)
+        trunk.train(was_training)
+        return self.rows(found, (2, 4), None)
+
+
+def _keep(found: dict[str, Tensor], name: str, role: str, module: nn.Module, args: Any, output: Any) -> None:
+    """A forward hook that puts an output aside."""
+    if name in found:
+        raise LimbeckError(
+            f"features: {role} submodule {name} runs more than once in a forward pass, so there is no one output of it; "
+            "name another."
+        )
+    if not isinstance(output, Tensor):  # attention and older layers give (hidden, …), bodies an object with fields
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise LimbeckError(f"features: {role} submodule {name} gives no tensor; name another.")
+    found[name] = output
+
+
+def submodules(trunk: nn.Module) -> dict[str, nn.Module]:
+    """Every submodule of a body by its name in the whole model, such as ``model.layers.0.mlp``."""
+    prefix = getattr(trunk, "base_model_prefix", "")
+    if hasattr(trunk, prefix or "-"):  # the body is the whole model
+        prefix = ""
+    return {".".join(part for part in (prefix, name) if part): module for name, module in trunk.named_modules()}
+
+
+def resolve_pairs(
+    pairs: Sequence[Sequence[str]], student: Collection[str], teacher: Collection[str], default: str = "cosine"
+) -> list[NamedPair]:
+    """``[student, teacher]`` or ``[student, teacher, loss]`` entries as pairs of submodules that are in both models.
+
+    A ``*`` stands for the number of a layer and must stand in both names. Models of equally many layers are paired in order;
+    if the teacher has k times as many, the student's layer i (from 1) meets the teacher's layer k·i, so the last meet. Other
+    counts are ambiguous. Raises LimbeckError for these, for names that a model does not have, and for repetitions.
+    """
+    found: list[NamedPair] = []
+    for entry in pairs:
+        loss = entry[2] if len(entry) > 2 else default
+        ours, theirs = _find(entry[0], student, "student"), _find(entry[1], teacher, "teacher")
+        if (STAR in entry[0]) != (STAR in entry[1]):
+            raise LimbeckError(
+                f"features.pairs: [{entry[0]}, {entry[1]}] has a * on one side only, so it is open which layers meet; write "
+                "it on both sides, or name one layer on each."
+            )
+        if len(theirs) % len(ours):
+            raise LimbeckError(
+                f"features.pairs: [{entry[0]}, {entry[1]}] stands for {len(ours)} layers of the student and {len(theirs)} of "
+                "the teacher, and which of them meet is ambiguous; name them in pairs of their own."
+            )
+        every = len(theirs) // len(ours)
+        found += [NamedPair(s, t, loss) for s, t in zip(ours, theirs[every - 1 :: every], strict=True)]
+    for pair in found:
+        if found.count(pair) > 1:
+            raise LimbeckError(
+                f"features.pairs: {pair.student} and {pair.teacher} are paired twice with {pair.loss}; once is enough."
+            )
+    return found
+
+
+def _find(name: str, known: Collection[str], role: str) -> list[str]:
+    """The submodules that ``name`` stands for: itself, or by rising number those that its * stands for."""
+    translated = name if _hits(name, known) else _from_megatron(name, known, role)
+    if translated.count(STAR) > 1:
+        raise LimbeckError(f"features.pairs: {name} has more than one *; let it stand for the layer's number only.")
+    hits = _hits(translated, known)
+    if not hits:
+        near = difflib.get_close_matches(translated.replace(STAR, "0"), sorted(known), n=3, cutoff=0.4)
+        hint = f"nearest are {', '.join(near)}" if near else f"names look like {', '.join(sorted(known)[1:4])}"
+        raise LimbeckError(f"features.pairs: the {role} has no submodule {name}; {hint}.")
+    return hits
+
+
+def _hits(name: str, known: Collection[str]) -> list[str]:
+    if STAR not in name:
+        return [name] if name in known else []
+    pattern = re.compile(re.escape(name).replace(re.escape(STAR), r"(\d+)"))
+    numbered = [(tuple(map(int, match.groups())), one) for one in known if (match := pattern.fullmatch(one))]
+    return [one for _, one in sorted(numbered)]
+
+
+def _from_megatron(name: str, known: Collection[str], role: str) -> str:
+    """``name`` in Hugging Face's words if it is Megatron's and has one counterpart; as it is if it is not Megatron's."""
+    stacks = sorted({match["layers"] for one in known if (match := _LAYERS.fullmatch(one))})
+    layer = _MEGATRON_LAYER.fullmatch(name)
+    if layer:
+        endings = MEGATRON.get(layer["rest"] or "", ())
+        candidates = [f"{stack}.{layer['number']}.{end}".rstrip(".") for stack in stacks for end in endings]
+    elif name in MEGATRON_ENDS:
+        prefixes = {stack.rpartition(".")[0] for stack in stacks}
+        candidates = [f"{prefix}.{end}".lstrip(".") for prefix in prefixes for end in MEGATRON_ENDS[name]]
+    else:
+        return name
+    there = [one for one in candidates if _hits(one, known)]
+    if len(there) > 1:
+        raise LimbeckError(
+            f"features.pairs: Megatron's {name} could be {' or '.join(there)} in the {role}; write the one that you mean."
+        )
+    return there[0] if there else name
+
+
+def check_logit_layer(model: Any, name: str, role: str) -> None:
+    """Raise LimbeckError unless ``name`` is the output head of ``model`` (``output_layer`` in Megatron)."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = causal.get_output_embeddings()
+    modules = dict(causal.named_modules())
+    own = next((known for known, module in modules.items() if module is head), "lm_head")
+    if name in (own, "output_layer"):
+        return
+    known = f"{name} is a layer inside" if name in modules else f"it has no submodule {name}"
+    raise LimbeckError(
+        f"features.logit_layers: the {role}'s next-token distribution comes from its output head {own}, and {known}; "
+        f"write {own}, and compare other layers with features.pairs."
+    )
