@@ -18,9 +18,9 @@ from limbeck.models import (
     body,
     check_head,
     check_length,
-    check_packing,
     decoder_layers,
     freeze,
+    keep_documents_apart,
     load_model,
     load_tokenizer,
     output_head,
@@ -213,7 +213,7 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
     check_length(model, name, data.longest_row)
     check_head(model, name)
     if config.student.use_sequence_packing:
-        check_packing(model, name)
+        keep_documents_apart(model, name)
 
 
 def _check_tokens(role: str, known: int, data: Data) -> None:

@@ -27,7 +27,7 @@ class StudentWithLoss(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal | None, normalizer: float | Tensor) -> DistillationLoss:
         """The loss of one micro-batch; ``normalizer`` is the global number of supervised tokens (÷ ranks that average)."""
-        hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
+        hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
         return fused_linear_distillation(
             hidden.flatten(0, 1).index_select(0, batch.supervised),
             output_head(self.model),

@@ -22,5 +22,5 @@ class LocalTeacher:
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
-        hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
+        hidden = hidden_states(self.body, batch.input_ids, batch.position_ids, batch.documents)
         return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head)
