@@ -11,7 +11,15 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.data import BatchStream, Examples, GlobalBatch, check_same_tokenizer, fixed_batches, tokenize_files
+from limbeck.data import (
+    BatchStream,
+    Examples,
+    GlobalBatch,
+    PrefetchedStream,
+    check_same_tokenizer,
+    fixed_batches,
+    tokenize_files,
+)
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
@@ -43,7 +51,7 @@ class Data:
     """
 
     tokenizer: Any
-    stream: BatchStream
+    stream: PrefetchedStream
     validation: list[GlobalBatch]
     report: str
     largest_token: int
@@ -89,7 +97,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
     held_out = examples_of(config.validation_files) if config.validation_files else None
     if world.is_main:
         world.wait()
-    stream = BatchStream(
+    steps = BatchStream(
         train,
         seed=config.data_seed,
         sequence_length=config.sequence_length,
@@ -98,6 +106,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         rank=world.rank,
         world_size=world.size,
         packing=config.student.use_sequence_packing,
+        packing_algorithm=config.student.packing_algorithm,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         length_round=config.student.sequence_length_round_in_train,
         pad_id=tokenizer.pad_token_id,
@@ -116,6 +125,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, int(held_out[0].tokens.max()))
         longest = max(longest, int(held_out[0].lengths.max()))
+    stream = PrefetchedStream(steps, device=world.device)
     return Data(tokenizer, stream, validation, text, largest, longest, max(tokenizer.get_vocab().values()) + 1)
 
 
