@@ -344,6 +344,17 @@ def test_packed_ranks_carry_equal_loads_without_padding(world_size, budget):
         assert max(batch.input_ids.numel() for part in parts for batch in part.micro_batches) <= (budget or 8 * 512)
 
 
+def test_packs_that_nothing_fills_are_dealt_evenly():
+    examples = make([500, 480, 300, 280] * 40)
+    ranks = [
+        stream(examples, rank, 4, packing=True, sequence_length=512, per_device_batch_size=4, shuffle=True)
+        for rank in range(4)
+    ]
+    for _ in range(ranks[0].steps_per_epoch):
+        loads = [sum(batch.num_tokens for batch in next(rank).micro_batches) for rank in ranks]
+        assert max(loads) - min(loads) <= 220
+
+
 @pytest.mark.parametrize("world_size", [2, 4, 8])
 def test_padded_ranks_within_a_budget_wait_little_for_each_other(world_size):
     examples = make(lognormal(4000))
