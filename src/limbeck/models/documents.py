@@ -70,7 +70,10 @@ def _mask_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
         if lengths is None:
             return plain(**arguments)
         longest = max(lengths)
-        changed = {"batch_size": 1, "q_length": longest, "kv_length": longest, "attention_mask": None}
+        # transformers told the queries' places before it told their number alone.
+        places = arguments.get("cache_position")
+        queries = {"q_length": longest} if places is None else {"cache_position": places[:longest]}
+        changed = {"batch_size": 1, **queries, "kv_length": longest, "attention_mask": None}
         return _Apart(lengths, plain(**{**arguments, **changed}))
 
     return mask
