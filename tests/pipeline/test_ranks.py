@@ -57,6 +57,18 @@ def test_ranks_give_the_losses_of_one(configure, settings, tmp_path, ranks, chan
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
 
 
+def test_packed_ranks_give_the_losses_of_one(configure, settings, tmp_path):
+    packed = {"student.use_sequence_packing": True, "student.packing_algorithm": "modified_first_fit_decreasing",
+              "max_steps": 4}  # fmt: skip
+    budget = {"student.use_dynamic_batching_in_train": True, "student.max_tokens_per_microbatch_in_train": 64,
+              "student.sequence_length_round_in_train": 1}  # fmt: skip
+    DistillPipeline(configure(**packed, **rows(4), output_dir=str(tmp_path / "one"))).run()
+    train(settings(**packed, **rows(2), **budget, output_dir=str(tmp_path / "many")), tmp_path, 2)
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss"):
+        assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
+    assert set(metrics(tmp_path / "many", "train/padding_share")) == {0.0}
+
+
 def test_a_run_goes_on_with_another_number_of_ranks(configure, settings, tmp_path):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     out = tmp_path / "out"

@@ -410,10 +410,10 @@ def test_a_diverged_run_stops_with_a_sentence_and_saves_nothing(configure):
 
 
 def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(configure, tmp_path):
-    make_model(tmp_path / "opt", kind="opt", word_embed_proj_dim=32, ffn_dim=64)
+    make_model(tmp_path / "recurrent", kind="mamba", state_size=4)
     changes = {"student.use_sequence_packing": True, "student.training_args.per_device_train_batch_size": 2}
     with pytest.raises(LimbeckError, match="does not keep packed rows apart"):
-        DistillPipeline(configure(**changes, student_pretrain=str(tmp_path / "opt"))).run()
+        DistillPipeline(configure(**changes, student_pretrain=str(tmp_path / "recurrent"))).run()
 
 
 def test_rows_longer_than_the_model_are_refused(configure, tmp_path):

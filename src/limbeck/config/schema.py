@@ -55,6 +55,7 @@ Scheduler = Literal[
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
 ]
+Packing = Literal["best_fit_decreasing", "modified_first_fit_decreasing"]
 SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "cosine": ("num_cycles",),
     "cosine_with_restarts": ("num_cycles",),
@@ -409,6 +410,10 @@ class StudentConfig(WorkerConfig):
         default=False,
         description="Put several short rows into one, without letting them see each other, to avoid padding.",
     )
+    packing_algorithm: Packing = Field(
+        default="best_fit_decreasing",
+        description="Which rows share a pack: best_fit_decreasing or modified_first_fit_decreasing; both by tokens.",
+    )
     use_dynamic_batching_in_train: bool = Field(
         default=False,
         description="Cut micro-batches by tokens (`max_tokens_per_microbatch_in_train`) instead of by rows.",
@@ -417,7 +422,9 @@ class StudentConfig(WorkerConfig):
         default=0, ge=0, description="Tokens, padding included, that a dynamic micro-batch may hold on one rank."
     )
     sequence_length_round_in_train: int = Field(
-        default=4, ge=1, description="Micro-batches are padded to a multiple of this many tokens."
+        default=4,
+        ge=1,
+        description="Rows are padded to a multiple of this many tokens; with packing, the whole micro-batch is.",
     )
 
 
@@ -800,6 +807,8 @@ class DistillConfig(Section):
         student = self.student
         if not student.use_dynamic_batching_in_train:
             yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
+        if not student.use_sequence_packing:
+            yield "student.packing_algorithm", "is read with use_sequence_packing: true only"
         if student.model_args.lora_target is None:
             for key in ("lora_rank", "lora_alpha", "lora_dropout"):
                 yield f"student.model_args.{key}", "is read with lora_target only"

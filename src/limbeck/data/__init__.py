@@ -1,10 +1,11 @@
 """From files of questions and answers to the batches of every training step.
 
-``tokenize_files`` reads, checks and tokenises; ``BatchStream`` turns the result into steps; ``fixed_batches`` into
-validation batches. Models and teachers are not known here.
+``tokenize_files`` reads, checks and tokenises; ``BatchStream`` turns the result into steps, which ``PrefetchedStream``
+makes ahead of their time; ``fixed_batches`` into validation batches. Models and teachers are not known here.
 """
 
 from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.prefetch import PrefetchedStream
 from limbeck.data.stream import BatchStream, fixed_batches
 from limbeck.data.tokenize import DataReport, Examples, tokenize_files, tokenize_rows
 from limbeck.data.tokenizers import check_same_tokenizer
@@ -16,6 +17,7 @@ __all__ = [
     "DataReport",
     "Examples",
     "GlobalBatch",
+    "PrefetchedStream",
     "check_same_tokenizer",
     "fixed_batches",
     "tokenize_files",

@@ -5,7 +5,9 @@ Nothing here knows a model, a teacher or a loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,14 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: sequences right-padded to a common length.
+    """One micro-batch: rows right-padded to a common length, or with packing one row of documents end to end.
 
     input_ids:    [batch, time] int64.
     labels:       [batch, time] int64; ``labels[b, t]`` is the token that position t must predict (already shifted by
                   one), or ``IGNORE``.
     position_ids: [batch, time] int64, restarting at 0 with every packed document; None when each row is one document.
+    documents:    with packing, the lengths of the documents in the one row, whose last takes the padding (if any) along;
+                  numbers on the host, which attention needs without asking a GPU.
     num_tokens:   tokens that are not padding.
     supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
                   batch is made, so that a GPU need not be asked in the middle of a step.
@@ -36,6 +40,7 @@ class Batch:
     supervised: Tensor
     weights: Tensor | None = None
     real: Tensor | None = None
+    documents: tuple[int, ...] | None = None
 
     @classmethod
     def of(
@@ -46,23 +51,26 @@ class Batch:
         num_tokens: int,
         weights: Tensor | None = None,
         real: Tensor | None = None,
+        documents: tuple[int, ...] | None = None,
     ) -> Batch:
         """A batch with its supervised places found from the labels; ``weights`` [batch, time] or None."""
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
         chosen = None if weights is None else weights.flatten()[supervised]
-        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real)
+        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real, documents)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            supervised=self.supervised.to(device, non_blocking=True),
-            position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
-            weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
-            real=None if self.real is None else self.real.to(device, non_blocking=True),
-        )
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -81,3 +89,7 @@ class GlobalBatch:
     normalizer: float
     num_tokens: int
     num_slots: int
+
+    def pinned(self) -> GlobalBatch:
+        """The same step with its micro-batches in page-locked memory."""
+        return replace(self, micro_batches=tuple(batch.pinned() for batch in self.micro_batches))

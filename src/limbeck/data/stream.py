@@ -1,52 +1,54 @@
-"""From tokenised rows to optimizer steps: order, packing, micro-batches, and the share of each rank.
+"""From tokenised rows to optimizer steps: order, micro-batches, and the share of each rank.
 
 Everything is a pure function of (seed, epoch, step). A stream that is told a position continues there, on any number of
-ranks, and every rank can count the whole step without asking the others. Nothing here knows text, models or processes.
+ranks, and every rank can count the whole step without asking the others. Examples may be mapped files far larger than
+memory: only the rows of a step are read. Nothing here knows text, models or processes.
 """
 
 from __future__ import annotations
 
 import zlib
-from bisect import bisect_left, insort
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.dealing import evenly, evenly_within, neighbours_within
+from limbeck.data.packing import Packs, pack
 from limbeck.data.tokenize import Examples
 from limbeck.errors import LimbeckError
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
+RowsOfEpoch = Callable[[int], Ints]
 
-
-class _Unit(NamedTuple):
-    """What becomes one row of a batch: one row of the examples, or with packing several that share a sequence."""
-
-    rows: Ints
-    length: int
-    supervised: int
+_BLOCK, _BLOCKS = 1 << 16, 256  # bytes in a block and blocks of an array that a checksum reads
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The units of one epoch in their order: unit i holds the rows ``rows[starts[i] : starts[i + 1]]``."""
+    """One epoch's units in their order. A unit becomes one row of a batch, or with packing the rows of one pack.
+
+    rows: row numbers in their order; with ``packs``, by falling length, and ``order`` says which pack comes when.
+    """
 
     rows: Ints
-    starts: Ints
+    packs: Packs | None
+    order: Ints | None
 
-    def units(self, examples: Examples, first: int, last: int) -> list[_Unit]:
-        starts = self.starts[first : last + 1]
-        rows = self.rows[starts[0] : starts[-1]]
-        lengths = np.add.reduceat(examples.lengths[rows], starts[:-1] - starts[0])
-        supervised = np.add.reduceat(examples.num_supervised[rows], starts[:-1] - starts[0])
-        members = np.split(rows, starts[1:-1] - starts[0])
-        return [_Unit(*unit) for unit in zip(members, lengths.tolist(), supervised.tolist(), strict=True)]
+    def __len__(self) -> int:
+        return len(self.rows) if self.packs is None else len(self.packs.starts) - 1
+
+    def units(self, first: int, last: int) -> list[Ints]:
+        """The row numbers in each of the units from ``first`` to before ``last``."""
+        if self.packs is None or self.order is None:
+            return list(self.rows[first:last, None])
+        members, starts = self.packs
+        return [self.rows[members[starts[place] : starts[place + 1]]] for place in self.order[first:last]]
 
 
 class BatchStream:
@@ -57,12 +59,17 @@ class BatchStream:
     order gives others that place.
 
     sequence_length:            tokens that a pack may hold.
-    max_tokens_per_microbatch:  0, or the most slots (rows x padded length) of a micro-batch: the step's rows are
-                                then grouped by length instead of by ``per_device_batch_size``.
-    length_round:               padded lengths are multiples of this, up to ``sequence_length`` or the longest row.
+    packing:                    rows share sequences and lie end to end in a micro-batch, so that nothing is padded.
+    packing_algorithm:          which rows share one: a name in ``packing.ALGORITHMS``.
+    max_tokens_per_microbatch:  0, or the most slots (rows x padded length; with packing, tokens) of a micro-batch: the
+                                step's rows are then dealt by length instead of by ``per_device_batch_size``.
+    length_round:               padded lengths are multiples of this, up to ``sequence_length`` or the longest row; with
+                                packing, the whole micro-batch's length is.
     pad_id:                     the token id in padding; never predicted.
+    rows_of_epoch:              row numbers, repeated ones allowed, that an epoch consists of; all rows by default. A
+                                function of the epoch alone.
 
-    Raises LimbeckError if the data holds less than one step, or a row exceeds ``max_tokens_per_microbatch``.
+    Raises LimbeckError if an epoch holds less than one step, or a row exceeds ``max_tokens_per_microbatch``.
     """
 
     def __init__(
@@ -79,38 +86,36 @@ class BatchStream:
         max_tokens_per_microbatch: int,
         length_round: int,
         pad_id: int,
+        packing_algorithm: str = "best_fit_decreasing",
         shuffle: bool = True,
+        rows_of_epoch: RowsOfEpoch | None = None,
     ) -> None:
         self._examples = examples
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
         self._per_device = per_device_batch_size
+        self._accumulation = accumulation_steps
         self._budget = max_tokens_per_microbatch
+        self._algorithm = packing_algorithm if packing else None
         self._shuffle = shuffle
+        self._rows_of_epoch = rows_of_epoch
         self._units_per_step = per_device_batch_size * accumulation_steps * world_size
-        limit = max(sequence_length, int(examples.lengths.max()))
-        self._layout = _Layout(length_round, limit, pad_id, packing)
-        self._pack_of = _pack(np.sort(examples.lengths)[::-1], limit) if packing else None
-        units = len(examples) if self._pack_of is None else int(self._pack_of.max()) + 1
-        self._steps_per_epoch = units // self._units_per_step
-        if not self._steps_per_epoch:
-            raise LimbeckError(
-                f"The data gives {units} {'packs' if packing else 'rows'}, fewer than one step takes: "
-                f"{self._units_per_step} = per_device_train_batch_size {per_device_batch_size} x "
-                f"gradient_accumulation_steps {accumulation_steps} x {world_size} ranks; lower "
-                "gradient_accumulation_steps or per_device_train_batch_size, or give more data."
-            )
-        self._checksum = zlib.crc32(examples.labels.tobytes(), zlib.crc32(examples.tokens.tobytes()))
-        self._epoch = 0
-        self._step = 0
-        self._order = self._order_of(0)
+        self._capacity = max(sequence_length, int(examples.lengths.max()))
+        self._layout = _Layout(length_round, self._capacity, pad_id, packing)
+        self._packs: Packs | None = None  # of all rows; where the rows change with the epoch, so do the packs
         if self._budget:
             self._check_budget()
+        self._checksum = _checksum(examples)
+        self._epoch = self._step = 0
+        first = self._order_of(0)
+        self._order: _Epoch | None = first  # None: to be made when a step needs it
+        self._steps_per_epoch = len(first) // self._units_per_step
+        self._rows_per_epoch = len(first.rows)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in an epoch; the same in every epoch."""
+        """Optimizer steps in the first epoch; the same in every epoch unless ``rows_of_epoch`` chooses others."""
         return self._steps_per_epoch
 
     @property
@@ -127,72 +132,85 @@ class BatchStream:
                     f"{ours}; use the same data, seed, sequence settings and per_device_train_batch_size x "
                     "gradient_accumulation_steps x ranks, or start a new run from the checkpoint's weights."
                 )
-        self._step = position["step"]
         if position["epoch"] != self._epoch:
-            self._epoch = position["epoch"]
-            self._order = self._order_of(self._epoch)
+            self._order = None
+        self._epoch, self._step = position["epoch"], position["step"]
 
     def __iter__(self) -> Iterator[GlobalBatch]:
         return self
 
     def __next__(self) -> GlobalBatch:
+        if self._order is None:
+            self._order = self._order_of(self._epoch)
         first = self._step * self._units_per_step
-        units = self._order.units(self._examples, first, first + self._units_per_step)
-        units.sort(key=lambda unit: -unit.length)
-        self._advance()
+        units = self._order.units(first, first + self._units_per_step)
+        self._step += 1
+        if (self._step + 1) * self._units_per_step > len(self._order):
+            self._epoch, self._step, self._order = self._epoch + 1, 0, None
         return _global_batch(self._examples, self._micro_batches(units), self._layout, self._rank, self._world_size)
 
     def _identity(self) -> dict[str, int]:
         return {
             "seed": self._seed,
-            "rows": len(self._examples),
+            "rows": self._rows_per_epoch,
             "rows_per_step": self._units_per_step,
             "steps_per_epoch": self._steps_per_epoch,
             "checksum": self._checksum,
         }
 
-    def _advance(self) -> None:
-        self._step += 1
-        if self._step == self._steps_per_epoch:
-            self._epoch, self._step = self._epoch + 1, 0
-            self._order = self._order_of(self._epoch)
-
     def _order_of(self, epoch: int) -> _Epoch:
         random = np.random.default_rng((self._seed, epoch))
-        order = random.permutation(len(self._examples)) if self._shuffle else np.arange(len(self._examples))
-        if self._pack_of is None:
-            return _Epoch(order, np.arange(len(order) + 1))
-        # Which lengths share a pack is the same in every epoch; which rows have their turn as those lengths is not.
-        by_length = order[np.argsort(-self._examples.lengths[order], kind="stable")]
-        packs = int(self._pack_of.max()) + 1
-        place = random.permutation(packs) if self._shuffle else np.arange(packs)
-        place_of = place[self._pack_of]
-        starts = np.concatenate(([0], np.cumsum(np.bincount(place_of))))
-        return _Epoch(by_length[np.argsort(place_of, kind="stable")], starts)
+        every = len(self._examples)
+        small = np.int32 if every < 2**31 else np.int64  # half the memory matters where rows are many
+        rows = np.arange(every, dtype=small) if self._rows_of_epoch is None else np.array(self._rows_of_epoch(epoch))
+        if self._shuffle:
+            random.shuffle(rows)
+        order = _Epoch(rows, None, None)
+        if self._algorithm is not None:
+            # Which lengths share a pack is the same in every epoch; which rows have their turn as those lengths is not.
+            lengths = self._examples.lengths[rows]
+            rows = rows[np.argsort(_sortable(self._capacity - lengths, self._capacity), kind="stable")]
+            packs = self._packs or pack(self._examples.lengths[rows], self._capacity, self._algorithm)
+            if self._rows_of_epoch is None:
+                self._packs = packs
+            places = np.arange(len(packs.starts) - 1)
+            if self._shuffle:
+                random.shuffle(places)
+            order = _Epoch(rows, packs, places)
+        if len(order) < self._units_per_step:
+            raise LimbeckError(
+                f"The data gives {len(order)} {'rows' if order.packs is None else 'packs'}, fewer than one step takes: "
+                f"{self._units_per_step} = per_device_train_batch_size {self._per_device} x "
+                f"gradient_accumulation_steps {self._accumulation} x {self._world_size} ranks; lower "
+                "gradient_accumulation_steps or per_device_train_batch_size, or give more data."
+            )
+        return order
 
-    def _micro_batches(self, units: list[_Unit]) -> list[list[_Unit]]:
-        """The step's units, which come sorted by falling length, as the micro-batches of all ranks."""
-        if not self._budget:
-            return [units[i : i + self._per_device] for i in range(0, len(units), self._per_device)]
-        groups = []
-        while units:
-            fit = self._budget // self._layout.padded(units[0].length)
-            groups.append(units[:fit])
-            units = units[fit:]
-        # Every rank needs equally many. Halving always gets there: the units of a step are a multiple of the ranks.
-        while len(groups) % self._world_size:
-            i = max(range(len(groups)), key=lambda i: (len(groups[i]) > 1) * len(groups[i]) * groups[i][0].length)
-            half = len(groups[i]) // 2
-            groups[i : i + 1] = [groups[i][:half], groups[i][half:]]
-        return groups
+    def _micro_batches(self, units: list[Ints]) -> list[list[Ints]]:
+        """The step's units as the micro-batches of all ranks, largest first: equally many for each rank."""
+        if self._budget and self._layout.packed:  # rows lie end to end, so they need not stay with their pack
+            units = [unit[i : i + 1] for unit in units for i in range(len(unit))]
+        lengths = [int(self._examples.lengths[unit].sum()) for unit in units]
+        if not self._layout.packed:
+            if self._budget:
+                groups = neighbours_within(lengths, self._budget, self._world_size, self._layout.padded)
+            else:  # of similar length, for little padding
+                order = sorted(range(len(units)), key=lambda i: -lengths[i])
+                groups = [order[i : i + self._per_device] for i in range(0, len(units), self._per_device)]
+        else:
+            if self._budget:
+                groups = evenly_within(lengths, self._layout.whole(self._budget), self._world_size)
+            else:
+                groups = evenly(lengths, self._accumulation * self._world_size, most=self._per_device)
+            groups.sort(key=lambda group: -sum(lengths[i] for i in group))
+        return [[units[i] for i in group] for group in groups]
 
     def _check_budget(self) -> None:
-        longest = int(np.add.reduceat(self._examples.lengths[self._order.rows], self._order.starts[:-1]).max())
-        slots = self._layout.padded(longest)
+        longest = int(self._examples.lengths.max())
+        slots = self._layout.shape([longest])[1]
         if slots > self._budget:
-            kind = "row" if self._pack_of is None else "pack"
             raise LimbeckError(
-                f"The longest {kind} has {longest} tokens ({slots} with padding), "
+                f"The longest row has {longest} tokens ({slots} with padding), "
                 f"more than max_tokens_per_microbatch_in_train = {self._budget}; raise that to {slots} or more, "
                 "or lower sequence_length."
             )
@@ -207,8 +225,7 @@ def fixed_batches(
     micro-batch whose labels are all ``IGNORE``.
     """
     layout = _Layout(length_round, int(examples.lengths.max()), pad_id, packed=False)
-    order = np.argsort(-examples.lengths, kind="stable")
-    units = _Epoch(order, np.arange(len(order) + 1)).units(examples, 0, len(order))
+    units = list(np.argsort(-examples.lengths, kind="stable")[:, None])
     batches = []
     for first in range(0, len(units), batch_size * world_size):
         step = units[first : first + batch_size * world_size]
@@ -220,7 +237,7 @@ def fixed_batches(
 
 @dataclass(frozen=True)
 class _Layout:
-    """How sequences are laid into a micro-batch."""
+    """How sequences are laid into a micro-batch: each in a row of its own, or all end to end in one."""
 
     length_round: int
     limit: int
@@ -228,81 +245,109 @@ class _Layout:
     packed: bool
 
     def padded(self, length: int) -> int:
-        return min(-(-length // self.length_round) * self.length_round, self.limit)
+        return min(self.rounded(length), self.limit)
+
+    def rounded(self, length: int) -> int:
+        return -(-length // self.length_round) * self.length_round
+
+    def whole(self, budget: int) -> int:
+        """The most tokens that still fit ``budget`` slots when they are rounded up."""
+        return budget // self.length_round * self.length_round
+
+    def shape(self, units: Sequence[int]) -> tuple[int, int]:
+        """Rows and slots in each, for units of these lengths."""
+        if self.packed:
+            return 1, self.rounded(max(1, sum(units)))
+        return max(1, len(units)), self.padded(max(units, default=1))
 
 
 def _global_batch(
-    examples: Examples, micro_batches: Sequence[Sequence[_Unit]], layout: _Layout, rank: int, world_size: int
+    examples: Examples, micro_batches: Sequence[Sequence[Ints]], layout: _Layout, rank: int, world_size: int
 ) -> GlobalBatch:
     """Deal the ``micro_batches`` of all ranks, largest first, keep this rank's, and count them all.
 
     Dealt in snakes (0 1 2, 2 1 0, ...), the ranks meet micro-batches of similar size in every round.
     """
-    units = [unit for group in micro_batches for unit in group]
-    slots = 0
+    slots = tokens = 0
     mine = []
     for i, group in enumerate(micro_batches):
-        shape = (max(1, len(group)), layout.padded(max((unit.length for unit in group), default=1)))
+        lengths = [int(examples.lengths[unit].sum()) for unit in group]
+        shape = layout.shape(lengths)
         slots += shape[0] * shape[1]
+        tokens += sum(lengths)
         turn, place = divmod(i, world_size)
         if rank == (place if turn % 2 == 0 else world_size - 1 - place):
             mine.append(_collate(examples, group, shape, layout))
-    return GlobalBatch(
-        micro_batches=tuple(mine),
-        num_supervised=sum(unit.supervised for unit in units),
-        normalizer=float(sum(unit.supervised for unit in units)),
-        num_tokens=sum(unit.length for unit in units),
-        num_slots=slots,
-    )
+    supervised, normalizer = _count(examples, [row for group in micro_batches for unit in group for row in unit])
+    return GlobalBatch(tuple(mine), supervised, normalizer, tokens, slots)
 
 
-def _collate(examples: Examples, group: Sequence[_Unit], shape: tuple[int, int], layout: _Layout) -> Batch:
+def _count(examples: Examples, rows: list[int]) -> tuple[int, float]:
+    """How many tokens of ``rows`` are supervised, and the sum of their weights."""
+    counted: list[tuple[int, float]] = []
+    for row in sorted(rows):  # in an order that no number of ranks changes, so that neither does the rounding
+        here = slice(examples.offsets[row], examples.offsets[row + 1])
+        learned = examples.labels[here] != IGNORE
+        number = int(np.count_nonzero(learned))
+        weights = examples.weights
+        counted.append(
+            (number, number if weights is None else float(weights[here].sum(where=learned, dtype=np.float64)))
+        )
+    return sum(number for number, _ in counted), float(sum(weight for _, weight in counted))
+
+
+def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], layout: _Layout) -> Batch:
     """One micro-batch; with no unit at all, a row of padding that teaches nothing."""
     input_ids = np.full(shape, layout.pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
-    # Padding counts on from the last document, so that it does not look like the beginning of another.
-    position_ids = np.tile(np.arange(shape[1]), (shape[0], 1))
+    weights = None if examples.weights is None else np.zeros(shape, dtype=np.float32)
     is_real = np.zeros(shape, dtype=bool)
-    for i, unit in enumerate(group):
-        end = 0
-        for row in unit.rows:
-            tokens, targets = examples.row(row)
-            here = slice(end, end + len(tokens))
-            input_ids[i, here], labels[i, here] = tokens, targets
-            position_ids[i, end:] = np.arange(shape[1] - end)
-            end += len(tokens)
-        is_real[i, :end] = True
+    rows = [row for unit in group for row in unit]
+    place, end, documents = 0, 0, []
+    for row in rows:
+        source = slice(examples.offsets[row], examples.offsets[row + 1])
+        length = int(source.stop - source.start)
+        here = slice(end, end + length)
+        input_ids[place, here], labels[place, here] = examples.tokens[source], examples.labels[source]
+        is_real[place, here] = True
+        if weights is not None and examples.weights is not None:
+            weights[place, here] = examples.weights[source]
+        if layout.packed:
+            documents.append(length)
+            end += length
+        else:
+            place += 1
+    position_ids = None
+    if layout.packed:
+        # Padding counts on from the last document, so that it does not look like the beginning of another.
+        documents = [*documents[:-1], shape[1] - sum(documents[:-1])]
+        starts = np.cumsum([0, *documents[:-1]])
+        position_ids = torch.from_numpy(np.arange(shape[1]) - np.repeat(starts, documents))[None]
     return Batch.of(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
-        position_ids=torch.from_numpy(position_ids) if layout.packed else None,
-        num_tokens=sum(unit.length for unit in group),
+        position_ids=position_ids,
+        num_tokens=sum(int(examples.lengths[unit].sum()) for unit in group),
+        weights=None if weights is None else torch.from_numpy(weights),
         real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
+        documents=tuple(documents) if layout.packed else None,
     )
 
 
-def _pack(lengths: Ints, capacity: int) -> Ints:
-    """Best-fit decreasing: for ``lengths`` in falling order, the number of the pack [rows] that each one goes to.
+def _sortable(values: Ints, most: int) -> Ints:
+    """The same numbers in 16 bits if that holds them: numpy sorts these in linear time."""
+    return values.astype(np.uint16) if most < 2**16 else values
 
-    The packs depend on nothing but the lengths, so every epoch has equally many.
-    """
-    pack_of = np.empty(len(lengths), dtype=np.int64)
-    open_packs: defaultdict[int, list[int]] = defaultdict(list)  # free tokens -> packs
-    free: list[int] = []  # the keys of open_packs that have a pack, sorted
-    packs = 0
-    for i, length in enumerate(lengths.tolist()):
-        fit = bisect_left(free, length)
-        if fit == len(free):
-            room, pack, packs = capacity, packs, packs + 1
-        else:
-            room = free[fit]
-            pack = open_packs[room].pop()
-            if not open_packs[room]:
-                del free[fit]
-        pack_of[i] = pack
-        left = room - length
-        if left:
-            if not open_packs[left]:
-                insort(free, left)
-            open_packs[left].append(pack)
-    return pack_of
+
+def _checksum(examples: Examples) -> int:
+    """Tells other data from this. Of large arrays evenly spaced blocks are read, so that mapped files stay on the disk."""
+    found = 0
+    arrays: list[Any] = [examples.offsets, examples.tokens, examples.labels]
+    for array in arrays if examples.weights is None else [*arrays, examples.weights]:
+        contiguous: Any = np.ascontiguousarray(array)  # no copy of an array that lies in one piece, mapped or not
+        data = memoryview(contiguous).cast("B")
+        step = _BLOCK * max(1, len(data) // (_BLOCK * _BLOCKS))
+        for start in range(0, len(data), step):
+            found = zlib.crc32(data[start : start + _BLOCK], found)
+        found = zlib.crc32(len(data).to_bytes(8, "little"), found)
+    return found

@@ -5,9 +5,9 @@ from limbeck.models.heads import (
     body,
     check_head,
     check_length,
-    check_packing,
     decoder_layers,
     hidden_states,
+    keep_documents_apart,
     output_head,
 )
 from limbeck.models.load import load_model, load_tokenizer, recompute_activations
@@ -22,11 +22,11 @@ __all__ = [
     "check_head",
     "check_length",
     "check_logit_layer",
-    "check_packing",
     "decoder_layers",
     "freeze",
     "has_lora",
     "hidden_states",
+    "keep_documents_apart",
     "load_model",
     "load_tokenizer",
     "merged_state_dict",

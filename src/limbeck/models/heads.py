@@ -7,12 +7,14 @@ not known here is refused rather than distilled wrongly.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
+from limbeck.models.documents import BY_DOCUMENT, document_arguments, kept_apart
 from limbeck.objectives import OutputHead
 
 
@@ -26,13 +28,19 @@ def body(model: Any) -> nn.Module:
     return _unwrapped(model).base_model
 
 
-def hidden_states(model_body: nn.Module, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+def hidden_states(
+    model_body: Any, input_ids: Tensor, position_ids: Tensor | None, documents: Sequence[int] | None = None
+) -> Tensor:
     """The last hidden states [batch, time, hidden].
 
-    No attention mask is passed: sequences are right-padded and attention is causal, so padding is out of sight of every real
-    token; packed documents are told apart by position ids that restart.
+    Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
+    lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
     """
-    return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    if documents is None:
+        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
+    with kept_apart(documents):
+        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 
 def output_head(model: Any) -> OutputHead:
@@ -79,20 +87,36 @@ def check_head(model: Any, name: str) -> None:
 
 
 @torch.no_grad()
-def check_packing(model: Any, name: str) -> None:
-    """Raise LimbeckError unless two documents in one row, told apart by their position ids, give what each gives alone."""
+def keep_documents_apart(model: Any, name: str) -> None:
+    """Let ``model`` attend document by document where it can, and prove that packed documents give what each gives alone.
+
+    Changes the attention implementation of ``model`` if that passes; else leaves it, if the model's own keeps documents apart
+    by their positions. Raises LimbeckError if neither does.
+    """
     causal = _unwrapped(model)
     was_training = causal.training
     causal.eval()
-    trunk = body(causal)
-    device = output_head(causal).weight.device
-    ids = torch.arange(1, 13, device=device).unsqueeze(0) % output_head(causal).weight.shape[0]
-    positions = torch.cat([torch.arange(5, device=device), torch.arange(7, device=device)]).unsqueeze(0)
-    packed = hidden_states(trunk, ids, positions)[:, 5:].float()
-    alone = hidden_states(trunk, ids[:, 5:], None).float()
+    trunk, own = body(causal), causal.config._attn_implementation
+    head = output_head(causal).weight
+    device, coarse = head.device, head.dtype in (torch.bfloat16, torch.float16)
+    documents = (5, 1, 7, 4)
+    ids = torch.arange(1, sum(documents) + 1, device=device) % head.shape[0]
+    positions = torch.cat([torch.arange(length, device=device) for length in documents])
+    rows = torch.nn.utils.rnn.pad_sequence(list(ids.split(documents)), batch_first=True)
+    each = hidden_states(trunk, rows, None).float()
+    alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
+    kept = False
+    for implementation in dict.fromkeys((BY_DOCUMENT.get(own, own), own)):
+        causal.set_attn_implementation(implementation)
+        try:
+            packed = hidden_states(trunk, ids[None], positions[None], documents)[0].float()
+        except (AttributeError, TypeError, ValueError, RuntimeError):
+            continue  # an architecture that does something with its mask which only a tensor allows
+        kept = bool((packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max())
+        if kept:
+            break
     causal.train(was_training)
-    coarse = output_head(causal).weight.dtype in (torch.bfloat16, torch.float16)
-    if not (packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max():
+    if not kept:
         raise LimbeckError(
             f"{name} ({type(causal).__name__}) does not keep packed rows apart by their position ids, so rows would see each "
             "other; set student.use_sequence_packing: false."

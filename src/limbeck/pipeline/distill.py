@@ -70,8 +70,11 @@ class DistillPipeline:
         if world.device.type == "cpu":
             keep_freed_pages()
         run = _Run(self.config, world)
-        with stop_requests() as stop:  # until here there is nothing to save, and a signal ends the process at once
-            return run.loop(stop)
+        try:
+            with stop_requests() as stop:  # until here there is nothing to save, and a signal ends the process at once
+                return run.loop(stop)
+        finally:
+            run.data.stream.close()
 
 
 class _Run:

@@ -11,7 +11,15 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.data import BatchStream, Examples, GlobalBatch, check_same_tokenizer, fixed_batches, tokenize_files
+from limbeck.data import (
+    BatchStream,
+    Examples,
+    GlobalBatch,
+    PrefetchedStream,
+    check_same_tokenizer,
+    fixed_batches,
+    tokenize_files,
+)
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
@@ -19,9 +27,9 @@ from limbeck.models import (
     check_head,
     check_length,
     check_logit_layer,
-    check_packing,
     decoder_layers,
     freeze,
+    keep_documents_apart,
     load_model,
     load_tokenizer,
     output_head,
@@ -47,7 +55,7 @@ class Data:
     """
 
     tokenizer: Any
-    stream: BatchStream
+    stream: PrefetchedStream
     validation: list[GlobalBatch]
     report: str
     largest_token: int
@@ -94,7 +102,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
     held_out = examples_of(config.validation_files) if config.validation_files else None
     if world.is_main:
         world.wait()
-    stream = BatchStream(
+    steps = BatchStream(
         train,
         seed=config.data_seed,
         sequence_length=config.sequence_length,
@@ -103,6 +111,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         rank=world.rank,
         world_size=world.size,
         packing=config.student.use_sequence_packing,
+        packing_algorithm=config.student.packing_algorithm,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         length_round=config.student.sequence_length_round_in_train,
         pad_id=tokenizer.pad_token_id,
@@ -121,6 +130,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, int(held_out[0].tokens.max()))
         longest = max(longest, int(held_out[0].lengths.max()))
+    stream = PrefetchedStream(steps, device=world.device)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
 
@@ -247,7 +257,7 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
     check_length(model, name, data.longest_row)
     check_head(model, name)
     if config.student.use_sequence_packing:
-        check_packing(model, name)
+        keep_documents_apart(model, name)
 
 
 def _check_tokens(role: str, known: int, data: Data) -> None:

@@ -64,7 +64,7 @@ class StudentWithLoss(nn.Module):
         """
         taps = Taps() if self.features is None else self.features.taps
         with taps.opened() as found:
-            hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids)
+            hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
         rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
         pairs = None
         if self.features is not None and signal is not None:

@@ -28,6 +28,6 @@ class LocalTeacher:
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
         with self._taps.opened() as found:
-            hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
+            hidden = hidden_states(self.body, batch.input_ids, batch.position_ids, batch.documents)
         features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
         return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head, features)
