@@ -149,7 +149,7 @@ def test_what_a_prompt_opens_the_answer_goes_on_from(tokenizer):
 
 def test_thinking_behind_a_prompt_that_forbids_it_is_refused(tokenizer):
     thinks = [QA[0], {"role": "assistant", "content": "<think>hm</think>yes"}]
-    with pytest.raises(LimbeckError, match="turn 1 .* differently in a prompt"):
+    with pytest.raises(LimbeckError, match=r"turn 1 .* differently in a prompt"):
         texts(thinks, "qwen3", tokenizer, {"enable_thinking": False})
     empty = "<think>\n\n</think>\n\n"
     text = f"<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n{empty}yes<|im_end|>"
@@ -317,7 +317,7 @@ TALK = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4)
 
 @pytest.mark.parametrize("template", ["native", *NAMED])
 def test_texts_equal_apply_chat_template_and_hold_each_answer_once(native_tokenizer, template):
-    """The last text of a row is what transformers writes for it, and every answer is learned in the prompt that it would get."""
+    """The last text of a row is what transformers writes, and every answer is learned behind the prompt that it would get."""
     resolved = resolve_template(template, native_tokenizer)
 
     @given(TALK, st.none() | WORDS, st.booleans())

@@ -130,10 +130,10 @@ def tokenize_files(
 ) -> tuple[Examples, DataReport]:
     """Read, check, render and tokenise every row of ``files``.
 
-    A row is supervised on its assistant turns, each with the token that ends it (``train_on="last"``: on the last one), or,
-    with ``distill_on_prompt``, on every token. A row that a template cannot show as one text becomes several. Rows are cut to ``sequence_length`` tokens, and dropped if nothing supervised is left. With
-    ``cache_dir`` the result is kept there under a hash of everything it depends on. ``progress`` is told the number of
-    rows done.
+    A row is supervised on its assistant turns, each with the token that ends it (with ``train_on="last"`` on the last one),
+    or, with ``distill_on_prompt``, on every token. A row that a template cannot show as one text becomes several. Rows are
+    cut to ``sequence_length`` tokens, and dropped if nothing supervised is left. With ``cache_dir`` the result is kept there
+    under a hash of everything it depends on. ``progress`` is told the number of rows done.
 
     Raises LimbeckError for anything wrong in any row, before a single row is trained on.
     """
@@ -329,7 +329,11 @@ def _store(folder: Path, examples: Examples, report: DataReport) -> None:
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        arrays = {"tokens": examples.tokens, "labels": examples.labels, "offsets": examples.offsets}
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": examples.tokens,
+            "labels": examples.labels,
+            "offsets": examples.offsets,
+        }
         if examples.weights is not None:
             arrays["weights"] = examples.weights
         for name, array in arrays.items():
