@@ -293,6 +293,36 @@ def test_running_text_is_learnt_from_bos_to_eos(tokenizer, native_tokenizer):
     assert texts(text, "chatml", tokenizer) == [(f"Once.{END}", [f"Once.{END}"])]
 
 
+def test_a_row_of_which_nothing_is_learnt_is_still_a_text(tokenizer):
+    silent = [QA[0], {**QA[1], "train": False}]
+    assert texts(silent, "chatml", tokenizer)[0][1] == []
+    hides = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert rendered(silent, hides, tokenizer) == ("q?", [])
+    with pytest.raises(LimbeckError, match="place of the answer is unknown"):
+        rendered(QA, hides, tokenizer)
+
+
+def test_marks_of_generation_in_a_template_change_nothing(tokenizer):
+    marked = NAMED["chatml"].replace("{{ '<|im_start|>' +", "{% generation %}{{ '<|im_start|>' +", 1)
+    marked = marked.replace("}}{% endfor", "}}{% endgeneration %}{% endfor", 1)
+    assert "{% generation %}" in marked
+    assert rendered(LONG, marked, tokenizer) == rendered(LONG, "chatml", tokenizer)
+
+
+def test_a_template_sees_nothing_but_plain_values(tokenizer):
+    class Door:
+        def open(self):
+            return "opened"
+
+        def __str__(self):
+            return "a door"
+
+    jinja = (
+        "{% for m in messages %}{{ m.content }}{{ m.door.open() if m.door and m.door.open else m.door }};{% endfor %}"
+    )
+    assert rendered([{**QA[0], "door": Door()}, QA[1]], jinja, tokenizer)[0].startswith("q?a door;")
+
+
 def test_a_conversation_without_answer_is_a_prompt(tokenizer):
     assert rendered(QA[:1], "chatml", tokenizer) == ("<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n", [])
 

@@ -90,7 +90,9 @@ def render(
             texts.append((ended, home))
             text = ended
         home.append((start, len(text), weight))
-    learned = [(text, spans) for text, spans in texts if any(weight for _, _, weight in spans)] or texts[:1]
+    # Where nothing is learned the row is still one text, so that it is counted, and its prompt can be learned.
+    whole = [(write(messages, False).rstrip(), [])] if not texts else texts[:1]
+    learned = [(text, spans) for text, spans in texts if any(weight for _, _, weight in spans)] or whole
     return tuple(Rendered(text, tuple(reversed(spans)), conversation.weight) for text, spans in reversed(learned))
 
 
@@ -113,9 +115,20 @@ def _running_text(conversation: Conversation, template: Template, tokenizer: Pre
 
 def _readable(message: Message) -> Message:
     """A message as templates expect it: no nulls, and reasoning under every name that a template may ask for."""
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: _plain(value) for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's own types: whatever else it may be, a template must not get hold of its methods."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str.__str__(value) if isinstance(value, str) else str(value)
 
 
 def _answer_weights(
