@@ -306,7 +306,8 @@ def _encode(
         verbose=False,
     )
     for r, ids, places in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        where = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+        # Several times faster than asarray, which looks at each pair before it takes it.
+        where = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places)).reshape(-1, 2)
         yield np.asarray(ids, dtype=np.int32), *supervise(where, r.spans, everything, r.weight)
 
 
