@@ -61,6 +61,29 @@ def test_a_mistake_is_sentences_on_stderr_and_status_two(run_file, capsys):
     assert "Traceback" not in text
 
 
+def test_data_show_prints_a_row_as_it_is_learnt(run_file, capsys):
+    assert main(["data", "show", str(run_file), "--row", "3", "--ids", "student.data_args.default_system=Brief"]) == 0
+    text = capsys.readouterr().out
+    assert "rows.jsonl:4 (question/answer), weight 1" in text
+    assert "prompt    ‹<|system|>›:" in text
+    assert "reads the same tokens" in text
+    assert main(["data", "show", str(run_file), "--row", "3000"]) == 2
+    assert "--row 3000 does not exist" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["data", "show", str(run_file), "--rwo", "3"])
+
+
+def test_data_cache_is_what_training_finds(run_file, tmp_path, capsys):
+    place = f"student.data_args.cache_path={tmp_path / 'tokens'}"
+    assert main(["data", "cache", str(run_file), place]) == 0
+    text = capsys.readouterr().out
+    assert "training: 96 rows" in text
+    assert f"cache: {tmp_path / 'tokens'}" in text
+    before = sorted((tmp_path / "tokens").rglob("*"))
+    assert main(["train", str(run_file), place, f"output_dir={tmp_path / 'out'}"]) == 0
+    assert before and sorted((tmp_path / "tokens").rglob("*")) == before
+
+
 def test_config_prints_what_would_run(run_file, capsys):
     assert main(["config", str(run_file), "kd_temperature=2"]) == 0
     text = capsys.readouterr().out

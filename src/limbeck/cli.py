@@ -23,7 +23,12 @@ _STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one sentence on stderr and status 2."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value behind an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return int(args.run(args))
     except LimbeckError as error:
@@ -49,6 +54,20 @@ def _parser() -> argparse.ArgumentParser:
     config.add_argument("overrides", nargs="*", metavar="key=value")
     config.add_argument("--schema", action="store_true", help="document every key instead")
     config.set_defaults(run=_config)
+
+    data = commands.add_parser("data", help="see what is learned of a row, or tokenise ahead of time")
+    doings = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    show = doings.add_parser("show", help="print a row token by token, as the student and as the teacher see it")
+    show.add_argument("config", type=Path, help="YAML file")
+    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    show.add_argument("--row", type=int, default=0, metavar="N", help="which row of the training files, from 0")
+    show.add_argument("--file", metavar="FILE", help="look into this file instead of the training files")
+    show.add_argument("--ids", action="store_true", help="print token ids too")
+    show.set_defaults(run=_data_show)
+    cache = doings.add_parser("cache", help="read, check and tokenise the data now, so that training starts at once")
+    cache.add_argument("config", type=Path, help="YAML file")
+    cache.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    cache.set_defaults(run=_data_cache)
 
     demo = commands.add_parser("demo", help="see a student get better than training without a teacher makes it")
     demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="folder for everything it makes")
@@ -180,6 +199,63 @@ def _config(args: argparse.Namespace) -> int:
     print(render_config(loaded), end="")
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
+    return 0
+
+
+def _data_show(args: argparse.Namespace) -> int:
+    from limbeck.config import load_config
+
+    config = load_config(args.config, args.overrides).config
+    os.environ.update(config.environment)
+
+    from rich.console import Console
+
+    from limbeck.data.rows import RowKeys
+    from limbeck.data.show import find_row, print_row
+    from limbeck.data.templates import check_template_kwargs, resolve_template
+    from limbeck.pipeline.parts import make_tokenizer, teacher_tokenizer
+
+    data = config.student.data_args
+    check_template_kwargs(data.template_kwargs)
+    keys = RowKeys(config.question_key, config.answer_key, config.prompt_key, config.system_key)
+    found = find_row([args.file] if args.file else list(data.file_name or ()), args.row, keys)
+    tokenizer = make_tokenizer(config)
+    template = resolve_template(
+        data.template,
+        tokenizer,
+        default_system=data.default_system,
+        prompt_file=data.prompt_file,
+        train_on=data.train_on,
+    )
+    print_row(
+        Console(highlight=False),
+        found,
+        tokenizer,
+        template,
+        template_kwargs=data.template_kwargs,
+        sequence_length=config.sequence_length,
+        distill_on_prompt=config.distill_on_prompt,
+        teacher=teacher_tokenizer(config.teacher) if config.has_teacher else None,
+        ids=args.ids,
+    )
+    return 0
+
+
+def _data_cache(args: argparse.Namespace) -> int:
+    from limbeck.config import load_config
+
+    loaded = load_config(args.config, args.overrides)
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    os.environ.update(loaded.config.environment)
+
+    import torch
+
+    from limbeck.pipeline.parts import cache_folder, make_data
+    from limbeck.strategies.world import World
+
+    print(make_data(loaded.config, World(0, 1, torch.device("cpu"))).report)
+    print(f"cache: {cache_folder(loaded.config)}")
     return 0
 
 

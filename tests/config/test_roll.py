@@ -122,7 +122,7 @@ def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: Load) -> No
     assert student.strategy_args.strategy_config.fsdp_size is None
     assert student.strategy_args.strategy_config.param_dtype == "bf16"
     assert student.strategy_args.strategy_config.reduce_dtype == "fp32"
-    assert student.data_args.template == "native"
+    assert student.data_args.template == "qwen3"
     assert student.data_args.template_kwargs == {"enable_thinking": False}
     assert student.data_args.file_name == ["data/train.json", "/abs/more.json"]
 

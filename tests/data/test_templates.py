@@ -1,7 +1,12 @@
+import copy
+import json
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from limbeck.data.rows import Conversation
-from limbeck.data.templates import check_template_kwargs, render, resolve_template
+from limbeck.data.templates import NAMED, check_template_kwargs, render, resolve_template
 from limbeck.errors import LimbeckError
 
 QA = [{"role": "user", "content": "q?"}, {"role": "assistant", "content": "yes"}]
@@ -12,11 +17,21 @@ LONG = [
     {"role": "assistant", "content": "no"},
 ]
 END = "<|endoftext|>"
+WORDS = st.text("ab c\n.", min_size=1, max_size=12).filter(str.strip)
+
+
+def texts(conversation, template, tokenizer, kwargs=(), **options):
+    """(text, what is learned of it) for each text of a conversation."""
+    if not isinstance(conversation, Conversation):
+        conversation = Conversation(conversation)
+    resolved = resolve_template(template, tokenizer, **options)
+    out = render(conversation, resolved, tokenizer, dict(kwargs), "f.jsonl:1")
+    return [(one.text, [one.text[start:end] for start, end, weight in one.spans if weight]) for one in out]
 
 
 def rendered(messages, template, tokenizer, **kwargs):
-    out = render(Conversation(messages), resolve_template(template, tokenizer), tokenizer, kwargs, "f.jsonl:1")
-    return out.text, [out.text[start:end] for start, end, _ in out.spans]
+    (one,) = texts(messages, template, tokenizer, kwargs)
+    return one
 
 
 @pytest.mark.parametrize(
@@ -86,20 +101,291 @@ def test_template_kwargs_reach_the_template(tokenizer):
         check_template_kwargs({"tokenize": True})
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(tokenizer):
+def test_an_answer_that_is_rewritten_later_is_learnt_in_a_text_of_its_own(tokenizer):
     only_last = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    rendered(QA, only_last, tokenizer)
-    with pytest.raises(LimbeckError, match=r"f\.jsonl:1: the chat template .* turn 2 .*chatml"):
-        rendered(LONG, only_last, tokenizer)
-    thinks = "{% for m in messages %}{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}"
-    with pytest.raises(LimbeckError, match="differently"):
-        rendered(QA, thinks, tokenizer)
+    assert texts(LONG[1:], only_last, tokenizer) == [
+        (f"q?yes{END}", [f"yes{END}"]),
+        (f"q?moreno{END}", [f"no{END}"]),
+    ]
+
+
+def test_qwen3_shows_each_answer_the_history_that_inference_would_show(tokenizer):
+    thought = [{**m, "content": f"<think>\nhm {m['content']}\n</think>\n\n{m['content']}"} for m in (QA[1], LONG[4])]
+    messages = [QA[0], thought[0], LONG[3], thought[1]]
+    head, ask = "<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n", "<|im_start|>user\nmore<|im_end|>\n"
+    first, second = "<think>\nhm yes\n</think>\n\nyes<|im_end|>", "<think>\nhm no\n</think>\n\nno<|im_end|>"
+    split = [
+        (head + first, [first]),
+        (head + "yes<|im_end|>\n" + ask + "<|im_start|>assistant\n" + second, [second]),
+    ]
+    assert texts(messages, "qwen3", tokenizer) == split
+    assert texts(messages, "qwen3", tokenizer, train_on="last") == split[1:]
+    apart = [{"role": "assistant", "content": c, "reasoning_content": f"hm {c}"} for c in ("yes", "no")]
+    assert texts([QA[0], apart[0], LONG[3], apart[1]], "qwen3", tokenizer) == split
+    assert texts([QA[0], {**apart[0], "train": False}, LONG[3], apart[1]], "qwen3", tokenizer) == split[1:]
+
+
+def test_what_a_prompt_opens_the_answer_goes_on_from(tokenizer):
+    jinja = (
+        "{% for m in messages %}{% set c = m.content.split('</think>')[-1] %}[{{ m.role }}]{{ c }}"
+        "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
+    )
+    for content in ("<think>\nhm\n</think>yes", "hm\n</think>yes", "<think>hm\n</think>yes"):
+        text = f"[user]q?[assistant]<think>\nhm\n</think>yes{END}"
+        assert rendered([QA[0], {"role": "assistant", "content": content}], jinja, tokenizer) == (
+            text,
+            [f"hm\n</think>yes{END}"],
+        )
+    with pytest.raises(LimbeckError, match=r"opens <think> for turn 1 .* never closes"):
+        rendered(QA, jinja, tokenizer)
+    native = tokenizer_with(tokenizer, NAMED["chatml"] + "\n")
+    assert rendered([QA[0], {"role": "assistant", "content": "hm</think>yes"}], "longcot_V3", native) == (
+        "<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n<think>\nhm</think>yes<|im_end|>",
+        ["hm</think>yes<|im_end|>"],
+    )
+
+
+def test_thinking_behind_a_prompt_that_forbids_it_is_refused(tokenizer):
+    thinks = [QA[0], {"role": "assistant", "content": "<think>hm</think>yes"}]
+    with pytest.raises(LimbeckError, match=r"turn 1 .* differently in a prompt"):
+        texts(thinks, "qwen3", tokenizer, {"enable_thinking": False})
+    empty = "<think>\n\n</think>\n\n"
+    text = f"<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n{empty}yes<|im_end|>"
+    assert rendered(QA, "qwen3", tokenizer, enable_thinking=False) == (text, ["yes<|im_end|>"])
+    assert rendered(QA, "qwen3", tokenizer) == (text, [f"{empty}yes<|im_end|>"])
+
+
+def test_thinking_that_a_template_always_cuts_is_learnt_all_the_same(tokenizer):
+    jinja = NAMED["chatml"].replace("message.content", "message.content.split('</think>')[-1]")
+    one = {"role": "assistant", "content": "<think>hm</think>yes"}
+    two = {"role": "assistant", "content": "<think>oh</think>no"}
+    (first, learnt), (second, learnt_too) = texts([QA[0], one, LONG[3], two], jinja, tokenizer)
+    assert learnt + learnt_too == ["<think>hm</think>yes<|im_end|>", "<think>oh</think>no<|im_end|>"]
+    assert "hm" in first and "hm" not in second
 
 
 @pytest.mark.parametrize(
-    "jinja", ["{{ raise_exception('no system') }}", "{% for %}", "{{ messages[9]['content'] + 'x' }}", "{{ 'a' + 1 }}"]
+    ("template", "text"),
+    [
+        ("llama3", "<|start_header_id|>system<|end_header_id|>\n\nsys<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
+         "q?<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{yes<|eot_id|>}<|start_header_id|>user"
+         "<|end_header_id|>\n\nmore<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n{no<|eot_id|>}"),
+        ("gemma", "<start_of_turn>user\nsys\n\nq?<end_of_turn>\n<start_of_turn>model\n{yes<end_of_turn>}\n"
+         "<start_of_turn>user\nmore<end_of_turn>\n<start_of_turn>model\n{no<end_of_turn>}"),
+        ("qwen2_5", "<|im_start|>system\nsys<|im_end|>\n<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n"
+         "{yes<|im_end|>}\n<|im_start|>user\nmore<|im_end|>\n<|im_start|>assistant\n{no<|im_end|>}"),
+    ],
+)  # fmt: skip
+def test_families_are_written_in_their_published_layout(build_tokenizer, template, text):
+    ends = [END, "<|im_end|>", "<|eot_id|>", "<end_of_turn>"]
+    learnt = [text[text.index("{") + 1 : text.index("}")], text[text.rindex("{") + 1 : text.rindex("}")]]
+    plain = text.replace("{", "").replace("}", "")
+    assert rendered(LONG, template, build_tokenizer(special=ends)) == (plain, learnt)
+    tokenizer = build_tokenizer(special=["<s>", *ends], bos=True)
+    assert rendered(LONG, template, tokenizer) == ("<s>" + plain, learnt)
+
+
+def test_mistral_shows_the_system_message_before_the_last_question(build_tokenizer):
+    tokenizer = build_tokenizer(special=["<s>", "</s>", END], bos=True, eos_token="</s>")
+    assert texts(LONG[1:], "mistral", tokenizer) == [
+        ("<s>[INST] q?[/INST] yes</s>[INST] more[/INST] no</s>", [" yes</s>", " no</s>"])
+    ]
+    assert texts(LONG, "mistral", tokenizer) == [
+        ("<s>[INST] sys\n\nq?[/INST] yes</s>", [" yes</s>"]),
+        ("<s>[INST] q?[/INST] yes</s>[INST] sys\n\nmore[/INST] no</s>", [" no</s>"]),
+    ]
+
+
+def test_qwen2_5_brings_its_own_system_message(tokenizer):
+    system = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+    assert rendered(QA, "qwen2_5", tokenizer)[0].startswith(system + "<|im_start|>user\nq?")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+WITH_TOOLS = [
+    QA[0],
+    {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "tool", "content": "4"},
+    QA[1],
+]
+
+
+@pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
+def test_tools_and_calls_are_written_and_results_are_never_learnt(tokenizer, template):
+    out = texts(Conversation(WITH_TOOLS, tools=[TOOL]), template, tokenizer)
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    think = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
+    assert [piece for _, learnt in out for piece in learnt] == [
+        f"{think}{call}\n{call}<|im_end|>",
+        f"{think}yes<|im_end|>",
+    ]
+    text = out[-1][0]
+    assert (
+        "<|im_start|>user\n<tool_response>\n3\n</tool_response>\n<tool_response>\n4\n</tool_response><|im_end|>\n"
+        in text
+    )
+    assert f"within <tools></tools> XML tags:\n<tools>\n{json.dumps(TOOL)}\n</tools>\n\nFor each function call" in text
+    assert len(out) == (
+        2 if template == "qwen3" else 1
+    )  # Qwen3 drops the empty thinking block of a call in the history
+
+
+def test_what_a_template_has_no_place_for_is_refused(tokenizer):
+    for conversation, what in (
+        (Conversation(QA, tools=[TOOL]), "tools"),
+        (Conversation(WITH_TOOLS), "tool_calls"),
+        (Conversation([QA[0], {**QA[1], "reasoning_content": "hm"}]), "reasoning_content"),
+    ):
+        with pytest.raises(LimbeckError, match=rf"f\.jsonl:1 has {what}, .*chatml.* has no place"):
+            texts(conversation, "chatml", tokenizer)
+    with pytest.raises(LimbeckError, match="no tool turns"):
+        texts([*QA, {"role": "tool", "content": "3"}, LONG[4]], "gemma", tokenizer)
+
+
+def tokenizer_with(tokenizer, chat_template):
+    changed = copy.copy(tokenizer)
+    changed.chat_template = chat_template
+    return changed
+
+
+def test_qwen_names_mean_the_tokenizers_own_template_where_that_is_one(tokenizer, native_tokenizer):
+    own = tokenizer_with(tokenizer, NAMED["chatml"] + "{# mine #}")
+    assert resolve_template("qwen3", own).jinja == own.chat_template
+    assert resolve_template("qwen3", native_tokenizer).jinja.endswith(NAMED["qwen3"])
+
+
+def test_the_long_cot_recipe_asks_for_thoughts_and_a_boxed_answer(tokenizer):
+    own = tokenizer_with(tokenizer, NAMED["chatml"])
+    text, _ = rendered(QA, "longCOT_qwen2.5", own)
+    assert "<|begin_of_thought|>" in text.split("<|im_end|>")[0]
+    assert "<|im_start|>user\nReturn your final response within \\boxed{}. q?<|im_end|>" in text
+    assert texts(QA, "longCOT_qwen2.5", own, default_system="think")[0][0].startswith("<|im_start|>system\nthink<")
+
+
+def test_a_default_system_message_is_for_conversations_without_one(tokenizer):
+    assert texts(QA, "base", tokenizer, default_system="be brief")[0][0] == f"be brief\nq?\nyes{END}"
+    assert texts(LONG, "base", tokenizer, default_system="be brief") == texts(LONG, "base", tokenizer)
+
+
+def test_a_prompt_file_takes_the_first_question_in(tmp_path, tokenizer):
+    path = tmp_path / "prompt.txt"
+    path.write_text("Use \\boxed{{}}: {} Think.")
+    (one,) = texts(LONG, "base", tokenizer, prompt_file=str(path))
+    assert one == (f"sys\nUse \\boxed{{}}: q? Think.\nyes{END}more\nno{END}", [f"yes{END}", f"no{END}"])
+    for text, words in (
+        ("no place", "0 times"),
+        ("{} {}", "2 times"),
+        ("{name}", r"has \{name\}"),
+        ("{", "exactly once"),
+    ):
+        path.write_text(text)
+        with pytest.raises(LimbeckError, match=words):
+            texts(QA, "base", tokenizer, prompt_file=str(path))
+
+
+def test_running_text_is_learnt_from_bos_to_eos(tokenizer, native_tokenizer):
+    text = Conversation([{"role": "user", "content": "Once."}], plain=True)
+    assert texts(text, None, native_tokenizer) == [(f"<s>Once.{END}", [f"<s>Once.{END}"])]
+    assert texts(text, "chatml", tokenizer) == [(f"Once.{END}", [f"Once.{END}"])]
+
+
+def test_a_row_of_which_nothing_is_learnt_is_still_a_text(tokenizer):
+    silent = [QA[0], {**QA[1], "train": False}]
+    assert texts(silent, "chatml", tokenizer)[0][1] == []
+    hides = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    assert rendered(silent, hides, tokenizer) == ("q?", [])
+    with pytest.raises(LimbeckError, match="place of the answer is unknown"):
+        rendered(QA, hides, tokenizer)
+
+
+def test_marks_of_generation_in_a_template_change_nothing(tokenizer):
+    marked = NAMED["chatml"].replace("{{ '<|im_start|>' +", "{% generation %}{{ '<|im_start|>' +", 1)
+    marked = marked.replace("}}{% endfor", "}}{% endgeneration %}{% endfor", 1)
+    assert "{% generation %}" in marked
+    assert rendered(LONG, marked, tokenizer) == rendered(LONG, "chatml", tokenizer)
+
+
+def test_a_template_sees_nothing_but_plain_values(tokenizer):
+    class Door:
+        def open(self):
+            return "opened"
+
+        def __str__(self):
+            return "a door"
+
+    jinja = (
+        "{% for m in messages %}{{ m.content }}{{ m.door.open() if m.door and m.door.open else m.door }};{% endfor %}"
+    )
+    assert rendered([{**QA[0], "door": Door()}, QA[1]], jinja, tokenizer)[0].startswith("q?a door;")
+
+
+def test_a_conversation_without_answer_is_a_prompt(tokenizer):
+    assert rendered(QA[:1], "chatml", tokenizer) == ("<|im_start|>user\nq?<|im_end|>\n<|im_start|>assistant\n", [])
+
+
+def test_weights_of_row_and_turn_multiply(tokenizer):
+    def weights(conversation, **options):
+        (one,) = render(conversation, resolve_template("base", tokenizer, **options), tokenizer, {}, "f.jsonl:1")
+        return [weight for _, _, weight in one.spans], one.weight
+
+    half, silent = {**LONG[2], "weight": 0.5}, {**LONG[4], "train": False}
+    assert weights(Conversation(LONG)) == ([1, 1], 1)
+    assert weights(Conversation([*LONG[:2], half, *LONG[3:]], weight=3)) == ([1.5, 3], 3)
+    assert weights(Conversation([*LONG[:4], silent], weight=3)) == ([3, 0], 3)
+    assert weights(Conversation(LONG), train_on="last") == ([1], 1)
+    for bad in ({"weight": -1}, {"weight": "1"}, {"weight": True}, {"weight": float("nan")}, {"train": 1}):
+        with pytest.raises(LimbeckError, match=r"f\.jsonl:1: .* of turn 1 is"):
+            texts([QA[0], {**QA[1], **bad}], "base", tokenizer)
+
+
+TALK = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4)
+
+
+@pytest.mark.parametrize("template", ["native", *NAMED])
+def test_texts_equal_apply_chat_template_and_hold_each_answer_once(native_tokenizer, template):
+    """The last text of a row is what transformers writes, and every answer is learned behind the prompt that it would get."""
+    resolved = resolve_template(template, native_tokenizer)
+
+    @given(TALK, st.none() | WORDS, st.booleans())
+    @settings(max_examples=40, deadline=None)
+    def check(talk, system, thinking):
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        for question, answer in talk:
+            messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+        def theirs(turns, prompt):
+            return native_tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                chat_template=resolved.jinja,
+                add_generation_prompt=prompt,
+                enable_thinking=thinking,
+            )
+
+        out = render(Conversation(messages), resolved, native_tokenizer, {"enable_thinking": thinking}, "f.jsonl:1")
+        assert out[-1].text.removesuffix(END).rstrip() == theirs(messages, False).rstrip().removesuffix(END).rstrip()
+        learned = [(one.text[:start], one.text[start:end]) for one in out for start, end, _ in one.spans]
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        assert [prompt for prompt, _ in learned] == [theirs(messages[:turn], True) for turn in turns]
+        for turn, (prompt, answer) in zip(turns, learned, strict=True):
+            assert (prompt + answer).startswith(theirs(messages[: turn + 1], False).rstrip())
+
+    check()
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{{ raise_exception('no system') }}",
+        "{% for %}",
+        "{{ messages[9]['content'] + 'x' }}",
+        "{{ 'a' + 1 }}",
+        "{{ 'a'.index('b') }}",
+    ],
 )
 def test_a_failing_template_names_the_row(tokenizer, jinja):
     with pytest.raises(LimbeckError, match=r"f\.jsonl:1: the chat template \(written in the configuration\)"):

@@ -107,6 +107,52 @@ def test_distill_on_prompt_supervises_all_but_the_first_token(tokenizer):
         assert labels.tolist() == [*tokens[1:].tolist(), IGNORE]
 
 
+CHAT = [
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "three", "weight": 0},
+    {"role": "user", "content": "more?"},
+    {"role": "assistant", "content": "five", "weight": 0.5},
+]
+
+
+def test_weights_of_turns_reach_the_examples_through_the_cache_too(tmp_path, tokenizer):
+    plain = {"messages": [{key: turn[key] for key in ("role", "content")} for turn in CHAT]}
+    path = write(tmp_path / "chat.jsonl", [{"messages": CHAT}, plain])
+    for _ in range(2):
+        examples, _ = tokenize_files([path], tokenizer, template="chatml", cache_dir=tmp_path / "cache")
+        (_, labels), weighed = examples.row(0), examples.weights[: examples.offsets[1]]
+        assert learnt(tokenizer, labels) == "five<|im_end|>"
+        assert set(weighed[labels != IGNORE]) == {0.5}
+        assert set(weighed[labels == IGNORE]) == {0}
+        _, labels = examples.row(1)
+        assert (examples.weights[examples.offsets[1] :] == (labels != IGNORE)).all()
+    path = write(tmp_path / "plain.jsonl", [plain])
+    assert tokenize_files([path], tokenizer, template="chatml", cache_dir=tmp_path / "cache")[0].weights is None
+
+
+def test_a_turn_of_weight_zero_is_not_learnt_although_prompts_are(tokenizer):
+    examples, _ = tokenize_rows([{"messages": CHAT}], tokenizer, template="empty", distill_on_prompt=True)
+    tokens, labels = examples.row(0)
+    assert learnt(tokenizer, labels) == tokenizer.decode(tokens[1:]).replace("three" + END, "")
+
+
+def test_only_the_last_answer_may_be_learnt(tokenizer):
+    rows = [{"messages": [{key: turn[key] for key in ("role", "content")} for turn in CHAT]}]
+    examples, _ = tokenize_rows(rows, tokenizer, template="chatml", train_on="last")
+    assert learnt(tokenizer, examples.row(0)[1]) == "five<|im_end|>"
+
+
+def test_a_row_that_needs_two_contexts_becomes_two_sequences(tokenizer):
+    rows = [{"messages": [{key: turn[key] for key in ("role", "content")} for turn in CHAT]}]
+    examples, report = tokenize_rows(rows, tokenizer, template="qwen3")
+    think = "<think>\n\n</think>\n\n"
+    assert [learnt(tokenizer, examples.row(i)[1]) for i in range(len(examples))] == [
+        f"{think}three<|im_end|>",
+        f"{think}five<|im_end|>",
+    ]
+    assert report.rows == 1
+
+
 def test_long_rows_are_cut_and_rows_without_answer_dropped_and_both_counted(tokenizer):
     full, _ = tokenize_rows(ROWS, tokenizer)
     prompts = [int(np.argmax(full.row(i)[1] != IGNORE)) + 1 for i in range(len(full))]
@@ -192,6 +238,8 @@ def test_a_cache_hit_gives_the_same_and_tokenises_nothing(tmp_path, tokenizer):
         {"template_kwargs": {"a": 1}},
         {"sequence_length": 30},
         {"distill_on_prompt": True},
+        {"default_system": "be brief"},
+        {"train_on": "last"},
         {"question_key": "answer", "answer_key": "question"},
     ],
 )

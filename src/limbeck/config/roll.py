@@ -223,12 +223,10 @@ SAME_AS: dict[str, str] = {
 """Keys that ROLL fills from another one: dropped if they say the same, refused otherwise."""
 
 TEMPLATES: dict[str, tuple[str, dict[str, Any]]] = {
-    "qwen2_5": ("native", {}),
-    "qwen3": ("native", {}),
     "native_nonthinking": ("native", {"enable_thinking": False}),
-    "qwen3_nothink": ("native", {"enable_thinking": False}),
+    "qwen3_nothink": ("qwen3", {"enable_thinking": False}),
 }
-"""Chat templates that are the tokenizer's own under another name, with the values they set."""
+"""Chat templates that are others under another name, with the values they set."""
 
 UNREAD_BY_TEACHER: dict[str, Set[str]] = {
     "model_args": StudentModelArgs.model_fields.keys() - ModelArgs.model_fields.keys(),
@@ -452,6 +450,11 @@ def _join_dataset_dir(result: Translation) -> None:
 def _rename_template(result: Translation) -> None:
     data_args = _section(result, "student.data_args") or {}
     name = data_args.get("template")
+    if name == "longCOT_qwen2.5" and data_args.get("default_system") is None:
+        result.notices.append(
+            "student.data_args.template: longCOT_qwen2.5 asks for that recipe's format in a system message of Limbeck's own "
+            "wording; set student.data_args.default_system to reproduce another wording exactly."
+        )
     if isinstance(name, str) and name in TEMPLATES:
         data_args["template"], kwargs = TEMPLATES[name]
         if kwargs and isinstance(given := data_args.get("template_kwargs") or {}, dict):

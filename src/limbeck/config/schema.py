@@ -289,6 +289,17 @@ class DataArgs(Section):
     template_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Values passed on to the chat template, such as `enable_thinking: false`."
     )
+    default_system: str | None = Field(
+        default=None, description="System message of conversations that bring none; unset, none is added."
+    )
+    prompt_file: str | None = Field(
+        default=None,
+        description="Text file with `{}` in it, once: the first question of a conversation is put there before the "
+        "template is applied. Braces that stay are doubled.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        default="all", description="Learn all answers of a conversation, or the last one only."
+    )
     cache_path: str | None = Field(
         default=None,
         description="Folder that keeps tokenised data for the next run with the same files; unset, LIMBECK_CACHE or "
@@ -817,6 +828,8 @@ class DistillConfig(Section):
             yield key, "is read with disable_gradient_checkpointing: false only"
         if student.training_args.warmup_steps > 0:
             yield "student.training_args.warmup_ratio", "yields to warmup_steps"
+        if self.distill_on_prompt:
+            yield "student.data_args.train_on", "chooses among answers, and distill_on_prompt: true learns every token"
         if not self.validation_files:
             yield "eval_steps", "measures nothing, as no validation files are named"
 

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.data.batch import IGNORE
+from limbeck.data.masks import shift, supervise
 from limbeck.data.rows import Conversation, RowKeys, detect_format
 from limbeck.data.sources import Record, expand, read_records
 from limbeck.data.templates import Rendered, Template, check_template_kwargs, render, resolve_template
@@ -28,7 +29,7 @@ from limbeck.errors import LimbeckError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 1  # raise it whenever the same input would give other arrays
+_CACHE_VERSION = 2  # raise it whenever the same input would give other arrays
 _CHUNK = 1024  # rows tokenised together: enough to use every core, little enough to forget
 
 
@@ -115,6 +116,9 @@ def tokenize_files(
     *,
     template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    default_system: str | None = None,
+    prompt_file: str | None = None,
+    train_on: str = "all",
     question_key: str = "question",
     answer_key: str = "answer",
     prompt_key: str | None = None,
@@ -126,10 +130,10 @@ def tokenize_files(
 ) -> tuple[Examples, DataReport]:
     """Read, check, render and tokenise every row of ``files``.
 
-    A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
-    every token. Rows are cut to ``sequence_length`` tokens, and dropped if nothing supervised is left. With
-    ``cache_dir`` the result is kept there under a hash of everything it depends on. ``progress`` is told the number of
-    rows done.
+    A row is supervised on its assistant turns, each with the token that ends it (with ``train_on="last"`` on the last one),
+    or, with ``distill_on_prompt``, on every token. A row that a template cannot show as one text becomes several. Rows are
+    cut to ``sequence_length`` tokens, and dropped if nothing supervised is left. With ``cache_dir`` the result is kept there
+    under a hash of everything it depends on. ``progress`` is told the number of rows done.
 
     Raises LimbeckError for anything wrong in any row, before a single row is trained on.
     """
@@ -138,6 +142,7 @@ def tokenize_files(
         tokenizer,
         template,
         template_kwargs,
+        {"default_system": default_system, "prompt_file": prompt_file, "train_on": train_on},
         RowKeys(question_key, answer_key, prompt_key, system_key),
         sequence_length,
         distill_on_prompt,
@@ -157,6 +162,9 @@ def tokenize_rows(
     *,
     template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
+    default_system: str | None = None,
+    prompt_file: str | None = None,
+    train_on: str = "all",
     question_key: str = "question",
     answer_key: str = "answer",
     prompt_key: str | None = None,
@@ -170,6 +178,7 @@ def tokenize_rows(
         tokenizer,
         template,
         template_kwargs,
+        {"default_system": default_system, "prompt_file": prompt_file, "train_on": train_on},
         RowKeys(question_key, answer_key, prompt_key, system_key),
         sequence_length,
         distill_on_prompt,
@@ -182,6 +191,7 @@ def _settings(
     tokenizer: PreTrainedTokenizerBase,
     template: str | None,
     template_kwargs: Mapping[str, Any] | None,
+    around: Mapping[str, Any],
     keys: RowKeys,
     sequence_length: int,
     distill_on_prompt: bool,
@@ -194,7 +204,7 @@ def _settings(
     if sequence_length < 2:
         raise LimbeckError(f"sequence_length = {sequence_length} leaves no token to predict; use 2 or more.")
     check_template_kwargs(template_kwargs or {})
-    resolved = resolve_template(template, tokenizer)
+    resolved = resolve_template(template, tokenizer, **around)
     return _Settings(resolved, dict(template_kwargs or {}), keys, sequence_length, distill_on_prompt)
 
 
@@ -206,6 +216,7 @@ def _tokenize(
 ) -> tuple[Examples, DataReport]:
     tokens: list[NDArray[np.int32]] = []
     labels: list[NDArray[np.int32]] = []
+    weights: list[NDArray[np.float32] | None] = []
     files: list[FileReport] = []
     rows = truncated = 0
     dropped: dict[str, int] = {}
@@ -214,13 +225,14 @@ def _tokenize(
         shape, conversations = _conversations(name, records, settings.keys)
         while chunk := list(islice(conversations, _CHUNK)):
             rendered = [
-                render(conversation, settings.template, tokenizer, settings.template_kwargs, record.where)
+                text
                 for record, conversation in chunk
+                for text in render(conversation, settings.template, tokenizer, settings.template_kwargs, record.where)
             ]
-            for ids, mask in _encode(rendered, tokenizer, settings.distill_on_prompt):
+            for ids, supervised, importance in _encode(rendered, tokenizer, settings.distill_on_prompt):
                 kept = ids[: settings.sequence_length]
                 cut = len(kept) < len(ids)
-                targets = _shifted(kept, mask)
+                targets, factors = shift(kept, supervised, importance)
                 if (targets == IGNORE).all():
                     reason = (
                         f"no supervised token in the first {settings.sequence_length}" if cut else "no token to learn"
@@ -230,6 +242,7 @@ def _tokenize(
                 truncated += cut
                 tokens.append(kept)
                 labels.append(targets)
+                weights.append(factors)
             rows += len(chunk)
             if progress:
                 progress(rows)
@@ -240,7 +253,10 @@ def _tokenize(
             f"({'; '.join(dropped) or 'there are none'}); raise sequence_length, or give rows with answers."
         )
     examples = Examples(
-        np.concatenate(tokens), np.concatenate(labels), np.cumsum([0, *map(len, tokens)], dtype=np.int64)
+        np.concatenate(tokens),
+        np.concatenate(labels),
+        np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        _joined(weights, labels),
     )
     report = DataReport(
         files=tuple(files),
@@ -266,10 +282,20 @@ def _conversations(
     return shape, ((record, to_conversation(record)) for record in chain([first], records))
 
 
+def _joined(
+    weights: Sequence[NDArray[np.float32] | None], labels: Sequence[NDArray[np.int32]]
+) -> NDArray[np.float32] | None:
+    """The weights of all rows, or None when all count alike."""
+    if all(of_row is None for of_row in weights):
+        return None
+    rows = zip(weights, labels, strict=True)
+    return np.concatenate([(row != IGNORE).astype(np.float32) if own is None else own for own, row in rows])
+
+
 def _encode(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, everything: bool
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
-    """Token ids [n] and which of them are supervised [n], for each text."""
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32] | None]]:
+    """Token ids [n], which of them are supervised [n], and their weights [n] unless all are 1, for each text."""
     encoded = tokenizer(
         [r.text for r in rendered],
         add_special_tokens=False,  # the template has written BOS and EOS
@@ -280,31 +306,9 @@ def _encode(
         verbose=False,
     )
     for r, ids, places in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        if everything:
-            mask = np.ones(len(ids), dtype=bool)
-        else:
-            mask = _overlaps(np.asarray(places, dtype=np.int64).reshape(-1, 2), r.spans)
-        yield np.asarray(ids, dtype=np.int32), mask
-
-
-def _shifted(tokens: NDArray[np.int32], supervised: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """The one shift: position t is to predict token t + 1 if that token is supervised."""
-    labels = np.full_like(tokens, IGNORE)
-    labels[:-1] = np.where(supervised[1 : len(tokens)], tokens[1:], IGNORE)
-    return labels
-
-
-def _overlaps(places: NDArray[np.int64], spans: Sequence[tuple[int, int, float]]) -> NDArray[np.bool_]:
-    """Which tokens [n], at the characters ``places`` [n, 2], touch a span.
-
-    Some tokenizers leave a token's blanks out of its place, so a gap before a token is counted as the token's own.
-    """
-    reached = np.maximum.accumulate(np.concatenate(([0], places[:-1, 1])))
-    start = np.minimum(places[:, 0], reached)
-    mask = np.zeros(len(places), dtype=bool)
-    for first, last, _ in spans:
-        mask |= (start < last) & (places[:, 1] > first)
-    return mask
+        # Several times faster than asarray, which looks at each pair before it takes it.
+        where = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places)).reshape(-1, 2)
+        yield np.asarray(ids, dtype=np.int32), *supervise(where, r.spans, everything, r.weight)
 
 
 def _cache_key(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, settings: _Settings) -> str:
@@ -326,7 +330,14 @@ def _store(folder: Path, examples: Examples, report: DataReport) -> None:
     unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     try:
         unfinished.mkdir(parents=True)
-        for name, array in (("tokens", examples.tokens), ("labels", examples.labels), ("offsets", examples.offsets)):
+        arrays: dict[str, NDArray[Any]] = {
+            "tokens": examples.tokens,
+            "labels": examples.labels,
+            "offsets": examples.offsets,
+        }
+        if examples.weights is not None:
+            arrays["weights"] = examples.weights
+        for name, array in arrays.items():
             np.save(unfinished / f"{name}.npy", array, allow_pickle=False)
         (unfinished / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
         unfinished.rename(folder)
@@ -346,9 +357,11 @@ def _load(folder: Path, paths: Sequence[Path]) -> tuple[Examples, DataReport]:
             np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
             for name in ("tokens", "labels", "offsets")
         )
+        weighted = folder / "weights.npy"
+        weights = np.load(weighted, mmap_mode="r", allow_pickle=False) if weighted.exists() else None
         report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise LimbeckError(f"The cached data in {folder} is damaged ({error}); delete that folder.") from error
     # The same content may by now lie in files of other names.
     files = [FileReport(**{**file, "path": str(path)}) for file, path in zip(report.pop("files"), paths, strict=True)]
-    return Examples(tokens, labels, offsets), DataReport(files=tuple(files), **report)
+    return Examples(tokens, labels, offsets, weights), DataReport(files=tuple(files), **report)

@@ -72,14 +72,30 @@ def cache_folder(config: DistillConfig) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limbeck" / "tokens"
 
 
+def make_tokenizer(config: DistillConfig) -> Any:
+    """The tokenizer of the run."""
+    model, source = config.student.model_args, str(config.tokenizer_name_or_path)
+    revision = model.revision if source == model.model_name_or_path else None
+    return load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
+
+
+def teacher_tokenizer(teacher: WorkerConfig) -> Any:
+    """The teacher's tokenizer; None for a bare model folder, which speaks the student's tokens by the user's word."""
+    args = teacher.model_args
+    folder = Path(str(args.model_name_or_path))
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        return None
+    return load_tokenizer(
+        str(args.model_name_or_path), revision=args.revision, trust_remote_code=args.trust_remote_code
+    )
+
+
 def make_data(config: DistillConfig, world: World) -> Data:
     """Read, check and tokenise everything before anything is trained."""
-    model, args, training = config.student.model_args, config.student.data_args, config.student.training_args
-    source = str(config.tokenizer_name_or_path)
-    revision = model.revision if source == model.model_name_or_path else None
-    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
-    if config.has_teacher:
-        _check_tokenizers(tokenizer, config.teacher)
+    args, training = config.student.data_args, config.student.training_args
+    tokenizer = make_tokenizer(config)
+    if config.has_teacher and (of_teacher := teacher_tokenizer(config.teacher)) is not None:
+        check_same_tokenizer(tokenizer, of_teacher)
 
     def examples_of(files: list[str]) -> tuple[Examples, Any]:
         return tokenize_files(
@@ -87,6 +103,9 @@ def make_data(config: DistillConfig, world: World) -> Data:
             tokenizer,
             template=args.template,
             template_kwargs=args.template_kwargs,
+            default_system=args.default_system,
+            prompt_file=args.prompt_file,
+            train_on=args.train_on,
             question_key=config.question_key,
             answer_key=config.answer_key,
             prompt_key=config.prompt_key,
@@ -133,17 +152,6 @@ def make_data(config: DistillConfig, world: World) -> Data:
     stream = PrefetchedStream(steps, device=world.device)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
-
-
-def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
-    args = teacher.model_args
-    name = str(args.model_name_or_path)
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return  # a bare model folder speaks the student's tokens by the user's word
-    check_same_tokenizer(
-        student, load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    )
 
 
 def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objective, TaidSchedule | None]:

@@ -1,0 +1,137 @@
+"""Which template a setting stands for, and what else is put around a conversation before it is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import TYPE_CHECKING
+
+from limbeck.data.templates.named import (
+    LONG_COT,
+    LONG_COT_OPENING,
+    LONG_COT_QUESTION,
+    LONG_COT_SYSTEM,
+    NAMED,
+    QWEN,
+)
+from limbeck.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Template:
+    """A chat template and what goes with it.
+
+    name: how to speak of it. jinja: its source; with_tools: its source for rows that bring tools, if that is another.
+    ends: the special tokens that may end an answer. bos: what begins a text that no template writes.
+    system: the system message of conversations without one. question: what stands before and after the first question.
+    last_only: only the last answer is learned.
+    """
+
+    name: str
+    jinja: str
+    ends: tuple[str, ...]
+    with_tools: str | None = None
+    bos: str = ""
+    system: str | None = None
+    question: tuple[str, str] = ("", "")
+    last_only: bool = False
+
+
+def resolve_template(
+    template: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    default_system: str | None = None,
+    prompt_file: str | None = None,
+    train_on: str = "all",
+) -> Template:
+    """The template that a setting stands for.
+
+    None is the tokenizer's own, or ``base`` if it has none; ``native`` is the tokenizer's own; a name in ``NAMED`` or
+    ``LONG_COT``; a ``.jinja`` file; or Jinja source itself. A named template begins with BOS exactly if the tokenizer puts
+    one; all others write it themselves, as chat templates do. ``default_system`` is the system message of conversations
+    without one; ``prompt_file`` a text with one ``{}`` for the question; ``train_on`` is "all" answers or the "last".
+    Raises LimbeckError for anything else.
+    """
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ends = tuple(sorted(special | {tokenizer.eos_token} - {None}))
+    name, jinja, with_tools = _source(template, tokenizer)
+    question, system = ("", ""), default_system
+    if name == "longCOT_qwen2.5":
+        question, system = LONG_COT_QUESTION, LONG_COT_SYSTEM if default_system is None else default_system
+    if prompt_file is not None:
+        question = _around_the_question(Path(prompt_file).expanduser())
+    bos = str(tokenizer.bos_token) if _puts_bos(tokenizer) else ""
+    return Template(name, jinja, ends, with_tools, bos, system, question, train_on == "last")
+
+
+def _source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str | None]:
+    """Name, Jinja, and Jinja for rows with tools (None: the same)."""
+    if template is None:
+        template = "native" if tokenizer.chat_template else "base"
+    if template == "native" or template in LONG_COT:
+        return template, *_native(template, tokenizer)
+    if template in NAMED:
+        own = tokenizer.chat_template
+        if template in QWEN and isinstance(own, str) and "<|im_start|>" in own:
+            return f"{template}, the tokenizer's own", own, None
+        return template, ("{{ bos_token }}" if _puts_bos(tokenizer) else "") + NAMED[template], None
+    if template.endswith(".jinja"):
+        return template, _read(Path(template).expanduser(), "template"), None
+    if "{{" in template or "{%" in template:
+        return "written in the configuration", template, None
+    raise LimbeckError(
+        f"template: {template} is unknown; use native, {', '.join([*NAMED, *LONG_COT])}, the path of a .jinja file, "
+        "or Jinja source."
+    )
+
+
+def _native(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    if not tokenizer.chat_template:
+        raise LimbeckError(
+            f"template: {name} needs a tokenizer with a chat template, and {tokenizer.name_or_path or 'this one'} "
+            "has none; set template: base or template: chatml."
+        )
+    try:
+        jinja, with_tools = tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[])
+    except ValueError as error:  # several templates, none called "default"
+        raise LimbeckError(f"template: {name} is ambiguous ({error}); give the path of a .jinja file.") from error
+    if name == "longcot_V3":
+        # Jinja drops one line break at the end of a source; it must not come back because something follows now.
+        jinja, with_tools = (source.removesuffix("\n") + LONG_COT_OPENING for source in (jinja, with_tools))
+    return jinja, None if with_tools == jinja else with_tools
+
+
+def _around_the_question(path: Path) -> tuple[str, str]:
+    """What a prompt file puts before and after the question. Braces that are meant are doubled, as in format strings."""
+    advice = (
+        f"prompt_file: {path} must hold the question's place, {{}}, exactly once, and {{{{ }}}} for braces that stay"
+    )
+    parts = [""]
+    try:
+        for text, field, specification, conversion in Formatter().parse(_read(path, "prompt_file")):
+            parts[-1] += text
+            if field is not None:
+                if field or specification or conversion:
+                    raise LimbeckError(f"{advice}; it has {{{field}}}.")
+                parts.append("")
+    except ValueError as error:
+        raise LimbeckError(f"{advice} ({error}).") from error
+    if len(parts) != 2:
+        raise LimbeckError(f"{advice}; it has {{}} {len(parts) - 1} times.")
+    return parts[0], parts[1]
+
+
+def _puts_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+def _read(path: Path, setting: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LimbeckError(f"{setting}: {path} cannot be read ({error}); check the path.") from error
