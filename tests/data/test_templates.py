@@ -15,7 +15,7 @@ END = "<|endoftext|>"
 
 
 def rendered(messages, template, tokenizer, **kwargs):
-    out = render(Conversation(messages), resolve_template(template, tokenizer), tokenizer, kwargs, "f.jsonl:1")
+    (out,) = render(Conversation(messages), resolve_template(template, tokenizer), tokenizer, kwargs, "f.jsonl:1")
     return out.text, [out.text[start:end] for start, end, _ in out.spans]
 
 

@@ -11,7 +11,7 @@ from limbeck.errors import LimbeckError
 
 END = "<|endoftext|>"
 ROWS = [{"question": f"How many eggs has Ann, if {i}?", "answer": f"She has {i} eggs. " * (i + 1)} for i in range(8)]
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30).filter(str.strip)
 
 
 def write(path, rows):
@@ -243,19 +243,6 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, tokenizer, monkeyp
     with pytest.raises(LimbeckError, match=r"No space left on device.*free some space"):
         tokenize_files([path], tokenizer, cache_dir=cache)
     assert list(cache.iterdir()) == []
-
-
-def test_whoever_finishes_second_uses_the_cache_of_the_first(tmp_path, tokenizer):
-    path, cache = write(tmp_path / "train.jsonl", ROWS), tmp_path / "cache"
-    first = []
-
-    def overtake(rows):
-        first.append(tokenize_files([path], tokenizer, cache_dir=cache))
-
-    second = tokenize_files([path], tokenizer, cache_dir=cache, progress=overtake)
-    assert same(first[0][0], second[0])
-    (folder,) = cache.iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == ["labels.npy", "offsets.npy", "report.json", "tokens.npy"]
 
 
 def test_a_report_of_many_files_stays_short(tmp_path, tokenizer):

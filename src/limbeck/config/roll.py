@@ -57,7 +57,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     ),
     "model_args": frozenset({"device_map", "num_labels", "max_pixels", "min_pixels"}),
     "data_args": words(
-        """preprocessing_num_workers dataset_type tag id prompt response messages image_max_pixels image_min_pixels
+        """dataset_type tag id prompt response messages image_max_pixels image_min_pixels
         video_max_pixels video_min_pixels video_total_pixels video_fps video_max_frames video_resize_chunk_frames
         image_folder video_folder audio_folder"""
     ),
@@ -124,7 +124,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "autocast_adapter_dtype": ((None, True), "is not built yet; set it to true"),
     },
     "data_args": {
-        "domain_interleave_probs": ((None,), "is not built yet; take it out, all files are shuffled together"),
         "custom_data_kwargs_func": ((None,), "would run code of your own, which is not done here; take it out"),
     },
     "training_args": {

@@ -5,8 +5,12 @@ validation batches. Models and teachers are not known here.
 """
 
 from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.encode import TokenizeSettings
+from limbeck.data.examples import DataReport, Examples
+from limbeck.data.mixture import Mixture, MixtureSettings, mix
+from limbeck.data.sources import Source
 from limbeck.data.stream import BatchStream, fixed_batches
-from limbeck.data.tokenize import DataReport, Examples, tokenize_files, tokenize_rows
+from limbeck.data.tokenize import tokenize_files, tokenize_rows
 from limbeck.data.tokenizers import check_same_tokenizer
 
 __all__ = [
@@ -16,8 +20,13 @@ __all__ = [
     "DataReport",
     "Examples",
     "GlobalBatch",
+    "Mixture",
+    "MixtureSettings",
+    "Source",
+    "TokenizeSettings",
     "check_same_tokenizer",
     "fixed_batches",
+    "mix",
     "tokenize_files",
     "tokenize_rows",
 ]

@@ -55,6 +55,7 @@ class Rendered:
 
     text: str
     spans: tuple[tuple[int, int, float], ...]
+    weight: float = 1.0
 
 
 def resolve_template(template: str | None, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -95,7 +96,7 @@ def render(
     tokenizer: PreTrainedTokenizerBase,
     template_kwargs: Mapping[str, Any],
     where: str,
-) -> Rendered:
+) -> tuple[Rendered, ...]:
     """The text of a conversation that has an answer, ending where its last answer ends, and the spans to learn.
 
     A span begins behind the generation prompt. If nothing in the template ends the last answer, the EOS token is
@@ -142,7 +143,7 @@ def render(
             )
         text += tokenizer.eos_token
         spans[-1] = (spans[-1][0], len(text), spans[-1][2])
-    return Rendered(text, tuple(spans))
+    return (Rendered(text, tuple(spans), conversation.weight),)
 
 
 def check_template_kwargs(template_kwargs: Mapping[str, Any]) -> None:

@@ -11,7 +11,18 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.data import BatchStream, Examples, GlobalBatch, check_same_tokenizer, fixed_batches, tokenize_files
+from limbeck.data import (
+    BatchStream,
+    DataReport,
+    Examples,
+    GlobalBatch,
+    MixtureSettings,
+    Source,
+    check_same_tokenizer,
+    fixed_batches,
+    mix,
+    tokenize_files,
+)
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
@@ -27,6 +38,7 @@ from limbeck.models import (
     recompute_activations,
 )
 from limbeck.objectives import Objective
+from limbeck.pipeline.console import row_counter
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
@@ -61,34 +73,22 @@ def cache_folder(config: DistillConfig) -> Path:
 
 def make_data(config: DistillConfig, world: World) -> Data:
     """Read, check and tokenise everything before anything is trained."""
-    model, args, training = config.student.model_args, config.student.data_args, config.student.training_args
+    model, training = config.student.model_args, config.student.training_args
     source = str(config.tokenizer_name_or_path)
     revision = model.revision if source == model.model_name_or_path else None
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
     if config.has_teacher:
         _check_tokenizers(tokenizer, config.teacher)
 
-    def examples_of(files: list[str]) -> tuple[Examples, Any]:
-        return tokenize_files(
-            files,
-            tokenizer,
-            template=args.template,
-            template_kwargs=args.template_kwargs,
-            question_key=config.question_key,
-            answer_key=config.answer_key,
-            prompt_key=config.prompt_key,
-            system_key=config.system_key,
-            sequence_length=config.sequence_length,
-            distill_on_prompt=config.distill_on_prompt,
-            cache_dir=cache_folder(config),
-        )
-
     if not world.is_main:
         world.wait()  # the main process fills the cache, the others read it
-    train, report = examples_of(list(args.file_name or ()))
-    held_out = examples_of(config.validation_files) if config.validation_files else None
+    train, report = prepare_examples(config, tokenizer, show=world.is_main)
+    held_out = prepare_validation(config, tokenizer, show=world.is_main)
     if world.is_main:
         world.wait()
+    mixture = mix(train, report, mixture_settings(config), config.data_seed)
+    text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
+    chosen: dict[str, Any] = {"rows_of_epoch": mixture.rows_of_epoch} if mixture else {}
     stream = BatchStream(
         train,
         seed=config.data_seed,
@@ -101,9 +101,10 @@ def make_data(config: DistillConfig, world: World) -> Data:
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         length_round=config.student.sequence_length_round_in_train,
         pad_id=tokenizer.pad_token_id,
+        **chosen,
     )
     validation: list[GlobalBatch] = []
-    text, largest, longest = f"training: {report}", int(train.tokens.max()), int(train.lengths.max())
+    largest, longest = report.largest_token, int(train.lengths.max())
     if held_out is not None:
         validation = fixed_batches(
             held_out[0],
@@ -114,9 +115,80 @@ def make_data(config: DistillConfig, world: World) -> Data:
             length_round=config.student.sequence_length_round_in_train,
         )
         text += f"\nvalidation: {held_out[1]}"
-        largest = max(largest, int(held_out[0].tokens.max()))
+        largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
     return Data(tokenizer, stream, validation, text, largest, longest, max(tokenizer.get_vocab().values()) + 1)
+
+
+def prepare_examples(config: DistillConfig, tokenizer: Any, *, show: bool = True) -> tuple[Examples, DataReport]:
+    """The training rows as tokens, from the cache or into it; with ``show`` a person at a terminal sees the progress.
+
+    Raises LimbeckError for anything wrong with any row, unless ``on_bad_row`` is ``skip``.
+    """
+    args = config.student.data_args
+    sources = [
+        Source(
+            path=tuple(entry.path or ()),
+            hub=entry.hub,
+            config=entry.config,
+            split=entry.split,
+            revision=entry.revision,
+            format=entry.format or args.format,
+            domain=entry.domain,
+        )
+        for entry in config.data_sources
+    ]
+    return _tokenized(config, tokenizer, sources, args.domain_key, show)
+
+
+def prepare_validation(
+    config: DistillConfig, tokenizer: Any, *, show: bool = True
+) -> tuple[Examples, DataReport] | None:
+    """The same for the rows that the student is measured on; None if none are named."""
+    if not config.validation_files:
+        return None
+    named = [Source.named(name) for name in config.validation_files]
+    return _tokenized(
+        config, tokenizer, [replace(one, format=config.student.data_args.format) for one in named], None, show
+    )
+
+
+def mixture_settings(config: DistillConfig) -> MixtureSettings:
+    """How the configuration mixes its sources."""
+    args, entries = config.student.data_args, config.data_sources
+    return MixtureSettings(
+        weights=tuple(entry.weight for entry in entries),
+        temperature=args.mixing_temperature,
+        domain_probs=args.domain_interleave_probs,
+        max_samples=tuple(entry.max_samples for entry in entries),
+        num_samples=args.num_samples,
+    )
+
+
+def _tokenized(
+    config: DistillConfig, tokenizer: Any, sources: list[Source], domain_key: str | None, show: bool
+) -> tuple[Examples, DataReport]:
+    args = config.student.data_args
+    with row_counter(enabled=show) as progress:
+        return tokenize_files(
+            sources,
+            tokenizer,
+            cache_dir=cache_folder(config),
+            progress=progress,
+            template=args.template,
+            template_kwargs=args.template_kwargs,
+            question_key=config.question_key,
+            answer_key=config.answer_key,
+            prompt_key=config.prompt_key,
+            system_key=config.system_key,
+            weight_key=args.weight_key,
+            domain_key=domain_key,
+            sequence_length=config.sequence_length,
+            overlong=args.overlong,
+            on_bad_row=args.on_bad_row,
+            distill_on_prompt=config.distill_on_prompt,
+            workers=args.preprocessing_num_workers,
+        )
 
 
 def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
