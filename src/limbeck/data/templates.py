@@ -104,6 +104,10 @@ def render(
     raised if the template fails, or if its prompt is not the beginning of the whole text.
     """
 
+    if conversation.plain:
+        plain = conversation.messages[0]["content"] + (tokenizer.eos_token or "")
+        return (Rendered(plain, ((0, len(plain), conversation.weight),), conversation.weight),)
+
     def text_of(turns: Sequence[Message], prompt: bool) -> str:
         try:
             return tokenizer.apply_chat_template(

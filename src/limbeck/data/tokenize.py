@@ -114,7 +114,7 @@ def _tokenize(
             from limbeck.data.workers import Workers
 
             pool = stack.enter_context(Workers(encoder, workers))
-            results = ((_Batch(*batch), encoded) for batch, encoded in pool.encode(batches))
+            results = pool.encode(batches, lambda batch: (batch.items, batch.form))
         else:
             results = ((batch, encoder.encode(batch.items, batch.form)) for batch in batches)
         for batch, encoded in results:

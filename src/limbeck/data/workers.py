@@ -15,12 +15,14 @@ import struct
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from limbeck.errors import LimbeckError
+
+Batch = TypeVar("Batch")
 
 _LENGTH = struct.Struct("<Q")
 
@@ -65,11 +67,16 @@ class Workers:
                     with contextlib.suppress(OSError):  # what a killed process left unread
                         pipe.close()
 
-    def encode(self, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-        """Each batch with its result, in order; only a few are under way at once. Raises LimbeckError if a process dies."""
-        under_way: deque[tuple[tuple[Any, ...], Future[Any]]] = deque()
+    def encode(
+        self, batches: Iterable[Batch], arguments: Callable[[Batch], tuple[Any, ...]]
+    ) -> Iterator[tuple[Batch, Any]]:
+        """Each batch with what ``encode`` makes of its ``arguments``, in order; only a few are under way at once.
+
+        Raises LimbeckError if a process dies.
+        """
+        under_way: deque[tuple[Batch, Future[Any]]] = deque()
         for batch in batches:
-            under_way.append((batch, self._threads.submit(self._ask, batch)))
+            under_way.append((batch, self._threads.submit(self._ask, arguments(batch))))
             if len(under_way) > 2 * len(self._all):
                 first, answer = under_way.popleft()
                 yield first, answer.result()
@@ -81,10 +88,10 @@ class Workers:
             _send(process.stdin, setup)
         self._idle.put(process)
 
-    def _ask(self, batch: tuple[Any, ...]) -> Any:
+    def _ask(self, arguments: tuple[Any, ...]) -> Any:
         process = self._idle.get()
         try:
-            _send(process.stdin, pickle.dumps(batch))
+            _send(process.stdin, pickle.dumps(arguments))
             answer = _receive(process.stdout)
         except (OSError, EOFError) as error:
             raise LimbeckError(
@@ -120,11 +127,11 @@ def _work(incoming: BinaryIO, outgoing: BinaryIO) -> None:
     task = pickle.loads(_receive(incoming))
     while True:
         try:
-            batch = pickle.loads(_receive(incoming))
+            arguments = pickle.loads(_receive(incoming))
         except EOFError:  # whoever asked is gone
             return
         try:
-            result = task.encode(*batch)
+            result = task.encode(*arguments)
         except LimbeckError as error:
             result = error
         _send(outgoing, pickle.dumps(result))

@@ -240,8 +240,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 raise LimbeckError(f"{path} needs zstandard to be unpacked; pip install 'limbeck[data]'.") from error
             damaged = (*damaged, zstandard.ZstdError)
             with path.open("rb") as packed:
-                reader = zstandard.ZstdDecompressor().stream_reader(packed, read_across_frames=True)
-                yield cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, reader)))
+                yield cast(BinaryIO, io.BufferedReader(_Unpacked(packed, zstandard.ZstdDecompressor()), _BLOCK))
         elif path.suffix == ".gz":
             with gzip.open(path, "rb") as unpacked:
                 yield cast(BinaryIO, unpacked)
@@ -250,3 +249,35 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 yield file
     except damaged as error:
         raise LimbeckError(f"{path} cannot be read to its end ({error}); it may be damaged or cut off.") from error
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a zstandard file of any number of frames.
+
+    The library's own reader takes a file that was cut off for a whole one.
+    """
+
+    def __init__(self, packed: BinaryIO, decompressor: Any) -> None:
+        self._packed = packed
+        self._decompressor = decompressor
+        self._frame: Any = None
+        self._input = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            self._input = self._input or self._packed.read(1 << 16)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the last frame has no end")
+                return 0
+            frame = self._frame or self._decompressor.decompressobj()
+            self._ready = memoryview(frame.decompress(self._input))
+            self._input, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
