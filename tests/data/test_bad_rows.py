@@ -99,8 +99,28 @@ JSON = st.recursive(
     max_leaves=6,
 )
 NAMES = st.sampled_from(
-    """question answer messages conversations prompt completion instruction input output text system tools weight history
-    role content from value tool_calls train""".split()
+    [
+        "question",
+        "answer",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "text",
+        "system",
+        "tools",
+        "weight",
+        "history",
+        "role",
+        "content",
+        "from",
+        "value",
+        "tool_calls",
+        "train",
+    ]
 )
 SPEAKER = st.sampled_from(
     ["system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation", "bot"]

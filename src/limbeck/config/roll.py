@@ -272,6 +272,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
     _respell(result)
     _translate_deepspeed(result)
     _drop_precision_flags(result)
+    _keep_the_column_of_domains(result)
     _drop_what_means_nothing(result)
     _move(result)
     _drop_repetitions(result)
@@ -435,6 +436,17 @@ def _sum_lengths(result: Translation) -> None:
         _set(result, "sequence_length", prompt + response, "prompt_length + response_length")
     else:
         result.refuse("response_length", f"= {response} and prompt_length = {prompt} must be whole numbers of tokens")
+
+
+def _keep_the_column_of_domains(result: Translation) -> None:
+    """ROLL's `tag` names the column of the domains, which matters only where domains are mixed."""
+    data_args = _section(result, "student.data_args") or {}
+    if (
+        data_args.get("domain_interleave_probs")
+        and "domain_key" not in data_args
+        and isinstance(data_args.get("tag"), str)
+    ):
+        _set(result, "student.data_args.domain_key", _pop(result, "student.data_args.tag"), "student.data_args.tag")
 
 
 def _join_dataset_dir(result: Translation) -> None:
