@@ -4,9 +4,9 @@
     python benchmarks/data.py tokenize --data path/to/gsm8k     # the folder of GSM8K's train.jsonl
     python benchmarks/data.py memory --gigabytes 2
 
-Tokenising is reading the rows, writing them through a chat template, tokenising, and making the loss mask, each side in a process
-of its own. TRL's side is what its SFTTrainer does with prompt and completion before training (``_prepare_dataset``), in a
-side environment that is made on first use; it is given its rows already read. "One process" is one core: the tokenizer's own
+Tokenising is reading the rows, writing them through a chat template, tokenising, and making the loss mask, each side in a
+process of its own. TRL's side is what its SFTTrainer does with prompt and completion before training (``_prepare_dataset``), in
+a side environment that is made on first use; it is given its rows already read. "One process" is one core: the tokenizer's own
 threads are off. Memory is the growth of the process's peak over what it held before the first row, its page cache in the
 mapped files included.
 """
@@ -80,7 +80,11 @@ def ours(folder: Path, workers: int) -> dict[str, float]:
     tokenize_files([folder / "few.jsonl"], tokenizer, sequence_length=1024)
     begun = time.perf_counter()
     _, report = tokenize_files(
-        [folder / "rows.jsonl"], tokenizer, sequence_length=1024, workers=workers, cache_dir=folder / f"cache-{os.getpid()}"
+        [folder / "rows.jsonl"],
+        tokenizer,
+        sequence_length=1024,
+        workers=workers,
+        cache_dir=folder / f"cache-{os.getpid()}",
     )
     return {"seconds": time.perf_counter() - begun, "tokens": report.tokens, "supervised": report.supervised_tokens}
 
@@ -107,7 +111,9 @@ def trl(folder: Path, workers: int) -> dict[str, float]:
         )  # fmt: skip
 
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     )
     config = SFTConfig(
         output_dir=str(folder / "trl"), report_to="none", use_cpu=True, bf16=False, max_length=1024,
@@ -178,7 +184,9 @@ def compare_tokenizing(data: Path | None, rounds: int, repeat: int) -> None:
         speed = {name: count / statistics.median(one["seconds"] for one in all_of) for name, all_of in found.items()}
         print(f"\ntokenising {count:,} rows, one process, median of {rounds}")
         for name, all_of in found.items():
-            print(f"  {name:8} {speed[name]:8,.0f} rows/s  {all_of[0]['tokens']:,} tokens, {all_of[0]['supervised']:,} learned")
+            print(
+                f"  {name:8} {speed[name]:8,.0f} rows/s  {all_of[0]['tokens']:,} tokens, {all_of[0]['supervised']:,} learned"
+            )
         print(f"  limbeck prepares {speed['limbeck'] / speed['trl']:.2f} × the rows/s")
         larger = repeat * count
         with (folder / "rows.jsonl").open("w") as file:

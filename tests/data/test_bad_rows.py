@@ -84,15 +84,6 @@ def test_nothing_but_bad_rows_is_an_error(tokenizer):
         tokenize_rows([{"x": "y"}, {}], tokenizer, on_bad_row="skip")
 
 
-def test_a_call_that_the_template_does_not_write_is_not_learned_as_silence(tokenizer):
-    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
-    row = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
-    with pytest.raises(LimbeckError, match="turn 1 calls a tool, which the chat template"):
-        tokenize_rows([row], tokenizer, template="chatml")
-    _, report = tokenize_rows([{**GOOD, "tools": [call]}], tokenizer, template="base")
-    assert "1 rows list tools, which the template (base) does not show" in str(report)
-
-
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

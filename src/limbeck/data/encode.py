@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from limbeck.data.batch import IGNORE
 from limbeck.data.masks import shift, supervise
-from limbeck.data.rows import Conversation, RowKeys, check_characters, reader
+from limbeck.data.rows import RowKeys, check_characters, reader
 from limbeck.data.sources import MAX_ROW, BadRow, Document, Item, Record, RowError, decoded, place
 from limbeck.data.sources.items import too_long
 from limbeck.data.templates import Rendered, Template, render
@@ -75,7 +75,7 @@ class Encoded:
     """A batch of rows as tokens: the fields of ``Examples`` that it adds, and what is to be counted.
 
     lengths, supervised: [rows]. domains: of each row, if a column names it. bad: rows that cannot be used, in order.
-    counts: rows read, truncated, cut_answers, split; dropped and notes: by reason.
+    counts: rows read, truncated, cut_answers, split; dropped: by reason.
     """
 
     tokens: NDArray[np.int32]
@@ -87,7 +87,6 @@ class Encoded:
     bad: list[BadRow]
     counts: Counter[str]
     dropped: Counter[str]
-    notes: Counter[str]
 
 
 @dataclass
@@ -140,7 +139,6 @@ class Encoder:
             record = decoded(item)
             conversation = read(record)
             domain = self._domain(record)
-            self._check_template(conversation, where, batch)
             rendered = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, where)
             for one in rendered:
                 if len(one.text) > MAX_ROW:
@@ -169,19 +167,6 @@ class Encoder:
             raise RowError("no domain", f'{record.where}: "{key}" must name the row\'s domain; correct domain_key.')
         return str(value)
 
-    def _check_template(self, conversation: Conversation, where: str, batch: _Batch) -> None:
-        """A template that does not know of tools leaves them out without a word, so the word is said here."""
-        if "tool_calls" not in self.template.jinja:
-            for turn, message in enumerate(conversation.messages):
-                if message.get("tool_calls"):
-                    raise RowError(
-                        "tool calls that the template does not write",
-                        f"{where}: turn {turn} calls a tool, which the chat template ({self.template.name}) does not write; "
-                        "use a template that does.",
-                    )
-        if conversation.tools and "tools" not in self.template.jinja:
-            batch.notes[f"rows list tools, which the template ({self.template.name}) does not show"] += 1
-
     def _encode(
         self, rendered: Sequence[Rendered]
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32] | None]]:
@@ -209,7 +194,6 @@ class _Batch:
         self.bad: list[BadRow] = []
         self.counts: Counter[str] = Counter()
         self.dropped: Counter[str] = Counter()
-        self.notes: Counter[str] = Counter()
 
     def add(
         self,
@@ -279,5 +263,4 @@ class _Batch:
             bad=self.bad,
             counts=self.counts,
             dropped=self.dropped,
-            notes=self.notes,
         )

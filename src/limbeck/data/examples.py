@@ -75,7 +75,7 @@ class DataReport:
 
     truncated: rows cut to ``sequence_length``; cut_answers: those among them that were cut inside a supervised turn, whose
     end token is then not learned. split: rows cut into several. bad: skipped rows, by reason; bad_rows_file: where each of
-    them is named. notes: what else was seen, and how often. groups: the (number of the source, domain) of the rows.
+    them is named. groups: the (number of the source, domain) of the rows.
     """
 
     files: tuple[FileReport, ...]
@@ -90,7 +90,6 @@ class DataReport:
     split: int = 0
     bad: Mapping[str, int] = field(default_factory=dict)
     bad_rows_file: str | None = None
-    notes: Mapping[str, int] = field(default_factory=dict)
     groups: tuple[tuple[int, str], ...] = ()
     largest_token: int = 0
 
@@ -104,7 +103,6 @@ class DataReport:
             cut += f" ({self.cut_answers:,} of them inside an answer, so its end is not learned)"
         if self.split:
             cut += f"; {self.split:,} rows split into pieces of {self.sequence_length} tokens"
-        notes = "".join(f"; {count:,} {note}" for note, count in self.notes.items())
         bad = ""
         if self.bad:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.bad.items())
@@ -113,7 +111,7 @@ class DataReport:
         return (
             f"{self.rows:,} rows from {files}; template: {self.template}; "
             f"{self.tokens:,} tokens, of which {self.supervised_tokens:,} supervised; "
-            f"{cut}; {dropped}{bad}{notes}."
+            f"{cut}; {dropped}{bad}."
         )
 
 

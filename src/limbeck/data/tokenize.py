@@ -229,7 +229,6 @@ class _Tally:
         self._bad_of = Counter[int]()
         self._counts = Counter[str]()
         self._dropped = Counter[str]()
-        self._notes = Counter[str]()
         self._bad = Counter[str]()
         self._largest = 0
         self.formats: list[str] = []
@@ -248,7 +247,6 @@ class _Tally:
         self._bad_of[batch.file] += len(encoded.bad)
         self._counts.update(encoded.counts)
         self._dropped.update(encoded.dropped)
-        self._notes.update(encoded.notes)
         self._bad.update(bad.kind for bad in encoded.bad)
         if not len(encoded.tokens):
             return
@@ -294,7 +292,6 @@ class _Tally:
             cut_answers=self._counts["cut_answers"],
             split=self._counts["split"],
             bad=dict(self._bad),
-            notes=dict(self._notes),
             groups=tuple(self._group_numbers),
             largest_token=self._largest,
         )
