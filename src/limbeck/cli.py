@@ -213,7 +213,7 @@ def _data_show(args: argparse.Namespace) -> int:
     from limbeck.data.rows import RowKeys
     from limbeck.data.show import find_row, print_row
     from limbeck.data.templates import check_template_kwargs, resolve_template
-    from limbeck.pipeline.parts import make_tokenizer, teacher_tokenizer
+    from limbeck.pipeline.inputs import make_tokenizer, teacher_tokenizer
 
     data = config.student.data_args
     check_template_kwargs(data.template_kwargs)
@@ -251,7 +251,7 @@ def _data_cache(args: argparse.Namespace) -> int:
 
     import torch
 
-    from limbeck.pipeline.parts import cache_folder, make_data
+    from limbeck.pipeline.inputs import cache_folder, make_data
     from limbeck.strategies.world import World
 
     print(make_data(loaded.config, World(0, 1, torch.device("cpu"))).report)

@@ -127,6 +127,22 @@ def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: Load) -> No
     assert student.data_args.file_name == ["data/train.json", "/abs/more.json"]
 
 
+def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) -> None:
+    mixed = """
+    student_pretrain: small
+    teacher_pretrain: large
+    student:
+      data_args: {file_name: a.json, preprocessing_num_workers: 16, tag: kind, domain_interleave_probs: {math: 0.6, code: 0.4}}
+    """
+    data = load(yaml=mixed).config.student.data_args
+    assert (data.domain_key, data.preprocessing_num_workers) == ("kind", 16)
+    assert data.domain_interleave_probs == {"math": 0.6, "code": 0.4}
+    assert (
+        load(yaml=mixed.replace("domain_interleave_probs", "template_kwargs")).config.student.data_args.domain_key
+        is None
+    )
+
+
 def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
     (notice,) = load(yaml=IN_THE_WILD).notices
     for path in (
@@ -134,7 +150,6 @@ def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Lo
         "rollout_batch_size",
         "logits_transfer_backend",
         "checkpoint_config.async_upload",
-        "student.data_args.preprocessing_num_workers",
         "teacher.training_args.per_device_train_batch_size",
         "teacher.data_args.template",
         "teacher.use_sequence_packing",

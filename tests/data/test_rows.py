@@ -78,9 +78,10 @@ SHARE = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "val
         (CHAT, {"messages": turns(("user", "u"), ("assistant", ""))}, ["turn 1 is empty"]),
         (CHAT, {"messages": turns(("wizard", "u"), ("assistant", "a"))}, ["messages[0]", '"wizard"']),
         (CHAT, {"messages": [{"role": "user"}]}, ["messages[0]", '"content"']),
-        (CHAT, {"messages": turns(("user", "u"), ("assistant", None))}, ["messages[1]", "must be a string"]),
+        (CHAT, {"messages": turns(("user", "u"), ("assistant", None))}, ["messages[1]", 'has no "content"']),
+        (CHAT, {"messages": turns(("user", "u"), ("assistant", 7))}, ["messages[1]", "must be a string"]),
         (SHARE, {"conversations": [{"from": "bot", "value": "u"}]}, ["conversations[0]", '"bot"', "gpt"]),
-        (SHARE, {"conversations": [{"role": "user", "content": "u"}]}, ["conversations[0]", '"from"']),
+        (SHARE, {"conversations": [{"from": "human", "content": "u"}]}, ["conversations[0]", '"value"']),
     ],
 )
 def test_a_bad_row_is_told_with_its_place(first, row, words):

@@ -86,11 +86,11 @@ def test_a_missing_file_is_told_with_its_neighbours(tmp_path):
 
 
 def test_folders_other_formats_and_empty_patterns_are_refused(tmp_path):
-    (tmp_path / "train.parquet").write_text("")
+    (tmp_path / "train.xlsx").write_text("")
     with pytest.raises(LimbeckError, match=r"is a folder.*\*\.jsonl"):
         expand([tmp_path])
-    with pytest.raises(LimbeckError, match=r"train\.parquet is not a \.json or \.jsonl file"):
-        expand([tmp_path / "train.parquet"])
+    with pytest.raises(LimbeckError, match=r"train\.xlsx is not of a known kind \(\.json, \.jsonl"):
+        expand([tmp_path / "train.xlsx"])
     with pytest.raises(LimbeckError, match="No file matches"):
         expand([tmp_path / "*.jsonl"])
     with pytest.raises(LimbeckError, match=r"data_args\.file_name"):

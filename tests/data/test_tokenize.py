@@ -11,7 +11,7 @@ from limbeck.errors import LimbeckError
 
 END = "<|endoftext|>"
 ROWS = [{"question": f"How many eggs has Ann, if {i}?", "answer": f"She has {i} eggs. " * (i + 1)} for i in range(8)]
-TEXT = st.text(st.characters(codec="utf-8"), min_size=1, max_size=30).filter(str.strip)
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=30).filter(str.strip)
 
 
 def write(path, rows):
@@ -293,19 +293,6 @@ def test_an_interrupted_write_leaves_nothing_behind(tmp_path, tokenizer, monkeyp
     assert list(cache.iterdir()) == []
 
 
-def test_whoever_finishes_second_uses_the_cache_of_the_first(tmp_path, tokenizer):
-    path, cache = write(tmp_path / "train.jsonl", ROWS), tmp_path / "cache"
-    first = []
-
-    def overtake(rows):
-        first.append(tokenize_files([path], tokenizer, cache_dir=cache))
-
-    second = tokenize_files([path], tokenizer, cache_dir=cache, progress=overtake)
-    assert same(first[0][0], second[0])
-    (folder,) = cache.iterdir()
-    assert sorted(file.name for file in folder.iterdir()) == ["labels.npy", "offsets.npy", "report.json", "tokens.npy"]
-
-
 def test_a_report_of_many_files_stays_short(tmp_path, tokenizer):
     for i in range(9):
         write(tmp_path / f"part-{i}.jsonl", ROWS)
@@ -313,3 +300,72 @@ def test_a_report_of_many_files_stays_short(tmp_path, tokenizer):
     assert "72 rows from" in str(report)
     assert "and 6 more files" in str(report)
     assert "part-8" not in str(report)
+
+
+def test_long_rows_can_be_dropped(tokenizer):
+    full, _ = tokenize_rows(ROWS, tokenizer)
+    limit = int(np.sort(full.lengths)[4])
+    examples, report = tokenize_rows(ROWS, tokenizer, sequence_length=limit, overlong="drop")
+    assert len(examples) == 5
+    assert report.dropped == {f"longer than {limit} tokens": 3}
+    assert report.truncated == report.split == 0
+
+
+def test_split_rows_lose_no_token_and_no_target(tokenizer):
+    full, _ = tokenize_rows(ROWS, tokenizer)
+    limit = 9
+    examples, report = tokenize_rows(ROWS, tokenizer, sequence_length=limit, overlong="split")
+    assert examples.lengths.max() == limit
+    assert report.split == int((full.lengths > limit).sum())
+    assert report.supervised_tokens == int(full.num_supervised.sum())
+    pieces = sum(-(-int(length) // limit) for length in full.lengths)
+    assert len(examples) + sum(report.dropped.values()) == pieces
+    whole = {(*map(tuple, (full.tokens[i : i + limit].tolist(), full.labels[i : i + limit].tolist())),)
+             for row in range(8) for i in range(full.offsets[row], full.offsets[row + 1], limit)}  # fmt: skip
+    for row in range(len(examples)):
+        tokens, labels = (part.tolist() for part in examples.row(row))
+        assert any(tuple(tokens) == t[: len(tokens)] and tuple(labels) == n[: len(labels)] for t, n in whole)
+
+
+def test_an_answer_that_loses_its_end_is_counted(tokenizer):
+    said = [("user", "two?"), ("assistant", "three eggs"), ("user", "more eggs?"), ("assistant", "five eggs")]
+    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    full, _ = tokenize_rows([row], tokenizer, template="chatml")
+    supervised = np.flatnonzero(full.labels != IGNORE) + 1
+    gap = int(np.flatnonzero(np.diff(supervised) > 1)[0])
+    first_end, second_begin = int(supervised[gap]), int(supervised[gap + 1])
+    for limit in range(2, len(full.tokens)):
+        inside = supervised[0] < limit <= first_end or second_begin < limit
+        try:
+            _, report = tokenize_rows([row], tokenizer, template="chatml", sequence_length=limit)
+        except LimbeckError:
+            assert limit <= supervised[0]
+            continue
+        assert (report.truncated, report.cut_answers) == (1, int(inside)), limit
+        assert ("so its end is not learned" in str(report)) == inside
+
+
+def test_weights_of_rows_multiply_what_is_learned(tokenizer):
+    rows = [{**row, "weight": 0.5} if i == 3 else {**row, "weight": 0} if i == 5 else row for i, row in enumerate(ROWS)]
+    examples, report = tokenize_rows(rows, tokenizer)
+    assert len(examples) == 7
+    assert report.dropped == {"no token to learn": 1}
+    for i in range(7):
+        weights = examples.weights[examples.offsets[i] : examples.offsets[i + 1]]
+        assert weights.tolist() == [(0.5 if i == 3 else 1) * (label != IGNORE) for label in examples.row(i)[1]]
+    assert tokenize_rows(ROWS, tokenizer)[0].weights is None
+
+
+def test_a_late_weight_is_the_same_on_disk(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", [*ROWS * 300, {**ROWS[0], "weight": 2}])
+    memory, _ = tokenize_files([path], tokenizer)
+    disk, _ = tokenize_files([path], tokenizer, cache_dir=tmp_path / "cache")
+    assert np.array_equal(memory.weights, disk.weights)
+    assert np.array_equal(memory.labels != IGNORE, memory.weights > 0)
+
+
+def test_an_unknown_setting_is_refused(tokenizer):
+    with pytest.raises(LimbeckError, match="overlong = keep is not one of truncate, drop, split"):
+        tokenize_rows(ROWS, tokenizer, overlong="keep")
+    with pytest.raises(TypeError, match="lenght"):
+        tokenize_rows(ROWS, tokenizer, lenght=3)

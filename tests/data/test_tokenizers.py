@@ -40,3 +40,30 @@ def test_a_token_added_on_one_side_passes_and_a_longer_vocabulary_does_not(build
     other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(wider)))
     with pytest.raises(LimbeckError, match=r"differ in 1 of \d+ ids .* unused for the student, 'ab' for the teacher"):
         check_same_tokenizer(student, other)
+
+
+def changed(tokenizer, change):
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    change(content)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda content: content["model"]["merges"].reverse(), "merges"),
+        (lambda content: content.update(normalizer={"type": "Lowercase"}), "normalizer"),
+        (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
+    ],
+)
+def test_the_same_ids_cut_otherwise_are_refused(build_tokenizer, change, words):
+    with pytest.raises(LimbeckError, match=rf"have the same ids, but cut text differently \(their {words} differ\)"):
+        check_same_tokenizer(build_tokenizer(), changed(build_tokenizer(), change))
+
+
+def test_what_does_not_cut_text_may_differ(build_tokenizer):
+    def change(content):
+        content.update(post_processor=None, decoder=None)
+        content["model"].update(dropout=None, fuse_unk=False)
+
+    check_same_tokenizer(build_tokenizer(), changed(build_tokenizer(), change))

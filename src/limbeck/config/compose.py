@@ -6,6 +6,7 @@ together and names the file and line of every mistake. What any key means is not
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import warnings
@@ -50,7 +51,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> LoadedConfig
     file = _find(Path(path))
     read_places(file, str(file))  # YAML that cannot be read at all is told here, by line, before Hydra meets it
     composed = _compose(file, overrides)
-    return _checked(composed, str(file))
+    return _checked(composed, str(file), file.parent)
 
 
 def load_mapping(values: Mapping[str, Any], source: str = "arguments") -> LoadedConfig:
@@ -63,9 +64,11 @@ def load_mapping(values: Mapping[str, Any], source: str = "arguments") -> Loaded
     return _checked(_Composed(content, frozenset(), places), source)
 
 
-def _checked(composed: _Composed, source: str) -> LoadedConfig:
+def _checked(composed: _Composed, source: str, folder: Path | None = None) -> LoadedConfig:
     translation = roll.translate(composed.values)
     modelopt.translate(translation, composed.places)
+    if folder is not None:
+        _find_data_beside(folder, translation.values)
     found = list(translation.contradictions)
     config: DistillConfig | None = None
     try:
@@ -86,6 +89,38 @@ class _Composed:
     values: dict[str, Any]
     referenced: frozenset[str]
     places: dict[str, Place]
+
+
+def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
+    """Data files that are named relative to the configuration's folder, and are there, get that folder in front."""
+
+    def beside(name: Any) -> Any:
+        if isinstance(name, list):
+            return [beside(one) for one in name]
+        if not isinstance(name, str) or name.startswith(("hub:", "~")) or Path(name).is_absolute():
+            return name
+        path = folder / name
+        there = path.exists() or path.with_name(f"{path.name}.bin").exists() or glob.glob(str(path), recursive=True)  # noqa: PTH207
+        return str(path) if there else name
+
+    for section, keys in (
+        (("student", "data_args"), ("file_name", "eval_file_name", "sources")),
+        (("validation", "data_args"), ("file_name",)),
+    ):
+        found: Any = values
+        for name in section:
+            found = found.get(name) if isinstance(found, dict) else None
+        for key in keys if isinstance(found, dict) else ():
+            entries = found.get(key)
+            if entries is None:
+                continue
+            if key != "sources":
+                found[key] = beside(entries)
+            elif isinstance(entries, list):
+                found[key] = [
+                    {**one, "path": beside(one["path"])} if isinstance(one, dict) and "path" in one else one
+                    for one in entries
+                ]
 
 
 def _find(path: Path) -> Path:

@@ -57,7 +57,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     ),
     "model_args": frozenset({"device_map", "num_labels", "max_pixels", "min_pixels"}),
     "data_args": words(
-        """preprocessing_num_workers dataset_type tag id prompt response messages image_max_pixels image_min_pixels
+        """dataset_type tag id prompt response messages image_max_pixels image_min_pixels
         video_max_pixels video_min_pixels video_total_pixels video_fps video_max_frames video_resize_chunk_frames
         image_folder video_folder audio_folder"""
     ),
@@ -124,7 +124,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "autocast_adapter_dtype": ((None, True), "is not built yet; set it to true"),
     },
     "data_args": {
-        "domain_interleave_probs": ((None,), "is not built yet; take it out, all files are shuffled together"),
         "custom_data_kwargs_func": ((None,), "would run code of your own, which is not done here; take it out"),
     },
     "training_args": {
@@ -271,6 +270,7 @@ def translate(values: Mapping[str, Any]) -> Translation:
     _respell(result)
     _translate_deepspeed(result)
     _drop_precision_flags(result)
+    _keep_the_column_of_domains(result)
     _drop_what_means_nothing(result)
     _move(result)
     _drop_repetitions(result)
@@ -434,6 +434,17 @@ def _sum_lengths(result: Translation) -> None:
         _set(result, "sequence_length", prompt + response, "prompt_length + response_length")
     else:
         result.refuse("response_length", f"= {response} and prompt_length = {prompt} must be whole numbers of tokens")
+
+
+def _keep_the_column_of_domains(result: Translation) -> None:
+    """ROLL's `tag` names the column of the domains, which matters only where domains are mixed."""
+    data_args = _section(result, "student.data_args") or {}
+    if (
+        data_args.get("domain_interleave_probs")
+        and "domain_key" not in data_args
+        and isinstance(data_args.get("tag"), str)
+    ):
+        _set(result, "student.data_args.domain_key", _pop(result, "student.data_args.tag"), "student.data_args.tag")
 
 
 def _join_dataset_dir(result: Translation) -> None:

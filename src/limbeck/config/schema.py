@@ -18,6 +18,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -170,11 +171,30 @@ def _two_names(names: list[str]) -> list[str]:
 
 Files = Annotated[list[str], BeforeValidator(_one_or_many)]
 CommaList = Annotated[str, BeforeValidator(_comma_list)]
+Sources = Annotated[list[dict[str, Any]], AfterValidator(lambda value: _known_sources(value))]
+RowFormat = Literal["question_answer", "messages", "conversations", "prompt_completion", "instruction", "text"]
 Environment = Annotated[dict[str, str], BeforeValidator(_environment_text)]
 Objective = Annotated[str, AfterValidator(_known_objective)]
 FeaturePair = Annotated[list[str], AfterValidator(_feature_pair)]
 TwoNames = Annotated[list[str], AfterValidator(_two_names)]
 Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
+
+
+def _known_sources(value: object) -> object:
+    """Check a list of sources entry by entry; what is kept are the entries as they were written."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        for number, entry in enumerate(value):
+            try:
+                SourceArgs.model_validate(entry)
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(str(part) for part in first["loc"])
+                said = "is not a key of a source" if first["type"] == "extra_forbidden" else first["msg"]
+                known = ", ".join(SourceArgs.model_fields)
+                raise ValueError(
+                    f"is wrong in entry {number}{': ' + key if key else ''} {said}; a source has {known}"
+                ) from error
+    return value
 
 
 class Section(BaseModel):
@@ -272,11 +292,44 @@ class StudentModelArgs(ModelArgs):
     )
 
 
+class SourceArgs(Section):
+    """One entry of `data_args.sources`."""
+
+    path: Files | None = Field(
+        default=None, description="Files, globs or a folder saved by datasets; a name or a list."
+    )
+    hub: str | None = Field(default=None, description="A hub dataset, owner/name.")
+    config: str | None = Field(default=None, description="The hub dataset's configuration.")
+    split: str | None = Field(default=None, description="Split of a hub dataset or saved folder; unset, train.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
+    format: RowFormat | None = Field(default=None, description="Shape of its rows; unset, `data_args.format`.")
+    weight: float | None = Field(
+        default=None, ge=0, description="Its share of an epoch's rows, beside the other weights."
+    )
+    max_samples: int | None = Field(default=None, ge=1, description="At most so many of its rows, drawn by the seed.")
+    domain: str | None = Field(default=None, description="Name under which it is mixed; unset, its own.")
+
+    @model_validator(mode="after")
+    def _named_once(self) -> SourceArgs:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("needs either path or hub")
+        if self.hub is None and (self.config or self.revision):
+            raise ValueError("has config or revision, which only a hub dataset has")
+        return self
+
+
 class DataArgs(Section):
     """Which files the student learns from, and how a row becomes text."""
 
     file_name: Files | None = Field(
-        default=None, description="Training files: JSON or JSONL; one name or a list, read in this order."
+        default=None,
+        description="Training data: files (JSON, JSONL, CSV, TSV, Parquet, Arrow, .bin/.idx), globs, folders saved by "
+        "datasets, or hub:owner/name; one name or a list, read in this order.",
+    )
+    sources: Sources | None = Field(
+        default=None,
+        description="Training data as a list of sources, each `path` or `hub`, with `config`, `split`, `revision`, "
+        "`format`, `weight`, `max_samples` and `domain` as needed; instead of file_name.",
     )
     eval_file_name: Files | None = Field(
         default=None, description="Validation files, as an alternative to `validation.data_args.file_name`."
@@ -299,6 +352,42 @@ class DataArgs(Section):
     )
     train_on: Literal["all", "last"] = Field(
         default="all", description="Learn all answers of a conversation, or the last one only."
+    )
+    format: RowFormat | None = Field(
+        default=None,
+        description="Shape of the rows: question_answer, messages, conversations, prompt_completion, instruction or text; "
+        "unset, judged by the first row of each file.",
+    )
+    weight_key: str | None = Field(
+        default="weight", description="Column that multiplies a row's loss, where a row has it; `null` reads none."
+    )
+    domain_key: str | None = Field(
+        default=None, description="Column that names a row's domain; unset, a source is a domain."
+    )
+    domain_interleave_probs: dict[str, float] | None = Field(
+        default=None, description="Share of each domain in an epoch's rows; the values add up to 1."
+    )
+    mixing_temperature: float | None = Field(
+        default=None,
+        gt=0,
+        description="Share of each domain in an epoch's rows, proportional to its rows^(1 / this); unset, all rows.",
+    )
+    num_samples: int | None = Field(
+        default=None, ge=1, description="Rows in an epoch, drawn by the seed; unset, as many as there are."
+    )
+    overlong: Literal["truncate", "drop", "split"] = Field(
+        default="truncate",
+        description="What happens to rows longer than sequence_length: truncate cuts them from the right, drop leaves them "
+        "out, split makes several rows of each.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="What happens to a row that cannot be read: error stops before training, skip leaves it out and lists it.",
+    )
+    preprocessing_num_workers: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that tokenise; unset, one for little data, else one for each core, up to 8.",
     )
     cache_path: str | None = Field(
         default=None,
@@ -718,8 +807,22 @@ class DistillConfig(Section):
 
     def _training_contradictions(self) -> Iterator[Contradiction]:
         student, training = self.student, self.student.training_args
-        if not student.data_args.file_name:
+        data = student.data_args
+        if not data.file_name and not data.sources:
             yield Contradiction("student.data_args.file_name", "is not set; name the file or files to learn from")
+        if data.file_name and data.sources:
+            yield Contradiction("student.data_args.sources", "and file_name name the data twice; give only one")
+        mixing = {
+            "sources": any(entry.get("weight") is not None for entry in data.sources or ()),
+            "mixing_temperature": data.mixing_temperature is not None,
+            "domain_interleave_probs": data.domain_interleave_probs is not None,
+        }
+        if sum(mixing.values()) > 1:
+            names = [name if name != "sources" else "the weights of sources" for name, given in mixing.items() if given]
+            yield Contradiction(
+                f"student.data_args.{next(name for name, given in reversed(mixing.items()) if given)}",
+                f"is one of several shares ({' and '.join(names)}); give only one of them",
+            )
         if student.data_args.eval_file_name and self.validation and self.validation.data_args.file_name:
             yield Contradiction(
                 "student.data_args.eval_file_name", "and validation.data_args.file_name mean the same; give only one"
@@ -873,6 +976,16 @@ class DistillConfig(Section):
         """The files that the student is measured on; empty when there are none."""
         named = self.validation.data_args.file_name if self.validation else None
         return list(named or self.student.data_args.eval_file_name or [])
+
+    @property
+    def data_sources(self) -> list[SourceArgs]:
+        """What is learned from: the entries of `sources`, or one entry for each name of `file_name`."""
+        args = self.student.data_args
+        entries = [SourceArgs.model_validate(entry) for entry in args.sources or ()]
+        for name in args.file_name or ():
+            is_hub = name.startswith("hub:")
+            entries.append(SourceArgs(hub=name[4:]) if is_hub else SourceArgs(path=[name]))
+        return entries
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -5,9 +5,13 @@ makes ahead of their time; ``fixed_batches`` into validation batches. Models and
 """
 
 from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.encode import TokenizeSettings
+from limbeck.data.examples import DataReport, Examples
+from limbeck.data.mixture import Mixture, MixtureSettings, mix
 from limbeck.data.prefetch import PrefetchedStream
+from limbeck.data.sources import Source
 from limbeck.data.stream import BatchStream, fixed_batches
-from limbeck.data.tokenize import DataReport, Examples, tokenize_files, tokenize_rows
+from limbeck.data.tokenize import tokenize_files, tokenize_rows
 from limbeck.data.tokenizers import check_same_tokenizer
 
 __all__ = [
@@ -17,9 +21,14 @@ __all__ = [
     "DataReport",
     "Examples",
     "GlobalBatch",
+    "Mixture",
+    "MixtureSettings",
     "PrefetchedStream",
+    "Source",
+    "TokenizeSettings",
     "check_same_tokenizer",
     "fixed_batches",
+    "mix",
     "tokenize_files",
     "tokenize_rows",
 ]

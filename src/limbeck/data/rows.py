@@ -1,32 +1,37 @@
 """From a row of any known shape to a conversation: a list of ``{"role", "content"}`` messages.
 
-Three shapes are known: question and answer under two keys, OpenAI ``messages``, ShareGPT ``conversations``. How a
-conversation becomes text is not known here.
+Which shapes are known stands in ``FORMATS``. How a conversation becomes text is not known here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from limbeck.data.sources import Record
+from limbeck.data.sources import Record, RowError
 from limbeck.errors import LimbeckError
 
 Message = dict[str, Any]
 """``role`` and ``content`` are strings; further keys (``reasoning_content``, …) go to the template as they are."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
-_SHAREGPT_ROLES = {
+_SPEAKERS = {
     "system": "system",
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
+    "function_response": "tool",
 }
 _QUESTION_NAMES = ("question", "problem", "prompt", "instruction", "query", "input")
 _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "target")
@@ -34,12 +39,15 @@ _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "targ
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Which keys of a question-and-answer row hold what; ``prompt`` and ``system`` are optional columns."""
+    """Which keys of a row hold what: question, answer, and the optional columns ``prompt`` and ``system`` of a
+    question-and-answer row; in rows of every shape ``weight``, and ``domain``, by which rows are mixed."""
 
     question: str
     answer: str
     prompt: str | None = None
     system: str | None = None
+    weight: str | None = "weight"
+    domain: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,26 +68,84 @@ class Conversation:
 ToConversation = Callable[[Record], Conversation]
 
 
-def detect_format(first: Record, keys: RowKeys) -> tuple[str, ToConversation]:
-    """The name of a file's shape, judged by its first row, and the function that reads all its rows.
+@dataclass(frozen=True)
+class Format:
+    """A shape of rows: how to speak of it, by which keys it is known, and how its messages are read.
 
-    The reader raises LimbeckError, with file and line, for a row that lacks its keys, holds something that is not text,
-    or has no answer to learn from.
+    columns: whether ``prompt_key`` and ``system_key`` have a meaning; other shapes have a system message of their own.
     """
+
+    shown: str
+    marks: tuple[str, ...]
+    read: Callable[[Record, RowKeys], list[Message]]
+    columns: bool = False
+    plain: bool = False
+
+
+def detect(first: Record, keys: RowKeys) -> str:
+    """The name in ``FORMATS`` of a source's shape, judged by its first row; raises LimbeckError for prompts without answers."""
     if keys.question in first.row and keys.answer in first.row:
-        return f"{keys.question}/{keys.answer}", lambda record: Conversation(_question_answer(record, keys))
-    for name, reader in (("messages", _openai), ("conversations", _sharegpt)):
-        if name in first.row:
-            _reject_column_keys(first, keys, name)
-            return name, lambda record, reader=reader: Conversation(reader(record))
-    return f"{keys.question}/{keys.answer}", lambda record: Conversation(_question_answer(record, keys))
+        return "question_answer"
+    for name, form in FORMATS.items():
+        if form.marks and all(mark in first.row for mark in form.marks):
+            return name
+    if "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
+        raise LimbeckError(
+            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); the answers would have to be "
+            "written by the student, which is not done here, so give rows with answers."
+        )
+    return "question_answer"
+
+
+def reader(name: str, keys: RowKeys) -> ToConversation:
+    """The function that reads every row of the shape ``name``.
+
+    It raises RowError, with the row's place, for a row that lacks its keys, holds something that is not text, or has no
+    answer to learn from.
+    """
+    form = FORMATS[name]
+
+    def read(record: Record) -> Conversation:
+        messages = form.read(record, keys)
+        weight = (
+            1.0 if keys.weight is None else _weight(record.row.get(keys.weight), f'{record.where}: "{keys.weight}"')
+        )
+        if form.plain:
+            return Conversation(messages, weight=weight, plain=True)
+        if not form.columns:
+            messages = _with_system(record, messages)
+        return Conversation(_with_answers(record, messages), _tools(record), weight)
+
+    return read
+
+
+def shown_format(name: str, keys: RowKeys) -> str:
+    """How to speak of a shape."""
+    return FORMATS[name].shown.format(question=keys.question, answer=keys.answer)
+
+
+def check_columns(name: str, keys: RowKeys, source: str) -> None:
+    """Raise LimbeckError for a configured column that rows of this shape do not have."""
+    if FORMATS[name].columns:
+        return
+    for setting, key in (("prompt_key", keys.prompt), ("system_key", keys.system)):
+        if key is not None:
+            raise LimbeckError(
+                f'{source} has rows of the shape "{FORMATS[name].shown}", for which {setting}: {key} has no meaning; '
+                "put that text into the conversation's turns, or remove the setting."
+            )
+
+
+def detect_format(first: Record, keys: RowKeys) -> tuple[str, ToConversation]:
+    """The shape of a source in words, judged by its first row, and the function that reads all its rows."""
+    name = detect(first, keys)
+    check_columns(name, keys, first.where)
+    return shown_format(name, keys), reader(name, keys)
 
 
 def _question_answer(record: Record, keys: RowKeys) -> list[Message]:
     question = _text(record, keys.question, "question_key")
-    answer = _text(record, keys.answer, "answer_key")
-    if not answer.strip():
-        raise LimbeckError(f'{record.where}: "{keys.answer}" is empty; give every row an answer, or remove the row.')
+    answer = _answer(record, keys.answer, _text(record, keys.answer, "answer_key"))
     prompt = _optional_text(record, keys.prompt, "prompt_key")
     system = _optional_text(record, keys.system, "system_key")
     messages = [{"role": "system", "content": system}] if system else []
@@ -88,60 +154,223 @@ def _question_answer(record: Record, keys: RowKeys) -> list[Message]:
     return messages
 
 
-def _openai(record: Record) -> list[Message]:
-    messages = []
-    for turn, item in enumerate(_turns(record, "messages")):
-        where = f"{record.where}: messages[{turn}]"
-        role = _member(item, "role", where)
-        if role not in _ROLES:
-            raise LimbeckError(f'{where} has the role "{role}"; use one of {", ".join(_ROLES)}.')
-        messages.append({**item, "role": role, "content": _member(item, "content", where)})
-    return _with_answers(record, messages)
+def _messages(record: Record, keys: RowKeys) -> list[Message]:
+    return _turns(record, "messages")
 
 
-def _sharegpt(record: Record) -> list[Message]:
+def _conversations(record: Record, keys: RowKeys) -> list[Message]:
+    return _turns(record, "conversations")
+
+
+def _prompt_completion(record: Record, keys: RowKeys) -> list[Message]:
     messages = []
-    for turn, item in enumerate(_turns(record, "conversations")):
-        where = f"{record.where}: conversations[{turn}]"
-        speaker = _member(item, "from", where)
-        if speaker not in _SHAREGPT_ROLES:
-            raise LimbeckError(f'{where} is from "{speaker}"; use one of {", ".join(_SHAREGPT_ROLES)}.')
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": _member(item, "value", where)})
-    return _with_answers(record, messages)
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = _given(record, key)
+        if isinstance(value, (list, dict)):
+            messages += _turns(record, key)
+        else:
+            messages.append({"role": role, "content": _checked_text(value, f'{record.where}: "{key}"')})
+    return messages
+
+
+def _instruction(record: Record, keys: RowKeys) -> list[Message]:
+    messages = []
+    for turn, pair in enumerate(record.row.get("history") or []):
+        where = f'{record.where}: "history"[{turn}]'
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError("wrong type", f"{where} must be a pair of a question and its answer.")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            messages.append({"role": role, "content": _checked_text(text, where)})
+    instruction = _checked_text(_given(record, "instruction"), f'{record.where}: "instruction"')
+    more = record.row.get("input")
+    more = "" if more is None else _checked_text(more, f'{record.where}: "input"')
+    answer = _answer(record, "output", _checked_text(_given(record, "output"), f'{record.where}: "output"'))
+    question = "\n".join(part for part in (instruction, more) if part)
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _running_text(record: Record, keys: RowKeys) -> list[Message]:
+    text = _answer(record, "text", _checked_text(_given(record, "text"), f'{record.where}: "text"'))
+    return [{"role": "assistant", "content": text}]
+
+
+FORMATS: dict[str, Format] = {
+    "question_answer": Format("{question}/{answer}", (), _question_answer, columns=True),
+    "messages": Format("messages", ("messages",), _messages),
+    "conversations": Format("conversations", ("conversations",), _conversations),
+    "prompt_completion": Format("prompt/completion", ("prompt", "completion"), _prompt_completion),
+    "instruction": Format("instruction/input/output", ("instruction", "output"), _instruction),
+    "text": Format("text", ("text",), _running_text, plain=True),
+}
+"""The shapes by name, in the order in which they are tried on a source's first row."""
+
+
+def _turns(record: Record, key: str) -> list[Message]:
+    """The messages of a list of turns, each ``{"role", "content"}`` or ``{"from", "value"}``."""
+    turns = _given(record, key)
+    if isinstance(turns, str):  # a column of a table that holds JSON
+        turns = _parsed(turns)
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowError("wrong type", f'{record.where}: "{key}" must be a list of objects.')
+    return [_message(turn, f"{record.where}: {key}[{number}]") for number, turn in enumerate(turns)]
+
+
+def _message(item: dict[str, Any], where: str) -> Message:
+    # A table fills what a turn does not have with nulls.
+    item = {name: value for name, value in item.items() if value is not None}
+    share = "from" in item and "role" not in item
+    speaker = _member(item, "from" if share or ("role" not in item and "value" in item) else "role", where)
+    known = _SPEAKERS if share else dict.fromkeys(_ROLES, "")
+    if speaker not in known:
+        verb = "is from" if share else "has the role"
+        raise RowError("unknown role", f'{where} {verb} "{speaker}"; use one of {", ".join(known)}.')
+    message = {name: value for name, value in item.items() if name not in ("from", "value", "train", "weight")}
+    message["role"] = _SPEAKERS[speaker] if share else speaker
+    text = item.get("value" if share else "content")
+    calls = item.get("tool_calls")
+    if share and speaker == "function_call":
+        calls = _calls(text, where)
+        text = None
+    if calls:
+        message["tool_calls"] = _checked_calls(calls, where)
+    else:
+        message.pop("tool_calls", None)
+    if text is None and (calls or message["role"] == "tool"):
+        message["content"] = ""
+    else:
+        key = "value" if share else "content"
+        message["content"] = _checked_text(_joined(_present(item, key, where)), f'{where}: "{key}"')
+    train = item.get("train", True)
+    if not isinstance(train, bool):
+        raise RowError("wrong type", f'{where}: "train" must be true or false.')
+    weight = _weight(item.get("weight"), f'{where}: "weight"') if train else 0.0
+    if weight != 1.0:
+        message["weight"] = weight
+    return message
+
+
+def _joined(content: Any) -> Any:
+    """The text of a content that is given in parts, if all of them are text."""
+    if not isinstance(content, list):
+        return content
+    texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
+    return "".join(cast(list[str], texts)) if texts and all(isinstance(text, str) for text in texts) else content
+
+
+def _calls(text: Any, where: str) -> list[Any]:
+    """ShareGPT writes a call as JSON in the turn's text: one object, or a list of them."""
+    found = _parsed(_checked_text(text, f'{where}: "value"'))
+    found = found if isinstance(found, list) else [found]
+    if not found or not all(isinstance(call, dict) and "name" in call for call in found):
+        raise RowError("bad tool call", f'{where} is a function_call; write it as JSON with "name" and "arguments".')
+    return [{"type": "function", "function": call} for call in found]
+
+
+def _checked_calls(calls: Any, where: str) -> list[Any]:
+    """Tool calls with their arguments as objects, which is what chat templates read."""
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowError("bad tool call", f'{where}: "tool_calls" must be a list of objects.')
+    checked = []
+    for call in calls:
+        inner = call.get("function")
+        if isinstance(inner, dict) and isinstance(inner.get("arguments"), str):
+            arguments = _parsed(inner["arguments"])
+            if isinstance(arguments, dict):
+                call = {**call, "function": {**inner, "arguments": arguments}}
+        checked.append(call)
+    return checked
+
+
+def _parsed(text: str) -> Any:
+    """What a JSON text means; None if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _tools(record: Record) -> list[dict[str, Any]] | None:
+    tools = record.row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        tools = _parsed(tools)
+        if tools is None:
+            raise RowError("wrong type", f'{record.where}: "tools" is not valid JSON.')
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("wrong type", f'{record.where}: "tools" must be a list of objects.')
+    return tools
+
+
+def _with_system(record: Record, messages: list[Message]) -> list[Message]:
+    """The row's own ``system`` field as its first turn, unless the conversation already begins with it."""
+    system = record.row.get("system")
+    system = "" if system is None else _checked_text(system, f'{record.where}: "system"')
+    if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _with_answers(record: Record, messages: list[Message]) -> list[Message]:
     answers = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
-        raise LimbeckError(
-            f"{record.where}: the conversation has no assistant turn, so there is nothing to learn from it."
+        raise RowError(
+            "no assistant turn",
+            f"{record.where}: the conversation has no assistant turn, so there is nothing to learn from it.",
         )
     if answers[0] == 0:
-        raise LimbeckError(
-            f"{record.where}: the conversation begins with the assistant; begin with a user or system turn."
+        raise RowError(
+            "begins with the assistant",
+            f"{record.where}: the conversation begins with the assistant; begin with a user or system turn.",
         )
     for turn in answers:
-        if not messages[turn]["content"].strip():
-            raise LimbeckError(f"{record.where}: assistant turn {turn} is empty; give it a text, or remove the row.")
+        message = messages[turn]
+        if not message["content"].strip() and not message.get("tool_calls") and not message.get("reasoning_content"):
+            raise RowError(
+                "empty answer", f"{record.where}: assistant turn {turn} is empty; give it a text, or remove the row."
+            )
     return messages
 
 
-def _turns(record: Record, key: str) -> list[dict[str, Any]]:
+def _weight(value: Any, what: str) -> float:
+    """A weight of the loss; 1 if none is given."""
+    if value is None:
+        return 1.0
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not 0 <= weight < 1e30:
+        raise RowError("wrong weight", f"{what} must be a number from 0, but is {str(value)[:40]!r}.")
+    return weight
+
+
+def _given(record: Record, key: str) -> Any:
     if key not in record.row:
-        raise LimbeckError(
-            f'{record.where} has no "{key}" (it has {_listed(record.row)}) although the file\'s first row does; '
-            "keep one shape per file."
+        raise RowError(
+            "missing key",
+            f'{record.where} has no "{key}" (it has {_listed(record.row)}) although the source\'s first row does; '
+            "keep one shape per file.",
         )
-    turns = record.row[key]
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise LimbeckError(f'{record.where}: "{key}" must be a list of objects.')
-    return turns
+    return record.row[key]
+
+
+def _present(item: dict[str, Any], key: str, where: str) -> Any:
+    if key not in item:
+        raise RowError("missing key", f'{where} has no "{key}" (it has {_listed(item)}).')
+    return item[key]
 
 
 def _member(item: dict[str, Any], key: str, where: str) -> str:
-    if key not in item:
-        raise LimbeckError(f'{where} has no "{key}" (it has {_listed(item)}).')
-    return _checked_text(item[key], f'{where}: "{key}"')
+    return _checked_text(_present(item, key, where), f'{where}: "{key}"')
+
+
+def _answer(record: Record, key: str, answer: str) -> str:
+    if not answer.strip():
+        raise RowError(
+            "empty answer", f'{record.where}: "{key}" is empty; give every row an answer, or remove the row.'
+        )
+    return answer
 
 
 def _text(record: Record, key: str, setting: str) -> str:
@@ -149,7 +378,7 @@ def _text(record: Record, key: str, setting: str) -> str:
         usual = _QUESTION_NAMES if setting == "question_key" else _ANSWER_NAMES
         guess = next((name for name in usual if name in record.row), None)
         advice = f"{setting}: {guess}" if guess else f"{setting} to the column that holds it"
-        raise LimbeckError(f'{record.where} has no "{key}" (it has {_listed(record.row)}); set {advice}.')
+        raise RowError("missing key", f'{record.where} has no "{key}" (it has {_listed(record.row)}); set {advice}.')
     return _checked_text(record.row[key], f'{record.where}: "{key}"')
 
 
@@ -158,8 +387,9 @@ def _optional_text(record: Record, key: str | None, setting: str) -> str:
     if key is None:
         return ""
     if key not in record.row:
-        raise LimbeckError(
-            f'{record.where} has no "{key}" (it has {_listed(record.row)}); correct {setting}, or remove that setting.'
+        raise RowError(
+            "missing key",
+            f'{record.where} has no "{key}" (it has {_listed(record.row)}); correct {setting}, or remove that setting.',
         )
     value = record.row[key]
     return "" if value is None else _checked_text(value, f'{record.where}: "{key}"')
@@ -167,25 +397,26 @@ def _optional_text(record: Record, key: str | None, setting: str) -> str:
 
 def _checked_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise LimbeckError(f"{what} must be a string, but is a {type(value).__name__}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise LimbeckError(
-            f"{what} holds half of a surrogate pair (\\u{ord(value[error.start]):04x} at character {error.start}), "
-            "which is not a character; remove it."
-        ) from error
+        raise RowError("wrong type", f"{what} must be a string, but is a {type(value).__name__}.")
+    if "\0" in value:
+        raise RowError("NUL character", f"{what} holds a NUL character, which no text has; the file may be damaged.")
+    if not value.isascii():
+        check_characters(value, what)
     return value
 
 
-def _reject_column_keys(record: Record, keys: RowKeys, shape: str) -> None:
-    for setting, key in (("prompt_key", keys.prompt), ("system_key", keys.system)):
-        if key is not None:
-            raise LimbeckError(
-                f'{record.where} is a conversation ("{shape}"), for which {setting}: {key} has no meaning; '
-                "put that text into the conversation's turns, or remove the setting."
-            )
+def check_characters(text: str, what: str) -> None:
+    """Raise RowError for half a surrogate pair, which JSON can spell and no tokenizer can read."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError(
+            "half a surrogate pair",
+            f"{what} holds half of a surrogate pair (\\u{ord(text[error.start]):04x} at character {error.start}), "
+            "which is not a character; remove it.",
+        ) from error
 
 
-def _listed(names: Sequence[str] | dict[str, Any]) -> str:
-    return ", ".join(names) or "no keys"
+def _listed(names: Sequence[str] | Mapping[Any, Any]) -> str:
+    shown = ", ".join(str(name)[:40] for name in list(names)[:20]).encode("utf-8", "replace").decode("utf-8")
+    return shown + (", …" if len(names) > 20 else "") or "no keys"

@@ -1,367 +1,355 @@
 """From files to token ids and shifted labels, kept on disk so that the second run starts at once.
 
-The one place where labels are shifted and where the loss mask is made. Batches and order are not known here.
+Reading, tokenising in several processes, and writing go on side by side, a few batches of rows at a time; nothing is held as a
+whole. Batches of training and their order are not known here.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
-from itertools import chain, islice
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from limbeck.data import cache
 from limbeck.data.batch import IGNORE
-from limbeck.data.masks import shift, supervise
-from limbeck.data.rows import Conversation, RowKeys, detect_format
-from limbeck.data.sources import Record, expand, read_records
-from limbeck.data.templates import Rendered, Template, check_template_kwargs, render, resolve_template
+from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings
+from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
+from limbeck.data.rows import FORMATS, check_columns, detect, shown_format
+from limbeck.data.sources import BadRow, Document, Input, Item, Line, Record, RowError, Source, decoded, inputs_of
+from limbeck.data.templates import check_template_kwargs, resolve_template
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_CACHE_VERSION = 2  # raise it whenever the same input would give other arrays
-_CHUNK = 1024  # rows tokenised together: enough to use every core, little enough to forget
+Progress = Callable[[int], None]
+
+_BATCH_ROWS = 1024  # rows tokenised together: enough to use every core, little enough to forget
+_BATCH_SIZE = 1 << 21  # characters tokenised together, at least one row
+_WORTH_WORKERS = 1 << 25  # bytes of data from which on starting processes pays
+_MOST_WORKERS = 8
+_PEEKED = 1000
 
 
-@dataclass(frozen=True, eq=False)
-class Examples:
-    """Tokenised rows, one after another.
+class _Batch(NamedTuple):
+    """Rows of one input, and which one."""
 
-    tokens:  [total] int32.
-    labels:  [total] int32; already shifted: the token that each position must predict, or ``IGNORE``.
-    offsets: [rows + 1] int64; row i is ``tokens[offsets[i] : offsets[i + 1]]``. No row is empty.
-    weights: [total] float32, what multiplies the loss of each position, 0 where nothing is learned; None when all count alike.
-    """
-
-    tokens: NDArray[np.int32]
-    labels: NDArray[np.int32]
-    offsets: NDArray[np.int64]
-    weights: NDArray[np.float32] | None = None
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The tokens and labels of one row, as views."""
-        here = slice(self.offsets[index], self.offsets[index + 1])
-        return self.tokens[here], self.labels[here]
-
-    @cached_property
-    def lengths(self) -> NDArray[np.int64]:
-        """[rows] tokens per row."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def num_supervised(self) -> NDArray[np.int64]:
-        """[rows] supervised positions per row."""
-        return np.add.reduceat(self.labels != IGNORE, self.offsets[:-1], dtype=np.int64)
-
-
-@dataclass(frozen=True)
-class FileReport:
-    """What was found in one file."""
-
-    path: str
-    format: str
-    rows: int
-
-
-@dataclass(frozen=True)
-class DataReport:
-    """What became of the rows: ``rows`` were read; ``dropped`` says how many are left out, by reason."""
-
-    files: tuple[FileReport, ...]
-    template: str
-    sequence_length: int
-    rows: int
-    truncated: int
-    dropped: Mapping[str, int]
-    tokens: int
-    supervised_tokens: int
-
-    def __str__(self) -> str:
-        files = ", ".join(f"{file.path} ({file.rows:,} rows of {file.format})" for file in self.files[:3])
-        if len(self.files) > 3:
-            files += f" and {len(self.files) - 3} more files"
-        dropped = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()) or "none dropped"
-        return (
-            f"{self.rows:,} rows from {files}; template: {self.template}; "
-            f"{self.tokens:,} tokens, of which {self.supervised_tokens:,} supervised; "
-            f"{self.truncated:,} rows truncated to {self.sequence_length} tokens; {dropped}."
-        )
-
-
-@dataclass(frozen=True)
-class _Settings:
-    template: Template
-    template_kwargs: Mapping[str, Any]
-    keys: RowKeys
-    sequence_length: int
-    distill_on_prompt: bool
+    items: list[Item]
+    form: str
+    source: int
+    file: int
 
 
 def tokenize_files(
-    files: Sequence[str | Path],
+    files: Sequence[str | Path | Source],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    template: str | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    default_system: str | None = None,
-    prompt_file: str | None = None,
-    train_on: str = "all",
-    question_key: str = "question",
-    answer_key: str = "answer",
-    prompt_key: str | None = None,
-    system_key: str | None = None,
-    sequence_length: int = 1024,
-    distill_on_prompt: bool = False,
     cache_dir: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> tuple[Examples, DataReport]:
-    """Read, check, render and tokenise every row of ``files``.
+    """Read, check, render and tokenise every row of ``files``; ``settings`` are the fields of ``TokenizeSettings``.
 
-    A row is supervised on its assistant turns, each with the token that ends it (with ``train_on="last"`` on the last one),
-    or, with ``distill_on_prompt``, on every token. A row that a template cannot show as one text becomes several. Rows are
-    cut to ``sequence_length`` tokens, and dropped if nothing supervised is left. With ``cache_dir`` the result is kept there
-    under a hash of everything it depends on. ``progress`` is told the number of rows done.
+    A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
+    every token. A row with nothing supervised is dropped. With ``cache_dir`` the result is kept there under a hash of
+    everything it depends on, and mapped into memory. ``progress`` is told the number of rows done.
 
-    Raises LimbeckError for anything wrong in any row, before a single row is trained on.
+    Raises LimbeckError for anything wrong in any row, before a single row is trained on, unless ``on_bad_row`` is ``skip``.
     """
-    paths = expand(files)
-    settings = _settings(
-        tokenizer,
-        template,
-        template_kwargs,
-        {"default_system": default_system, "prompt_file": prompt_file, "train_on": train_on},
-        RowKeys(question_key, answer_key, prompt_key, system_key),
-        sequence_length,
-        distill_on_prompt,
-    )
-    sources = [(str(path), read_records(path)) for path in paths]
+    encoder = _encoder(tokenizer, settings)
+    named = [one if isinstance(one, Source) else Source.named(one) for one in files]
+    sources = [(source, inputs_of(source)) for source in named or [Source()]]
     if cache_dir is None:
-        return _tokenize(sources, tokenizer, settings, progress)
-    folder = cache_dir / _cache_key(paths, tokenizer, settings)
-    if not folder.exists():
-        _store(folder, *_tokenize(sources, tokenizer, settings, progress))
-    return _load(folder, paths)
+        return _tokenize(sources, encoder, progress, None)
+    folder = cache_dir / cache.cache_key(sources, encoder, cache_dir)
+    with cache.entry(folder) as unfinished:
+        if unfinished is not None:
+            _tokenize(sources, encoder, progress, unfinished)
+    return cache.load(folder, [one.name for _, inputs in sources for one in inputs])
 
 
 def tokenize_rows(
     rows: Sequence[dict[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    template: str | None = None,
-    template_kwargs: Mapping[str, Any] | None = None,
-    default_system: str | None = None,
-    prompt_file: str | None = None,
-    train_on: str = "all",
-    question_key: str = "question",
-    answer_key: str = "answer",
-    prompt_key: str | None = None,
-    system_key: str | None = None,
-    sequence_length: int = 1024,
-    distill_on_prompt: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> tuple[Examples, DataReport]:
-    """The same for rows in memory; errors name a row as ``rows:<index>``."""
-    settings = _settings(
-        tokenizer,
-        template,
-        template_kwargs,
-        {"default_system": default_system, "prompt_file": prompt_file, "train_on": train_on},
-        RowKeys(question_key, answer_key, prompt_key, system_key),
-        sequence_length,
-        distill_on_prompt,
-    )
-    records = (Record(row, "rows", index) for index, row in enumerate(rows))
-    return _tokenize([("rows", records)], tokenizer, settings, progress)
+    """The same for rows in memory, in this process; errors name a row as ``rows:<index>``."""
+    encoder = _encoder(tokenizer, {"workers": 1, **settings})
+    records = Input("rows", (), "", lambda: (Record(row, "rows", index) for index, row in enumerate(rows)))
+    return _tokenize([(Source(), [records])], encoder, progress, None)
 
 
-def _settings(
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-    template_kwargs: Mapping[str, Any] | None,
-    around: Mapping[str, Any],
-    keys: RowKeys,
-    sequence_length: int,
-    distill_on_prompt: bool,
-) -> _Settings:
+def _encoder(tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]) -> Encoder:
+    settings = TokenizeSettings(**given)
     if not tokenizer.is_fast:
         raise LimbeckError(
             f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
             "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
         )
-    if sequence_length < 2:
-        raise LimbeckError(f"sequence_length = {sequence_length} leaves no token to predict; use 2 or more.")
-    check_template_kwargs(template_kwargs or {})
-    resolved = resolve_template(template, tokenizer, **around)
-    return _Settings(resolved, dict(template_kwargs or {}), keys, sequence_length, distill_on_prompt)
+    check_template_kwargs(settings.template_kwargs)
+    template = resolve_template(
+        settings.template,
+        tokenizer,
+        default_system=settings.default_system,
+        prompt_file=settings.prompt_file,
+        train_on=settings.train_on,
+    )
+    return Encoder(tokenizer, template, settings)
 
 
 def _tokenize(
-    sources: Iterable[tuple[str, Iterator[Record]]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: _Settings,
-    progress: Callable[[int], None] | None,
+    sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, progress: Progress | None, folder: Path | None
 ) -> tuple[Examples, DataReport]:
-    tokens: list[NDArray[np.int32]] = []
-    labels: list[NDArray[np.int32]] = []
-    weights: list[NDArray[np.float32] | None] = []
-    files: list[FileReport] = []
-    rows = truncated = 0
-    dropped: dict[str, int] = {}
-    for name, records in sources:
-        rows_before = rows
-        shape, conversations = _conversations(name, records, settings.keys)
-        while chunk := list(islice(conversations, _CHUNK)):
-            rendered = [
-                text
-                for record, conversation in chunk
-                for text in render(conversation, settings.template, tokenizer, settings.template_kwargs, record.where)
-            ]
-            for ids, supervised, importance in _encode(rendered, tokenizer, settings.distill_on_prompt):
-                kept = ids[: settings.sequence_length]
-                cut = len(kept) < len(ids)
-                targets, factors = shift(kept, supervised, importance)
-                if (targets == IGNORE).all():
-                    reason = (
-                        f"no supervised token in the first {settings.sequence_length}" if cut else "no token to learn"
-                    )
-                    dropped[reason] = dropped.get(reason, 0) + 1
-                    continue
-                truncated += cut
-                tokens.append(kept)
-                labels.append(targets)
-                weights.append(factors)
-            rows += len(chunk)
+    tally = _Tally(sources, encoder, folder)
+    with ExitStack() as stack:
+        stack.callback(tally.close)
+        batches = _batches(sources, encoder, tally)
+        workers = _worker_count(sources, encoder.settings)
+        results: Iterable[tuple[_Batch, Encoded]]
+        if workers > 1:
+            from limbeck.data.workers import Workers
+
+            pool = stack.enter_context(Workers(encoder, workers))
+            results = pool.encode(batches, lambda batch: (batch.items, batch.form))
+        else:
+            results = ((batch, encoder.encode(batch.items, batch.form)) for batch in batches)
+        for batch, encoded in results:
+            tally.add(batch, encoded)
             if progress:
-                progress(rows)
-        files.append(FileReport(name, shape, rows - rows_before))
-    if not tokens:
-        raise LimbeckError(
-            f"None of the {rows} rows of {', '.join(file.path for file in files)} can be learnt from "
-            f"({'; '.join(dropped) or 'there are none'}); raise sequence_length, or give rows with answers."
-        )
-    examples = Examples(
-        np.concatenate(tokens),
-        np.concatenate(labels),
-        np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        _joined(weights, labels),
-    )
-    report = DataReport(
-        files=tuple(files),
-        template=settings.template.name,
-        sequence_length=settings.sequence_length,
-        rows=rows,
-        truncated=truncated,
-        dropped=dropped,
-        tokens=len(examples.tokens),
-        supervised_tokens=int(examples.num_supervised.sum()),
-    )
-    return examples, report
+                progress(tally.rows)
+        return tally.done()
 
 
-def _conversations(
-    name: str, records: Iterator[Record], keys: RowKeys
-) -> tuple[str, Iterator[tuple[Record, Conversation]]]:
-    """The shape of one file, judged by its first row, and all its rows as conversations."""
-    first = next(records, None)
-    if first is None:
+def _worker_count(sources: Sequence[tuple[Source, Sequence[Input]]], settings: TokenizeSettings) -> int:
+    if settings.workers is not None:
+        return settings.workers
+    size = sum(file.stat().st_size for _, inputs in sources for one in inputs for file in one.files)
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, _MOST_WORKERS) if size >= _WORTH_WORKERS else 1
+
+
+def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, tally: _Tally) -> Iterator[_Batch]:
+    """All rows in portions, each of one input."""
+    file = 0
+    for number, (source, inputs) in enumerate(sources):
+        for one in inputs:
+            items = iter(one.read())
+            form, peeked = _format_of(one.name, source, items, encoder)
+            tally.formats.append(TOKENS if form == TOKENS else shown_format(form, encoder.settings.keys))
+            portion: list[Item] = []
+            size = 0
+            for item in chain(peeked, items):
+                portion.append(item)
+                size += _size(item)
+                if len(portion) == _BATCH_ROWS or size >= _BATCH_SIZE:
+                    yield _Batch(portion, form, number, file)
+                    portion, size = [], 0
+            if portion:
+                yield _Batch(portion, form, number, file)
+            file += 1
+
+
+def _format_of(name: str, source: Source, items: Iterator[Item], encoder: Encoder) -> tuple[str, list[Item]]:
+    """The shape of an input's rows, by the source's setting or the first row that can be read, and what was read for it."""
+    keys = encoder.settings.keys
+    peeked: list[Item] = []
+    form = source.format
+    for item in items:
+        peeked.append(item)
+        if isinstance(item, Document):
+            form = TOKENS
+        elif isinstance(item, (Line, Record)):
+            try:
+                record = decoded(item)
+            except RowError:
+                if len(peeked) < _PEEKED:
+                    continue
+                break
+            form = form or detect(record, keys)
+        elif len(peeked) < _PEEKED:
+            continue
+        break
+    if not peeked:
         raise LimbeckError(f"{name} holds no rows; remove it from data_args.file_name, or fill it.")
-    shape, to_conversation = detect_format(first, keys)
-    return shape, ((record, to_conversation(record)) for record in chain([first], records))
+    form = form or "question_answer"
+    if form != TOKENS:
+        if form not in FORMATS:
+            raise LimbeckError(f"format: {form} is unknown; use {', '.join(FORMATS)}.")
+        check_columns(form, keys, name)
+    return form, peeked
 
 
-def _joined(
-    weights: Sequence[NDArray[np.float32] | None], labels: Sequence[NDArray[np.int32]]
-) -> NDArray[np.float32] | None:
-    """The weights of all rows, or None when all count alike."""
-    if all(of_row is None for of_row in weights):
-        return None
-    rows = zip(weights, labels, strict=True)
-    return np.concatenate([(row != IGNORE).astype(np.float32) if own is None else own for own, row in rows])
+def _size(item: Item) -> int:
+    """About how many characters of text an item holds."""
+    if isinstance(item, Line):
+        return len(item.raw)
+    if isinstance(item, Document):
+        return len(item.ids)
+    return _characters(item.row) if isinstance(item, Record) else 0
 
 
-def _encode(
-    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase, everything: bool
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32] | None]]:
-    """Token ids [n], which of them are supervised [n], and their weights [n] unless all are 1, for each text."""
-    encoded = tokenizer(
-        [r.text for r in rendered],
-        add_special_tokens=False,  # the template has written BOS and EOS
-        return_offsets_mapping=True,
-        return_attention_mask=False,
-        padding=False,
-        truncation=False,
-        verbose=False,
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    # Two levels are enough for a conversation; what lies deeper is counted by its shape.
+    inner = list(value.values() if isinstance(value, dict) else value) if isinstance(value, (dict, list)) else []
+    return 16 + sum(
+        len(part)
+        if isinstance(part, str)
+        else _characters(part)
+        if isinstance(part, (dict, list)) and part is not value
+        else 16
+        for part in inner
     )
-    for r, ids, places in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        # Several times faster than asarray, which looks at each pair before it takes it.
-        where = np.fromiter(chain.from_iterable(places), np.int64, 2 * len(places)).reshape(-1, 2)
-        yield np.asarray(ids, dtype=np.int32), *supervise(where, r.spans, everything, r.weight)
 
 
-def _cache_key(paths: Sequence[Path], tokenizer: PreTrainedTokenizerBase, settings: _Settings) -> str:
-    contents = []
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        contents.append([path.suffix, digest.hexdigest()])
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["truncation"], backend["padding"]  # traces of earlier calls
-    everything = [_CACHE_VERSION, contents, backend, tokenizer.special_tokens_map, asdict(settings)]
-    return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
+class _Tally:
+    """Collects what comes out of the batches: the arrays, in memory or in ``folder``, and the report."""
 
+    def __init__(
+        self, sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, folder: Path | None
+    ) -> None:
+        self._encoder = encoder
+        self._sources = [source for source, _ in sources]
+        self._names = [one.name for _, inputs in sources for one in inputs]
+        self._folder = folder
+        self._arrays: dict[str, list[NDArray[Any]]] = {}
+        self._files: dict[str, ArrayFile] = {}
+        self._lengths: list[NDArray[np.int64]] = []
+        self._supervised: list[NDArray[np.int32]] = []
+        self._groups: list[NDArray[np.int32]] = []
+        self._group_numbers: dict[tuple[int, str], int] = {}
+        self._weighted = False
+        self._bad_file: Any = None
+        self._rows_of = Counter[int]()
+        self._bad_of = Counter[int]()
+        self._counts = Counter[str]()
+        self._dropped = Counter[str]()
+        self._bad = Counter[str]()
+        self._largest = 0
+        self.formats: list[str] = []
 
-def _store(folder: Path, examples: Examples, report: DataReport) -> None:
-    """Write under another name, then rename: a folder with the final name is whole."""
-    unfinished = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
-    try:
-        unfinished.mkdir(parents=True)
-        arrays: dict[str, NDArray[Any]] = {
-            "tokens": examples.tokens,
-            "labels": examples.labels,
-            "offsets": examples.offsets,
-        }
-        if examples.weights is not None:
-            arrays["weights"] = examples.weights
-        for name, array in arrays.items():
-            np.save(unfinished / f"{name}.npy", array, allow_pickle=False)
-        (unfinished / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-        unfinished.rename(folder)
-    except OSError as error:
-        if not folder.exists():  # it exists if another process was first, with the same content
-            raise LimbeckError(
-                f"The tokenised data cannot be kept in {folder.parent} ({error}); "
-                "free some space, or choose another folder."
-            ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    @property
+    def rows(self) -> int:
+        """Rows done so far."""
+        return self._counts["rows"]
 
+    def add(self, batch: _Batch, encoded: Encoded) -> None:
+        for bad in encoded.bad:
+            if self._encoder.settings.on_bad_row == "error":
+                raise LimbeckError(bad.reason)
+            self._write_bad(bad)
+        self._rows_of[batch.file] += encoded.counts["rows"]
+        self._bad_of[batch.file] += len(encoded.bad)
+        self._counts.update(encoded.counts)
+        self._dropped.update(encoded.dropped)
+        self._bad.update(bad.kind for bad in encoded.bad)
+        if not len(encoded.tokens):
+            return
+        if encoded.weights is not None and not self._weighted:
+            self._weighted = True
+            self._weigh_what_came_before()
+        if self._weighted:
+            plain = (encoded.labels != IGNORE).astype(np.float32)
+            self._put("weights", plain if encoded.weights is None else encoded.weights)
+        self._put("tokens", encoded.tokens)
+        self._put("labels", encoded.labels)
+        self._lengths.append(encoded.lengths)
+        self._supervised.append(encoded.supervised)
+        self._groups.append(self._group(batch.source, encoded))
+        self._largest = max(self._largest, int(encoded.tokens.max()))
 
-def _load(folder: Path, paths: Sequence[Path]) -> tuple[Examples, DataReport]:
-    try:
-        tokens, labels, offsets = (
-            np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-            for name in ("tokens", "labels", "offsets")
+    def done(self) -> tuple[Examples, DataReport]:
+        files = tuple(
+            FileReport(name, form, self._rows_of[i], self._bad_of[i])
+            for i, (name, form) in enumerate(zip(self._names, self.formats, strict=True))
         )
-        weighted = folder / "weights.npy"
-        weights = np.load(weighted, mmap_mode="r", allow_pickle=False) if weighted.exists() else None
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LimbeckError(f"The cached data in {folder} is damaged ({error}); delete that folder.") from error
-    # The same content may by now lie in files of other names.
-    files = [FileReport(**{**file, "path": str(path)}) for file, path in zip(report.pop("files"), paths, strict=True)]
-    return Examples(tokens, labels, offsets, weights), DataReport(files=tuple(files), **report)
+        if not self._lengths:
+            reasons = [*self._dropped, *(f"bad rows: {kind}" for kind in self._bad)]
+            raise LimbeckError(
+                f"None of the {self.rows} rows of {', '.join(file.path for file in files)} can be learnt from "
+                f"({'; '.join(reasons) or 'there are none'}); raise sequence_length, or give rows with answers."
+            )
+        lengths = np.concatenate(self._lengths)
+        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        small: dict[str, NDArray[Any]] = {"offsets": offsets, "supervised": np.concatenate(self._supervised)}
+        if len(self._group_numbers) > 1:
+            small["groups"] = np.concatenate(self._groups)
+        report = DataReport(
+            files=files,
+            template=self._encoder.template.name,
+            sequence_length=self._encoder.settings.sequence_length,
+            rows=self.rows,
+            truncated=self._counts["truncated"],
+            dropped=dict(self._dropped),
+            tokens=int(offsets[-1]),
+            supervised_tokens=int(small["supervised"].sum(dtype=np.int64)),
+            cut_answers=self._counts["cut_answers"],
+            split=self._counts["split"],
+            bad=dict(self._bad),
+            groups=tuple(self._group_numbers),
+            largest_token=self._largest,
+        )
+        if self._folder is None:
+            arrays = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
+            return Examples(**arrays, **small), report
+        self.close()
+        for name, array in small.items():
+            np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
+        (self._folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+        empty = np.zeros(0, dtype=np.int32)
+        return Examples(empty, empty, offsets), report  # the caller maps the files
+
+    def close(self) -> None:
+        for file in (*self._files.values(), self._bad_file):
+            if file is not None:
+                file.close()
+
+    def _put(self, name: str, values: NDArray[Any]) -> None:
+        if self._folder is None:
+            self._arrays.setdefault(name, []).append(values)
+            return
+        if name not in self._files:
+            self._files[name] = ArrayFile(self._folder / f"{name}.npy", values.dtype.type)
+        self._files[name].append(values)
+
+    def _weigh_what_came_before(self) -> None:
+        """The first weight that is not 1 may come late; until then every supervised position weighed 1."""
+        if self._folder is None:
+            earlier: Iterable[NDArray[Any]] = list(self._arrays.get("labels", ()))
+        elif "labels" in self._files:
+            labels = self._files["labels"]
+            earlier = (labels.read(start, stop) for start, stop in labels.blocks())
+        else:
+            earlier = ()
+        for labels_of in earlier:
+            self._put("weights", (labels_of != IGNORE).astype(np.float32))
+
+    def _group(self, source: int, encoded: Encoded) -> NDArray[np.int32]:
+        numbers = self._group_numbers
+        if encoded.domains is None:
+            key = (source, self._sources[source].name)
+            return np.full(len(encoded.lengths), numbers.setdefault(key, len(numbers)), dtype=np.int32)
+        return np.array(
+            [numbers.setdefault((source, domain), len(numbers)) for domain in encoded.domains], dtype=np.int32
+        )
+
+    def _write_bad(self, bad: BadRow) -> None:
+        if self._folder is None:
+            return
+        if self._bad_file is None:
+            self._bad_file = (self._folder / "bad_rows.jsonl").open("w", encoding="utf-8")
+        line = {"file": bad.file, "line": bad.line, "row": bad.number, "kind": bad.kind, "reason": bad.reason}
+        self._bad_file.write(json.dumps(line) + "\n")

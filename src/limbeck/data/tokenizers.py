@@ -1,17 +1,32 @@
-"""May a student learn from this teacher position by position? Only if both mean the same token by the same id."""
+"""May a student learn from this teacher position by position?
+
+Only if both cut text alike and mean the same token by the same id.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, Any
 
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_CUTS = {
+    "normalizer": ("normalizer",),
+    "pre-tokenizer": ("pre_tokenizer",),
+    "merges": ("model", "merges"),
+    "kind of model": ("model", "type"),
+    "unknown token": ("model", "unk_token"),
+    "byte fallback": ("model", "byte_fallback"),
+    "treatment of whole words": ("model", "ignore_merges"),
+}
+"""What decides, beside the vocabulary, how a text is cut into tokens, and where a tokenizer.json has it."""
+
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise LimbeckError unless both tokenizers map the same ids to the same tokens, special ones included.
+    """Raise LimbeckError unless both tokenizers map the same ids to the same tokens, special ones included, and cut alike.
 
     Names, files and padding do not matter. Nor does which token is EOS: a base model and its chat sibling disagree on
     that and still share every id. A token added behind the vocabulary of one side alone does not change how ordinary text
@@ -21,16 +36,39 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     added = student.added_tokens_decoder.keys() ^ teacher.added_tokens_decoder.keys()
     one_sided = added & (ours.keys() ^ theirs.keys())
     differing = sorted(i for i in (ours.keys() | theirs.keys()) - one_sided if ours.get(i) != theirs.get(i))
-    if not differing:
-        return
-    examples = "; ".join(
-        f"{i} is {_name(ours, i)} for the student, {_name(theirs, i)} for the teacher" for i in differing[:3]
-    )
-    raise LimbeckError(
-        f"The tokenizers of student ({student.name_or_path}) and teacher ({teacher.name_or_path}) differ in "
-        f"{len(differing)} of {len(ours.keys() | theirs.keys())} ids ({examples}); "
-        "choose a teacher that shares the student's tokenizer."
-    )
+    names = f"The tokenizers of student ({student.name_or_path}) and teacher ({teacher.name_or_path})"
+    if differing:
+        examples = "; ".join(
+            f"{i} is {_name(ours, i)} for the student, {_name(theirs, i)} for the teacher" for i in differing[:3]
+        )
+        raise LimbeckError(
+            f"{names} differ in {len(differing)} of {len(ours.keys() | theirs.keys())} ids ({examples}); "
+            "choose a teacher that shares the student's tokenizer."
+        )
+    others = _other_cuts(student, teacher)
+    if others:
+        raise LimbeckError(
+            f"{names} have the same ids, but cut text differently (their {' and '.join(others)} differ); "
+            "choose a teacher that shares the student's tokenizer."
+        )
+
+
+def _other_cuts(student: Any, teacher: Any) -> list[str]:
+    """What the two have different of that which decides how text is cut; nothing for a slow tokenizer, which cannot say."""
+    if not (student.is_fast and teacher.is_fast):
+        return []
+    ours, theirs = (json.loads(one.backend_tokenizer.to_str()) for one in (student, teacher))
+    return [name for name, path in _CUTS.items() if _at(ours, path) != _at(theirs, path)]
+
+
+def _at(content: dict[str, Any], path: tuple[str, ...]) -> Any:
+    found: Any = content
+    for key in path:
+        found = found.get(key) if isinstance(found, dict) else None
+    # Left out, null, false and empty are ways to say the same.
+    if path[-1] == "merges":
+        return [merge.split(" ") if isinstance(merge, str) else merge for merge in found or []]
+    return found or None
 
 
 def _by_id(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 def numbers(values: Mapping[str, float]) -> str:
@@ -20,6 +29,19 @@ def numbers(values: Mapping[str, float]) -> str:
         ("tok/s", "train/tokens_per_second", ",.0f"),
     ]
     return "  ".join(f"{label} {values[key]:{form}}" for label, key, form in shown if key in values)
+
+
+@contextmanager
+def row_counter(*, enabled: bool) -> Iterator[Callable[[int], None] | None]:
+    """A live count of the rows tokenised, for a person at a terminal; None for anybody else."""
+    console = Console(stderr=True)
+    if not enabled or not console.is_terminal:
+        yield None
+        return
+    columns = (SpinnerColumn(), TextColumn("tokenising"), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("tokenising", total=None)
+        yield lambda rows: bar.update(task, completed=rows)
 
 
 class RunConsole:

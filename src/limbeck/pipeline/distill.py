@@ -24,10 +24,11 @@ from limbeck.errors import LimbeckError
 from limbeck.models import has_lora, merged_state_dict
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.console import RunConsole
+from limbeck.pipeline.inputs import make_data
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_data, make_objective, make_student, make_teacher
+from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_objective, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.strategies.host_memory import keep_freed_pages

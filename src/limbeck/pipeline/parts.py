@@ -1,25 +1,14 @@
-"""A configuration turned into the objects of a run: data, models, objective. The loop is not here."""
+"""A configuration turned into the objects of a run: models and objective. Data is in ``inputs``, the loop in ``distill``."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.data import (
-    BatchStream,
-    Examples,
-    GlobalBatch,
-    PrefetchedStream,
-    check_same_tokenizer,
-    fixed_batches,
-    tokenize_files,
-)
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
@@ -31,12 +20,12 @@ from limbeck.models import (
     freeze,
     keep_documents_apart,
     load_model,
-    load_tokenizer,
     output_head,
     recompute_activations,
 )
 from limbeck.objectives import Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.features import make_features
+from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
@@ -44,114 +33,6 @@ from limbeck.teachers import LocalTeacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
-
-    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
-    supervised_tokens: in an epoch.
-    """
-
-    tokenizer: Any
-    stream: PrefetchedStream
-    validation: list[GlobalBatch]
-    report: str
-    largest_token: int
-    longest_row: int
-    num_tokens: int
-    supervised_tokens: int
-
-
-def cache_folder(config: DistillConfig) -> Path:
-    """Where tokenised data is kept: ``cache_path``, else LIMBECK_CACHE, else the user's cache folder."""
-    given = config.student.data_args.cache_path or os.environ.get("LIMBECK_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limbeck" / "tokens"
-
-
-def make_tokenizer(config: DistillConfig) -> Any:
-    """The tokenizer of the run."""
-    model, source = config.student.model_args, str(config.tokenizer_name_or_path)
-    revision = model.revision if source == model.model_name_or_path else None
-    return load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
-
-
-def teacher_tokenizer(teacher: WorkerConfig) -> Any:
-    """The teacher's tokenizer; None for a bare model folder, which speaks the student's tokens by the user's word."""
-    args = teacher.model_args
-    folder = Path(str(args.model_name_or_path))
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
-        return None
-    return load_tokenizer(
-        str(args.model_name_or_path), revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
-
-
-def make_data(config: DistillConfig, world: World) -> Data:
-    """Read, check and tokenise everything before anything is trained."""
-    args, training = config.student.data_args, config.student.training_args
-    tokenizer = make_tokenizer(config)
-    if config.has_teacher and (of_teacher := teacher_tokenizer(config.teacher)) is not None:
-        check_same_tokenizer(tokenizer, of_teacher)
-
-    def examples_of(files: list[str]) -> tuple[Examples, Any]:
-        return tokenize_files(
-            files,
-            tokenizer,
-            template=args.template,
-            template_kwargs=args.template_kwargs,
-            default_system=args.default_system,
-            prompt_file=args.prompt_file,
-            train_on=args.train_on,
-            question_key=config.question_key,
-            answer_key=config.answer_key,
-            prompt_key=config.prompt_key,
-            system_key=config.system_key,
-            sequence_length=config.sequence_length,
-            distill_on_prompt=config.distill_on_prompt,
-            cache_dir=cache_folder(config),
-        )
-
-    if not world.is_main:
-        world.wait()  # the main process fills the cache, the others read it
-    train, report = examples_of(list(args.file_name or ()))
-    held_out = examples_of(config.validation_files) if config.validation_files else None
-    if world.is_main:
-        world.wait()
-    steps = BatchStream(
-        train,
-        seed=config.data_seed,
-        sequence_length=config.sequence_length,
-        per_device_batch_size=training.per_device_train_batch_size,
-        accumulation_steps=training.gradient_accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
-        packing=config.student.use_sequence_packing,
-        packing_algorithm=config.student.packing_algorithm,
-        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
-        length_round=config.student.sequence_length_round_in_train,
-        pad_id=tokenizer.pad_token_id,
-    )
-    validation: list[GlobalBatch] = []
-    text, largest, longest = f"training: {report}", int(train.tokens.max()), int(train.lengths.max())
-    if held_out is not None:
-        validation = fixed_batches(
-            held_out[0],
-            batch_size=config.student.infer_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            pad_id=tokenizer.pad_token_id,
-            length_round=config.student.sequence_length_round_in_train,
-        )
-        text += f"\nvalidation: {held_out[1]}"
-        largest = max(largest, int(held_out[0].tokens.max()))
-        longest = max(longest, int(held_out[0].lengths.max()))
-    stream = PrefetchedStream(steps, device=world.device)
-    num_tokens = max(tokenizer.get_vocab().values()) + 1
-    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
 
 
 def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objective, TaidSchedule | None]:

@@ -1,0 +1,187 @@
+"""From names to inputs: which files a name stands for, and which reader reads them.
+
+The reader is chosen by the file's suffix, never by guessing at its content.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from limbeck.data.sources.items import BadRow, Document, Item, Record, RowError, decoded
+from limbeck.data.sources.megatron import read_megatron
+from limbeck.data.sources.tables import (
+    is_saved_dataset,
+    load_hub,
+    read_arrow,
+    read_dataset,
+    read_parquet,
+    saved_files,
+)
+from limbeck.data.sources.text import read_csv, read_json, read_lines
+from limbeck.errors import LimbeckError
+
+_READERS: dict[str, Callable[[Path], Iterator[Item]]] = {
+    ".json": read_json,
+    ".jsonl": read_lines,
+    ".csv": partial(read_csv, delimiter=","),
+    ".tsv": partial(read_csv, delimiter="\t"),
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+}
+_PACKED = (".gz", ".zst")
+_PACKABLE = (".json", ".jsonl", ".csv", ".tsv")
+_HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source as a configuration names it: files by ``path`` (names and globs), or a dataset of the hub.
+
+    config, split, revision: of a hub dataset; ``split`` also of a folder saved by ``datasets``. format: the shape of its
+    rows; None to judge by the first one. domain: the name under which it is mixed with others; None for its own name.
+    """
+
+    path: tuple[str, ...] = ()
+    hub: str | None = None
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+    format: str | None = None
+    domain: str | None = None
+
+    @property
+    def name(self) -> str:
+        """How to speak of it."""
+        return self.domain or self.hub or ", ".join(self.path)
+
+    @classmethod
+    def named(cls, name: str | Path) -> Source:
+        """The source that one name of ``file_name`` stands for: ``hub:owner/name``, or files."""
+        text = str(name)
+        return cls(hub=text[len(_HUB) :]) if text.startswith(_HUB) else cls(path=(text,))
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file, folder or dataset that is read from front to back.
+
+    name: for people. files: whose bytes it depends on. detail: what else it depends on. read: its rows.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    detail: str
+    read: Callable[[], Iterator[Item]]
+
+
+def inputs_of(source: Source) -> list[Input]:
+    """What a source stands for, in a stable order. Raises LimbeckError for whatever is missing or of no known kind."""
+    if source.hub is not None:
+        split = source.split or "train"
+        dataset = load_hub(source.hub, source.config, split, source.revision)
+        files = tuple(Path(file["filename"]) for file in dataset.cache_files)
+        parts = [source.hub, *([source.config] if source.config else []), split]
+        name = f"{_HUB}{'/'.join(parts)}"
+        return [Input(name, files, f"{split} {len(dataset)}", partial(read_dataset, dataset, name))]
+    inputs = []
+    for path in expand(source.path):
+        if path.is_dir():
+            files = tuple(saved_files(path, source.split))
+            read = partial(_chained, files)
+            inputs.append(Input(str(path), files, "saved", read))
+        elif _is_megatron(path):
+            index, tokens = _pair(path)
+            inputs.append(Input(str(tokens), (index, tokens), "megatron", partial(read_megatron, index, tokens)))
+        else:
+            kind = _suffix(path)
+            inputs.append(Input(str(path), (path,), path.name[path.name.rindex(kind) :], partial(_READERS[kind], path)))
+    return inputs
+
+
+def read_records(name: str | Path) -> Iterator[Record]:
+    """The rows that one name stands for. Raises LimbeckError at the first that cannot be read."""
+    for one in inputs_of(Source.named(name)):
+        for item in one.read():
+            if isinstance(item, BadRow):
+                raise RowError(item.kind, item.reason)
+            if isinstance(item, Document):
+                raise LimbeckError(f"{one.name} holds tokens, not rows of text.")
+            yield decoded(item)
+
+
+def expand(files: Sequence[str | Path]) -> list[Path]:
+    """The existing files that the given names and globs (``*``, ``?``, ``[…]``, ``**``) stand for, in a stable order.
+
+    Raises LimbeckError when a name matches nothing, or is of no known kind.
+    """
+    paths: list[Path] = []
+    for name in files:
+        path = Path(name).expanduser()
+        if path.exists() or not glob.has_magic(str(name)):
+            paths.append(_checked(path))
+            continue
+        matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
+        # A pattern for a corpus matches both halves of each pair; one stands for both.
+        matches = [match for match in matches if not (match.suffix == ".idx" and match.with_suffix(".bin") in matches)]
+        if not matches:
+            raise LimbeckError(f"No file matches {name}; check the pattern, which is relative to {Path.cwd()}.")
+        paths.extend(_checked(match) for match in matches)
+    if not paths:
+        raise LimbeckError("No data files are given; name at least one in data_args.file_name or data_args.sources.")
+    return paths
+
+
+def _chained(files: Sequence[Path]) -> Iterator[Item]:
+    for file in files:
+        yield from read_arrow(file)
+
+
+def _suffix(path: Path) -> str:
+    """The suffix that tells the reader, behind which one may stand that tells the packing."""
+    suffixes = path.suffixes
+    if suffixes and suffixes[-1] in _PACKED:
+        return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in _PACKABLE else ""
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_megatron(path: Path) -> bool:
+    return path.suffix in (".bin", ".idx") or all(half.is_file() for half in _pair(path))
+
+
+def _pair(path: Path) -> tuple[Path, Path]:
+    """Index and tokens of the corpus that ``path`` names, by either half or by what both names begin with."""
+    stem = path.name[:-4] if path.suffix in (".bin", ".idx") else path.name
+    return path.with_name(stem + ".idx"), path.with_name(stem + ".bin")
+
+
+def _checked(path: Path) -> Path:
+    if path.is_dir():
+        if is_saved_dataset(path):
+            return path
+        raise LimbeckError(f"{path} is a folder; name its files, for example {path}/*.jsonl.")
+    if not path.exists() and not _is_megatron(path):
+        folder = path.parent
+        names = [p.name for p in folder.iterdir() if p.is_file()] if folder.is_dir() else []
+        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else "check the path."
+        missing = "does not exist" if folder.is_dir() else f"does not exist, nor does the folder {folder}"
+        raise LimbeckError(f"The data file {path} {missing} (looked from {Path.cwd()}); {hint}")
+    if _is_megatron(path):
+        for half in _pair(path):
+            if not half.is_file():
+                raise LimbeckError(f"{half} does not exist; a pretokenised corpus is a pair of .bin and .idx.")
+        return path
+    if not os.access(path, os.R_OK):
+        raise LimbeckError(f"{path} may not be read by this user; change its permissions.")
+    if _suffix(path) not in _READERS:
+        raise LimbeckError(
+            f"{path} is not of a known kind ({', '.join(_READERS)}, the first four also with {' or '.join(_PACKED)}, or a "
+            ".bin/.idx pair); convert it to one JSON object per line."
+        )
+    return path

@@ -1,0 +1,59 @@
+"""Documents from Megatron's pretokenised corpora: a ``.bin`` with the tokens of all of them, an ``.idx`` that says where.
+
+The format is the one of ``MMapIndexedDataset``: a magic word, a version (1), the number type, the number of sequences and
+of document boundaries; then the length (int32) and byte offset (int64) of every sequence and the first sequence (int64) of
+every document. Which tokenizer made the tokens is not written in it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from limbeck.data.sources.items import Document, Item
+from limbeck.errors import LimbeckError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<QBQQ")
+_DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+
+
+def read_megatron(index: Path, tokens: Path) -> Iterator[Item]:
+    """The documents of a corpus; raises LimbeckError if the two files are not of that format or do not agree."""
+    try:
+        with index.open("rb") as file:
+            magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
+        if magic != _MAGIC or len(header) < _HEADER.size:
+            raise LimbeckError(f"{index} is not an index of Megatron's format; name the .bin/.idx pair of a corpus.")
+        version, code, sequences, boundaries = _HEADER.unpack(header)
+        if version != 1 or code not in _DTYPES:
+            raise LimbeckError(
+                f"{index} has version {version} and number type {code}; version 1 with whole numbers is read."
+            )
+        start = len(_MAGIC) + _HEADER.size
+        if index.stat().st_size < start + sequences * 12 + boundaries * 8:
+            raise LimbeckError(f"{index} is cut off: it names {sequences} sequences; copy it again.")
+        raw = np.memmap(index, dtype=np.uint8, mode="r")
+        sizes = np.frombuffer(raw, np.int32, sequences, start)
+        offsets = np.frombuffer(raw, np.int64, sequences, start + sequences * 4)
+        documents = np.frombuffer(raw, np.int64, boundaries, start + sequences * 12)
+        dtype = np.dtype(_DTYPES[code])
+        data = np.memmap(tokens, dtype=np.uint8, mode="r") if tokens.stat().st_size else np.zeros(0, np.uint8)
+    except (OSError, ValueError) as error:
+        raise LimbeckError(f"{index} and {tokens} cannot be read ({error}); both must be there.") from error
+    if sequences and (
+        sizes.min() < 0 or offsets.min() < 0 or (offsets + sizes.astype(np.int64) * dtype.itemsize).max() > len(data)
+    ):
+        raise LimbeckError(f"{tokens} is shorter than {index} says; the pair does not belong together.")
+    if boundaries and (documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any()):
+        raise LimbeckError(f"{index} names documents that are not there; write the index again.")
+    for number in range(max(boundaries - 1, 0)):
+        parts = [
+            np.frombuffer(data, dtype, int(sizes[i]), int(offsets[i]))
+            for i in range(int(documents[number]), int(documents[number + 1]))
+        ]
+        ids = np.concatenate(parts) if parts else np.zeros(0, dtype)
+        yield Document(ids, str(tokens), number)

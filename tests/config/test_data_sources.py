@@ -1,0 +1,67 @@
+"""Which data a configuration names, and where it is looked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from limbeck.config import LoadedConfig
+
+Load = Callable[..., LoadedConfig]
+SOURCES = """
+student_pretrain: small
+teacher_pretrain: large
+student:
+  data_args:
+    sources:
+      - {path: a.jsonl, weight: 2, max_samples: 10, format: text, domain: math}
+      - {hub: owner/name, config: main, split: test, revision: abc, weight: 1}
+"""
+
+
+def test_names_and_entries_become_sources(load: Load) -> None:
+    first, second = load(yaml=SOURCES).config.data_sources
+    assert (first.path, first.weight, first.max_samples, first.format, first.domain) == (
+        ["a.jsonl"],
+        2,
+        10,
+        "text",
+        "math",
+    )
+    assert (second.hub, second.config, second.split, second.revision) == ("owner/name", "main", "test", "abc")
+    by_name = load("student.data_args.file_name=[x.jsonl,'hub:owner/name']").config.data_sources
+    assert [(one.path, one.hub) for one in by_name] == [(["x.jsonl"], None), (None, "owner/name")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("weight: 2", "wieght: 2"), "entry 0: wieght is not a key of a source; a source has path, hub"),
+        (("hub: owner/name, ", ""), "entry 1"),
+        (("path: a.jsonl", "path: a.jsonl, revision: x"), "has config or revision, which only a hub dataset has"),
+        (("weight: 2", "weight: -2"), "entry 0: weight"),
+        (("sources:", "file_name: b.jsonl\n    sources:"), "name the data twice; give only one"),
+        (("sources:", "mixing_temperature: 2\n    sources:"), "is one of several shares"),
+    ],
+)
+def test_a_source_that_cannot_be_meant_is_told(
+    mistakes: Callable[..., list[str]], change: tuple[str, str], words: str
+) -> None:
+    (line,) = mistakes(yaml=SOURCES.replace(*change))
+    assert words in line
+    assert "run.yaml:" in line
+
+
+def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path: Path) -> None:
+    for name in ("data/train.jsonl", "part-1.jsonl", "corpus.bin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    loaded = load("student.data_args.file_name=[data/train.jsonl,'part-*.jsonl',corpus,elsewhere.jsonl,'hub:a/b',/abs]")
+    assert loaded.config.student.data_args.file_name == [
+        str(tmp_path / "data/train.jsonl"), str(tmp_path / "part-*.jsonl"), str(tmp_path / "corpus"),
+        "elsewhere.jsonl", "hub:a/b", "/abs",
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert load(yaml=SOURCES).config.data_sources[0].path == [str(tmp_path / "a.jsonl")]

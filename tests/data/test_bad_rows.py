@@ -1,0 +1,188 @@
+"""Whatever stands in a file, it ends in a sentence or in a counted, listed row; never in another error, never in silence."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from limbeck.data import tokenize_files, tokenize_rows
+from limbeck.data.rows import FORMATS
+from limbeck.data.sources import MAX_ROW
+from limbeck.errors import LimbeckError
+
+GOOD = {"question": "How many?", "answer": "She has 12 eggs."}
+FUZZ = settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+BAD_LINES = {
+    b'{"question": "q", "answer": ': "not valid JSON",
+    b'{"question": "q", "answer": "\xff"}': "not UTF-8",
+    b'{"question": "q"}': "missing key",
+    b'{"question": "q", "answer": " "}': "empty answer",
+    b'{"question": "q", "answer": 3}': "wrong type",
+    b'{"question": "q", "answer": null}': "wrong type",
+    b'{"question": "q", "answer": "a\\u0000"}': "NUL character",
+    b'{"question": "q", "answer": "a\0"}': "not valid JSON",
+    b'{"question": "q", "answer": "a\\ud800"}': "half a surrogate pair",
+    b'["question", "answer"]': "not an object",
+    b"[" * 100_000: "not valid JSON",
+    b'{"question": "q", "answer": "a", "weight": "x"}': "wrong weight",
+    b'{"question": "q", "answer": "' + b"a" * MAX_ROW + b'"}': "too long",
+}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_bad_row_is_listed_with_its_place_and_counted_by_its_reason(tmp_path, tokenizer, workers):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(GOOD).encode()
+    path.write_bytes(b"\n".join([line for bad in BAD_LINES for line in (good, bad)] + [good]))
+    examples, report = tokenize_files(
+        [path], tokenizer, on_bad_row="skip", workers=workers, cache_dir=tmp_path / "cache"
+    )
+    assert len(examples) == len(BAD_LINES) + 1
+    assert report.rows == 2 * len(BAD_LINES) + 1
+    assert dict(report.bad) == Counter(BAD_LINES.values())
+    listed = [json.loads(line) for line in Path(report.bad_rows_file).read_text().splitlines()]
+    assert [(bad["line"], bad["kind"]) for bad in listed] == [
+        (2 * i + 2, kind) for i, kind in enumerate(BAD_LINES.values())
+    ]
+    assert all(str(path) in bad["reason"] and len(bad["reason"]) < 400 for bad in listed)
+    assert f"{len(BAD_LINES)} bad rows skipped" in str(report)
+    assert report.bad_rows_file in str(report)
+    for line in BAD_LINES:
+        path.write_bytes(good + b"\n" + line + b"\n")
+        with pytest.raises(LimbeckError, match=r"rows\.jsonl:2"):
+            tokenize_files([path], tokenizer)
+
+
+def test_a_row_of_another_shape_is_a_bad_row(tmp_path, tokenizer):
+    rows = [GOOD, {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}]
+    _, report = tokenize_rows(rows, tokenizer, on_bad_row="skip")
+    assert dict(report.bad) == {"missing key": 1}
+
+
+def test_a_bad_first_row_does_not_decide_the_format(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("oops\n[1]\n" + json.dumps({"text": "How many?"}) + "\n")
+    examples, report = tokenize_files([path], tokenizer, on_bad_row="skip")
+    assert len(examples) == 1
+    assert (report.files[0].format, report.files[0].rows, report.files[0].bad) == ("text", 3, 2)
+
+
+def test_a_row_in_a_list_on_one_line_is_named_by_its_number(tmp_path, tokenizer):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([GOOD, GOOD, {"question": "q"}]))
+    with pytest.raises(LimbeckError, match=r'rows\.json:1 \(row 2\) has no "answer"'):
+        tokenize_files([path], tokenizer)
+
+
+def test_nothing_but_bad_rows_is_an_error(tokenizer):
+    with pytest.raises(LimbeckError, match=r"None of the 2 rows .*bad rows: missing key"):
+        tokenize_rows([{"x": "y"}, {}], tokenizer, on_bad_row="skip")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from(
+    [
+        "question",
+        "answer",
+        "messages",
+        "conversations",
+        "prompt",
+        "completion",
+        "instruction",
+        "input",
+        "output",
+        "text",
+        "system",
+        "tools",
+        "weight",
+        "history",
+        "role",
+        "content",
+        "from",
+        "value",
+        "tool_calls",
+        "train",
+    ]
+)
+SPEAKER = st.sampled_from(
+    ["system", "user", "assistant", "tool", "human", "gpt", "function_call", "observation", "bot"]
+)
+TURN = st.dictionaries(NAMES, JSON | SPEAKER, max_size=4) | st.builds(
+    lambda role, content: {"role": role, "content": content}, SPEAKER, st.text(max_size=5)
+) | st.builds(lambda speaker, value: {"from": speaker, "value": value}, SPEAKER, st.text(max_size=5))  # fmt: skip
+ROW = st.dictionaries(NAMES, JSON | st.lists(TURN, max_size=4), max_size=6)
+
+
+def skip_or_sentence(work, count):
+    try:
+        examples, report = work()
+    except LimbeckError as error:
+        assert str(error)
+        return
+    assert report.rows == count
+    assert len(examples) + sum(report.bad.values()) + sum(report.dropped.values()) == count
+
+
+@pytest.mark.parametrize("template", ["base", "native"])
+def test_rows_of_any_content_are_learned_or_counted(native_tokenizer, template):
+    @settings(FUZZ, max_examples=60)
+    @given(st.lists(ROW, min_size=30, max_size=60), st.sampled_from([None, *FORMATS]))
+    def check(rows, form):
+        first = {} if form is None else dict.fromkeys(FORMATS[form].marks, "x")
+        rows = [GOOD, *rows] if form is None else [{**first, "messages": [], "conversations": []}, *rows]
+        skip_or_sentence(lambda: tokenize_rows(rows, native_tokenizer, template=template, on_bad_row="skip"), len(rows))
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
+def test_bytes_of_any_content_are_learned_or_counted(tmp_path, tokenizer, name):
+    path = tmp_path / name
+    head = (
+        b"question,answer"
+        if name.endswith("csv")
+        else b"question\tanswer"
+        if name.endswith("tsv")
+        else json.dumps(GOOD).encode()
+    )
+    piece = st.binary(max_size=20) | st.sampled_from([*list(BAD_LINES)[:-3], head, b'"', b",", b"\\", b"\r"])
+    line = st.lists(piece, max_size=3).map(b"".join).map(lambda raw: raw.replace(b"\n", b""))
+
+    @given(st.lists(line, min_size=20, max_size=60), st.booleans())
+    @FUZZ
+    def check(lines, listed):
+        path.write_bytes(b"[" + b",\n".join([head, *lines]) + b"]" if listed else b"\n".join([head, *lines]))
+        try:
+            _, report = tokenize_files([path], tokenizer, on_bad_row="skip")
+        except LimbeckError as error:
+            assert str(path) in str(error)
+            return
+        assert report.rows >= 1
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl.gz", "a.jsonl.zst", "a.bin"])
+@given(content=st.binary(max_size=60), magic=st.booleans())
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_binary_files_of_any_content_end_in_a_sentence(tmp_path, tokenizer, name, content, magic):
+    heads = {
+        "a.parquet": b"PAR1",
+        "a.arrow": b"ARROW1\0\0",
+        "a.jsonl.gz": b"\x1f\x8b\x08",
+        "a.jsonl.zst": b"\x28\xb5\x2f\xfd",
+    }
+    path = tmp_path / name
+    path.write_bytes(heads.get(name, b"") + content if magic else content)
+    (tmp_path / "a.idx").write_bytes(b"MMIDIDX\0\0\1\0\0\0\0\0\0\0\10" + content)
+    with pytest.raises(LimbeckError, match=name.split(".")[0]):
+        tokenize_files([path], tokenizer, on_bad_row="skip")

@@ -1,0 +1,160 @@
+"""Tokenising in several processes, and of several processes that want the same data."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from limbeck.data import cache as caching
+from limbeck.data import tokenize_files
+from limbeck.errors import LimbeckError
+
+ARRAYS = ("tokens", "labels", "offsets", "weights", "groups", "num_supervised")
+BEGIN = """
+import sys, time
+from pathlib import Path
+from transformers import AutoTokenizer
+from limbeck.data import tokenize_files
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+calls = []
+def progress(rows):
+    calls.append(rows)
+    time.sleep(float(sys.argv[4]))
+print("ready", flush=True)
+sys.stdin.readline()
+print("started", flush=True)
+examples, report = tokenize_files([sys.argv[2]], tokenizer, cache_dir=Path(sys.argv[3]), progress=progress)
+print(len(calls), len(examples), report.tokens, flush=True)
+"""
+
+
+def rows(count):
+    for i in range(count):
+        row = {"question": f"How many eggs has Ann, if {i}?", "answer": f"She has {i} eggs. " * (i % 7 + 1)}
+        yield {**row, "weight": 0.5} if i > count // 2 and i % 3 == 0 else row
+
+
+def write(path, count):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
+    return path
+
+
+def same(one, other):
+    return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
+
+
+def test_several_processes_give_what_one_gives(tmp_path, tokenizer):
+    files = [write(tmp_path / "a.jsonl", 5000), write(tmp_path / "b.jsonl", 1500)]
+    done = []
+    serial, report = tokenize_files(files, tokenizer, workers=1)
+    parallel, same_report = tokenize_files(
+        files, tokenizer, workers=3, cache_dir=tmp_path / "cache", progress=done.append
+    )
+    assert same(serial, parallel)
+    assert str(report) == str(same_report)
+    assert done == sorted(done)
+    assert done[-1] == 6500
+    assert isinstance(parallel.tokens, np.memmap)
+    assert serial.weights is not None
+    assert serial.groups is not None
+
+
+def test_the_first_bad_row_is_told_also_by_several_processes(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", 4000)
+    with path.open("a") as file:
+        file.write('{"question": "q"}\n' + '{"question": 1, "answer": "a"}\n' * 3000)
+    with pytest.raises(LimbeckError, match=r'a\.jsonl:4001 has no "answer"'):
+        tokenize_files([path], tokenizer, workers=2)
+
+
+def process(tmp_path, slow):
+    arguments = [
+        sys.executable,
+        "-c",
+        BEGIN,
+        str(tmp_path / "tokenizer"),
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "cache"),
+    ]
+    return subprocess.Popen([*arguments, str(slow)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def begin(*processes):
+    for one in processes:
+        assert one.stdout.readline() == "ready\n"
+    for one in processes:
+        one.stdin.write("\n")
+        one.stdin.flush()
+        assert one.stdout.readline() == "started\n"
+
+
+def test_of_two_processes_that_start_at_once_one_works_and_both_get_the_same(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    write(tmp_path / "a.jsonl", 3000)
+    both = [process(tmp_path, 0.2) for _ in range(2)]
+    begin(*both)
+    said = [one.communicate(timeout=60)[0].split() for one in both]
+    assert sorted(int(calls) for calls, *_ in said) == [0, 3]
+    assert said[0][1:] == said[1][1:]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path, cache = write(tmp_path / "a.jsonl", 3000), tmp_path / "cache"
+    victim = process(tmp_path, 60)
+    begin(victim)
+    while not list(cache.glob("*/tokens.npy")):
+        time.sleep(0.05)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert list(cache.glob("*.lock"))
+    examples, _ = tokenize_files([path], tokenizer, cache_dir=cache)
+    assert same(examples, tokenize_files([path], tokenizer)[0])
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_hash_of_a_large_file_is_remembered_until_the_file_changes(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(caching, "_REMEMBERED", 1)
+    path, cache = write(tmp_path / "a.jsonl", 10), tmp_path / "cache"
+    os.utime(path, (1, 1))
+    tokenize_files([path], tokenizer, cache_dir=cache)
+    (memo,) = (cache / "hashes").iterdir()
+    before = memo.read_text()
+    tokenize_files([path], tokenizer, cache_dir=cache)
+    assert memo.read_text() == before
+    path.write_text(path.read_text().replace("Ann", "Eve"))
+    os.utime(path, (2, 2))
+    examples, _ = tokenize_files([path], tokenizer, cache_dir=cache)
+    assert memo.read_text() != before
+    assert "Eve" in tokenizer.decode(examples.row(0)[0])
+
+
+def test_a_file_changed_a_moment_ago_is_hashed_again(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.setattr(caching, "_REMEMBERED", 1)
+    path = write(tmp_path / "a.jsonl", 10)
+    tokenize_files([path], tokenizer, cache_dir=tmp_path / "cache")
+    assert not (tmp_path / "cache" / "hashes").exists()
+
+
+def test_no_process_is_left_behind(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", 3000)
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tokenize_files([path], tokenizer, workers=2, progress=stop)
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    if children.exists():
+        assert not [
+            pid
+            for pid in children.read_text().split()
+            if b"limbeck.data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
