@@ -1,0 +1,274 @@
+"""What a teacher sends instead of hidden states gives the loss that its definition on whole logits gives."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from limbeck.errors import LimbeckError
+from limbeck.objectives import (
+    TAILS,
+    Logits,
+    Objective,
+    OutputHead,
+    Sampled,
+    TopK,
+    divergence,
+    fused_linear_distillation,
+    names,
+)
+
+NEVER_NEGATIVE = [name for name in names() if name not in ("cross_entropy", "alpha_beta")]
+
+
+def problem(seed, n=7, vocab=12):
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    h_s, w_s = randn(n, 5).requires_grad_(), randn(vocab, 5).requires_grad_()
+    labels = torch.randint(0, vocab, (n,), generator=g)
+    labels[torch.rand(n, generator=g) < 0.2] = -100
+    return h_s, w_s, randn(n, vocab) * 2, labels
+
+
+def seen(z_s, z_t, k, tail, tau, tau_t):
+    """Logits of two distributions [N, .] whose divergence is what the tail defines; drop is not a pair of distributions."""
+    log_p, log_q = (z_t / tau_t).log_softmax(-1), (z_s / tau).log_softmax(-1)
+    columns = log_p.topk(k).indices
+    p_k, q_k = log_p.gather(-1, columns), log_q.gather(-1, columns)
+    if tail == "renormalize":
+        return q_k.log_softmax(-1), p_k.log_softmax(-1)
+    if tail == "bucket":
+        rest = [(1 - x.exp().sum(-1, keepdim=True)).log() for x in (q_k, p_k)]
+        return torch.cat([q_k, rest[0]], -1), torch.cat([p_k, rest[1]], -1)
+    vocab = z_s.shape[-1]
+    if tail == "uniform":
+        fill = ((1 - p_k.exp().sum(-1, keepdim=True)) / (vocab - k)).log()
+    else:
+        p_k, fill = p_k.log_softmax(-1), torch.tensor(-100.0, dtype=z_s.dtype)
+    return log_q, (fill + torch.zeros_like(log_p)).scatter(-1, columns, p_k)
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "adaptive_kl"])  # whose order of ties is its own
+@pytest.mark.parametrize("tail", [tail for tail in TAILS if tail != "drop"])
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 10),
+    w=st.sampled_from([0.4, 1.0]),
+    tau=st.sampled_from([1.0, 2.0]),
+    tau_t=st.sampled_from([None, 1.5]),
+    stored=st.booleans(),
+    chunk=st.sampled_from([None, 3]),
+)
+def test_the_teachers_likeliest_tokens_mean_what_the_tail_says(name, tail, seed, k, w, tau, tau_t, stored, chunk):
+    h_s, w_s, z_t, labels = problem(seed)
+    objective = Objective.of(name, kd_weight=w, temperature=tau, teacher_temperature=tau_t, topk=k, tail=tail)
+    if stored:
+        log_probs, indices = (z_t / objective.teacher_temperature).log_softmax(-1).topk(k)
+        teacher = TopK(log_probs, indices, objective.teacher_temperature)
+    else:
+        teacher = Logits(z_t)
+    out = fused_linear_distillation(
+        h_s, w_s, None, None, labels, teacher=teacher, objective=objective, chunk_size=chunk
+    )
+    keep = labels != -100
+    z_s = (h_s @ w_s.T)[keep]
+    q, p = seen(z_s, z_t[keep], k, tail, tau, objective.teacher_temperature)
+    kd = divergence(name)(q, p).sum()
+    ce = torch.nn.functional.cross_entropy(z_s, labels[keep], reduction="sum")
+    expected = ((1 - w) * ce + w * kd) / keep.sum().clamp_min(1)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-8, atol=1e-9)
+    for ours, plain in zip(
+        torch.autograd.grad(out.loss, (h_s, w_s)), torch.autograd.grad(expected, (h_s, w_s)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 10**6), k=st.integers(1, 10), reverse=st.booleans())
+def test_a_dropped_tail_leaves_the_sum_over_the_kept(seed, k, reverse):
+    h_s, w_s, z_t, labels = problem(seed)
+    name = "reverse_kl" if reverse else "forward_kl"
+    objective = Objective.of(name, kd_weight=1.0, topk=k, tail="drop")
+    loss = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=objective).loss
+    keep = labels != -100
+    log_q, log_p = (h_s @ w_s.T)[keep].log_softmax(-1), z_t[keep].log_softmax(-1)
+    columns = log_p.topk(k).indices
+    log_q, log_p = log_q.gather(-1, columns), log_p.gather(-1, columns)
+    gap = log_p - log_q
+    expected = (-(log_q.exp() * gap) if reverse else log_p.exp() * gap).sum() / keep.sum().clamp_min(1)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-11)
+    ours, plain = (torch.autograd.grad(x, h_s)[0] for x in (loss, expected))
+    torch.testing.assert_close(ours, plain, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("tail", "k", "value"),
+    [
+        ("renormalize", 1, 0.0), ("renormalize", 2, 0.3108185563), ("bucket", 1, 0.3819085010),
+        ("bucket", 2, 0.3960584572), ("drop", 1, 0.6591673732), ("drop", 2, 0.5059196861),
+    ],
+)  # fmt: skip
+def test_tails_meet_the_golden_values(tail, k, value):
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.6, 0.3, 0.1), (0.2, 0.5, 0.3)))
+    head = torch.eye(3, dtype=torch.float64)
+    objective = Objective.of(kd_weight=1.0, topk=k, tail=tail)
+    out = fused_linear_distillation(q, head, p, head, torch.tensor([0]), objective=objective)
+    assert out.loss.item() == pytest.approx(value, abs=1e-9)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_the_bucket_rises_with_k_to_the_whole_divergence(seed):
+    h_s, w_s, z_t, labels = problem(seed)
+    losses = [
+        fused_linear_distillation(
+            h_s, w_s, None, None, labels.clamp_min(0), teacher=Logits(z_t),
+            objective=Objective.of(kd_weight=1.0, topk=k, tail="bucket"),
+        ).loss.item()
+        for k in range(1, 13)
+    ]  # fmt: skip
+    assert all(a <= b + 1e-12 for a, b in pairwise(losses))
+    whole = divergence("forward_kl")(h_s @ w_s.T, z_t).mean().item()
+    assert losses[-1] == pytest.approx(whole, rel=1e-9)
+    assert losses[-2] == pytest.approx(whole, rel=1e-9)  # one token is left: the bucket is that token
+
+
+@pytest.mark.parametrize("name", NEVER_NEGATIVE)
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+def test_divergences_of_what_is_seen_are_never_negative(name, tail):
+    h_s, w_s, z_t, labels = problem(4)
+    for k in (1, 3, 11):
+        objective = Objective.of(name, kd_weight=1.0, topk=k, tail=tail)
+        out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=objective)
+        assert out.kd.item() >= -1e-12
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("k1", -1.0986122887), ("k2", math.log(3) ** 2 / 2), ("k3", 0.9013877113)]
+)  # drawn: token 0 of q = (.2, .5, .3), p = (.6, .3, .1)
+def test_estimators_meet_the_golden_values(name, value):
+    p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.6, 0.3, 0.1), (0.2, 0.5, 0.3)))
+    head = torch.eye(3, dtype=torch.float64)
+    said = Sampled(p[:, 0])
+    out = fused_linear_distillation(q, head, None, None, torch.tensor([0]), teacher=said, objective=name, kd_weight=1.0)
+    assert out.loss.item() == pytest.approx(value, abs=1e-9)
+
+
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
+def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name):
+    h_s, w_s, z_t, _ = problem(11)
+    log_q, log_p = (h_s @ w_s.T).log_softmax(-1), z_t.log_softmax(-1)
+    mean, pull = 0.0, 0.0
+    for token in range(12):
+        labels = torch.full((7,), token)
+        weights = log_q[:, token].detach().exp()
+        out = fused_linear_distillation(
+            h_s, w_s, None, None, labels, teacher=Sampled(log_p[:, token]), objective=name, kd_weight=1.0, weights=weights,
+            normalizer=7,
+        )  # fmt: skip
+        (ours,) = torch.autograd.grad(out.loss, h_s)
+        mean, pull = mean + out.loss.detach(), pull + ours
+        r = log_p[:, token] - log_q[:, token]
+        value = {"k1": -r, "k2": r**2 / 2, "k3": r.exp() - 1 - r}[name]
+        expected = torch.autograd.grad((value * weights).sum() / 7, h_s, retain_graph=True)[0]
+        torch.testing.assert_close(ours, expected)
+    reverse = divergence("reverse_kl")(h_s @ w_s.T, z_t).mean()
+    if name != "k2":
+        torch.testing.assert_close(mean, reverse.detach())
+    if name == "k2":
+        torch.testing.assert_close(pull, torch.autograd.grad(reverse, h_s)[0])
+    if name == "k1":
+        assert pull.abs().max() < 1e-12
+
+
+def test_stored_probabilities_are_brought_to_another_temperature_only_where_that_is_defined():
+    h_s, w_s, z_t, labels = problem(3)
+    log_probs, indices = z_t.log_softmax(-1).topk(4)
+    warm = Objective.of(kd_weight=1.0, temperature=2.0, topk=4)
+    stored = fused_linear_distillation(
+        h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=warm
+    ).loss
+    direct = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=warm).loss
+    torch.testing.assert_close(stored, direct)
+    bucket = Objective.of(kd_weight=1.0, temperature=2.0, topk=4, tail="bucket")
+    with pytest.raises(LimbeckError, match=r"stored at temperature 1\.0 cannot be brought to 2\.0"):
+        fused_linear_distillation(h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=bucket)
+
+
+def test_weights_multiply_each_positions_loss():
+    h_s, w_s, z_t, labels = problem(5)
+    weights = torch.rand(7, dtype=torch.float64)
+    out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), weights=weights)
+    keep = labels != -100
+    z_s = (h_s @ w_s.T)[keep]
+    each = 0.5 * torch.nn.functional.cross_entropy(z_s, labels[keep], reduction="none")
+    each = each + 0.5 * divergence("forward_kl")(z_s, z_t[keep])
+    expected = (each * weights[keep]).sum() / weights[keep].sum()
+    torch.testing.assert_close(out.loss, expected)
+    for ours, plain in zip(
+        torch.autograd.grad(out.loss, (h_s, w_s)), torch.autograd.grad(expected, (h_s, w_s)), strict=True
+    ):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_top_k_mass_and_overlap_are_what_they_say():
+    h_s, w_s, z_t, labels = problem(6)
+    out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=Objective.of(topk=3))
+    keep = labels != -100
+    z_s, z_t = (h_s @ w_s.T)[keep], z_t[keep]
+    top = z_t.topk(3).indices
+    torch.testing.assert_close(out.topk_mass, z_t.softmax(-1).gather(-1, top).sum(-1).mean())
+    both = torch.isin(
+        top + 100 * torch.arange(len(top))[:, None], z_s.topk(3).indices + 100 * torch.arange(len(top))[:, None]
+    )
+    torch.testing.assert_close(out.topk_overlap, both.double().mean())
+
+
+@pytest.mark.parametrize("name", names())
+def test_vanishing_and_impossible_tokens_stay_finite(name):
+    head = torch.eye(4)
+    hidden = torch.tensor([[0.0, -300.0, 5.0, 80.0]], requires_grad=True)
+    said = Logits(torch.tensor([[0.0, 200.0, -200.0, -torch.inf]]))
+    out = fused_linear_distillation(hidden, head, None, None, torch.tensor([1]), teacher=said, objective=name)
+    out.loss.backward()
+    assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all()
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name != "adaptive_kl"])
+def test_the_order_of_the_vocabulary_does_not_matter(name):
+    h_s, w_s, z_t, labels = problem(8)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    place = order.argsort()
+    moved = torch.where(labels >= 0, place[labels.clamp_min(0)], labels)
+    one = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=name).loss
+    other = fused_linear_distillation(
+        h_s, w_s[order], None, None, moved, teacher=Logits(z_t[:, order]), objective=name
+    ).loss
+    torch.testing.assert_close(one, other)
+
+
+# parts of taid and adaptive_kl are constants for the gradient
+@pytest.mark.parametrize("name", [name for name in names() if name not in ("taid", "adaptive_kl")])
+def test_finite_differences_agree(name):
+    h_s, w_s, z_t, labels = problem(9, n=3, vocab=6)
+    labels = labels.clamp_min(0)
+    run = lambda h, w: fused_linear_distillation(h, w, None, None, labels, teacher=Logits(z_t), objective=name).loss  # noqa: E731
+    assert torch.autograd.gradcheck(run, (h_s, w_s))
+
+
+def test_signals_that_do_not_fit_are_refused():
+    h_s, w_s, z_t, labels = problem(1)
+    with pytest.raises(LimbeckError, match="two teachers"):
+        fused_linear_distillation(h_s, w_s, z_t, OutputHead(w_s), labels, teacher=Logits(z_t))
+    with pytest.raises(LimbeckError, match=r"needs log-probabilities of the labels \(Sampled\)"):
+        fused_linear_distillation(h_s, w_s, None, None, labels, teacher=TopK(z_t, labels), objective="k2")
+    with pytest.raises(LimbeckError, match="needs a distribution"):
+        fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Sampled(z_t[:, 0]))
+    with pytest.raises(LimbeckError, match="no tail called 'head'"):
+        Objective.of(topk=3, tail="head")
+    with pytest.raises(LimbeckError, match="looks at the drawn token alone"):
+        Objective.of("k2", topk=3)

@@ -1,0 +1,69 @@
+"""Run by torchrun: every rank holds a slice of both heads, and all of them find what one process finds."""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from limbeck.objectives import (
+    TAILS,
+    Logits,
+    Objective,
+    OutputHead,
+    TopK,
+    VocabParallel,
+    fused_linear_distillation,
+    names,
+    take_rows,
+)
+
+
+def main(vocab: int) -> None:
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
+    h_s, h_t, w_s, w_t, b_s = randn(9, 5), randn(9, 4), randn(vocab, 5), randn(vocab, 4), randn(vocab)
+    labels = torch.randint(0, vocab, (9,), generator=g)
+    labels[2] = -100
+    weights = torch.rand(9, generator=g, dtype=torch.float64)
+    across = VocabParallel(vocab)
+    mine = across.columns
+
+    # The teacher's head comes split over another number of ranks: here the first rank holds all of it.
+    held = w_t if rank == 0 else w_t[:0]
+    slice_t = take_rows(held, 0, mine)
+    assert torch.equal(slice_t, w_t[mine])
+
+    cases = [(name, 0, "renormalize", tau) for name in names() for tau in (1.0, 2.0)]
+    cases += [(name, 3, tail, 2.0) for name in ("forward_kl", "js_divergence") for tail in TAILS]
+    for name, topk, tail, tau in cases:
+        objective = Objective.of(name, kd_weight=0.6, temperature=tau, teacher_temperature=1.5, topk=topk, tail=tail)
+
+        def run(columns, head_t, across, objective=objective):
+            leaves = [x.clone().requires_grad_() for x in (h_s, w_s[columns], b_s[columns])]
+            head = OutputHead(leaves[1], leaves[2], softcap=8.0)
+            out = fused_linear_distillation(
+                leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, across=across
+            )  # fmt: skip
+            out.loss.backward()
+            return out, [leaf.grad for leaf in leaves]
+
+        whole, (dh, dw, db) = run(slice(None), w_t, None)
+        part, (dh_p, dw_p, db_p) = run(mine, slice_t, across)
+        for one, other in ((dh_p, dh), (dw_p, dw[mine]), (db_p, db[mine]), *zip(part, whole, strict=True)):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name} {topk} {tail}: {m}")  # noqa: B023
+
+    log_probs, indices = (h_t @ w_t.T).log_softmax(-1).topk(4)
+    for signal, local in (
+        (TopK(log_probs, indices), TopK(log_probs, indices)),
+        (Logits(h_t @ w_t.T), Logits((h_t @ w_t.T)[:, mine])),
+    ):
+        whole = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=signal)
+        part = fused_linear_distillation(h_s, w_s[mine], None, None, labels, teacher=local, across=across)
+        torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-11)
+    print(f"rank {rank} of {ranks} agrees")
+    dist.destroy_process_group()
+
+
+main(int(sys.argv[1]))
