@@ -30,7 +30,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py
-	$(BIN)/python benchmarks/loss_memory.py
+	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/startup.py
 
 clean:

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from step import side_environment
+from side import TRL as TRL_VERSIONS
+from side import python_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -98,7 +99,10 @@ def shares(examples: Examples, with_trl: bool) -> None:
             json.dump(examples.lengths.tolist(), file)
             file.flush()
             done = subprocess.run(
-                [side_environment(), "-c", TRL, file.name, str(LENGTH)], capture_output=True, text=True, check=True
+                [python_of("trl", TRL_VERSIONS), "-c", TRL, file.name, str(LENGTH)],
+                capture_output=True,
+                text=True,
+                check=True,
             )
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
         fill, spent = found["tokens"] / found["packs"] / LENGTH, found["seconds"]

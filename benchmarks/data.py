@@ -170,13 +170,13 @@ def prepare(folder: Path, rows: list[dict[str, str]], size: int) -> int:
 
 def compare_tokenizing(data: Path | None, rounds: int, repeat: int) -> None:
     """Rows per second of both sides in one process, taking turns; then of ours in two, on ``repeat`` times the rows."""
-    from step import side_environment
+    from side import TRL, python_of
 
     rows = rows_of(data, 8000)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         count = prepare(folder, rows, 0)
-        sides = {"limbeck": (ours, sys.executable), "trl": (trl, side_environment())}
+        sides = {"limbeck": (ours, sys.executable), "trl": (trl, python_of("trl", TRL))}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, (side, python) in sides.items():

@@ -19,9 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+from side import TRL, python_of
+
 HERE = Path(__file__).resolve().parent
-SIDE = HERE / ".venv-trl"
-REQUIREMENTS = ["trl==1.16.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets", "torch==2.13.0"]
 ROWS, TIME, VOCAB = 4, 256, 32_000
 MODEL = {"num_key_value_heads": 8, "num_attention_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 512,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
@@ -78,22 +78,13 @@ def prepare(folder: Path) -> None:
             file.write(json.dumps({"question": " ".join(ids[:64]), "answer": " ".join(ids[64:])}) + "\n")
 
 
-def side_environment() -> str:
-    python = SIDE / "bin" / "python"
-    if not python.exists():
-        print("making the side environment for TRL …", flush=True)
-        subprocess.run([sys.executable, "-m", "venv", str(SIDE)], check=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *REQUIREMENTS[::-1]], check=True)
-    return str(python)
-
-
 def compare(dtype: str, rounds: int, warmup: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
         steps = rounds + warmup
         ours = Side("limbeck", sys.executable, folder, dtype, steps)
-        theirs = Side("trl", side_environment(), folder, dtype, steps)
+        theirs = Side("trl", python_of("trl", TRL), folder, dtype, steps)
         for _ in range(warmup):
             ours.ask(), theirs.ask()
         seconds: dict[str, list[float]] = {"limbeck": [], "trl": []}

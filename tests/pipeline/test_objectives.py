@@ -29,7 +29,7 @@ def squared_gap(power: float = 2.0):
 def test_a_divergence_from_a_users_file_trains_a_student(configure, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
-    own = {"objective_file": str(file), "kd_objective": "squared_gap", "max_steps": 2, "eval_steps": 0}
+    own = {"plugins": [str(file)], "kd_objective": "squared_gap", "max_steps": 2, "eval_steps": 0}
     run = DistillPipeline(configure(**own)).run()
     assert 0 < run.metrics["train/train_distill_loss"] < 2
     other = configure(**own, output_dir=str(tmp_path / "other"), kd_objective_kwargs={"power": 1.0})
@@ -48,7 +48,7 @@ def test_a_users_file_that_does_not_serve_is_named(configure, tmp_path, content,
     if content is not None:
         file.write_text(content)
     with pytest.raises(LimbeckError, match=said):
-        configure(objective_file=str(file), kd_objective="mine_own")
+        configure(plugins=[str(file)], kd_objective="mine_own")
 
 
 def test_taid_moves_and_resumes_exactly(configure, tmp_path):
@@ -85,3 +85,32 @@ def test_a_compiled_run_is_the_plain_run(configure, tmp_path):
     plain, compiled = (run.metrics for run in found)
     for name in ("train/loss", "train/train_distill_loss", "student/grad_norm", "train/teacher_entropy"):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
+
+
+def test_a_tracker_from_a_users_file_is_told_every_line(configure, tmp_path):
+    file = tmp_path / "tracker.py"
+    file.write_text(
+        """
+from limbeck import register_tracker
+
+
+class Steps:
+    def __init__(self, folder, kwargs):
+        self.file = (folder / kwargs["name"]).open("w")
+
+    def log(self, step, values):
+        print(step, "train/loss" in values, file=self.file)
+
+    def close(self):
+        self.file.close()
+
+
+register_tracker("steps", Steps)
+"""
+    )
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    keys = {"track_with": "steps", "tracker_kwargs": {"name": "steps.txt"}, "logging_dir": str(logs)}
+    DistillPipeline(configure(plugins=[str(file)], max_steps=2, eval_steps=0, **keys)).run()
+    (written,) = tmp_path.rglob("steps.txt")
+    assert written.read_text() == "1 True\n2 True\n"

@@ -141,16 +141,16 @@ def _known_objective(name: str) -> str:
     return name
 
 
-def _run_objective_file(path: str | None) -> str | None:
-    if path is not None:
-        from limbeck.errors import LimbeckError
-        from limbeck.objectives.divergences import load_file
+def _run_plugins(files: list[str]) -> list[str]:
+    from limbeck.errors import LimbeckError
+    from limbeck.plugins import load_plugin
 
+    for file in files:
         try:
-            load_file(path)
+            load_plugin(file)
         except LimbeckError as error:
             raise ValueError(str(error)) from error
-    return path
+    return files
 
 
 def _feature_pair(entry: list[str]) -> list[str]:
@@ -623,15 +623,14 @@ class DistillConfig(Section):
         le=1,
         description="Share of the distillation term in the loss; the cross-entropy with the answer gets 1 minus this.",
     )
-    objective_file: Annotated[str | None, AfterValidator(_run_objective_file)] = Field(
-        default=None,
-        description="Python file of yours that registers a divergence for kd_objective; it is run when the configuration is "
-        "read.",
+    plugins: Annotated[Files, AfterValidator(_run_plugins)] = Field(
+        default_factory=list,
+        description="Python files of yours that register divergences or trackers; they are run when the configuration is read.",
     )
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "
-        f"{', '.join(OBJECTIVES)}, or one that objective_file registers.",
+        f"{', '.join(OBJECTIVES)}, or one that a plugin registers.",
     )
     kd_objective_kwargs: dict[str, float | str] = Field(
         default_factory=dict,

@@ -1,7 +1,7 @@
 """Divergences and the fused head-and-loss. Knows tensors; knows no model, file or process."""
 
 from limbeck.objectives.across import Across, VocabParallel, take_rows
-from limbeck.objectives.divergences import coupled, divergence, load_file, names, register
+from limbeck.objectives.divergences import coupled, divergence, names, register
 from limbeck.objectives.features import FeatureLosses, feature_loss, modelopt_balance
 from limbeck.objectives.fused import (
     DistillationLoss,
@@ -30,7 +30,6 @@ __all__ = [
     "divergence",
     "feature_loss",
     "fused_linear_distillation",
-    "load_file",
     "modelopt_balance",
     "names",
     "register",

@@ -13,11 +13,8 @@ Nothing here knows a model, a mask or a chunk. Shapes: every tensor is [rows, vo
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,22 +68,6 @@ def formulas(name: str, **parameters: Any) -> Formulas:
         return _REGISTRY[name](**parameters)
     except TypeError as error:
         raise LimbeckError(f"the divergence {name} does not take these parameters: {error}.") from error
-
-
-def load_file(path: str | Path) -> None:
-    """Run a Python file of the user's that registers divergences; raises LimbeckError if it is missing or fails."""
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise LimbeckError(f"{file} does not exist; give the path of the Python file that registers your divergence.")
-    name = f"limbeck_user_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where compilers and dataclasses look for the source
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise LimbeckError(f"{file} cannot be run ({type(error).__name__}: {error}); correct it.") from error
 
 
 @register

@@ -343,8 +343,22 @@ class _HeadAndLoss(torch.autograd.Function):
             for grad in grads:
                 if grad is not None:
                     grad.mul_(scale)
-        cast = [None if g is None else g.to(like.dtype) for g, like in zip(grads, (hidden, weight, bias), strict=True)]
+        cast = [
+            None if g is None else _narrowed(g, like.dtype)
+            for g, like in zip(grads, (hidden, weight, bias), strict=True)
+        ]
         return (*cast, None, None, None, None)
+
+
+def _narrowed(grad: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient in its parameter's dtype; a narrower one is written over the sums, which are the largest tensor around."""
+    if dtype.itemsize >= grad.element_size():
+        return grad.to(dtype)
+    wide = grad.view(-1)
+    narrow = wide.view(dtype)[: wide.numel()]
+    for low in range(0, wide.numel(), 1 << 20):
+        narrow[low : low + (1 << 20)] = wide[low : low + (1 << 20)].to(dtype)
+    return narrow.view(grad.shape)
 
 
 def _walk(

@@ -1,0 +1,178 @@
+"""Time and memory of the head and the loss, forward and backward, beside what one would otherwise use.
+
+    python benchmarks/loss.py                                  # cross-entropy + forward KL, float32 and bfloat16
+    python benchmarks/loss.py --objective reverse_kl js_divergence --tokens 256 1024 4096
+
+Hidden size 512 for both models, vocabulary 151 936, two threads. Beside Limbeck: the four matrix products alone (student and
+teacher logits, both gradients; the fastest of four chunk sizes), PyTorch on whole logits, the same compiled, and Liger's
+LigerFusedLinearJSDLoss in a side environment (the fastest of its settings; of the KLs it has none with cross-entropy but as
+the limits of its Jensen-Shannon divergence). Each runs in a process of its own; times are the best of the rounds after a
+warm-up. Growth is the peak of one round above weights and gradients. Gradients are counted in the precision they are summed in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from side import LIGER, python_of
+
+HIDDEN = 512
+BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "js_divergence": 0.5}  # Liger's name for them
+
+
+def memory_mb(name: str) -> float:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, rounds: int, exact: bool) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if dtype_name == "bf16" else torch.float32
+    h_s, h_t = (torch.randn(tokens, HIDDEN).to(dtype) for _ in range(2))
+    w_s, w_t = (torch.randn(vocab, HIDDEN).div_(20).to(dtype) for _ in range(2))
+    labels = torch.randint(0, vocab, (tokens,))
+    leaves = (h_s.requires_grad_(), w_s.requires_grad_())
+
+    def naive() -> torch.Tensor:
+        z_s, z_t = (h_s @ w_s.T).float(), (h_t @ w_t.T).float()
+        ce = torch.nn.functional.cross_entropy(z_s, labels)
+        log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+        kl = lambda a, b: torch.nn.functional.kl_div(b, a, reduction="batchmean", log_target=True)  # noqa: E731
+        if objective == "forward_kl":
+            kd = kl(log_p, log_q)
+        elif objective == "reverse_kl":
+            kd = kl(log_q, log_p)
+        else:
+            log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+            kd = (kl(log_p, log_m) + kl(log_q, log_m)) / 2
+        return 0.5 * ce + 0.5 * kd
+
+    def limbeck() -> torch.Tensor:
+        from limbeck import fused_linear_distillation
+
+        return fused_linear_distillation(h_s, w_s, h_t, w_t, labels, objective=objective, compiled=True).loss
+
+    def liger(chunk: int, compiled: bool) -> Callable[[], torch.Tensor]:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(beta=BETA[objective], compiled=compiled, chunk_size=chunk)
+        return lambda: loss(h_s, w_s, h_t, w_t, labels)
+
+    def products(chunk: int) -> None:
+        z_s, z_t = torch.empty(chunk, vocab, dtype=dtype), torch.empty(chunk, vocab, dtype=dtype)
+        gradient = torch.zeros(vocab, HIDDEN, dtype=dtype)
+        with torch.no_grad():
+            for low in range(0, tokens, chunk):
+                part = slice(low, low + chunk)
+                n = len(h_s[part])
+                torch.mm(h_s[part], w_s.T, out=z_s[:n])
+                torch.mm(h_t[part], w_t.T, out=z_t[:n])
+                torch.mm(z_s[:n], w_s)
+                gradient.addmm_(z_s[:n].T, h_s[part])
+
+    if exact:
+        z_s, z_t = (h.detach().double() @ w.detach().double().T for h, w in ((h_s, w_s), (h_t, w_t)))
+        from limbeck import divergence
+
+        ce = torch.nn.functional.cross_entropy(z_s, labels)
+        print(json.dumps({"loss": (0.5 * ce + 0.5 * divergence(objective)(z_s, z_t).mean()).item()}))
+        return
+    best: dict[str, float] = {}
+    ways: dict[str, Callable[[], torch.Tensor | None]] = {"naive": naive, "limbeck": limbeck}
+    if way == "compiled":
+        ways["compiled"] = torch.compile(naive)
+    elif way == "products":
+        ways = {f"chunk {chunk}": lambda chunk=chunk: products(chunk) for chunk in (96, 128, 256, 512, 1024)}
+    elif way == "liger":
+        ways = {f"chunk {c}, compiled={x}": liger(c, x) for c in (128, 256, 1024) for x in (True, False)}
+    if way in ways:
+        ways = {way: ways[way]}
+    for name, run in ways.items():
+
+        def once(run: Callable[[], torch.Tensor | None] = run) -> float | None:
+            begun = time.perf_counter()
+            loss = run()
+            if loss is None:
+                once.seconds = time.perf_counter() - begun
+                return None
+            loss = loss[0] if isinstance(loss, tuple) else loss
+            loss.backward()
+            once.seconds = time.perf_counter() - begun
+            for leaf in leaves:
+                leaf.grad = None
+            return loss.item()
+
+        once()
+        sums = torch.float32 if way == "limbeck" else dtype
+        gradients = [torch.ones(leaf.shape, dtype=sums) for leaf in leaves]
+        before = memory_mb("VmRSS")
+        del gradients
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the warm-up
+        seconds, loss = [], None
+        for _ in range(rounds):
+            loss = once()
+            seconds.append(once.seconds)
+        found = {"seconds": min(seconds), "growth_mb": memory_mb("VmHWM") - before, "loss": loss, "setting": name}
+        if not best or found["seconds"] < best["seconds"]:
+            best = found
+    print(json.dumps(best))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--objective", nargs="+", choices=tuple(BETA), default=["forward_kl"])
+    parser.add_argument("--dtype", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
+    parser.add_argument("--vocab", type=int, default=151_936)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", default=["products", "limbeck", "naive", "compiled", "liger"])
+    parser.add_argument("--way", help="measure one way in this process")
+    parser.add_argument("--exact", action="store_true", help="the loss in float64, in this process")
+    args = parser.parse_args()
+    if args.way or args.exact:
+        measure(args.way, args.dtype[0], args.objective[0], args.tokens[0], args.vocab, args.rounds, args.exact)
+        return
+    for tokens in args.tokens:
+        for objective in args.objective:
+            for dtype in args.dtype:
+                compare(args, dtype, objective, tokens)
+
+
+def compare(args: argparse.Namespace, dtype: str, objective: str, tokens: int) -> None:
+    keys = ["--dtype", dtype, "--objective", objective, "--tokens", str(tokens), "--vocab", str(args.vocab)]
+
+    def side(*more: str, python: str = sys.executable) -> dict:
+        command = [python, __file__, *keys, "--rounds", str(args.rounds), *more]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.splitlines()[-1])
+
+    exact = side("--exact")["loss"] if tokens * args.vocab < 2**28 else None
+    print(f"\n{dtype}, {objective}, {tokens} tokens × {args.vocab}" + (f", float64 loss {exact:.6f}" if exact else ""))
+    found = {}
+    for way in args.ways:
+        python = python_of("liger", LIGER) if way == "liger" else sys.executable
+        found[way] = one = side("--way", way, python=python)
+        loss = "" if one["loss"] is None else f"   loss {one['loss']:.6f}"
+        print(
+            f"  {way:9} {one['seconds']:7.3f} s   growth {one['growth_mb']:6.0f} MB{loss}   ({one['setting']})",
+            flush=True,
+        )
+    for other in ("products", "liger", "naive"):
+        if other in found and "limbeck" in found:
+            print(f"  limbeck takes {found['limbeck']['seconds'] / found[other]['seconds']:.2f} × the time of {other}")
+
+
+if __name__ == "__main__":
+    main()
