@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from limbeck.config import mistakes, modelopt, roll
+from limbeck.config import mistakes, modelopt, presets, roll
 from limbeck.config.places import COMMAND_LINE, Place, leaves, not_yaml, place_of, read_places
 from limbeck.config.schema import Contradiction, DistillConfig, walk_keys
 from limbeck.errors import LimbeckError
@@ -67,6 +67,7 @@ def load_mapping(values: Mapping[str, Any], source: str = "arguments") -> Loaded
 def _checked(composed: _Composed, source: str, folder: Path | None = None) -> LoadedConfig:
     translation = roll.translate(composed.values)
     modelopt.translate(translation, composed.places)
+    presets.apply(translation)
     if folder is not None:
         _find_data_beside(folder, translation.values)
     found = list(translation.contradictions)

@@ -627,6 +627,10 @@ class DistillConfig(Section):
         default_factory=list,
         description="Python files of yours that register divergences or trackers; they are run when the configuration is read.",
     )
+    objective_preset: Literal["roll", "nemo_rl", "hyperpod", "modelopt", "trl"] | None = Field(
+        default=None,
+        description="Fill the keys of the objective that are not written with those of another system, for its numbers.",
+    )
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "

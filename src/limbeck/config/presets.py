@@ -1,0 +1,65 @@
+"""``objective_preset``: the objective of another system in our keys, for those who want its numbers.
+
+A preset stands below what is written: any of its keys that the configuration sets keeps the configuration's value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from limbeck.config.roll import Translation
+
+KEY = "objective_preset"
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # both sides renormalised over the teacher's 64 likeliest tokens; the teacher's temperature on top of the student's; no τ²
+    "roll": {
+        "kd_objective": "forward_kl",
+        "logits_topk": 64,
+        "logits_topk_tail": "renormalize",
+        "temperature_convention": "roll",
+        "temperature_squared": False,
+    },
+    # divergence alone, half forward and half reverse, over the teacher's 64 likeliest tokens
+    "nemo_rl": {
+        "kd_objective": "mixed_kl",
+        "kd_objective_kwargs": {"forward": 0.5},
+        "logits_topk": 64,
+        "logits_topk_tail": "renormalize",
+        "distill_loss_weight": 1.0,
+        "temperature_squared": False,
+    },
+    # α KL τ² + (1 − α) CE over whole vocabularies, α = ½, τ = 2
+    "hyperpod": {
+        "kd_objective": "forward_kl",
+        "logits_topk": 0,
+        "kd_temperature": 2.0,
+        "temperature_squared": True,
+        "distill_loss_weight": 0.5,
+    },
+    # divergence alone, whole vocabularies, no τ² (as on Megatron)
+    "modelopt": {
+        "kd_objective": "forward_kl",
+        "logits_topk": 0,
+        "temperature_squared": False,
+        "distill_loss_weight": 1.0,
+    },
+    # GKDTrainer: generalised Jensen-Shannon alone; its temperature is that of sampling and does not enter the loss
+    "trl": {
+        "kd_objective": "js_divergence",
+        "js_beta": 0.5,
+        "logits_topk": 0,
+        "kd_temperature": 1.0,
+        "temperature_squared": False,
+        "distill_loss_weight": 1.0,
+    },
+}
+
+
+def apply(result: Translation) -> None:
+    """Fill in the preset that the configuration names; an unknown name is left for the schema to refuse."""
+    name = result.values.get(KEY)
+    for key, value in (PRESETS.get(name, {}) if isinstance(name, str) else {}).items():
+        if result.values.get(key) is None:
+            result.values[key] = value
+            result.derived[key] = KEY
