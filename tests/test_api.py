@@ -1,5 +1,7 @@
 """``limbeck.distill``: one call from Python, with the same checks as a file."""
 
+import json
+
 import pytest
 from tiny import make_model, rows
 from transformers import AutoModelForCausalLM
@@ -18,9 +20,10 @@ def test_one_call_distils_rows_in_memory(tmp_path):
         dtype="fp32",
         sequence_length=64,
         per_device_train_batch_size=8,
-        **{"teacher.model_args.dtype": "fp32"},
     )
     assert result.step == 3
+    described = json.loads((result.student.parent / "run.json").read_text())["config"]
+    assert described["student"]["model_args"]["dtype"] == described["teacher"]["model_args"]["dtype"] == "fp32"
     assert result.metrics["train/train_distill_loss"] > 0
     AutoModelForCausalLM.from_pretrained(result.student)
 

@@ -24,6 +24,7 @@ _SECTIONS = (
     ("student.model_args.", StudentModelArgs),
     ("student.data_args.", DataArgs),
 )
+_OF_BOTH = ("dtype", "attn_implementation")  # without a path, a precision is meant for the whole run
 
 
 def distill(
@@ -36,8 +37,8 @@ def distill(
 
     student, teacher: checkpoint folders or hub names; teacher None trains on the answers alone. data: a file, several files,
     or the rows themselves as dicts. Everything else is a key of ``DistillConfig``, by its own name (``max_steps=200``,
-    ``learning_rate=1e-4``: the student's sections are searched) or by its path
-    (``**{"teacher.model_args.dtype": "bf16"}``). Raises LimbeckError with a line for each mistake.
+    ``learning_rate=1e-4``: the student's sections are searched; ``dtype`` and ``attn_implementation`` are set for both
+    models) or by its path (``**{"teacher.model_args.dtype": "bf16"}``). Raises LimbeckError with a line for each mistake.
     """
     values: dict[str, Any] = {}
     _set(values, "student_pretrain", str(student))
@@ -47,6 +48,8 @@ def distill(
         _set(values, "distill_loss_weight", 0.0)
     for key, value in overrides.items():
         _set(values, _path(key), value)
+        if key in _OF_BOTH and f"teacher.model_args.{key}" not in overrides:
+            _set(values, f"teacher.model_args.{key}", value)
     _set(values, "student.data_args.file_name", _files(data, Path(values.get("output_dir", "output"))))
     loaded = load_mapping(values, "distill()")
     for notice in loaded.notices:
