@@ -29,6 +29,7 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across, VocabParallel
 from limbeck.objectives.divergences import LOWEST, Formulas, formulas
+from limbeck.objectives.kernels import ROUND, kernel_pass
 from limbeck.objectives.rows import STATS, Rows, Spec, row_pass
 from limbeck.objectives.sampled import ESTIMATORS
 from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
@@ -39,6 +40,8 @@ _CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
 _COMPILED_TILE_BYTES = 16 << 20  # compiled code has no temporaries, only the logits themselves
+_EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
+_NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
 _WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
 
 
@@ -166,10 +169,11 @@ def fused_linear_distillation(
     fit in 256 MiB), 1 GiB on a GPU.
     across: ``VocabParallel`` when each rank of a group gives its own rows of both heads; hidden states and labels are then
     the same on all ranks, and so is the result.
-    compiled: whether the elementwise work is compiled; default, when there is a compiler and enough to do. Results differ by
-    rounding only.
+    compiled: whether the elementwise work is compiled (on a GPU: a Triton kernel where there is one, see ``kernels``);
+    default, when there is a compiler and enough to do. Results differ by rounding only.
 
-    Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. Gradients
+    Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. On a GPU
+    the few chunks of a bfloat16 head leave their gradient in bfloat16, rounded once a chunk. Gradients
     reach student_hidden and the student's head (weight and bias) when they require them; none is formed otherwise.
     """
     if not isinstance(objective, Objective):
@@ -342,7 +346,7 @@ class _HeadAndLoss(torch.autograd.Function):
         if scale.device.type != "cpu" or scale.item() != 1.0:
             for grad in grads:
                 if grad is not None:
-                    grad.mul_(scale)
+                    _scale(grad, scale)
         cast = [
             None if g is None else _narrowed(g, like.dtype)
             for g, like in zip(grads, (hidden, weight, bias), strict=True)
@@ -379,16 +383,20 @@ def _walk(
     w_t = None if job.teacher is None else job.teacher.weight[:vocab]
     b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
 
-    chunk = job.chunk_size or _default_chunk(device, vocab, w_s, w_t)
+    chunk = job.chunk_size or _default_chunk(device, vocab, count, w_s, w_t)
     chunk = max(1, min(chunk, count))
-    z_s = torch.empty(chunk, vocab, dtype=job.dtype, device=device)
-    z_t = None if w_t is None else torch.empty(chunk, vocab, dtype=w_t.dtype, device=device)
+    z_s = _buffer(chunk, vocab, job.dtype, device)
+    z_t = None if w_t is None else _buffer(chunk, vocab, w_t.dtype, device)
     tile = chunk if device.type != "cpu" else _tile_rows(job.compiled, z_s, z_t)
-    run = row_pass(job.spec(any(needs)), job.across)
-    fast = _Compiled(job.spec(any(needs)), job.across) if job.compiled else None
+    spec = job.spec(any(needs))
+    run, fast = row_pass(spec, job.across), None
+    if job.compiled:
+        kernel = None if isinstance(job.signal, TopK | Sampled) else kernel_pass(spec, job.across, device)
+        fast = kernel or _Compiled(spec, job.across)
 
-    d_hidden = torch.zeros(hidden.shape, dtype=accumulate, device=device) if needs[0] else None
-    d_weight = torch.zeros(weight.shape, dtype=accumulate, device=device) if needs[1] else None
+    sums = _sums_dtype(job, weight, -(-count // chunk))
+    d_hidden = torch.zeros(hidden.shape, dtype=sums, device=device) if needs[0] else None
+    d_weight = torch.zeros(weight.shape, dtype=sums, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
     stats = torch.zeros(len(STATS), dtype=accumulate, device=device)
     factor = torch.as_tensor(job.inside, dtype=accumulate, device=device)
@@ -414,7 +422,7 @@ def _walk(
             if d_bias is not None and more is not None:
                 d_bias[:vocab] += more
         if d_hidden is not None:
-            d_hidden[index] = torch.mm(zs, w_s).to(accumulate)
+            d_hidden[index] = torch.mm(zs, w_s).to(sums)
         if d_weight is not None:
             _accumulate(d_weight[:vocab], zs, h_s)
 
@@ -476,12 +484,42 @@ def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
     return max(2, _COMPILED_TILE_BYTES // per_row)
 
 
-def _default_chunk(device: torch.device, vocab: int, w_s: Tensor, w_t: Tensor | None) -> int:
+def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, vocab] of memory; on a GPU each row begins at a round address, where products and kernels read fastest."""
+    wide = vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
+    return torch.empty(rows, wide, dtype=dtype, device=device)[:, :vocab]
+
+
+def _sums_dtype(job: _Job, weight: Tensor, chunks: int) -> torch.dtype:
+    """The precision in which the chunks' gradients meet.
+
+    A product sums in float32 and is rounded once. With bfloat16 throughout, a few chunks added to the gradient itself lose
+    little more than its last rounding does, and no float32 copy of twice its size is made.
+    """
+    bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is WHOLE
+    narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(weight.device.type, 0)
+    return torch.bfloat16 if narrow else job.accumulate
+
+
+def _scale(grad: Tensor, scale: Tensor) -> None:
+    """grad *= scale, where a scale of more digits than grad keeps them."""
+    if grad.dtype == scale.dtype:
+        grad.mul_(scale)
+        return
+    for part in grad.split(max(1, (1 << 24) // max(1, grad[:1].numel()))):
+        part.copy_(part.to(scale.dtype) * scale)
+
+
+def _default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_t: Tensor | None) -> int:
     per_row = vocab * (w_s.element_size() + (0 if w_t is None else w_t.element_size()))
     if device.type == "cpu" and _WHOLE_ROWS * per_row <= _WHOLE_BYTES:
         return _WHOLE_ROWS
     rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // per_row
-    return max(16, rows // 16 * 16)
+    if device.type == "cpu" or rows < _EVEN_ROWS:
+        return max(16, rows // 16 * 16)
+    rows = rows // _EVEN_ROWS * _EVEN_ROWS
+    share = -(-count // max(1, -(-count // rows)))
+    return -(-share // _EVEN_ROWS) * _EVEN_ROWS
 
 
 def _accumulate(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
@@ -489,6 +527,22 @@ def _accumulate(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
     if dz.dtype == d_weight.dtype:
         d_weight.addmm_(dz.t(), h)
         return
+    if _adds_wider(d_weight.device, dz.dtype, d_weight.dtype):
+        torch.addmm(d_weight, dz.t(), h, out_dtype=d_weight.dtype, out=d_weight)
+        return
     step = max(1, (1 << 22) // d_weight.shape[1])
     for low in range(0, d_weight.shape[0], step):
         d_weight[low : low + step] += torch.mm(dz[:, low : low + step].t(), h)
+
+
+@cache
+def _adds_wider(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether this machine adds a product of narrow matrices to a wide one in place, without rounding between."""
+    if device.type != "cuda":
+        return False
+    total, ones = torch.ones(16, 16, dtype=wide, device=device), torch.ones(16, 16, dtype=narrow, device=device)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
+    except (RuntimeError, TypeError):  # PyTorch before it took a wider sum, or a GPU without
+        return False
+    return bool((total == 17).all())

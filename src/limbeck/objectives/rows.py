@@ -76,117 +76,169 @@ def row_pass(spec: Spec, across: Across = WHOLE, compiled: bool = False) -> Pass
     return torch.compile(run) if compiled else run
 
 
-def _run(rows: Rows, spec: Spec, across: Across) -> tuple[Tensor, Tensor | None]:
-    w, tau = spec.kd_weight, spec.temperature
-    s = _logits(rows.z, rows.bias, spec.scale, spec.softcap, spec.dtype)
-    t = None
-    if rows.teacher is not None:
-        t = _logits(rows.teacher, rows.teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.dtype)
+class _Seen(NamedTuple):
+    """Both models at n rows. highest, log_total [n, 1]: of the student's logits, and of these ÷ τ_s less ``highest``; the same
+    for the teacher with τ_t. q1, q [n, V]: the student's distribution without and with τ_s. p, log_p: None unless the teacher
+    is known on every column."""
 
-    # Two reductions give every normaliser: the maxima, then the sums of exponentials.
-    highest = s.amax(-1, keepdim=True)
-    if t is None:
-        highest = across.max(highest)
-    else:
-        highest, highest_t = across.max(torch.cat([highest, t.amax(-1, keepdim=True)], -1)).split(1, -1)
-    shifted = s - highest
-    q1 = shifted.exp()
-    sums = [q1.sum(-1, keepdim=True), across.share(s, rows.target.unsqueeze(-1))]
-    if tau != 1.0:
-        q = (shifted / tau).exp()
-        sums.append(q.sum(-1, keepdim=True))
-    if t is not None:
-        shifted_t = (t - highest_t) if spec.teacher_temperature == 1.0 else (t - highest_t) / spec.teacher_temperature
-        p = shifted_t.exp()
-        # Neither is above 0, so the sum is 0 exactly where both models have their most likely token.
-        agree = ((shifted + shifted_t).amax(-1, keepdim=True) == 0).to(spec.dtype)
-        sums += [p.sum(-1, keepdim=True), agree]
-    sums = list(across.sum(torch.cat(sums, -1)).split(1, -1))
-    total1, at_target = sums[0], sums[1]
-    log_total1 = total1.log()
-    q1 = q1 / total1
-    log_q1_target = at_target - highest - log_total1
-    if tau == 1.0:
-        log_q, q = shifted - log_total1, q1
-    else:
-        log_q, q = shifted / tau - sums[2].log(), q / sums[2]
-    zero = torch.zeros_like(log_q1_target)
-    value, mass, overlap, agreement, entropy_t = zero, zero, zero, zero, zero
+    highest: Tensor
+    log_total: Tensor
+    q1: Tensor
+    q: Tensor
+    log_q: Tensor
+    log_q1_target: Tensor
+    highest_t: Tensor | None = None
+    log_total_t: Tensor | None = None
+    p: Tensor | None = None
+    log_p: Tensor | None = None
+    agreement: Tensor | None = None
 
-    # The divergence's part of the gradient is q · per_row + dense + what is scattered to the columns.
+
+class _Found(NamedTuple):
+    """What the divergence gives: [n, 1] each, and its gradient as q · per_row + dense [n, V] + scattered [n, k] to columns."""
+
+    value: Tensor
+    entropy_q: Tensor
+    entropy_p: Tensor
+    agreement: Tensor
+    mass: Tensor
+    overlap: Tensor
     per_row: Tensor | None = None
     dense: Tensor | None = None
     columns: Tensor | None = None
     scattered: Tensor | None = None
 
-    log_p: Tensor | None = None
-    log_p_k: Tensor | None = None
-    if t is not None:
-        agreement = (sums[-1] > 0).to(spec.dtype)
-        log_p, p = shifted_t - sums[-2].log(), p / sums[-2]
 
-    said = rows.log_probs
-    if spec.sampled and (log_p is not None or said is not None):
-        teacher_said = said if log_p is None else across.pick(log_p, rows.target.unsqueeze(-1))
-        student_said = log_q1_target if tau == 1.0 else across.pick(log_q, rows.target.unsqueeze(-1))
-        value, slope = spec.terms(teacher_said, student_said)
-        per_row, columns, scattered = -slope, rows.target.unsqueeze(-1), slope
-        entropy_q = -across.sum((q * log_q).sum(-1, keepdim=True))
-    elif log_p is None and rows.indices is None:
-        entropy_q = -across.sum((q * log_q).sum(-1, keepdim=True))
+def _run(rows: Rows, spec: Spec, across: Across) -> tuple[Tensor, Tensor | None]:
+    s = _logits(rows.z, rows.bias, spec.scale, spec.softcap, spec.dtype)
+    t = None
+    if rows.teacher is not None:
+        t = _logits(rows.teacher, rows.teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.dtype)
+    seen = _normalised(s, t, rows, spec, across)
+    if spec.sampled:
+        found = _of_the_drawn(seen, rows, spec, across)
+    elif rows.indices is not None or (spec.topk and t is not None):
+        found = _of_the_likeliest(s, t, seen, rows, spec, across)
     else:
-        s_k = None
-        if rows.indices is not None and said is not None:
-            columns, log_p_k = rows.indices, said
-            ((best, _),) = across.topk(columns.shape[-1], s)
-            s_k = across.pick(s, columns)
-            agreement = (s_k.gather(-1, said.argmax(-1, keepdim=True)) >= highest).to(spec.dtype)
-        elif spec.topk and t is not None:
-            (t_k, columns), (best, _) = across.topk(spec.topk, t, s)
-            log_p_k = (t_k - highest_t) / spec.teacher_temperature - sums[-2].log()
-            s_k = across.pick(s, columns)
-        if s_k is not None and log_p_k is not None:
-            mass = log_p_k.exp().sum(-1, keepdim=True)
-            overlap = (s_k >= best.amin(-1, keepdim=True)).to(spec.dtype).mean(-1, keepdim=True)
-        if columns is not None and log_p_k is not None and spec.tail in ("uniform", "zero"):
-            log_p, p = _filled(log_p_k, columns, log_q, spec.tail, across)
-            columns = None
-        if columns is None or log_p_k is None or s_k is None:
-            assert log_p is not None
-            value, dense = evaluate(spec.terms, p, q, log_p, log_q, across)
-            parts = torch.stack([value.sum(-1), dense.sum(-1), (q * log_q).sum(-1), (p * log_p).sum(-1)], -1)
-            value, total, entropy_q, entropy_t = across.sum(parts).split(1, -1)
-            entropy_q, entropy_t, per_row = -entropy_q, -entropy_t, -total
-        else:
-            log_q_k = (s_k - highest) / tau - (log_total1 if tau == 1.0 else sums[2].log())
-            value, entropy_q, entropy_t, per_row, scattered = _sparse(
-                log_p_k, log_q_k, p if log_p is not None else None, q, columns, spec, across
-            )
-
-    stats = torch.cat([value, -log_q1_target, entropy_q, entropy_t, agreement, mass, overlap], -1)
-    stats = (stats * rows.weight).sum(0)
+        found = _of_all(seen, spec, across)
+    stats = [found.value, -seen.log_q1_target, *found[1:6]]
+    stats_sum = (torch.cat(stats, -1) * rows.weight).sum(0)
     if not spec.wants_grad:
-        return stats, None
+        return stats_sum, None
 
+    w, tau = spec.kd_weight, spec.temperature
     k = rows.factor * rows.weight * spec.scale
-    hard = (1 - w) * k
-    c = w * (tau if spec.squared else 1 / tau) * k
-    if per_row is None:
-        gradient = q1 * hard
+    hard, c = (1 - w) * k, w * (tau if spec.squared else 1 / tau) * k
+    if found.per_row is None:
+        gradient = seen.q1 * hard
     elif tau == 1.0:
-        gradient = q1 * (hard + per_row * c)
+        gradient = seen.q1 * (hard + found.per_row * c)
     else:
-        gradient = q1 * hard + q * (per_row * c)
-    if dense is not None:
-        gradient = gradient + dense * c
-    if scattered is not None and columns is not None:
-        across.scatter_add_(gradient, columns, scattered * c)
+        gradient = seen.q1 * hard + seen.q * (found.per_row * c)
+    if found.dense is not None:
+        gradient = gradient + found.dense * c
+    if found.columns is not None and found.scattered is not None:
+        across.scatter_add_(gradient, found.columns, found.scattered * c)
     if w < 1:
         across.scatter_add_(gradient, rows.target.unsqueeze(-1), -hard)
     if spec.softcap is not None:
         gradient = gradient * (1 - (s / spec.softcap) ** 2)
     rows.z.copy_(gradient)
-    return stats, None if rows.bias is None else gradient.sum(0)
+    return stats_sum, None if rows.bias is None else gradient.sum(0)
+
+
+def _normalised(s: Tensor, t: Tensor | None, rows: Rows, spec: Spec, across: Across) -> _Seen:
+    """Two reductions give every normaliser: the maxima, then the sums of exponentials."""
+    tau, tau_t = spec.temperature, spec.teacher_temperature
+    highest, highest_t = s.amax(-1, keepdim=True), None
+    if t is None:
+        highest = across.max(highest)
+    else:
+        highest, highest_t = across.max(torch.cat([highest, t.amax(-1, keepdim=True)], -1)).split(1, -1)
+    shifted = s - highest
+    tempered = shifted if tau == 1.0 else shifted / tau
+    exp1 = shifted.exp()
+    exp = exp1 if tau == 1.0 else tempered.exp()
+    sums = [across.share(s, rows.target.unsqueeze(-1)), exp1.sum(-1, keepdim=True), exp.sum(-1, keepdim=True)]
+    if t is None or highest_t is None:
+        at_target, total1, total = across.sum(torch.cat(sums, -1)).split(1, -1)
+        return _seen(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
+    shifted_t = t - highest_t
+    tempered_t = shifted_t if tau_t == 1.0 else shifted_t / tau_t
+    exp_t = tempered_t.exp()
+    # Neither is above 0, so the sum is 0 exactly where both models have their most likely token.
+    agree = ((shifted + shifted_t).amax(-1, keepdim=True) == 0).to(spec.dtype)
+    sums += [exp_t.sum(-1, keepdim=True), agree]
+    at_target, total1, total, total_t, agree = across.sum(torch.cat(sums, -1)).split(1, -1)
+    seen = _seen(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
+    return seen._replace(
+        highest_t=highest_t,
+        log_total_t=total_t.log(),
+        p=exp_t / total_t,
+        log_p=tempered_t - total_t.log(),
+        agreement=(agree > 0).to(spec.dtype),
+    )
+
+
+def _seen(
+    highest: Tensor, q1: Tensor, log_q1_target: Tensor, tempered: Tensor, exp: Tensor, total: Tensor, tau: float
+) -> _Seen:
+    q = q1 if tau == 1.0 else exp / total
+    return _Seen(highest, total.log(), q1, q, tempered - total.log(), log_q1_target)
+
+
+def _of_all(seen: _Seen, spec: Spec, across: Across) -> _Found:
+    """The divergence over the whole vocabulary; without a teacher nothing but the student's entropy."""
+    zero = torch.zeros_like(seen.log_q1_target)
+    if seen.p is None or seen.log_p is None:
+        return _Found(zero, _entropy(seen, across), zero, zero, zero, zero)
+    value, dense = evaluate(spec.terms, seen.p, seen.q, seen.log_p, seen.log_q, across)
+    parts = torch.stack(
+        [value.sum(-1), dense.sum(-1), (seen.q * seen.log_q).sum(-1), (seen.p * seen.log_p).sum(-1)], -1
+    )
+    value, total, minus_q, minus_p = across.sum(parts).split(1, -1)
+    agreement = zero if seen.agreement is None else seen.agreement
+    return _Found(value, -minus_q, -minus_p, agreement, zero, zero, -total, dense)
+
+
+def _of_the_drawn(seen: _Seen, rows: Rows, spec: Spec, across: Across) -> _Found:
+    """An estimator of the divergence from the label alone."""
+    zero, columns = torch.zeros_like(seen.log_q1_target), rows.target.unsqueeze(-1)
+    log_p = rows.log_probs if seen.log_p is None else across.pick(seen.log_p, columns)
+    if log_p is None:
+        return _of_all(seen, spec, across)
+    log_q = seen.log_q1_target if spec.temperature == 1.0 else across.pick(seen.log_q, columns)
+    value, slope = spec.terms(log_p, log_q)
+    agreement = zero if seen.agreement is None else seen.agreement
+    return _Found(value, _entropy(seen, across), zero, agreement, zero, zero, -slope, None, columns, slope)
+
+
+def _of_the_likeliest(s: Tensor, t: Tensor | None, seen: _Seen, rows: Rows, spec: Spec, across: Across) -> _Found:
+    """The divergence over the teacher's k likeliest tokens, which it has sent or which its logits show, and their tail."""
+    if rows.indices is not None and rows.log_probs is not None:
+        columns, log_p = rows.indices, rows.log_probs
+        ((best, _),) = across.topk(columns.shape[-1], s)
+        s_k = across.pick(s, columns)
+        agreement = (s_k.gather(-1, log_p.argmax(-1, keepdim=True)) >= seen.highest).to(spec.dtype)
+    else:
+        assert t is not None and seen.highest_t is not None and seen.log_total_t is not None
+        (t_k, columns), (best, _) = across.topk(spec.topk, t, s)
+        log_p = (t_k - seen.highest_t) / spec.teacher_temperature - seen.log_total_t
+        s_k = across.pick(s, columns)
+        agreement = torch.zeros_like(seen.highest) if seen.agreement is None else seen.agreement
+    mass = log_p.exp().sum(-1, keepdim=True)
+    overlap = (s_k >= best.amin(-1, keepdim=True)).to(spec.dtype).mean(-1, keepdim=True)
+    if spec.tail in ("uniform", "zero"):
+        log_p, p = _filled(log_p, columns, seen.log_q, spec.tail, across)
+        found = _of_all(seen._replace(p=p, log_p=log_p), spec, across)
+    else:
+        log_q = (s_k - seen.highest) / spec.temperature - seen.log_total
+        found = _sparse(log_p, log_q, seen.p, seen.q, columns, spec, across)
+    return found._replace(agreement=agreement, mass=mass, overlap=overlap)
+
+
+def _entropy(seen: _Seen, across: Across) -> Tensor:
+    return -across.sum((seen.q * seen.log_q).sum(-1, keepdim=True))
 
 
 def _logits(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype) -> Tensor:
@@ -214,8 +266,8 @@ def _filled(log_p_k: Tensor, columns: Tensor, like: Tensor, tail: str, across: A
 
 def _sparse(
     log_p: Tensor, log_q: Tensor, p_all: Tensor | None, q_all: Tensor, columns: Tensor, spec: Spec, across: Across
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
-    """Value, both entropies, and the gradient as q · per_row plus what goes to the columns, on k known columns."""
+) -> _Found:
+    """The divergence on k known columns, with a tail that is not spread over the others."""
     if spec.tail == "renormalize":
         log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
     elif spec.tail == "bucket":
@@ -229,12 +281,14 @@ def _sparse(
     p, q = log_p.exp(), log_q.exp()
     value, weight = evaluate(spec.terms, p, q, log_p, log_q)
     total = weight.sum(-1, keepdim=True)
-    entropies = -(q * log_q).sum(-1, keepdim=True), -(p * log_p).sum(-1, keepdim=True)
-    value = value.sum(-1, keepdim=True)
+    per_row: Tensor | None = -total
+    scattered = weight
     if spec.tail == "renormalize":
-        return value, *entropies, None, weight - q * total
-    if spec.tail == "bucket":
+        per_row, scattered = None, weight - q * total
+    elif spec.tail == "bucket":
         # every token of the bucket has ∂D/∂q of the bucket
         slope = weight[..., -1:] / rest_q
-        return value, *entropies, slope - total, weight[..., :-1] - q[..., :-1] * slope
-    return value, *entropies, -total, weight
+        per_row, scattered = slope - total, weight[..., :-1] - q[..., :-1] * slope
+    value, minus_q, minus_p = (x.sum(-1, keepdim=True) for x in (value, q * log_q, p * log_p))
+    none = torch.zeros_like(value)
+    return _Found(value, -minus_q, -minus_p, none, none, none, per_row, None, columns, scattered)
