@@ -4,7 +4,8 @@
 validation batches. Models and teachers are not known here.
 """
 
-from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.alignment import Translator
+from limbeck.data.batch import IGNORE, Batch, GlobalBatch, Translation
 from limbeck.data.stream import BatchStream, fixed_batches
 from limbeck.data.tokenize import DataReport, Examples, tokenize_files, tokenize_rows
 from limbeck.data.tokenizers import check_same_tokenizer
@@ -16,6 +17,8 @@ __all__ = [
     "DataReport",
     "Examples",
     "GlobalBatch",
+    "Translation",
+    "Translator",
     "check_same_tokenizer",
     "fixed_batches",
     "tokenize_files",

@@ -10,8 +10,39 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from limbeck.objectives.cross_tokenizer import Spans
+
 IGNORE = -100
 """The label of a position that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The same documents in the tokens of a teacher with another tokenizer.
+
+    input_ids:      [documents, time'] int64, right-padded.
+    supervised:     [M] int64; the places in the flattened input_ids that predict a token of a span, in order.
+    labels:         [M] int64; those tokens.
+    spans:          which of them face which of the batch's supervised positions; its weights sum to total_weight.
+    aligned_tokens: supervised tokens of the batch that are in a span.
+    """
+
+    input_ids: Tensor
+    supervised: Tensor
+    labels: Tensor
+    spans: Spans
+    aligned_tokens: int
+    total_weight: float
+
+    def to(self, device: torch.device) -> Translation:
+        """The same on ``device``."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            supervised=self.supervised.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            spans=self.spans.to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -26,6 +57,7 @@ class Batch:
     supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
                   batch is made, so that a GPU need not be asked in the middle of a step.
     weights:      [supervised] float32, what multiplies each one's loss; None when all count alike.
+    translation:  what a teacher with another tokenizer reads instead; None when both models share one.
     """
 
     input_ids: Tensor
@@ -34,6 +66,7 @@ class Batch:
     num_tokens: int
     supervised: Tensor
     weights: Tensor | None = None
+    translation: Translation | None = None
 
     @classmethod
     def of(
@@ -58,6 +91,7 @@ class Batch:
             supervised=self.supervised.to(device, non_blocking=True),
             position_ids=None if self.position_ids is None else self.position_ids.to(device, non_blocking=True),
             weights=None if self.weights is None else self.weights.to(device, non_blocking=True),
+            translation=None if self.translation is None else self.translation.to(device),
         )
 
 
@@ -70,6 +104,7 @@ class GlobalBatch:
     normalizer:     the sum of their weights (their number when all count alike); the loss divides by it once.
     num_tokens:     non-padding tokens over all ranks.
     num_slots:      batch × time summed over all ranks; 1 − num_tokens / num_slots is the padding share.
+    aligned_share:  with a teacher of another tokenizer, the share of the supervised tokens that are compared.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -77,3 +112,4 @@ class GlobalBatch:
     normalizer: float
     num_tokens: int
     num_slots: int
+    aligned_share: float | None = None

@@ -29,7 +29,8 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
     raise LimbeckError(
         f"The tokenizers of student ({student.name_or_path}) and teacher ({teacher.name_or_path}) differ in "
         f"{len(differing)} of {len(ours.keys() | theirs.keys())} ids ({examples}); "
-        "choose a teacher that shares the student's tokenizer."
+        "choose a teacher that shares the student's tokenizer, or set cross_tokenizer: hybrid to compare their words by the "
+        "text that they stand for."
     )
 
 

@@ -10,7 +10,7 @@ from limbeck.models.heads import (
     hidden_states,
     output_head,
 )
-from limbeck.models.load import load_model, load_tokenizer, recompute_activations
+from limbeck.models.load import load_model, load_tokenizer, model_limits, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "merged_state_dict",
+    "model_limits",
     "output_head",
     "recompute_activations",
 ]

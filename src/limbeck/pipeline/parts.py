@@ -11,7 +11,15 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.data import BatchStream, Examples, GlobalBatch, check_same_tokenizer, fixed_batches, tokenize_files
+from limbeck.data import (
+    BatchStream,
+    Examples,
+    GlobalBatch,
+    Translator,
+    check_same_tokenizer,
+    fixed_batches,
+    tokenize_files,
+)
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
@@ -23,11 +31,13 @@ from limbeck.models import (
     freeze,
     load_model,
     load_tokenizer,
+    model_limits,
     output_head,
     recompute_activations,
 )
-from limbeck.objectives import Objective, TaidSchedule, compiler_found
+from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.student import StudentWithLoss
+from limbeck.pipeline.translate import translate
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher
@@ -41,7 +51,7 @@ class Data:
     """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
 
     largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
-    supervised_tokens: in an epoch.
+    supervised_tokens: in an epoch; translator: makes the batches of a teacher with another tokenizer.
     """
 
     tokenizer: Any
@@ -52,6 +62,7 @@ class Data:
     longest_row: int
     num_tokens: int
     supervised_tokens: int
+    translator: Translator | None = None
 
 
 def cache_folder(config: DistillConfig) -> Path:
@@ -68,7 +79,10 @@ def make_data(config: DistillConfig, world: World) -> Data:
     source = str(config.tokenizer_name_or_path)
     revision = model.revision if source == model.model_name_or_path else None
     tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
-    if config.has_teacher:
+    translator = None
+    if config.cross_tokenizer != "off":
+        translator = make_translator(config, tokenizer)
+    elif config.has_teacher:
         _check_tokenizers(tokenizer, config.teacher)
 
     def examples_of(files: list[str]) -> tuple[Examples, Any]:
@@ -116,11 +130,14 @@ def make_data(config: DistillConfig, world: World) -> Data:
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
         )
+        if translator is not None:
+            validation = translate(validation, translator, world)
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, int(held_out[0].tokens.max()))
         longest = max(longest, int(held_out[0].lengths.max()))
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
+    supervised = report.supervised_tokens
+    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, supervised, translator)
 
 
 def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
@@ -131,6 +148,22 @@ def _check_tokenizers(student: Any, teacher: WorkerConfig) -> None:
         return  # a bare model folder speaks the student's tokens by the user's word
     check_same_tokenizer(
         student, load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    )
+
+
+def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
+    """What turns the student's batches into the teacher's, for a teacher with a tokenizer of its own."""
+    args = config.teacher.model_args
+    name = str(args.model_name_or_path)
+    teacher = load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    length, size = model_limits(
+        name,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return Translator(
+        tokenizer, teacher, tokens=config.cross_tokenizer_tokens, teacher_length=length, teacher_size=size
     )
 
 
@@ -202,7 +235,16 @@ def make_student(
     _check_model(model, str(args.model_name_or_path or "the student"), config, data)
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
     _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
-    if teacher is not None:
+    cross = None
+    if teacher is not None and data.translator is not None:
+        known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
+        cross = CrossTokenizer(
+            data.translator.vocabularies(vocab, min(known, teacher.head.weight.shape[0])),
+            config.cross_tokenizer,
+            config.cross_tokenizer_rest_weight,
+            config.cross_tokenizer_merge,
+        )
+    elif teacher is not None:
         vocab = min(vocab, teacher.head.weight.shape[0])
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
@@ -227,7 +269,7 @@ def make_student(
         if args.lora_target:
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
-    root = StudentWithLoss(model, objective, vocab, compiled).train()
+    root = StudentWithLoss(model, objective, vocab, compiled, cross).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 
@@ -270,9 +312,12 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         seed=config.seed,
         role="teacher",
     )
-    _check_model(model, str(args.model_name_or_path), config, data)
     head = output_head(model)
-    _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
+    if data.translator is None:
+        _check_model(model, str(args.model_name_or_path), config, data)
+        _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
+    else:  # the translator keeps to what the teacher's configuration says
+        check_head(model, str(args.model_name_or_path))
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)

@@ -21,6 +21,9 @@ class LocalTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
-        """The signal for one micro-batch on the teacher's device."""
+        """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
+        if batch.translation is not None:
+            hidden = hidden_states(self.body, batch.translation.input_ids, None)
+            return Signal(hidden.flatten(0, 1).index_select(0, batch.translation.supervised), self.head)
         hidden = hidden_states(self.body, batch.input_ids, batch.position_ids)
         return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head)
