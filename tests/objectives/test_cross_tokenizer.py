@@ -165,8 +165,6 @@ def reference(problem, kind, merge, name, rest_weight, w, tau, tau_t, squared, n
             p = stack(p_row, first + list(pairs.values()))
             rest_q, rest_p = stack(q_row, voc.student_rest.tolist()), stack(p_row, voc.teacher_rest.tolist())
             if merge == "span":
-                if len(rest_q) and len(rest_p):
-                    q, p = torch.cat([q, rest_q.sum()[None]]), torch.cat([p, rest_p.sum()[None]])
                 q, p = q / q.sum(), p / p.sum()
             value = d_of(name, p, q) + rest_weight * sorted_l1(rest_q, rest_p)
         kd = kd + weight.double() * value

@@ -8,7 +8,7 @@ import torch
 from tiny import TEMPLATE, make_model, rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as dec
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from limbeck import DistillPipeline, LimbeckError
 
@@ -37,11 +37,10 @@ def make_other_tokenizer(folder: Path) -> None:
 def stranger(tmp_path_factory) -> Path:
     """A teacher with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("stranger")
-    make_other_tokenizer(folder / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(folder / "teacher")
-    make_model(folder / "teacher", hidden=48, layers=3, seed=1, vocab_size=len(tokenizer) + 3, eos_token_id=2)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"):
-        (folder / "teacher" / name).unlink(missing_ok=True)
+    # Of a Qwen2 checkpoint transformers would make a Qwen2 tokenizer, whatever the files say.
+    make_model(folder / "teacher", kind="mistral", hidden=48, layers=3, seed=1, vocab_size=340, eos_token_id=2)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / "teacher" / name).unlink()
     make_other_tokenizer(folder / "teacher")
     return folder / "teacher"
 
@@ -68,12 +67,12 @@ def test_the_student_comes_closer_to_a_teacher_with_another_tokenizer(configure,
                           "student.training_args.learning_rate": 3e-3})  # fmt: skip
     DistillPipeline(config).run()
     out = Path(config.output_dir)
-    judged = lines(out, "val/kd")
-    assert judged[-1] < 0.8 * judged[0]
-    assert min(lines(out, "train/aligned_share")) > 0.95
-    model, tokenizer = (c.from_pretrained(out / "student") for c in (AutoModelForCausalLM, AutoTokenizer))
+    learned = lines(out, "train/train_distill_loss")
+    assert sum(learned[-3:]) < 0.65 * sum(learned[:3])
+    assert lines(out, "val/kd")[-1] < lines(out, "val/kd")[0]
+    assert set(lines(out, "train/aligned_share")) == {1.0}
+    tokenizer = AutoTokenizer.from_pretrained(out / "student")
     assert tokenizer.chat_template == TEMPLATE
-    assert model.get_input_embeddings().weight.shape[0] == len(tokenizer)
 
 
 def test_resume_is_bit_exact(configure, cross, tmp_path):
@@ -127,7 +126,7 @@ def test_what_does_not_go_together_is_told_at_once(configure, cross, changes, sa
 
 def test_a_teacher_with_too_few_positions_answers_what_it_can_read(configure, cross):
     config = configure(
-        **cross, **{"max_steps": 2, "teacher.model_args.model_config_kwargs": {"max_position_embeddings": 50}}
+        **cross, **{"max_steps": 2, "teacher.model_args.model_config_kwargs": {"max_position_embeddings": 34}}
     )
     DistillPipeline(config).run()
     shares = lines(Path(config.output_dir), "train/aligned_share")

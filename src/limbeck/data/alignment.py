@@ -53,13 +53,15 @@ def common_spans(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
 
 
 def _between(stops: Ints) -> Ints:
-    return np.stack([np.concatenate(([0], stops[:-1])), stops], -1).astype(np.int64).reshape(-1, 2)
+    return np.stack([np.concatenate(([0], stops))[:-1], stops], -1).astype(np.int64)
 
 
 def ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Ints:
     """Where each token ends, in UTF-8 bytes of ``text``, from the characters that it covers [n, 2].
 
-    Several tokens that cover parts of one character say so by overlapping; only the last of them ends at a boundary.
+    Several tokens that cover parts of one character say so by overlapping; only the last of them ends at a boundary. What no
+    token covers was dropped or merged by a normaliser, so there is no boundary before it either, unless it is blanks, which
+    some tokenizers leave out of the token behind them.
     """
     if not len(offsets):
         return np.empty(0, dtype=np.int64)
@@ -67,7 +69,8 @@ def ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Ints:
     bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)], dtype=np.int64)
     reached = np.maximum.accumulate(places[:, 1])
     later = np.append(np.minimum.accumulate(places[::-1, 0])[::-1][1:], len(text))
-    return np.where(later >= reached, bytes_before[reached], UNKNOWN)
+    gaps = [text[end:start].strip(" ") != "" for end, start in zip(reached.tolist(), later.tolist(), strict=True)]
+    return np.where((later >= reached) & ~np.array(gaps), bytes_before[reached], UNKNOWN)
 
 
 class TokenText:

@@ -10,11 +10,14 @@ which sums to 1: *the span is written*, or it is begun and left, or another toke
 alike from its own tokens. If one model writes the span with a single token that the other one has as well, that token counts
 as writing the span there too.
 
-    hybrid   D(P, Q) over the span, the tokens that both vocabularies have, and all others as one (both sides then sum to 1),
-             plus rest_weight · Σ |sort P − sort Q| over the tokens of one side alone
+    hybrid   D(P, Q) over the span and the tokens that both vocabularies have, both sides renormalised over these, plus
+             rest_weight · Σ |sort P − sort Q| over the tokens that one side alone has
     uld      Σ |sort P − sort Q| over everything (Universal Logit Distillation, arXiv 2402.12030)
 
     loss = [ (1 − w) Σ u CE  +  w Σ u_g (that) ] / normalizer
+
+D is renormalised because a token that the teacher alone has says nothing of one that the student alone has: both sides'
+mass outside the common tokens could only be made equal by raising tokens that nobody asked for.
 
 With equal vocabularies every span is one token and hybrid is the ordinary loss. Logits are never held whole: positions are
 walked in chunks, and gradients are formed where the logits are, as in ``fused``.
@@ -436,12 +439,9 @@ def compare(
     rest_q = rows_q.index_select(-1, vocabularies.student_rest + shift)
     rest_p = rows_p.index_select(-1, vocabularies.teacher_rest + shift)
     if cross.merge == "span":
-        if rest_q.shape[1] and rest_p.shape[1]:
-            common_q = torch.cat([common_q, rest_q.logsumexp(-1, keepdim=True)], -1)
-            common_p = torch.cat([common_p, rest_p.logsumexp(-1, keepdim=True)], -1)
         common_q, common_p = common_q.log_softmax(-1), common_p.log_softmax(-1)
     value = _Value.apply(common_q, common_p, terms)
-    if cross.rest_weight:
+    if cross.rest_weight and rest_q.shape[1] + rest_p.shape[1]:
         value = value + cross.rest_weight * _sorted_difference(rest_q.exp(), rest_p.exp())
     return value, others
 
