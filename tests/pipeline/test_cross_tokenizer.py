@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from limbeck import DistillPipeline, LimbeckError
 
 from .conftest import assert_same_weights, forget_after
+from .test_ranks import train
 
 
 def make_other_tokenizer(folder: Path) -> None:
@@ -132,3 +133,13 @@ def test_a_teacher_with_too_few_positions_answers_what_it_can_read(configure, cr
     shares = lines(Path(config.output_dir), "train/aligned_share")
     assert all(0 < share < 1 for share in shares)
     assert torch.tensor(lines(Path(config.output_dir), "train/loss")).isfinite().all()
+
+
+def test_two_ranks_give_the_losses_of_one(configure, settings, cross, tmp_path):
+    # Each rank knows its own spans only; the mean is over those of both.
+    changes = {**cross, "distill_loss_weight": 0.7, "max_steps": 4}
+    DistillPipeline(configure(**changes, output_dir=str(tmp_path / "one"))).run()
+    halves = {"student.training_args.per_device_train_batch_size": 4}
+    train(settings(**changes, **halves, output_dir=str(tmp_path / "many")), tmp_path, 2)
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "train/aligned_share", "val/loss"):
+        assert lines(tmp_path / "many", key) == pytest.approx(lines(tmp_path / "one", key), rel=1e-5, abs=1e-5), key

@@ -758,7 +758,9 @@ class DistillConfig(Section):
         if self.cross_tokenizer == "off":
             for key in ("rest_weight", "merge", "tokens"):
                 yield f"cross_tokenizer_{key}", "is read with cross_tokenizer only"
-        elif self.cross_tokenizer == "uld":
+        else:
+            yield "compile_loss", "is not read with cross_tokenizer, whose loss is not compiled"
+        if self.cross_tokenizer == "uld":
             for key in ("kd_objective", "cross_tokenizer_rest_weight"):
                 yield key, "is not read with cross_tokenizer: uld, which sorts everything"
         if self.logits_topk == 0:
