@@ -59,8 +59,9 @@ def lines(folder: Path, key: str) -> list[float]:
 @pytest.mark.parametrize("changes", [
     {"cross_tokenizer": "hybrid"},
     {"cross_tokenizer": "hybrid", "student.use_sequence_packing": True, "kd_objective": "js_divergence"},
-    {"cross_tokenizer": "uld"},
-], ids=["hybrid", "packed", "uld"])  # fmt: skip
+    {"cross_tokenizer": "hybrid", "student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"},
+        {"cross_tokenizer": "uld"},
+], ids=["hybrid", "packed", "bf16", "uld"])  # fmt: skip
 def test_the_student_comes_closer_to_a_teacher_with_another_tokenizer(configure, cross, changes):
     packed = "student.use_sequence_packing" in changes
     batch = {"student.training_args.per_device_train_batch_size": 2} if packed else {}
