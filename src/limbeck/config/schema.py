@@ -681,6 +681,27 @@ class DistillConfig(Section):
         "forward and the reverse KL as in GKD.",
     )
 
+    cross_tokenizer: Literal["off", "hybrid", "uld"] = Field(
+        default="off",
+        description="How a teacher with another tokenizer is compared, over spans of equal text: hybrid (kd_objective over the "
+        "tokens that both have, sorted probabilities for the rest), uld (sorted probabilities only), or off (refused).",
+    )
+    cross_tokenizer_rest_weight: float = Field(
+        default=1.0,
+        ge=0,
+        description="In hybrid, the weight of the sorted difference over tokens that one side alone has.",
+    )
+    cross_tokenizer_merge: Literal["span", "gold"] = Field(
+        default="span",
+        description="How a span of several tokens becomes one distribution: span (a proper one, with an entry for the span), "
+        "gold (the first token's, scaled by the later tokens' probability, as in TRL's GOLD).",
+    )
+    cross_tokenizer_tokens: dict[str, str] = Field(
+        default_factory=dict,
+        description="Special tokens of the student and what the teacher reads instead, such as "
+        '`{"<|im_end|>": "<end_of_turn>"}`; end tokens correspond without being named.',
+    )
+
     compile_loss: Literal["auto"] | bool = Field(
         default="auto",
         description="Compile the elementwise part of the loss: auto does where there is a compiler and the run is long "
@@ -808,6 +829,24 @@ class DistillConfig(Section):
                 "names modules to train beside LoRA; set student.model_args.lora_target too",
             )
 
+        if self.cross_tokenizer != "off":
+            if teacher.model_name_or_path is None:
+                yield Contradiction(
+                    "cross_tokenizer", f"= {self.cross_tokenizer} needs the teacher's tokenizer; set teacher_pretrain"
+                )
+            if self.logits_topk:
+                yield Contradiction(
+                    "logits_topk", "does not go with cross_tokenizer, which compares whole vocabularies; set it to 0"
+                )
+            if self.features.pairs:
+                yield Contradiction(
+                    "features.pairs", "compare states token by token, which cross_tokenizer has no pairs of; remove one"
+                )
+            if self.loss_balance != "weighted":
+                yield Contradiction(
+                    "loss_balance", f"= {self.loss_balance} does not go with cross_tokenizer; use weighted"
+                )
+
     def _training_contradictions(self) -> Iterator[Contradiction]:
         student, training = self.student, self.student.training_args
         data = student.data_args
@@ -914,6 +953,14 @@ class DistillConfig(Section):
         for key, objectives in OBJECTIVE_KEYS.items():
             if self.kd_objective not in objectives:
                 yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {self.kd_objective}"
+        if self.cross_tokenizer == "off":
+            for key in ("rest_weight", "merge", "tokens"):
+                yield f"cross_tokenizer_{key}", "is read with cross_tokenizer only"
+        else:
+            yield "compile_loss", "is not read with cross_tokenizer, whose loss is not compiled"
+        if self.cross_tokenizer == "uld":
+            for key in ("kd_objective", "cross_tokenizer_rest_weight"):
+                yield key, "is not read with cross_tokenizer: uld, which sorts everything"
         if self.logits_topk == 0:
             yield "logits_topk_tail", "is read with logits_topk only"
         if not self.features.pairs:

@@ -4,7 +4,8 @@
 makes ahead of their time; ``fixed_batches`` into validation batches. Models and teachers are not known here.
 """
 
-from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.alignment import Translator
+from limbeck.data.batch import IGNORE, Batch, GlobalBatch, Translation
 from limbeck.data.encode import TokenizeSettings
 from limbeck.data.examples import DataReport, Examples
 from limbeck.data.mixture import Mixture, MixtureSettings, mix
@@ -26,6 +27,8 @@ __all__ = [
     "PrefetchedStream",
     "Source",
     "TokenizeSettings",
+    "Translation",
+    "Translator",
     "check_same_tokenizer",
     "fixed_batches",
     "mix",

@@ -12,8 +12,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.objectives.cross_tokenizer import Spans
+
 IGNORE = -100
 """The label of a position that is not supervised."""
+
+
+@dataclass(frozen=True)
+class Translation:
+    """The same documents in the tokens of a teacher with another tokenizer.
+
+    input_ids:      [documents, time'] int64, right-padded.
+    supervised:     [M] int64; the places in the flattened input_ids that predict a token of a span, in order.
+    labels:         [M] int64; those tokens.
+    spans:          which of them face which of the batch's supervised positions; its weights sum to total_weight.
+    aligned_tokens: supervised tokens of the batch that are in a span.
+    """
+
+    input_ids: Tensor
+    supervised: Tensor
+    labels: Tensor
+    spans: Spans
+    aligned_tokens: int
+    total_weight: float
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Translation:
+        """The same with every tensor changed."""
+        return replace(
+            self,
+            input_ids=change(self.input_ids),
+            supervised=change(self.supervised),
+            labels=change(self.labels),
+            spans=self.spans.each(change),
+        )
 
 
 @dataclass(frozen=True)
@@ -31,6 +62,7 @@ class Batch:
                   batch is made, so that a GPU need not be asked in the middle of a step.
     weights:      [supervised] float32, what multiplies each one's loss; None when all count alike.
     real:         [num_tokens] int64, the places in the flattened input_ids that are not padding; None when there is none.
+    translation:  what a teacher with another tokenizer reads instead; None when both models share one.
     """
 
     input_ids: Tensor
@@ -41,6 +73,7 @@ class Batch:
     weights: Tensor | None = None
     real: Tensor | None = None
     documents: tuple[int, ...] | None = None
+    translation: Translation | None = None
 
     @classmethod
     def of(
@@ -70,6 +103,8 @@ class Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.translation is not None:
+            changed["translation"] = self.translation.each(change)
         return replace(self, **changed)
 
 
@@ -82,6 +117,7 @@ class GlobalBatch:
     normalizer:     the sum of their weights (their number when all count alike); the loss divides by it once.
     num_tokens:     non-padding tokens over all ranks.
     num_slots:      batch × time summed over all ranks; 1 − num_tokens / num_slots is the padding share.
+    aligned_share:  with a teacher of another tokenizer, the share of the supervised tokens that are compared.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -89,6 +125,7 @@ class GlobalBatch:
     normalizer: float
     num_tokens: int
     num_slots: int
+    aligned_share: float | None = None
 
     def pinned(self) -> GlobalBatch:
         """The same step with its micro-batches in page-locked memory."""

@@ -43,13 +43,15 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         )
         raise LimbeckError(
             f"{names} differ in {len(differing)} of {len(ours.keys() | theirs.keys())} ids ({examples}); "
-            "choose a teacher that shares the student's tokenizer."
+            "choose a teacher that shares the student's tokenizer, or set cross_tokenizer: hybrid to compare their words by "
+            "the text that they stand for."
         )
     others = _other_cuts(student, teacher)
     if others:
         raise LimbeckError(
             f"{names} have the same ids, but cut text differently (their {' and '.join(others)} differ); "
-            "choose a teacher that shares the student's tokenizer."
+            "choose a teacher that shares the student's tokenizer, or set cross_tokenizer: hybrid to compare their words by "
+            "the text that they stand for."
         )
 
 

@@ -63,6 +63,22 @@ def load_model(
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
 
 
+def model_limits(
+    name_or_path: str, *, config_kwargs: Mapping[str, Any], revision: str | None = None, trust_remote_code: bool = False
+) -> tuple[int | None, int | None]:
+    """How many positions and how many tokens a checkpoint knows, by its configuration; None where that names no limit."""
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        common["revision"] = revision
+    try:
+        config = _changed(AutoConfig.from_pretrained(name_or_path, **common), dict(config_kwargs))
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        hint = _hint(name_or_path)
+        raise LimbeckError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}{hint}") from error
+    text = config.get_text_config()
+    return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
+
+
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     """``config`` with other values, made anew so that what is derived from them (a type per layer, say) follows."""
     if not changes:

@@ -31,6 +31,7 @@ from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_sche
 from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_objective, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
+from limbeck.pipeline.translate import translate
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
@@ -159,6 +160,8 @@ class _Run:
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
         with timer.section("data"):
             batch = next(self.data.stream)
+            if self.data.translator is not None and self.distils:
+                (batch,) = translate([batch], self.data.translator, self.world)
         # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
         normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))

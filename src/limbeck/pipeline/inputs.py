@@ -17,13 +17,15 @@ from limbeck.data import (
     MixtureSettings,
     PrefetchedStream,
     Source,
+    Translator,
     check_same_tokenizer,
     fixed_batches,
     mix,
     tokenize_files,
 )
-from limbeck.models import load_tokenizer
+from limbeck.models import load_tokenizer, model_limits
 from limbeck.pipeline.console import row_counter
+from limbeck.pipeline.translate import translate
 from limbeck.strategies.world import World
 
 
@@ -32,7 +34,7 @@ class Data:
     """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
 
     largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
-    supervised_tokens: in an epoch.
+    supervised_tokens: in an epoch; translator: makes the batches of a teacher with another tokenizer.
     """
 
     tokenizer: Any
@@ -43,6 +45,7 @@ class Data:
     longest_row: int
     num_tokens: int
     supervised_tokens: int
+    translator: Translator | None = None
 
 
 def cache_folder(config: DistillConfig) -> Path:
@@ -75,7 +78,10 @@ def make_data(config: DistillConfig, world: World) -> Data:
     """Read, check and tokenise everything before anything is trained."""
     training = config.student.training_args
     tokenizer = make_tokenizer(config)
-    if config.has_teacher and (of_teacher := teacher_tokenizer(config.teacher)) is not None:
+    translator = None
+    if config.cross_tokenizer != "off":
+        translator = make_translator(config, tokenizer)
+    elif config.has_teacher and (of_teacher := teacher_tokenizer(config.teacher)) is not None:
         check_same_tokenizer(tokenizer, of_teacher)
 
     if not world.is_main:
@@ -113,12 +119,31 @@ def make_data(config: DistillConfig, world: World) -> Data:
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
         )
+        if translator is not None:
+            validation = translate(validation, translator, world)
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
     stream = PrefetchedStream(steps, device=world.device)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, report.supervised_tokens)
+    supervised = report.supervised_tokens
+    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, supervised, translator)
+
+
+def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
+    """What turns the student's batches into the teacher's, for a teacher with a tokenizer of its own."""
+    args = config.teacher.model_args
+    name = str(args.model_name_or_path)
+    teacher = load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    length, size = model_limits(
+        name,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return Translator(
+        tokenizer, teacher, tokens=config.cross_tokenizer_tokens, teacher_length=length, teacher_size=size
+    )
 
 
 def prepare_examples(config: DistillConfig, tokenizer: Any, *, show: bool = True) -> tuple[Examples, DataReport]:

@@ -86,6 +86,7 @@ class StepMetrics:
 
     def _begin(self) -> None:
         self._steps = self._tokens = self._supervised = self._slots = 0
+        self._aligned = 0.0
         self._started = time.perf_counter()
 
     @contextmanager
@@ -101,6 +102,7 @@ class StepMetrics:
         self._tokens += batch.num_tokens
         self._supervised += batch.num_supervised
         self._slots += batch.num_slots
+        self._aligned += (batch.aligned_share or 0.0) * batch.num_supervised
         self._norm += grad_norm
 
     def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
@@ -138,6 +140,8 @@ class StepMetrics:
         pairs = {f"train/{name}": value for name, value in losses.items() if name.startswith(FEATURES)}
         if pairs:
             line |= pairs | {f"train/{FEATURES}total": sum(pairs.values()) / len(pairs)}
+        if self._aligned:
+            line["train/aligned_share"] = self._aligned / max(self._supervised, 1)
         self._begin()
         return line
 

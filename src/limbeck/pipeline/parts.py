@@ -23,7 +23,7 @@ from limbeck.models import (
     output_head,
     recompute_activations,
 )
-from limbeck.objectives import Objective, TaidSchedule, compiler_found
+from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.student import StudentWithLoss
@@ -105,7 +105,16 @@ def make_student(
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
     _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
-    if teacher is not None:
+    cross = None
+    if teacher is not None and data.translator is not None:
+        known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
+        cross = CrossTokenizer(
+            data.translator.vocabularies(vocab, min(known, teacher.head.weight.shape[0])),
+            config.cross_tokenizer,
+            config.cross_tokenizer_rest_weight,
+            config.cross_tokenizer_merge,
+        )
+    elif teacher is not None:
         vocab = min(vocab, teacher.head.weight.shape[0])
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
@@ -131,7 +140,7 @@ def make_student(
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled).train()
+    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 
@@ -174,11 +183,14 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         seed=config.seed,
         role="teacher",
     )
-    _check_model(model, str(args.model_name_or_path), config, data)
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
     head = output_head(model)
-    _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
+    if data.translator is None:
+        _check_model(model, str(args.model_name_or_path), config, data)
+        _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
+    else:  # the translator keeps to what the teacher's configuration says
+        check_head(model, str(args.model_name_or_path))
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, body, hidden_states, output_head
-from limbeck.objectives import DistillationLoss, Objective, fused_linear_distillation, modelopt_balance
+from limbeck.objectives import (
+    CrossTokenizer,
+    DistillationLoss,
+    Objective,
+    cross_tokenizer_distillation,
+    fused_linear_distillation,
+    modelopt_balance,
+)
 from limbeck.pipeline.features import Features
 from limbeck.teachers import Signal
 
@@ -45,12 +52,14 @@ class StudentWithLoss(nn.Module):
         features: Features | None = None,
         balance: str = "weighted",
         compiled: bool | None = None,
+        cross: CrossTokenizer | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.vocab_size = vocab_size
         self.compiled = compiled
+        self.cross = cross
 
         self.features = features
         self.balance = balance
@@ -93,12 +102,27 @@ class StudentWithLoss(nn.Module):
     def _of_logits(
         self, objective: Objective, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
     ) -> DistillationLoss:
+        labels = batch.labels.flatten().index_select(0, batch.supervised)
+        if self.cross is not None and signal is not None and batch.translation is not None:
+            return cross_tokenizer_distillation(
+                rows,
+                output_head(self.model),
+                signal.hidden,
+                signal.head,
+                labels,
+                batch.translation.labels,
+                batch.translation.spans,
+                cross=self.cross,
+                objective=objective,
+                weights=batch.weights,
+                normalizer=normalizer,
+            )
         return fused_linear_distillation(
             rows,
             output_head(self.model),
             None if signal is None else signal.hidden,
             None if signal is None else signal.head,
-            batch.labels.flatten().index_select(0, batch.supervised),
+            labels,
             objective=objective,
             vocab_size=self.vocab_size,
             weights=batch.weights,

@@ -26,7 +26,10 @@ class LocalTeacher:
 
     @torch.no_grad()
     def signals(self, batch: Batch) -> Signal:
-        """The signal for one micro-batch on the teacher's device."""
+        """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
+        if batch.translation is not None:
+            hidden = hidden_states(self.body, batch.translation.input_ids, None)
+            return Signal(hidden.flatten(0, 1).index_select(0, batch.translation.supervised), self.head)
         with self._taps.opened() as found:
             hidden = hidden_states(self.body, batch.input_ids, batch.position_ids, batch.documents)
         features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
