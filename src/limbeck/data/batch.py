@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE = -100
-"""The label of a position that is not supervised."""
+from limbeck.data.masks import IGNORE
 
 
 @dataclass(frozen=True)

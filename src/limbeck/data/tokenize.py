@@ -10,8 +10,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.data import cache
-from limbeck.data.batch import IGNORE
-from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings
+from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings, make_encoder
 from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
-from limbeck.data.rows import FORMATS, check_columns, detect, shown_format
+from limbeck.data.masks import IGNORE
+from limbeck.data.rows import FORMATS, RowKeys, check_columns, detect, shown_format
 from limbeck.data.sources import BadRow, Document, Input, Item, Line, Record, RowError, Source, decoded, inputs_of
-from limbeck.data.templates import check_template_kwargs, resolve_template
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -55,9 +54,10 @@ def tokenize_files(
     *,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    settings: TokenizeSettings | None = None,
+    **changes: Any,
 ) -> tuple[Examples, DataReport]:
-    """Read, check, render and tokenise every row of ``files``; ``settings`` are the fields of ``TokenizeSettings``.
+    """Read, check, render and tokenise every row of ``files``; ``changes`` are fields of ``settings``.
 
     A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
     every token. A row with nothing supervised is dropped. With ``cache_dir`` the result is kept there under a hash of
@@ -65,7 +65,7 @@ def tokenize_files(
 
     Raises LimbeckError for anything wrong in any row, before a single row is trained on, unless ``on_bad_row`` is ``skip``.
     """
-    encoder = _encoder(tokenizer, settings)
+    encoder = make_encoder(tokenizer, replace(settings or TokenizeSettings(), **changes))
     named = [one if isinstance(one, Source) else Source.named(one) for one in files]
     sources = [(source, inputs_of(source)) for source in named or [Source()]]
     if cache_dir is None:
@@ -82,30 +82,12 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: Progress | None = None,
-    **settings: Any,
+    **changes: Any,
 ) -> tuple[Examples, DataReport]:
     """The same for rows in memory, in this process; errors name a row as ``rows:<index>``."""
-    encoder = _encoder(tokenizer, {"workers": 1, **settings})
+    encoder = make_encoder(tokenizer, TokenizeSettings(**{"workers": 1, **changes}))
     records = Input("rows", (), "", lambda: (Record(row, "rows", index) for index, row in enumerate(rows)))
     return _tokenize([(Source(), [records])], encoder, progress, None)
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]) -> Encoder:
-    settings = TokenizeSettings(**given)
-    if not tokenizer.is_fast:
-        raise LimbeckError(
-            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
-            "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
-        )
-    check_template_kwargs(settings.template_kwargs)
-    template = resolve_template(
-        settings.template,
-        tokenizer,
-        default_system=settings.default_system,
-        prompt_file=settings.prompt_file,
-        train_on=settings.train_on,
-    )
-    return Encoder(tokenizer, template, settings)
 
 
 def _tokenize(
@@ -144,12 +126,11 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
     file = 0
     for number, (source, inputs) in enumerate(sources):
         for one in inputs:
-            items = iter(one.read())
-            form, peeked = _format_of(one.name, source, items, encoder)
+            form, items = read_input(one, source, encoder.settings.keys)
             tally.formats.append(TOKENS if form == TOKENS else shown_format(form, encoder.settings.keys))
             portion: list[Item] = []
             size = 0
-            for item in chain(peeked, items):
+            for item in items:
                 portion.append(item)
                 size += _size(item)
                 if len(portion) == _BATCH_ROWS or size >= _BATCH_SIZE:
@@ -160,34 +141,30 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
             file += 1
 
 
-def _format_of(name: str, source: Source, items: Iterator[Item], encoder: Encoder) -> tuple[str, list[Item]]:
-    """The shape of an input's rows, by the source's setting or the first row that can be read, and what was read for it."""
-    keys = encoder.settings.keys
+def read_input(one: Input, source: Source, keys: RowKeys) -> tuple[str, Iterator[Item]]:
+    """The shape of an input's rows, by the source's setting or the first row that can be read, and all its rows."""
+    items = one.read()
     peeked: list[Item] = []
     form = source.format
     for item in items:
         peeked.append(item)
         if isinstance(item, Document):
             form = TOKENS
-        elif isinstance(item, (Line, Record)):
-            try:
-                record = decoded(item)
-            except RowError:
-                if len(peeked) < _PEEKED:
-                    continue
+            break
+        if isinstance(item, (Line, Record)):
+            with suppress(RowError):
+                form = form or detect(decoded(item), keys)
                 break
-            form = form or detect(record, keys)
-        elif len(peeked) < _PEEKED:
-            continue
-        break
+        if len(peeked) == _PEEKED:
+            break
     if not peeked:
-        raise LimbeckError(f"{name} holds no rows; remove it from data_args.file_name, or fill it.")
+        raise LimbeckError(f"{one.name} holds no rows; remove it from data_args.file_name, or fill it.")
     form = form or "question_answer"
     if form != TOKENS:
         if form not in FORMATS:
             raise LimbeckError(f"format: {form} is unknown; use {', '.join(FORMATS)}.")
-        check_columns(form, keys, name)
-    return form, peeked
+        check_columns(form, keys, one.name)
+    return form, chain(peeked, items)
 
 
 def _size(item: Item) -> int:
@@ -292,6 +269,8 @@ class _Tally:
             template=self._encoder.template.name,
             sequence_length=self._encoder.settings.sequence_length,
             rows=self.rows,
+            rewritten=self._counts["rewritten"],
+            texts=self._counts["texts"],
             truncated=self._counts["truncated"],
             dropped=dict(self._dropped),
             tokens=int(offsets[-1]),
