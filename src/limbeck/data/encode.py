@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class TokenizeSettings:
             if getattr(self, name) not in allowed:
                 raise LimbeckError(f"{name} = {getattr(self, name)} is not one of {', '.join(allowed)}.")
 
-    @property
+    @cached_property
     def keys(self) -> RowKeys:
         """The columns of a row."""
         return RowKeys(

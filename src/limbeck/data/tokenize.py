@@ -69,11 +69,11 @@ def tokenize_files(
     named = [one if isinstance(one, Source) else Source.named(one) for one in files]
     sources = [(source, inputs_of(source)) for source in named or [Source()]]
     if cache_dir is None:
-        return _tokenize(sources, encoder, progress, None)
+        return _tokenize(sources, encoder, progress, None).in_memory()
     folder = cache_dir / cache.cache_key(sources, encoder, cache_dir)
     with cache.entry(folder) as unfinished:
         if unfinished is not None:
-            _tokenize(sources, encoder, progress, unfinished)
+            _tokenize(sources, encoder, progress, unfinished).on_disk()
     return cache.load(folder, [one.name for _, inputs in sources for one in inputs])
 
 
@@ -87,12 +87,12 @@ def tokenize_rows(
     """The same for rows in memory, in this process; errors name a row as ``rows:<index>``."""
     encoder = make_encoder(tokenizer, TokenizeSettings(**{"workers": 1, **changes}))
     records = Input("rows", (), "", lambda: (Record(row, "rows", index) for index, row in enumerate(rows)))
-    return _tokenize([(Source(), [records])], encoder, progress, None)
+    return _tokenize([(Source(), [records])], encoder, progress, None).in_memory()
 
 
 def _tokenize(
     sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, progress: Progress | None, folder: Path | None
-) -> tuple[Examples, DataReport]:
+) -> _Tally:
     tally = _Tally(sources, encoder, folder)
     with ExitStack() as stack:
         stack.callback(tally.close)
@@ -110,7 +110,7 @@ def _tokenize(
             tally.add(batch, encoded)
             if progress:
                 progress(tally.rows)
-        return tally.done()
+    return tally
 
 
 def _worker_count(sources: Sequence[tuple[Source, Sequence[Input]]], settings: TokenizeSettings) -> int:
@@ -176,19 +176,15 @@ def _size(item: Item) -> int:
     return _characters(item.row) if isinstance(item, Record) else 0
 
 
-def _characters(value: Any) -> int:
+def _characters(value: Any, levels: int = 6) -> int:
+    """About how much text a value holds; what lies deeper than that is counted by its parts alone."""
     if isinstance(value, str):
         return len(value)
-    # Two levels are enough for a conversation; what lies deeper is counted by its shape.
-    inner = list(value.values() if isinstance(value, dict) else value) if isinstance(value, (dict, list)) else []
-    return 16 + sum(
-        len(part)
-        if isinstance(part, str)
-        else _characters(part)
-        if isinstance(part, (dict, list)) and part is not value
-        else 16
-        for part in inner
-    )
+    if not isinstance(value, (dict, list)):
+        return 16
+    if not levels:
+        return 16 * len(value)
+    return 16 + sum(_characters(part, levels - 1) for part in (value.values() if isinstance(value, dict) else value))
 
 
 class _Tally:
@@ -203,9 +199,6 @@ class _Tally:
         self._folder = folder
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._files: dict[str, ArrayFile] = {}
-        self._lengths: list[NDArray[np.int64]] = []
-        self._supervised: list[NDArray[np.int32]] = []
-        self._groups: list[NDArray[np.int32]] = []
         self._group_numbers: dict[tuple[int, str], int] = {}
         self._weighted = False
         self._bad_file: Any = None
@@ -214,7 +207,7 @@ class _Tally:
         self._counts = Counter[str]()
         self._dropped = Counter[str]()
         self._bad = Counter[str]()
-        self._largest = 0
+        self._tokens = self._supervised = self._largest = 0
         self.formats: list[str] = []
 
     @property
@@ -242,29 +235,41 @@ class _Tally:
             self._put("weights", plain if encoded.weights is None else encoded.weights)
         self._put("tokens", encoded.tokens)
         self._put("labels", encoded.labels)
-        self._lengths.append(encoded.lengths)
-        self._supervised.append(encoded.supervised)
-        self._groups.append(self._group(batch.source, encoded))
+        ends = self._tokens + np.cumsum(encoded.lengths)
+        self._put("offsets", ends if self._tokens else np.concatenate(([0], ends)))
+        self._put("supervised", encoded.supervised)
+        self._put("groups", self._group(batch.source, encoded))
+        self._tokens = int(ends[-1])
+        self._supervised += int(encoded.supervised.sum(dtype=np.int64))
         self._largest = max(self._largest, int(encoded.tokens.max()))
 
-    def done(self) -> tuple[Examples, DataReport]:
+    def in_memory(self) -> tuple[Examples, DataReport]:
+        """What was collected without a folder."""
+        report, needed = self._report(), self._needed()
+        return Examples(
+            **{name: np.concatenate(parts) for name, parts in self._arrays.items() if name in needed}
+        ), report
+
+    def on_disk(self) -> None:
+        """Complete the folder, so that ``cache.load`` can map it."""
+        assert self._folder is not None
+        report = self._report()
+        for name in self._files.keys() - self._needed():
+            (self._folder / f"{name}.npy").unlink()
+        (self._folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+
+    def _report(self) -> DataReport:
         files = tuple(
             FileReport(name, form, self._rows_of[i], self._bad_of[i])
             for i, (name, form) in enumerate(zip(self._names, self.formats, strict=True))
         )
-        if not self._lengths:
+        if not self._tokens:
             reasons = [*self._dropped, *(f"bad rows: {kind}" for kind in self._bad)]
             raise LimbeckError(
                 f"None of the {self.rows} rows of {', '.join(file.path for file in files)} can be learnt from "
                 f"({'; '.join(reasons) or 'there are none'}); raise sequence_length, or give rows with answers."
             )
-        lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        small: dict[str, NDArray[Any]] = {"offsets": offsets, "supervised": np.concatenate(self._supervised)}
-        if len(self._group_numbers) > 1:
-            small["groups"] = np.concatenate(self._groups)
-        report = DataReport(
+        return DataReport(
             files=files,
             template=self._encoder.template.name,
             sequence_length=self._encoder.settings.sequence_length,
@@ -273,28 +278,23 @@ class _Tally:
             texts=self._counts["texts"],
             truncated=self._counts["truncated"],
             dropped=dict(self._dropped),
-            tokens=int(offsets[-1]),
-            supervised_tokens=int(small["supervised"].sum(dtype=np.int64)),
+            tokens=self._tokens,
+            supervised_tokens=self._supervised,
             cut_answers=self._counts["cut_answers"],
             split=self._counts["split"],
             bad=dict(self._bad),
             groups=tuple(self._group_numbers),
             largest_token=self._largest,
         )
-        if self._folder is None:
-            arrays = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
-            return Examples(**arrays, **small), report
-        self.close()
-        for name, array in small.items():
-            np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
-        (self._folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-        empty = np.zeros(0, dtype=np.int32)
-        return Examples(empty, empty, offsets), report  # the caller maps the files
 
     def close(self) -> None:
         for file in (*self._files.values(), self._bad_file):
             if file is not None:
                 file.close()
+
+    def _needed(self) -> set[str]:
+        """The arrays that say something: which group a row is of does not where there is one only."""
+        return {*cache.ARRAYS, *cache.OPTIONAL_ARRAYS} - ({"groups"} if len(self._group_numbers) == 1 else set())
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         if self._folder is None:
