@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one sentence on stderr and status 2."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
-        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value behind an option
+    if rest and hasattr(args, "overrides") and all(_is_override(word) for word in rest):
+        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value or ~key behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def _parser() -> argparse.ArgumentParser:
