@@ -96,7 +96,7 @@ def test_both_data_commands_take_sources_and_formats_as_training_does(run_file, 
     assert main(["data", "show", str(run_file), *words]) == 0
     assert f"{rows}:1 (frage/antwort), weight 1, domain sums" in capsys.readouterr().out
     assert main(["data", "show", str(run_file), "--row", "1", *words]) == 0
-    assert f"{chat}:1 (messages), weight 1, domain {chat}" in capsys.readouterr().out
+    assert f"{chat}:1 (messages), weight 1\n" in capsys.readouterr().out
     assert main(["data", "show", str(run_file), "--file", str(chat), *words]) == 0
     assert f"{chat}:1 (messages)" in capsys.readouterr().out
     # Two rows are less than one step, which is no reason not to tokenise them.

@@ -49,11 +49,11 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class FoundRow:
-    """A row of the data: what was read, and the shape of the rows of its file."""
+    """A row of the data: what was read, the shape of the rows of its file, and its domain if that has a name."""
 
     item: Record | Document
     form: str
-    domain: str
+    domain: str | None
 
 
 def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRow:
@@ -72,9 +72,9 @@ def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRo
                 if isinstance(item, BadRow):
                     raise LimbeckError(item.reason)
                 if isinstance(item, Document):
-                    return FoundRow(item, form, source.name)
+                    return FoundRow(item, form, source.domain)
                 record = decoded(item)
-                return FoundRow(record, form, encoder.domain_of(record) or source.name)
+                return FoundRow(record, form, encoder.domain_of(record) or source.domain)
     raise LimbeckError(f"--row {index} does not exist: the data has {seen:,} rows, counted from 0.")
 
 
@@ -128,8 +128,9 @@ def print_row(
         template = encoder.template.name + (", on running text: not used" if conversation.plain else "")
         weight = conversation.weight
         of_texts = [tokens_of(rendered, encoder) for rendered in texts]
+    domain = f", domain {found.domain}" if found.domain else ""
     shape = TOKENS if found.form == TOKENS else shown_format(found.form, encoder.settings.keys)
-    _line(console, f"row       {found.item.where} ({shape}), weight {weight:g}, domain {found.domain}")
+    _line(console, f"row       {found.item.where} ({shape}), weight {weight:g}{domain}")
     _line(console, f"template  {template}")
     legend = Text("legend    ")
     for kind, meaning in _MEANINGS.items():
