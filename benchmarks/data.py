@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tokenize", "memory", "ours", "trl"))
     parser.add_argument("--data", type=Path, help="folder with a train.jsonl of question and answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=16, help="times the rows that two processes share")
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from limbeck.data.batch import IGNORE, Batch
+from limbeck.data import IGNORE, Batch
 from limbeck.models import Taps, body, output_head
 from limbeck.objectives import FeatureLosses, Objective
 from limbeck.pipeline.features import Features

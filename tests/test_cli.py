@@ -84,6 +84,28 @@ def test_data_cache_is_what_training_finds(run_file, tmp_path, capsys):
     assert before and sorted((tmp_path / "tokens").rglob("*")) == before
 
 
+def test_both_data_commands_take_sources_and_formats_as_training_does(run_file, tmp_path, capsys):
+    rows, chat = tmp_path / "rows.jsonl", tmp_path / "chat.jsonl"
+    rows.write_text('{"frage": "two?", "antwort": "three"}\n')
+    chat.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    words = [
+        "~student.data_args.file_name",
+        f"+student.data_args.sources=[{{path: {rows}, weight: 1, domain: sums}}, {{path: {chat}, weight: 3}}]",
+        "question_key=frage", "answer_key=antwort", f"student.data_args.cache_path={tmp_path / 'tokens'}",
+    ]  # fmt: skip
+    assert main(["data", "show", str(run_file), *words]) == 0
+    assert f"{rows}:1 (frage/antwort), weight 1, domain sums" in capsys.readouterr().out
+    assert main(["data", "show", str(run_file), "--row", "1", *words]) == 0
+    assert f"{chat}:1 (messages), weight 1\n" in capsys.readouterr().out
+    assert main(["data", "show", str(run_file), "--file", str(chat), *words]) == 0
+    assert f"{chat}:1 (messages)" in capsys.readouterr().out
+    # Two rows are less than one step, which is no reason not to tokenise them.
+    assert main(["data", "cache", str(run_file), f"validation.data_args.file_name={chat}", *words]) == 0
+    text = capsys.readouterr().out
+    assert "training: 2 rows" in text
+    assert "validation: 1 rows" in text
+
+
 def test_config_prints_what_would_run(run_file, capsys):
     assert main(["config", str(run_file), "kd_temperature=2"]) == 0
     text = capsys.readouterr().out

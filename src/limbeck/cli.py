@@ -25,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; a user's mistake is one sentence on stderr and status 2."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(args, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
-        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value behind an option
+    if rest and hasattr(args, "overrides") and all(_is_override(word) for word in rest):
+        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value or ~key behind an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -36,6 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
+
+
+def _is_override(word: str) -> bool:
+    return word.startswith("~") or ("=" in word and not word.startswith("-"))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -210,34 +214,21 @@ def _data_show(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from limbeck.data.rows import RowKeys
+    from limbeck.data import make_encoder
     from limbeck.data.show import find_row, print_row
-    from limbeck.data.templates import check_template_kwargs, resolve_template
-    from limbeck.pipeline.inputs import make_tokenizer, teacher_tokenizer
+    from limbeck.pipeline.inputs import (
+        make_tokenizer,
+        named_source,
+        teacher_tokenizer,
+        token_settings,
+        training_sources,
+    )
 
-    data = config.student.data_args
-    check_template_kwargs(data.template_kwargs)
-    keys = RowKeys(config.question_key, config.answer_key, config.prompt_key, config.system_key)
-    found = find_row([args.file] if args.file else list(data.file_name or ()), args.row, keys)
-    tokenizer = make_tokenizer(config)
-    template = resolve_template(
-        data.template,
-        tokenizer,
-        default_system=data.default_system,
-        prompt_file=data.prompt_file,
-        train_on=data.train_on,
-    )
-    print_row(
-        Console(highlight=False),
-        found,
-        tokenizer,
-        template,
-        template_kwargs=data.template_kwargs,
-        sequence_length=config.sequence_length,
-        distill_on_prompt=config.distill_on_prompt,
-        teacher=teacher_tokenizer(config.teacher) if config.has_teacher else None,
-        ids=args.ids,
-    )
+    encoder = make_encoder(make_tokenizer(config), token_settings(config))
+    sources = [named_source(config, args.file)] if args.file else training_sources(config)
+    found = find_row(sources, args.row, encoder)
+    teacher = teacher_tokenizer(config.teacher) if config.has_teacher else None
+    print_row(Console(highlight=False), found, encoder, teacher=teacher, ids=args.ids)
     return 0
 
 
@@ -249,12 +240,12 @@ def _data_cache(args: argparse.Namespace) -> int:
         print(f"note: {notice}", file=sys.stderr)
     os.environ.update(loaded.config.environment)
 
-    import torch
+    from limbeck.pipeline.inputs import cache_folder, make_tokenizer, prepare_examples, prepare_validation
 
-    from limbeck.pipeline.inputs import cache_folder, make_data
-    from limbeck.strategies.world import World
-
-    print(make_data(loaded.config, World(0, 1, torch.device("cpu"))).report)
+    tokenizer = make_tokenizer(loaded.config)
+    print(f"training: {prepare_examples(loaded.config, tokenizer)[1]}")
+    if (held_out := prepare_validation(loaded.config, tokenizer)) is not None:
+        print(f"validation: {held_out[1]}")
     print(f"cache: {cache_folder(loaded.config)}")
     return 0
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from limbeck.data.batch import IGNORE, Batch
+from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_head, output_head
 from limbeck.objectives import Objective

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from limbeck.data.sources import BadRow, Line, Record, RowError, Source, decoded, inputs_of
 
 CORPUS = [
     "What is two and three? Two and three is five.",
@@ -64,6 +69,21 @@ def build(
 
 
 @pytest.fixture(scope="session")
+def read_records() -> Callable[[str | Path], Iterator[Record]]:
+    """The rows that a name stands for; the first bad one raises."""
+
+    def read(name: str | Path) -> Iterator[Record]:
+        for one in inputs_of(Source.named(name)):
+            for item in one.read():
+                if isinstance(item, BadRow):
+                    raise RowError(item.kind, item.reason)
+                assert isinstance(item, (Line, Record))
+                yield decoded(item)
+
+    return read
+
+
+@pytest.fixture(scope="session")
 def build_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build
 
@@ -78,3 +98,22 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def native_tokenizer() -> PreTrainedTokenizerFast:
     """Puts BOS, and has a chat template that writes BOS itself."""
     return build(bos=True, chat_template=NATIVE)
+
+
+@pytest.fixture(scope="session")
+def write_corpus() -> Callable[..., None]:
+    return _corpus
+
+
+def _corpus(prefix, documents, code=8):
+    """A corpus as Megatron writes it: here every document is of two sequences."""
+    dtype = {4: np.int32, 8: np.uint16}[code]
+    parts = [part for document in documents for part in (document[:1], document[1:])]
+    sizes = np.array([len(part) for part in parts], np.int32)
+    offsets = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) * np.dtype(dtype).itemsize
+    boundaries = np.arange(0, len(parts) + 1, 2, dtype=np.int64)
+    prefix.with_suffix(".bin").write_bytes(np.concatenate(parts).astype(dtype).tobytes())
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(parts), len(boundaries))
+        + sizes.tobytes() + offsets.astype(np.int64).tobytes() + boundaries.tobytes()
+    )  # fmt: skip

@@ -186,3 +186,9 @@ def test_binary_files_of_any_content_end_in_a_sentence(tmp_path, tokenizer, name
     (tmp_path / "a.idx").write_bytes(b"MMIDIDX\0\0\1\0\0\0\0\0\0\0\10" + content)
     with pytest.raises(LimbeckError, match=name.split(".")[0]):
         tokenize_files([path], tokenizer, on_bad_row="skip")
+
+
+def test_a_row_of_many_levels_is_read_like_any_other(tmp_path, tokenizer):
+    path = tmp_path / "deep.json"
+    path.write_text(f'[{{"question": "a", "answer": "b", "notes": {"[" * 700}{"]" * 700}}}]')
+    assert tokenize_files([path], tokenizer)[1].rows == 1

@@ -2,7 +2,7 @@
 
 import pytest
 
-from limbeck.data.rows import FORMATS, RowKeys, check_columns, detect, detect_format
+from limbeck.data.rows import FORMATS, RowKeys, check_columns, detect, reader
 from limbeck.data.sources import Record
 from limbeck.errors import LimbeckError
 
@@ -12,7 +12,8 @@ TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 
 
 def conversation(row, keys=KEYS):
-    return detect_format(Record(row, "f.jsonl", 7), keys)[1](Record(row, "f.jsonl", 7))
+    record = Record(row, "f.jsonl", 7)
+    return reader(detect(record, keys), keys)(record)
 
 
 def said(row, keys=KEYS):
@@ -106,7 +107,8 @@ def test_calls_of_tools_are_the_same_in_both_dialects():
         assert [message["content"] for message in messages] == ["u", "", "", "it is 2"]
 
 
-def test_weights_of_rows_and_turns_are_read():
+@pytest.mark.parametrize("share", [False, True])
+def test_weights_of_rows_and_turns_are_read(share):
     row = {
         "weight": 0.5,
         "messages": [
@@ -118,6 +120,11 @@ def test_weights_of_rows_and_turns_are_read():
             {"role": "assistant", "content": "c", "train": True, "weight": None},
         ],
     }
+    if share:
+        speakers = {"user": "human", "assistant": "gpt"}
+        row["conversations"] = [
+            {"from": speakers[turn.pop("role")], "value": turn.pop("content"), **turn} for turn in row.pop("messages")
+        ]
     found = conversation(row)
     assert found.weight == 0.5
     assert [message.get("weight") for message in found.messages] == [None, 0.0, None, 2.0, None, None]

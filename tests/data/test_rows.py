@@ -1,6 +1,6 @@
 import pytest
 
-from limbeck.data.rows import RowKeys, detect_format
+from limbeck.data.rows import RowKeys, check_columns, detect, reader, shown_format
 from limbeck.data.sources import Record
 from limbeck.errors import LimbeckError
 
@@ -8,8 +8,9 @@ KEYS = RowKeys("question", "answer")
 
 
 def read(row, keys=KEYS, first=None):
-    _, to_messages = detect_format(Record(first or row, "f.jsonl", 1), keys)
-    return to_messages(Record(row, "f.jsonl", 7)).messages
+    form = detect(Record(first or row, "f.jsonl", 1), keys)
+    check_columns(form, keys, "f.jsonl")
+    return reader(form, keys)(Record(row, "f.jsonl", 7)).messages
 
 
 def turns(*pairs):
@@ -52,7 +53,7 @@ def test_sharegpt_speakers_become_roles():
     ],
 )
 def test_the_first_row_decides_the_format(row, name):
-    assert detect_format(Record(row, "f.jsonl", 1), KEYS)[0] == name
+    assert shown_format(detect(Record(row, "f.jsonl", 1), KEYS), KEYS) == name
 
 
 QA = {"question": "q", "answer": "a"}

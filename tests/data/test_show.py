@@ -1,13 +1,14 @@
 import io
 import json
+import re
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
-from limbeck.data import IGNORE, tokenize_rows
-from limbeck.data.rows import Conversation, RowKeys
+from limbeck.data import IGNORE, Source, TokenizeSettings, make_encoder, tokenize_files, tokenize_rows
 from limbeck.data.show import find_row, print_row, tokens_of
-from limbeck.data.templates import render, resolve_template
+from limbeck.data.sources import Record
 from limbeck.errors import LimbeckError
 
 CHAT = [
@@ -22,10 +23,11 @@ CHAT = [
 @pytest.mark.parametrize("kind", [{}, {"trim_offsets": True}, {"metaspace": True}])
 def test_what_is_shown_is_what_is_learnt(build_tokenizer, kind, everything):
     tokenizer = build_tokenizer(**kind)
-    template = resolve_template("chatml", tokenizer)
-    (rendered,) = render(Conversation(CHAT), template, tokenizer, {}, "")
-    limit = len(tokens_of(rendered, tokenizer, 1000, everything)) - 1
-    shown = tokens_of(rendered, tokenizer, limit, everything)
+    encoder = make_encoder(tokenizer, TokenizeSettings(template="chatml", distill_on_prompt=everything))
+    _, (rendered,) = encoder.texts_of(Record({"messages": CHAT}, "chat.jsonl", 1), "messages")
+    limit = len(tokens_of(rendered, encoder)) - 1
+    cut = replace(encoder, settings=replace(encoder.settings, sequence_length=limit))
+    shown = tokens_of(rendered, cut)
     examples, _ = tokenize_rows(
         [{"messages": CHAT}], tokenizer, template="chatml", sequence_length=limit, distill_on_prompt=everything
     )
@@ -44,13 +46,17 @@ def chat_file(tmp_path):
     return path
 
 
-def printed(chat_file, tokenizer, teacher, color=False, **options):
+def show(sources, index, tokenizer, teacher=None, color=False, ids=False, **settings):
     out = io.StringIO()
     console = Console(file=out, force_terminal=color, color_system="truecolor" if color else None, width=80)
-    settings = {"template_kwargs": {}, "sequence_length": 64, "distill_on_prompt": False, **options}
-    found = find_row([chat_file, chat_file], 4, RowKeys("question", "answer"))
-    print_row(console, found, tokenizer, resolve_template("chatml", tokenizer), teacher=teacher, **settings)
+    encoder = make_encoder(tokenizer, TokenizeSettings(**settings))
+    print_row(console, find_row(sources, index, encoder), encoder, teacher=teacher, ids=ids)
     return out.getvalue()
+
+
+def printed(chat_file, tokenizer, teacher, **options):
+    twice = [Source.named(chat_file), Source.named(chat_file)]
+    return show(twice, 4, tokenizer, teacher, template="chatml", **{"sequence_length": 64, **options})
 
 
 def test_a_row_is_printed_with_its_place_and_kinds(chat_file, tokenizer):
@@ -76,6 +82,51 @@ def test_a_teacher_that_reads_or_writes_differently_is_told(chat_file, tokenizer
     assert "The tokenizers of student" in text
 
 
-def test_a_row_that_is_not_there_is_told(chat_file):
+def test_what_becomes_of_a_long_row_is_told(chat_file, tokenizer):
+    whole = printed(chat_file, tokenizer, None)
+    assert ", in " not in whole
+    assert "more than 20, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=20, overlong="drop")
+    split = printed(chat_file, tokenizer, None, sequence_length=20, overlong="split")
+    (tokens,) = re.findall(r"text: (\d+) tokens", whole)
+    assert f"learned, in {-(-int(tokens) // 20)} pieces" in split
+    assert "\ncut " not in split
+    assert "\ncut " in printed(chat_file, tokenizer, None, sequence_length=20)
+
+
+def test_rows_are_counted_through_sources_of_every_kind_as_training_reads_them(tmp_path, tokenizer):
+    rows = {
+        "qa.csv": "question,answer\nHow many?,12\n",
+        "text.jsonl": '{"text": "Das Mädchen."}\n',
+        "pairs.jsonl": '{"prompt": "two?", "completion": "three"}\n',
+        "tagged.jsonl": '{"question": "a", "answer": "b"}\n',
+    }
+    for name, text in rows.items():
+        (tmp_path / name).write_text(text)
+    sources = [Source(path=(str(tmp_path / name),), domain=name.split(".")[0]) for name in rows]
+    sources[3] = replace(sources[3], format="prompt_completion")  # a wrong word overrules what the row looks like
+    assert f"{tmp_path / 'qa.csv'}:2 (row 0) (question/answer), weight 1, domain qa" in show(sources, 0, tokenizer)
+    text = show(sources, 1, tokenizer)
+    assert "(text), weight 1, domain text" in text
+    assert "on running text: not used" in text
+    assert "(prompt/completion)" in show(sources, 2, tokenizer)
+    with pytest.raises(LimbeckError, match=r'tagged\.jsonl:1 has no "prompt"'):
+        show(sources, 3, tokenizer)
+    with pytest.raises(LimbeckError, match=r"tagged\.jsonl:1 has no"):
+        tokenize_files(sources, tokenizer)
+    with pytest.raises(LimbeckError, match=r'"level" must name the row\'s domain'):
+        show(sources, 0, tokenizer, domain_key="level")
+
+
+def test_a_pretokenised_row_is_shown_in_words(tmp_path, tokenizer, write_corpus):
+    ids = tokenizer("two and three", add_special_tokens=False)["input_ids"]
+    write_corpus(tmp_path / "corpus", [[5, 6], [*ids, 60_000]])
+    text = show([Source.named(tmp_path / "corpus.bin")], 1, tokenizer, tokenizer)
+    assert f"{tmp_path / 'corpus.bin'} (row 1) (tokens), weight 1" in text
+    assert f"student, text: {len(ids) + 1} tokens, {len(ids)} learned" in text
+    assert "unknown: 60000" in text
+    assert "three" in text.replace("│", "")
+
+
+def test_a_row_that_is_not_there_is_told(chat_file, tokenizer):
     with pytest.raises(LimbeckError, match="--row 3 does not exist: the data has 3 rows"):
-        find_row([chat_file], 3, RowKeys("question", "answer"))
+        show([Source.named(chat_file)], 3, tokenizer)

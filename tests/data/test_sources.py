@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from limbeck.data.sources import expand, read_records
+from limbeck.data.sources import expand
 from limbeck.errors import LimbeckError
 
 ROWS = [{"question": "a", "answer": "b"}, {"question": "c\nd", "answer": 'ü "]'}, {"x": [1, {"y": None}]}]
@@ -11,7 +11,7 @@ ROWS = [{"question": "a", "answer": "b"}, {"question": "c\nd", "answer": 'ü "]'
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
-def test_one_object_per_line_is_read_under_both_names(tmp_path, name, ending, encoding):
+def test_one_object_per_line_is_read_under_both_names(tmp_path, name, ending, encoding, read_records):
     path = tmp_path / name
     path.write_bytes(("\n" + ending.join(json.dumps(row) for row in ROWS) + "\n\n").encode(encoding))
     records = list(read_records(path))
@@ -21,7 +21,7 @@ def test_one_object_per_line_is_read_under_both_names(tmp_path, name, ending, en
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_a_list_is_read_with_the_line_of_every_row(tmp_path, indent, encoding):
+def test_a_list_is_read_with_the_line_of_every_row(tmp_path, indent, encoding, read_records):
     path = tmp_path / "rows.json"
     text = "\n" + json.dumps(ROWS, indent=indent, ensure_ascii=False) + "\n"
     path.write_text(text, encoding=encoding)
@@ -31,7 +31,7 @@ def test_a_list_is_read_with_the_line_of_every_row(tmp_path, indent, encoding):
     assert [record.line for record in records] == expected
 
 
-def test_an_empty_list_has_no_rows(tmp_path):
+def test_an_empty_list_has_no_rows(tmp_path, read_records):
     path = tmp_path / "rows.json"
     path.write_text("[ ]")
     assert list(read_records(path)) == []
@@ -54,7 +54,7 @@ def test_an_empty_list_has_no_rows(tmp_path):
         ("rows.json", b'{\n"data": []\n}', [":1", "JSON list"]),
     ],
 )
-def test_a_mistake_is_told_with_its_line(tmp_path, name, content, words):
+def test_a_mistake_is_told_with_its_line(tmp_path, name, content, words, read_records):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(LimbeckError) as caught:

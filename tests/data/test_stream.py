@@ -408,6 +408,28 @@ def test_a_changed_token_changes_the_checksum_and_mapped_files_are_not_read_whol
     assert peak < 4e6 < tokens.nbytes  # what is held is a few numbers for each row
 
 
+def test_a_position_is_refused_where_rows_come_in_another_order():
+    examples = make([7, 9, 11, 13, 5] * 20)
+
+    def modes(**changes):
+        return stream(examples, per_device_batch_size=1, packing=True, sequence_length=25, **changes)
+
+    position = modes().position
+    modes().seek(position)
+    halves = [lambda epoch: np.arange(0, 100, 2), lambda epoch: np.arange(1, 100, 2)]
+    for changes in (
+        {"packing_algorithm": "modified_first_fit_decreasing"},
+        {"shuffle": False},
+        {"rows_of_epoch": lambda epoch: np.arange(99, -1, -1)},
+    ):
+        with pytest.raises(LimbeckError, match=r"order = |steps_per_epoch = "):
+            modes(**changes).seek(position)
+    with pytest.raises(LimbeckError, match=r"counted with order = .* use the same data, mixture, packing"):
+        stream(examples, rows_of_epoch=halves[1]).seek(stream(examples, rows_of_epoch=halves[0]).position)
+    with pytest.raises(LimbeckError, match="counted with order = None"):
+        modes().seek({name: value for name, value in position.items() if name != "order"})
+
+
 @pytest.mark.parametrize("mode", MODES)
 @given(lengths=st.lists(st.integers(9, 20), min_size=80, max_size=99), done=st.integers(0, 12))
 @PROPERTY

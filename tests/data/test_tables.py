@@ -2,14 +2,13 @@
 
 import gzip
 import json
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from limbeck.data import IGNORE, Source, tokenize_files
-from limbeck.data.sources import BadRow, Document, inputs_of, read_records
+from limbeck.data.sources import BadRow, Document, inputs_of
 from limbeck.errors import LimbeckError
 
 pa = pytest.importorskip("pyarrow")
@@ -59,7 +58,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path, name):
+def test_the_same_rows_come_out_of_every_kind_of_file(tmp_path, name, read_records):
     path = write(tmp_path / name)
     assert [record.row for record in read_records(path)] == ROWS
 
@@ -91,7 +90,7 @@ def test_a_csv_row_of_the_wrong_width_or_encoding_is_named_by_its_line(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_was_cut_off_is_told(tmp_path, name):
+def test_a_file_that_was_cut_off_is_told(tmp_path, name, read_records):
     path = write(tmp_path / name)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(LimbeckError, match=f"{name} cannot be read"):
@@ -127,25 +126,11 @@ def test_a_hub_dataset_is_read_by_name_config_split_and_revision(tmp_path, monke
         inputs_of(Source(hub=str(repository), config="other"))
 
 
-def corpus(prefix, documents, code=8):
-    """A corpus as Megatron writes it: here every document is of two sequences."""
-    dtype = {4: np.int32, 8: np.uint16}[code]
-    parts = [part for document in documents for part in (document[:1], document[1:])]
-    sizes = np.array([len(part) for part in parts], np.int32)
-    offsets = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) * np.dtype(dtype).itemsize
-    boundaries = np.arange(0, len(parts) + 1, 2, dtype=np.int64)
-    prefix.with_suffix(".bin").write_bytes(np.concatenate(parts).astype(dtype).tobytes())
-    prefix.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(parts), len(boundaries))
-        + sizes.tobytes() + offsets.astype(np.int64).tobytes() + boundaries.tobytes()
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("code", [4, 8])
 @pytest.mark.parametrize("name", ["corpus", "corpus.bin", "corpus.idx", "corpus*"])
-def test_a_megatron_corpus_gives_its_documents_with_every_token_learned(tmp_path, tokenizer, name, code):
+def test_a_megatron_corpus_gives_its_documents_with_every_token_learned(tmp_path, tokenizer, name, code, write_corpus):
     documents = [list(range(5, 5 + length)) for length in (3, 40, 2)]
-    corpus(tmp_path / "corpus", documents, code)
+    write_corpus(tmp_path / "corpus", documents, code)
     examples, report = tokenize_files([tmp_path / name], tokenizer, sequence_length=16, overlong="split")
     assert report.files[0].format == "tokens"
     assert report.split == 1
@@ -153,8 +138,8 @@ def test_a_megatron_corpus_gives_its_documents_with_every_token_learned(tmp_path
     assert (examples.labels != IGNORE).sum() == sum(len(document) - 1 for document in documents)
 
 
-def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path):
-    corpus(tmp_path / "corpus", [[1, 2, 3]])
+def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, write_corpus):
+    write_corpus(tmp_path / "corpus", [[1, 2, 3]])
     index = (tmp_path / "corpus.idx").read_bytes()
     (tmp_path / "corpus.bin").write_bytes(b"\1\0")
     with pytest.raises(LimbeckError, match="is shorter than"):
@@ -172,8 +157,8 @@ def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path):
         inputs_of(Source(path=(str(tmp_path / "corpus.bin"),)))
 
 
-def test_a_negative_token_is_a_bad_row(tmp_path, tokenizer):
-    corpus(tmp_path / "corpus", [[1, 2], [-1, 2]], code=4)
+def test_a_negative_token_is_a_bad_row(tmp_path, tokenizer, write_corpus):
+    write_corpus(tmp_path / "corpus", [[1, 2], [-1, 2]], code=4)
     assert isinstance(next(inputs_of(Source(path=(str(tmp_path / "corpus"),)))[0].read()), Document)
     with pytest.raises(LimbeckError, match=r"corpus\.bin \(row 1\) holds the token id"):
         tokenize_files([tmp_path / "corpus"], tokenizer)

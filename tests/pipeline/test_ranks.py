@@ -57,9 +57,13 @@ def test_ranks_give_the_losses_of_one(configure, settings, tmp_path, ranks, chan
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
 
 
-def test_packed_ranks_give_the_losses_of_one(configure, settings, tmp_path):
+def test_packed_ranks_give_the_losses_of_one_also_with_a_mixture(configure, settings, assets, tmp_path):
+    lines = (assets / "rows.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("few", lines[:24]), ("many", lines[24:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    sources = [{"path": str(tmp_path / "few.jsonl"), "weight": 1}, {"path": str(tmp_path / "many.jsonl"), "weight": 1}]
     packed = {"student.use_sequence_packing": True, "student.packing_algorithm": "modified_first_fit_decreasing",
-              "max_steps": 4}  # fmt: skip
+              "max_steps": 4, "student.data_args.file_name": None, "student.data_args.sources": sources}  # fmt: skip
     budget = {"student.use_dynamic_batching_in_train": True, "student.max_tokens_per_microbatch_in_train": 64,
               "student.sequence_length_round_in_train": 1}  # fmt: skip
     DistillPipeline(configure(**packed, **rows(4), output_dir=str(tmp_path / "one"))).run()

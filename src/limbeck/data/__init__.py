@@ -1,19 +1,49 @@
 """From files of questions and answers to the batches of every training step.
 
 ``tokenize_files`` reads, checks and tokenises; ``BatchStream`` turns the result into steps, which ``PrefetchedStream``
-makes ahead of their time; ``fixed_batches`` into validation batches. Models and teachers are not known here.
+makes ahead of their time; ``fixed_batches`` into validation batches. Models and teachers are not known here. Names are
+imported when they are first used, so that a process that only tokenises starts without torch.
 """
 
-from limbeck.data.alignment import Translator
-from limbeck.data.batch import IGNORE, Batch, GlobalBatch, Translation
-from limbeck.data.encode import TokenizeSettings
-from limbeck.data.examples import DataReport, Examples
-from limbeck.data.mixture import Mixture, MixtureSettings, mix
-from limbeck.data.prefetch import PrefetchedStream
-from limbeck.data.sources import Source
-from limbeck.data.stream import BatchStream, fixed_batches
-from limbeck.data.tokenize import tokenize_files, tokenize_rows
-from limbeck.data.tokenizers import check_same_tokenizer
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from limbeck.data.alignment import Translator
+    from limbeck.data.batch import Batch, GlobalBatch, Translation
+    from limbeck.data.encode import TokenizeSettings, make_encoder
+    from limbeck.data.examples import DataReport, Examples
+    from limbeck.data.masks import IGNORE
+    from limbeck.data.mixture import Mixture, MixtureSettings, mix
+    from limbeck.data.prefetch import PrefetchedStream
+    from limbeck.data.sources import Source
+    from limbeck.data.stream import BatchStream, fixed_batches
+    from limbeck.data.tokenize import tokenize_files, tokenize_rows
+    from limbeck.data.tokenizers import check_same_tokenizer
+
+_HOMES = {
+    "IGNORE": "masks",
+    "Batch": "batch",
+    "BatchStream": "stream",
+    "DataReport": "examples",
+    "Examples": "examples",
+    "GlobalBatch": "batch",
+    "Mixture": "mixture",
+    "MixtureSettings": "mixture",
+    "PrefetchedStream": "prefetch",
+    "Source": "sources",
+    "TokenizeSettings": "encode",
+    "Translation": "batch",
+    "Translator": "alignment",
+    "check_same_tokenizer": "tokenizers",
+    "fixed_batches": "stream",
+    "make_encoder": "encode",
+    "mix": "mixture",
+    "tokenize_files": "tokenize",
+    "tokenize_rows": "tokenize",
+}
 
 __all__ = [
     "IGNORE",
@@ -31,7 +61,14 @@ __all__ = [
     "Translator",
     "check_same_tokenizer",
     "fixed_batches",
+    "make_encoder",
     "mix",
     "tokenize_files",
     "tokenize_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'limbeck.data' has no attribute {name!r}")
+    return getattr(import_module(f"limbeck.data.{_HOMES[name]}"), name)

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.data.masks import IGNORE
 from limbeck.objectives.cross_tokenizer import Spans
-
-IGNORE = -100
-"""The label of a position that is not supervised."""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from limbeck.errors import LimbeckError
 if TYPE_CHECKING:
     from limbeck.data.sources import Input, Source
 
-VERSION = 2
-"""Raise it whenever the same input would give other arrays."""
+VERSION = 3
+"""Raise it whenever the same input would give other arrays or another report."""
 
 ARRAYS = ("tokens", "labels", "offsets", "supervised")
 OPTIONAL_ARRAYS = ("weights", "groups")

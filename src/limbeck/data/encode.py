@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE
-from limbeck.data.masks import shift, supervise
-from limbeck.data.rows import RowKeys, check_characters, reader
-from limbeck.data.sources import MAX_ROW, BadRow, Document, Item, Record, RowError, decoded, place
+from limbeck.data.masks import IGNORE, shift, supervise
+from limbeck.data.rows import Conversation, RowKeys, check_characters, reader
+from limbeck.data.sources import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 from limbeck.data.sources.items import too_long
-from limbeck.data.templates import Rendered, Template, render
+from limbeck.data.templates import Rendered, Template, check_template_kwargs, render, resolve_template
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ OVERLONG = ("truncate", "drop", "split")
 class TokenizeSettings:
     """What the tokens of a row depend on, beside the row and the tokenizer.
 
-    template, template_kwargs, default_system, prompt_file, train_on: see ``templates.resolve_template``.
-    question_key, answer_key, prompt_key, system_key: columns
-    of a question-and-answer row. weight_key: the column that multiplies a row's loss. domain_key: the column that says to
-    which domain a row belongs. sequence_length: tokens that a row may have. overlong: what happens to longer ones:
-    ``truncate`` (cut from the right), ``drop``, or ``split`` (into consecutive rows of that length). on_bad_row: ``error``
-    or ``skip``. distill_on_prompt: learn every token. workers: processes; None for as many as the data is worth.
+    template, template_kwargs, default_system, prompt_file, train_on: see ``templates.resolve_template``. question_key,
+    answer_key, prompt_key, system_key: columns of a question-and-answer row. weight_key: the column that multiplies a row's
+    loss. domain_key: the column that says to which domain a row belongs. sequence_length: tokens that a row may have.
+    overlong: what happens to longer ones: ``truncate`` (cut from the right), ``drop``, or ``split`` (into consecutive rows
+    of that length). on_bad_row: ``error`` or ``skip``. distill_on_prompt: learn every token. workers: processes; None for
+    as many as the data is worth.
     """
 
     template: str | None = None
@@ -66,7 +66,7 @@ class TokenizeSettings:
             if getattr(self, name) not in allowed:
                 raise LimbeckError(f"{name} = {getattr(self, name)} is not one of {', '.join(allowed)}.")
 
-    @property
+    @cached_property
     def keys(self) -> RowKeys:
         """The columns of a row."""
         return RowKeys(
@@ -79,7 +79,7 @@ class Encoded:
     """A batch of rows as tokens: the fields of ``Examples`` that it adds, and what is to be counted.
 
     lengths, supervised: [rows]. domains: of each row, if a column names it. bad: rows that cannot be used, in order.
-    counts: rows read, truncated, cut_answers, split; dropped: by reason.
+    counts: rows read, rewritten, texts of these, truncated, cut_answers, split; dropped: by reason.
     """
 
     tokens: NDArray[np.int32]
@@ -104,51 +104,56 @@ class Encoder:
     def encode(self, items: Sequence[Item], form: str) -> Encoded:
         """The tokens of ``items``, whose rows have the shape ``form``. Bad rows are returned, not raised."""
         batch = _Batch(self.settings)
-        read = None if form == TOKENS else reader(form, self.settings.keys)
-        for where, row, domain in self._rows(items, read, batch):
-            if isinstance(row, Document):
-                ids = row.ids
-                if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
-                    reason = f"{where} holds the token id {ids.max()}; ids are whole numbers from 0, below 2^31."
-                    batch.bad.append(BadRow(row.file, 0, row.number, "token id out of range", reason))
-                    continue
-                batch.add(ids.astype(np.int32), np.ones(len(ids), dtype=bool), None, domain)
-            else:
-                ids, supervised, weights = row
-                batch.add(ids, supervised, weights, domain)
-        batch.counts["rows"] = len(items)
-        return batch.done()
-
-    def _rows(self, items: Sequence[Item], read: Any, batch: _Batch) -> Iterator[tuple[str, Any, str]]:
-        """(where, document or (ids, supervised, weights), domain) of each good item, in order."""
         texts: list[Rendered] = []
-        owners: list[tuple[str, str]] = []
+        domains: list[str] = []  # of each text
         for item in items:
             if isinstance(item, BadRow):
                 batch.bad.append(item)
             elif isinstance(item, Document):
-                yield item.where, item, ""
+                try:
+                    ids = document_ids(item)
+                except RowError as error:
+                    batch.bad.append(BadRow(item.file, 0, item.number, error.kind, str(error)))
+                else:
+                    batch.add(ids, np.ones(len(ids), dtype=bool), None, "")
             else:
-                self._render(item, read, batch, texts, owners)
-        for (where, domain), encoded in zip(owners, self._encode(texts), strict=True):
-            yield where, encoded, domain
+                found, domain = self._texts(item, form, batch)
+                texts += found
+                domains += [domain] * len(found)
+        for domain, encoded in zip(domains, self._encode(texts), strict=True):
+            batch.add(*encoded, domain)
+        batch.counts["rows"] = len(items)
+        return batch.done()
 
-    def _render(
-        self, item: Any, read: Any, batch: _Batch, texts: list[Rendered], owners: list[tuple[str, str]]
-    ) -> None:
-        """Add the text of an item to ``texts``, or the reason why it has none to the bad rows."""
+    def texts_of(self, record: Record, form: str) -> tuple[Conversation, tuple[Rendered, ...]]:
+        """A row of the shape ``form`` as a conversation, and the texts it is written as; raises LimbeckError for a bad one."""
+        conversation = reader(form, self.settings.keys)(record)
+        texts = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, record.where)
+        for one in texts:
+            if len(one.text) > MAX_ROW:
+                raise RowError("too long", too_long(record.where))
+            if not one.text.isascii():
+                check_characters(one.text, record.where)
+        return conversation, texts
+
+    def domain_of(self, record: Record) -> str:
+        """What the row says in the column of domains; empty if there is no such column."""
+        key = self.settings.domain_key
+        if key is None:
+            return ""
+        value = record.row.get(key)
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+            raise RowError("no domain", f'{record.where}: "{key}" must name the row\'s domain; correct domain_key.')
+        return str(value)
+
+    def _texts(self, item: Record | Line, form: str, batch: _Batch) -> tuple[tuple[Rendered, ...], str]:
+        """The texts of an item and its domain; no text for a bad row, which the batch is told."""
         number = item.number if isinstance(item, Record) else None
         where = place(item.file, item.line, number)
         try:
             record = decoded(item)
-            conversation = read(record)
-            domain = self._domain(record)
-            rendered = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, where)
-            for one in rendered:
-                if len(one.text) > MAX_ROW:
-                    raise RowError("too long", too_long(where))
-                if not one.text.isascii():
-                    check_characters(one.text, where)
+            domain = self.domain_of(record)
+            _, texts = self.texts_of(record, form)
         except RowError as error:
             batch.bad.append(BadRow(item.file, item.line, number, error.kind, str(error)))
         except LimbeckError as error:
@@ -159,17 +164,10 @@ class Encoder:
             reason = f"{where}: the chat template ({self.template.name}) cannot render this row: {said}"
             batch.bad.append(BadRow(item.file, item.line, number, "refused by the template", reason))
         else:
-            texts.extend(rendered)
-            owners.extend([(where, domain)] * len(rendered))
-
-    def _domain(self, record: Record) -> str:
-        key = self.settings.domain_key
-        if key is None:
-            return ""
-        value = record.row.get(key)
-        if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-            raise RowError("no domain", f'{record.where}: "{key}" must name the row\'s domain; correct domain_key.')
-        return str(value)
+            if len(texts) > 1:
+                batch.counts.update(rewritten=1, texts=len(texts))
+            return texts, domain
+        return (), ""
 
     def _encode(
         self, rendered: Sequence[Rendered]
@@ -185,6 +183,36 @@ class Encoder:
             ids = np.array(encoding.ids, dtype=np.int32)
             places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
             yield ids, *supervise(places, r.spans, self.settings.distill_on_prompt, r.weight)
+
+
+def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> Encoder:
+    """The encoder that the settings ask for; raises LimbeckError for a template or tokenizer that cannot be used."""
+    if not tokenizer.is_fast:
+        raise LimbeckError(
+            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
+            "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
+        )
+    check_template_kwargs(settings.template_kwargs)
+    template = resolve_template(
+        settings.template,
+        tokenizer,
+        default_system=settings.default_system,
+        prompt_file=settings.prompt_file,
+        train_on=settings.train_on,
+    )
+    return Encoder(tokenizer, template, settings)
+
+
+def document_ids(document: Document) -> NDArray[np.int32]:
+    """[n] the tokens of a document; raises RowError if one is no token id."""
+    ids = document.ids
+    if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
+        wrong = ids.min() if ids.min() < 0 else ids.max()
+        raise RowError(
+            "token id out of range",
+            f"{document.where} holds the token id {wrong}; ids are whole numbers from 0, below 2^31.",
+        )
+    return ids.astype(np.int32)
 
 
 class _Batch:

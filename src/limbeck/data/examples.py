@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE
+from limbeck.data.masks import IGNORE
 
 _BLOCK = 1 << 22
 
@@ -73,6 +73,7 @@ class FileReport:
 class DataReport:
     """What became of the rows: ``rows`` were read; ``dropped`` says how many are left out, by reason.
 
+    rewritten: rows that the template makes several texts of, as it writes an answer otherwise later; texts: how many.
     truncated: rows cut to ``sequence_length``; cut_answers: those among them that were cut inside a supervised turn, whose
     end token is then not learned. split: rows cut into several. bad: skipped rows, by reason; bad_rows_file: where each of
     them is named. groups: the (number of the source, domain) of the rows.
@@ -88,6 +89,8 @@ class DataReport:
     supervised_tokens: int
     cut_answers: int = 0
     split: int = 0
+    rewritten: int = 0
+    texts: int = 0
     bad: Mapping[str, int] = field(default_factory=dict)
     bad_rows_file: str | None = None
     groups: tuple[tuple[int, str], ...] = ()
@@ -98,6 +101,9 @@ class DataReport:
         if len(self.files) > 3:
             files += f" and {len(self.files) - 3} more files"
         dropped = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()) or "none dropped"
+        texts = ""
+        if self.rewritten:
+            texts = f" ({self.rewritten:,} rows are written as {self.texts:,} texts, which show each answer as it was asked)"
         cut = f"{self.truncated:,} rows truncated to {self.sequence_length} tokens"
         if self.cut_answers:
             cut += f" ({self.cut_answers:,} of them inside an answer, so its end is not learned)"
@@ -109,7 +115,7 @@ class DataReport:
             listed = f", listed in {self.bad_rows_file}" if self.bad_rows_file else ""
             bad = f"; {sum(self.bad.values()):,} bad rows skipped ({reasons}){listed}"
         return (
-            f"{self.rows:,} rows from {files}; template: {self.template}; "
+            f"{self.rows:,} rows from {files}; template: {self.template}{texts}; "
             f"{self.tokens:,} tokens, of which {self.supervised_tokens:,} supervised; "
             f"{cut}; {dropped}{bad}."
         )

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE
+IGNORE = -100
+"""The label of a position that is not learned."""
 
 
 def supervise(

@@ -136,13 +136,6 @@ def check_columns(name: str, keys: RowKeys, source: str) -> None:
             )
 
 
-def detect_format(first: Record, keys: RowKeys) -> tuple[str, ToConversation]:
-    """The shape of a source in words, judged by its first row, and the function that reads all its rows."""
-    name = detect(first, keys)
-    check_columns(name, keys, first.where)
-    return shown_format(name, keys), reader(name, keys)
-
-
 def _question_answer(record: Record, keys: RowKeys) -> list[Message]:
     question = _text(record, keys.question, "question_key")
     answer = _answer(record, keys.answer, _text(record, keys.answer, "answer_key"))

@@ -1,6 +1,6 @@
 """One row on the screen, token by token: what is prompt, what is learned, what is masked, and what is cut off.
 
-The row goes through the same rendering and masks as in training. Configurations are not known here.
+The row goes through the same readers, rendering and masks as in training. Configurations are not known here.
 """
 
 from __future__ import annotations
@@ -8,17 +8,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from limbeck.data.encode import TOKENS, Encoder, TokenizeSettings, document_ids
 from limbeck.data.masks import supervise
-from limbeck.data.rows import Conversation, RowKeys, detect_format
-from limbeck.data.sources import Record, expand, read_records
-from limbeck.data.templates import Rendered, Template, render, resolve_template
+from limbeck.data.rows import Conversation, shown_format
+from limbeck.data.sources import BadRow, Document, Record, Source, decoded, inputs_of
+from limbeck.data.templates import Rendered, render, resolve_template
+from limbeck.data.tokenize import read_input
 from limbeck.data.tokenizers import check_same_tokenizer
 from limbeck.errors import LimbeckError
 
@@ -48,43 +49,48 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class FoundRow:
-    """A row of the data with its format and its conversation."""
+    """A row of the data: what was read, the shape of the rows of its file, and its domain if that has a name."""
 
-    record: Record
-    format: str
-    conversation: Conversation
+    item: Record | Document
+    form: str
+    domain: str | None
 
 
-def find_row(files: Sequence[str | Path], index: int, keys: RowKeys) -> FoundRow:
-    """Row ``index`` (from 0) of the files, counted through them in order; raises LimbeckError if there are fewer."""
+def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRow:
+    """Row ``index`` (from 0) of the sources, counted through them in order, bad ones too.
+
+    Raises LimbeckError if there are fewer rows, or if that one cannot be read.
+    """
     seen = 0
-    for path in expand(files):
-        to_conversation, shape = None, ""
-        for record in read_records(path):
-            if to_conversation is None:
-                shape, to_conversation = detect_format(record, keys)
-            if seen == index:
-                return FoundRow(record, shape, to_conversation(record))
-            seen += 1
+    for source in sources:
+        for one in inputs_of(source):
+            form, items = read_input(one, source, encoder.settings.keys)
+            for item in items:
+                if seen < index:
+                    seen += 1
+                    continue
+                if isinstance(item, BadRow):
+                    raise LimbeckError(item.reason)
+                if isinstance(item, Document):
+                    return FoundRow(item, form, source.domain)
+                record = decoded(item)
+                return FoundRow(record, form, encoder.domain_of(record) or source.domain)
     raise LimbeckError(f"--row {index} does not exist: the data has {seen:,} rows, counted from 0.")
 
 
-def tokens_of(
-    rendered: Rendered, tokenizer: PreTrainedTokenizerBase, sequence_length: int, everything: bool
-) -> list[ShownToken]:
+def tokens_of(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
     """The tokens of one text as training would see them. The first is always prompt, as nothing stands before it."""
+    tokenizer, settings = encoder.tokenizer, encoder.settings
     encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     places = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    supervised, weights = supervise(places, rendered.spans, everything, rendered.weight)
+    supervised, weights = supervise(places, rendered.spans, settings.distill_on_prompt, rendered.weight)
     answers, _ = supervise(places, [(start, end, 1.0) for start, end, _ in rendered.spans])
-    special = set(tokenizer.all_special_ids) | {
-        index for index, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
+    special = _special_ids(tokenizer)
     shown, reached = [], 0
     for at, (token, (start, end)) in enumerate(zip(encoded["input_ids"], places.tolist(), strict=True)):
-        kind = "cut"
-        if at < sequence_length:
-            kind = "learned" if at and supervised[at] else "masked" if at and answers[at] else "prompt"
+        kind = "learned" if at and supervised[at] else "masked" if at and answers[at] else "prompt"
+        if _is_cut(at, settings):
+            kind = "cut"
         weight = float(1.0 if weights is None else weights[at]) if kind == "learned" else 0.0
         text = rendered.text[min(start, reached) : end]
         if "\ufffd" in tokenizer.decode([token]):
@@ -94,37 +100,72 @@ def tokens_of(
     return shown
 
 
+def tokens_of_document(document: Document, encoder: Encoder) -> list[ShownToken]:
+    """The tokens of a pretokenised row, in the tokenizer's words; all but the first are learned."""
+    special, known = _special_ids(encoder.tokenizer), set(encoder.tokenizer.get_vocab().values())
+    shown = []
+    for at, token in enumerate(document_ids(document).tolist()):
+        text = encoder.tokenizer.decode([token]) if token in known else f"(unknown: {token})"
+        kind = "cut" if _is_cut(at, encoder.settings) else "learned" if at else "prompt"
+        shown.append(ShownToken(token, text, kind, token in special, float(kind == "learned")))
+    return shown
+
+
 def print_row(
     console: Console,
     found: FoundRow,
-    tokenizer: PreTrainedTokenizerBase,
-    template: Template,
+    encoder: Encoder,
     *,
-    template_kwargs: dict[str, Any],
-    sequence_length: int,
-    distill_on_prompt: bool,
     teacher: PreTrainedTokenizerBase | None,
     ids: bool = False,
 ) -> None:
     """Print a row as the student learns it and, as far as that differs, as the teacher reads it."""
-    texts = render(found.conversation, template, tokenizer, template_kwargs, found.record.where)
-    _line(console, f"row       {found.record.where} ({found.format}), weight {found.conversation.weight:g}")
-    _line(console, f"template  {template.name}" + (", on running text: not used" if found.conversation.plain else ""))
+    if isinstance(found.item, Document):
+        texts, template, weight = None, "not used on tokens", 1.0
+        of_texts = [tokens_of_document(found.item, encoder)]
+    else:
+        conversation, texts = encoder.texts_of(found.item, found.form)
+        template = encoder.template.name + (", on running text: not used" if conversation.plain else "")
+        weight = conversation.weight
+        of_texts = [tokens_of(rendered, encoder) for rendered in texts]
+    domain = f", domain {found.domain}" if found.domain else ""
+    shape = TOKENS if found.form == TOKENS else shown_format(found.form, encoder.settings.keys)
+    _line(console, f"row       {found.item.where} ({shape}), weight {weight:g}{domain}")
+    _line(console, f"template  {template}")
     legend = Text("legend    ")
     for kind, meaning in _MEANINGS.items():
         legend.append(kind, _STYLES[kind]).append(f": {meaning}; ")
     console.print(legend.append("‹special›", "bold").append(", tokens parted by │"), soft_wrap=True)
-    for number, rendered in enumerate(texts, 1):
-        tokens = tokens_of(rendered, tokenizer, sequence_length, distill_on_prompt)
-        learned = sum(token.kind == "learned" for token in tokens)
-        of_several = f" {number} of {len(texts)}" if len(texts) > 1 else ""
-        fate = f"{learned:,} learned" if learned else "none learned, so it is dropped"
-        _line(console, f"\nstudent, text{of_several}: {len(tokens):,} tokens, {fate}")
+    for number, tokens in enumerate(of_texts, 1):
+        of_several = f" {number} of {len(of_texts)}" if len(of_texts) > 1 else ""
+        _line(console, f"\nstudent, text{of_several}: {len(tokens):,} tokens, {_fate(tokens, encoder.settings)}")
         _print_tokens(console, tokens, ids)
         if teacher is not None:
-            _print_teacher(console, tokens, tokenizer, teacher)
+            _print_teacher(console, tokens, encoder.tokenizer, teacher)
     if teacher is not None:
-        _print_agreement(console, found, texts, template, template_kwargs, tokenizer, teacher)
+        _print_same_tokenizer(console, encoder.tokenizer, teacher)
+        if texts is not None and not conversation.plain:
+            _print_same_template(console, conversation, texts, found.item.where, encoder, teacher)
+
+
+def _is_cut(at: int, settings: TokenizeSettings) -> bool:
+    return at >= settings.sequence_length and settings.overlong == "truncate"
+
+
+def _fate(tokens: Sequence[ShownToken], settings: TokenizeSettings) -> str:
+    """What becomes of a text in training."""
+    learned, limit = sum(token.kind == "learned" for token in tokens), settings.sequence_length
+    if len(tokens) > limit and settings.overlong == "drop":
+        return f"more than {limit:,}, so it is dropped"
+    if not learned:
+        return "none learned, so it is dropped"
+    pieces = -(-len(tokens) // limit)
+    return f"{learned:,} learned" + (f", in {pieces} pieces" if pieces > 1 and settings.overlong == "split" else "")
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
 
 
 def _print_tokens(console: Console, tokens: Sequence[ShownToken], ids: bool) -> None:
@@ -161,27 +202,30 @@ def _print_teacher(
         _line(console, f"          {index}: {_visible(student.decode([index]))} is {_visible(word)}")
 
 
-def _print_agreement(
-    console: Console,
-    found: FoundRow,
-    texts: Sequence[Rendered],
-    template: Template,
-    template_kwargs: dict[str, Any],
-    student: PreTrainedTokenizerBase,
-    teacher: PreTrainedTokenizerBase,
-) -> None:
-    """Whether the teacher's tokenizer is the student's, and whether its own template would have written the same."""
+def _print_same_tokenizer(console: Console, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     try:
         check_same_tokenizer(student, teacher)
         _line(console, "\ntokenizer the teacher's agrees with the student's")
     except LimbeckError as error:
         _line(console, f"\ntokenizer {error}", "red")
-    if not teacher.chat_template or found.conversation.plain:
+
+
+def _print_same_template(
+    console: Console,
+    conversation: Conversation,
+    texts: Sequence[Rendered],
+    where: str,
+    encoder: Encoder,
+    teacher: PreTrainedTokenizerBase,
+) -> None:
+    """Whether the teacher's own template would have written the same."""
+    if not teacher.chat_template:
         return
+    template = encoder.template
     try:
         native = resolve_template("native", teacher)
         native = replace(native, system=template.system, question=template.question, last_only=template.last_only)
-        own = render(found.conversation, native, teacher, template_kwargs, found.record.where)
+        own = render(conversation, native, teacher, encoder.settings.template_kwargs, where)
     except LimbeckError as error:
         _line(console, f"template  the teacher's own is of no use for this row: {error}", "yellow")
         return

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE, Batch, GlobalBatch
+from limbeck.data.batch import Batch, GlobalBatch
 from limbeck.data.dealing import evenly, evenly_within, neighbours_within
+from limbeck.data.examples import Examples
+from limbeck.data.masks import IGNORE
 from limbeck.data.packing import Packs, pack
-from limbeck.data.tokenize import Examples
 from limbeck.errors import LimbeckError
 
 Ints = NDArray[np.integer[Any]]
@@ -49,6 +50,14 @@ class _Epoch:
             return list(self.rows[first:last, None])
         members, starts = self.packs
         return [self.rows[members[starts[place] : starts[place + 1]]] for place in self.order[first:last]]
+
+    def checksum(self) -> int:
+        """Tells this order from that of another mixture, shuffle or packing."""
+        found = 0
+        for array in (self.rows, self.order, *(self.packs or ())):
+            if array is not None:
+                found = zlib.crc32(np.ascontiguousarray(array).data, found)
+        return found
 
 
 class BatchStream:
@@ -112,6 +121,7 @@ class BatchStream:
         self._order: _Epoch | None = first  # None: to be made when a step needs it
         self._steps_per_epoch = len(first) // self._units_per_step
         self._rows_per_epoch = len(first.rows)
+        self._order_checksum = first.checksum()
 
     @property
     def steps_per_epoch(self) -> int:
@@ -124,13 +134,15 @@ class BatchStream:
         return {"epoch": self._epoch, "step": self._step, **self._identity()}
 
     def seek(self, position: Mapping[str, int]) -> None:
-        """Continue at a ``position`` of a stream with the same data, seed and rows per step, on any number of ranks."""
+        """Continue at a ``position`` of a stream with the same data, mixture, packing, seed and rows per step, on any number
+        of ranks; raises LimbeckError for another's."""
         for name, ours in self._identity().items():
-            if position[name] != ours:
+            if position.get(name) != ours:
                 raise LimbeckError(
-                    f"The checkpoint's place in the data was counted with {name} = {position[name]}, and this run has "
-                    f"{ours}; use the same data, seed, sequence settings and per_device_train_batch_size x "
-                    "gradient_accumulation_steps x ranks, or start a new run from the checkpoint's weights."
+                    f"The checkpoint's place in the data was counted with {name} = {position.get(name)}, and this run has "
+                    f"{ours}; use the same data, mixture, packing, seed, sequence settings and "
+                    "per_device_train_batch_size x gradient_accumulation_steps x ranks, or start a new run from the "
+                    "checkpoint's weights."
                 )
         if position["epoch"] != self._epoch:
             self._order = None
@@ -156,6 +168,7 @@ class BatchStream:
             "rows_per_step": self._units_per_step,
             "steps_per_epoch": self._steps_per_epoch,
             "checksum": self._checksum,
+            "order": self._order_checksum,
         }
 
     def _order_of(self, epoch: int) -> _Epoch:

@@ -10,8 +10,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,12 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.data import cache
-from limbeck.data.batch import IGNORE
-from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings
+from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings, make_encoder
 from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
-from limbeck.data.rows import FORMATS, check_columns, detect, shown_format
+from limbeck.data.masks import IGNORE
+from limbeck.data.rows import FORMATS, RowKeys, check_columns, detect, shown_format
 from limbeck.data.sources import BadRow, Document, Input, Item, Line, Record, RowError, Source, decoded, inputs_of
-from limbeck.data.templates import check_template_kwargs, resolve_template
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -55,9 +54,10 @@ def tokenize_files(
     *,
     cache_dir: Path | None = None,
     progress: Progress | None = None,
-    **settings: Any,
+    settings: TokenizeSettings | None = None,
+    **changes: Any,
 ) -> tuple[Examples, DataReport]:
-    """Read, check, render and tokenise every row of ``files``; ``settings`` are the fields of ``TokenizeSettings``.
+    """Read, check, render and tokenise every row of ``files``; ``changes`` are fields of ``settings``.
 
     A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
     every token. A row with nothing supervised is dropped. With ``cache_dir`` the result is kept there under a hash of
@@ -65,15 +65,15 @@ def tokenize_files(
 
     Raises LimbeckError for anything wrong in any row, before a single row is trained on, unless ``on_bad_row`` is ``skip``.
     """
-    encoder = _encoder(tokenizer, settings)
+    encoder = make_encoder(tokenizer, replace(settings or TokenizeSettings(), **changes))
     named = [one if isinstance(one, Source) else Source.named(one) for one in files]
     sources = [(source, inputs_of(source)) for source in named or [Source()]]
     if cache_dir is None:
-        return _tokenize(sources, encoder, progress, None)
+        return _tokenize(sources, encoder, progress, None).in_memory()
     folder = cache_dir / cache.cache_key(sources, encoder, cache_dir)
     with cache.entry(folder) as unfinished:
         if unfinished is not None:
-            _tokenize(sources, encoder, progress, unfinished)
+            _tokenize(sources, encoder, progress, unfinished).on_disk()
     return cache.load(folder, [one.name for _, inputs in sources for one in inputs])
 
 
@@ -82,35 +82,17 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     *,
     progress: Progress | None = None,
-    **settings: Any,
+    **changes: Any,
 ) -> tuple[Examples, DataReport]:
     """The same for rows in memory, in this process; errors name a row as ``rows:<index>``."""
-    encoder = _encoder(tokenizer, {"workers": 1, **settings})
+    encoder = make_encoder(tokenizer, TokenizeSettings(**{"workers": 1, **changes}))
     records = Input("rows", (), "", lambda: (Record(row, "rows", index) for index, row in enumerate(rows)))
-    return _tokenize([(Source(), [records])], encoder, progress, None)
-
-
-def _encoder(tokenizer: PreTrainedTokenizerBase, given: dict[str, Any]) -> Encoder:
-    settings = TokenizeSettings(**given)
-    if not tokenizer.is_fast:
-        raise LimbeckError(
-            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
-            "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
-        )
-    check_template_kwargs(settings.template_kwargs)
-    template = resolve_template(
-        settings.template,
-        tokenizer,
-        default_system=settings.default_system,
-        prompt_file=settings.prompt_file,
-        train_on=settings.train_on,
-    )
-    return Encoder(tokenizer, template, settings)
+    return _tokenize([(Source(), [records])], encoder, progress, None).in_memory()
 
 
 def _tokenize(
     sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, progress: Progress | None, folder: Path | None
-) -> tuple[Examples, DataReport]:
+) -> _Tally:
     tally = _Tally(sources, encoder, folder)
     with ExitStack() as stack:
         stack.callback(tally.close)
@@ -128,7 +110,7 @@ def _tokenize(
             tally.add(batch, encoded)
             if progress:
                 progress(tally.rows)
-        return tally.done()
+    return tally
 
 
 def _worker_count(sources: Sequence[tuple[Source, Sequence[Input]]], settings: TokenizeSettings) -> int:
@@ -144,12 +126,11 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
     file = 0
     for number, (source, inputs) in enumerate(sources):
         for one in inputs:
-            items = iter(one.read())
-            form, peeked = _format_of(one.name, source, items, encoder)
+            form, items = read_input(one, source, encoder.settings.keys)
             tally.formats.append(TOKENS if form == TOKENS else shown_format(form, encoder.settings.keys))
             portion: list[Item] = []
             size = 0
-            for item in chain(peeked, items):
+            for item in items:
                 portion.append(item)
                 size += _size(item)
                 if len(portion) == _BATCH_ROWS or size >= _BATCH_SIZE:
@@ -160,34 +141,30 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
             file += 1
 
 
-def _format_of(name: str, source: Source, items: Iterator[Item], encoder: Encoder) -> tuple[str, list[Item]]:
-    """The shape of an input's rows, by the source's setting or the first row that can be read, and what was read for it."""
-    keys = encoder.settings.keys
+def read_input(one: Input, source: Source, keys: RowKeys) -> tuple[str, Iterator[Item]]:
+    """The shape of an input's rows, by the source's setting or the first row that can be read, and all its rows."""
+    items = one.read()
     peeked: list[Item] = []
     form = source.format
     for item in items:
         peeked.append(item)
         if isinstance(item, Document):
             form = TOKENS
-        elif isinstance(item, (Line, Record)):
-            try:
-                record = decoded(item)
-            except RowError:
-                if len(peeked) < _PEEKED:
-                    continue
+            break
+        if isinstance(item, (Line, Record)):
+            with suppress(RowError):
+                form = form or detect(decoded(item), keys)
                 break
-            form = form or detect(record, keys)
-        elif len(peeked) < _PEEKED:
-            continue
-        break
+        if len(peeked) == _PEEKED:
+            break
     if not peeked:
-        raise LimbeckError(f"{name} holds no rows; remove it from data_args.file_name, or fill it.")
+        raise LimbeckError(f"{one.name} holds no rows; remove it from data_args.file_name, or fill it.")
     form = form or "question_answer"
     if form != TOKENS:
         if form not in FORMATS:
             raise LimbeckError(f"format: {form} is unknown; use {', '.join(FORMATS)}.")
-        check_columns(form, keys, name)
-    return form, peeked
+        check_columns(form, keys, one.name)
+    return form, chain(peeked, items)
 
 
 def _size(item: Item) -> int:
@@ -199,19 +176,15 @@ def _size(item: Item) -> int:
     return _characters(item.row) if isinstance(item, Record) else 0
 
 
-def _characters(value: Any) -> int:
+def _characters(value: Any, levels: int = 6) -> int:
+    """About how much text a value holds; what lies deeper than that is counted by its parts alone."""
     if isinstance(value, str):
         return len(value)
-    # Two levels are enough for a conversation; what lies deeper is counted by its shape.
-    inner = list(value.values() if isinstance(value, dict) else value) if isinstance(value, (dict, list)) else []
-    return 16 + sum(
-        len(part)
-        if isinstance(part, str)
-        else _characters(part)
-        if isinstance(part, (dict, list)) and part is not value
-        else 16
-        for part in inner
-    )
+    if not isinstance(value, (dict, list)):
+        return 16
+    if not levels:
+        return 16 * len(value)
+    return 16 + sum(_characters(part, levels - 1) for part in (value.values() if isinstance(value, dict) else value))
 
 
 class _Tally:
@@ -226,9 +199,6 @@ class _Tally:
         self._folder = folder
         self._arrays: dict[str, list[NDArray[Any]]] = {}
         self._files: dict[str, ArrayFile] = {}
-        self._lengths: list[NDArray[np.int64]] = []
-        self._supervised: list[NDArray[np.int32]] = []
-        self._groups: list[NDArray[np.int32]] = []
         self._group_numbers: dict[tuple[int, str], int] = {}
         self._weighted = False
         self._bad_file: Any = None
@@ -237,7 +207,7 @@ class _Tally:
         self._counts = Counter[str]()
         self._dropped = Counter[str]()
         self._bad = Counter[str]()
-        self._largest = 0
+        self._tokens = self._supervised = self._largest = 0
         self.formats: list[str] = []
 
     @property
@@ -265,57 +235,66 @@ class _Tally:
             self._put("weights", plain if encoded.weights is None else encoded.weights)
         self._put("tokens", encoded.tokens)
         self._put("labels", encoded.labels)
-        self._lengths.append(encoded.lengths)
-        self._supervised.append(encoded.supervised)
-        self._groups.append(self._group(batch.source, encoded))
+        ends = self._tokens + np.cumsum(encoded.lengths)
+        self._put("offsets", ends if self._tokens else np.concatenate(([0], ends)))
+        self._put("supervised", encoded.supervised)
+        self._put("groups", self._group(batch.source, encoded))
+        self._tokens = int(ends[-1])
+        self._supervised += int(encoded.supervised.sum(dtype=np.int64))
         self._largest = max(self._largest, int(encoded.tokens.max()))
 
-    def done(self) -> tuple[Examples, DataReport]:
+    def in_memory(self) -> tuple[Examples, DataReport]:
+        """What was collected without a folder."""
+        report, needed = self._report(), self._needed()
+        return Examples(
+            **{name: np.concatenate(parts) for name, parts in self._arrays.items() if name in needed}
+        ), report
+
+    def on_disk(self) -> None:
+        """Complete the folder, so that ``cache.load`` can map it."""
+        assert self._folder is not None
+        report = self._report()
+        for name in self._files.keys() - self._needed():
+            (self._folder / f"{name}.npy").unlink()
+        (self._folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
+
+    def _report(self) -> DataReport:
         files = tuple(
             FileReport(name, form, self._rows_of[i], self._bad_of[i])
             for i, (name, form) in enumerate(zip(self._names, self.formats, strict=True))
         )
-        if not self._lengths:
+        if not self._tokens:
             reasons = [*self._dropped, *(f"bad rows: {kind}" for kind in self._bad)]
             raise LimbeckError(
                 f"None of the {self.rows} rows of {', '.join(file.path for file in files)} can be learnt from "
                 f"({'; '.join(reasons) or 'there are none'}); raise sequence_length, or give rows with answers."
             )
-        lengths = np.concatenate(self._lengths)
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        small: dict[str, NDArray[Any]] = {"offsets": offsets, "supervised": np.concatenate(self._supervised)}
-        if len(self._group_numbers) > 1:
-            small["groups"] = np.concatenate(self._groups)
-        report = DataReport(
+        return DataReport(
             files=files,
             template=self._encoder.template.name,
             sequence_length=self._encoder.settings.sequence_length,
             rows=self.rows,
+            rewritten=self._counts["rewritten"],
+            texts=self._counts["texts"],
             truncated=self._counts["truncated"],
             dropped=dict(self._dropped),
-            tokens=int(offsets[-1]),
-            supervised_tokens=int(small["supervised"].sum(dtype=np.int64)),
+            tokens=self._tokens,
+            supervised_tokens=self._supervised,
             cut_answers=self._counts["cut_answers"],
             split=self._counts["split"],
             bad=dict(self._bad),
             groups=tuple(self._group_numbers),
             largest_token=self._largest,
         )
-        if self._folder is None:
-            arrays = {name: np.concatenate(parts) for name, parts in self._arrays.items()}
-            return Examples(**arrays, **small), report
-        self.close()
-        for name, array in small.items():
-            np.save(self._folder / f"{name}.npy", array, allow_pickle=False)
-        (self._folder / "report.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
-        empty = np.zeros(0, dtype=np.int32)
-        return Examples(empty, empty, offsets), report  # the caller maps the files
 
     def close(self) -> None:
         for file in (*self._files.values(), self._bad_file):
             if file is not None:
                 file.close()
+
+    def _needed(self) -> set[str]:
+        """The arrays that say something: which group a row is of does not where there is one only."""
+        return {*cache.ARRAYS, *cache.OPTIONAL_ARRAYS} - ({"groups"} if len(self._group_numbers) == 1 else set())
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
         if self._folder is None:

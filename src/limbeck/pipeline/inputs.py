@@ -17,6 +17,7 @@ from limbeck.data import (
     MixtureSettings,
     PrefetchedStream,
     Source,
+    TokenizeSettings,
     Translator,
     check_same_tokenizer,
     fixed_batches,
@@ -151,20 +152,7 @@ def prepare_examples(config: DistillConfig, tokenizer: Any, *, show: bool = True
 
     Raises LimbeckError for anything wrong with any row, unless ``on_bad_row`` is ``skip``.
     """
-    args = config.student.data_args
-    sources = [
-        Source(
-            path=tuple(entry.path or ()),
-            hub=entry.hub,
-            config=entry.config,
-            split=entry.split,
-            revision=entry.revision,
-            format=entry.format or args.format,
-            domain=entry.domain,
-        )
-        for entry in config.data_sources
-    ]
-    return _tokenized(config, tokenizer, sources, args.domain_key, show)
+    return _tokenized(config, tokenizer, training_sources(config), token_settings(config), show)
 
 
 def prepare_validation(
@@ -173,9 +161,51 @@ def prepare_validation(
     """The same for the rows that the student is measured on; None if none are named."""
     if not config.validation_files:
         return None
-    named = [Source.named(name) for name in config.validation_files]
-    return _tokenized(
-        config, tokenizer, [replace(one, format=config.student.data_args.format) for one in named], None, show
+    sources = [named_source(config, name) for name in config.validation_files]
+    return _tokenized(config, tokenizer, sources, replace(token_settings(config), domain_key=None), show)
+
+
+def training_sources(config: DistillConfig) -> list[Source]:
+    """What the student learns from."""
+    return [
+        Source(
+            path=tuple(entry.path or ()),
+            hub=entry.hub,
+            config=entry.config,
+            split=entry.split,
+            revision=entry.revision,
+            format=entry.format or config.student.data_args.format,
+            domain=entry.domain,
+        )
+        for entry in config.data_sources
+    ]
+
+
+def named_source(config: DistillConfig, name: str) -> Source:
+    """A source that is only named, with the rows of the configuration."""
+    return replace(Source.named(name), format=config.student.data_args.format)
+
+
+def token_settings(config: DistillConfig) -> TokenizeSettings:
+    """How the configuration turns rows into tokens."""
+    args = config.student.data_args
+    return TokenizeSettings(
+        template=args.template,
+        template_kwargs=args.template_kwargs,
+        default_system=args.default_system,
+        prompt_file=args.prompt_file,
+        train_on=args.train_on,
+        question_key=config.question_key,
+        answer_key=config.answer_key,
+        prompt_key=config.prompt_key,
+        system_key=config.system_key,
+        weight_key=args.weight_key,
+        domain_key=args.domain_key,
+        sequence_length=config.sequence_length,
+        overlong=args.overlong,
+        on_bad_row=args.on_bad_row,
+        distill_on_prompt=config.distill_on_prompt,
+        workers=args.preprocessing_num_workers,
     )
 
 
@@ -192,29 +222,7 @@ def mixture_settings(config: DistillConfig) -> MixtureSettings:
 
 
 def _tokenized(
-    config: DistillConfig, tokenizer: Any, sources: list[Source], domain_key: str | None, show: bool
+    config: DistillConfig, tokenizer: Any, sources: list[Source], settings: TokenizeSettings, show: bool
 ) -> tuple[Examples, DataReport]:
-    args = config.student.data_args
     with row_counter(enabled=show) as progress:
-        return tokenize_files(
-            sources,
-            tokenizer,
-            cache_dir=cache_folder(config),
-            progress=progress,
-            template=args.template,
-            template_kwargs=args.template_kwargs,
-            default_system=args.default_system,
-            prompt_file=args.prompt_file,
-            train_on=args.train_on,
-            question_key=config.question_key,
-            answer_key=config.answer_key,
-            prompt_key=config.prompt_key,
-            system_key=config.system_key,
-            weight_key=args.weight_key,
-            domain_key=domain_key,
-            sequence_length=config.sequence_length,
-            overlong=args.overlong,
-            on_bad_row=args.on_bad_row,
-            distill_on_prompt=config.distill_on_prompt,
-            workers=args.preprocessing_num_workers,
-        )
+        return tokenize_files(sources, tokenizer, cache_dir=cache_folder(config), progress=progress, settings=settings)

@@ -3,7 +3,7 @@
 A source yields rows as they stand in the file. What their keys mean is decided in ``rows``.
 """
 
-from limbeck.data.sources.find import Input, Source, expand, inputs_of, read_records
+from limbeck.data.sources.find import Input, Source, expand, inputs_of
 from limbeck.data.sources.items import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 
 __all__ = [
@@ -20,5 +20,4 @@ __all__ = [
     "expand",
     "inputs_of",
     "place",
-    "read_records",
 ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from limbeck.data.sources.items import BadRow, Document, Item, Record, RowError, decoded
+from limbeck.data.sources.items import Item
 from limbeck.data.sources.megatron import read_megatron
 from limbeck.data.sources.tables import (
     is_saved_dataset,
@@ -102,17 +102,6 @@ def inputs_of(source: Source) -> list[Input]:
             kind = _suffix(path)
             inputs.append(Input(str(path), (path,), path.name[path.name.rindex(kind) :], partial(_READERS[kind], path)))
     return inputs
-
-
-def read_records(name: str | Path) -> Iterator[Record]:
-    """The rows that one name stands for. Raises LimbeckError at the first that cannot be read."""
-    for one in inputs_of(Source.named(name)):
-        for item in one.read():
-            if isinstance(item, BadRow):
-                raise RowError(item.kind, item.reason)
-            if isinstance(item, Document):
-                raise LimbeckError(f"{one.name} holds tokens, not rows of text.")
-            yield decoded(item)
 
 
 def expand(files: Sequence[str | Path]) -> list[Path]:

@@ -7,7 +7,6 @@ several texts, each of which is what the model reads and writes at inference. To
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +60,7 @@ def render(
     if conversation.plain:
         return (_running_text(conversation, template, tokenizer),)
     messages = [_readable(message) for message in conversation.messages]
-    weights = _answer_weights(messages, conversation.weight, template.last_only, where)
+    weights = _answer_weights(messages, conversation.weight, template.last_only)
     messages, added = _with_surroundings(messages, template)
     answers = [(turn + added, weight) for turn, weight in weights]
     jinja = template.with_tools if conversation.tools and template.with_tools else template.jinja
@@ -131,23 +130,14 @@ def _plain(value: Any) -> Any:
     return str.__str__(value) if isinstance(value, str) else str(value)
 
 
-def _answer_weights(
-    messages: Sequence[Message], row_weight: float, last_only: bool, where: str
-) -> list[tuple[int, float]]:
-    """The answers that are not mere context, each with the weight of its loss: the row's, times the turn's ``weight``, or 0
-    at ``train: false``."""
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
-    weights = []
-    for turn in turns:
-        weight, train = messages[turn].get("weight", 1.0), messages[turn].get("train", True)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise LimbeckError(f'{where}: "weight" of turn {turn} is {weight!r}; give a number of 0 or more.')
-        if not isinstance(train, bool):
-            raise LimbeckError(f'{where}: "train" of turn {turn} is {train!r}; give true or false.')
-        weight = row_weight * weight if train else 0.0
-        if not last_only or turn == turns[-1] or not weight:
-            weights.append((turn, weight))
-    return weights
+def _answer_weights(messages: Sequence[Message], row_weight: float, last_only: bool) -> list[tuple[int, float]]:
+    """The answers that are not mere context, each with the weight of its loss: the row's, times the turn's ``weight``."""
+    weights = [
+        (turn, row_weight * message.get("weight", 1.0))
+        for turn, message in enumerate(messages)
+        if message["role"] == "assistant"
+    ]
+    return [one for one in weights if not last_only or one == weights[-1] or not one[1]]
 
 
 def _with_surroundings(messages: Sequence[Message], template: Template) -> tuple[list[Message], int]:
