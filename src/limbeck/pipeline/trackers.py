@@ -79,7 +79,7 @@ def check_tracker(name: str) -> None:
     if name not in _TRACKERS:
         raise LimbeckError(
             f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, "
-            "or add yours from Python with limbeck.register_tracker()."
+            "or register one in a file that plugins names."
         )
 
 
