@@ -4,7 +4,11 @@ set -euo pipefail
 
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
-python "$here/../start_distill_pipeline.py" \
+# the project's own environment, if it has been made and no other is active
+python="$here/../../.venv/bin/python"
+if [[ -n "${VIRTUAL_ENV:-}" || ! -x "$python" ]]; then python=python; fi
+
+"$python" "$here/../start_distill_pipeline.py" \
   --config_path "$here" \
   --config_name distill_fsdp2 \
   "$@"

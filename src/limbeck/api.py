@@ -40,6 +40,12 @@ def distill(
     ``learning_rate=1e-4``: the student's sections are searched; ``dtype`` and ``attn_implementation`` are set for both
     models) or by its path (``**{"teacher.model_args.dtype": "bf16"}``). Raises LimbeckError with a line for each mistake.
     """
+    for name, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, str | Path | None):
+            raise LimbeckError(
+                f"distill({name}=…) takes a checkpoint's folder or hub id, not a {type(model).__name__}; save it first, or use "
+                "DistillTrainer, which takes models."
+            )
     values: dict[str, Any] = {}
     _set(values, "student_pretrain", str(student))
     if teacher is not None:

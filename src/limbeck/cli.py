@@ -226,8 +226,12 @@ def _data_show(args: argparse.Namespace) -> int:
 
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
     sources = [named_source(config, args.file)] if args.file else training_sources(config)
+    if args.row < 0:
+        raise LimbeckError(f"--row {args.row} is no row; rows are counted from 0.")
     found = find_row(sources, args.row, encoder)
-    teacher = teacher_tokenizer(config.teacher) if config.has_teacher else None
+    # A teacher with another tokenizer reads spans of equal text, not the same ids.
+    compared = config.has_teacher and config.cross_tokenizer == "off"
+    teacher = teacher_tokenizer(config.teacher) if compared else None
     print_row(Console(highlight=False), found, encoder, teacher=teacher, ids=args.ids)
     return 0
 
@@ -240,10 +244,20 @@ def _data_cache(args: argparse.Namespace) -> int:
         print(f"note: {notice}", file=sys.stderr)
     os.environ.update(loaded.config.environment)
 
-    from limbeck.pipeline.inputs import cache_folder, make_tokenizer, prepare_examples, prepare_validation
+    from limbeck.data import mix
+    from limbeck.pipeline.inputs import (
+        cache_folder,
+        make_tokenizer,
+        mixture_settings,
+        prepare_examples,
+        prepare_validation,
+    )
 
     tokenizer = make_tokenizer(loaded.config)
-    print(f"training: {prepare_examples(loaded.config, tokenizer)[1]}")
+    train, report = prepare_examples(loaded.config, tokenizer)
+    print(f"training: {report}")
+    if (mixture := mix(train, report, mixture_settings(loaded.config), loaded.config.data_seed)) is not None:
+        print(f"mixture: {mixture}")
     if (held_out := prepare_validation(loaded.config, tokenizer)) is not None:
         print(f"validation: {held_out[1]}")
     print(f"cache: {cache_folder(loaded.config)}")

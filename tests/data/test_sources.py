@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from limbeck.data import tokenize_files
 from limbeck.data.sources import expand
 from limbeck.errors import LimbeckError
 
@@ -95,3 +96,11 @@ def test_folders_other_formats_and_empty_patterns_are_refused(tmp_path):
         expand([tmp_path / "*.jsonl"])
     with pytest.raises(LimbeckError, match=r"data_args\.file_name"):
         expand([])
+
+
+def test_a_quote_that_swallows_rows_is_an_error_also_when_bad_rows_are_skipped(tmp_path, tokenizer):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,answer\nq,a\nq,"open\n' + "q,a\n" * 20)
+    for how in ("error", "skip"):
+        with pytest.raises(LimbeckError, match=r"rows\.csv:3 opens a quote that nothing closes"):
+            tokenize_files([path], tokenizer, template="base", on_bad_row=how)

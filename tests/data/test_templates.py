@@ -253,8 +253,12 @@ def tokenizer_with(tokenizer, chat_template):
 
 
 def test_qwen_names_mean_the_tokenizers_own_template_where_that_is_one(tokenizer, native_tokenizer):
-    own = tokenizer_with(tokenizer, NAMED["chatml"] + "{# mine #}")
+    own = tokenizer_with(tokenizer, NAMED["qwen3"] + "{# mine #}")
     assert resolve_template("qwen3", own).jinja == own.chat_template
+    # Others speak ChatML as well, without what makes these names.
+    other = tokenizer_with(tokenizer, NAMED["chatml"] + "{# You are SmolLM #}")
+    assert resolve_template("qwen3", other).jinja.endswith(NAMED["qwen3"])
+    assert resolve_template("qwen2_5", other).jinja.endswith(NAMED["qwen2_5"])
     assert resolve_template("qwen3", native_tokenizer).jinja.endswith(NAMED["qwen3"])
 
 

@@ -125,7 +125,7 @@ def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
 
 
 def _find(path: Path) -> Path:
-    for candidate in (path, path.with_name(f"{path.name}.yaml")):
+    for candidate in (path, path.with_name(f"{path.name}.yaml")) if path.name else ():
         if candidate.is_file():
             if candidate.suffix != ".yaml":
                 raise LimbeckError(f"{candidate} must end in .yaml to be composed with others; rename it.")

@@ -364,7 +364,7 @@ class DataArgs(Section):
     domain_key: str | None = Field(
         default=None, description="Column that names a row's domain; unset, a source is a domain."
     )
-    domain_interleave_probs: dict[str, float] | None = Field(
+    domain_interleave_probs: dict[str, Annotated[float, Field(ge=0, le=1)]] | None = Field(
         default=None, description="Share of each domain in an epoch's rows; the values add up to 1."
     )
     mixing_temperature: float | None = Field(
@@ -979,7 +979,13 @@ class DistillConfig(Section):
         if student.model_args.disable_gradient_checkpointing:
             key = "student.model_args.gradient_checkpointing_use_reentrant"
             yield key, "is read with disable_gradient_checkpointing: false only"
-        if student.training_args.warmup_steps > 0:
+        if student.training_args.lr_scheduler_type == "constant":
+            for key in ("warmup_steps", "warmup_ratio"):
+                yield (
+                    f"student.training_args.{key}",
+                    "is not read by lr_scheduler_type: constant; use constant_with_warmup",
+                )
+        elif student.training_args.warmup_steps > 0:
             yield "student.training_args.warmup_ratio", "yields to warmup_steps"
         if self.distill_on_prompt:
             yield "student.data_args.train_on", "chooses among answers, and distill_on_prompt: true learns every token"

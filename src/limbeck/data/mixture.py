@@ -98,6 +98,8 @@ def mix(examples: Examples, report: DataReport, settings: MixtureSettings, seed:
             f"num_samples = {wanted} is more than the {total} rows there are; lower it, or give the sources weights, "
             "with which rows are repeated."
         )
+    if not any(share > 0 for share in shares):
+        raise LimbeckError("every share of the mixture is 0; give at least one source or domain a share above 0.")
     counts = _rounded(shares, wanted)
     for name, rows, share in zip(names, bins, shares, strict=True):
         if share > 0 and not len(rows):

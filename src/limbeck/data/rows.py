@@ -327,7 +327,7 @@ def _with_answers(record: Record, messages: list[Message]) -> list[Message]:
 
 def _weight(value: Any, what: str) -> float:
     """A weight of the loss; 1 if none is given."""
-    if value is None:
+    if value is None or value == "":  # an empty cell is how a table leaves a number out
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)

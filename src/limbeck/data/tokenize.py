@@ -264,10 +264,15 @@ class _Tally:
             for i, (name, form) in enumerate(zip(self._names, self.formats, strict=True))
         )
         if not self._tokens:
-            reasons = [*self._dropped, *(f"bad rows: {kind}" for kind in self._bad)]
+            bad = [f"{count:,} bad rows: {kind}" for kind, count in self._bad.items()]
+            advice = (
+                "set on_bad_row: error to be told of the first"
+                if bad
+                else "raise sequence_length, or give rows with answers"
+            )
             raise LimbeckError(
                 f"None of the {self.rows} rows of {', '.join(file.path for file in files)} can be learnt from "
-                f"({'; '.join(reasons) or 'there are none'}); raise sequence_length, or give rows with answers."
+                f"({'; '.join([*self._dropped, *bad]) or 'there are none'}); {advice}."
             )
         return DataReport(
             files=files,

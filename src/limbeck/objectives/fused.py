@@ -180,6 +180,7 @@ def fused_linear_distillation(
         objective = Objective.of(
             objective, kd_weight=kd_weight, temperature=temperature, teacher_temperature=teacher_temperature
         )
+    _check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
     student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
     asked = None
     if teacher is not None:
@@ -225,6 +226,27 @@ def fused_linear_distillation(
     )
     loss, stats = _HeadAndLoss.apply(student_hidden, student.weight, student.bias, teacher_hidden, labels, rows, job)
     return DistillationLoss(loss, *stats.unbind())
+
+
+def _check_rows(
+    student: Tensor, teacher: Tensor | None, signal: Signal | None, labels: Tensor, weights: Tensor | None
+) -> None:
+    """A teacher that speaks of other positions would train the student wrongly without a word."""
+    if student.dim() != 2 or labels.dim() != 1:
+        raise LimbeckError(
+            f"student_hidden must be [N, H] and labels [N], got {list(student.shape)} and {list(labels.shape)}; flatten both."
+        )
+    sent = signal.logits if isinstance(signal, Logits) else None if signal is None else signal.log_probs
+    for name, rows in (
+        ("labels", labels),
+        ("teacher_hidden", teacher),
+        ("the teacher's signal", sent),
+        ("weights", weights),
+    ):
+        if rows is not None and len(rows) != len(student):
+            raise LimbeckError(
+                f"{name} has {len(rows)} positions and student_hidden {len(student)}; give the same positions to both."
+            )
 
 
 def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor | None) -> None:

@@ -93,6 +93,9 @@ def make_data(config: DistillConfig, world: World) -> Data:
         world.wait()
     mixture = mix(train, report, mixture_settings(config), config.data_seed)
     text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
+    if train.weights is not None:
+        column = config.student.data_args.weight_key
+        text += f"\nweights: rows or turns count differently, by the column {column!r} or a turn's own weight"
     chosen: dict[str, Any] = {"rows_of_epoch": mixture.rows_of_epoch} if mixture else {}
     steps = BatchStream(
         train,

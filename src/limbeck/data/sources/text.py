@@ -71,9 +71,15 @@ def read_csv(path: Path, delimiter: str) -> Iterator[Item]:
         names: list[str] | None = None
         index = -1
         while True:
+            begun = rows.line_num + 1
             try:
                 values = next(rows, None)
             except csv.Error as error:
+                if "unexpected end of data" in str(error):  # a quote that has swallowed every row behind it
+                    raise LimbeckError(
+                        f"{path}:{begun} opens a quote that nothing closes, so the rows behind it cannot be told apart; "
+                        "close it, or double a quote that is meant as a character."
+                    ) from error
                 if names is None:
                     raise LimbeckError(f"{path}:{rows.line_num} is not a CSV header ({error}); correct it.") from error
                 index += 1

@@ -167,7 +167,7 @@ NAMED = {
 }
 """Name -> Jinja."""
 
-QWEN = ("qwen2_5", "qwen3")
+QWEN = {"qwen2_5": "You are Qwen", "qwen3": "<think>"}  # with what a tokenizer of that family has in its own template
 """Names that mean the tokenizer's own template where that is one of Qwen's, as the finer points differ between its models."""
 
 LONG_COT = ("longCOT_qwen2.5", "longcot_V3")

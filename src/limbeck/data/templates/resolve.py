@@ -77,7 +77,7 @@ def _source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[s
         return template, *_native(template, tokenizer)
     if template in NAMED:
         own = tokenizer.chat_template
-        if template in QWEN and isinstance(own, str) and "<|im_start|>" in own:
+        if template in QWEN and isinstance(own, str) and QWEN[template] in own:
             return f"{template}, the tokenizer's own", own, None
         return template, ("{{ bos_token }}" if _puts_bos(tokenizer) else "") + NAMED[template], None
     if template.endswith(".jinja"):
