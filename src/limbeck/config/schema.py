@@ -961,6 +961,9 @@ class DistillConfig(Section):
         if self.cross_tokenizer == "uld":
             for key in ("kd_objective", "cross_tokenizer_rest_weight"):
                 yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+        if not self.device_mapping:
+            for key in ("num_gpus_per_node", "num_nodes"):
+                yield key, "is read with device_mapping only; without one there is one process, or torchrun's"
         if self.logits_topk == 0:
             yield "logits_topk_tail", "is read with logits_topk only"
         if not self.features.pairs:

@@ -17,6 +17,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 
 def numbers(values: Mapping[str, float]) -> str:
@@ -52,14 +53,17 @@ class RunConsole:
         self._title, self._total, self._start, self._begun = title, total, start, time.perf_counter()
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
+            whole = Column(
+                no_wrap=True, min_width=max(7, 2 * len(str(total)) + 1)
+            )  # on narrow terminals the numbers give way
             columns = (
                 TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
+                BarColumn(bar_width=max(4, min(24, self._console.width - 116))),
+                MofNCompleteColumn(table_column=whole),
+                TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+                TimeElapsedColumn(table_column=whole),
+                TextColumn("left", table_column=Column(min_width=4)),
+                TimeRemainingColumn(table_column=whole),
             )
             self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task(title, total=total, completed=start, numbers="")
