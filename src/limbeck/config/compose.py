@@ -100,6 +100,8 @@ def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
             return [beside(one) for one in name]
         if not isinstance(name, str) or name.startswith(("hub:", "~")) or Path(name).is_absolute():
             return name
+        if "\0" in name:  # no file is called so; who reads it says so
+            return name
         path = folder / name
         there = path.exists() or path.with_name(f"{path.name}.bin").exists() or glob.glob(str(path), recursive=True)  # noqa: PTH207
         return str(path) if there else name

@@ -77,7 +77,7 @@ def translate(result: Translation, places: dict[str, Place]) -> None:
     for ours, value in AS_THERE.items():
         read = pairs or not ours.startswith("features.")
         if read and _get(result.values, ours) is None:
-            _put(result, ours, value, KEY)
+            result.put(ours, value, KEY)
 
 
 def _translate_weight(result: Translation, keys: Mapping[str, Any]) -> None:
@@ -96,7 +96,7 @@ def _translate_weight(result: Translation, keys: Mapping[str, Any]) -> None:
     if skip is True:
         _set(result, "distill_loss_weight", 1.0, "skip_lm_loss")
     elif _get(result.values, "distill_loss_weight") is None:
-        _put(result, "distill_loss_weight", 1.0, KEY)
+        result.put("distill_loss_weight", 1.0, KEY)
     if scale is not None:
         result.notices.append(f"{KEY}.kd_loss_scale has no effect: it is read with skip_lm_loss: false only.")
 
@@ -129,15 +129,4 @@ def _set(result: Translation, ours: str, value: Any, foreign: str) -> None:
     if present is not None and present != value:
         result.refuse(f"{KEY}.{foreign}", f"= {shown(value)} contradicts {ours} = {shown(present)}; keep one of them")
         return
-    _put(result, ours, value, f"{KEY}.{foreign}")
-
-
-def _put(result: Translation, ours: str, value: Any, derived_from: str) -> None:
-    section = result.values
-    *parents, key = ours.split(".")
-    for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
-        section = section[parent]
-    section[key] = value
-    result.derived[ours] = derived_from
+    result.put(ours, value, f"{KEY}.{foreign}")

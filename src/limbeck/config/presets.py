@@ -61,5 +61,4 @@ def apply(result: Translation) -> None:
     name = result.values.get(KEY)
     for key, value in (PRESETS.get(name, {}) if isinstance(name, str) else {}).items():
         if result.values.get(key) is None:
-            result.values[key] = value
-            result.derived[key] = KEY
+            result.put(key, value, KEY)

@@ -259,6 +259,17 @@ class Translation:
     def refuse(self, path: str, sentence: str) -> None:
         self.contradictions.append(Contradiction(path, sentence))
 
+    def put(self, path: str, value: object, derived_from: str) -> None:
+        """Write our key ``path``, which the foreign key ``derived_from`` stands for."""
+        section = self.values
+        *parents, key = path.split(".")
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            section = section[parent]
+        section[key] = value
+        self.derived[path] = derived_from
+
 
 def translate(values: Mapping[str, Any]) -> Translation:
     """`values` (nested, as written) in the words of the schema."""
@@ -302,17 +313,6 @@ def _pop(result: Translation, path: str) -> Any:
     parent, _, key = path.rpartition(".")
     section = _section(result, parent)
     return None if section is None else section.pop(key, None)
-
-
-def _set(result: Translation, path: str, value: object, derived_from: str) -> None:
-    section = result.values
-    *parents, key = path.split(".")
-    for parent in parents:
-        if not isinstance(section.get(parent), dict):
-            section[parent] = {}
-        section = section[parent]
-    section[key] = value
-    result.derived[path] = derived_from
 
 
 def _ignore(result: Translation, path: str, keys: Set[str]) -> None:
@@ -363,7 +363,7 @@ def _translate_deepspeed(result: Translation) -> None:
         result.contradictions.extend(deepspeed.contradictions(zero, f"{path}strategy_config", dtype))
         section["strategy_config"] = {}
         for key, value in deepspeed.strategy_config_from_zero(zero).items():
-            _set(result, f"{path}strategy_config.{key}", value, f"{path}strategy_config")
+            result.put(f"{path}strategy_config.{key}", value, f"{path}strategy_config")
         section["strategy_name"] = name.replace("deepspeed", "fsdp2")
         result.notices.append(
             f"{path}strategy_name = {name} runs as {section['strategy_name']}, with the same mathematics."
@@ -408,7 +408,7 @@ def _move(result: Translation) -> None:
         parent, _, key = ours.rpartition(".")
         present = (_section(result, parent) or {}).get(key)
         if present is None:
-            _set(result, ours, value, foreign)
+            result.put(ours, value, foreign)
         elif present != value:
             result.refuse(foreign, f"= {shown(value)} contradicts {ours} = {shown(present)}; keep the latter only")
 
@@ -431,7 +431,7 @@ def _sum_lengths(result: Translation) -> None:
         return
     prompt = DEFAULT_PROMPT_LENGTH if prompt is None else prompt
     if type(prompt) is int and type(response) is int:
-        _set(result, "sequence_length", prompt + response, "prompt_length + response_length")
+        result.put("sequence_length", prompt + response, "prompt_length + response_length")
     else:
         result.refuse("response_length", f"= {response} and prompt_length = {prompt} must be whole numbers of tokens")
 
@@ -444,7 +444,7 @@ def _keep_the_column_of_domains(result: Translation) -> None:
         and "domain_key" not in data_args
         and isinstance(data_args.get("tag"), str)
     ):
-        _set(result, "student.data_args.domain_key", _pop(result, "student.data_args.tag"), "student.data_args.tag")
+        result.put("student.data_args.domain_key", _pop(result, "student.data_args.tag"), "student.data_args.tag")
 
 
 def _join_dataset_dir(result: Translation) -> None:
@@ -455,7 +455,7 @@ def _join_dataset_dir(result: Translation) -> None:
         files = [files] if isinstance(files, str) else files
         if isinstance(folder, str) and isinstance(files, list) and all(isinstance(file, str) for file in files):
             joined = [str(Path(folder) / file) for file in files]
-            _set(result, f"student.data_args.{key}", joined, "student.data_args.dataset_dir")
+            result.put(f"student.data_args.{key}", joined, "student.data_args.dataset_dir")
 
 
 def _rename_template(result: Translation) -> None:
@@ -469,7 +469,7 @@ def _rename_template(result: Translation) -> None:
     if isinstance(name, str) and name in TEMPLATES:
         data_args["template"], kwargs = TEMPLATES[name]
         if kwargs and isinstance(given := data_args.get("template_kwargs") or {}, dict):
-            _set(result, "student.data_args.template_kwargs", {**kwargs, **given}, "student.data_args.template")
+            result.put("student.data_args.template_kwargs", {**kwargs, **given}, "student.data_args.template")
 
 
 def _drop_what_the_teacher_does_not_read(result: Translation) -> None:
