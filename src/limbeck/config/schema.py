@@ -249,9 +249,10 @@ class ModelArgs(Section):
         default="bf16",
         description="Number format in which the model computes: fp32, bf16 or fp16 (torch's names work).",
     )
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
         default="auto",
-        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2.",
+        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2. The flash and "
+        "flex ones train on GPUs only.",
     )
 
     @property

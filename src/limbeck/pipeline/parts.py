@@ -88,6 +88,10 @@ def make_student(
     dtype = DTYPES[args.dtype]
     if dtype is torch.float16 and world.size > 1:
         raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
