@@ -192,7 +192,6 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
             f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
             "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
         )
-    check_template_kwargs(settings.template_kwargs)
     template = resolve_template(
         settings.template,
         tokenizer,
@@ -200,6 +199,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
         prompt_file=settings.prompt_file,
         train_on=settings.train_on,
     )
+    check_template_kwargs(settings.template_kwargs, template)
     return Encoder(tokenizer, template, settings)
 
 

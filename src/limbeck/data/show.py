@@ -132,6 +132,8 @@ def print_row(
     shape = TOKENS if found.form == TOKENS else shown_format(found.form, encoder.settings.keys)
     _line(console, f"row       {found.item.where} ({shape}), weight {weight:g}{domain}")
     _line(console, f"template  {template}")
+    if texts is not None and encoder.template.note:
+        _line(console, f"note      {encoder.template.note}", "yellow")
     legend = Text("legend    ")
     for kind, meaning in _MEANINGS.items():
         legend.append(kind, _STYLES[kind]).append(f": {meaning}; ")

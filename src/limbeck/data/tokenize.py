@@ -290,6 +290,7 @@ class _Tally:
             bad=dict(self._bad),
             groups=tuple(self._group_numbers),
             largest_token=self._largest,
+            note=self._encoder.template.note,
         )
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ several texts, each of which is what the model reads and writes at inference. To
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,11 +96,32 @@ def render(
     return tuple(Rendered(text, tuple(reversed(spans)), conversation.weight) for text, spans in reversed(learned))
 
 
-def check_template_kwargs(template_kwargs: Mapping[str, Any]) -> None:
-    """Raise LimbeckError for a key that would replace an argument of the rendering itself."""
+def check_template_kwargs(template_kwargs: Mapping[str, Any], template: Template) -> None:
+    """Raise LimbeckError for a key that would replace an argument of the rendering itself, or that the template never reads.
+
+    Also for a template that is no Jinja.
+    """
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    read: set[str] = set()
+    for jinja in (template.jinja, template.with_tools):
+        if jinja is not None:
+            try:
+                environment = _compile_jinja_template(jinja).environment
+                read |= meta.find_undeclared_variables(environment.parse(jinja))
+            except TemplateError as error:
+                raise LimbeckError(f"the chat template ({template.name}) is not valid Jinja: {error}; correct it.") from error
     for key in template_kwargs:
         if key in _RESERVED:
             raise LimbeckError(f"template_kwargs.{key} is set by the renderer itself; remove it.")
+        if key not in read:
+            near = difflib.get_close_matches(str(key), read, n=1)
+            advice = f"did you mean {near[0]}?" if near else "remove it, or choose a template that reads it."
+            raise LimbeckError(
+                f"template_kwargs.{key} is not read by the chat template ({template.name}), so it would change nothing; "
+                + advice
+            )
 
 
 def _running_text(conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rendered:
