@@ -65,7 +65,9 @@ def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path:
     ]  # fmt: skip
     (tmp_path / "mine.jinja").write_text("{{ messages }}")
     (tmp_path / "prompt.txt").write_text("{}")
-    args = load("student.data_args.template=mine.jinja", "student.data_args.prompt_file=prompt.txt").config.student.data_args
+    args = load(
+        "student.data_args.template=mine.jinja", "student.data_args.prompt_file=prompt.txt"
+    ).config.student.data_args
     assert (args.template, args.prompt_file) == (str(tmp_path / "mine.jinja"), str(tmp_path / "prompt.txt"))
     assert load("student.data_args.template=chatml").config.student.data_args.template == "chatml"
     (tmp_path / "a.jsonl").write_text("{}")

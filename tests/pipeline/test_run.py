@@ -499,7 +499,11 @@ def test_a_missing_model_is_one_sentence(configure, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with it")
 def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(configure, tmp_path):
-    packed = {"max_steps": 1, "student.use_sequence_packing": True, "student.training_args.per_device_train_batch_size": 2}
+    packed = {
+        "max_steps": 1,
+        "student.use_sequence_packing": True,
+        "student.training_args.per_device_train_batch_size": 2,
+    }
     found = []
     with torch.compiler.set_stance("force_eager"):  # compiling takes its time, and the mathematics are the same
         for kind in ("flex_attention", "sdpa"):

@@ -24,16 +24,23 @@ from limbeck.data.tokenizers import check_same_tokenizer
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from limbeck.data.alignment import Translator
     from transformers import PreTrainedTokenizerBase
 
-_STYLES = {"prompt": "cyan", "learned": "green", "masked": "yellow", "cut": "red"}
+_STYLES = {
+    "prompt": "cyan", "learned": "green", "masked": "yellow", "cut": "red", "read": "cyan", "compared": "green"
+}  # fmt: skip
 _MEANINGS = {
     "prompt": "read, not learned",
     "learned": "predicted, and part of the loss",
     "masked": "an answer of weight 0: read, not learned",
     "cut": "beyond sequence_length: never read",
 }
+_OF_TRANSLATION = {"read": "read by the teacher", "compared": "faces the student's tokens of the same text"}
 _INDENT = 10
+_MOST_SPANS = 8
 
 
 @dataclass(frozen=True)
@@ -117,9 +124,13 @@ def print_row(
     encoder: Encoder,
     *,
     teacher: PreTrainedTokenizerBase | None,
+    translator: Translator | None = None,
     ids: bool = False,
 ) -> None:
-    """Print a row as the student learns it and, as far as that differs, as the teacher reads it."""
+    """Print a row as the student learns it and, as far as that differs, as the teacher reads it.
+
+    teacher: its tokenizer, if it is to be the student's. translator: instead of it, for a teacher with another one.
+    """
     if isinstance(found.item, Document):
         texts, template, weight = None, "not used on tokens", 1.0
         of_texts = [tokens_of_document(found.item, encoder)]
@@ -135,7 +146,8 @@ def print_row(
     if texts is not None and encoder.template.note:
         _line(console, f"note      {encoder.template.note}", "yellow")
     legend = Text("legend    ")
-    for kind, meaning in _MEANINGS.items():
+    meanings = {**_MEANINGS, **(_OF_TRANSLATION if translator is not None else {})}
+    for kind, meaning in meanings.items():
         legend.append(kind, _STYLES[kind]).append(f": {meaning}; ")
     console.print(legend.append("‹special›", "bold").append(", tokens parted by │"), soft_wrap=True)
     for number, tokens in enumerate(of_texts, 1):
@@ -144,6 +156,8 @@ def print_row(
         _print_tokens(console, tokens, ids)
         if teacher is not None:
             _print_teacher(console, tokens, encoder.tokenizer, teacher)
+    if translator is not None:
+        _print_translations(console, found, encoder, translator, ids)
     if teacher is not None:
         _print_same_tokenizer(console, encoder.tokenizer, teacher)
         if texts is not None and not conversation.plain:
@@ -202,6 +216,60 @@ def _print_teacher(
     _line(console, f"teacher   reads {count:,} of the {len(tokens):,} tokens differently:", "red")
     for index, word in list(differing.items())[:8]:
         _line(console, f"          {index}: {_visible(student.decode([index]))} is {_visible(word)}")
+
+
+def _print_translations(console: Console, found: FoundRow, encoder: Encoder, translator: Translator, ids: bool) -> None:
+    """What a teacher with another tokenizer reads of the row, and which of its tokens face the student's."""
+    import torch
+
+    from limbeck.data.batch import Batch
+
+    encoded = encoder.encode([found.item], found.form)
+    if not len(encoded.lengths):
+        return
+    for number, (tokens, labels) in enumerate(
+        zip(
+            *(np.split(array, np.cumsum(encoded.lengths)[:-1]) for array in (encoded.tokens, encoded.labels)),
+            strict=True,
+        ),
+        1,
+    ):
+        row, targets = (torch.from_numpy(array.astype(np.int64))[None] for array in (tokens, labels))
+        batch = translator.translate(Batch.of(row, targets, None, len(tokens)))
+        view = batch.translation
+        assert view is not None
+        read = view.input_ids[0].tolist() + view.labels[-1:].tolist()  # the last one is only asked for
+        compared = set((view.supervised + 1).tolist())
+        of_several = f", text {number} of {len(encoded.lengths)}" if len(encoded.lengths) > 1 else ""
+        _line(
+            console,
+            f"\nteacher{of_several}: {len(read):,} tokens of {translator.teacher.name}; {view.aligned_tokens:,} of the "
+            f"student's {len(batch.supervised):,} learned tokens face {len(compared):,} of them, in {len(view.spans):,} spans",
+        )
+        pieces = [piece.decode("utf-8", "replace") for piece in translator.teacher.pieces(read)]
+        shown = [
+            ShownToken(token, text, "compared" if at in compared else "read", token in translator.teacher.special, 1.0)
+            for at, (token, text) in enumerate(zip(read, pieces, strict=True))
+        ]
+        _print_tokens(console, shown, ids)
+        spans = view.spans
+        ours = _texts_of(spans.student_first, spans.student_rest, spans.student_rest_span, batch.supervised,
+                         [piece.decode("utf-8", "replace") for piece in translator.student.pieces(row[0].tolist())])  # fmt: skip
+        theirs = _texts_of(spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, view.supervised, pieces)
+        several = [(mine, its) for mine, its in zip(ours, theirs, strict=True) if len(mine) > 1 or len(its) > 1]
+        for mine, its in several[:_MOST_SPANS]:
+            _line(console, f"{'span':{_INDENT}}{_visible('│'.join(mine))} faces {_visible('│'.join(its))}")
+        if len(several) > _MOST_SPANS:
+            _line(console, f"{'':{_INDENT}}… and {len(several) - _MOST_SPANS:,} more spans of several tokens")
+
+
+def _texts_of(first: Tensor, rest: Tensor, rest_span: Tensor, places: Tensor, texts: Sequence[str]) -> list[list[str]]:
+    """The texts of each span's tokens: ``places`` are where they are predicted, one before they stand."""
+    spans = [[texts[place + 1]] for place in places[first].tolist()]
+    for place, span in zip(places[rest].tolist(), rest_span.tolist(), strict=True):
+        if span < len(spans):
+            spans[span].append(texts[place + 1])
+    return spans
 
 
 def _print_same_tokenizer(console: Console, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

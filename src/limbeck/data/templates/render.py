@@ -111,7 +111,9 @@ def check_template_kwargs(template_kwargs: Mapping[str, Any], template: Template
                 environment = _compile_jinja_template(jinja).environment
                 read |= meta.find_undeclared_variables(environment.parse(jinja))
             except TemplateError as error:
-                raise LimbeckError(f"the chat template ({template.name}) is not valid Jinja: {error}; correct it.") from error
+                raise LimbeckError(
+                    f"the chat template ({template.name}) is not valid Jinja: {error}; correct it."
+                ) from error
     for key in template_kwargs:
         if key in _RESERVED:
             raise LimbeckError(f"template_kwargs.{key} is set by the renderer itself; remove it.")
