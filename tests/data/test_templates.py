@@ -108,7 +108,7 @@ def test_template_kwargs_reach_the_template(tokenizer):
         with pytest.raises(LimbeckError, match=rf"template_kwargs\.{key} .*{re.escape(sentence)}"):
             check_template_kwargs({key: True}, template)
     check_template_kwargs({"enable_thinking": False}, resolve_template("qwen3", tokenizer))
-    with pytest.raises(LimbeckError, match="is not valid Jinja: .*; correct it"):
+    with pytest.raises(LimbeckError, match=r"is not valid Jinja: .*; correct it"):
         check_template_kwargs({}, resolve_template("{% for m in messages %}", tokenizer))
 
 

@@ -25,9 +25,9 @@ from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from limbeck.data.alignment import Translator
     from transformers import PreTrainedTokenizerBase
+
+    from limbeck.data.alignment import TokenText, Translator
 
 _STYLES = {
     "prompt": "cyan", "learned": "green", "masked": "yellow", "cut": "red", "read": "cyan", "compared": "green"
@@ -225,37 +225,39 @@ def _print_translations(console: Console, found: FoundRow, encoder: Encoder, tra
     from limbeck.data.batch import Batch
 
     encoded = encoder.encode([found.item], found.form)
-    if not len(encoded.lengths):
-        return
-    for number, (tokens, labels) in enumerate(
-        zip(
-            *(np.split(array, np.cumsum(encoded.lengths)[:-1]) for array in (encoded.tokens, encoded.labels)),
-            strict=True,
-        ),
-        1,
-    ):
-        row, targets = (torch.from_numpy(array.astype(np.int64))[None] for array in (tokens, labels))
-        batch = translator.translate(Batch.of(row, targets, None, len(tokens)))
+    student, teacher, texts = translator.student, translator.teacher, len(encoded.lengths)
+    stops = np.cumsum(encoded.lengths)
+    for number, stop in enumerate(stops.tolist(), 1):
+        here = slice(stop - int(encoded.lengths[number - 1]), stop)
+        row, labels = (torch.from_numpy(array[here].astype(np.int64)) for array in (encoded.tokens, encoded.labels))
+        batch = translator.translate(Batch.of(row[None], labels[None], None, len(row)))
         view = batch.translation
         assert view is not None
-        read = view.input_ids[0].tolist() + view.labels[-1:].tolist()  # the last one is only asked for
+        read = [*view.input_ids[0].tolist(), *view.labels[-1:].tolist()]  # the last one is only asked for
         compared = set((view.supervised + 1).tolist())
-        of_several = f", text {number} of {len(encoded.lengths)}" if len(encoded.lengths) > 1 else ""
         _line(
             console,
-            f"\nteacher{of_several}: {len(read):,} tokens of {translator.teacher.name}; {view.aligned_tokens:,} of the "
-            f"student's {len(batch.supervised):,} learned tokens face {len(compared):,} of them, in {len(view.spans):,} spans",
+            f"\nteacher{f', text {number} of {texts}' if texts > 1 else ''}: {len(read):,} tokens of {teacher.name}; "
+            f"{view.aligned_tokens:,} of the student's {len(batch.supervised):,} learned tokens face {len(compared):,} "
+            f"of them, in {len(view.spans):,} spans",
         )
-        pieces = [piece.decode("utf-8", "replace") for piece in translator.teacher.pieces(read)]
+        words = _words(teacher, read)
         shown = [
-            ShownToken(token, text, "compared" if at in compared else "read", token in translator.teacher.special, 1.0)
-            for at, (token, text) in enumerate(zip(read, pieces, strict=True))
+            ShownToken(token, word, "compared" if at in compared else "read", token in teacher.special, 1.0)
+            for at, (token, word) in enumerate(zip(read, words, strict=True))
         ]
         _print_tokens(console, shown, ids)
         spans = view.spans
-        ours = _texts_of(spans.student_first, spans.student_rest, spans.student_rest_span, batch.supervised,
-                         [piece.decode("utf-8", "replace") for piece in translator.student.pieces(row[0].tolist())])  # fmt: skip
-        theirs = _texts_of(spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, view.supervised, pieces)
+        ours = _words_of_spans(
+            spans.student_first,
+            spans.student_rest,
+            spans.student_rest_span,
+            batch.supervised,
+            _words(student, row.tolist()),
+        )
+        theirs = _words_of_spans(
+            spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, view.supervised, words
+        )
         several = [(mine, its) for mine, its in zip(ours, theirs, strict=True) if len(mine) > 1 or len(its) > 1]
         for mine, its in several[:_MOST_SPANS]:
             _line(console, f"{'span':{_INDENT}}{_visible('│'.join(mine))} faces {_visible('│'.join(its))}")
@@ -263,12 +265,18 @@ def _print_translations(console: Console, found: FoundRow, encoder: Encoder, tra
             _line(console, f"{'':{_INDENT}}… and {len(several) - _MOST_SPANS:,} more spans of several tokens")
 
 
-def _texts_of(first: Tensor, rest: Tensor, rest_span: Tensor, places: Tensor, texts: Sequence[str]) -> list[list[str]]:
-    """The texts of each span's tokens: ``places`` are where they are predicted, one before they stand."""
-    spans = [[texts[place + 1]] for place in places[first].tolist()]
+def _words(text: TokenText, ids: Sequence[int]) -> list[str]:
+    return [piece.decode("utf-8", "replace") for piece in text.pieces(ids)]
+
+
+def _words_of_spans(
+    first: Tensor, rest: Tensor, rest_span: Tensor, places: Tensor, words: Sequence[str]
+) -> list[list[str]]:
+    """The words of each span's tokens: ``places`` are where they are predicted, one before they stand."""
+    spans = [[words[place + 1]] for place in places[first].tolist()]
     for place, span in zip(places[rest].tolist(), rest_span.tolist(), strict=True):
         if span < len(spans):
-            spans[span].append(texts[place + 1])
+            spans[span].append(words[place + 1])
     return spans
 
 
