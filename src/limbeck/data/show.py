@@ -71,7 +71,7 @@ def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRo
     seen = 0
     for source in sources:
         for one in inputs_of(source):
-            form, items = read_input(one, source, encoder.settings.keys)
+            form, items = read_input(one, source, encoder.settings)
             for item in items:
                 if seen < index:
                     seen += 1

@@ -55,7 +55,7 @@ def render(
 
     Together they hold each answer to learn exactly once as learned; further texts show it as context at most. If nothing
     in the template ends the last answer of a text, the EOS token is appended, because a student that never saw an end
-    does not stop. A conversation without answers is written as a prompt. ``where`` names the row in errors; LimbeckError
+    does not stop. A conversation that asks, or has no answers, is written as a prompt. ``where`` names the row in errors; LimbeckError
     is raised if the template fails, leaves out something to learn, or gives an answer no certain place.
     """
     if conversation.plain:
@@ -63,7 +63,7 @@ def render(
     messages = [_readable(message) for message in conversation.messages]
     weights = _answer_weights(messages, conversation.weight, template.last_only)
     messages, added = _with_surroundings(messages, template)
-    answers = [(turn + added, weight) for turn, weight in weights]
+    answers = [(turn + added, weight) for turn, weight in weights if not conversation.asks]
     jinja = template.with_tools if conversation.tools and template.with_tools else template.jinja
     _check_room(conversation, messages, [turn for turn, weight in answers if weight], template.name, jinja, where)
     write = _writer(
