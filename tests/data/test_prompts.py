@@ -26,7 +26,9 @@ ROWS = {
 @pytest.mark.parametrize("case", ROWS)
 def test_a_prompt_is_what_inference_would_ask(native_tokenizer, case):
     row, messages = ROWS[case]
-    examples, report = tokenize_rows([row, row], native_tokenizer, prompts=True, distill_on_prompt=True, weight_key=None)
+    examples, report = tokenize_rows(
+        [row, row], native_tokenizer, prompts=True, distill_on_prompt=True, weight_key=None
+    )
     wanted = native_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     for i in range(2):
         tokens, labels = examples.row(i)
@@ -62,5 +64,7 @@ def test_text_in_tokens_asks_nothing(tmp_path, tokenizer, write_corpus):
 
 
 def test_prompts_are_refused_where_they_are_to_be_learned(tokenizer):
-    with pytest.raises(LimbeckError, match=r"rows:0 is a prompt without an answer \(it has prompt\); a student that writes"):
+    with pytest.raises(
+        LimbeckError, match=r"rows:0 is a prompt without an answer \(it has prompt\); a student that writes"
+    ):
         tokenize_rows([{"prompt": "How many?"}], tokenizer)

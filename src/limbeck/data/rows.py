@@ -120,7 +120,12 @@ def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
             1.0 if keys.weight is None else _weight(record.row.get(keys.weight), f'{record.where}: "{keys.weight}"')
         )
         if prompts:
-            return Conversation(_asked(record, messages if form.columns else _with_system(record, messages), form), _tools(record), weight, asks=True)
+            return Conversation(
+                _asked(record, messages if form.columns else _with_system(record, messages), form),
+                _tools(record),
+                weight,
+                asks=True,
+            )
         if form.plain:
             return Conversation(messages, weight=weight, plain=True)
         if not form.columns:
