@@ -432,6 +432,11 @@ class TrainingArgs(Section):
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Micro-batches of each rank that are summed into one optimizer step."
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="Without packing: a step takes rows of similar length, which need less padding; the steps themselves come "
+        "in any order.",
+    )
     data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data; unset, `seed`.")
 
 
@@ -977,6 +982,8 @@ class DistillConfig(Section):
             yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
         if not student.use_sequence_packing:
             yield "student.packing_algorithm", "is read with use_sequence_packing: true only"
+        else:
+            yield "student.training_args.group_by_length", "is not read with use_sequence_packing, which pads nothing"
         if student.model_args.lora_target is None:
             for key in ("lora_rank", "lora_alpha", "lora_dropout"):
                 yield f"student.model_args.{key}", "is read with lora_target only"

@@ -55,8 +55,8 @@ def render(
 
     Together they hold each answer to learn exactly once as learned; further texts show it as context at most. If nothing
     in the template ends the last answer of a text, the EOS token is appended, because a student that never saw an end
-    does not stop. A conversation that asks, or has no answers, is written as a prompt. ``where`` names the row in errors; LimbeckError
-    is raised if the template fails, leaves out something to learn, or gives an answer no certain place.
+    does not stop. A conversation that asks, or has no answers, is written as a prompt. ``where`` names the row in errors.
+    Raises LimbeckError if the template fails, leaves out something to learn, or gives an answer no certain place.
     """
     if conversation.plain:
         return (_running_text(conversation, template, tokenizer),)
