@@ -9,7 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import body, hidden_states, keep_documents_apart, output_head, recompute_activations
+from limbeck.models import (
+    body,
+    hidden_states,
+    keep_documents_apart,
+    load_model,
+    output_head,
+    recompute_activations,
+)
 from limbeck.objectives import Objective
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.teachers import LocalTeacher
@@ -154,13 +161,17 @@ def test_flex_attention_keeps_documents_apart(family):
 
 
 @torch.no_grad()
-def test_flex_attention_takes_what_autocast_leaves():
-    flex = tiny("qwen3", attention="flex_attention").float().eval()  # whose norms leave queries in float32
+def test_flex_attention_takes_what_autocast_leaves(tmp_path):
+    make_model(tmp_path / "model", kind="qwen3", head_dim=8)  # whose norms leave queries in float32
+    flex = load_model(str(tmp_path / "model"), dtype=torch.float32, attn_implementation="flex_attention").eval()
     packs = packed(documents(8, 5))
-    keep_documents_apart(flex, "qwen3")
     with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
+        plain = hidden_states(body(flex), packs.input_ids[:, :8], None)
+        keep_documents_apart(flex, "qwen3")
         found = hidden_states(body(flex), packs.input_ids, packs.position_ids, packs.documents)
-    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found[:, :8], plain)
+    flex.save_pretrained(tmp_path / "saved")
+    assert "by_document" not in (tmp_path / "saved" / "config.json").read_text()
 
 
 @pytest.mark.gpu
@@ -180,7 +191,7 @@ def test_kernels_for_gpus_teach_what_each_document_teaches_alone(family, attenti
     teacher = LocalTeacher(body(asked), output_head(asked), 0)
     loss, gradient = step(root, teacher, [packed([part]).to(torch.device("cuda")) for part in parts])
     ours, our_gradient = step(root, teacher, [packed(parts, 3).to(torch.device("cuda"))])
-    tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-4
+    tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4
     assert ours == pytest.approx(loss, rel=tolerance)
     assert (our_gradient - gradient).norm() <= tolerance * gradient.norm()
 
