@@ -4,10 +4,11 @@
     python benchmarks/loss.py --objective reverse_kl js_divergence --tokens 256 1024 4096
 
 Hidden size 512 for both models, vocabulary 151 936, two threads. Beside Limbeck: the four matrix products alone (student and
-teacher logits, both gradients; the fastest of four chunk sizes), PyTorch on whole logits, the same compiled, and Liger's
-LigerFusedLinearJSDLoss in a side environment (the fastest of its settings; of the KLs it has none with cross-entropy but as
-the limits of its Jensen-Shannon divergence). Each runs in a process of its own; times are the best of the rounds after a
-warm-up. Growth is the peak of one round above weights and gradients. Gradients are counted in the precision they are summed in.
+teacher logits, both gradients; the fastest of several chunk sizes, with the head whole or in strips), PyTorch on whole logits,
+the same compiled, and Liger's LigerFusedLinearJSDLoss in a side environment, compiled and eager, at its fastest chunk (it has
+the KLs as the limits of its Jensen-Shannon divergence). Each runs in a process of its own; times are the best of the rounds
+after a warm-up. Growth is the peak of one round above weights and gradients, in 10⁶ bytes. Gradients are counted in the
+precision they are summed in.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ from pathlib import Path
 from side import LIGER, python_of
 
 HIDDEN = 512
+WAYS = ("products", "limbeck", "naive", "compiled", "liger", "liger-eager")
 BETA = {"forward_kl": 0.0, "reverse_kl": 1.0, "js_divergence": 0.5}  # Liger's name for them
 
 
 def memory_mb(name: str) -> float:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, rounds: int, exact: bool) -> None:
@@ -68,15 +70,16 @@ def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, 
         loss = LigerFusedLinearJSDLoss(beta=BETA[objective], compiled=compiled, chunk_size=chunk)
         return lambda: loss(h_s, w_s, h_t, w_t, labels)
 
-    def products(chunk: int) -> None:
+    def products(chunk: int, strip: int) -> None:
         z_s, z_t = torch.empty(chunk, vocab, dtype=dtype), torch.empty(chunk, vocab, dtype=dtype)
         gradient = torch.zeros(vocab, HIDDEN, dtype=dtype)
         with torch.no_grad():
             for low in range(0, tokens, chunk):
                 part = slice(low, low + chunk)
                 n = len(h_s[part])
-                torch.mm(h_s[part], w_s.T, out=z_s[:n])
-                torch.mm(h_t[part], w_t.T, out=z_t[:n])
+                for h, w, z in ((h_s, w_s, z_s), (h_t, w_t, z_t)):
+                    for row in range(0, vocab, strip):
+                        torch.mm(h[part], w[row : row + strip].T, out=z[:n, row : row + strip])
                 torch.mm(z_s[:n], w_s)
                 gradient.addmm_(z_s[:n].T, h_s[part])
 
@@ -92,10 +95,15 @@ def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, 
     if way == "compiled":
         ways["compiled"] = torch.compile(naive)
     elif way == "products":
-        ways = {f"chunk {chunk}": lambda chunk=chunk: products(chunk) for chunk in (128, 256, 512, 1024)}
-    elif way == "liger":
         ways = {
-            f"chunk {c}, compiled={x}": liger(c, x) for c, x in ((128, True), (256, True), (1024, True), (128, False))
+            f"chunk {chunk}, {'strips of ' if strip < vocab else ''}{strip} rows": lambda c=chunk, s=strip: products(c, s)
+            for chunk in sorted({min(chunk, tokens) for chunk in (128, 1024)})
+            for strip in (1024, vocab)
+        }
+    elif way in ("liger", "liger-eager"):
+        ways = {
+            f"chunk {chunk}": liger(chunk, way == "liger")
+            for chunk in sorted({min(chunk, tokens) for chunk in (128, 256, 1024)})
         }
     if way in ways:
         ways = {way: ways[way]}
@@ -137,7 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1024])
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--ways", nargs="+", default=["products", "limbeck", "naive", "compiled", "liger"])
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--way", help="measure one way in this process")
     parser.add_argument("--exact", action="store_true", help="the loss in float64, in this process")
     args = parser.parse_args()
@@ -164,16 +172,25 @@ def compare(args: argparse.Namespace, dtype: str, objective: str, tokens: int) -
     print(f"\n{dtype}, {objective}, {tokens} tokens × {args.vocab}" + (f", float64 loss {exact:.6f}" if exact else ""))
     found = {}
     for way in args.ways:
-        python = python_of("liger", LIGER) if way == "liger" else sys.executable
+        python = python_of("liger", LIGER) if way.startswith("liger") else sys.executable
         found[way] = one = side("--way", way, python=python)
         loss = "" if one["loss"] is None else f"   loss {one['loss']:.6f}"
         print(
-            f"  {way:9} {one['seconds']:7.3f} s   growth {one['growth_mb']:6.0f} MB{loss}   ({one['setting']})",
+            f"  {way:11} {one['seconds']:7.3f} s   growth {one['growth_mb']:6.0f} MB{loss}   ({one['setting']})",
             flush=True,
         )
-    for other in ("products", "liger", "naive"):
-        if other in found and "limbeck" in found:
-            print(f"  limbeck takes {found['limbeck']['seconds'] / found[other]['seconds']:.2f} × the time of {other}")
+    ours = found.pop("limbeck", None)
+    for other, one in found.items() if ours else ():
+        print(
+            f"  limbeck / {other:11} {ours['seconds'] / one['seconds']:5.2f} × the time, "
+            f"{ours['growth_mb'] / max(one['growth_mb'], 1):5.2f} × the memory"
+        )
+    if ours and exact:
+        print(f"  limbeck's loss is off by {abs(ours['loss'] - exact):.1e}")
+    rivals = [found[way] for way in ("liger", "liger-eager") if way in found]
+    if rivals and "products" in found:
+        least = found["products"]["seconds"] / min(one["seconds"] for one in rivals)
+        print(f"  nothing that multiplies by both heads can take less than {least:.2f} × the time of Liger's best")
 
 
 if __name__ == "__main__":
