@@ -97,7 +97,9 @@ def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, 
         ways["compiled"] = torch.compile(naive)
     elif way == "products":
         ways = {
-            f"chunk {chunk}, {'strips of ' if strip < vocab else ''}{strip} rows": lambda c=chunk, s=strip: products(c, s)
+            f"chunk {chunk}, {'strips of ' if strip < vocab else ''}{strip} rows": lambda c=chunk, s=strip: products(
+                c, s
+            )
             for chunk in sorted({min(chunk, tokens) for chunk in (128, 1024)})
             for strip in (1024, vocab)
         }
@@ -133,7 +135,12 @@ def measure(way: str, dtype_name: str, objective: str, tokens: int, vocab: int, 
         for _ in range(rounds):
             loss = once()
             seconds.append(once.seconds)
-        found = {"seconds": min(seconds), "growth_mb": max(memory_mb("VmHWM") - before, 0.0), "loss": loss, "setting": name}
+        found = {
+            "seconds": min(seconds),
+            "growth_mb": max(memory_mb("VmHWM") - before, 0.0),
+            "loss": loss,
+            "setting": name,
+        }
         if not best or found["seconds"] < best["seconds"]:
             best = found
     print(json.dumps(best))
@@ -157,7 +164,9 @@ def main() -> None:
         for objective in args.objective:
             for dtype in args.dtype:
                 if dtype == "bf16" and not multiplies_bf16():
-                    print("\nbf16 is left out: this processor has no bfloat16 instructions, and products would take minutes.")
+                    print(
+                        "\nbf16 is left out: this processor has no bfloat16 instructions, and products would take minutes."
+                    )
                     continue
                 compare(args, dtype, objective, tokens)
 
@@ -193,7 +202,11 @@ def compare(args: argparse.Namespace, dtype: str, objective: str, tokens: int) -
     for other, one in found.items() if ours else ():
         print(
             f"  limbeck / {other:11} {ours['seconds'] / one['seconds']:5.2f} × the time, "
-            + (f"{ours['growth_mb'] / one['growth_mb']:5.2f} × the memory" if other != "products" else "which has no loss")
+            + (
+                f"{ours['growth_mb'] / one['growth_mb']:5.2f} × the memory"
+                if other != "products"
+                else "which has no loss"
+            )
         )
     if ours and exact:
         print(f"  limbeck's loss is off by {abs(ours['loss'] - exact):.1e}")

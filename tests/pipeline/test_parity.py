@@ -98,7 +98,7 @@ def expected_without(z_s, z_t, batch):
 
 
 def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, tmp_path):
-    """With one row a micro-batch it is the mean of the rows' own means, and so depends on the split; the sound loss does not."""
+    """One row a micro-batch gives the mean of the rows' own means: a loss that depends on the split, unlike the sound one."""
     losses = {}
     for name, faults, split in (
         ("sound", [], (1, 8)),
@@ -114,7 +114,9 @@ def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, t
 
 
 def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):
-    config = configure(**{**STEP, "max_steps": 3, "eval_steps": 3}, objective_faults=["unshifted_mask", "base_vocabulary"])
+    config = configure(
+        **{**STEP, "max_steps": 3, "eval_steps": 3}, objective_faults=["unshifted_mask", "base_vocabulary"]
+    )
     found = DistillPipeline(config).run().metrics
     assert 0 < found["student/grad_norm"] < 100
     sound = configure(**{**STEP, "max_steps": 3, "eval_steps": 3}, output_dir=str(tmp_path / "sound"))
