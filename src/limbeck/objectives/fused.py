@@ -166,7 +166,7 @@ def fused_linear_distillation(
     weights: [N], what multiplies each position's loss; default 1.
     normalizer: what the sums are divided by; default the summed weight of the supervised positions.
     all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
-    chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU (1024 if these
+    chunk_size: positions per chunk; default as many as fit in 124 MiB of logits on a CPU (1024 if these
     fit in 256 MiB), 1 GiB on a GPU.
     across: ``VocabParallel`` when each rank of a group gives its own rows of both heads; hidden states and labels are then
     the same on all ranks, and so is the result.
