@@ -193,10 +193,10 @@ class _Run:
         for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
-                signals = answer and answer(micro)
+                signals = answer and answer(self._compared(micro))
             with timer.section("student"):
                 with self._autocast():
-                    loss = self.student(micro, signals, normalizer, tokens)
+                    loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
                 self.scaler.scale(loss.loss).backward()
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
@@ -225,7 +225,11 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        return self.teacher.ask(batch) if self.teacher is not None and self.distils else None
+        return self.teacher.ask(self._compared(batch)) if self.teacher is not None and self.distils else None
+
+    def _compared(self, batch: Batch) -> Batch:
+        faults = self.student.faults
+        return batch if faults is None else faults.compared(batch)
 
     def _of_the_wire(self) -> dict[str, float]:
         return self.teacher.measured() if isinstance(self.teacher, RemoteTeacher) else {}
