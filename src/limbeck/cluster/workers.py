@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
-import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -71,6 +71,18 @@ class Worker:
         self.world = World(rank, size, self.world.device)
 
 
+@contextmanager
+def failures_logged() -> Iterator[None]:
+    """Inside a worker: leave the traceback of what fails in the block in its log; whoever called gets a sentence."""
+    try:
+        yield
+    except LimbeckError:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
 @dataclass(frozen=True)
 class WorkerGroup:
     """The workers of one role, in the order of their ranks."""
@@ -91,15 +103,13 @@ class WorkerGroup:
         environment: Mapping[str, str],
         threads: int = 1,
         restarts: int = 0,
-        minutes: float = 30,
-        together: bool = True,
         registered: str | None = None,
     ) -> WorkerGroup:
-        """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places.
+        """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
         threads: calls that a worker takes at once. restarts: how often Ray may start a dead one again by itself, its calls
-        repeated; only for workers whose constructor makes all of their state. together: whether they join a process group.
-        registered: a name under which other programs find them, and which outlives this one.
+        repeated; only for workers whose constructor makes all of their state. registered: a name under which other programs
+        find them, and which outlives this one.
         """
         ray = load_ray()
         actors = []
@@ -122,13 +132,16 @@ class WorkerGroup:
             actors.append(
                 ray.remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments)
             )
-        group = cls(name, tuple(actors))
-        with group.ended_on_failure():
-            group._check_versions()
-            if together and len(actors) > 1:
-                store = result(actors[0].offer_store.remote(), f"{name}-0", _STARTING_SECONDS)
-                group.call_each("join", [(rank, len(actors), store, minutes) for rank in range(len(actors))])
-        return group
+        return cls(name, tuple(actors))
+
+    def meet(self, minutes: float, *, together: bool = True) -> None:
+        """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
+        waits longer than ``minutes`` for another."""
+        self._check_versions()
+        size = len(self.actors)
+        if together and size > 1:
+            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS)
+            self.call_each("join", [(rank, size, store, minutes) for rank in range(size)])
 
     def call(self, method: str, *arguments: Any, seconds: float | None = _STARTING_SECONDS) -> list[Any]:
         """Call a method of every worker and wait for all results."""
@@ -147,15 +160,6 @@ class WorkerGroup:
         for actor in self.actors:
             with suppress(Exception):  # whatever Ray says of an actor that is gone already
                 ray.kill(actor)
-
-    @contextmanager
-    def ended_on_failure(self) -> Iterator[None]:
-        """End the group if the block fails."""
-        try:
-            yield
-        except BaseException:
-            self.end()
-            raise
 
     def _check_versions(self) -> None:
         ours = versions()
@@ -179,7 +183,6 @@ def result(ref: Any, name: str, seconds: float | None) -> Any:
             raise cause from None
         if isinstance(cause, WorkerLost):
             raise WorkerLost(str(cause)) from error
-        print(error, file=sys.stderr)  # a traceback for the worker's log; whoever goes on says one sentence
         raise WorkerLost(f"{name} failed: {type(cause).__name__}: {_first_line(cause)}") from error
     except ray.exceptions.GetTimeoutError as error:
         raise WorkerLost(f"{name} has not answered for {seconds:.0f} s") from error

@@ -23,7 +23,16 @@ from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
 Tell = Callable[[str], None]
 
-_WATCH_SECONDS = 0.5
+_WATCH_SECONDS = 0.1
+_PASSED_ON = (
+    "HF_",
+    "LIMBECK_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "NCCL_",
+    "GLOO_",
+    "XDG_CACHE_HOME",
+)  # a joined Ray has others
 _LONGEST_WAIT = 60
 _STOPPING_SECONDS = 600
 
@@ -116,11 +125,7 @@ class _Cluster:
                 log_dir=self._logs,
                 environment=self._environment(config.teacher.system_envs),
                 restarts=0 if self.in_step else config.max_restarts,
-                minutes=config.teacher.backend_timeout,
-                together=self.in_step,
             )
-        teachers = () if self.teachers is None else self.teachers.actors
-        loading = [actor.load.remote() for actor in teachers]  # while the students read their data
         self.students = WorkerGroup.start(
             "student",
             StudentWorker,
@@ -130,8 +135,12 @@ class _Cluster:
             log_dir=self._logs,
             environment=self._environment(config.student.system_envs),
             threads=3,
-            minutes=config.student.backend_timeout,
         )
+        if self.teachers is not None:
+            self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
+        teachers = () if self.teachers is None else self.teachers.actors
+        loading = [actor.load.remote() for actor in teachers]
+        self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
             result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
         if not again:
@@ -170,4 +179,5 @@ class _Cluster:
         """What a worker's process has: the run's variables, the role's, and its share of the cores."""
         workers = sum(map(len, self.mappings))
         threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
-        return {**threads, **self.config.system_envs, **of_role}
+        passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        return {**threads, **passed, **self.config.system_envs, **of_role}

@@ -18,7 +18,7 @@ import torch
 
 from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.wire import Flat, flat, unflat
-from limbeck.cluster.workers import Worker, result
+from limbeck.cluster.workers import Worker, failures_logged, result
 from limbeck.config import DistillConfig
 from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import DistillPipeline, RunResult
@@ -44,7 +44,8 @@ class TeacherWorker(Worker):
         quiet_libraries()
         if self.world.device.type == "cpu":
             keep_freed_pages()
-        return make_teacher(self.config, self.world)
+        with failures_logged():
+            return make_teacher(self.config, self.world)
 
     def load(self) -> int:
         """Load the teacher; returns its parameters' number."""
@@ -67,27 +68,13 @@ class TeacherWorker(Worker):
     def answer(self, question: Question | None) -> tuple[Flat, float]:
         """Hidden states at the positions asked about, and the seconds that took; None gives none, in as many passes."""
         begun = time.perf_counter()
-        device = self.world.device
-        if question is None:
-            self.teacher.hidden(_nothing(device))
-            return flat(torch.empty(0)), 0.0
-        at = Question(
-            question.input_ids.to(device),
-            None if question.position_ids is None else question.position_ids.to(device),
-            question.documents,
-            question.supervised.to(device),
-        )
-        hidden = flat(self.teacher.hidden(at))
+        asked = (_NOTHING if question is None else question).to(self.world.device)
+        with failures_logged():
+            hidden = flat(self.teacher.hidden(asked))
         return hidden, time.perf_counter() - begun
 
 
-def _nothing(device: torch.device) -> Question:
-    return Question(
-        torch.zeros(1, 1, dtype=torch.int64, device=device),
-        None,
-        None,
-        torch.zeros(0, dtype=torch.int64, device=device),
-    )
+_NOTHING = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
 
 
 class StudentWorker(Worker):
@@ -102,7 +89,8 @@ class StudentWorker(Worker):
     def run(self, teachers: Sequence[Any], in_step: bool) -> RunResult:
         """Train to the end. ``teachers``: the teacher's workers, none if the student's processes hold one themselves."""
         find = partial(_remote_teacher, teachers, in_step) if teachers else None
-        return DistillPipeline(self.config).run_in(self.world, find, self._stop, self._told)
+        with failures_logged():
+            return DistillPipeline(self.config).run_in(self.world, find, self._stop, self._told)
 
     def stop(self, number: int) -> None:
         """Ask the loop to end after the step it is in, as the signal ``number`` would."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from limbeck.data.batch import Batch
@@ -58,3 +59,8 @@ class Question:
         if batch.translation is not None:
             return cls(batch.translation.input_ids, None, None, batch.translation.supervised)
         return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised)
+
+    def to(self, device: torch.device) -> Question:
+        """The same question on ``device``."""
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        return Question(self.input_ids.to(device), positions, self.documents, self.supervised.to(device))
