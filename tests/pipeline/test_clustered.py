@@ -1,10 +1,15 @@
 """Student and teacher as groups of workers that Ray places: the same numbers as one process, and runs that survive."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from limbeck import DistillPipeline
 from limbeck.errors import LimbeckError
@@ -117,5 +122,44 @@ def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_pat
     assert not any("goes on" in line for line in lines)
     deadline = time.monotonic() + 30
     while processes("StudentWorker") or processes("TeacherWorker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, settings, undisturbed, tmp_path):
+    if not undisturbed.exists():
+        run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
+    config = tmp_path / "two.json"
+    config.write_text(json.dumps(settings(**groups(2, 1), **LONG, num_nodes=2, num_gpus_per_node=2)))
+    script = Path(__file__).with_name("two_nodes.py")
+    done = subprocess.run([sys.executable, script, config], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on from its last checkpoint" in done.stdout
+    assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
+
+
+def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
+    keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, save_steps=0)
+    keys["student"]["training_args"]["num_train_epochs"] = 10_000
+    config = tmp_path / "long.yaml"
+    config.write_text(yaml.safe_dump(keys))
+    mine = set(processes("StudentWorker"))
+    train = subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "train", str(config)],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in train.stdout:
+        lines.append(line)
+        if "step 3/" in line:
+            break
+    assert set(processes("StudentWorker")) - mine
+    os.killpg(train.pid, signal.SIGINT)
+    lines.append(train.communicate(timeout=90)[0])
+    assert train.returncode == 130, "".join(lines)
+    assert "Stopped by SIGINT" in lines[-1]
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    deadline = time.monotonic() + 30
+    while set(processes("StudentWorker") + processes("TeacherWorker")) - mine:
         assert time.monotonic() < deadline
         time.sleep(0.1)
