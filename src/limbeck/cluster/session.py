@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from limbeck.errors import LimbeckError
@@ -27,9 +29,11 @@ def load_ray() -> ModuleType:
 
 
 @contextmanager
-def ray_session(slots: int) -> Iterator[str]:
-    """Be connected to Ray inside the block. ``slots``: workers that a Ray started here must hold at least.
+def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
+    """Be connected to Ray inside the block.
 
+    slots: workers that a Ray started here must hold at least. timeline: where, under RAY_PROFILING=1, a Chrome trace of all
+    calls is written at the end.
     Yields a sentence that says where Ray is. A connection that was there already is used and left as it is.
     """
     ray = load_ray()
@@ -43,7 +47,10 @@ def ray_session(slots: int) -> Iterator[str]:
             context = ray.init(address=address, **quiet)
         else:
             context = ray.init(
-                address="local", num_cpus=max(slots, os.cpu_count() or 1), include_dashboard=_dashboard(), **quiet
+                address="local",
+                num_cpus=max(slots, os.cpu_count() or 1),
+                include_dashboard=_profiled() and _has_dashboard(),
+                **quiet,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"at RAY_ADDRESS = {address}" if address else "on this machine"
@@ -53,9 +60,16 @@ def ray_session(slots: int) -> Iterator[str]:
         board = f"; dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
         yield f"Ray {ray.__version__} {found}{board}."
     finally:
+        if timeline is not None and _profiled():
+            timeline.parent.mkdir(parents=True, exist_ok=True)
+            ray.timeline(str(timeline))
         ray.shutdown()
 
 
-def _dashboard() -> bool:
-    """Ray's dashboard and its timeline are parts of ``ray[default]``; asked for by RAY_PROFILING=1."""
+def _has_dashboard() -> bool:
+    """Whether ``ray[default]`` is installed, of which the dashboard is a part."""
+    return find_spec("aiohttp_cors") is not None
+
+
+def _profiled() -> bool:
     return os.environ.get("RAY_PROFILING", "0") == "1"

@@ -45,7 +45,8 @@ def run_on_cluster(config: DistillConfig, tell: Tell = print) -> RunResult:
     mappings = [config.student.device_mapping or [0]]
     if config.needs_worker_groups and config.teacher.device_mapping:
         mappings.append(config.teacher.device_mapping)
-    with ray_session(sum(map(len, mappings))) as where, stop_requests() as stop:
+    timeline = config.log_dir / "timeline.json"
+    with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
         tell(where)
         cluster = _Cluster(config, mappings, tell)
         try:
