@@ -172,8 +172,9 @@ class _Cluster:
                 raise WorkerLost(f"the student's workers have said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop when asked to")
-        for line in result(students.actors[0].told.remote(), "student-0", 60):
-            self.tell(line)
+        for last in (told, students.actors[0].told.remote()):
+            for line in result(last, "student-0", 60):
+                self.tell(line)
         return result(runs[0], "student-0", None)
 
     def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
