@@ -8,6 +8,7 @@ not known here is refused rather than distilled wrongly.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -36,10 +37,8 @@ def hidden_states(
     Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
     lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
     """
-    if documents is None:
-        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
-    with kept_apart(documents):
+    with nullcontext() if documents is None else kept_apart(documents):
         return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 

@@ -16,11 +16,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals. ``device`` is where its models live."""
+    """This process among its equals.
+
+    device: where its models live. tensor: neighbouring ranks that hold slices of one student and do the same with the same rows.
+    context: such groups that share rows, each with a stretch of their time.
+    """
 
     rank: int
     size: int
     device: torch.device
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process sees."""
+        return self.rank // (self.tensor * self.context)
+
+    @property
+    def data_size(self) -> int:
+        """The number of shares into which the data is dealt."""
+        return self.size // (self.tensor * self.context)
+
+    @property
+    def grad_shares(self) -> int:
+        """The number of parts of a step's gradient, whose mean is taken."""
+        return self.size // self.tensor
 
     @property
     def is_main(self) -> bool:
