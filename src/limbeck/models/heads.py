@@ -19,14 +19,14 @@ from limbeck.models.documents import BY_DOCUMENT, document_arguments, kept_apart
 from limbeck.objectives import OutputHead
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The Hugging Face model inside a LoRA wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def body(model: Any) -> nn.Module:
     """The part of ``model`` that ends in the last hidden state, norm included."""
-    return _unwrapped(model).base_model
+    return unwrapped(model).base_model
 
 
 def hidden_states(
@@ -44,7 +44,7 @@ def hidden_states(
 
 def output_head(model: Any) -> OutputHead:
     """The head's current weight and bias (tied or not, sharded or gathered) with the configuration's soft-cap and scale."""
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     linear = causal.get_output_embeddings()
     if linear is None or getattr(linear, "weight", None) is None or hasattr(linear, "base_layer"):
         raise LimbeckError(
@@ -64,7 +64,7 @@ def output_head(model: Any) -> OutputHead:
 @torch.no_grad()
 def check_head(model: Any, name: str) -> None:
     """Raise LimbeckError unless body and head reproduce the model's own logits on four tokens."""
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     was_training = causal.training
     causal.eval()
     head = output_head(causal)
@@ -92,7 +92,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
     Changes the attention implementation of ``model`` if that passes; else leaves it, if the model's own keeps documents apart
     by their positions. Raises LimbeckError if neither does.
     """
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     was_training = causal.training
     causal.eval()
     trunk, own = body(causal), causal.config._attn_implementation
@@ -124,7 +124,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
 
 def check_length(model: Any, name: str, longest: int) -> None:
     """Raise LimbeckError if a row of ``longest`` tokens has positions that the model does not."""
-    known = getattr(_unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    known = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
     if known is not None and longest > known:
         raise LimbeckError(
             f"the longest row has {longest} tokens, but {name} is made for {known}; lower sequence_length, or set "
@@ -134,5 +134,5 @@ def check_length(model: Any, name: str, longest: int) -> None:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The repeated blocks of ``model``, as Hugging Face names them: the natural units of sharding."""
-    classes = set(_unwrapped(model)._no_split_modules or ())
+    classes = set(unwrapped(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in classes]

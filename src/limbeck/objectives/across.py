@@ -60,9 +60,7 @@ class VocabParallel(Across):
     A chunk costs at most five collectives, none wider than a few numbers per row (adaptive_kl gathers the probabilities).
     """
 
-    def __init__(
-        self, vocab_size: int, group: dist.ProcessGroup | None = None, head_rows: int | None = None
-    ) -> None:
+    def __init__(self, vocab_size: int, group: dist.ProcessGroup | None = None, head_rows: int | None = None) -> None:
         self._group = group
         self._ranks = dist.get_world_size(group)
         if vocab_size < self._ranks:

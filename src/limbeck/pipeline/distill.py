@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.data import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import has_lora, merged_state_dict
 from limbeck.pipeline import checkpoint as files
@@ -28,7 +29,7 @@ from limbeck.pipeline.inputs import make_data
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_objective, make_student, make_teacher
+from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, make_objective, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
@@ -65,7 +66,7 @@ class DistillPipeline:
                 "processes; start it with `limbeck train`, or with torchrun and as many processes."
             )
         with start_world() as world:
-            return self._run_in(world)
+            return self._run_in(arrange(self.config, world))
 
     def _run_in(self, world: World) -> RunResult:
         quiet_libraries()
@@ -157,18 +158,18 @@ class _Run:
     def _train_step(self) -> None:
         timer = self.metrics.timer
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
+        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
             batch = next(self.data.stream)
             if self.data.translator is not None and self.distils:
                 (batch,) = translate([batch], self.data.translator, self.world)
-        # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
+        # FSDP averages gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
-        normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))
+        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
         for micro_batch in batch.micro_batches:
-            micro = micro_batch.to(self.world.device)
+            asked, micro = self._on_device(micro_batch)
             with timer.section("teacher"):
-                signals = self.teacher.signals(micro) if self.teacher and self.distils else None
+                signals = self.teacher.signals(asked) if self.teacher and self.distils else None
             with timer.section("student"):
                 with self._autocast():
                     loss = self.student(micro, signals, normalizer, tokens)
@@ -176,6 +177,7 @@ class _Run:
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
+            self.student.finish_gradients()
             self.scaler.unscale_(self.optimizer)
             norm = clip_gradients(self.student, self.config.max_grad_norm)
             self.scaler.step(self.optimizer)
@@ -186,6 +188,12 @@ class _Run:
         if self.taid:
             self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
         self.metrics.count(batch, norm)
+
+    def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
+        """What the teacher is asked, and what this rank's student reads of it."""
+        asked, own = batch.stretch(self.world.context_rank, self.world.context)
+        on_device = asked.to(self.world.device)
+        return on_device, on_device if own is asked else own.to(self.world.device)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
@@ -207,12 +215,12 @@ class _Run:
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         for batch in self.data.validation:
             for micro_batch in batch.micro_batches:
-                micro = micro_batch.to(self.world.device)
-                signals = None if self.teacher is None else self.teacher.signals(micro)
+                asked, micro = self._on_device(micro_batch)
+                signals = None if self.teacher is None else self.teacher.signals(asked)
                 with self._autocast():
                     sums.add(self.student(micro, signals, 1.0, tokens / (count or 1.0)))
         self.student.train()
-        means = sums.read(self.world, count)
+        means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
         if self.teacher is not None:
             line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
@@ -261,7 +269,7 @@ class _Run:
         console.say(self.data.report)
         console.say(
             f"{self.total_steps} steps of {self.config.student.training_args.per_device_train_batch_size} × "
-            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.size} rows on "
+            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.data_size} rows on "
             f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
         )
         if self.resumed_from is not None:

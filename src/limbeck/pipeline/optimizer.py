@@ -47,7 +47,10 @@ def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             alike.setdefault(mesh, []).append(parameter)
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in parameters]) for parameters in alike.values()]
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for parameters in alike.values()
+    ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
     for parameters in alike.values():

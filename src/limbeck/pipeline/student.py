@@ -6,10 +6,12 @@ parameters and reduces their gradients with its own hooks. Projections of interm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, body, hidden_states, output_head
@@ -17,6 +19,8 @@ from limbeck.objectives import (
     CrossTokenizer,
     DistillationLoss,
     Objective,
+    OutputHead,
+    VocabParallel,
     cross_tokenizer_distillation,
     fused_linear_distillation,
     modelopt_balance,
@@ -42,6 +46,7 @@ class StudentWithLoss(nn.Module):
 
     features: the term for intermediate features, or None. balance: ``weighted`` adds it to the logits' loss; ``modelopt``
     scales every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
+    across: when the head holds a slice of the vocabulary. finish_gradients: to be called after a step's last backward.
     """
 
     def __init__(
@@ -53,6 +58,8 @@ class StudentWithLoss(nn.Module):
         balance: str = "weighted",
         compiled: bool | None = None,
         cross: CrossTokenizer | None = None,
+        across: VocabParallel | None = None,
+        finish_gradients: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,7 +67,8 @@ class StudentWithLoss(nn.Module):
         self.vocab_size = vocab_size
         self.compiled = compiled
         self.cross = cross
-
+        self.across = across
+        self.finish_gradients = finish_gradients
         self.features = features
         self.balance = balance
 
@@ -119,7 +127,7 @@ class StudentWithLoss(nn.Module):
             )
         return fused_linear_distillation(
             rows,
-            output_head(self.model),
+            self._head(),
             None if signal is None else signal.hidden,
             None if signal is None else signal.head,
             labels,
@@ -128,5 +136,16 @@ class StudentWithLoss(nn.Module):
             weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
+            across=self.across,
             compiled=self.compiled,
+        )
+
+    def _head(self) -> OutputHead:
+        head = output_head(self.model)
+        if self.across is None:
+            return head
+        return replace(
+            head,
+            weight=head.weight.to_local() if isinstance(head.weight, DTensor) else head.weight,
+            bias=head.bias.to_local() if isinstance(head.bias, DTensor) else head.bias,
         )

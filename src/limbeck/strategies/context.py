@@ -26,7 +26,9 @@ def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, nam
     attention = eager_attention if own == "eager" else ALL_ATTENTION_FUNCTIONS.get(own)
     mask = ALL_MASK_ATTENTION_FUNCTIONS.get(own)
     if attention is None or mask is None:
-        raise LimbeckError(f"{name}: context_parallel_size = {ranks} needs another attn_implementation than {own}; use sdpa.")
+        raise LimbeckError(
+            f"{name}: context_parallel_size = {ranks} needs another attn_implementation than {own}; use sdpa."
+        )
     divided = f"{own}{DIVIDED}{ranks}_{group.group_name}"
     AttentionInterface.register(divided, _exchanging(attention, group))
     AttentionMaskInterface.register(divided, _of_whole_rows(mask, ranks))

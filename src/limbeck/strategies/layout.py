@@ -64,7 +64,9 @@ def _either(sizes: list[int]) -> str:
     return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
 
 
-def check_divides(layout: Layout, sizes: dict[str, int], heads: int, key_value_heads: int, name: str, role: str) -> None:
+def check_divides(
+    layout: Layout, sizes: dict[str, int], heads: int, key_value_heads: int, name: str, role: str
+) -> None:
     """Raise LimbeckError unless the model called ``name`` can be sliced so.
 
     sizes: what else the tensor ranks must divide, in words (``{"features of mlp.up_proj": 64}``). Key and value heads are
@@ -84,8 +86,8 @@ def check_divides(layout: Layout, sizes: dict[str, int], heads: int, key_value_h
         what = what if shared(layout.tensor) else None
         fitting = [size for size in range(1, heads + 1) if sliced(size)]
         raise LimbeckError(
-            f"{key}.tensor_model_parallel_size = {layout.tensor} does not divide the {what or f'{heads} attention heads{of_keys}'} "
-            f"of {name}; use {_either(fitting)}."
+            f"{key}.tensor_model_parallel_size = {layout.tensor} does not divide the "
+            f"{what or f'{heads} attention heads{of_keys}'} of {name}; use {_either(fitting)}."
         )
     if not shared(layout.together):
         fitting = [size for size in range(1, heads + 1) if heads % size == 0 and shared(size * layout.tensor)]

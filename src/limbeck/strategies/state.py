@@ -33,7 +33,7 @@ def gather_model(model: nn.Module) -> dict[str, Any]:
 
 def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a whole state, given in every process, into a model however it is spread."""
-    like = get_model_state_dict(model)
+    like: dict[str, Any] = get_model_state_dict(model)
     set_model_state_dict(model, {name: _spread(tensor, like[name]) for name, tensor in state.items()}, options=_SOME)
 
 
@@ -49,7 +49,8 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``gather_optimizer``, given the tensors in every process; learning rates stay as they are."""
-    like, state = get_model_state_dict(model), {}
+    like: dict[str, Any] = get_model_state_dict(model)
+    state: dict[str, Any] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
         parameter = like[name]

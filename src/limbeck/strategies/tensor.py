@@ -1,8 +1,8 @@
 """Tensor parallelism: every matrix of a Hugging Face model sliced over neighbouring ranks, by the plan that comes with it.
 
-Applied from outside by PyTorch's ``parallelize_module``; the plan's style for a module says along which side it is sliced. Key
-and value heads that are fewer than the ranks are computed by each rank for itself. The embeddings and the output head are sliced
-over the vocabulary. What leaves a layer is whole on every rank.
+Applied from outside by PyTorch's ``parallelize_module``; the plan's style for a module says along which side it is sliced.
+Key and value heads that are fewer than the ranks are computed by each rank for itself. The embeddings and the output head are
+sliced over the vocabulary. What leaves a layer is whole on every rank.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
 _PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, which sees its own heads alone
-_VOCABULARY = ("embedding_rowwise", "colwise_gather_output")  # of embeddings and heads, which are sliced here in any case
+_VOCABULARY = (
+    "embedding_rowwise",
+    "colwise_gather_output",
+)  # of embeddings and heads, which are sliced here in any case
 
 
 def check_tensor_parallel(trunk: Any, layout: Layout, name: str, role: str) -> None:
@@ -79,7 +82,10 @@ def apply_tensor_parallel(model: Any, trunk: Any, mesh: DeviceMesh) -> list[nn.M
             trunk.get_submodule(path.rpartition(".")[0]).num_key_value_groups = heads // ranks
         else:
             styles[path] = _STYLES[style]()
+    trained = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
     parallelize_module(trunk, mesh, styles, src_data_rank=None)
+    for path, parameter in trunk.named_parameters():
+        parameter.requires_grad_(path in trained)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     _slice_embedding(embeddings, mesh)

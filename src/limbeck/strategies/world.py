@@ -18,8 +18,8 @@ from torch import Tensor
 class World:
     """This process among its equals.
 
-    device: where its models live. tensor: neighbouring ranks that hold slices of one student and do the same with the same rows.
-    context: such groups that share rows, each with a stretch of their time.
+    device: where its models live. tensor: neighbouring ranks that hold slices of one student and do the same with the same
+    rows. context: such groups that share rows, each with a stretch of their time.
     """
 
     rank: int
@@ -37,6 +37,11 @@ class World:
     def data_size(self) -> int:
         """The number of shares into which the data is dealt."""
         return self.size // (self.tensor * self.context)
+
+    @property
+    def context_rank(self) -> int:
+        """Which stretch of its rows this process sees."""
+        return self.rank // self.tensor % self.context
 
     @property
     def grad_shares(self) -> int:

@@ -2,5 +2,6 @@
 
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.signal import Signal
+from limbeck.teachers.together import Circle, TogetherTeacher
 
-__all__ = ["LocalTeacher", "Signal"]
+__all__ = ["Circle", "LocalTeacher", "Signal", "TogetherTeacher"]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
@@ -28,9 +31,17 @@ class LocalTeacher:
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
         if batch.translation is not None:
-            hidden = hidden_states(self.body, batch.translation.input_ids, None)
+            hidden = self._hidden(batch.translation.input_ids, None, None)
             return Signal(hidden.flatten(0, 1).index_select(0, batch.translation.supervised), self.head)
         with self._taps.opened() as found:
-            hidden = hidden_states(self.body, batch.input_ids, batch.position_ids, batch.documents)
+            hidden = self._hidden(batch.input_ids, batch.position_ids, batch.documents)
         features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
         return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head, features)
+
+    def keep_columns(self, columns: slice) -> None:
+        """From now on the head is that of a slice of the vocabulary."""
+        bias = None if self.head.bias is None else self.head.bias[columns].clone()
+        self.head = replace(self.head, weight=self.head.weight[columns].clone(), bias=bias)
+
+    def _hidden(self, ids: Tensor, positions: Tensor | None, documents: Sequence[int] | None) -> Tensor:
+        return hidden_states(self.body, ids, positions, documents)
