@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -47,13 +48,13 @@ def _local_heads(attention: Any, trunk: Any) -> tuple[int, int]:
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
     weight = getattr(getattr(attention, "q_proj", None), "weight", None)
-    ranks = 1 if not hasattr(weight, "device_mesh") else weight.device_mesh.size()
+    ranks = weight.device_mesh.size() if isinstance(weight, DTensor) else 1
     return heads // ranks, max(1, keys // ranks)
 
 
 def _of_whole_rows(plain: Any, ranks: int) -> Any:
     def mask(**arguments: Any) -> Any:
-        lengths = {key: arguments[key] * ranks for key in ("q_length", "kv_length") if key in arguments}
+        lengths: dict[str, Any] = {key: arguments[key] * ranks for key in ("q_length", "kv_length") if key in arguments}
         return plain(**{**arguments, **lengths, "attention_mask": None})
 
     return mask
