@@ -8,13 +8,8 @@ import yaml
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
-from limbeck.errors import LimbeckError
 
 dist.init_process_group("gloo")
 for path in map(Path, sys.argv[1:]):
-    try:
-        DistillPipeline(load_mapping(yaml.safe_load(path.read_text())).config).run()
-    except LimbeckError as error:
-        if dist.get_rank() == 0:
-            path.with_suffix(".error").write_text(str(error))
+    DistillPipeline(load_mapping(yaml.safe_load(path.read_text())).config).run()
 dist.destroy_process_group()

@@ -1,16 +1,25 @@
 """Models sliced over ranks, and rows divided among them, give what one process gives."""
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from tiny import make_data, make_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
+from limbeck.models import body
+from limbeck.pipeline.parts import arrange
+from limbeck.strategies.layout import Layout
+from limbeck.strategies.tensor import check_tensor_parallel
+from limbeck.strategies.world import World
 
 from .conftest import assert_same_weights, forget_after
 from .test_ranks import metrics, rows
@@ -103,17 +112,87 @@ def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_layout_gives_the_losses_and_the_student_of_one_process(folder, tmp_path, ranks):
+def test_a_layout_gives_the_losses_and_the_student_of_one_process_and_takes_its_checkpoint(folder, tmp_path, ranks):
     cases = {name: case for name, case in CASES.items() if case[0] == ranks}
-    run_ranks(ranks, {
-        tmp_path / f"{i}.yaml": configuration(folder, tmp_path / str(i), student, **{**common, **changes})
-        for i, (_, student, common, changes) in enumerate(cases.values())
-    })  # fmt: skip
-    for i, (name, (_, student, common, changes)) in enumerate(cases.items()):
-        error = tmp_path / f"{i}.error"
-        assert not error.exists(), f"{name}: {error.read_text()}"
-        one, many = tmp_path / f"{i}-one", tmp_path / str(i)
+    files = {}
+    for i, (_, student, common, changes) in enumerate(cases.values()):
+        one = tmp_path / f"{i}-one"
         DistillPipeline(load_mapping(configuration(folder, one, student, **common)).config).run()
+        files[tmp_path / f"{i}.yaml"] = configuration(folder, tmp_path / str(i), student, **{**common, **changes})
+    begun = tmp_path / "begun"
+    shutil.copytree(tmp_path / "0-one", begun, symlinks=True)
+    forget_after(begun, 2)
+    files[tmp_path / "begun.yaml"] = {
+        **files[tmp_path / "0.yaml"],
+        "output_dir": str(begun),
+        "resume_from_checkpoint": True,
+    }
+    run_ranks(ranks, files)
+    for i, name in enumerate(cases):
+        one, many = tmp_path / f"{i}-one", tmp_path / str(i)
         for key in KEYS:
             assert metrics(many, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), f"{name}: {key}"
         assert_same_weights(one / "student", many / "student", tolerance=1e-5)
+    assert_same_weights(tmp_path / "0-one" / "student", begun / "student", tolerance=1e-5)
+
+    # And back: what the ranks have saved goes on in one process.
+    _, student, common, _ = next(iter(cases.values()))
+    forget_after(tmp_path / "0", 2)
+    again = configuration(folder, tmp_path / "0", student, **common, resume_from_checkpoint=True)
+    DistillPipeline(load_mapping(again).config).run()
+    assert_same_weights(tmp_path / "0-one" / "student", tmp_path / "0" / "student", tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (spread({TP: 2}, {}), "= 2 × 1 does not divide the 1 process; make their product 1, or start another number"),
+        (spread({}, {CP: 4}), "= 1 × 4 does not divide the 1 process;"),
+    ],
+)
+def test_sizes_that_do_not_divide_the_processes_are_refused(folder, tmp_path, changes, sentence):
+    config = load_mapping(configuration(folder, tmp_path / "out", "plain", **changes)).config
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        DistillPipeline(config).run()
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (spread({TP: 2}, {CP: 3}), "2 ranks hold one student together and 3 one teacher"),
+        (
+            {**spread({TP: 2}), "student.model_args.lora_target": "all-linear"},
+            "with lora_target is not built yet; use 1",
+        ),
+        ({**spread({CP: 2}, {}), "features.pairs": [["model.layers.0", "model.layers.0"]]}, "features.pairs with"),
+        ({**spread({CP: 2}), "cross_tokenizer": "chunks"}, "with cross_tokenizer are not built yet; set both to 1"),
+    ],
+)
+def test_combinations_that_are_not_built_are_refused(folder, tmp_path, changes, sentence):
+    config = load_mapping(configuration(folder, tmp_path / "out", "plain", **changes)).config
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        arrange(config, World(0, 6, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "layout", "sentence"),
+    [
+        ({"num_attention_heads": 8, "hidden_size": 64}, Layout(tensor=3),
+         "student.strategy_args.strategy_config.tensor_model_parallel_size = 3 does not divide the 8 attention heads (2 of keys "
+         "and values) of tiny; use 1, 2, 4 or 8."),
+        ({"intermediate_size": 62}, Layout(tensor=4), "= 4 does not divide the 62 features of"),
+        ({}, Layout(tensor=2, context=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
+        ({"kind": "gpt2"}, Layout(tensor=2), "comes without a plan for tensor parallelism"),
+    ],
+)  # fmt: skip
+def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(changes, layout, sentence):
+    kind = changes.get("kind", "qwen2")
+    settings = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
+    given = {} if kind == "gpt2" else {**settings, **changes}
+    config = AutoConfig.for_model(kind, **given)
+    if kind == "gpt2":
+        config.n_layer, config.n_embd, config.n_head, config.vocab_size = 1, 32, 4, 64
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        check_tensor_parallel(body(model), layout, "tiny", "student")
