@@ -38,6 +38,7 @@ def spread(student: dict[str, int], teacher: dict[str, int] | None = None) -> di
 
 
 PACKED = {"student.use_sequence_packing": True, "sequence_length": 96}
+FROZEN = {"kd_objective": "adaptive_kl", "student.model_args.freeze_module_prefix": "model.layers.0"}
 # Vocabularies that are uneven or padded, tied or not; key heads fewer than ranks, with norms of their own.
 STUDENTS = {
     "plain": {},
@@ -48,8 +49,7 @@ STUDENTS = {
 }
 CASES = {  # ranks, student, what one process and many have in common, what only many have
     "tp2": (2, "tied", {}, {**rows(8), **spread({TP: 2})}),
-    "tp2, whole teacher": (2, "plain", {"kd_objective": "adaptive_kl", "student.model_args.freeze_module_prefix": "model.layers.0"},
-                           {**rows(4, 2), **spread({TP: 2}, {})}),
+    "tp2, whole teacher": (2, "plain", FROZEN, {**rows(4, 2), **spread({TP: 2}, {})}),
     "teacher tp2, student dp2": (2, "plain", PACKED, {**rows(4), **spread({}, {TP: 2})}),
     "cp2": (2, "sliding", {}, {**rows(8), **spread({CP: 2})}),
     "cp2, packed": (2, "plain", PACKED, {**rows(8), **spread({CP: 2}, {TP: 2})}),
@@ -178,8 +178,8 @@ def test_combinations_that_are_not_built_are_refused(folder, tmp_path, changes, 
     ("changes", "layout", "sentence"),
     [
         ({"num_attention_heads": 8, "hidden_size": 64}, Layout(tensor=3),
-         "student.strategy_args.strategy_config.tensor_model_parallel_size = 3 does not divide the 8 attention heads (2 of keys "
-         "and values) of tiny; use 1, 2, 4 or 8."),
+         "student.strategy_args.strategy_config.tensor_model_parallel_size = 3 does not divide the 8 attention heads (2 of "
+         "keys and values) of tiny; use 1, 2, 4 or 8."),
         ({"intermediate_size": 62}, Layout(tensor=4), "= 4 does not divide the 62 features of"),
         ({}, Layout(tensor=2, context=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
         ({"kind": "gpt2"}, Layout(tensor=2), "comes without a plan for tensor parallelism"),
