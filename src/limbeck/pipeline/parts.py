@@ -32,13 +32,14 @@ from limbeck.models import (
 from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, VocabParallel, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
+from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.context import apply_context_parallel
 from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
 from limbeck.strategies.layout import TENSOR, Layout
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
-from limbeck.teachers import Circle, LocalTeacher, TogetherTeacher
+from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,7 +86,7 @@ def make_student(
     config: DistillConfig,
     world: World,
     data: Data,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
@@ -97,6 +98,10 @@ def make_student(
     dtype = DTYPES[args.dtype]
     if dtype is torch.float16 and world.size > 1:
         raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -115,7 +120,7 @@ def make_student(
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
-    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
+    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data.largest_token)
     cross = None
     if teacher is not None and data.translator is not None:
         known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
@@ -159,10 +164,9 @@ def make_student(
         across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
         finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
         compiled = False
-        if teacher is not None:
-            teacher.keep_columns(across.columns)
+    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
     root = StudentWithLoss(
-        model, objective, vocab, features, config.loss_balance, compiled, cross, across, finish
+        model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish
     ).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
@@ -181,19 +185,17 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
         keep_documents_apart(model, name)
 
 
-def _check_tokens(role: str, known: int, data: Data) -> None:
-    if data.largest_token >= known:
+def _check_tokens(role: str, known: int, largest_token: int) -> None:
+    if largest_token >= known:
         raise LimbeckError(
-            f"the data holds token id {data.largest_token}, but the {role} knows only {known} tokens; "
+            f"the data holds token id {largest_token}, but the {role} knows only {known} tokens; "
             "use the tokenizer that both models were trained with, or resize the model's embeddings first."
         )
 
 
-def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeacher | None:
-    """The frozen teacher, or None when nothing is distilled."""
+def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
+    """The frozen teacher, spread over the processes of ``world``."""
     args = config.teacher.model_args
-    if not config.has_teacher:
-        return None
     dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
     model = load_model(
         args.model_name_or_path,
@@ -209,13 +211,12 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
     name, layout = str(args.model_name_or_path), layout_of(config.teacher)
+    layout.check(world, "teacher")
     check_tensor_parallel(body(model), layout, name, "teacher")
+    check_head(model, name)
+    if config.student.use_sequence_packing and config.cross_tokenizer == "off":
+        keep_documents_apart(model, name)
     head = output_head(model)
-    if data.translator is None:
-        _check_model(model, str(args.model_name_or_path), config, data)
-        _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
-    else:  # the translator keeps to what the teacher's configuration says
-        check_head(model, str(args.model_name_or_path))
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
@@ -224,7 +225,7 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     options = fsdp2_options(config.teacher, dtype)
     mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
     spread(model, layout, world, mesh, name)
-    if config.teacher.strategy_args.strategy_name != "hf_infer":
+    if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, options, mesh)
     trunk.to(world.device)
     group = layout.together_group(world)
@@ -242,11 +243,14 @@ def layout_of(worker: WorkerConfig) -> Layout:
     return Layout(given.tensor_model_parallel_size, given.context_parallel_size)
 
 
-def arrange(config: DistillConfig, world: World) -> World:
-    """``world`` as the student's layout divides it. Raises LimbeckError for what cannot run, before anything is loaded."""
+def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -> World:
+    """``world`` as the student's layout divides it. Raises LimbeckError for what cannot run, before anything is loaded.
+
+    teacher_here: the student's own processes hold the teacher.
+    """
     student, teacher = layout_of(config.student), layout_of(config.teacher)
     student.check(world, "student")
-    if config.has_teacher:
+    if config.has_teacher and teacher_here:
         teacher.check(world, "teacher")
         larger, smaller = max(student.together, teacher.together), min(student.together, teacher.together)
         if larger % smaller:
@@ -269,6 +273,11 @@ def arrange(config: DistillConfig, world: World) -> World:
         raise LimbeckError(
             f"{key}.tensor_model_parallel_size = {student.tensor} with lora_target is not built yet; use 1, and FSDP2 shards "
             "the model all the same."
+        )
+    if config.objective_faults and student.together > 1:
+        raise LimbeckError(
+            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with objective_faults are not built; set "
+            "both to 1."
         )
     return replace(world, tensor=student.tensor, context=student.context)
 
@@ -305,6 +314,19 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
             "FSDP2 shards it all the same."
         )
     return partial_gradients
+
+
+def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
+    """Whether the teacher's ranks share its parameters, and so run every forward pass together."""
+    return world.size > 1 and config.teacher.strategy_args.strategy_name != "hf_infer"
+
+
+def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
+    """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
+    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
+        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+        _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

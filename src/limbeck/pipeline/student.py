@@ -26,6 +26,7 @@ from limbeck.objectives import (
     modelopt_balance,
 )
 from limbeck.pipeline.features import Features
+from limbeck.pipeline.parity import Faults
 from limbeck.teachers import Signal
 
 
@@ -46,7 +47,8 @@ class StudentWithLoss(nn.Module):
 
     features: the term for intermediate features, or None. balance: ``weighted`` adds it to the logits' loss; ``modelopt``
     scales every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
-    across: when the head holds a slice of the vocabulary. finish_gradients: to be called after a step's last backward.
+    faults: of another system, in training alone. across: when the head holds a slice of the vocabulary. finish_gradients: to
+    be called after a step's last backward.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StudentWithLoss(nn.Module):
         balance: str = "weighted",
         compiled: bool | None = None,
         cross: CrossTokenizer | None = None,
+        faults: Faults | None = None,
         across: VocabParallel | None = None,
         finish_gradients: Callable[[], None] = lambda: None,
     ) -> None:
@@ -67,21 +70,34 @@ class StudentWithLoss(nn.Module):
         self.vocab_size = vocab_size
         self.compiled = compiled
         self.cross = cross
+        self.faults = faults
         self.across = across
         self.finish_gradients = finish_gradients
         self.features = features
         self.balance = balance
 
     def forward(
-        self, batch: Batch, signal: Signal | None, normalizer: float | Tensor, tokens: float | Tensor = 1.0
+        self,
+        batch: Batch,
+        signal: Signal | None,
+        normalizer: float | Tensor,
+        tokens: float | Tensor = 1.0,
+        micro_batches: int = 1,
     ) -> StudentLoss:
         """The loss of one micro-batch; ``normalizer`` is the global weight of supervised tokens (÷ ranks that average).
 
-        ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it.
+        ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it. How
+        many ``micro_batches`` a step has is asked for by a fault alone.
         """
         taps = Taps() if self.features is None else self.features.taps
         with taps.opened() as found:
             hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
+        if self.faults is not None and self.training and signal is not None:
+            divided = self.faults.normalizers(batch, micro_batches, normalizer, tokens)
+            head, everything = output_head(self.model), hidden.flatten(0, 1)
+            return StudentLoss(
+                self.faults.loss(everything, head, batch, signal, self.objective, self.vocab_size, divided)
+            )
         rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
         pairs = None
         if self.features is not None and signal is not None:
@@ -129,7 +145,7 @@ class StudentWithLoss(nn.Module):
             rows,
             self._head(),
             None if signal is None else signal.hidden,
-            None if signal is None else signal.head,
+            None if signal is None else self._teacher_head(signal.head),
             labels,
             objective=objective,
             vocab_size=self.vocab_size,
@@ -139,6 +155,12 @@ class StudentWithLoss(nn.Module):
             across=self.across,
             compiled=self.compiled,
         )
+
+    def _teacher_head(self, head: OutputHead) -> OutputHead:
+        if self.across is None:
+            return head
+        columns = self.across.columns
+        return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
     def _head(self) -> OutputHead:
         head = output_head(self.model)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Signal
+from limbeck.teachers.signal import Answer, Question, Signal
 
 
 class LocalTeacher:
@@ -27,21 +24,23 @@ class LocalTeacher:
         """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
         self._taps, self._supervised_only = taps, supervised_only
 
-    @torch.no_grad()
+    def ask(self, batch: Batch) -> Answer:
+        """Nothing begins before the answer is wanted: this teacher works on the student's own device."""
+        return self.signals
+
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
-        if batch.translation is not None:
-            hidden = self._hidden(batch.translation.input_ids, None, None)
-            return Signal(hidden.flatten(0, 1).index_select(0, batch.translation.supervised), self.head)
         with self._taps.opened() as found:
-            hidden = self._hidden(batch.input_ids, batch.position_ids, batch.documents)
-        features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
-        return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head, features)
+            hidden = self.hidden(Question.of(batch))
+        if batch.translation is not None:
+            return Signal(hidden, self.head)
+        places = batch.supervised if self._supervised_only else batch.real
+        return Signal(hidden, self.head, self._taps.rows(found, batch.labels.shape, places))
 
-    def keep_columns(self, columns: slice) -> None:
-        """From now on the head is that of a slice of the vocabulary."""
-        bias = None if self.head.bias is None else self.head.bias[columns].clone()
-        self.head = replace(self.head, weight=self.head.weight[columns].clone(), bias=bias)
+    @torch.no_grad()
+    def hidden(self, question: Question) -> Tensor:
+        """The last hidden states [supervised, H] at the positions that are asked about."""
+        return self._states(question).flatten(0, 1).index_select(0, question.supervised)
 
-    def _hidden(self, ids: Tensor, positions: Tensor | None, documents: Sequence[int] | None) -> Tensor:
-        return hidden_states(self.body, ids, positions, documents)
+    def _states(self, question: Question) -> Tensor:
+        return hidden_states(self.body, question.input_ids, question.position_ids, question.documents)

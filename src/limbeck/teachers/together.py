@@ -13,12 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from limbeck.data.batch import Batch
 from limbeck.models import hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.strategies.context import join_stretches
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.signal import Signal
+from limbeck.teachers.signal import Question
 
 
 @dataclass(frozen=True)
@@ -43,51 +42,52 @@ class TogetherTeacher(LocalTeacher):
         self._circle = circle
 
     @torch.no_grad()
-    def signals(self, batch: Batch) -> Signal:
-        """The signal for this rank's micro-batch; every rank of the circle must call it."""
+    def hidden(self, question: Question) -> Tensor:
+        """The last hidden states at the positions that this rank asks about; every rank of the circle must call it."""
         if len(self._circle.owners) == 1:
-            return super().signals(batch)
-        asked = batch.translation or batch
-        positions, documents = (None, None) if batch.translation else (batch.position_ids, batch.documents)
+            return super().hidden(question)
+        mine = question.supervised.new_empty(0)
         for owner in self._circle.owners:
-            heard = self._tell(owner, asked.input_ids, positions, documents)
+            told = self._tell(owner, question)
+            states = self._states(told)
             if owner == self._circle.mine:
-                signal = super().signals(batch)
-            else:
-                self._hidden(*heard)
-        return signal
+                mine = states.flatten(0, 1).index_select(0, question.supervised)
+        return mine
 
-    def _tell(
-        self, owner: int, ids: Tensor, positions: Tensor | None, documents: Sequence[int] | None
-    ) -> tuple[Tensor, Tensor | None, tuple[int, ...] | None]:
-        """The owner's batch, given everyone's own."""
-        shape = torch.tensor([*ids.shape, positions is not None, len(documents or ())], device=ids.device)
-        dist.broadcast(shape, owner, group=self._circle.group)
-        rows, time, placed, count = shape.tolist()
-        lengths = torch.tensor(documents if documents and len(documents) == count else [0] * count, device=ids.device)
-        speaks = dist.get_rank() == owner
-        ids = ids.contiguous() if speaks else ids.new_empty(rows, time)
-        dist.broadcast(ids, owner, group=self._circle.group)
-        if placed:
-            positions = positions.contiguous() if speaks and positions is not None else torch.empty_like(ids)
-            dist.broadcast(positions, owner, group=self._circle.group)
-        if count:
-            dist.broadcast(lengths, owner, group=self._circle.group)
-        return ids, positions if placed else None, tuple(lengths.tolist()) if count else None
+    def _tell(self, owner: int, own: Question) -> Question:
+        """The owner's question, given everyone's own."""
+        speaks, group, device = dist.get_rank() == owner, self._circle.group, own.input_ids.device
 
-    def _hidden(self, ids: Tensor, positions: Tensor | None, documents: Sequence[int] | None) -> Tensor:
+        def tell(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+            heard = torch.empty(shape, dtype=torch.int64, device=device)
+            if speaks and tensor is not None:
+                heard.copy_(tensor)
+            dist.broadcast(heard, owner, group=group)
+            return heard
+
+        documents = own.documents or ()
+        facts = torch.tensor([*own.input_ids.shape, own.position_ids is not None, len(documents)])
+        rows, time, placed, count = tell(facts, (4,)).tolist()
+        ids = tell(own.input_ids, (rows, time))
+        positions = tell(own.position_ids, (rows, time)) if placed else None
+        lengths = tell(torch.tensor(documents, dtype=torch.int64), (count,)).tolist() if count else None
+        return Question(ids, positions, None if lengths is None else tuple(lengths), own.supervised)
+
+    def _states(self, question: Question) -> Tensor:
         context = self._circle.context
         if context is None:
-            return super()._hidden(ids, positions, documents)
-        ranks, rank, time = dist.get_world_size(context), dist.get_rank(context), ids.shape[1]
+            return super()._states(question)
+        time = question.input_ids.shape[1]
+        ranks, rank = dist.get_world_size(context), dist.get_rank(context)
         width = -(-time // ranks)
-        more = width * ranks - time
+        more, positions, documents = width * ranks - time, question.position_ids, question.documents
         if positions is None:
-            positions = torch.arange(time, device=ids.device).expand_as(ids)
+            positions = torch.arange(time, device=question.input_ids.device).expand_as(question.input_ids)
         if documents is not None:
             documents = (*documents[:-1], documents[-1] + more)
         ids, positions = (
             torch.nn.functional.pad(x, (0, more))[:, rank * width : (rank + 1) * width].contiguous()
-            for x in (ids, positions)
+            for x in (question.input_ids, positions)
         )
-        return join_stretches(hidden_states(self.body, ids, positions, documents), context)[:, :time]
+        states = hidden_states(self.body, ids, positions, documents)
+        return join_stretches(states, context)[:, :time]
