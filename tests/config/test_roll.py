@@ -179,6 +179,21 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
     assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not built yet; use fsdp2_{suffix}" in line
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("strategy_args.tp_size", "tensor_model_parallel_size"),
+        ("strategy_args.strategy_config.tensor_parallel_size", "tensor_model_parallel_size"),
+        ("strategy_args.strategy_config.cp_size", "context_parallel_size"),
+        ("model_args.ulysses_size", "context_parallel_size"),
+    ],
+)
+def test_every_name_of_a_parallel_size_is_the_same_size(load: Load, role: str, key: str, ours: str) -> None:
+    config = load(f"{role}.{key}=2").config
+    assert getattr(getattr(config, role).strategy_args.strategy_config, ours) == 2
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_a_server_as_teacher_is_not_built_yet(mistakes: Mistakes, engine: str) -> None:
     (line,) = mistakes(f"teacher.strategy_args.strategy_name={engine}")
@@ -212,8 +227,7 @@ def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...
         ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
         ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
         ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
-        ("student.model_args.ulysses_size=2", "student.model_args.ulysses_size = 2 (sequence parallelism)"),
-        ("student.strategy_args.tp_size=2", "student.strategy_args.tp_size = 2 is not built yet"),
+        ("student.strategy_args.pp_size=2", "student.strategy_args.pp_size = 2 is not built yet"),
         (
             "student.training_args.fp16=true",
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",

@@ -119,7 +119,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "model_args": {
         "model_type": ((None, "causal_lm"), "is not built yet; only causal language models are distilled, so use ~"),
         "adapter_name_or_path": ((None,), "is not built yet; merge the adapter into the checkpoint and name that"),
-        "ulysses_size": ((None, 1), "(sequence parallelism) is not built yet; set it to 1"),
         "moe_aux_loss_coef": _MOE,
         "autocast_adapter_dtype": ((None, True), "is not built yet; set it to true"),
     },
@@ -129,14 +128,12 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "training_args": {
         "tf32": ((None, False), "is not built yet; take it out"),
     },
-    "strategy_args": dict.fromkeys(("tp_size", "pp_size", "cp_size", "ep_size"), _PARALLEL),
+    "strategy_args": dict.fromkeys(("pp_size", "ep_size"), _PARALLEL),
     "strategy_config": {
         **dict.fromkeys(
             (
-                *("tp_size", "pp_size", "cp_size", "ep_size", "efsdp_size"),
-                *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+                *("pp_size", "ep_size", "efsdp_size", "pipeline_model_parallel_size", "pipeline_parallel_size"),
                 *("expert_model_parallel_size", "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"),
-                *("tensor_parallel_size", "pipeline_parallel_size"),
             ),
             _PARALLEL,
         ),
@@ -211,6 +208,17 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
 MOVED: dict[str, str] = {
     "student.training_args.max_grad_norm": "max_grad_norm",
     "global_template": "student.data_args.template",
+    **{
+        f"{role}.{foreign}": f"{role}.strategy_args.strategy_config.{ours}"
+        for role in ("student", "teacher")
+        for ours, names in {
+            "tensor_model_parallel_size": "strategy_args.tp_size strategy_args.strategy_config.tp_size "
+            "strategy_args.strategy_config.tensor_parallel_size",
+            "context_parallel_size": "strategy_args.cp_size strategy_args.strategy_config.cp_size model_args.ulysses_size "
+            "strategy_args.strategy_config.ulysses_size",
+        }.items()
+        for foreign in names.split()
+    },
 }
 """Keys that stand elsewhere here."""
 

@@ -451,13 +451,23 @@ class TrainingArgs(Section):
 
 
 class StrategyConfig(Section):
-    """How FSDP2 spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
+    """How a model is spread over the ranks; none of these keys changes what is computed beyond rounding."""
 
     fsdp_size: int | None = Field(
         default=None,
         ge=2,
         description="Ranks that share one copy of the model, such groups being replicas of each other; unset, or when "
         "there are no more ranks than this, all ranks share one copy.",
+    )
+    tensor_model_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Neighbouring ranks among which every matrix is sliced; they work on the same rows (tensor parallelism).",
+    )
+    context_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks among which the time of every row is divided (Ulysses context parallelism).",
     )
     replicate: bool = Field(
         default=False,

@@ -9,6 +9,7 @@ from limbeck.models.heads import (
     hidden_states,
     keep_documents_apart,
     output_head,
+    unwrapped,
 )
 from limbeck.models.load import load_model, load_tokenizer, model_limits, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
@@ -35,4 +36,5 @@ __all__ = [
     "recompute_activations",
     "resolve_pairs",
     "submodules",
+    "unwrapped",
 ]

@@ -19,6 +19,7 @@ from limbeck.errors import LimbeckError
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.distill import RunResult
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.parts import layout_of
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
 Tell = Callable[[str], None]
@@ -65,7 +66,8 @@ class _Cluster:
         self.students: WorkerGroup | None = None
         # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
         self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
-        self.in_step &= config.teacher.strategy_args.strategy_name != "hf_infer"
+        whole = config.teacher.strategy_args.strategy_name == "hf_infer" and layout_of(config.teacher).together == 1
+        self.in_step &= not whole
 
     def run(self, stop: StopRequest) -> RunResult:
         for attempt in range(self.config.max_restarts + 1):

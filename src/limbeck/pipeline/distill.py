@@ -30,7 +30,15 @@ from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.lookahead import Lookahead, asked_ahead
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, check_teacher, fsdp2_options, make_objective, make_student, make_teacher
+from limbeck.pipeline.parts import (
+    DTYPES,
+    arrange,
+    check_teacher,
+    fsdp2_options,
+    make_objective,
+    make_student,
+    make_teacher,
+)
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
@@ -89,6 +97,7 @@ class DistillPipeline:
         find_teacher: gives the teacher once the data is known; without it the student's own processes hold one. stop: asked
         instead of this process's signals. told: where the lines for a person go instead of standard output.
         """
+        world = arrange(self.config, world, teacher_here=find_teacher is None)
         quiet_libraries()
         if world.device.type == "cpu":
             keep_freed_pages()
@@ -184,16 +193,16 @@ class _Run:
     def _train_step(self) -> None:
         timer = self.metrics.timer
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
+        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
             batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
-        # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
+        # FSDP averages gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
-        normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))
+        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
         for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
-            micro = micro_batch.to(self.world.device)
+            asked, micro = self._on_device(micro_batch)
             with timer.section("teacher"):
-                signals = answer and answer(self._compared(micro))
+                signals = answer and answer(self._compared(asked))
             with timer.section("student"):
                 with self._autocast():
                     loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
@@ -201,6 +210,7 @@ class _Run:
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
+            self.student.finish_gradients()
             self.scaler.unscale_(self.optimizer)
             norm = clip_gradients(self.student, self.config.max_grad_norm)
             self.scaler.step(self.optimizer)
@@ -211,6 +221,15 @@ class _Run:
         if self.taid:
             self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
         self.metrics.count(batch, norm)
+
+    def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
+        """What the teacher is asked, and what this rank's student reads of it."""
+        return batch.stretch(self.world.context_rank, self.world.context)
+
+    def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
+        asked, own = self._divided(batch)
+        there = asked.to(self.world.device)
+        return there, there if own is asked else own.to(self.world.device)
 
     def _find_teacher(self, find: FindTeacher | None) -> Teacher:
         if find is not None:
@@ -225,7 +244,9 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        return self.teacher.ask(self._compared(batch)) if self.teacher is not None and self.distils else None
+        if self.teacher is None or not self.distils:
+            return None
+        return self.teacher.ask(self._compared(self._divided(batch)[0]))
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -253,12 +274,13 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        for micro_batch, answer in asked_ahead(batches, self.teacher.ask if self.teacher else lambda batch: None):
-            micro = micro_batch.to(self.world.device)
+        ask = self.teacher.ask if self.teacher else lambda batch: None
+        for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
+            asked, micro = self._on_device(micro_batch)
             with self._autocast():
-                sums.add(self.student(micro, answer and answer(micro), 1.0, tokens / (count or 1.0)))
+                sums.add(self.student(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()
-        means = sums.read(self.world, count)
+        means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
         if self.teacher is not None:
             line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
@@ -307,7 +329,7 @@ class _Run:
         console.say(self.data.report)
         console.say(
             f"{self.total_steps} steps of {self.config.student.training_args.per_device_train_batch_size} × "
-            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.size} rows on "
+            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.data_size} rows on "
             f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
         )
         if self.resumed_from is not None:

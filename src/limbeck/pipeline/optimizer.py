@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from limbeck.config.schema import TrainingArgs
@@ -41,6 +42,17 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArgs, total_s
 
 def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
     """The gradients' norm over all processes, as a device scalar; they are scaled down to ``max_norm`` if above (0 = off)."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    alike: dict[Any, list[nn.Parameter]] = {}  # only tensors of one mesh can be added
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            alike.setdefault(mesh, []).append(parameter)
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for parameters in alike.values()
+    ]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+    for parameters in alike.values():
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else float("inf"), total)
+    return total

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
@@ -18,19 +22,24 @@ from limbeck.models import (
     check_logit_layer,
     decoder_layers,
     freeze,
+    hidden_states,
     keep_documents_apart,
     load_model,
     output_head,
     recompute_activations,
+    unwrapped,
 )
-from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
+from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, VocabParallel, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
-from limbeck.strategies.fsdp2 import Fsdp2, shard
+from limbeck.strategies.context import apply_context_parallel
+from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
+from limbeck.strategies.layout import TENSOR, Layout
+from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Teacher
+from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -105,7 +114,9 @@ def make_student(
         seed=config.seed,
         role="student",
     )
-    _check_model(model, str(args.model_name_or_path or "the student"), config, data)
+    name, layout = str(args.model_name_or_path or "the student"), layout_of(config.student)
+    check_tensor_parallel(body(model), layout, name, "student")
+    _check_model(model, name, config, data)
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
@@ -145,10 +156,20 @@ def make_student(
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
+    options, rows = fsdp2_options(config.student, dtype), output_head(model).weight.shape[0]
+    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    partial_gradients = spread(model, layout, world, mesh, name)
+    across, finish = None, lambda: None
+    if mesh is not None and layout.tensor > 1:
+        across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
+        finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
+        compiled = False
     faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
+    root = StudentWithLoss(
+        model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish
+    ).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
-    return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+    return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -189,18 +210,110 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     )
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
-    check_head(model, str(args.model_name_or_path))
+    name, layout = str(args.model_name_or_path), layout_of(config.teacher)
+    layout.check(world, "teacher")
+    check_tensor_parallel(body(model), layout, name, "teacher")
+    check_head(model, name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
-        keep_documents_apart(model, str(args.model_name_or_path))
+        keep_documents_apart(model, name)
     head = output_head(model)
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
+    options = fsdp2_options(config.teacher, dtype)
+    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    spread(model, layout, world, mesh, name)
     if teacher_is_sharded(config, world):
-        shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
-    return LocalTeacher(trunk.to(world.device), head, size)
+        shard(trunk, decoder_layers(trunk), world, options, mesh)
+    trunk.to(world.device)
+    group = layout.together_group(world)
+    if group is None:
+        return LocalTeacher(trunk, head, size)
+    ranks, student = dist.get_process_group_ranks(group), world.tensor * world.context
+    owners = list(ranks[:: min(student, len(ranks))])
+    mine = max(owner for owner in owners if owner <= world.rank)
+    return TogetherTeacher(trunk, head, size, Circle(group, layout.context_group(world), owners, mine))
+
+
+def layout_of(worker: WorkerConfig) -> Layout:
+    """How many ranks hold one model together."""
+    given = worker.strategy_args.strategy_config
+    return Layout(given.tensor_model_parallel_size, given.context_parallel_size)
+
+
+def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -> World:
+    """``world`` as the student's layout divides it. Raises LimbeckError for what cannot run, before anything is loaded.
+
+    teacher_here: the student's own processes hold the teacher.
+    """
+    student, teacher = layout_of(config.student), layout_of(config.teacher)
+    student.check(world, "student")
+    if config.has_teacher and teacher_here:
+        teacher.check(world, "teacher")
+        larger, smaller = max(student.together, teacher.together), min(student.together, teacher.together)
+        if larger % smaller:
+            raise LimbeckError(
+                f"{student.together} ranks hold one student together and {teacher.together} one teacher (tensor_model_parallel_"
+                "size × context_parallel_size); one of these numbers must divide the other."
+            )
+        if config.features.pairs and larger > 1:
+            raise LimbeckError(
+                "features.pairs with a tensor_model_parallel_size or context_parallel_size above 1 is not built yet; take "
+                "one of them out."
+            )
+    key = "student.strategy_args.strategy_config"
+    if config.cross_tokenizer != "off" and student.together > 1:
+        raise LimbeckError(
+            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with cross_tokenizer are not built yet; set "
+            "both to 1 (the teacher's may stay)."
+        )
+    if config.student.model_args.lora_target and student.tensor > 1:
+        raise LimbeckError(
+            f"{key}.tensor_model_parallel_size = {student.tensor} with lora_target is not built yet; use 1, and FSDP2 shards "
+            "the model all the same."
+        )
+    if config.objective_faults and student.together > 1:
+        raise LimbeckError(
+            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with objective_faults are not built; set "
+            "both to 1."
+        )
+    return replace(world, tensor=student.tensor, context=student.context)
+
+
+def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, name: str) -> list[nn.Module]:
+    """``model`` sliced over tensor ranks and its rows over context ranks in place, and proven to give what it gave before.
+
+    Returns the modules that have a part of their gradient on every tensor rank.
+    """
+    if layout.together == 1 or mesh is None:
+        return []
+    trunk, was_training = body(model).eval(), model.training
+    model.to(world.device)
+    time = 4 * layout.context
+    ids = torch.arange(1, 1 + time, device=world.device).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    partial_gradients: list[nn.Module] = []
+    with torch.no_grad():
+        before = hidden_states(trunk, ids, None)
+        if layout.tensor > 1:
+            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, mesh[TENSOR])
+        group, rank = layout.context_group(world), world.rank // layout.tensor % layout.context
+        if group is not None:
+            apply_context_parallel(unwrapped(model), trunk, group, name)
+        here = slice(4 * rank, 4 * rank + 4) if group is not None else slice(None)
+        positions = torch.arange(time, device=world.device).unsqueeze(0)
+        after = hidden_states(trunk, ids[:, here], positions[:, here])
+    model.train(was_training)
+    worst = world.max((after - before[:, here]).abs().max().float().item())
+    coarse = before.dtype in (torch.bfloat16, torch.float16)
+    if not worst <= (0.1 if coarse else 1e-3) * before.abs().max().item():
+        raise LimbeckError(
+            f"{name} ({type(trunk).__name__}) does not give the same with tensor_model_parallel_size = {layout.tensor} and "
+            f"context_parallel_size = {layout.context} (its hidden states differ by up to {worst:.3g}); set both to 1, and "
+            "FSDP2 shards it all the same."
+        )
+    return partial_gradients
 
 
 def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
