@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ from limbeck.models import (
 from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
+from limbeck.pipeline.optimizer import make_optimizer
 from limbeck.pipeline.student import StudentWithLoss
+from limbeck.strategies import deepspeed
+from limbeck.strategies.engine import Engine, TorchEngine
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher
@@ -80,14 +84,17 @@ def make_student(
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
-    """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
+    """The student with its loss: float32 masters, spread over the ranks unless DeepSpeed will; frozen and LoRA as configured.
 
     The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.
     """
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
-    if dtype is torch.float16 and world.size > 1:
-        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    zero = config.student.strategy_args.strategy_name == "deepspeed_train"
+    if dtype is torch.float16 and world.size > 1 and not zero:
+        raise LimbeckError(
+            "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+        )
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -141,8 +148,36 @@ def make_student(
     compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
     root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross).train()
+    if zero:
+        return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+
+
+def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -> Engine:
+    """What steps the student: PyTorch's optimizer, or DeepSpeed, which also spreads it."""
+    training, strategy = config.student.training_args, config.student.strategy_args
+    dtype = fsdp2_options(config.student, DTYPES[config.student.model_args.dtype]).param_dtype
+    if strategy.strategy_name != "deepspeed_train":
+        optimizer = make_optimizer(student, training)
+        return TorchEngine(student, optimizer, world, compute_dtype=dtype, max_norm=config.max_grad_norm)
+    block = strategy.strategy_config.deepspeed
+    return deepspeed.ZeroEngine(
+        student,
+        make_optimizer(student, training, partial(deepspeed.make_adamw, block=block)),
+        world,
+        block,
+        compute_dtype=dtype,
+        max_norm=config.max_grad_norm,
+        accumulates=training.gradient_accumulation_steps > 1 or config.student.use_dynamic_batching_in_train,
+    )
+
+
+def check_strategies(config: DistillConfig) -> None:
+    """Raise LimbeckError, before anything is loaded, when a strategy's library is not installed."""
+    names = (config.student.strategy_args.strategy_name, config.teacher.strategy_args.strategy_name)
+    if any(name is not None and name.startswith("deepspeed") for name in names):
+        deepspeed.start()
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -196,7 +231,11 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
-    if config.teacher.strategy_args.strategy_name != "hf_infer":
+    strategy = config.teacher.strategy_args
+    if strategy.strategy_name == "deepspeed_infer":
+        deepspeed.shard_frozen(trunk, world, strategy.strategy_config.deepspeed, dtype)
+        return LocalTeacher(trunk, head, size)
+    if strategy.strategy_name != "hf_infer":
         shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
     return LocalTeacher(trunk.to(world.device), head, size)
 
