@@ -239,7 +239,10 @@ def _is_moment(value: Any) -> bool:
 
 
 def _configuration(block: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    config = {**block, "train_micro_batch_size_per_gpu": 1}
+    """``block`` with what the run decides; gradients are averaged in float32 unless it says otherwise."""
+    config: dict[str, Any] = {"communication_data_type": "fp32", **block, "train_micro_batch_size_per_gpu": 1}
+    if stage_of(block) > 1:  # for stage 1 that is another optimizer class of DeepSpeed's, with states of its own
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     for known, key in _PRECISIONS.items():
         config[key] = {**config.get(key, {}), "enabled": known is dtype}
     return config
