@@ -66,9 +66,15 @@ def test_a_zero_stage_gives_the_run_of_one_process(configure, settings, tmp_path
         for key, value in one.items():
             torch.testing.assert_close(many[key], value, rtol=0, atol=1e-5)
     AutoModelForCausalLM.from_pretrained(tmp_path / "many" / "student")
+    if stage == 2:  # and resumed, it is exact
+        shutil.copytree(tmp_path / "many" / "student", tmp_path / "whole")
+        forget_after(tmp_path / "many", 3)
+        again = settings(**shared, **changes, output_dir=str(tmp_path / "many"))
+        assert "at step 3" in train(again, tmp_path, 2, "resume_from_checkpoint=latest")
+        assert_same_weights(tmp_path / "whole", tmp_path / "many" / "student")
 
 
-def test_a_run_goes_on_exactly_and_with_another_stage_strategy_and_number_of_ranks(configure, settings, tmp_path):
+def test_a_run_goes_on_with_another_stage_strategy_and_number_of_ranks(configure, settings, tmp_path):
     keys = {"max_steps": 6, "save_steps": 2, "output_dir": str(tmp_path / "out")}
     DistillPipeline(configure(**keys, **rows(24))).run()
     out, whole = tmp_path / "out", tmp_path / "whole"
@@ -80,10 +86,6 @@ def test_a_run_goes_on_exactly_and_with_another_stage_strategy_and_number_of_ran
     text = train(settings(**keys, **rows(12), **zero(1)), tmp_path, 2, "resume_from_checkpoint=latest")
     assert "at step 4" in text
     assert_same_weights(whole, out / "student", tolerance=1e-5)
-    shutil.copytree(out / "student", tmp_path / "first")
-    forget_after(out, 4)
-    train(settings(**keys, **rows(12), **zero(1)), tmp_path, 2, "resume_from_checkpoint=latest")
-    assert_same_weights(tmp_path / "first", out / "student")
 
 
 def test_bf16_keeps_masters_that_bf16_could_not_hold(settings, tmp_path):

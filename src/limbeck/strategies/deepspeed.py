@@ -7,6 +7,7 @@ plain names, so a checkpoint is the same as any other strategy's and resumes on 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -286,6 +287,7 @@ def start() -> Any:
     # It would be compiled for a minute, by a compiler that may not be there, to add up small tensors a little faster.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks the environment, and nobody launched a process alone
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
