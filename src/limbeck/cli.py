@@ -13,8 +13,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from limbeck.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from limbeck.config import DistillConfig
 
 USER_MISTAKE = 2
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -36,6 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as in `limbeck data show … | head`; the interpreter must not flush into the pipe either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _is_override(word: str) -> bool:
@@ -108,11 +115,13 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
             f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
             "processes; start as many, or leave device_mapping out."
         )
-    if config.num_nodes > 1 and not launched:
+    if config.needs_worker_groups and launched:
         raise LimbeckError(
-            f"num_nodes = {config.num_nodes}: start `torchrun --nnodes {config.num_nodes} … -m limbeck train …` on each "
-            "machine; limbeck train itself starts processes on one machine only."
+            "teacher.device_mapping differs from the student's, so Ray starts the processes of both; run plain "
+            "`limbeck train` instead of a launcher."
         )
+    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+        return _train_on_cluster(config)
     if len(devices) > 1 and not launched:
         return _launch(len(devices), config_file, overrides)
     if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
@@ -123,6 +132,14 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     result = DistillPipeline(config).run()
     if main_process:
         print(f"student: {result.student}")
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _train_on_cluster(config: DistillConfig) -> int:
+    from limbeck.pipeline.clustered import run_on_cluster
+
+    result = run_on_cluster(config, lambda line: print(line, flush=True))
+    print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
@@ -218,6 +235,7 @@ def _data_show(args: argparse.Namespace) -> int:
     from limbeck.data.show import find_row, print_row
     from limbeck.pipeline.inputs import (
         make_tokenizer,
+        make_translator,
         named_source,
         teacher_tokenizer,
         token_settings,
@@ -229,10 +247,12 @@ def _data_show(args: argparse.Namespace) -> int:
     if args.row < 0:
         raise LimbeckError(f"--row {args.row} is no row; rows are counted from 0.")
     found = find_row(sources, args.row, encoder)
-    # A teacher with another tokenizer reads spans of equal text, not the same ids.
-    compared = config.has_teacher and config.cross_tokenizer == "off"
-    teacher = teacher_tokenizer(config.teacher) if compared else None
-    print_row(Console(highlight=False), found, encoder, teacher=teacher, ids=args.ids)
+    teacher = translator = None
+    if config.has_teacher and config.cross_tokenizer == "off":
+        teacher = teacher_tokenizer(config.teacher)
+    elif config.has_teacher:
+        translator = make_translator(config, encoder.tokenizer)
+    print_row(Console(highlight=False), found, encoder, teacher=teacher, translator=translator, ids=args.ids)
     return 0
 
 

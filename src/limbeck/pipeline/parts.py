@@ -28,12 +28,13 @@ from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.optimizer import make_optimizer
+from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies import deepspeed
 from limbeck.strategies.engine import Engine, TorchEngine
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher
+from limbeck.teachers import LocalTeacher, Teacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -80,7 +81,7 @@ def make_student(
     config: DistillConfig,
     world: World,
     data: Data,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
@@ -94,6 +95,10 @@ def make_student(
     if dtype is torch.float16 and world.size > 1 and not zero:
         raise LimbeckError(
             "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+        )
+    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
         )
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
@@ -111,7 +116,7 @@ def make_student(
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
-    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
+    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data.largest_token)
     cross = None
     if teacher is not None and data.translator is not None:
         known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
@@ -147,7 +152,8 @@ def make_student(
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross).train()
+    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
+    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
     if zero:
         return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
@@ -193,19 +199,17 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
         keep_documents_apart(model, name)
 
 
-def _check_tokens(role: str, known: int, data: Data) -> None:
-    if data.largest_token >= known:
+def _check_tokens(role: str, known: int, largest_token: int) -> None:
+    if largest_token >= known:
         raise LimbeckError(
-            f"the data holds token id {data.largest_token}, but the {role} knows only {known} tokens; "
+            f"the data holds token id {largest_token}, but the {role} knows only {known} tokens; "
             "use the tokenizer that both models were trained with, or resize the model's embeddings first."
         )
 
 
-def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeacher | None:
-    """The frozen teacher, or None when nothing is distilled."""
+def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
+    """The frozen teacher, spread over the processes of ``world``."""
     args = config.teacher.model_args
-    if not config.has_teacher:
-        return None
     dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
     model = load_model(
         args.model_name_or_path,
@@ -220,12 +224,10 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     )
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
+    check_head(model, str(args.model_name_or_path))
+    if config.student.use_sequence_packing and config.cross_tokenizer == "off":
+        keep_documents_apart(model, str(args.model_name_or_path))
     head = output_head(model)
-    if data.translator is None:
-        _check_model(model, str(args.model_name_or_path), config, data)
-        _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
-    else:  # the translator keeps to what the teacher's configuration says
-        check_head(model, str(args.model_name_or_path))
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
@@ -235,9 +237,22 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     if strategy.strategy_name == "deepspeed_infer":
         deepspeed.shard_frozen(trunk, world, strategy.strategy_config.deepspeed, dtype)
         return LocalTeacher(trunk, head, size)
-    if strategy.strategy_name != "hf_infer":
+    if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
     return LocalTeacher(trunk.to(world.device), head, size)
+
+
+def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
+    """Whether the teacher's ranks share its parameters, and so run every forward pass together."""
+    return world.size > 1 and config.teacher.strategy_args.strategy_name != "hf_infer"
+
+
+def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
+    """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
+    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
+        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+        _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:
