@@ -264,6 +264,8 @@ def _initialize(
             for parameter in root.parameters():
                 parameter.data = parameter.data.to(dtype or torch.float32)
             deepspeed.zero.Init(module=root, config_dict_or_path=config, dtype=dtype or torch.float32)
+            for buffer in root.buffers():
+                buffer.data = buffer.data.to(world.device)
         else:
             root.to(world.device)
         engine = deepspeed.initialize(model=root, optimizer=optimizer, config=config, dist_init_required=False)[0]
