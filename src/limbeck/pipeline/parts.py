@@ -251,7 +251,8 @@ def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
     if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
         check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
-        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+        # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
+        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
         _check_tokens("teacher", known, largest_token)
 
 
