@@ -7,7 +7,7 @@ before they reach this file (`roll.py`). Nothing here reads files or knows how a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -451,7 +451,7 @@ class TrainingArgs(Section):
 
 
 class StrategyConfig(Section):
-    """How a model is spread over the ranks; none of these keys changes what is computed beyond rounding."""
+    """How a strategy spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
 
     fsdp_size: int | None = Field(
         default=None,
@@ -483,15 +483,22 @@ class StrategyConfig(Section):
     reduce_dtype: Dtype = Field(
         default="fp32", description="Number format in which gradients are summed over the ranks."
     )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed's own configuration (zero_optimization and what stands beside it), for deepspeed_train and "
+        "deepspeed_infer; its keys may also stand in strategy_config itself. What the run decides stays auto.",
+    )
 
 
 class StrategyArgs(Section):
     """How one model is spread over the ranks."""
 
-    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer"] | None = Field(
-        default=None,
-        description="fsdp2_train for the student; fsdp2_infer or hf_infer (a whole copy on each rank) for the teacher; "
-        "unset, whole on a single rank and FSDP2 on several.",
+    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer", "deepspeed_train", "deepspeed_infer"] | None = (
+        Field(
+            default=None,
+            description="fsdp2_train or deepspeed_train for the student; fsdp2_infer, deepspeed_infer or hf_infer (a whole "
+            "copy on each rank) for the teacher; unset, whole on a single rank and FSDP2 on several.",
+        )
     )
     strategy_config: StrategyConfig = Field(
         default_factory=StrategyConfig, description="Details of the strategy; see the keys below it."
@@ -964,13 +971,14 @@ class DistillConfig(Section):
     def _placement_contradictions(self) -> Iterator[Contradiction]:
         student, teacher = self.student, self.teacher
         for role, strategy, wrong, right in (
-            ("student", student.strategy_args, ("hf_infer", "fsdp2_infer"), "fsdp2_train"),
-            ("teacher", teacher.strategy_args, ("fsdp2_train",), "fsdp2_infer"),
+            ("student", student.strategy_args, ("hf_infer", "fsdp2_infer", "deepspeed_infer"), "fsdp2_train"),
+            ("teacher", teacher.strategy_args, ("fsdp2_train", "deepspeed_train"), "fsdp2_infer"),
         ):
             path = f"{role}.strategy_args.strategy_name"
             if strategy.strategy_name in wrong:
                 trained = "is trained" if role == "student" else "is never trained"
                 yield Contradiction(path, f"= {strategy.strategy_name} does not fit: the {role} {trained}; use {right}")
+            yield from _foreign_strategy_keys(strategy, role)
             if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
                 yield Contradiction(
                     f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
@@ -1148,6 +1156,28 @@ def section_of(annotation: Any) -> type[Section] | None:
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
+    """Keys of DeepSpeed beside another strategy's name, and the reverse."""
+    given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    if not (strategy.strategy_name or "").startswith("deepspeed"):
+        if given.deepspeed:
+            which = "deepspeed_train" if role == "student" else "deepspeed_infer"
+            yield Contradiction(
+                f"{path}.deepspeed", f"is read by strategy_name: {which} only; set that, or take it out"
+            )
+        return
+    for key, field in type(given).model_fields.items():
+        if key != "deepspeed" and getattr(given, key) != field.get_default(call_default_factory=True):
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; take it out")
+    optimization = given.deepspeed.get("zero_optimization")
+    stages = (1, 2, 3) if strategy.strategy_name == "deepspeed_train" else (3,)
+    if not isinstance(optimization, Mapping) or optimization.get("stage") not in stages:
+        yield Contradiction(
+            f"{path}.deepspeed",
+            f"needs zero_optimization with stage {' or '.join(map(str, stages))} for {strategy.strategy_name}; add it",
+        )
 
 
 def walk_keys(section: type[Section] = DistillConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil, isfinite
@@ -29,12 +29,13 @@ from limbeck.pipeline.inputs import Data, make_data
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.lookahead import Lookahead, asked_ahead
 from limbeck.pipeline.metrics import LossSums, StepMetrics
-from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
+from limbeck.pipeline.optimizer import make_scheduler
 from limbeck.pipeline.parts import (
     DTYPES,
     arrange,
+    check_strategies,
     check_teacher,
-    fsdp2_options,
+    make_engine,
     make_objective,
     make_student,
     make_teacher,
@@ -43,7 +44,6 @@ from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
@@ -119,6 +119,7 @@ class _Run:
         self.config, self.world, self.told = config, world, told
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
+        check_strategies(config)
         self._check_best_metric()
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
         if not config.resume_from_checkpoint and files.list_checkpoints(config.checkpoint_dir):
@@ -133,15 +134,13 @@ class _Run:
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
-        training = config.student.training_args
-        self.optimizer = make_optimizer(self.student, training)
-        self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
+        self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
+        self.engine = make_engine(config, world, self.student)
+        self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
         self.features = self.student.features
         # Otherwise a teacher is only measured against, in validation.
         self.distils = config.distill_loss_weight > 0 or self.features is not None
-        self.compute_dtype = fsdp2_options(config.student, self.dtype).param_dtype
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.compute_dtype is torch.float16)
         self.metrics = StepMetrics(world, self.features.labels if self.features else ())
         self.steps = Lookahead(self.data.stream, self._prepare, self._ask)
         self.step = 0
@@ -196,7 +195,7 @@ class _Run:
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
             batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
-        # FSDP averages gradients over the shares; dividing by a share of the count makes that the global mean.
+        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
         normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
         for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
@@ -204,19 +203,14 @@ class _Run:
             with timer.section("teacher"):
                 signals = answer and answer(self._compared(asked))
             with timer.section("student"):
-                with self._autocast():
-                    loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
-                self.scaler.scale(loss.loss).backward()
+                loss = self.engine(micro, signals, normalizer, tokens, len(batch.micro_batches))
+                self.engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
             self.student.finish_gradients()
-            self.scaler.unscale_(self.optimizer)
-            norm = clip_gradients(self.student, self.config.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            norm = self.engine.step()
             self.scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.taid:
             self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
@@ -255,12 +249,6 @@ class _Run:
     def _of_the_wire(self) -> dict[str, float]:
         return self.teacher.measured() if isinstance(self.teacher, RemoteTeacher) else {}
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
-        if self.compute_dtype is None or self.world.size > 1:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.compute_dtype)
-
     @property
     def learning_rate(self) -> float:
         """Of the step that comes next."""
@@ -277,8 +265,7 @@ class _Run:
         ask = self.teacher.ask if self.teacher else lambda batch: None
         for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
             asked, micro = self._on_device(micro_batch)
-            with self._autocast():
-                sums.add(self.student(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
+            sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()
         means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
@@ -304,7 +291,7 @@ class _Run:
             return []
         self.output_dir.mkdir(parents=True, exist_ok=True)
         config = self.config
-        parameters = {"student": _count(self.student.model)}
+        parameters = {"student": self.num_parameters}
         if self.teacher is not None:
             parameters["teacher"] = self.teacher.num_parameters
         facts = {
@@ -360,9 +347,9 @@ class _Run:
     def _save(self, judged: Mapping[str, float]) -> None:
         folder, settings = self.config.checkpoint_dir, self.config.checkpoint_config
         # Projections of features stand beside the student: they are part of the run's masters and of no student's folder.
-        whole = gather_model(self.student)
+        whole = self.engine.gather_model()
         state = {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name.startswith(_ROOT)}
-        moments = gather_optimizer(self.student, self.optimizer)
+        moments = self.engine.gather_optimizer()
         if self.world.is_main:
             trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
             checkpoint = files.Checkpoint(
@@ -371,7 +358,7 @@ class _Run:
                 moments,
                 {
                     "data": self.steps.position,
-                    "scaler": self.scaler.state_dict(),
+                    "scaler": self.engine.scaler_state(),
                     "taid": self.taid.state() if self.taid else None,
                     "config": _shareable(self.config),
                 },
@@ -409,14 +396,14 @@ class _Run:
             raise LimbeckError(
                 f"{self.resumed_from} was made with another student, other frozen parts or other features ({odd} differs)."
             )
-        scatter_model(self.student, {whole[name]: tensor for name, tensor in checkpoint.masters.items()})
-        scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
+        self.engine.scatter_model({whole[name]: tensor for name, tensor in checkpoint.masters.items()})
+        self.engine.scatter_optimizer(checkpoint.optimizer)
         # The rate is a function of the step, so a longer or another schedule is entered at the right place.
         self.scheduler.load_state_dict(
             {**self.scheduler.state_dict(), "last_epoch": self.step - 1, "_step_count": self.step}
         )
         self.scheduler.step()
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.engine.load_scaler_state(checkpoint.state["scaler"])
         self.data.stream.seek(checkpoint.state["data"])
         if self.taid:
             if not checkpoint.state.get("taid"):
@@ -452,7 +439,3 @@ def _shareable(config: DistillConfig) -> dict[str, Any]:
         section.update(dict.fromkeys(section, "(not shown)"))
     values["tracker_kwargs"] = dict.fromkeys(values["tracker_kwargs"], "(not shown)")
     return values
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

@@ -32,9 +32,12 @@ from limbeck.models import (
 from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, VocabParallel, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
+from limbeck.pipeline.optimizer import make_optimizer
 from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
+from limbeck.strategies import deepspeed
 from limbeck.strategies.context import apply_context_parallel
+from limbeck.strategies.engine import Engine, TorchEngine
 from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
 from limbeck.strategies.layout import TENSOR, Layout
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
@@ -90,14 +93,17 @@ def make_student(
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
-    """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
+    """The student with its loss: float32 masters, spread over the ranks unless DeepSpeed will; frozen and LoRA as configured.
 
     The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.
     """
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
-    if dtype is torch.float16 and world.size > 1:
-        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    zero = config.student.strategy_args.strategy_name == "deepspeed_train"
+    if dtype is torch.float16 and world.size > 1 and not zero:
+        raise LimbeckError(
+            "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+        )
     if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
         raise LimbeckError(
             "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
@@ -168,8 +174,36 @@ def make_student(
     root = StudentWithLoss(
         model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish
     ).train()
+    if zero:
+        return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
+
+
+def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -> Engine:
+    """What steps the student: PyTorch's optimizer, or DeepSpeed, which also spreads it."""
+    training, strategy = config.student.training_args, config.student.strategy_args
+    dtype = fsdp2_options(config.student, DTYPES[config.student.model_args.dtype]).param_dtype
+    if strategy.strategy_name != "deepspeed_train":
+        optimizer = make_optimizer(student, training)
+        return TorchEngine(student, optimizer, world, compute_dtype=dtype, max_norm=config.max_grad_norm)
+    block = strategy.strategy_config.deepspeed
+    return deepspeed.ZeroEngine(
+        student,
+        make_optimizer(student, training, partial(deepspeed.make_adamw, block=block)),
+        world,
+        block,
+        compute_dtype=dtype,
+        max_norm=config.max_grad_norm,
+        accumulates=training.gradient_accumulation_steps > 1 or config.student.use_dynamic_batching_in_train,
+    )
+
+
+def check_strategies(config: DistillConfig) -> None:
+    """Raise LimbeckError, before anything is loaded, when a strategy's library is not installed."""
+    names = (config.student.strategy_args.strategy_name, config.teacher.strategy_args.strategy_name)
+    if any(name is not None and name.startswith("deepspeed") for name in names):
+        deepspeed.start()
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -222,6 +256,10 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
+    strategy = config.teacher.strategy_args
+    if strategy.strategy_name == "deepspeed_infer":
+        deepspeed.shard_frozen(trunk, world, strategy.strategy_config.deepspeed, dtype)
+        return LocalTeacher(trunk, head, size)
     options = fsdp2_options(config.teacher, dtype)
     mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
     spread(model, layout, world, mesh, name)
@@ -325,7 +363,8 @@ def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
     if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
         check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
-        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+        # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
+        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
         _check_tokens("teacher", known, largest_token)
 
 
