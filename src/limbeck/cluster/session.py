@@ -56,6 +56,16 @@ def ray_session(slots: int) -> Iterator[str]:
         ray.shutdown()
 
 
+def ray_address() -> str:
+    """What other programs set RAY_ADDRESS to in order to join the Ray that this process is connected to."""
+    return str(load_ray().get_runtime_context().gcs_address)
+
+
+def can_join() -> bool:
+    """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
+    return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()
+
+
 def _dashboard() -> bool:
     """Ray's dashboard and its timeline are parts of ``ray[default]``; asked for by RAY_PROFILING=1."""
     return os.environ.get("RAY_PROFILING", "0") == "1"

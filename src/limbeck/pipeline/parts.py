@@ -210,10 +210,9 @@ def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
 
 def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
-    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
-        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
-        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
-        _check_tokens("teacher", known, largest_token)
+    check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+    known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+    _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:
