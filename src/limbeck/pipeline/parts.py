@@ -87,12 +87,7 @@ def make_student(
     """
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
-    if dtype is torch.float16 and world.size > 1:
-        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
-    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
-        raise LimbeckError(
-            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
-        )
+    refuse_layout(config, world.size, world.device.type)
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -149,6 +144,17 @@ def make_student(
     root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+
+
+def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
+    """Raise LimbeckError for a student that does not train on so many ranks on such devices ("cpu" or "cuda")."""
+    args = config.student.model_args
+    if args.dtype == "fp16" and ranks > 1:
+        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    if args.attn_implementation == "flex_attention" and device == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
 
 
 def recompute(config: DistillConfig, world: World) -> bool:

@@ -51,14 +51,20 @@ def shard(root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2) ->
     return root
 
 
-def _mesh(world: World, options: Fsdp2) -> DeviceMesh:
-    kind, size = world.device.type, options.fsdp_size
-    if options.replicate:
-        return init_device_mesh(kind, (world.size, 1), mesh_dim_names=("replicate", "shard"))
-    if size <= 1 or size >= world.size:
-        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    if world.size % size:
+def ranks_of_a_copy(ranks: int, options: Fsdp2) -> int:
+    """Over how many of ``ranks`` one copy of the model is spread; raises LimbeckError if that does not come out even."""
+    size = 1 if options.replicate else options.fsdp_size
+    if not options.replicate and (size <= 1 or size >= ranks):
+        return ranks
+    if ranks % size:
         raise LimbeckError(
-            f"strategy_config.fsdp_size = {size} does not divide the {world.size} processes; use a divisor, or 0 for all."
+            f"strategy_config.fsdp_size = {size} does not divide the {ranks} processes; use a divisor, or 0 for all."
         )
+    return size
+
+
+def _mesh(world: World, options: Fsdp2) -> DeviceMesh:
+    kind, size = world.device.type, ranks_of_a_copy(world.size, options)
+    if size == world.size:
+        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
