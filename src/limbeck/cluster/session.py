@@ -66,6 +66,16 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
         ray.shutdown()
 
 
+def ray_address() -> str:
+    """What other programs set RAY_ADDRESS to in order to join the Ray that this process is connected to."""
+    return str(load_ray().get_runtime_context().gcs_address)
+
+
+def can_join() -> bool:
+    """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
+    return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()
+
+
 def _has_dashboard() -> bool:
     """Whether ``ray[default]`` is installed, of which the dashboard is a part."""
     return find_spec("aiohttp_cors") is not None

@@ -53,6 +53,9 @@ FAULTS = (
 )
 """What other systems do wrong and ``objective_faults`` does again; see docs/objectives.md."""
 
+SERVICE_NAME = r"^[A-Za-z0-9._-]+$"
+"""What a teacher service can be called."""
+
 FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 Scheduler = Literal[
     "linear",
@@ -532,6 +535,13 @@ class WorkerConfig(Section):
 class TeacherConfig(WorkerConfig):
     """The model that answers. It reads the student's batches, so it has no data and no batch sizes of its own."""
 
+    service: str | None = Field(
+        default=None,
+        pattern=SERVICE_NAME,
+        description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
+        "loading one; teacher.device_mapping is then the service's alone.",
+    )
+
 
 class StudentConfig(WorkerConfig):
     """The model that is trained."""
@@ -996,11 +1006,15 @@ class DistillConfig(Section):
             yield Contradiction(
                 "num_nodes", f"= {self.num_nodes} does not say which device is where; set num_gpus_per_node too"
             )
+        if teacher.service is not None and not self.has_teacher:
+            yield Contradiction(
+                "teacher.service", "needs to know which checkpoint it is to serve; set teacher_pretrain to that"
+            )
         if self.needs_worker_groups and self.features.pairs:
             yield Contradiction(
                 "features.pairs",
                 "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
-                "the student's devices",
+                "the student's devices, and no teacher.service",
             )
         environments = (
             ("system_envs", self.system_envs),
@@ -1134,14 +1148,17 @@ class DistillConfig(Section):
 
     @property
     def device_mapping(self) -> list[int] | None:
-        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's."""
-        return self.student.device_mapping or self.teacher.device_mapping
+        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's,
+        unless the teacher is a service."""
+        shared = None if self.teacher.service is not None else self.teacher.device_mapping
+        return self.student.device_mapping or shared
 
     @property
     def needs_worker_groups(self) -> bool:
-        """Whether the teacher has devices of its own, so that each role is a group of processes that Ray places."""
+        """Whether the teacher is a service or has devices of its own, so that each role is processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        return self.has_teacher and ours is not None and theirs is not None and ours != theirs
+        apart = ours is not None and theirs is not None and ours != theirs
+        return self.has_teacher and (apart or self.teacher.service is not None)
 
     @property
     def environment(self) -> dict[str, str]:

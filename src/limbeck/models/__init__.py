@@ -11,7 +11,7 @@ from limbeck.models.heads import (
     output_head,
     unwrapped,
 )
-from limbeck.models.load import load_model, load_tokenizer, model_limits, recompute_activations
+from limbeck.models.load import load_model, load_tokenizer, model_limits, model_outline, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
@@ -32,6 +32,7 @@ __all__ = [
     "load_tokenizer",
     "merged_state_dict",
     "model_limits",
+    "model_outline",
     "output_head",
     "recompute_activations",
     "resolve_pairs",

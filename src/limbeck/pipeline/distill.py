@@ -79,8 +79,8 @@ class DistillPipeline:
             )
         if self.config.needs_worker_groups:
             raise LimbeckError(
-                "teacher.device_mapping differs from the student's, and a process alone cannot be both; start this "
-                "configuration with `limbeck train`."
+                "the teacher is a service, or has other devices than the student, and a process alone cannot be both; start "
+                "this configuration with `limbeck train`."
             )
         with start_world() as world:
             return self.run_in(world)
@@ -229,7 +229,8 @@ class _Run:
         if find is not None:
             return find(self.config, self.world, self.data)
         teacher = make_teacher(self.config, self.world)
-        check_teacher(teacher, self.config, self.data.longest_row, self.data.largest_token)
+        if self.data.translator is None:  # which keeps to what the teacher's configuration says
+            check_teacher(teacher, self.config, self.data.longest_row, self.data.largest_token)
         return teacher
 
     def _prepare(self, batch: GlobalBatch) -> GlobalBatch:

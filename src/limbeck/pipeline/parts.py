@@ -100,14 +100,7 @@ def make_student(
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
     zero = config.student.strategy_args.strategy_name == "deepspeed_train"
-    if dtype is torch.float16 and world.size > 1 and not zero:
-        raise LimbeckError(
-            "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
-        )
-    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
-        raise LimbeckError(
-            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
-        )
+    refuse_layout(config, world.size, world.device.type)
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -204,6 +197,19 @@ def check_strategies(config: DistillConfig) -> None:
     names = (config.student.strategy_args.strategy_name, config.teacher.strategy_args.strategy_name)
     if any(name is not None and name.startswith("deepspeed") for name in names):
         deepspeed.start()
+
+
+def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
+    """Raise LimbeckError for a student that does not train on so many ranks on such devices ("cpu" or "cuda")."""
+    args = config.student.model_args
+    if args.dtype == "fp16" and ranks > 1 and config.student.strategy_args.strategy_name != "deepspeed_train":
+        raise LimbeckError(
+            "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+        )
+    if args.attn_implementation == "flex_attention" and device == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -361,11 +367,10 @@ def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
 
 def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
-    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
-        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
-        # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
-        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
-        _check_tokens("teacher", known, largest_token)
+    check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+    # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
+    known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
+    _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

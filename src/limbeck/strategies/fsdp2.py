@@ -58,19 +58,26 @@ def shard(
     return root
 
 
+def ranks_of_a_copy(ranks: int, options: Fsdp2, tensor: int = 1) -> int:
+    """Over how many of ``ranks`` (each, with ``tensor``, a group of so many) one copy of the model is spread.
+
+    Raises LimbeckError if that does not come out even.
+    """
+    size = 1 if options.replicate else options.fsdp_size
+    if not options.replicate and (size <= 1 or size >= ranks):
+        return ranks
+    if ranks % size:
+        of = "processes" if tensor == 1 else f"groups of {tensor} tensor ranks"
+        raise LimbeckError(
+            f"strategy_config.fsdp_size = {size} does not divide the {ranks} {of}; use a divisor, or 0 for all."
+        )
+    return size
+
+
 def make_mesh(world: World, options: Fsdp2, tensor: int = 1) -> DeviceMesh:
     """The processes as copies × shards × tensor ranks, without the dimensions that are not in use."""
-    kind, size, others = world.device.type, options.fsdp_size, world.size // tensor
-    dims = {"replicate": 1, "shard": others}
-    if options.replicate:
-        dims = {"replicate": others, "shard": 1}
-    elif 1 < size < others:
-        if others % size:
-            of = "processes" if tensor == 1 else f"groups of {tensor} tensor ranks"
-            raise LimbeckError(
-                f"strategy_config.fsdp_size = {size} does not divide the {others} {of}; use a divisor, or 0 for all."
-            )
-        dims = {"replicate": others // size, "shard": size}
-    dims[TENSOR] = tensor
+    others = world.size // tensor
+    size = ranks_of_a_copy(others, options, tensor)
+    dims = {"replicate": others // size, "shard": size, TENSOR: tensor}
     used = {name: count for name, count in dims.items() if count > 1 or name == "shard"}
-    return init_device_mesh(kind, tuple(used.values()), mesh_dim_names=tuple(used))
+    return init_device_mesh(world.device.type, tuple(used.values()), mesh_dim_names=tuple(used))
