@@ -60,7 +60,7 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
             {"student.device_mapping": [0, 1, 2], "student.strategy_args.strategy_config.fsdp_size": 2},
             "student: strategy_config.fsdp_size = 2 does not divide the 3 processes",
         ),
-        ({**APART, "student.model_args.dtype": "fp16"}, "fp16 does not train on several ranks"),
+        ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train only"),
         ({**APART, "num_nodes": 2, "num_gpus_per_node": 2}, "num_nodes = 2, but there are 1 machine(s); set RAY_ADDRESS"),
         ({"teacher_pretrain": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all' to load the teacher from"),
         (
