@@ -43,7 +43,7 @@ from limbeck.teachers import Answer, Question, RemoteTeacher, Signal
 
 PARTS = ("steps", "bytes", "wire", "start")
 ROWS = 2  # of TIME tokens, for each student rank
-ROUNDS, BLOCK = 6, 4  # turns of each mode, and steps in a turn after one that is not counted
+ROUNDS, BLOCK = 3, 3  # turns of each mode, and steps in a turn after one that is not counted
 QWEN25 = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064),
           "14B": (5120, 152_064), "32B": (5120, 152_064)}  # fmt: skip
 TOPK, TOPK_BYTES = (
@@ -160,7 +160,8 @@ def measure_steps(folder: Path, students: int) -> float:
     ahead, alone, forward = middle["ahead"], middle["alone"], middle["teacher"]
     cores = os.cpu_count() or 1
     print(
-        f"\n{students} student rank(s) + 1 teacher rank, {ROWS} × {TIME} tokens a rank, {cores} cores, medians of {ROUNDS} turns"
+        f"\n{students} student rank(s) + 1 teacher rank, {ROWS} × {TIME} tokens a rank, {cores} cores, "
+        f"medians of {ROUNDS} turns"
     )
     print(f"  student step alone {alone * 1e3:.0f} ms, teacher's forward passes alone {forward * 1e3:.0f} ms a step")
     print(f"  asked a step ahead {ahead * 1e3:.0f} ms: {ahead / max(alone, forward):.2f} × the larger of the two")
