@@ -22,7 +22,7 @@ from limbeck.strategies.layout import Layout
 from limbeck.strategies.tensor import check_tensor_parallel
 from limbeck.strategies.world import World
 
-from .conftest import assert_same_weights, forget_after
+from .conftest import assert_same_weights, forget_after, nested
 from .test_ranks import metrics, rows
 
 KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
@@ -103,14 +103,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
         "validation.data_args.file_name": [str(folder / "rows.jsonl")],
         **changes,
     }
-    nested: dict = {}
-    for path, value in flat.items():
-        *sections, leaf = path.split(".")
-        place = nested
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[leaf] = value
-    return nested
+    return nested(flat)
 
 
 def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:

@@ -19,5 +19,6 @@ _PASSED_ON = (
 def worker_environment(configured: Mapping[str, str], workers: int) -> dict[str, str]:
     """What this process has and a worker needs, a worker's share of the cores, and above all what is ``configured``."""
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
-    passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+    # Ray writes what it passes on into its logs, where a token must not be.
+    passed = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and "TOKEN" not in k}
     return {**threads, **passed, **configured}
