@@ -79,30 +79,30 @@ def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "out"
 
 
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [
-        ("StudentWorker", signal.SIGKILL),
-        ("StudentWorker", signal.SIGSTOP),
-        ("TeacherWorker", signal.SIGKILL),
-    ],
-)
-def test_a_run_that_loses_a_worker_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, victim, number):
+def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path):
     if not undisturbed.exists():
         run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
-    lines, hit = [], []
+    lines, faults = (
+        [],
+        {
+            "step 15/": ("TeacherWorker", signal.SIGKILL),
+            "step 25/": ("StudentWorker", signal.SIGKILL),
+            "step 45/": ("StudentWorker", signal.SIGSTOP),
+        },
+    )
 
     def told(line: str) -> None:
         lines.append(line)
-        if "step 25/" in line and not hit:
-            hit.extend(processes(victim)[-1:])
-            os.kill(hit[0], number)
+        for step in [step for step in faults if step in line]:
+            victim, number = faults.pop(step)
+            os.kill(processes(victim)[-1], number)
 
-    run_on_cluster(configure(**groups(2, 1), **LONG, **{"student.backend_timeout": 0.2}), told)
-    assert hit
-    if victim == "StudentWorker":  # a teacher that is alone is replaced without anybody having to go back
-        assert any("goes on from its last checkpoint" in line for line in lines)
-        assert any(line.startswith("Resumed from") for line in lines)
+    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **{"student.backend_timeout": 0.3}), told)
+    assert not faults
+    # A teacher that is alone is replaced without anybody having to go back; a slow machine may count it as hung once.
+    assert 2 <= sum("goes on from its last checkpoint" in line for line in lines) <= 3
+    assert any("student-1 died" in line for line in lines)
+    assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
