@@ -541,6 +541,12 @@ class TeacherConfig(WorkerConfig):
         description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
         "loading one; teacher.device_mapping is then the service's alone.",
     )
+    signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
+        default="auto",
+        description="What a teacher in other processes sends of each supervised position: hidden_states (with the output head, "
+        "sent once, the whole distribution), top_k (the logits_topk likeliest tokens) or logits (all of them); auto: top_k with "
+        "logits_topk, else hidden_states.",
+    )
 
 
 class StudentConfig(WorkerConfig):
@@ -1010,6 +1016,7 @@ class DistillConfig(Section):
             yield Contradiction(
                 "teacher.service", "needs to know which checkpoint it is to serve; set teacher_pretrain to that"
             )
+        yield from self._signal_contradictions()
         if self.needs_worker_groups and self.features.pairs:
             yield Contradiction(
                 "features.pairs",
@@ -1031,6 +1038,21 @@ class DistillConfig(Section):
                         f"= {value} contradicts {first_path}.{name} = {first}; student and teacher share one process",
                     )
 
+    def _signal_contradictions(self) -> Iterator[Contradiction]:
+        signal = self.teacher.signal
+        if signal == "top_k" and not self.logits_topk:
+            yield Contradiction("teacher.signal", "= top_k needs the number of tokens; set logits_topk")
+        if signal not in ("top_k", "logits"):
+            return
+        for key, given in (
+            ("cross_tokenizer", self.cross_tokenizer != "off"),
+            ("objective_faults", bool(self.objective_faults)),
+        ):
+            if given:
+                yield Contradiction(
+                    "teacher.signal", f"= {signal} does not go with {key}, which works on hidden states; use hidden_states"
+                )
+
     def unread_keys(self) -> Iterator[tuple[str, str]]:
         """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
         for key, objectives in OBJECTIVE_KEYS.items():
@@ -1044,6 +1066,8 @@ class DistillConfig(Section):
         if self.cross_tokenizer == "uld":
             for key in ("kd_objective", "cross_tokenizer_rest_weight"):
                 yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+        if not self.needs_worker_groups:
+            yield "teacher.signal", "is read with worker groups only: a teacher in the same process sends nothing"
         if not self.needs_worker_groups and self.num_nodes == 1:
             for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
                 yield key, "is read with worker groups only: where student and teacher have different devices"
@@ -1089,6 +1113,13 @@ class DistillConfig(Section):
     def has_teacher(self) -> bool:
         """Whether a teacher is named."""
         return self.teacher.model_args.names_a_model
+
+    @property
+    def teacher_signal(self) -> str:
+        """What a teacher in other processes sends: ``teacher.signal``, or what auto means here."""
+        if self.teacher.signal != "auto":
+            return self.teacher.signal
+        return "top_k" if self.logits_topk and not self.objective_faults else "hidden_states"
 
     @property
     def effective_teacher_temperature(self) -> float:

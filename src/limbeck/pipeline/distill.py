@@ -39,6 +39,7 @@ from limbeck.pipeline.parts import (
     make_objective,
     make_student,
     make_teacher,
+    wanted_of,
 )
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
@@ -134,6 +135,7 @@ class _Run:
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
+        self.wanted = wanted_of(config, self.student.vocab_size)
         self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
         self.engine = make_engine(config, world, self.student)
         self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
@@ -217,7 +219,7 @@ class _Run:
         self.metrics.count(batch, norm)
 
     def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
-        """What the teacher is asked, and what this rank's student reads of it."""
+        """What this rank needs the teacher's answer to, and what its student reads of the batch."""
         return batch.stretch(self.world.context_rank, self.world.context)
 
     def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -241,7 +243,7 @@ class _Run:
     def _ask(self, batch: Batch) -> Answer | None:
         if self.teacher is None or not self.distils:
             return None
-        return self.teacher.ask(self._compared(self._divided(batch)[0]))
+        return self.teacher.ask(self._compared(batch), self.wanted)
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -263,8 +265,8 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        ask = self.teacher.ask if self.teacher else lambda batch: None
-        for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
+        teacher = self.teacher
+        for micro_batch, answer in asked_ahead(batches, lambda batch: teacher and teacher.ask(batch, self.wanted)):
             asked, micro = self._on_device(micro_batch)
             sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()

@@ -25,7 +25,7 @@ from limbeck.pipeline.distill import DistillPipeline, RunResult
 from limbeck.pipeline.fit import answers_as
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.interrupt import StopRequest
-from limbeck.pipeline.parts import check_teacher, make_teacher
+from limbeck.pipeline.parts import check_teacher, layout_of, make_teacher, wanted_of
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World
@@ -48,9 +48,9 @@ class TeacherWorker(Worker):
         with failures_logged():
             return make_teacher(self.config, self.world)
 
-    def load(self) -> int:
-        """Load the teacher; returns its parameters' number."""
-        return self.teacher.num_parameters
+    def load(self) -> tuple[int, int]:
+        """Load the teacher; returns the numbers of its parameters and of its output head's rows."""
+        return self.teacher.num_parameters, self.teacher.vocab_size
 
     def head(self) -> dict[str, Any]:
         """The output head, which is sent once."""
@@ -70,13 +70,13 @@ class TeacherWorker(Worker):
         """What the answers depend on, beside the question."""
         return answers_as(self.config)
 
-    def answer(self, question: Question | None) -> tuple[Flat, float]:
-        """Hidden states at the positions asked about, and the seconds that took; None gives none, in as many passes."""
+    def answer(self, question: Question | None) -> tuple[tuple[Flat, ...], float]:
+        """What is wanted of the positions asked about, and the seconds that took; None wants nothing, in as many passes."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
         with failures_logged():
-            hidden = flat(self.teacher.hidden(asked))
-        return hidden, time.perf_counter() - begun
+            said = tuple(map(flat, self.teacher.say(asked)))
+        return said, time.perf_counter() - begun
 
 
 _NOTHING = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
@@ -128,14 +128,21 @@ def _remote_teacher(
     actors: Sequence[Any], in_step: bool, config: DistillConfig, world: World, data: Data
 ) -> RemoteTeacher:
     seconds = 60 * config.teacher.backend_timeout
-    way = route(world.rank, world.size, len(actors), in_step=in_step)
+    # Ranks that share their rows have one question, which the first of them puts for all.
+    layout = layout_of(config.student)
+    way = route(world.data_rank, world.data_size, len(actors), in_step=in_step)
     channels = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
     first = actors[way.mine[0]]
     name = channels[way.mine[0]].name
     if data.translator is None:  # which keeps to what the teacher's configuration says
         result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
-    size = result(first.load.remote(), name, seconds)
-    sent = result(first.head.remote(), name, seconds)
-    weight, bias = (None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"]))
-    assert weight is not None
-    return RemoteTeacher(channels, way, OutputHead(weight, bias, sent["softcap"], sent["scale"]), size)
+    size, vocab = result(first.load.remote(), name, seconds)
+    head = None
+    if wanted_of(config, vocab).needs_head:
+        sent = result(first.head.remote(), name, seconds)
+        weight, bias = (
+            None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"])
+        )
+        assert weight is not None
+        head = OutputHead(weight, bias, sent["softcap"], sent["scale"])
+    return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world))

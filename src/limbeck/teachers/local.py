@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Answer, Question, Signal
+from limbeck.teachers.signal import Answer, Question, Signal, Wanted
 
 
 class LocalTeacher:
@@ -24,9 +24,19 @@ class LocalTeacher:
         """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
         self._taps, self._supervised_only = taps, supervised_only
 
-    def ask(self, batch: Batch) -> Answer:
-        """Nothing begins before the answer is wanted: this teacher works on the student's own device."""
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return len(self.head.weight)
+
+    def ask(self, batch: Batch, wanted: Wanted) -> Answer:
+        """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels either, so
+        that hidden states are what it gives, whatever is ``wanted``."""
         return self.signals
+
+    def say(self, question: Question) -> tuple[Tensor, ...]:
+        """What is wanted of the positions that are asked about, as it travels."""
+        return question.wanted.say(self.hidden(question), self.head)
 
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
