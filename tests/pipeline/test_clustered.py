@@ -75,32 +75,6 @@ def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
 
 
-TENSOR = {"student.strategy_args.strategy_config.tensor_model_parallel_size": 2}
-CONTEXT = {"student.strategy_args.strategy_config.context_parallel_size": 2}
-TOP = {"logits_topk": 7, "logits_topk_tail": "bucket", "kd_temperature": 2.0, "kd_objective": "mixed_kl"}
-
-
-@pytest.mark.parametrize(
-    ("common", "changes", "bytes_per_token"),
-    [
-        (TOP, groups(2, 3, **WHOLE), 7 * 8),
-        (TOP, {**groups(2, 2), **rows(8), **TENSOR}, 7 * 8),
-        ({}, {**groups(2, 1), **rows(8), **CONTEXT}, 48 * 4),
-        ({}, {**groups(2, 1), **rows(8), **TENSOR, "teacher.signal": "logits"}, 320 * 4),
-        ({"logits_topk": 5}, groups(1, 2, **{"teacher.signal": "logits"}), 320 * 4),
-    ],
-    ids=["top-k-of-copies", "top-k-tp2-asks-shards", "hidden-cp2", "logits-tp2", "logits-of-shards"],
-)
-def test_what_travels_changes_no_loss(configure, tmp_path, common, changes, bytes_per_token):
-    short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
-    run_on_cluster(configure(**short, **changes))
-    one, out = tmp_path / "one", tmp_path / "out"
-    for key in (*KEYS, "train/teacher_entropy"):
-        assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
-    assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "out"
