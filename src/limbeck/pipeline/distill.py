@@ -241,9 +241,12 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        if self.teacher is None or not self.distils:
+        if not self.distils:
             return None
-        return self.teacher.ask(self._compared(batch), self.wanted)
+        return self._put(self._compared(batch))
+
+    def _put(self, batch: Batch) -> Answer | None:
+        return None if self.teacher is None else self.teacher.ask(batch, self.wanted)
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -265,8 +268,7 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        teacher = self.teacher
-        for micro_batch, answer in asked_ahead(batches, lambda batch: teacher and teacher.ask(batch, self.wanted)):
+        for micro_batch, answer in asked_ahead(batches, self._put):
             asked, micro = self._on_device(micro_batch)
             sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()

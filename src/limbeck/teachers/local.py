@@ -30,8 +30,8 @@ class LocalTeacher:
         return len(self.head.weight)
 
     def ask(self, batch: Batch, wanted: Wanted) -> Answer:
-        """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels either, so
-        that hidden states are what it gives, whatever is ``wanted``."""
+        """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels
+        either, so that it gives its hidden states whatever is ``wanted``."""
         return self.signals
 
     def say(self, question: Question) -> tuple[Tensor, ...]:
