@@ -16,6 +16,7 @@ SIZES = "student.strategy_args.strategy_config."
 TENSOR = {**rows(8), f"{SIZES}tensor_model_parallel_size": 2}
 CONTEXT = {**rows(8), f"{SIZES}context_parallel_size": 2}
 TOP = {"logits_topk": 7, "logits_topk_tail": "bucket", "kd_temperature": 2.0, "kd_objective": "mixed_kl"}
+GLOO = {"logits_transfer_backend": "gloo"}
 HIDDEN, VOCAB = 48 * 4, 299 * 4  # bytes: the teacher's width, and the tokens that both models have
 
 
@@ -37,9 +38,9 @@ def groups(assets, tmp_path_factory):
     class Teacher(TeacherWorker):
         asked = 0
 
-        def answer(self, question):
+        def say(self, question):
             self.asked += 1
-            return super().answer(question)
+            return super().say(question)
 
         def count(self):
             asked, self.asked = self.asked, 0
@@ -59,9 +60,9 @@ def groups(assets, tmp_path_factory):
         student, teacher = (
             WorkerGroup.start(
                 name, worker, [values], placement=placement, which=which, log_dir=folder,
-                environment=worker_environment({}, 4),
+                environment=worker_environment({}, 4), threads=threads, direct=True,
             )
-            for which, (name, worker) in enumerate((("student", Student), ("teacher", Teacher)))
+            for which, (name, worker, threads) in enumerate((("student", Student, 4), ("teacher", Teacher, 1)))
         )  # fmt: skip
         try:
             teacher.meet(1, together=False)
@@ -81,8 +82,10 @@ def groups(assets, tmp_path_factory):
         ({}, CONTEXT, HIDDEN, 1),
         ({}, {**TENSOR, "teacher.signal": "logits"}, VOCAB, 1),
         ({"logits_topk": 5}, {**rows(4), "teacher.signal": "logits"}, VOCAB, 2),
+        ({}, {**rows(4), **GLOO}, HIDDEN, 2),
+        (TOP, {**TENSOR, **GLOO}, 7 * 8, 1),
     ],
-    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits"],
+    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "hidden-gloo", "top-k-tp2-gloo"],
 )
 def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, changes, bytes_per_token, questions):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}

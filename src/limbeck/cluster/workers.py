@@ -52,7 +52,8 @@ class Worker:
 
     def about(self) -> dict[str, Any]:
         """Which process on which machine this is, and what it runs."""
-        return {"pid": os.getpid(), "host": platform.node(), "versions": versions()}
+        gpu = str(torch.cuda.get_device_properties(0).uuid) if torch.cuda.is_available() else None
+        return {"pid": os.getpid(), "host": platform.node(), "gpu": gpu, "versions": versions()}
 
     def offer_store(self) -> tuple[str, int]:
         """Open the store over which the group meets, on a port that is free; returns where it is."""
@@ -105,14 +106,19 @@ class WorkerGroup:
         threads: int = 1,
         restarts: int = 0,
         registered: str | None = None,
+        direct: bool = False,
     ) -> WorkerGroup:
         """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
         threads: calls that a worker takes at once. restarts: how often Ray may start a dead one again by itself, its calls
         repeated; only for workers whose constructor makes all of their state. registered: a name under which other programs
-        find them for as long as this one lives.
+        find them for as long as this one lives. direct: tensors can travel between them and others past the object store.
         """
         ray = load_ray()
+        if direct:
+            import limbeck.cluster.direct  # noqa: F401  what the workers must know is taken from this process
+        # Where Ray may let them, workers run on other threads than the first, so only where it must.
+        remote = ray.remote(enable_tensor_transport=True) if direct else ray.remote
         actors = []
         places = placement.groups[which]
         for rank, at in enumerate(places):
@@ -130,9 +136,7 @@ class WorkerGroup:
             if registered is not None:
                 options |= {"name": f"{registered}/{rank}", "namespace": NAMESPACE}
             called = f"{name}-{rank}"
-            actors.append(
-                ray.remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments)
-            )
+            actors.append(remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments))
         return cls(name, tuple(actors))
 
     @classmethod

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.wire import Flat, flat, unflat
@@ -29,7 +30,7 @@ from limbeck.pipeline.parts import check_teacher, layout_of, make_teacher, wante
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, route
+from limbeck.teachers import Channel, LocalTeacher, Question, RemoteTeacher, route
 
 
 class TeacherWorker(Worker):
@@ -72,11 +73,16 @@ class TeacherWorker(Worker):
 
     def answer(self, question: Question | None) -> tuple[tuple[Flat, ...], float]:
         """What is wanted of the positions asked about, and the seconds that took; None wants nothing, in as many passes."""
+        said, seconds = self.say(question)
+        begun = time.perf_counter()
+        return tuple(map(flat, said)), seconds + time.perf_counter() - begun
+
+    def say(self, question: Question | None) -> tuple[tuple[Tensor, ...], float]:
+        """The same as tensors on this worker's device."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
         with failures_logged():
-            said = tuple(map(flat, self.teacher.say(asked)))
-        return said, time.perf_counter() - begun
+            return self.teacher.say(asked), time.perf_counter() - begun
 
 
 _NOTHING = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
@@ -131,9 +137,9 @@ def _remote_teacher(
     # Ranks that share their rows have one question, which the first of them puts for all.
     layout = layout_of(config.student)
     way = route(world.data_rank, world.data_size, len(actors), in_step=in_step)
-    channels = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
+    channels: list[Channel] = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
     first = actors[way.mine[0]]
-    name = channels[way.mine[0]].name
+    name = f"teacher-{way.mine[0]}"
     if data.translator is None:  # which keeps to what the teacher's configuration says
         result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
     size, vocab = result(first.load.remote(), name, seconds)
@@ -145,4 +151,13 @@ def _remote_teacher(
         )
         assert weight is not None
         head = OutputHead(weight, bias, sent["softcap"], sent["scale"])
+    if config.transfers_directly and world.rank % layout.together == 0:
+        from limbeck.cluster.direct import connect
+
+        names = [f"teacher-{rank}" for rank in way.mine]
+        backend = config.logits_transfer_backend
+        for rank, channel in zip(
+            way.mine, connect(backend, [actors[rank] for rank in way.mine], names, seconds), strict=True
+        ):
+            channels[rank] = channel
     return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world))

@@ -219,6 +219,12 @@ class DistillConfig(Section):
         description="Devices that each machine has: device numbers must lie below num_nodes x this; unset, unchecked.",
     )
 
+    logits_transfer_backend: Literal["auto", "ray", "gloo", "ipc+nccl", "nccl-only"] = Field(
+        default="auto",
+        description="How a teacher in other processes sends its answers: ray (the object store, which auto means too), gloo "
+        "(from CPU to CPU), nccl-only (from GPU to GPU) or ipc+nccl (the same, and by CUDA IPC between workers on one GPU).",
+    )
+
     student: StudentConfig = Field(default_factory=StudentConfig, description="The model that is trained.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The model that answers.")
     validation: ValidationConfig | None = Field(
@@ -319,6 +325,11 @@ class DistillConfig(Section):
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
         apart = ours is not None and theirs is not None and ours != theirs
         return self.has_teacher and (apart or self.teacher.service is not None)
+
+    @property
+    def transfers_directly(self) -> bool:
+        """Whether answers go from worker to worker, past Ray's object store."""
+        return self.needs_worker_groups and self.logits_transfer_backend not in ("auto", "ray")
 
     @property
     def environment(self) -> dict[str, str]:

@@ -214,6 +214,13 @@ def _transport_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
                 "teacher.signal", f"= {signal} does not go with {key}, which needs hidden states; use hidden_states"
             )
 
+    backend = config.logits_transfer_backend
+    if config.transfers_directly and config.teacher.service is not None:
+        yield Contradiction(
+            "logits_transfer_backend",
+            f"= {backend} ties teacher and student workers to each other, and a teacher.service outlives runs; use ray",
+        )
+
 
 def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
     """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
@@ -229,7 +236,8 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
         for key in ("kd_objective", "cross_tokenizer_rest_weight"):
             yield key, "is not read with cross_tokenizer: uld, which sorts everything"
     if not config.needs_worker_groups:
-        yield "teacher.signal", "is read with worker groups only; a teacher in the student's processes sends nothing"
+        for key in ("teacher.signal", "logits_transfer_backend"):
+            yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
     if not config.needs_worker_groups and config.num_nodes == 1:
         for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
             yield key, "is read with worker groups only: where student and teacher have different devices"
