@@ -57,22 +57,25 @@ def groups(students: int, teachers: int, **changes) -> dict:
 
 
 KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
+TURNS = {"teacher.device_mapping": [1], "is_offload_states": True, "steps_per_turn": 3}
 WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
 LONG = {"max_steps": 60, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 1), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
-    ids=["two-ask-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
+    [groups(2, 1, **TURNS), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
+    ids=["two-take-turns-with-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
 )
 def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    run_on_cluster(configure(**changes))
+    lines = []
+    run_on_cluster(configure(**changes), lines.append)
     one, out = tmp_path / "one", tmp_path / "out"
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
+    assert ("is_offload_states" in changes) == any("take turns" in line for line in lines)
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,13 @@
 One group of two student ranks and one of two teacher ranks go through all cases, one run after another.
 """
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 
 from limbeck import DistillPipeline
+from limbeck.pipeline.turns import Turns
 
 from .test_ranks import metrics, rows
 
@@ -36,15 +40,21 @@ def groups(assets, tmp_path_factory):
             self.run(teachers, False)
 
     class Teacher(TeacherWorker):
-        asked = 0
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.seen = []
 
         def say(self, question):
-            self.asked += 1
+            self.seen.append("asked")
             return super().say(question)
 
-        def count(self):
-            asked, self.asked = self.asked, 0
-            return asked
+        def rest(self):
+            self.seen.append("rests")
+            super().rest()
+
+        def take(self):
+            seen, self.seen = self.seen, []
+            return seen
 
     folder = tmp_path_factory.mktemp("groups")
     values = DistillConfig.model_validate(
@@ -98,4 +108,32 @@ def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, chang
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
     # Three steps of one micro-batch on each share of the data, and validation in portions of 16 rows.
-    assert sum(teacher.call("count")) == questions * (3 + 96 // 16 // questions)
+    assert sum(map(len, teacher.call("take"))) == questions * (3 + 96 // 16 // questions)
+
+
+def test_turns_are_taken_a_stretch_of_steps_at_a_time(configure, groups, tmp_path):
+    short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3}
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
+    both = {"student.device_mapping": [0, 1], "teacher.device_mapping": [0, 1], "is_offload_states": True}
+    config = configure(**short, **rows(4), **both, steps_per_turn=2)
+    assert config.needs_worker_groups and config.takes_turns
+    student, teacher = groups
+    student.call("train", config.model_dump(mode="json"), teacher.actors)
+    for key in KEYS:
+        one, out = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
+        assert out == pytest.approx(one, rel=1e-5, abs=1e-5), key
+    # Two steps, the third, and three batches of the validation.
+    turns = [*["asked"] * 2, "rests", "asked", "rests", *["asked"] * 3, "rests"]
+    assert teacher.call("take") == [turns, turns]
+
+
+def test_the_student_makes_room_before_the_teacher_is_asked_and_comes_back_when_it_rests():
+    seen = []
+    engine, teacher, world = (
+        SimpleNamespace(**{name: partial(seen.append, name) for name in names}, is_main=True)
+        for names in (("leave_device", "enter_device"), ("wait", "rest"), ("wait",))
+    )
+    world.wait = lambda: None
+    with Turns(engine, teacher, world).teachers():
+        seen.append("asked")
+    assert seen == ["leave_device", "asked", "wait", "rest", "enter_device"]

@@ -44,7 +44,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "run": words(
         """rpc_timeout base_dir rollout_dump_dir rollout_batch_size val_batch_size local_rank val_prompt_length
         val_sequence_length profiler_timeline profiler_memory profiler_output_dir length_profiler_dir
-        report_length_and_rewards is_offload_states is_offload_optimizer_states_in_train_step
+        report_length_and_rewards is_offload_optimizer_states_in_train_step
         otlp_output_dir model_update_buffer_size_mb rollout_mock transfer_backend generate_opt_level
         is_num_return_sequences_expand max_running_requests is_use_additional_prompts max_additional_running_prompts
         user_defined_rollout_loop_cls router_args max_pixels min_pixels"""

@@ -153,6 +153,8 @@ class _Cluster:
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
             result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
+        if config.takes_turns and self.teachers is not None:
+            self.teachers.call("rest", seconds=60 * config.teacher.backend_timeout)
         if not again:
             self.tell(f"Workers: {len(self.students.actors)} × student, {len(teachers)} × teacher; logs: {self._logs}")
         return self._watch(self.students, list(teachers), stop)

@@ -208,7 +208,8 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
             if machine is not None:
                 on_machine[machine.name] += load.per_rank
                 loading[machine.name] += load.loading
-                on_device[number] += load.per_rank
+                held = on_device[number] + load.per_rank
+                on_device[number] = max(on_device[number], load.per_rank) if config.takes_turns else held
                 hosts[number] = machine
         names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
         table.add_row(

@@ -39,6 +39,7 @@ class TeacherWorker(Worker):
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
         self.config = DistillConfig.model_validate(values)
+        self._rests, self._answered = False, 0
 
     @cached_property
     def teacher(self) -> LocalTeacher:
@@ -77,11 +78,24 @@ class TeacherWorker(Worker):
         begun = time.perf_counter()
         return tuple(map(flat, said)), seconds + time.perf_counter() - begun
 
+    def rest(self) -> None:
+        """Leave the device until the next question."""
+        with failures_logged():
+            self.teacher.move("cpu")
+            torch.cuda.empty_cache()
+        self._rests = True
+        print(f"{self._answered} questions answered; the teacher rests", flush=True)
+        self._answered = 0
+
     def say(self, question: Question | None) -> tuple[tuple[Tensor, ...], float]:
         """The same as tensors on this worker's device."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
         with failures_logged():
+            if self._rests:
+                self.teacher.move(self.world.device)
+                self._rests = False
+            self._answered += 1
             return self.teacher.say(asked), time.perf_counter() - begun
 
 
@@ -160,4 +174,9 @@ def _remote_teacher(
             way.mine, connect(backend, [actors[rank] for rank in way.mine], names, seconds), strict=True
         ):
             channels[rank] = channel
-    return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world))
+
+    def rest() -> None:
+        for rank, ref in enumerate([actor.rest.remote() for actor in actors]):
+            result(ref, f"teacher-{rank}", seconds)
+
+    return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world), rest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +35,12 @@ class LocalTeacher:
         """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels
         either, so that it gives its hidden states whatever is ``wanted``."""
         return self.signals
+
+    def move(self, device: torch.device | str) -> None:
+        """Keep body and head on ``device`` from now on."""
+        self.body.to(device)
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        self.head = replace(self.head, weight=self.head.weight.to(device), bias=bias)
 
     def say(self, question: Question) -> tuple[Tensor, ...]:
         """What is wanted of the positions that are asked about, as it travels."""

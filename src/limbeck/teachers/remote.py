@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -59,7 +60,8 @@ class RemoteTeacher:
     """A teacher behind ``channels``, one for each of its ranks, as one student rank sees it.
 
     way: whom it asks. together: the ranks that share this rank's rows; the first of them asks for all, and tells the others
-    what it was answered. head: the teacher's, if hidden states will be asked for.
+    what it was answered. head: the teacher's, if hidden states will be asked for. rest: lets all of the teacher's ranks leave
+    their devices until they are asked again.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class RemoteTeacher:
         num_parameters: int,
         head: OutputHead | None = None,
         together: dist.ProcessGroup | None = None,
+        rest: Callable[[], None] = lambda: None,
     ) -> None:
         self.vocab_size = vocab_size
         self.num_parameters = num_parameters
@@ -80,6 +83,8 @@ class RemoteTeacher:
         self._mine = [channels[rank] for rank in way.mine]
         self._idle = [channels[rank] for rank in way.idle]
         self._asked = 0
+        self._waiting: list[Callable[[], Reply]] = []
+        self.rest = rest
 
     def ask(self, batch: Batch, wanted: Wanted) -> Answer:
         """Send the question now; the answer waits until it has come."""
@@ -89,7 +94,8 @@ class RemoteTeacher:
     def _send(self, question: Question) -> Callable[[], Reply]:
         channel = self._mine[self._asked % len(self._mine)]
         self._asked += 1
-        reply = channel.ask(question)
+        reply = cache(channel.ask(question))
+        self._waiting.append(reply)
         for other in self._idle:
             other.ask(None)
         return reply
@@ -99,6 +105,8 @@ class RemoteTeacher:
         here: tuple[Tensor, ...] | None = None
         if reply is not None:
             came = reply()
+            if reply in self._waiting:
+                self._waiting.remove(reply)
             self._bytes += sum(tensor.nbytes for tensor in came.tensors)
             self._positions += len(came.tensors[0])
             self._seconds += came.seconds
@@ -113,6 +121,11 @@ class RemoteTeacher:
             return everything
         rows = torch.searchsorted(batch.supervised.to(device), mine)  # both are in order, and one is part of the other
         return tuple(tensor.index_select(0, rows) for tensor in everything)
+
+    def wait(self) -> None:
+        """Return when everything that this rank has asked is answered."""
+        while self._waiting:
+            self._waiting.pop()()
 
     def measured(self) -> dict[str, float]:
         """What this rank received since the last call: bytes per position, and the teacher's seconds per question."""

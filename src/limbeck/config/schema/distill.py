@@ -225,6 +225,18 @@ class DistillConfig(Section):
         "(from CPU to CPU), nccl-only (from GPU to GPU) or ipc+nccl (the same, and by CUDA IPC between workers on one GPU).",
     )
 
+    is_offload_states: bool = Field(
+        default=False,
+        description="Student and teacher on the same devices are processes of their own and take turns: while one works, the "
+        "other's parameters and optimizer are in the machine's memory.",
+    )
+    steps_per_turn: int = Field(
+        default=8,
+        ge=1,
+        description="With is_offload_states, optimizer steps that the teacher answers for in one turn; the answers wait in "
+        "the machine's memory.",
+    )
+
     student: StudentConfig = Field(default_factory=StudentConfig, description="The model that is trained.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The model that answers.")
     validation: ValidationConfig | None = Field(
@@ -321,10 +333,17 @@ class DistillConfig(Section):
 
     @property
     def needs_worker_groups(self) -> bool:
-        """Whether the teacher is a service or has devices of its own, so that each role is processes that Ray places."""
+        """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role is
+        processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        apart = ours is not None and theirs is not None and ours != theirs
+        apart = ours is not None and theirs is not None and (ours != theirs or self.is_offload_states)
         return self.has_teacher and (apart or self.teacher.service is not None)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether student and teacher are never on their devices together."""
+        shared = set(self.student.device_mapping or ()) & set(self.teacher.device_mapping or ())
+        return self.is_offload_states and self.needs_worker_groups and self.teacher.service is None and bool(shared)
 
     @property
     def transfers_directly(self) -> bool:
