@@ -336,19 +336,22 @@ class DistillConfig(Section):
         """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role is
         processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        apart = ours is not None and theirs is not None and (ours != theirs or self.is_offload_states)
+        apart = ours is not None and theirs is not None and (ours != theirs or self.takes_turns)
         return self.has_teacher and (apart or self.teacher.service is not None)
 
     @property
     def takes_turns(self) -> bool:
-        """Whether student and teacher are never on their devices together."""
+        """Whether student and teacher are never together on the devices that they share."""
         shared = set(self.student.device_mapping or ()) & set(self.teacher.device_mapping or ())
-        return self.is_offload_states and self.needs_worker_groups and self.teacher.service is None and bool(shared)
+        names = (self.student.strategy_args.strategy_name, self.teacher.strategy_args.strategy_name)
+        can = shared and self.has_teacher and self.teacher.service is None
+        return bool(self.is_offload_states and can and not any((name or "").startswith("deepspeed") for name in names))
 
     @property
     def transfers_directly(self) -> bool:
         """Whether answers go from worker to worker, past Ray's object store."""
-        return self.needs_worker_groups and self.logits_transfer_backend not in ("auto", "ray")
+        asked = self.logits_transfer_backend not in ("auto", "ray")
+        return asked and self.needs_worker_groups and not self.takes_turns
 
     @property
     def environment(self) -> dict[str, str]:

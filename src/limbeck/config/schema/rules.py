@@ -220,20 +220,6 @@ def _transport_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
             "logits_transfer_backend",
             f"= {backend} ties teacher and student workers to each other, and a teacher.service outlives runs; use ray",
         )
-    if not config.takes_turns:
-        return
-    if config.transfers_directly:
-        yield Contradiction(
-            "logits_transfer_backend",
-            f"= {backend} leaves answers on the devices, which is_offload_states empties; use ray",
-        )
-    for role, worker in (("student", config.student), ("teacher", config.teacher)):
-        if (worker.strategy_args.strategy_name or "").startswith("deepspeed"):
-            yield Contradiction(
-                f"{role}.strategy_args.strategy_name",
-                f"= {worker.strategy_args.strategy_name} does not go with is_offload_states; use zero_optimization's own "
-                "offload_param and offload_optimizer, or another strategy",
-            )
 
 
 def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
@@ -253,11 +239,11 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
         for key in ("teacher.signal", "logits_transfer_backend"):
             yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
     if not config.takes_turns:
-        yield (
-            "is_offload_states",
-            "does something where student.device_mapping and teacher.device_mapping share devices",
-        )
-        yield "steps_per_turn", "is read with is_offload_states on shared devices only"
+        turns = "changes nothing unless both roles have a device_mapping with devices in common; DeepSpeed has an offload of its own"
+        yield "is_offload_states", turns
+        yield "steps_per_turn", "is read with is_offload_states only"
+    elif config.logits_transfer_backend not in ("auto", "ray"):
+        yield "logits_transfer_backend", "is not read with is_offload_states: answers wait in the machine's memory"
     if not config.needs_worker_groups and config.num_nodes == 1:
         for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
             yield key, "is read with worker groups only: where student and teacher have different devices"
