@@ -7,6 +7,7 @@ import pytest
 
 from limbeck.config import LoadedConfig, load_config, render_config
 from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
+from limbeck.errors import LimbeckError
 
 Load = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
@@ -145,11 +146,12 @@ def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) ->
 
 
 def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
-    (notice,) = load(yaml=IN_THE_WILD).notices
+    loaded = load(yaml=IN_THE_WILD)
+    notice, other = loaded.notices
+    assert "logits_transfer_backend has no effect" in other and loaded.config.takes_turns
     for path in (
         "rpc_timeout",
         "rollout_batch_size",
-        "logits_transfer_backend",
         "checkpoint_config.async_upload",
         "teacher.training_args.per_device_train_batch_size",
         "teacher.data_args.template",
@@ -344,3 +346,11 @@ def test_a_deepspeed_block_needs_deepspeed(mistakes: Mistakes) -> None:
     assert "strategy_config.deepspeed is read by strategy_name: deepspeed_train only" in line
     (line,) = mistakes("teacher.strategy_args.strategy_name=deepspeed_train")
     assert "does not fit: the teacher is never trained; use fsdp2_infer" in line
+
+
+def test_a_worker_that_answers_several_questions_at_once_is_refused(load: Load) -> None:
+    changed = IN_THE_WILD.replace("  router_replay:", "  max_concurrency: 4\n  router_replay:")
+    with pytest.raises(
+        LimbeckError, match=r"run.yaml:\d+: student.max_concurrency = 4 is not honoured: a worker answers"
+    ):
+        load(yaml=changed)

@@ -1,12 +1,14 @@
 """What a teacher sends instead of hidden states gives the loss that its definition on whole logits gives."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives import (
@@ -18,7 +20,9 @@ from limbeck.objectives import (
     TopK,
     divergence,
     fused_linear_distillation,
+    likeliest,
     names,
+    whole_logits,
 )
 
 NEVER_NEGATIVE = [name for name in names() if name not in ("cross_entropy", "alpha_beta")]
@@ -258,6 +262,60 @@ def test_finite_differences_agree(name):
     labels = labels.clamp_min(0)
     run = lambda h, w: fused_linear_distillation(h, w, None, None, labels, teacher=Logits(z_t), objective=name).loss  # noqa: E731
     assert torch.autograd.gradcheck(run, (h_s, w_s))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor made meanwhile has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 10),
+    tail=st.sampled_from(TAILS),
+    tau_t=st.sampled_from([1.0, 1.5]),
+    softcap=st.sampled_from([None, 3.0]),
+    biased=st.booleans(),
+    chunk=st.sampled_from([None, 3]),
+)
+def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k, tail, tau_t, softcap, biased, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    h_s, w_s, h_t, w_t = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((7, 5), (12, 5), (7, 6), (14, 6))
+    )
+    bias = torch.randn(14, generator=generator, dtype=torch.float64).to(dtype) if biased else None
+    head = OutputHead(w_t, bias, softcap, 0.7)
+    labels = torch.randint(12, (7,), generator=generator)
+    for topk in (k, 0):
+        objective = Objective.of(kd_weight=0.7, teacher_temperature=tau_t, topk=topk, tail=tail)
+        loss = partial(fused_linear_distillation, h_s, w_s, labels=labels, objective=objective)
+        if topk:
+            said = likeliest(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
+        else:
+            said = whole_logits(h_t, head, vocab_size=12, chunk_size=chunk)
+        of_hidden, of_said = loss(h_t, head), loss(None, None, teacher=said)
+        rounded = dtype is torch.bfloat16 and not topk and (biased or softcap or head.scale != 1)
+        tight = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
+        for name, value in of_hidden._asdict().items():
+            torch.testing.assert_close(getattr(of_said, name), value, **tight, msg=name)
+
+
+def test_the_likeliest_tokens_are_found_without_the_whole_logits():
+    head = OutputHead(torch.randn(4000, 8))
+    with Largest() as largest:
+        likeliest(torch.randn(500, 8), head, 4, chunk_size=50)
+    assert largest.most == 50 * 4000
 
 
 def test_signals_that_do_not_fit_are_refused():

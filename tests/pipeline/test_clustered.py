@@ -56,22 +56,26 @@ def groups(students: int, teachers: int, **changes) -> dict:
     }
 
 
+KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
+TURNS = {"teacher.device_mapping": [1], "is_offload_states": True, "steps_per_turn": 3}
 WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
 LONG = {"max_steps": 60, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 1), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
-    ids=["two-ask-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
+    [groups(2, 1, **TURNS), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
+    ids=["two-take-turns-with-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
 )
 def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    run_on_cluster(configure(**changes))
+    lines = []
+    run_on_cluster(configure(**changes), lines.append)
     one, out = tmp_path / "one", tmp_path / "out"
-    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
+    for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
+    assert ("is_offload_states" in changes) == any("take turns" in line for line in lines)
 
 
 @pytest.fixture(scope="module")
@@ -79,17 +83,13 @@ def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "out"
 
 
-def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path):
+@pytest.mark.parametrize("backend", ["ray", "gloo"])
+def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, backend):
     if not undisturbed.exists():
         run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
-    lines, faults = (
-        [],
-        {
-            "step 15/": ("TeacherWorker", signal.SIGKILL),
-            "step 25/": ("StudentWorker", signal.SIGKILL),
-            "step 45/": ("StudentWorker", signal.SIGSTOP),
-        },
-    )
+    lines, faults = [], {"step 25/": ("TeacherWorker", signal.SIGKILL)}
+    if backend == "ray":
+        faults |= {"step 35/": ("StudentWorker", signal.SIGKILL), "step 45/": ("StudentWorker", signal.SIGSTOP)}
 
     def told(line: str) -> None:
         lines.append(line)
@@ -97,11 +97,13 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
             victim, number = faults.pop(step)
             os.kill(processes(victim)[-1], number)
 
-    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **{"student.backend_timeout": 0.3}), told)
+    ways = {"student.backend_timeout": 0.3, "logits_transfer_backend": backend}
+    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **ways), told)
     assert not faults
-    # A teacher that is alone is replaced without anybody having to go back; a slow machine may count it as hung once.
-    assert 2 <= sum("goes on from its last checkpoint" in line for line in lines) <= 3
-    assert any("student-1 died" in line for line in lines)
+    # A teacher that is alone is replaced without anybody having to go back, unless it is tied to the students; a slow machine
+    # may count it as hung once.
+    went_back = sum("goes on from its last checkpoint" in line for line in lines)
+    assert went_back == 1 if backend == "gloo" else 2 <= went_back <= 3
     assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -39,10 +39,13 @@ from limbeck.pipeline.parts import (
     make_objective,
     make_student,
     make_teacher,
+    wanted_of,
 )
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
+from limbeck.pipeline.turns import Turns
+from limbeck.strategies.engine import TorchEngine
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
@@ -144,6 +147,7 @@ class _Run:
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
+        self.wanted = wanted_of(config, self.student.vocab_size)
         self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
         self.engine = make_engine(config, world, self.student)
         self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
@@ -152,7 +156,11 @@ class _Run:
         # Otherwise a teacher is only measured against, in validation.
         self.distils = config.distill_loss_weight > 0 or self.features is not None
         self.metrics = StepMetrics(world, self.features.labels if self.features else ())
-        self.steps = Lookahead(self.data.stream, self._prepare, self._ask)
+        self.turns: Turns | None = None
+        if config.takes_turns and isinstance(self.teacher, RemoteTeacher) and isinstance(self.engine, TorchEngine):
+            self.turns = Turns(self.engine, self.teacher, world)
+        turn = self.turns.teachers if self.turns is not None and self.distils else None
+        self.steps = Lookahead(self.data.stream, self._prepare, self._ask, turn, config.steps_per_turn)
         self.step = 0
         self.latest: dict[str, float] = {}
         self.resumed_from = resume
@@ -204,7 +212,7 @@ class _Run:
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
-            batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
+            batch, answers = self.steps.take(more=self.total_steps - self.step - 1)
         # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
         normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
@@ -227,7 +235,7 @@ class _Run:
         self.metrics.count(batch, norm)
 
     def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
-        """What the teacher is asked, and what this rank's student reads of it."""
+        """What this rank needs the teacher's answer to, and what its student reads of the batch."""
         return batch.stretch(self.world.context_rank, self.world.context)
 
     def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -249,9 +257,19 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        if self.teacher is None or not self.distils:
+        if not self.distils:
             return None
-        return self.teacher.ask(self._compared(self._divided(batch)[0]))
+        return self._put(self._compared(batch))
+
+    def _put(self, batch: Batch) -> Answer | None:
+        return None if self.teacher is None else self.teacher.ask(batch, self.wanted)
+
+    def _asked_of_all(self, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Answer | None]]:
+        """The batches of a validation with their answers."""
+        if self.turns is None:
+            return asked_ahead(batches, self._put)
+        with self.turns.teachers():
+            return [(batch, self._put(batch)) for batch in batches]
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -273,8 +291,7 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        ask = self.teacher.ask if self.teacher else lambda batch: None
-        for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
+        for micro_batch, answer in self._asked_of_all(batches):
             asked, micro = self._on_device(micro_batch)
             sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()
@@ -330,6 +347,11 @@ class _Run:
             f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.data_size} rows on "
             f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
         )
+        if self.turns is not None:
+            console.say(
+                "Student and teacher share devices and take turns (is_offload_states): the teacher answers for "
+                f"{self.config.steps_per_turn} steps at a time, then makes room."
+            )
         if self.resumed_from is not None:
             console.say(f"Resumed from {self.resumed_from} at step {self.step}.")
             if self.step >= self.total_steps:

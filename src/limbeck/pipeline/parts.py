@@ -42,7 +42,7 @@ from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
 from limbeck.strategies.layout import TENSOR, Layout
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
-from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
+from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher, Wanted
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,6 +75,11 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
         parameters=parameters,
     )
     return objective, schedule
+
+
+def wanted_of(config: DistillConfig, vocab: int) -> Wanted:
+    """What a teacher in other processes is asked for; ``vocab`` is the shared vocabulary."""
+    return Wanted(config.teacher_signal, config.logits_topk, vocab, config.effective_teacher_temperature)
 
 
 def compile_loss(config: DistillConfig, data: Data, total_steps: int, vocab: int) -> bool:
@@ -124,13 +129,13 @@ def make_student(
     if teacher is not None and data.translator is not None:
         known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
         cross = CrossTokenizer(
-            data.translator.vocabularies(vocab, min(known, teacher.head.weight.shape[0])),
+            data.translator.vocabularies(vocab, min(known, teacher.vocab_size)),
             config.cross_tokenizer,
             config.cross_tokenizer_rest_weight,
             config.cross_tokenizer_merge,
         )
     elif teacher is not None:
-        vocab = min(vocab, teacher.head.weight.shape[0])
+        vocab = min(vocab, teacher.vocab_size)
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -210,6 +215,17 @@ def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
         raise LimbeckError(
             "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
         )
+
+
+def refuse_backend(config: DistillConfig, device: str) -> None:
+    """Raise LimbeckError for a way of sending signals that workers on such devices ("CPU" or "GPU") do not have."""
+    backend = config.logits_transfer_backend
+    if not config.transfers_directly or (backend == "gloo") == (device == "CPU"):
+        return
+    right = "gloo (or ray)" if device == "CPU" else "ipc+nccl or nccl-only (or ray)"
+    raise LimbeckError(
+        f"logits_transfer_backend = {backend} does not send from {device} to {device}, where the workers are; use {right}."
+    )
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -369,7 +385,7 @@ def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
     check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
     # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
-    known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
+    known = min(teacher.vocab_size, teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
     _check_tokens("teacher", known, largest_token)
 
 

@@ -24,7 +24,7 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs, StudentModelArgs, WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import add_lora, freeze, model_outline
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, layout_of, refuse_layout
+from limbeck.pipeline.parts import DTYPES, fsdp2_options, layout_of, refuse_backend, refuse_layout
 from limbeck.pipeline.service import find_service
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.world import World
@@ -155,10 +155,14 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
             ranks_of_a_copy(ranks // together.tensor, options, together.tensor)
         except LimbeckError as error:
             problems.append(f"{role}: {error}")
-    try:
-        refuse_layout(config, students, "cuda" if on_gpus else "cpu")
-    except LimbeckError as error:
-        problems.append(str(error))
+    for refuse in (
+        lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
+        lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
+    ):
+        try:
+            refuse()
+        except LimbeckError as error:
+            problems.append(str(error))
     return problems
 
 
@@ -205,7 +209,8 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
             if machine is not None:
                 on_machine[machine.name] += load.per_rank
                 loading[machine.name] += load.loading
-                on_device[number] += load.per_rank
+                held = on_device[number] + load.per_rank
+                on_device[number] = max(on_device[number], load.per_rank) if config.takes_turns else held
                 hosts[number] = machine
         names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
         table.add_row(

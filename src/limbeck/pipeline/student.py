@@ -18,8 +18,10 @@ from limbeck.models import Taps, body, hidden_states, output_head
 from limbeck.objectives import (
     CrossTokenizer,
     DistillationLoss,
+    Logits,
     Objective,
     OutputHead,
+    TopK,
     VocabParallel,
     cross_tokenizer_distillation,
     fused_linear_distillation,
@@ -128,6 +130,7 @@ class StudentWithLoss(nn.Module):
     ) -> DistillationLoss:
         labels = batch.labels.flatten().index_select(0, batch.supervised)
         if self.cross is not None and signal is not None and batch.translation is not None:
+            assert signal.hidden is not None and signal.head is not None
             return cross_tokenizer_distillation(
                 rows,
                 output_head(self.model),
@@ -145,8 +148,9 @@ class StudentWithLoss(nn.Module):
             rows,
             self._head(),
             None if signal is None else signal.hidden,
-            None if signal is None else self._teacher_head(signal.head),
+            None if signal is None or signal.head is None else self._teacher_head(signal.head),
             labels,
+            teacher=None if signal is None else self._said(signal.said),
             objective=objective,
             vocab_size=self.vocab_size,
             weights=batch.weights,
@@ -161,6 +165,11 @@ class StudentWithLoss(nn.Module):
             return head
         columns = self.across.columns
         return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
+
+    def _said(self, said: TopK | Logits | None) -> TopK | Logits | None:
+        if self.across is None or not isinstance(said, Logits):
+            return said
+        return Logits(said.logits[:, self.across.columns])
 
     def _head(self) -> OutputHead:
         head = output_head(self.model)

@@ -69,6 +69,9 @@ class TorchEngine:
     ) -> None:
         self.root, self.optimizer, self.max_norm = root, optimizer, max_norm
         self._device = world.device.type
+        self._away: list[
+            tuple[dict[str, Any], str]
+        ] = []  # entries of the optimizer's state that are on the host for now
         self._autocast_dtype = compute_dtype if world.size == 1 else None
         self._scaler = torch.amp.GradScaler(self._device, enabled=compute_dtype is torch.float16)
 
@@ -88,6 +91,23 @@ class TorchEngine:
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def leave_device(self) -> None:
+        """Move parameters, buffers and the optimizer's state to the host, between steps; on a CPU they are there already."""
+        self.root.to("cpu")
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.device.type == self._device != "cpu":
+                    state[key] = value.to("cpu")
+                    self._away.append((state, key))
+        torch.cuda.empty_cache()
+
+    def enter_device(self) -> None:
+        """The inverse of ``leave_device``."""
+        self.root.to(self._device)
+        while self._away:
+            state, key = self._away.pop()
+            state[key] = state[key].to(self._device)
 
     def gather_model(self) -> dict[str, Any]:
         return gather_model(self.root)
