@@ -284,7 +284,7 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
 def layout_of(worker: WorkerConfig) -> Layout:
     """How many ranks hold one model together."""
     given = worker.strategy_args.strategy_config
-    return Layout(given.tensor_model_parallel_size, given.context_parallel_size)
+    return Layout(given.tensor_model_parallel_size, given.context_parallel_size, given.sequence_parallel)
 
 
 def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -> World:
@@ -341,7 +341,10 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
     with torch.no_grad():
         before = hidden_states(trunk, ids, None)
         if layout.tensor > 1:
-            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, mesh[TENSOR])
+            layers, sequence = decoder_layers(trunk), layout.sequence
+            partial_gradients = apply_tensor_parallel(
+                unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence
+            )
         group, rank = layout.context_group(world), world.rank // layout.tensor % layout.context
         if group is not None:
             apply_context_parallel(unwrapped(model), trunk, group, name)

@@ -21,10 +21,13 @@ TENSOR = "tensor"
 
 @dataclass(frozen=True)
 class Layout:
-    """tensor: ranks among which every matrix is sliced. context: ranks among which every row's time is divided."""
+    """tensor: ranks among which every matrix is sliced. context: ranks among which every row's time is divided. sequence: the
+    tensor ranks divide the time between their slices, too.
+    """
 
     tensor: int = 1
     context: int = 1
+    sequence: bool = False
 
     @property
     def together(self) -> int:
