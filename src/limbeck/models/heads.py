@@ -30,16 +30,21 @@ def body(model: Any) -> nn.Module:
 
 
 def hidden_states(
-    model_body: Any, input_ids: Tensor, position_ids: Tensor | None, documents: Sequence[int] | None = None
+    model_body: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    documents: Sequence[int] | None = None,
+    embedded: Tensor | None = None,
 ) -> Tensor:
-    """The last hidden states [batch, time, hidden].
+    """The last hidden states [batch, time, hidden]; those of ``embedded`` [batch, time, hidden] in the ids' stead, if given.
 
     Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
     lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
     """
     extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
     with nullcontext() if documents is None else kept_apart(documents):
-        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
+        given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+        return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 
 def output_head(model: Any) -> OutputHead:

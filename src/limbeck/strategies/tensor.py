@@ -98,8 +98,10 @@ def apply_tensor_parallel(
     for path, parameter in trunk.named_parameters():
         parameter.requires_grad_(path in trained)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    _slice_embedding(embeddings, mesh)
+    here = isinstance(embeddings, nn.Embedding)  # not with another stage of a pipeline
+    tied = head is not None and here and head.weight is embeddings.weight
+    if here:
+        _slice_embedding(embeddings, mesh)
     if head is not None:
         head.weight = embeddings.weight if tied else _sliced(head.weight, mesh)
         if getattr(head, "bias", None) is not None:
