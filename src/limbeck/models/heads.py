@@ -75,7 +75,7 @@ def check_head(model: Any, name: str) -> None:
     head = output_head(causal)
     device = head.weight.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.weight.shape[0]
-    with _attention_for(causal, device):
+    with attention_for(causal, device):
         h = hidden_states(body(causal), ids, None)
         own = causal(input_ids=ids, use_cache=False).logits.float()
     z = (h.to(head.weight.dtype) @ head.weight.T).float()
@@ -109,7 +109,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
     ids = torch.arange(1, sum(documents) + 1, device=device) % head.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in documents])
     rows = torch.nn.utils.rnn.pad_sequence(list(ids.split(documents)), batch_first=True)
-    with _attention_for(causal, device):
+    with attention_for(causal, device):
         tried = causal.config._attn_implementation
         each = hidden_states(trunk, rows, None).float()
         alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
@@ -133,7 +133,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
 
 
 @contextmanager
-def _attention_for(causal: Any, device: torch.device) -> Iterator[None]:
+def attention_for(causal: Any, device: torch.device) -> Iterator[None]:
     """Eager attention inside, where a kernel for GPUs is asked for and the model still lies on a CPU."""
     own = causal.config._attn_implementation
     if device.type == "cpu" and own.startswith(FOR_GPUS):

@@ -16,6 +16,7 @@ from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
+    attention_for,
     body,
     check_head,
     check_length,
@@ -352,16 +353,19 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
     """
     if layout.together == 1 or mesh is None:
         return []
-    trunk, was_training = body(model).eval(), model.training
-    model.to(world.device)
+    trunk, was_training, stages = body(model).eval(), model.training, layout.stages(world)
     time = 4 * layout.context
-    ids = torch.arange(1, 1 + time, device=world.device).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 1 + time).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     partial_gradients: list[nn.Module] = []
     with torch.no_grad():
-        before = hidden_states(trunk, ids, None)
-        stages = layout.stages(world)
-        if stages is not None:
+        if stages is None:
+            model.to(world.device)
+        with attention_for(unwrapped(model), model.device):
+            before = hidden_states(trunk, ids.to(model.device), None).to(world.device)
+        if stages is not None:  # no device ever holds all of them
             keep_stage(unwrapped(model), trunk, stages)
+            model.to(world.device)
+        ids = ids.to(world.device)
         if layout.tensor > 1:
             layers, sequence = decoder_layers(trunk), layout.sequence
             partial_gradients = apply_tensor_parallel(

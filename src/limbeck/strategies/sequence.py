@@ -29,6 +29,11 @@ class Stretches:
         part of their gradients.
         """
 
+        def note(module: nn.Module, args: Any, named: Any) -> None:
+            # Attention tells it anew: what is recomputed for a backward pass may belong to other rows than the last forward.
+            positions = named.get("position_ids")
+            self._time = self._time if positions is None else positions.shape[-1]
+
         def divide(module: nn.Module, args: Any, named: Any) -> Any:
             return _changed(args, named, self._divide)
 
@@ -42,6 +47,7 @@ class Stretches:
 
         layers[0].register_forward_pre_hook(divide, with_kwargs=True)
         for module in entered:
+            module.register_forward_pre_hook(note, with_kwargs=True)
             module.register_forward_pre_hook(join, with_kwargs=True)
         layers[-1].register_forward_hook(join_output)
         whole = {part for module in entered for part in module.modules()}
