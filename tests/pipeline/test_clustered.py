@@ -85,7 +85,9 @@ def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
 
 
 @pytest.mark.parametrize(
-    "changes", [groups(2, 2, **SLICED, **DIVIDED, **rows(8)), groups(2, 2, **ZERO)], ids=["slices-ask-stretches", "zero"]
+    "changes",
+    [groups(2, 2, **SLICED, **DIVIDED, **rows(8)), groups(2, 2, **ZERO)],
+    ids=["slices-ask-stretches", "zero"],
 )
 def test_groups_may_be_spread_in_any_way_inside(configure, tmp_path, changes):
     if changes.keys() & ZERO.keys():

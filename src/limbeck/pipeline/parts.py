@@ -326,9 +326,7 @@ def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -
                 "size × context_parallel_size × pipeline_model_parallel_size); one of these numbers must divide the other."
             )
         if config.features.pairs and larger > 1:
-            raise LimbeckError(
-                f"features.pairs with a {_SIZES} above 1 is not built yet; take one of them out."
-            )
+            raise LimbeckError(f"features.pairs with a {_SIZES} above 1 is not built yet; take one of them out.")
     key = "student.strategy_args.strategy_config"
     if config.cross_tokenizer != "off" and student.together > 1:
         raise LimbeckError(
@@ -363,14 +361,12 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
         with attention_for(unwrapped(model), model.device):
             before = hidden_states(trunk, ids.to(model.device), None).to(world.device)
         if stages is not None:  # no device ever holds all of them
-            keep_stage(unwrapped(model), trunk, stages)
+            keep_stage(unwrapped(model), trunk, stages.number, stages.count)
             model.to(world.device)
         ids = ids.to(world.device)
         if layout.tensor > 1:
             layers, sequence = decoder_layers(trunk), layout.sequence
-            partial_gradients = apply_tensor_parallel(
-                unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence
-            )
+            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence)
         group, rank = layout.context_group(world), world.rank // layout.tensor % layout.context
         if group is not None:
             apply_context_parallel(unwrapped(model), trunk, group, name)

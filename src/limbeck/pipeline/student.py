@@ -268,7 +268,7 @@ class StudentStage(StudentWithLoss, StageModule):
         self._work, self._slots, self.results = iter(work), slots, []
 
     def forward(self, message: Tensor) -> Tensor:  # type: ignore[override]
-        """message: [slots, width], the hidden states of the stage before with what fills them up; nothing on the first stage."""
+        """message: [slots, width], the hidden states of the stage before and what fills them up; nothing on the first stage."""
         batch, signal, normalizer, tokens, *_ = next(self._work)
         shape, used = batch.input_ids.shape, batch.input_ids.numel()
         received = None if self.stages.is_first else message[:used].unflatten(0, shape)

@@ -116,7 +116,9 @@ class TorchEngine:
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
     """The norm of their gradients over all processes that share them, as a device scalar."""
-    norms = [torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in _alike(parameters)]
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in _alike(parameters)
+    ]
     norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 

@@ -1,8 +1,9 @@
 """Sequence parallelism: between its sliced matrices each tensor rank keeps a stretch of the rows' time, not all of it.
 
-What enters attention or a feed-forward block is gathered, what leaves it is summed and divided in one exchange instead of summed
-for everybody; norms and residuals, whose activations are kept for the backward pass, are computed once among the ranks instead
-of on each. Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198).
+What enters attention or a feed-forward block is gathered; what leaves it is summed and divided in one exchange instead of being
+summed for everybody. Norms and residuals, whose activations are kept for the backward pass, are held once among the ranks
+instead of on each. Source: Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models"
+(arXiv:2205.05198).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -63,7 +65,7 @@ class Stretches:
     def _join(self, x: Tensor) -> DTensor:
         """The inverse; as a DTensor, in which the gradients of several matrices are added up before they are exchanged."""
         batch, _, hidden = x.shape
-        shape, stride = (batch, self._time, hidden), (self._time * hidden, hidden, 1)
+        shape, stride = torch.Size((batch, self._time, hidden)), (self._time * hidden, hidden, 1)
         x = x.contiguous()
         parts = DTensor.from_local(x, self._mesh, [Shard(1)], run_check=False, shape=shape, stride=stride)
         return parts.redistribute(placements=[Replicate()])

@@ -65,7 +65,7 @@ class StageEngine(TorchEngine):
     ) -> None:
         super().__init__(root, optimizer, world, max_norm=max_norm)
         self._stages, self._dtype, self._device_of = stages, dtype, world.device
-        self._original, self._copy = tied or (None, None)
+        self._tied = tied
         self._ends = None if tied is None else _ends(world, stages)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -101,7 +101,7 @@ class StageEngine(TorchEngine):
 
     def step(self) -> Tensor:
         if self._ends is not None and (self._stages.is_first or self._stages.is_last):
-            grad = self.root.get_parameter(str(self._copy if self._stages.is_last else self._original)).grad
+            grad = self.root.get_parameter(self._copy or self._original).grad
             if grad is not None:
                 dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self._ends)
         return super().step()
@@ -113,13 +113,13 @@ class StageEngine(TorchEngine):
         return square.sqrt()
 
     def gather_model(self) -> dict[str, Any]:
-        return self._collected(gather_model(self.root, keep=self._keeps), self._copy)
+        return self._collected(gather_model(self.root, keep=self._keeps))
 
     def scatter_model(self, state: Mapping[str, Tensor]) -> None:
         super().scatter_model({name: state[self._source(name)] for name in self._mine(state)})
 
     def gather_optimizer(self) -> dict[str, Tensor]:
-        return self._collected(gather_optimizer(self.root, self.optimizer, keep=self._keeps), self._copy)
+        return self._collected(gather_optimizer(self.root, self.optimizer, keep=self._keeps))
 
     def scatter_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         entries: dict[str, dict[str, Tensor]] = {}
@@ -130,16 +130,26 @@ class StageEngine(TorchEngine):
         super().scatter_optimizer({f"{name}|{entry}": value for name in own for entry, value in own[name].items()})
 
     @property
+    def _original(self) -> str:
+        """The embeddings' name."""
+        return self._tied[0] if self._tied else ""
+
+    @property
+    def _copy(self) -> str:
+        """The name of this stage's copy of them, if it has one beside the first stage's."""
+        return self._tied[1] if self._tied and self._stages.is_last else ""
+
+    @property
     def _keeps(self) -> bool:
         """Whether this rank is of the main process's pipeline, which brings the stages together."""
         return dist.get_process_group_ranks(self._stages.group)[0] == 0
 
-    def _collected(self, tensors: dict[str, Tensor], copy: str | None) -> dict[str, Any]:
-        own = {name: tensor for name, tensor in tensors.items() if name.split("|")[0] != copy}
+    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        own = {name: tensor for name, tensor in tensors.items() if name.split("|")[0] != self._copy}
         return collect(own, self._stages) if self._keeps else {}
 
     def _source(self, name: str) -> str:
-        return str(self._original) if name == self._copy else name
+        return self._original if name == self._copy else name
 
     def _mine(self, state: Mapping[str, Any]) -> list[str]:
         return [name for name in self.root.state_dict() if self._source(name) in state]

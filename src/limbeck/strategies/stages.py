@@ -69,28 +69,29 @@ def check_stages(trunk: Any, stages: int, name: str, role: str) -> None:
     parts = _parts(trunk)
     if parts is None:
         raise LimbeckError(
-            f"{key}: {type(trunk).__name__} comes without a plan for pipelines (base_model_pp_plan); use 1, and FSDP2 shards it "
-            "all the same."
+            f"{key}: {type(trunk).__name__} comes without a plan for pipelines (base_model_pp_plan); use 1, and FSDP2 shards "
+            "it all the same."
         )
     layers = len(parts[1])
     if stages > layers:
         raise LimbeckError(f"{key} is more than the {layers} layers of {name}; use {layers} or fewer.")
 
 
-def keep_stage(model: Any, trunk: Any, stages: Stages) -> None:
-    """Keep of ``model``, whose body is ``trunk``, what this stage computes: layers as evenly as they can be dealt, the first
-    stage those before them, the last one those after them and the output head.
+def keep_stage(model: Any, trunk: Any, number: int, count: int) -> None:
+    """Keep of ``model``, whose body is ``trunk``, what stage ``number`` of ``count`` computes: layers as evenly as they can be
+    dealt, and the first stage what comes before them, the last one what comes after them and the output head.
     """
     parts = _parts(trunk)
     assert parts is not None
     before, layers, after = parts
-    low, high = (-(-len(layers) * place // stages.count) for place in (stages.number, stages.number + 1))
+    is_first, is_last = number == 0, number == count - 1
+    low, high = (-(-len(layers) * place // count) for place in (number, number + 1))
     for i in range(len(layers)):
         if not low <= i < high:
             layers[i] = _Elsewhere(layers[i])
-    for name in (() if stages.is_first else before) + (() if stages.is_last else after):
+    for name in (() if is_first else before) + (() if is_last else after):
         setattr(trunk, name, _Elsewhere(getattr(trunk, name)))
-    if not stages.is_last:
+    if not is_last:
         model.set_output_embeddings(None)
 
 

@@ -109,6 +109,19 @@ def apply_tensor_parallel(
     return partial
 
 
+def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
+    """The parameters of which ``apply_tensor_parallel`` leaves each of so many ``ranks`` a slice; the others stay whole."""
+    config = trunk.config.get_text_config()
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sliced: list[nn.Parameter] = []
+    for path, (style, module) in _plan(trunk).items():
+        if style != _PARTIAL and not (keys % ranks and _is_key_or_value(path)):
+            sliced += [p for name, p in module.named_parameters() if name == "weight" or style.startswith("colwise")]
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        sliced += [] if module is None else module.parameters()
+    return sliced
+
+
 @torch.no_grad()
 def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
     """Sum the gradients of ``modules`` over the ranks of ``mesh``, each of which has formed its heads' part."""
