@@ -66,7 +66,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "strategy_args": frozenset({"gpu_memory_utilization"}),
     "strategy_config": words(
         """wrap_policy apply_expert_patch apply_tiled_mlp tiled_num_shards model_type async_save_ckpt moe_use_grouped_mm
-        reduce_scatter_during_grad_accumulation sequence_parallel account_for_embedding_in_pipeline_split
+        reduce_scatter_during_grad_accumulation account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split overlap_p2p_comm variable_seq_lengths recompute_granularity recompute_method
         recompute_modules recompute_num_layers bias_activation_fusion apply_rope_fusion cross_entropy_loss_fusion
         moe_layer_recompute moe_token_dispatcher_type moe_grouped_gemm moe_shared_expert_overlap transformer_impl
@@ -133,11 +133,11 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "training_args": {
         "tf32": ((None, False), "is not built yet; take it out"),
     },
-    "strategy_args": dict.fromkeys(("pp_size", "ep_size"), _PARALLEL),
+    "strategy_args": {"ep_size": _PARALLEL},
     "strategy_config": {
         **dict.fromkeys(
             (
-                *("pp_size", "ep_size", "efsdp_size", "pipeline_model_parallel_size", "pipeline_parallel_size"),
+                *("ep_size", "efsdp_size"),
                 *("expert_model_parallel_size", "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"),
             ),
             _PARALLEL,
@@ -222,6 +222,8 @@ MOVED: dict[str, str] = {
             "strategy_args.strategy_config.tensor_parallel_size",
             "context_parallel_size": "strategy_args.cp_size strategy_args.strategy_config.cp_size model_args.ulysses_size "
             "strategy_args.strategy_config.ulysses_size",
+            "pipeline_model_parallel_size": "strategy_args.pp_size strategy_args.strategy_config.pp_size "
+            "strategy_args.strategy_config.pipeline_parallel_size",
         }.items()
         for foreign in names.split()
     },

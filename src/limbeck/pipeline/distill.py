@@ -9,7 +9,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,11 +42,13 @@ from limbeck.pipeline.parts import (
     wanted_of,
 )
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.student import StudentLoss
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
 from limbeck.pipeline.turns import Turns
 from limbeck.strategies.engine import TorchEngine
 from limbeck.strategies.host_memory import keep_freed_pages
+from limbeck.strategies.stage_engine import StageEngine
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
@@ -148,7 +150,7 @@ class _Run:
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
         self.wanted = wanted_of(config, self.student.vocab_size)
-        self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
+        self.num_parameters = self.student.num_parameters
         self.engine = make_engine(config, world, self.student)
         self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
@@ -213,16 +215,8 @@ class _Run:
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
             batch, answers = self.steps.take(more=self.total_steps - self.step - 1)
-        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
-        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
-        for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
-            asked, micro = self._on_device(micro_batch)
-            with timer.section("teacher"):
-                signals = answer and answer(self._compared(asked))
-            with timer.section("student"):
-                loss = self.engine(micro, signals, normalizer, tokens, len(batch.micro_batches))
-                self.engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
+        for loss in self._losses(batch, answers):
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
@@ -231,8 +225,31 @@ class _Run:
             self.scheduler.step()
         self.step += 1
         if self.taid:
-            self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
+            self.taid.update(self.world.sum(kd) / self.world.losses, self.step / self.total_steps)
         self.metrics.count(batch, norm)
+
+    def _losses(self, batch: GlobalBatch, answers: Sequence[Answer | None]) -> Iterator[StudentLoss]:
+        """Forward and backward of a step's micro-batches, with the losses that this rank computes."""
+        timer, engine = self.metrics.timer, self.engine
+        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
+        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
+        waiting = []
+        for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
+            asked, micro = self._on_device(micro_batch)
+            with timer.section("teacher"):
+                signals = answer and answer(self._compared(asked))
+            inputs = (micro, signals, normalizer, tokens, len(batch.micro_batches))
+            if isinstance(engine, StageEngine):
+                waiting.append(inputs)
+                continue
+            with timer.section("student"):
+                loss = engine(*inputs)
+                engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
+            yield loss
+        if isinstance(engine, StageEngine):  # which has several micro-batches under way at once
+            with timer.section("student"):
+                losses = engine.run(waiting)
+            yield from losses
 
     def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
         """What this rank needs the teacher's answer to, and what its student reads of the batch."""
@@ -293,7 +310,9 @@ class _Run:
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
         for micro_batch, answer in self._asked_of_all(batches):
             asked, micro = self._on_device(micro_batch)
-            sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
+            loss = self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0))
+            if loss is not None:  # on the last stage of a pipeline
+                sums.add(loss)
         self.student.train()
         means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
@@ -384,7 +403,7 @@ class _Run:
         state = {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name.startswith(_ROOT)}
         moments = self.engine.gather_optimizer()
         if self.world.is_main:
-            trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+            trained = self.student.trained_names
             checkpoint = files.Checkpoint(
                 self.step,
                 {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name in trained},
@@ -422,8 +441,8 @@ class _Run:
 
     def _restore(self, checkpoint: files.Checkpoint) -> None:
         self.step = checkpoint.step
-        whole = {name.removeprefix(_ROOT): name for name in self.student.state_dict()}
-        trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
+        whole = {name.removeprefix(_ROOT): name for name in self.student.state_names}
+        trained = {name.removeprefix(_ROOT) for name in self.student.trained_names}
         if trained & whole.keys() != checkpoint.masters.keys():
             odd = min((trained & whole.keys()) ^ checkpoint.masters.keys())
             raise LimbeckError(
