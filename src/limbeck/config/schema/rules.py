@@ -239,8 +239,10 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
         for key in ("teacher.signal", "logits_transfer_backend"):
             yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
     if not config.takes_turns:
-        turns = "changes nothing unless both roles have a device_mapping with devices in common; DeepSpeed has an offload of its own"
-        yield "is_offload_states", turns
+        yield (
+            "is_offload_states",
+            "is for roles whose device_mappings have devices in common, and not for DeepSpeed, which has an offload of its own",
+        )
         yield "steps_per_turn", "is read with is_offload_states only"
     elif config.logits_transfer_backend not in ("auto", "ray"):
         yield "logits_transfer_backend", "is not read with is_offload_states: answers wait in the machine's memory"
