@@ -21,6 +21,7 @@ from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.wire import Flat, flat, unflat
 from limbeck.cluster.workers import Worker, failures_logged, result
 from limbeck.config import DistillConfig
+from limbeck.models import out_of_memory_told
 from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import DistillPipeline, RunResult
 from limbeck.pipeline.fit import answers_as
@@ -31,6 +32,8 @@ from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World
 from limbeck.teachers import Channel, LocalTeacher, Question, RemoteTeacher, route
+
+_MORE_ROOM = "name more devices in teacher.device_mapping with teacher.strategy_args.strategy_name: fsdp2_infer"
 
 
 class TeacherWorker(Worker):
@@ -47,7 +50,7 @@ class TeacherWorker(Worker):
         quiet_libraries()
         if self.world.device.type == "cpu":
             keep_freed_pages()
-        with failures_logged():
+        with failures_logged(), out_of_memory_told(f"{self.name} loaded the teacher", _MORE_ROOM):
             return make_teacher(self.config, self.world)
 
     def load(self) -> tuple[int, int]:
@@ -91,7 +94,7 @@ class TeacherWorker(Worker):
         """The same as tensors on this worker's device."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
-        with failures_logged():
+        with failures_logged(), out_of_memory_told(f"{self.name} answered", _MORE_ROOM):
             if self._rests:
                 self.teacher.move(self.world.device)
                 self._rests = False
