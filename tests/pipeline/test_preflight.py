@@ -61,6 +61,10 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
             "student: strategy_config.fsdp_size = 2 does not divide the 3 processes",
         ),
         ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train only"),
+        (
+            {**APART, "logits_transfer_backend": "nccl-only"},
+            "logits_transfer_backend = nccl-only does not send from CPU to CPU, where the workers are; use gloo (or ray).",
+        ),
         ({**APART, "num_nodes": 2, "num_gpus_per_node": 2}, "num_nodes = 2, but there are 1 machine(s); set RAY_ADDRESS"),
         ({"teacher_pretrain": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all' to load the teacher from"),
         (
@@ -75,7 +79,7 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
             "of memory; use more machines, smaller models or LoRA",
         ),
     ],
-    ids=["divisibility", "dtype", "machines", "checkpoint", "memory"],
+    ids=["divisibility", "dtype", "transport", "machines", "checkpoint", "memory"],
 )  # fmt: skip
 def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
     status, out, err = check(**changes)

@@ -189,4 +189,7 @@ class _Cluster:
         return result(runs[0], "student-0", None)
 
     def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
+        if self.config.transfers_directly:
+            patience = str(round(60_000 * self.config.teacher.backend_timeout))
+            of_role = {"RAY_rdt_fetch_fail_timeout_milliseconds": patience, **of_role}
         return worker_environment({**self.config.system_envs, **of_role}, sum(map(len, self.mappings)))

@@ -241,7 +241,7 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
     if not config.takes_turns:
         yield (
             "is_offload_states",
-            "changes nothing unless both roles have devices in common in their device_mapping; DeepSpeed offloads by itself",
+            "is for roles whose device_mappings have devices in common, and not for DeepSpeed, which has an offload of its own",
         )
         yield "steps_per_turn", "is read with is_offload_states only"
     elif config.logits_transfer_backend not in ("auto", "ray"):
