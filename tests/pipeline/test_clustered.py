@@ -131,7 +131,8 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     # A teacher that is alone is replaced without anybody having to go back, unless it is tied to the students; a slow machine
     # may count it as hung once.
     went_back = sum("goes on from its last checkpoint" in line for line in lines)
-    assert went_back == 1 if backend == "gloo" else 2 <= went_back <= 3
+    least = 1 if backend == "gloo" else 2
+    assert least <= went_back <= least + 1
     assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 

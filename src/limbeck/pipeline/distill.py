@@ -35,6 +35,7 @@ from limbeck.pipeline.parts import (
     arrange,
     check_strategies,
     check_teacher,
+    layout_of,
     make_engine,
     make_objective,
     make_student,
@@ -370,6 +371,16 @@ class _Run:
             console.say(
                 "Student and teacher share devices and take turns (is_offload_states): the teacher answers for "
                 f"{self.config.steps_per_turn} steps at a time, then makes room."
+            )
+        for role, worker in (("student", self.config.student), ("teacher", self.config.teacher)):
+            layout = layout_of(worker)
+            if layout.together > 1 and (role == "student" or self.config.has_teacher):
+                console.say(f"The {role}: {layout.told()}.")
+        stages, turns = self.world.pipeline, self.config.student.training_args.gradient_accumulation_steps
+        if stages > 1 and not self.config.student.use_dynamic_batching_in_train:
+            console.say(
+                f"With {turns} micro-batches a step each of the {stages} stages waits for the others for "
+                f"{(stages - 1) / (turns + stages - 1):.0%} of the time; more gradient_accumulation_steps wait less."
             )
         if self.resumed_from is not None:
             console.say(f"Resumed from {self.resumed_from} at step {self.step}.")

@@ -173,7 +173,6 @@ def make_student(
     if mesh is not None and layout.tensor > 1:
         across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
         finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
-        compiled = False
     faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
     parts = (model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish)
     root = StudentWithLoss(*parts) if stages is None else StudentStage(*parts, stages=stages, outline=outline)

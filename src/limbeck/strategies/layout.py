@@ -36,6 +36,16 @@ class Layout:
         """Neighbouring ranks that work on the same rows."""
         return self.tensor * self.context * self.pipeline
 
+    def told(self) -> str:
+        """The same in words; empty where every rank has the whole model and whole rows."""
+        slices = f"matrices over {self.tensor} ranks" + (" that divide the time between them" if self.sequence else "")
+        parts = {
+            slices: self.tensor,
+            f"rows over {self.context}": self.context,
+            f"layers over {self.pipeline}": self.pipeline,
+        }
+        return ", ".join(words for words, size in parts.items() if size > 1)
+
     def check(self, world: World, role: str) -> None:
         """Raise LimbeckError unless the processes can be divided so."""
         if world.size % self.together:
