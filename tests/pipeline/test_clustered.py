@@ -107,30 +107,30 @@ def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "out"
 
 
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [
-        ("StudentWorker", signal.SIGKILL),
-        ("StudentWorker", signal.SIGSTOP),
-        ("TeacherWorker", signal.SIGKILL),
-    ],
-)
-def test_a_run_that_loses_a_worker_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, victim, number):
+def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path):
     if not undisturbed.exists():
         run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
-    lines, hit = [], []
+    lines, faults = (
+        [],
+        {
+            "step 15/": ("TeacherWorker", signal.SIGKILL),
+            "step 25/": ("StudentWorker", signal.SIGKILL),
+            "step 45/": ("StudentWorker", signal.SIGSTOP),
+        },
+    )
 
     def told(line: str) -> None:
         lines.append(line)
-        if "step 25/" in line and not hit:
-            hit.extend(processes(victim)[-1:])
-            os.kill(hit[0], number)
+        for step in [step for step in faults if step in line]:
+            victim, number = faults.pop(step)
+            os.kill(processes(victim)[-1], number)
 
-    run_on_cluster(configure(**groups(2, 1), **LONG, **{"student.backend_timeout": 0.2}), told)
-    assert hit
-    if victim == "StudentWorker":  # a teacher that is alone is replaced without anybody having to go back
-        assert any("goes on from its last checkpoint" in line for line in lines)
-        assert any(line.startswith("Resumed from") for line in lines)
+    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **{"student.backend_timeout": 0.3}), told)
+    assert not faults
+    # A teacher that is alone is replaced without anybody having to go back; a slow machine may count it as hung once.
+    assert 2 <= sum("goes on from its last checkpoint" in line for line in lines) <= 3
+    assert any("student-1 died" in line for line in lines)
+    assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
@@ -143,10 +143,34 @@ def test_restarts_are_bounded_and_say_where_the_logs_are(configure, tmp_path):
         run_on_cluster(configure(**groups(1, 1), max_restarts=0), told)
 
 
-def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path):
+HUGE = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {
+                "teacher_pretrain": None,
+                "teacher.model_args.from_scratch": True,
+                "teacher.model_args.model_config_kwargs": HUGE,
+            },
+            "the teacher None takes .* GB of memory to load",
+        ),
+        ({"teacher.system_envs": "other"}, "teacher-0 on .* runs limbeck 99.0, and this process"),
+    ],
+    ids=["does-not-fit", "another-version"],
+)
+def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path, changes, sentence):
+    if "teacher.system_envs" in changes:
+        other = tmp_path / "limbeck-99.0.dist-info"
+        other.mkdir()
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: limbeck\nVersion: 99.0\n")
+        path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        changes = {"teacher.system_envs": {"PYTHONPATH": path}}
     lines = []
-    with pytest.raises(LimbeckError, match="there is no folder"):
-        run_on_cluster(configure(**groups(1, 1), teacher_pretrain=str(tmp_path / "nowhere" / "x")), lines.append)
+    with pytest.raises(LimbeckError, match=sentence):
+        run_on_cluster(configure(**groups(1, 1), **changes), lines.append)
     assert not any("goes on" in line for line in lines)
     deadline = time.monotonic() + 30
     while processes("StudentWorker") or processes("TeacherWorker"):
