@@ -215,7 +215,7 @@ def test_combinations_that_are_not_built_are_refused(folder, tmp_path, changes, 
         ({}, Layout(tensor=2, context=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
         ({"kind": "gpt2"}, Layout(tensor=2), "comes without a plan for tensor parallelism"),
         ({"kind": "gpt2"}, Layout(pipeline=2), "comes without a plan for pipelines (base_model_pp_plan); use 1"),
-        ({}, Layout(pipeline=3), "pipeline_model_parallel_size = 3 is more than the layers of tiny (1); use at most that many."),
+        ({}, Layout(pipeline=3), "pipeline_model_parallel_size = 3 is more than the layers of tiny (1); use at most that"),
     ],
 )  # fmt: skip
 def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(changes, layout, sentence):
