@@ -190,6 +190,8 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
         ("strategy_args.strategy_config.tensor_parallel_size", "tensor_model_parallel_size"),
         ("strategy_args.strategy_config.cp_size", "context_parallel_size"),
         ("model_args.ulysses_size", "context_parallel_size"),
+        ("strategy_args.pp_size", "pipeline_model_parallel_size"),
+        ("strategy_args.strategy_config.pipeline_parallel_size", "pipeline_model_parallel_size"),
     ],
 )
 def test_every_name_of_a_parallel_size_is_the_same_size(load: Load, role: str, key: str, ours: str) -> None:
@@ -230,7 +232,7 @@ def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...
         ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
         ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
         ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
-        ("student.strategy_args.pp_size=2", "student.strategy_args.pp_size = 2 is not built yet"),
+        ("student.strategy_args.ep_size=2", "student.strategy_args.ep_size = 2 is not built yet"),
         (
             "student.training_args.fp16=true",
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",

@@ -74,7 +74,7 @@ def check_stages(trunk: Any, stages: int, name: str, role: str) -> None:
         )
     layers = len(parts[1])
     if stages > layers:
-        raise LimbeckError(f"{key} is more than the {layers} layers of {name}; use {layers} or fewer.")
+        raise LimbeckError(f"{key} is more than the layers of {name} ({layers}); use at most that many.")
 
 
 def keep_stage(model: Any, trunk: Any, number: int, count: int) -> None:
