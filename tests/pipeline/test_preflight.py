@@ -110,11 +110,7 @@ def test_a_zero_stage_counts_what_it_shards(configure, assets, stage, bytes_each
             "of memory; use more machines, smaller models or LoRA",
         ),
     ],
-<<<<<<< HEAD
-    ids=["divisibility", "dtype", "transport", "machines", "checkpoint", "memory"],
-=======
-    ids=["divisibility", "heads", "layers", "dtype", "machines", "checkpoint", "memory"],
->>>>>>> wip-layouts
+    ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "checkpoint", "memory"],
 )  # fmt: skip
 def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
     status, out, err = check(**changes)
