@@ -39,7 +39,11 @@ class Layout:
     def told(self) -> str:
         """The same in words; empty where every rank has the whole model and whole rows."""
         slices = f"matrices over {self.tensor} ranks" + (" that divide the time between them" if self.sequence else "")
-        parts = {slices: self.tensor, f"rows over {self.context}": self.context, f"layers over {self.pipeline}": self.pipeline}
+        parts = {
+            slices: self.tensor,
+            f"rows over {self.context}": self.context,
+            f"layers over {self.pipeline}": self.pipeline,
+        }
         return ", ".join(words for words, size in parts.items() if size > 1)
 
     def check(self, world: World, role: str) -> None:
