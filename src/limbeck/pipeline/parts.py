@@ -169,6 +169,11 @@ def make_student(
     mesh = make_mesh(world, options, layout) if world.size > 1 else None
     outline, stages = Outline.of(model), layout.stages(world)
     partial_gradients = spread(model, layout, world, mesh, name)
+    if stages is not None and world.max(not any(parameter.requires_grad for parameter in model.parameters())):
+        raise LimbeckError(
+            f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {layout.pipeline}: freeze_module_prefix "
+            "leaves one of the stages nothing to train; use fewer stages, or freeze less."
+        )
     across, finish = None, lambda: None
     if mesh is not None and layout.tensor > 1:
         across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
