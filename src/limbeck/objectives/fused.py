@@ -39,7 +39,7 @@ IGNORE = -100
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
-_COMPILED_TILE_BYTES = 8 << 20  # compiled code has no temporaries, only the logits themselves
+_COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
 _EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
 _STRIP = 1024  # rows of a head that a CPU multiplies at once
@@ -406,6 +406,8 @@ def _walk(
     w_t = None if job.teacher is None else job.teacher.weight[:vocab]
     b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
 
+    if device.type == "cpu":
+        _keep_freed_tiles()
     chunk = job.chunk_size or _default_chunk(device, vocab, count, w_s, w_t)
     chunk = max(1, min(chunk, count))
     z_s = _buffer(chunk, vocab, job.dtype, device)
@@ -498,6 +500,15 @@ class _Compiled:
                 stacklevel=2,
             )
             return plain(*tensors)
+
+
+@cache
+def _keep_freed_tiles() -> None:
+    """Let glibc hand a tile's temporaries to the next tile: fresh pages cost as much as the arithmetic.
+
+    Its threshold for giving memory back rises to twice the largest block below 32 MiB that was ever freed (mallopt(3)).
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
