@@ -304,7 +304,9 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
 
     Returns a callable ``(student_logits [N, V], teacher_logits [N, V'], temperature=1.0, teacher_temperature=None) -> [N]``
     that backpropagates to the student's logits. V and V' may differ by padding: columns beyond the shorter do not exist. An
-    unset teacher temperature is the student's.
+    unset teacher temperature is the student's. Values are in nats, without a factor τ². −∞ is a logit of probability 0.
+
+    Raises LimbeckError for an unknown name or parameter, and when called with a temperature of 0 or less.
     """
     terms = formulas(name, **parameters)
 
@@ -316,6 +318,8 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
     ) -> Tensor:
         vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
         tau_t = temperature if teacher_temperature is None else teacher_temperature
+        if not (temperature > 0 and tau_t > 0):
+            raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
         student = (student_logits[..., :vocab] / temperature).clamp_min(LOWEST)
         teacher = (teacher_logits[..., :vocab] / tau_t).clamp_min(LOWEST)
         return _Rows.apply(student, teacher.detach(), terms)
