@@ -19,6 +19,7 @@ KEYS = ("train/loss", "train/train_distill_loss", "train/teacher_entropy", "stud
 SIZES = "student.strategy_args.strategy_config."
 TENSOR = {**rows(8), f"{SIZES}tensor_model_parallel_size": 2}
 CONTEXT = {**rows(8), f"{SIZES}context_parallel_size": 2}
+STAGES = {**rows(4, 2), f"{SIZES}pipeline_model_parallel_size": 2}
 TOP = {"logits_topk": 7, "logits_topk_tail": "bucket", "kd_temperature": 2.0, "kd_objective": "mixed_kl"}
 GLOO = {"logits_transfer_backend": "gloo"}
 HIDDEN, VOCAB = 48 * 4, 299 * 4  # bytes: the teacher's width, and the tokens that both models have
@@ -92,10 +93,11 @@ def groups(assets, tmp_path_factory):
         ({}, CONTEXT, HIDDEN, 1),
         ({}, {**TENSOR, "teacher.signal": "logits"}, VOCAB, 1),
         ({"logits_topk": 5}, {**rows(4), "teacher.signal": "logits"}, VOCAB, 2),
+        (TOP, STAGES, 7 * 8, 1),
         ({}, {**rows(4), **GLOO}, HIDDEN, 2),
         (TOP, {**TENSOR, **GLOO}, 7 * 8, 1),
     ],
-    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "hidden-gloo", "top-k-tp2-gloo"],
+    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "top-k-pp2", "hidden-gloo", "top-k-tp2-gloo"],
 )
 def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, changes, bytes_per_token, questions):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}
@@ -107,8 +109,9 @@ def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, chang
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
-    # Three steps of one micro-batch on each share of the data, and validation in portions of 16 rows.
-    assert sum(map(len, teacher.call("take"))) == questions * (3 + 96 // 16 // questions)
+    # Three steps on each share of the data, and validation in portions of 16 rows.
+    micro_batches = 2 if changes is STAGES else 1
+    assert sum(map(len, teacher.call("take"))) == questions * (3 * micro_batches + 96 // 16 // questions)
 
 
 def test_turns_are_taken_a_stretch_of_steps_at_a_time(configure, groups, tmp_path):
