@@ -18,7 +18,7 @@ from limbeck.pipeline.parts import DTYPES, fsdp2_options, layout_of
 from limbeck.strategies.deepspeed import stage_of
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.layout import Layout
-from limbeck.strategies.stages import keep_stage
+from limbeck.strategies.stages import check_stages, keep_stage
 from limbeck.strategies.tensor import sliced_parameters
 
 _MASTER, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes of each trained number: float32, and Adam's two means
@@ -100,7 +100,7 @@ def _of_student(config: DistillConfig) -> Load:
         return (whole + shared) / ranks if zero == 3 else whole + shared / ranks
 
     model = make()
-    stages = _stages(make, layout, lambda model, p, slices: p.numel() * held(p) / slices)
+    stages = _stages("student", worker, make, lambda model, p, slices: p.numel() * held(p) / slices)
     return Load("student", ranks, _count(model), stages, _bytes(model.parameters()), layout)
 
 
@@ -121,26 +121,28 @@ def _of_teacher(config: DistillConfig) -> Load:
     whole = head.numel() * head.element_size()
 
     def held(model: Any, parameter: nn.Parameter, slices: int) -> float:
-        if model.get_output_embeddings() is not None and parameter is model.get_output_embeddings().weight:
-            tied = parameter is model.get_input_embeddings().weight
-            return (
-                0 if not tied or share * slices == 1 else parameter.numel() * parameter.element_size() / slices / share
-            )
+        ends = (model.get_output_embeddings(), model.get_input_embeddings())
+        is_head, is_embedding = (parameter is getattr(end, "weight", None) for end in ends)
+        # The head is counted whole; where it is one with embeddings that are sharded, the shards are beside it.
+        if is_head and not (is_embedding and share * slices > 1):
+            return 0
         return parameter.numel() * parameter.element_size() / slices / share
 
-    stages = tuple(part + whole for part in _stages(make, layout, held))
+    stages = tuple(part + whole for part in _stages("teacher", worker, make, held))
     return Load("teacher", ranks, _count(model), stages, _bytes(model.parameters()), layout)
 
 
 def _stages(
-    make: Callable[[], Any], layout: Layout, held: Callable[[Any, nn.Parameter, int], float]
+    role: str, worker: WorkerConfig, make: Callable[[], Any], held: Callable[[Any, nn.Parameter, int], float]
 ) -> tuple[int, ...]:
     """The bytes of each stage of the pipeline, ``held(model, parameter, slices)`` being those of one parameter."""
+    layout, name = layout_of(worker), str(worker.model_args.model_name_or_path or role)
     found = []
     for number in range(layout.pipeline):
         model = make()
         causal, trunk = unwrapped(model), body(model)
         if layout.pipeline > 1:
+            check_stages(trunk, layout.pipeline, name, role)
             keep_stage(causal, trunk, number, layout.pipeline)
         sliced = {id(p) for p in sliced_parameters(causal, trunk, layout.tensor)} if layout.tensor > 1 else set()
         each = (held(causal, p, layout.tensor if id(p) in sliced else 1) for p in model.parameters())

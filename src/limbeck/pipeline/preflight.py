@@ -89,7 +89,7 @@ def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
         problems.append(str(error))
         loads = []
     problems += _placement_problems(config, machines, loads)
-    return problems
+    return list(dict.fromkeys(problems))
 
 
 def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
@@ -110,7 +110,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
             check()
         except LimbeckError as error:
             problems.append(str(error))
-    return list(dict.fromkeys(problems))
+    return problems
 
 
 def _check_worker(role: str, worker: WorkerConfig, ranks: int) -> None:
