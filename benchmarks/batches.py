@@ -1,7 +1,7 @@
 """What padding costs and packing saves on GSM8K: shares of padding, loads of ranks, batches and tokens trained per second.
 
-    python benchmarks/batches.py --data path/to/gsm8k/train.jsonl
-    python benchmarks/batches.py --data path/to/gsm8k/train.jsonl --without-trl
+    python benchmarks/batches.py --data path/to/gsm8k
+    python benchmarks/batches.py --data path/to/gsm8k --without-trl
 
 The tokenizer is trained on the data on the spot, so that nothing is downloaded. Fixed-length padding is what
 ``padding="max_length"`` gives: every row in ``sequence_length`` slots. TRL's packing runs in the side environment of step.py.
@@ -76,11 +76,13 @@ def shares(examples: Examples, with_trl: bool) -> None:
     print(
         f"{rows} rows, {tokens / rows:.0f} tokens in the mean, longest {examples.lengths.max()}, sequence_length {LENGTH}\n"
     )
+    dynamic = {"packing": False, "per_device_batch_size": 64, "max_tokens_per_microbatch": 4096}
     print("share of padding over an epoch (8 rows or packs in a micro-batch, or 4096 slots where dynamic)")
     print(f"  fixed length ({LENGTH} slots a row)       {1 - tokens / (rows * LENGTH):6.1%}")
     for name, changes in (
         ("rows by length, 8 micro-batches", {"packing": False, "accumulation_steps": 8}),
-        ("dynamic, 64 rows a step", {"packing": False, "per_device_batch_size": 64, "max_tokens_per_microbatch": 4096}),
+        ("dynamic, 64 rows a step", dynamic),
+        ("dynamic, grouped by length", {**dynamic, "group_by_length": True}),
         ("packed", {}),
         ("packed and dynamic", {"max_tokens_per_microbatch": 4096}),
     ):
@@ -88,12 +90,12 @@ def shares(examples: Examples, with_trl: bool) -> None:
         steps = [next(stream) for _ in range(stream.steps_per_epoch)]
         share = 1 - sum(step.num_tokens for step in steps) / sum(step.num_slots for step in steps)
         print(f"  {name:38} {share:6.2%}")
-    print("\nhow full packs are, and the time to choose them")
+    print(f"\nshare of padding if every pack took its {LENGTH} slots, and the time to choose packs")
     falling = np.sort(examples.lengths)[::-1]
     for algorithm in ALGORITHMS:
         begun = time.perf_counter()
         packs = len(pack(falling, LENGTH, algorithm).starts) - 1
-        print(f"  {algorithm:38} {tokens / packs / LENGTH:6.2%}  {1e3 * (time.perf_counter() - begun):6.1f} ms")
+        print(f"  {algorithm:38} {1 - tokens / packs / LENGTH:6.2%}  {1e3 * (time.perf_counter() - begun):6.1f} ms")
     if with_trl:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(examples.lengths.tolist(), file)
@@ -105,8 +107,8 @@ def shares(examples: Examples, with_trl: bool) -> None:
                 check=True,
             )
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
-        fill, spent = found["tokens"] / found["packs"] / LENGTH, found["seconds"]
-        print(f"  {'TRL pack_dataset(strategy=bfd)':38} {fill:6.2%}  {1e3 * spent:6.1f} ms, tokens moved too")
+        share, spent = 1 - found["tokens"] / found["packs"] / LENGTH, found["seconds"]
+        print(f"  {'TRL pack_dataset(strategy=bfd)':38} {share:6.2%}  {1e3 * spent:6.1f} ms, tokens moved too")
 
 
 def loads(examples: Examples) -> None:
@@ -116,12 +118,14 @@ def loads(examples: Examples) -> None:
         ("packed and dynamic, 4096 slots", 8, {"max_tokens_per_microbatch": 4096}),
         ("dynamic, 64 rows a rank, 2048 slots", 64, {"packing": False, "max_tokens_per_microbatch": 2048}),
         ("dynamic, 32 rows a rank, 4096 slots", 32, {"packing": False, "max_tokens_per_microbatch": 4096}),
-    ):
+        ("the same, grouped by length", 32,
+         {"packing": False, "max_tokens_per_microbatch": 4096, "group_by_length": True}),
+    ):  # fmt: skip
         parts = []
         for world in (2, 4, 8):
             ranks = [stream_of(examples, rank, world, per_device_batch_size=rows, **changes) for rank in range(world)]
             ratios = []
-            for _ in range(min(20, ranks[0].steps_per_epoch)):
+            for _ in range(ranks[0].steps_per_epoch):
                 sums = [sum(batch.num_tokens for batch in next(rank).micro_batches) for rank in ranks]
                 ratios.append(max(sums) * world / sum(sums))
             parts.append(f"{world} ranks {statistics.mean(ratios):.3f} {max(ratios):.3f}")
@@ -199,18 +203,23 @@ def training(examples: Examples, rounds: int, warmup: int) -> None:
     )
 
 
+def report(data: Path, with_trl: bool = True, rounds: int = 12, warmup: int = 2) -> None:
+    """Print everything that is measured here, on the rows of the folder ``data``."""
+    examples = examples_of(data / "train.jsonl")
+    shares(examples, with_trl)
+    loads(examples)
+    speed(examples)
+    training(examples, rounds, warmup)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl, or rows of question and answer")
+    parser.add_argument("--data", type=Path, required=True, help="folder with a train.jsonl of question and answer")
     parser.add_argument("--without-trl", action="store_true")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)
     args = parser.parse_args()
-    examples = examples_of(args.data)
-    shares(examples, not args.without_trl)
-    loads(examples)
-    speed(examples)
-    training(examples, args.rounds, args.warmup)
+    report(args.data, not args.without_trl, args.rounds, args.warmup)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What reading data costs: rows tokenised per second beside TRL's preparation, and memory for a file of any size.
+"""What data costs: rows tokenised per second beside TRL's preparation, what padding costs, memory for a file of any size.
 
-    python benchmarks/data.py tokenize                          # rows made on the spot
-    python benchmarks/data.py tokenize --data path/to/gsm8k     # the folder of GSM8K's train.jsonl
-    python benchmarks/data.py memory --gigabytes 2
+    python benchmarks/data.py --data path/to/gsm8k              # everything; the folder of GSM8K's train.jsonl
+    python benchmarks/data.py tokenize                          # one of them, on rows made on the spot
+    python benchmarks/data.py batches --data path/to/gsm8k      # what batches.py prints
+    python benchmarks/data.py memory --gigabytes 2              # takes a quarter of an hour on two cores
 
 Tokenising is reading the rows, writing them through a chat template, tokenising, and making the loss mask, each side in a
 process of its own. TRL's side is what its SFTTrainer does with prompt and completion before training (``_prepare_dataset``), in
@@ -215,7 +216,9 @@ def measure_memory(data: Path | None, gigabytes: float, workers: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tokenize", "memory", "ours", "trl"))
+    parser.add_argument(
+        "what", nargs="?", default="all", choices=("all", "tokenize", "batches", "memory", "ours", "trl")
+    )
     parser.add_argument("--data", type=Path, help="folder with a train.jsonl of question and answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=16, help="times the rows that two processes share")
@@ -226,9 +229,17 @@ def main() -> None:
     if args.folder is not None:
         side = {"ours": ours, "trl": trl, "memory": memory}[args.what]
         print("@" + json.dumps(side(args.folder, args.workers)))
-    elif args.what == "tokenize":
+        return
+    if args.what in ("all", "batches") and args.data is None:
+        parser.error("batches are measured on rows of real lengths; name their folder with --data")
+    if args.what in ("all", "tokenize"):
         compare_tokenizing(args.data, args.rounds, args.repeat)
-    else:
+    if args.what in ("all", "batches"):
+        from batches import report
+
+        print()
+        report(args.data)
+    if args.what in ("all", "memory"):
         measure_memory(args.data, args.gigabytes, args.workers)
 
 

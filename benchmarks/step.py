@@ -89,8 +89,11 @@ def compare(dtype: str, rounds: int, warmup: int) -> None:
             ours.ask(), theirs.ask()
         seconds: dict[str, list[float]] = {"limbeck": [], "trl": []}
         parts: list[float] = []
+        waited: list[float] = []
         for _ in range(rounds):
-            seconds["limbeck"].append(ours.ask()["seconds"])
+            ours_now = ours.ask()
+            seconds["limbeck"].append(ours_now["seconds"])
+            waited.append(ours_now["data"])
             seconds["trl"].append(theirs.ask()["seconds"])
             parts.append(ours.ask("parts")["seconds"])
         growth = {side.name: side.ask("memory")["growth_mb"] for side in (ours, theirs)}
@@ -107,7 +110,8 @@ def compare(dtype: str, rounds: int, warmup: int) -> None:
     )
     print(
         f"  a step costs {middle['limbeck'] / statistics.median(parts):.3f} × its parts measured alone "
-        "(teacher forward + student forward and backward with the fused loss + optimizer)"
+        "(teacher forward + student forward and backward with the fused loss + optimizer); "
+        f"{sum(waited) / sum(seconds['limbeck']):.2%} of it is waiting for data"
     )
 
 

@@ -69,9 +69,10 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
             if what == "parts":
                 say(seconds=parts(run))
                 continue
-            begun = time.perf_counter()
+            waited, begun = run.metrics.timer._seconds["data"], time.perf_counter()
             step(run)
-            say(seconds=time.perf_counter() - begun)
+            seconds = time.perf_counter() - begun
+            say(seconds=seconds, data=run.metrics.timer._seconds["data"] - waited)
             return
         sys.exit()
 

@@ -67,6 +67,8 @@ def test_data_show_prints_a_row_as_it_is_learnt(run_file, capsys):
     assert "rows.jsonl:4 (question/answer), weight 1" in text
     assert "prompt    ‹<|system|>›:" in text
     assert "reads the same tokens" in text
+    assert main(["data", "show", str(run_file), "cross_tokenizer=hybrid"]) == 0
+    assert "learned tokens face" in capsys.readouterr().out
     assert main(["data", "show", str(run_file), "--row", "3000"]) == 2
     assert "--row 3000 does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

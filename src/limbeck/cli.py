@@ -218,6 +218,7 @@ def _data_show(args: argparse.Namespace) -> int:
     from limbeck.data.show import find_row, print_row
     from limbeck.pipeline.inputs import (
         make_tokenizer,
+        make_translator,
         named_source,
         teacher_tokenizer,
         token_settings,
@@ -229,10 +230,12 @@ def _data_show(args: argparse.Namespace) -> int:
     if args.row < 0:
         raise LimbeckError(f"--row {args.row} is no row; rows are counted from 0.")
     found = find_row(sources, args.row, encoder)
-    # A teacher with another tokenizer reads spans of equal text, not the same ids.
-    compared = config.has_teacher and config.cross_tokenizer == "off"
-    teacher = teacher_tokenizer(config.teacher) if compared else None
-    print_row(Console(highlight=False), found, encoder, teacher=teacher, ids=args.ids)
+    teacher = translator = None
+    if config.has_teacher and config.cross_tokenizer == "off":
+        teacher = teacher_tokenizer(config.teacher)
+    elif config.has_teacher:
+        translator = make_translator(config, encoder.tokenizer)
+    print_row(Console(highlight=False), found, encoder, teacher=teacher, translator=translator, ids=args.ids)
     return 0
 
 

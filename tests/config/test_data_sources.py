@@ -63,5 +63,12 @@ def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path:
         str(tmp_path / "data/train.jsonl"), str(tmp_path / "part-*.jsonl"), str(tmp_path / "corpus"),
         "elsewhere.jsonl", "hub:a/b", "/abs",
     ]  # fmt: skip
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    (tmp_path / "prompt.txt").write_text("{}")
+    args = load(
+        "student.data_args.template=mine.jinja", "student.data_args.prompt_file=prompt.txt"
+    ).config.student.data_args
+    assert (args.template, args.prompt_file) == (str(tmp_path / "mine.jinja"), str(tmp_path / "prompt.txt"))
+    assert load("student.data_args.template=chatml").config.student.data_args.template == "chatml"
     (tmp_path / "a.jsonl").write_text("{}")
     assert load(yaml=SOURCES).config.data_sources[0].path == [str(tmp_path / "a.jsonl")]

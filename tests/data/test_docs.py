@@ -12,7 +12,7 @@ from limbeck.config.schema import DataArgs, SourceArgs
 TEXT = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
 PACKING = (
     "use_sequence_packing", "packing_algorithm", "use_dynamic_batching_in_train", "max_tokens_per_microbatch_in_train",
-    "sequence_length_round_in_train",
+    "sequence_length_round_in_train", "group_by_length",
 )  # fmt: skip
 
 

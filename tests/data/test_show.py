@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from limbeck.data import IGNORE, Source, TokenizeSettings, make_encoder, tokenize_files, tokenize_rows
+from limbeck.data import IGNORE, Source, TokenizeSettings, Translator, make_encoder, tokenize_files, tokenize_rows
 from limbeck.data.show import find_row, print_row, tokens_of
 from limbeck.data.sources import Record
 from limbeck.errors import LimbeckError
@@ -46,11 +46,11 @@ def chat_file(tmp_path):
     return path
 
 
-def show(sources, index, tokenizer, teacher=None, color=False, ids=False, **settings):
+def show(sources, index, tokenizer, teacher=None, color=False, ids=False, translator=None, **settings):
     out = io.StringIO()
     console = Console(file=out, force_terminal=color, color_system="truecolor" if color else None, width=80)
     encoder = make_encoder(tokenizer, TokenizeSettings(**settings))
-    print_row(console, find_row(sources, index, encoder), encoder, teacher=teacher, ids=ids)
+    print_row(console, find_row(sources, index, encoder), encoder, teacher=teacher, translator=translator, ids=ids)
     return out.getvalue()
 
 
@@ -80,6 +80,38 @@ def test_a_teacher_that_reads_or_writes_differently_is_told(chat_file, tokenizer
     text = printed(chat_file, tokenizer, build_tokenizer(special=["<|im_end|>", "<|im_start|>", "<|endoftext|>"]))
     assert "tokens differently:" in text
     assert "The tokenizers of student" in text
+
+
+def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path, tokenizer, build_tokenizer):
+    path = tmp_path / "rows.jsonl"
+    row = {"question": "How many eggs?", "answer": "She has 12 eggs. Es süß"}
+    path.write_text(json.dumps(row))
+    other = build_tokenizer(vocab_size=262, special=["<s>", "</s>"], bos=True, eos_token="</s>", pad_token="</s>")
+    translator = Translator(tokenizer, other)
+    text = show([Source.named(path)], 0, tokenizer, translator=translator, template="base", ids=True)
+    _, teacher = text.split("\nteacher: ")
+    (count, aligned, learned, facing) = re.match(
+        r"(\d+) tokens of \S+; (\d+) of the student's (\d+) learned tokens face (\d+) of them, in \d+ spans", teacher
+    ).groups()
+    assert aligned == learned == re.search(r"student, text: \d+ tokens, (\d+) learned", text)[1]
+    shown = re.findall(r":(\d+)(?=[│\n]|$)", teacher)
+    assert shown == [str(token) for token in other(f"How many eggs?\n{row['answer']}</s>")["input_ids"]]
+    assert int(count) == len(shown)
+    compared = teacher[teacher.index("compared") :]
+    assert len(re.findall(r":\d+(?=[│\n]|$)", compared)) == int(facing)
+    assert re.search(r"span +\S+ faces \S+│\S+", teacher)
+    assert "text 2 of" in show(
+        [Source.named(path)], 0, tokenizer, translator=translator, template="base", sequence_length=12, overlong="split"
+    )
+    dropped = show(
+        [Source.named(path)], 0, tokenizer, translator=translator, template="base", sequence_length=5, overlong="drop"
+    )
+    assert "teacher" not in dropped[dropped.index("student") :]
+
+
+def test_a_template_that_the_tokenizer_spells_out_is_noted(chat_file, build_tokenizer):
+    text = show([Source.named(chat_file)], 0, build_tokenizer(special=["<|endoftext|>"]), template="chatml")
+    assert "note      the tokenizer has no token for <|im_start|> and <|im_end|>, which template: chatml writes" in text
 
 
 def test_what_becomes_of_a_long_row_is_told(chat_file, tokenizer):

@@ -74,7 +74,13 @@ def seen(steps):
     return Counter(document for step in steps for batch in step.micro_batches for document in documents(batch))
 
 
-MODES = [{}, {"packing": True}, {"max_tokens_per_microbatch": 48}, {"packing": True, "max_tokens_per_microbatch": 48}]
+MODES = [
+    {},
+    {"packing": True},
+    {"max_tokens_per_microbatch": 48},
+    {"packing": True, "max_tokens_per_microbatch": 48},
+    {"group_by_length": True, "max_tokens_per_microbatch": 48},
+]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -355,22 +361,33 @@ def test_packs_that_nothing_fills_are_dealt_evenly():
         assert max(loads) - min(loads) <= 220
 
 
+@pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4, 8])
-def test_padded_ranks_within_a_budget_wait_little_for_each_other(world_size):
+def test_padded_ranks_within_a_budget_wait_little_for_each_other(world_size, grouped):
     examples = make(lognormal(4000))
-    ranks = [
-        stream(
-            examples, rank, world_size, sequence_length=512, per_device_batch_size=64, max_tokens_per_microbatch=2048
-        )
-        for rank in range(world_size)
-    ]
-    ratios = []
+    sizes = {"sequence_length": 512, "per_device_batch_size": 64, "max_tokens_per_microbatch": 2048}
+    ranks = [stream(examples, rank, world_size, group_by_length=grouped, **sizes) for rank in range(world_size)]
+    ratios, shares = [], []
     for _ in range(ranks[0].steps_per_epoch):
         parts = [next(rank) for rank in ranks]
         loads = [sum(batch.num_tokens for batch in part.micro_batches) for part in parts]
         ratios.append(max(loads) * world_size / sum(loads))
-        assert parts[0].num_tokens > 0.9 * parts[0].num_slots
-    assert np.mean(ratios) <= 1.03
+        shares.append([parts[0].num_tokens, parts[0].num_slots])
+    tokens, slots = np.sum(shares, axis=0)
+    assert tokens > (0.97 if grouped else 0.92) * slots
+    assert np.mean(ratios) <= 1.01
+    assert np.max(ratios) <= 1.03
+
+
+def test_steps_of_similar_rows_leave_no_length_out_and_keep_no_order_of_length():
+    examples = make(lognormal(1000))
+    grouped = stream(examples, group_by_length=True, sequence_length=512)
+    steps = [next(grouped) for _ in range(grouped.steps_per_epoch)]
+    widths = [[len(tokens) for batch in step.micro_batches for tokens, _ in documents(batch)] for step in steps]
+    assert sum(map(len, widths)) == 1000
+    assert np.mean([max(width) - min(width) for width in widths]) < 30
+    means = [np.mean(width) for width in widths]
+    assert abs(np.corrcoef(np.arange(len(means)), means)[0, 1]) < 0.3
 
 
 @pytest.mark.parametrize("mode", [*MODES, {"packing": True, "packing_algorithm": "modified_first_fit_decreasing"}])

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 
 import pytest
 from hypothesis import given, settings
@@ -97,8 +98,27 @@ def test_a_template_may_be_a_file(tmp_path, tokenizer):
 def test_template_kwargs_reach_the_template(tokenizer):
     jinja = "{{ mood }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     assert rendered(QA, jinja, tokenizer, mood="happy ")[0].startswith("happy q?")
-    with pytest.raises(LimbeckError, match=r"template_kwargs\.tokenize"):
-        check_template_kwargs({"tokenize": True})
+    template = resolve_template(jinja, tokenizer)
+    check_template_kwargs({"mood": "happy"}, template)
+    for key, sentence in {
+        "tokenize": "is set by the renderer itself",
+        "mod": "did you mean mood?",
+        "enable_thinking": "so it would change nothing; remove it",
+    }.items():
+        with pytest.raises(LimbeckError, match=rf"template_kwargs\.{key} .*{re.escape(sentence)}"):
+            check_template_kwargs({key: True}, template)
+    check_template_kwargs({"enable_thinking": False}, resolve_template("qwen3", tokenizer))
+    with pytest.raises(LimbeckError, match=r"is not valid Jinja: .*; correct it"):
+        check_template_kwargs({}, resolve_template("{% for m in messages %}", tokenizer))
+
+
+@pytest.mark.parametrize("template", ["chatml", "gemma", "llama3", "mistral", "qwen2_5", "qwen3"])
+def test_markers_that_the_tokenizer_lacks_are_told(build_tokenizer, template):
+    note = resolve_template(template, build_tokenizer(special=["<|endoftext|>"])).note
+    written = re.search("no token for (.*), which", note)[1].split(" and ")
+    assert all(marker in NAMED[template] for marker in written)
+    assert not resolve_template(template, build_tokenizer(special=["<|endoftext|>", *written])).note
+    assert not resolve_template("base", build_tokenizer(special=["<|endoftext|>"])).note
 
 
 def test_an_answer_that_is_rewritten_later_is_learnt_in_a_text_of_its_own(tokenizer):

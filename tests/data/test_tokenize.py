@@ -240,7 +240,7 @@ def test_a_cache_hit_gives_the_same_and_tokenises_nothing(tmp_path, tokenizer):
     "change",
     [
         {"template": "chatml"},
-        {"template_kwargs": {"a": 1}},
+        {"template_kwargs": {"eos_token": "!"}},
         {"sequence_length": 30},
         {"distill_on_prompt": True},
         {"default_system": "be brief"},

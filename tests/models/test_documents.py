@@ -9,7 +9,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import body, hidden_states, keep_documents_apart, output_head, recompute_activations
+from limbeck.models import (
+    body,
+    hidden_states,
+    keep_documents_apart,
+    load_model,
+    output_head,
+    recompute_activations,
+)
 from limbeck.objectives import Objective
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.teachers import LocalTeacher
@@ -31,11 +38,11 @@ FAMILIES = {
 PRECISION = {"gpt_oss": torch.float32}  # its experts know no other
 
 
-def tiny(family: str, *, seed: int = 0, attention: str | None = None):
+def tiny(family: str, *, seed: int = 0, attention: str | None = None, **changes):
     settings = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-        **FAMILIES[family],
+        "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+        **FAMILIES[family], **changes,
     }  # fmt: skip
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family.removesuffix("_window"), **settings)
@@ -82,8 +89,8 @@ def step(student: StudentWithLoss, teacher: LocalTeacher, batches: list[Batch]) 
     return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
-def parties(family: str, attention: str | None = None):
-    student, asked = tiny(family, attention=attention), tiny(family, seed=1, attention=attention)
+def parties(family: str, attention: str | None = None, **changes):
+    student, asked = (tiny(family, seed=seed, attention=attention, **changes) for seed in (0, 1))
     teacher = LocalTeacher(body(asked), output_head(asked.requires_grad_(False)), 0)
     root = StudentWithLoss(student, Objective.of("forward_kl", kd_weight=0.5), VOCAB)
     return student, asked, root, teacher
@@ -130,6 +137,63 @@ def test_eager_attention_asked_for_stays_eager_and_agrees():
         found.append(hidden_states(body(model), batch.input_ids, batch.position_ids, batch.documents))
     assert [model.config._attn_implementation for model in models] == ["sdpa_by_document", "eager_by_document"]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)  # eager forms its softmax in float32
+
+
+def of_each(family, parts, attention=None):
+    """The hidden states of every document in a row of its own."""
+    model = tiny(family, attention=attention).eval()
+    return torch.cat([hidden_states(body(model), ids[None], None)[0] for ids, _ in parts])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt_oss"])  # its sinks need a GPU there
+def test_flex_attention_keeps_documents_apart(family):
+    parts = documents(11, 1, 4, 9, 7)
+    packs = packed(parts, padding=3)
+    flex = tiny(family, attention="flex_attention").eval()
+    keep_documents_apart(flex, family)
+    assert flex.config._attn_implementation == "flex_attention_by_document"
+    with torch.compiler.set_stance("force_eager"):  # compiling takes its time, and the mathematics are the same
+        found = hidden_states(body(flex), packs.input_ids, packs.position_ids, packs.documents)[0]
+        alone = hidden_states(body(flex), parts[0][0][None], None)[0]
+    torch.testing.assert_close(found[:-3], of_each(family, parts, "eager"), rtol=0, atol=1e-5)
+    torch.testing.assert_close(alone, found[: len(alone)], rtol=0, atol=1e-9)
+
+
+@torch.no_grad()
+def test_flex_attention_takes_what_autocast_leaves(tmp_path):
+    make_model(tmp_path / "model", kind="qwen3", head_dim=8)  # whose norms leave queries in float32
+    flex = load_model(str(tmp_path / "model"), dtype=torch.float32, attn_implementation="flex_attention").eval()
+    packs = packed(documents(8, 5))
+    with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
+        plain = hidden_states(body(flex), packs.input_ids[:, :8], None)
+        keep_documents_apart(flex, "qwen3")
+        found = hidden_states(body(flex), packs.input_ids, packs.position_ids, packs.documents)
+    torch.testing.assert_close(found[:, :8], plain)
+    flex.save_pretrained(tmp_path / "saved")
+    assert "by_document" not in (tmp_path / "saved" / "config.json").read_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_window", "qwen3", "llama", "mistral", "gemma2"])
+def test_kernels_for_gpus_teach_what_each_document_teaches_alone(family, attention):
+    if attention == "flash_attention_2":
+        pytest.importorskip("flash_attn")
+    dtype = torch.bfloat16 if attention == "flash_attention_2" else torch.float32
+    changes = {"head_dim": 16, "hidden_size": 64}  # the smallest that the kernels take
+    student, asked, root, teacher = parties(family, attention, **changes)
+    parts = documents(130, 1, 40, 90, 70)
+    for model in (student, asked):
+        keep_documents_apart(model.to(dtype), family)
+        model.to("cuda")
+    teacher = LocalTeacher(body(asked), output_head(asked), 0)
+    loss, gradient = step(root, teacher, [packed([part]).to(torch.device("cuda")) for part in parts])
+    ours, our_gradient = step(root, teacher, [packed(parts, 3).to(torch.device("cuda"))])
+    tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4
+    assert ours == pytest.approx(loss, rel=tolerance)
+    assert (our_gradient - gradient).norm() <= tolerance * gradient.norm()
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

@@ -29,8 +29,9 @@ def problem(dtype=torch.float32):
         (Objective.of("js_divergence", temperature=2.0, squared=True), torch.bfloat16),
         (Objective.of("adaptive_kl"), torch.float32),
         (Objective.of("forward_kl", topk=7, tail="bucket"), torch.float32),
+        (Objective(lambda p, q, log_p, log_q: ((q - p) ** 2 / 2, q * (q - p))), torch.float32),
     ],
-    ids=["dense", "sorted", "sparse"],
+    ids=["dense", "sorted", "sparse", "of a user"],
 )
 def test_compiled_and_plain_agree_for_every_chunk(objective, dtype):
     results = []

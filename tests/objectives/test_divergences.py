@@ -80,6 +80,17 @@ def test_closed_forms_meet_the_golden_values(name, parameters, value):
     assert divergence(name, **parameters)(Q, P).item() == pytest.approx(value, abs=1e-9)
 
 
+def test_a_smoothed_jensen_shannon_is_rolls():
+    student, teacher = (torch.randn(4, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    q, p = student.softmax(-1), teacher.detach().softmax(-1)
+    log_m = ((p + q) / 2 + 1e-2).log()
+    expected = 0.5 * (p * ((p + 1e-2).log() - log_m)).sum(-1) + 0.5 * (q * ((q + 1e-2).log() - log_m)).sum(-1)
+    found = divergence("js_divergence", smoothing=1e-2)(student, teacher)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    ours, plain = (torch.autograd.grad(x.sum(), student, retain_graph=True)[0] for x in (found, expected))
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-13)
+
+
 def test_adaptive_kl_meets_its_golden_value():
     p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.4, 0.3, 0.2, 0.1), (0.1, 0.25, 0.35, 0.3)))
     assert divergence("adaptive_kl", alpha=0.5)(q, p).item() == pytest.approx(0.3643346060, abs=1e-9)

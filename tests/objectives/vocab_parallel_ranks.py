@@ -14,8 +14,15 @@ from limbeck.objectives import (
     VocabParallel,
     fused_linear_distillation,
     names,
+    register,
     take_rows,
 )
+
+
+@register
+def of_a_user():
+    """Σ (p − q)² / 2."""
+    return lambda p, q, log_p, log_q: ((q - p) ** 2 / 2, q * (q - p))
 
 
 def main(vocab: int) -> None:

@@ -128,3 +128,26 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     assert process.returncode == 128 + number, text
     assert f"Stopped by {number.name}" in text
     assert (out / "student" / "model.safetensors").is_file()
+
+
+PATIENT = """
+import os, sys, time
+from limbeck.strategies.world import start_world
+with start_world(timeout_minutes=1 / 60) as world:  # what any other collective gets
+    if world.is_main:
+        time.sleep(4)
+        if sys.argv[1] == "dies":
+            os._exit(7)
+    world.wait()
+    print(f"rank {world.rank} goes on", flush=True)
+"""
+
+
+@pytest.mark.parametrize("main", ["lives", "dies"])
+def test_ranks_wait_for_a_long_tokenisation_but_not_for_a_dead_one(tmp_path, main):
+    script = tmp_path / "patient.py"
+    script.write_text(PATIENT)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, str(script), main], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode == 0) == (main == "lives"), done.stderr
+    assert done.stdout.count("goes on") == (2 if main == "lives" else 0)

@@ -495,3 +495,23 @@ def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
 def test_a_missing_model_is_one_sentence(configure, tmp_path):
     with pytest.raises(LimbeckError, match="there is no folder"):
         DistillPipeline(configure(teacher_pretrain=str(tmp_path / "nowhere"))).run()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with it")
+def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(configure, tmp_path):
+    packed = {
+        "max_steps": 1,
+        "student.use_sequence_packing": True,
+        "student.training_args.per_device_train_batch_size": 2,
+    }
+    found = []
+    with torch.compiler.set_stance("force_eager"):  # compiling takes its time, and the mathematics are the same
+        for kind in ("flex_attention", "sdpa"):
+            out = tmp_path / kind
+            changes = {"teacher.model_args.attn_implementation": kind, "output_dir": str(out)}
+            DistillPipeline(configure(**packed, **changes)).run()
+            found.append(lines(out, "train/loss")[1])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    config = configure(**{"student.model_args.attn_implementation": "flex_attention"})
+    with pytest.raises(LimbeckError, match="flex_attention has no backward pass on a CPU; use sdpa or auto"):
+        DistillPipeline(config).run()

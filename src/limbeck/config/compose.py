@@ -93,7 +93,7 @@ class _Composed:
 
 
 def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
-    """Data files that are named relative to the configuration's folder, and are there, get that folder in front."""
+    """Files that are named relative to the configuration's folder, and are there, get that folder in front."""
 
     def beside(name: Any) -> Any:
         if isinstance(name, list):
@@ -107,7 +107,7 @@ def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
         return str(path) if there else name
 
     for section, keys in (
-        (("student", "data_args"), ("file_name", "eval_file_name", "sources")),
+        (("student", "data_args"), ("file_name", "eval_file_name", "sources", "template", "prompt_file")),
         (("validation", "data_args"), ("file_name",)),
     ):
         found: Any = values
@@ -115,7 +115,7 @@ def _find_data_beside(folder: Path, values: dict[str, Any]) -> None:
             found = found.get(name) if isinstance(found, dict) else None
         for key in keys if isinstance(found, dict) else ():
             entries = found.get(key)
-            if entries is None:
+            if entries is None or (key == "template" and not str(entries).endswith(".jinja")):
                 continue
             if key != "sources":
                 found[key] = beside(entries)

@@ -43,6 +43,16 @@ OBJECTIVES = (
     "cross_entropy",
 )
 Tail = Literal["renormalize", "bucket", "drop", "uniform", "zero"]
+FAULTS = (
+    "unshifted_mask",
+    "every_token",
+    "base_vocabulary",
+    "zero_padded_vocabulary",
+    "mean_over_vocabulary",
+    "mean_of_micro_batches",
+)
+"""What other systems do wrong and ``objective_faults`` does again; see docs/objectives.md."""
+
 FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 Scheduler = Literal[
     "linear",
@@ -249,9 +259,10 @@ class ModelArgs(Section):
         default="bf16",
         description="Number format in which the model computes: fp32, bf16 or fp16 (torch's names work).",
     )
-    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "eager"] = Field(
+    attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
         default="auto",
-        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2.",
+        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2. The flash and "
+        "flex ones train on GPUs only.",
     )
 
     @property
@@ -430,6 +441,11 @@ class TrainingArgs(Section):
     )
     gradient_accumulation_steps: int = Field(
         default=1, ge=1, description="Micro-batches of each rank that are summed into one optimizer step."
+    )
+    group_by_length: bool = Field(
+        default=False,
+        description="Without packing: a step takes rows of similar length, which need less padding; the steps themselves come "
+        "in any order.",
     )
     data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data; unset, `seed`.")
 
@@ -631,6 +647,11 @@ class DistillConfig(Section):
         default=None,
         description="Fill the keys of the objective that are not written with those of another system, for its numbers.",
     )
+    objective_faults: list[Literal[FAULTS]] = Field(  # type: ignore[valid-type]
+        default_factory=list,
+        description="Faults of other systems to repeat, for whoever must meet their numbers: unshifted_mask, every_token, "
+        "base_vocabulary, zero_padded_vocabulary, mean_over_vocabulary, mean_of_micro_batches.",
+    )
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "
@@ -813,6 +834,18 @@ class DistillConfig(Section):
             yield Contradiction(
                 "loss_balance", "= modelopt scales to the divergence of the logits; set distill_loss_weight above 0"
             )
+        if self.objective_faults:
+            others = {
+                "cross_tokenizer": self.cross_tokenizer != "off",
+                "features.pairs": bool(self.features.pairs),
+                "loss_balance": self.loss_balance != "weighted",
+                "distill_loss_weight = 0": self.distill_loss_weight == 0,
+            }
+            for other in (name for name, given in others.items() if given):
+                yield Contradiction("objective_faults", f"do not go with {other}; remove one of them")
+            both = [name for name in ("unshifted_mask", "every_token") if name in self.objective_faults]
+            if len(both) == 2:
+                yield Contradiction("objective_faults", f"has both {' and '.join(both)}, which contradict; keep one")
         for role, pretrain, model_args in (
             ("student", self.student_pretrain, student),
             ("teacher", self.teacher_pretrain, teacher),
@@ -964,6 +997,8 @@ class DistillConfig(Section):
         if not self.device_mapping:
             for key in ("num_gpus_per_node", "num_nodes"):
                 yield key, "is read with device_mapping only; without one there is one process, or torchrun's"
+        if self.objective_faults:
+            yield "compile_loss", "is not read with objective_faults, whose loss is not compiled"
         if self.logits_topk == 0:
             yield "logits_topk_tail", "is read with logits_topk only"
         if not self.features.pairs:
@@ -976,6 +1011,8 @@ class DistillConfig(Section):
             yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
         if not student.use_sequence_packing:
             yield "student.packing_algorithm", "is read with use_sequence_packing: true only"
+        else:
+            yield "student.training_args.group_by_length", "is not read with use_sequence_packing, which pads nothing"
         if student.model_args.lora_target is None:
             for key in ("lora_rank", "lora_alpha", "lora_dropout"):
                 yield f"student.model_args.{key}", "is read with lora_target only"

@@ -27,7 +27,7 @@ from limbeck.errors import LimbeckError
 if TYPE_CHECKING:
     from limbeck.data.sources import Input, Source
 
-VERSION = 3
+VERSION = 4
 """Raise it whenever the same input would give other arrays or another report."""
 
 ARRAYS = ("tokens", "labels", "offsets", "supervised")

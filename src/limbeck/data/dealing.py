@@ -6,7 +6,9 @@ Every rank deals the whole step by itself and must come to the same end, so ever
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import accumulate, pairwise
 
 Groups = list[list[int]]
 
@@ -53,6 +55,9 @@ def neighbours_within(lengths: Sequence[int], budget: int, ranks: int, padded: C
         return bounds
 
     wanted = -(-len(cut(budget)) // ranks) * ranks
+    even = _cut_evenly([lengths[i] for i in order], wanted)
+    if all(_area(bounds, slots) <= budget for bounds in even):
+        return [order[start:stop] for start, stop in sorted(even, key=lambda b: -_area(b, slots))]
     low, high = slots[0], budget  # the least budget that needs no more groups than wanted makes them even
     while low < high:
         middle = (low + high) // 2
@@ -63,6 +68,18 @@ def neighbours_within(lengths: Sequence[int], budget: int, ranks: int, padded: C
         start, stop = bounds[where]
         bounds[where : where + 1] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
     return [order[start:stop] for start, stop in sorted(bounds, key=lambda b: -_area(b, slots))]
+
+
+def _cut_evenly(lengths: Sequence[int], groups: int) -> list[tuple[int, int]]:
+    """Neighbours in so many groups, none of them empty, whose sums are as even as neighbours allow."""
+    reached = [0, *accumulate(lengths)]
+    stops = [0]
+    for group in range(1, groups):
+        wanted = reached[-1] * group / groups
+        after = bisect_left(reached, wanted)
+        nearest = after if reached[after] - wanted <= wanted - reached[after - 1] else after - 1
+        stops.append(min(max(nearest, stops[-1] + 1), len(lengths) - groups + group))
+    return list(pairwise([*stops, len(lengths)]))
 
 
 def _area(bounds: tuple[int, int], slots: Sequence[int]) -> int:

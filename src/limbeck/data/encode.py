@@ -38,8 +38,9 @@ class TokenizeSettings:
     answer_key, prompt_key, system_key: columns of a question-and-answer row. weight_key: the column that multiplies a row's
     loss. domain_key: the column that says to which domain a row belongs. sequence_length: tokens that a row may have.
     overlong: what happens to longer ones: ``truncate`` (cut from the right), ``drop``, or ``split`` (into consecutive rows
-    of that length). on_bad_row: ``error`` or ``skip``. distill_on_prompt: learn every token. workers: processes; None for
-    as many as the data is worth.
+    of that length). on_bad_row: ``error`` or ``skip``. distill_on_prompt: learn every token. prompts: write each row up to its
+    last answer and ask for that, for a model that is to write it; nothing is learned, and longer rows are dropped. workers:
+    processes; None for as many as the data is worth.
     """
 
     template: str | None = None
@@ -57,6 +58,7 @@ class TokenizeSettings:
     overlong: str = "truncate"
     on_bad_row: str = "error"
     distill_on_prompt: bool = False
+    prompts: bool = False
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +113,8 @@ class Encoder:
                 batch.bad.append(item)
             elif isinstance(item, Document):
                 try:
+                    if self.settings.prompts:
+                        raise RowError("no question", f"{item.where} is text in tokens, which asks nothing.")
                     ids = document_ids(item)
                 except RowError as error:
                     batch.bad.append(BadRow(item.file, 0, item.number, error.kind, str(error)))
@@ -127,7 +131,7 @@ class Encoder:
 
     def texts_of(self, record: Record, form: str) -> tuple[Conversation, tuple[Rendered, ...]]:
         """A row of the shape ``form`` as a conversation, and the texts it is written as; raises LimbeckError for a bad one."""
-        conversation = reader(form, self.settings.keys)(record)
+        conversation = reader(form, self.settings.keys, self.settings.prompts)(record)
         texts = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, record.where)
         for one in texts:
             if len(one.text) > MAX_ROW:
@@ -178,11 +182,12 @@ class Encoder:
         backend.no_padding()
         encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         encodings.reverse()
+        everything = self.settings.distill_on_prompt and not self.settings.prompts
         for r in rendered:
             encoding = encodings.pop()  # freed one by one: an encoding holds many times its text
             ids = np.array(encoding.ids, dtype=np.int32)
             places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            yield ids, *supervise(places, r.spans, self.settings.distill_on_prompt, r.weight)
+            yield ids, *supervise(places, r.spans, everything, r.weight)
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> Encoder:
@@ -192,7 +197,6 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
             f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
             "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
         )
-    check_template_kwargs(settings.template_kwargs)
     template = resolve_template(
         settings.template,
         tokenizer,
@@ -200,6 +204,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
         prompt_file=settings.prompt_file,
         train_on=settings.train_on,
     )
+    check_template_kwargs(settings.template_kwargs, template)
     return Encoder(tokenizer, template, settings)
 
 
@@ -221,6 +226,7 @@ class _Batch:
     def __init__(self, settings: TokenizeSettings) -> None:
         self._limit = settings.sequence_length
         self._overlong = settings.overlong
+        self._prompts = settings.prompts
         self._domains: list[str] | None = None if settings.domain_key is None else []
         self._rows: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32] | None, int]] = []
         self.bad: list[BadRow] = []
@@ -236,7 +242,7 @@ class _Batch:
     ) -> None:
         """One row, before it is cut."""
         limit, overlong = self._limit, len(ids) > self._limit
-        if overlong and self._overlong == "drop":
+        if overlong and (self._prompts or self._overlong == "drop"):
             self.dropped[f"longer than {limit} tokens"] += 1
             return
         if overlong and self._overlong == "truncate":
@@ -245,7 +251,7 @@ class _Batch:
             ids = ids[:limit]
         labels, weights = shift(ids, supervised, weights)
         count = int(np.count_nonzero(labels != IGNORE))
-        if not count:
+        if not count and not self._prompts:
             cut = overlong and self._overlong == "truncate"
             self.dropped[f"no supervised token in the first {limit}" if cut else "no token to learn"] += 1
             return

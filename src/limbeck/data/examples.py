@@ -76,7 +76,7 @@ class DataReport:
     rewritten: rows that the template makes several texts of, as it writes an answer otherwise later; texts: how many.
     truncated: rows cut to ``sequence_length``; cut_answers: those among them that were cut inside a supervised turn, whose
     end token is then not learned. split: rows cut into several. bad: skipped rows, by reason; bad_rows_file: where each of
-    them is named. groups: the (number of the source, domain) of the rows.
+    them is named. groups: the (number of the source, domain) of the rows. note: what may surprise about the template.
     """
 
     files: tuple[FileReport, ...]
@@ -95,6 +95,7 @@ class DataReport:
     bad_rows_file: str | None = None
     groups: tuple[tuple[int, str], ...] = ()
     largest_token: int = 0
+    note: str = ""
 
     def __str__(self) -> str:
         files = ", ".join(f"{file.path} ({file.rows:,} rows of {file.format})" for file in self.files[:3])
@@ -117,7 +118,7 @@ class DataReport:
         return (
             f"{self.rows:,} rows from {files}; template: {self.template}{texts}; "
             f"{self.tokens:,} tokens, of which {self.supervised_tokens:,} supervised; "
-            f"{cut}; {dropped}{bad}."
+            f"{cut}; {dropped}{bad}." + (f"\nnote: {self.note}" if self.note else "")
         )
 
 

@@ -56,13 +56,15 @@ class Conversation:
 
     messages: the turns, in order; an assistant turn's ``weight`` (0: not learned) multiplies the loss of its tokens.
     tools: what the template is told of tools. weight: multiplies the loss of every supervised token of the row.
-    plain: running text in one message: no template, every token is learned.
+    plain: running text in one message: no template, every token is learned. asks: a prompt to be answered: the template's
+    generation prompt follows, and nothing is learned.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     plain: bool = False
+    asks: bool = False
 
 
 ToConversation = Callable[[Record], Conversation]
@@ -82,34 +84,48 @@ class Format:
     plain: bool = False
 
 
-def detect(first: Record, keys: RowKeys) -> str:
-    """The name in ``FORMATS`` of a source's shape, judged by its first row; raises LimbeckError for prompts without answers."""
-    if keys.question in first.row and keys.answer in first.row:
+def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
+    """The name in ``FORMATS`` of a source's shape, judged by its first row.
+
+    Raises LimbeckError for prompts without answers, unless ``prompts`` are what is wanted.
+    """
+    there = {*first.row, *(_answer_keys(keys).values() if prompts else ())}
+    if keys.question in there and keys.answer in there:
         return "question_answer"
     for name, form in FORMATS.items():
-        if form.marks and all(mark in first.row for mark in form.marks):
+        if form.marks and all(mark in there for mark in form.marks):
             return name
-    if "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
+    if not prompts and "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
         raise LimbeckError(
-            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); the answers would have to be "
-            "written by the student, which is not done here, so give rows with answers."
+            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); a student that writes its own "
+            "answers is not built yet, so give rows with answers."
         )
     return "question_answer"
 
 
-def reader(name: str, keys: RowKeys) -> ToConversation:
-    """The function that reads every row of the shape ``name``.
+def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
+    """The function that reads every row of the shape ``name``; with ``prompts`` as far as its last answer, if it has one.
 
     It raises RowError, with the row's place, for a row that lacks its keys, holds something that is not text, or has no
     answer to learn from.
     """
     form = FORMATS[name]
+    answer = _answer_keys(keys).get(name) if prompts else None
 
     def read(record: Record) -> Conversation:
+        if answer is not None:  # whatever stands there is not read
+            record = record._replace(row={**record.row, answer: "…"})
         messages = form.read(record, keys)
         weight = (
             1.0 if keys.weight is None else _weight(record.row.get(keys.weight), f'{record.where}: "{keys.weight}"')
         )
+        if prompts:
+            return Conversation(
+                _asked(record, messages if form.columns else _with_system(record, messages), form),
+                _tools(record),
+                weight,
+                asks=True,
+            )
         if form.plain:
             return Conversation(messages, weight=weight, plain=True)
         if not form.columns:
@@ -117,6 +133,19 @@ def reader(name: str, keys: RowKeys) -> ToConversation:
         return Conversation(_with_answers(record, messages), _tools(record), weight)
 
     return read
+
+
+def _answer_keys(keys: RowKeys) -> dict[str, str]:
+    """Where a row of each shape that has a column for it keeps its answer."""
+    return {"question_answer": keys.answer, "prompt_completion": "completion", "instruction": "output"}
+
+
+def _asked(record: Record, messages: list[Message], form: Format) -> list[Message]:
+    """The turns before the answer that a conversation ends with."""
+    turns = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    if form.plain or not any(message["role"] == "user" for message in turns):
+        raise RowError("no question", f"{record.where} asks nothing; a prompt needs a user's turn.")
+    return turns
 
 
 def shown_format(name: str, keys: RowKeys) -> str:

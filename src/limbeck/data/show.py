@@ -24,16 +24,23 @@ from limbeck.data.tokenizers import check_same_tokenizer
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-_STYLES = {"prompt": "cyan", "learned": "green", "masked": "yellow", "cut": "red"}
+    from limbeck.data.alignment import TokenText, Translator
+
+_STYLES = {
+    "prompt": "cyan", "learned": "green", "masked": "yellow", "cut": "red", "read": "cyan", "compared": "green"
+}  # fmt: skip
 _MEANINGS = {
     "prompt": "read, not learned",
     "learned": "predicted, and part of the loss",
     "masked": "an answer of weight 0: read, not learned",
     "cut": "beyond sequence_length: never read",
 }
+_OF_TRANSLATION = {"read": "read by the teacher", "compared": "faces the student's tokens of the same text"}
 _INDENT = 10
+_MOST_SPANS = 8
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRo
     seen = 0
     for source in sources:
         for one in inputs_of(source):
-            form, items = read_input(one, source, encoder.settings.keys)
+            form, items = read_input(one, source, encoder.settings)
             for item in items:
                 if seen < index:
                     seen += 1
@@ -117,9 +124,13 @@ def print_row(
     encoder: Encoder,
     *,
     teacher: PreTrainedTokenizerBase | None,
+    translator: Translator | None = None,
     ids: bool = False,
 ) -> None:
-    """Print a row as the student learns it and, as far as that differs, as the teacher reads it."""
+    """Print a row as the student learns it and, as far as that differs, as the teacher reads it.
+
+    teacher: its tokenizer, if it is to be the student's. translator: instead of it, for a teacher with another one.
+    """
     if isinstance(found.item, Document):
         texts, template, weight = None, "not used on tokens", 1.0
         of_texts = [tokens_of_document(found.item, encoder)]
@@ -132,8 +143,11 @@ def print_row(
     shape = TOKENS if found.form == TOKENS else shown_format(found.form, encoder.settings.keys)
     _line(console, f"row       {found.item.where} ({shape}), weight {weight:g}{domain}")
     _line(console, f"template  {template}")
+    if texts is not None and encoder.template.note:
+        _line(console, f"note      {encoder.template.note}", "yellow")
     legend = Text("legend    ")
-    for kind, meaning in _MEANINGS.items():
+    meanings = {**_MEANINGS, **(_OF_TRANSLATION if translator is not None else {})}
+    for kind, meaning in meanings.items():
         legend.append(kind, _STYLES[kind]).append(f": {meaning}; ")
     console.print(legend.append("‹special›", "bold").append(", tokens parted by │"), soft_wrap=True)
     for number, tokens in enumerate(of_texts, 1):
@@ -142,6 +156,8 @@ def print_row(
         _print_tokens(console, tokens, ids)
         if teacher is not None:
             _print_teacher(console, tokens, encoder.tokenizer, teacher)
+    if translator is not None:
+        _print_translations(console, found, encoder, translator, ids)
     if teacher is not None:
         _print_same_tokenizer(console, encoder.tokenizer, teacher)
         if texts is not None and not conversation.plain:
@@ -200,6 +216,68 @@ def _print_teacher(
     _line(console, f"teacher   reads {count:,} of the {len(tokens):,} tokens differently:", "red")
     for index, word in list(differing.items())[:8]:
         _line(console, f"          {index}: {_visible(student.decode([index]))} is {_visible(word)}")
+
+
+def _print_translations(console: Console, found: FoundRow, encoder: Encoder, translator: Translator, ids: bool) -> None:
+    """What a teacher with another tokenizer reads of the row, and which of its tokens face the student's."""
+    import torch
+
+    from limbeck.data.batch import Batch
+
+    encoded = encoder.encode([found.item], found.form)
+    student, teacher, texts = translator.student, translator.teacher, len(encoded.lengths)
+    stops = np.cumsum(encoded.lengths)
+    for number, stop in enumerate(stops.tolist(), 1):
+        here = slice(stop - int(encoded.lengths[number - 1]), stop)
+        row, labels = (torch.from_numpy(array[here].astype(np.int64)) for array in (encoded.tokens, encoded.labels))
+        batch = translator.translate(Batch.of(row[None], labels[None], None, len(row)))
+        view = batch.translation
+        assert view is not None
+        read = [*view.input_ids[0].tolist(), *view.labels[-1:].tolist()]  # the last one is only asked for
+        compared = set((view.supervised + 1).tolist())
+        _line(
+            console,
+            f"\nteacher{f', text {number} of {texts}' if texts > 1 else ''}: {len(read):,} tokens of {teacher.name}; "
+            f"{view.aligned_tokens:,} of the student's {len(batch.supervised):,} learned tokens face {len(compared):,} "
+            f"of them, in {len(view.spans):,} spans",
+        )
+        words = _words(teacher, read)
+        shown = [
+            ShownToken(token, word, "compared" if at in compared else "read", token in teacher.special, 1.0)
+            for at, (token, word) in enumerate(zip(read, words, strict=True))
+        ]
+        _print_tokens(console, shown, ids)
+        spans = view.spans
+        ours = _words_of_spans(
+            spans.student_first,
+            spans.student_rest,
+            spans.student_rest_span,
+            batch.supervised,
+            _words(student, row.tolist()),
+        )
+        theirs = _words_of_spans(
+            spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, view.supervised, words
+        )
+        several = [(mine, its) for mine, its in zip(ours, theirs, strict=True) if len(mine) > 1 or len(its) > 1]
+        for mine, its in several[:_MOST_SPANS]:
+            _line(console, f"{'span':{_INDENT}}{_visible('│'.join(mine))} faces {_visible('│'.join(its))}")
+        if len(several) > _MOST_SPANS:
+            _line(console, f"{'':{_INDENT}}… and {len(several) - _MOST_SPANS:,} more spans of several tokens")
+
+
+def _words(text: TokenText, ids: Sequence[int]) -> list[str]:
+    return [piece.decode("utf-8", "replace") for piece in text.pieces(ids)]
+
+
+def _words_of_spans(
+    first: Tensor, rest: Tensor, rest_span: Tensor, places: Tensor, words: Sequence[str]
+) -> list[list[str]]:
+    """The words of each span's tokens: ``places`` are where they are predicted, one before they stand."""
+    spans = [[words[place + 1]] for place in places[first].tolist()]
+    for place, span in zip(places[rest].tolist(), rest_span.tolist(), strict=True):
+        if span < len(spans):
+            spans[span].append(words[place + 1])
+    return spans
 
 
 def _print_same_tokenizer(console: Console, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

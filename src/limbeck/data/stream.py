@@ -27,6 +27,7 @@ from limbeck.errors import LimbeckError
 Ints = NDArray[np.integer[Any]]
 RowsOfEpoch = Callable[[int], Ints]
 
+_WINDOW = 32  # steps among which rows are dealt by length: enough for similar ones, few enough to stay mixed
 _BLOCK, _BLOCKS = 1 << 16, 256  # bytes in a block and blocks of an array that a checksum reads
 
 
@@ -74,6 +75,7 @@ class BatchStream:
                                 step's rows are then dealt by length instead of by ``per_device_batch_size``.
     length_round:               padded lengths are multiples of this, up to ``sequence_length`` or the longest row; with
                                 packing, the whole micro-batch's length is.
+    group_by_length:            without packing, a step takes rows of similar length, which need little padding.
     pad_id:                     the token id in padding; never predicted.
     rows_of_epoch:              row numbers, repeated ones allowed, that an epoch consists of; all rows by default. A
                                 function of the epoch alone.
@@ -96,6 +98,7 @@ class BatchStream:
         length_round: int,
         pad_id: int,
         packing_algorithm: str = "best_fit_decreasing",
+        group_by_length: bool = False,
         shuffle: bool = True,
         rows_of_epoch: RowsOfEpoch | None = None,
     ) -> None:
@@ -107,6 +110,7 @@ class BatchStream:
         self._accumulation = accumulation_steps
         self._budget = max_tokens_per_microbatch
         self._algorithm = packing_algorithm if packing else None
+        self._group_by_length = group_by_length and not packing
         self._shuffle = shuffle
         self._rows_of_epoch = rows_of_epoch
         self._units_per_step = per_device_batch_size * accumulation_steps * world_size
@@ -178,6 +182,8 @@ class BatchStream:
         rows = np.arange(every, dtype=small) if self._rows_of_epoch is None else np.array(self._rows_of_epoch(epoch))
         if self._shuffle:
             random.shuffle(rows)
+        if self._group_by_length:
+            rows = _by_length(rows, self._examples.lengths, self._units_per_step, random)
         order = _Epoch(rows, None, None)
         if self._algorithm is not None:
             # Which lengths share a pack is the same in every epoch; which rows have their turn as those lengths is not.
@@ -281,16 +287,12 @@ def _global_batch(
 
     Dealt in snakes (0 1 2, 2 1 0, ...), the ranks meet micro-batches of similar size in every round.
     """
-    slots = tokens = 0
-    mine = []
-    for i, group in enumerate(micro_batches):
-        lengths = [int(examples.lengths[unit].sum()) for unit in group]
-        shape = layout.shape(lengths)
-        slots += shape[0] * shape[1]
-        tokens += sum(lengths)
-        turn, place = divmod(i, world_size)
-        if rank == (place if turn % 2 == 0 else world_size - 1 - place):
-            mine.append(_collate(examples, group, shape, layout))
+    lengths = [[int(examples.lengths[unit].sum()) for unit in group] for group in micro_batches]
+    shapes = [layout.shape(of_group) for of_group in lengths]
+    sums = [sum(of_group) for of_group in lengths]
+    dealt = evenly(sums, world_size, most=len(micro_batches) // world_size)
+    mine = [_collate(examples, micro_batches[i], shapes[i], layout) for i in dealt[rank]]
+    slots, tokens = sum(rows * time for rows, time in shapes), sum(sums)
     supervised, normalizer = _count(examples, [row for group in micro_batches for unit in group for row in unit])
     return GlobalBatch(tuple(mine), supervised, normalizer, tokens, slots)
 
@@ -345,6 +347,20 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
         real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
         documents=tuple(documents) if layout.packed else None,
     )
+
+
+def _by_length(rows: Ints, lengths: Ints, per_step: int, random: np.random.Generator) -> Ints:
+    """The rows of every ``_WINDOW`` steps dealt anew to these, each taking similar ones; the steps keep no order of length.
+
+    Those beyond the last whole step stay where they are, so that no length is left out oftener than another.
+    """
+    parts = []
+    whole = len(rows) // per_step * per_step
+    for start in range(0, whole, per_step * _WINDOW):
+        window = rows[start : min(start + per_step * _WINDOW, whole)]
+        steps = window[np.argsort(lengths[window], kind="stable")].reshape(-1, per_step)
+        parts.append(random.permutation(steps).ravel())
+    return np.concatenate([*parts, rows[whole:]])
 
 
 def _sortable(values: Ints, most: int) -> Ints:

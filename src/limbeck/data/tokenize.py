@@ -23,7 +23,7 @@ from limbeck.data import cache
 from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings, make_encoder
 from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
 from limbeck.data.masks import IGNORE
-from limbeck.data.rows import FORMATS, RowKeys, check_columns, detect, shown_format
+from limbeck.data.rows import FORMATS, check_columns, detect, shown_format
 from limbeck.data.sources import BadRow, Document, Input, Item, Line, Record, RowError, Source, decoded, inputs_of
 from limbeck.errors import LimbeckError
 
@@ -60,7 +60,8 @@ def tokenize_files(
     """Read, check, render and tokenise every row of ``files``; ``changes`` are fields of ``settings``.
 
     A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
-    every token. A row with nothing supervised is dropped. With ``cache_dir`` the result is kept there under a hash of
+    every token. A row with nothing supervised is dropped. With ``prompts`` nothing is supervised: each row is the prompt that
+    asks for its last answer, which it need not have. With ``cache_dir`` the result is kept there under a hash of
     everything it depends on, and mapped into memory. ``progress`` is told the number of rows done.
 
     Raises LimbeckError for anything wrong in any row, before a single row is trained on, unless ``on_bad_row`` is ``skip``.
@@ -126,7 +127,7 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
     file = 0
     for number, (source, inputs) in enumerate(sources):
         for one in inputs:
-            form, items = read_input(one, source, encoder.settings.keys)
+            form, items = read_input(one, source, encoder.settings)
             tally.formats.append(TOKENS if form == TOKENS else shown_format(form, encoder.settings.keys))
             portion: list[Item] = []
             size = 0
@@ -141,7 +142,7 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
             file += 1
 
 
-def read_input(one: Input, source: Source, keys: RowKeys) -> tuple[str, Iterator[Item]]:
+def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[str, Iterator[Item]]:
     """The shape of an input's rows, by the source's setting or the first row that can be read, and all its rows."""
     items = one.read()
     peeked: list[Item] = []
@@ -153,7 +154,7 @@ def read_input(one: Input, source: Source, keys: RowKeys) -> tuple[str, Iterator
             break
         if isinstance(item, (Line, Record)):
             with suppress(RowError):
-                form = form or detect(decoded(item), keys)
+                form = form or detect(decoded(item), settings.keys, settings.prompts)
                 break
         if len(peeked) == _PEEKED:
             break
@@ -163,7 +164,7 @@ def read_input(one: Input, source: Source, keys: RowKeys) -> tuple[str, Iterator
     if form != TOKENS:
         if form not in FORMATS:
             raise LimbeckError(f"format: {form} is unknown; use {', '.join(FORMATS)}.")
-        check_columns(form, keys, one.name)
+        check_columns(form, settings.keys, one.name)
     return form, chain(peeked, items)
 
 
@@ -290,6 +291,7 @@ class _Tally:
             bad=dict(self._bad),
             groups=tuple(self._group_numbers),
             largest_token=self._largest,
+            note=self._encoder.template.note,
         )
 
     def close(self) -> None:

@@ -22,11 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import eager_mask, flex_attention_mask, sdpa_mask
 
-BY_DOCUMENT = {"sdpa": "sdpa_by_document", "eager": "eager_by_document"}
+BY_DOCUMENT = {
+    "sdpa": "sdpa_by_document",
+    "eager": "eager_by_document",
+    "flex_attention": "flex_attention_by_document",
+}
 """The attention implementations of transformers that have a counterpart here. Without documents it does the same."""
+
+FOR_GPUS = ("flash_attention", "flex_attention")
+"""How the names of those begin that do not run, or not well, on a CPU."""
 
 _lengths: ContextVar[tuple[int, ...] | None] = ContextVar("document lengths", default=None)
 
@@ -98,6 +106,31 @@ def _attention_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
+def _flex_mask_by_document(**arguments: Any) -> Any:
+    lengths = _lengths.get()
+    if lengths is None:
+        return flex_attention_mask(**arguments)
+    given = arguments.get("cache_position")
+    device = arguments["device"] if given is None else given.device
+    each = torch.tensor(lengths, device=device)
+    document = torch.repeat_interleave(torch.arange(len(lengths), device=device), each)
+    place = torch.arange(len(document), device=device) - (each.cumsum(0) - each)[document]
+    within = arguments["mask_function"]
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[query] == document[key]) & within(batch, head, place[query], place[key])
+
+    return flex_attention_mask(**{**arguments, "mask_function": mask, "attention_mask": None})
+
+
+def _flex(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
+) -> tuple[Tensor, Any]:
+    """Under autocast a norm may have left queries and keys in another precision, which this kernel does not take."""
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **arguments)
+
+
 def _eager(module: Any, *arguments: Any, **named: Any) -> Any:
     """Eager attention is not one function: each model's file has its own."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **named)
@@ -106,3 +139,5 @@ def _eager(module: Any, *arguments: Any, **named: Any) -> Any:
 for _own, _attention, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
     AttentionInterface.register(BY_DOCUMENT[_own], _attention_by_document(_attention))
     AttentionMaskInterface.register(BY_DOCUMENT[_own], _mask_by_document(_mask))
+AttentionInterface.register(BY_DOCUMENT["flex_attention"], _flex)
+AttentionMaskInterface.register(BY_DOCUMENT["flex_attention"], _flex_mask_by_document)

@@ -7,14 +7,15 @@ not known here is refused rather than distilled wrongly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
-from limbeck.models.documents import BY_DOCUMENT, document_arguments, kept_apart
+from limbeck.models.documents import BY_DOCUMENT, FOR_GPUS, document_arguments, kept_apart
 from limbeck.objectives import OutputHead
 
 
@@ -71,11 +72,12 @@ def check_head(model: Any, name: str) -> None:
     head = output_head(causal)
     device = head.weight.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.weight.shape[0]
-    h = hidden_states(body(causal), ids, None)
+    with _attention_for(causal, device):
+        h = hidden_states(body(causal), ids, None)
+        own = causal(input_ids=ids, use_cache=False).logits.float()
     z = (h.to(head.weight.dtype) @ head.weight.T).float()
     z = (z if head.bias is None else z + head.bias.float()) * head.scale
     z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
-    own = causal(input_ids=ids, use_cache=False).logits.float()
     causal.train(was_training)
     coarse = head.weight.dtype in (torch.bfloat16, torch.float16)
     worst = (z[..., : own.shape[-1]] - own).abs().max().item()
@@ -91,7 +93,8 @@ def keep_documents_apart(model: Any, name: str) -> None:
     """Let ``model`` attend document by document where it can, and prove that packed documents give what each gives alone.
 
     Changes the attention implementation of ``model`` if that passes; else leaves it, if the model's own keeps documents apart
-    by their positions. Raises LimbeckError if neither does.
+    by their positions. Raises LimbeckError if neither does. Of a model on a CPU that is to use a kernel for GPUs everything
+    but that kernel is tried.
     """
     causal = _unwrapped(model)
     was_training = causal.training
@@ -103,24 +106,39 @@ def keep_documents_apart(model: Any, name: str) -> None:
     ids = torch.arange(1, sum(documents) + 1, device=device) % head.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in documents])
     rows = torch.nn.utils.rnn.pad_sequence(list(ids.split(documents)), batch_first=True)
-    each = hidden_states(trunk, rows, None).float()
-    alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
-    kept = False
-    for implementation in dict.fromkeys((BY_DOCUMENT.get(own, own), own)):
-        causal.set_attn_implementation(implementation)
-        try:
-            packed = hidden_states(trunk, ids[None], positions[None], documents)[0].float()
-        except (AttributeError, TypeError, ValueError, RuntimeError):
-            continue  # an architecture that does something with its mask which only a tensor allows
-        kept = bool((packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max())
-        if kept:
-            break
+    with _attention_for(causal, device):
+        tried = causal.config._attn_implementation
+        each = hidden_states(trunk, rows, None).float()
+        alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
+        kept, implementation = False, tried
+        for implementation in dict.fromkeys((BY_DOCUMENT.get(tried, tried), tried)):
+            causal.set_attn_implementation(implementation)
+            try:
+                packed = hidden_states(trunk, ids[None], positions[None], documents)[0].float()
+            except (AttributeError, TypeError, ValueError, RuntimeError):
+                continue  # an architecture that does something with its mask which only a tensor allows
+            kept = bool((packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max())
+            if kept:
+                break
+    causal.set_attn_implementation(implementation if tried == own else BY_DOCUMENT.get(own, own))
     causal.train(was_training)
     if not kept:
         raise LimbeckError(
             f"{name} ({type(causal).__name__}) does not keep packed rows apart by their position ids, so rows would see each "
             "other; set student.use_sequence_packing: false."
         )
+
+
+@contextmanager
+def _attention_for(causal: Any, device: torch.device) -> Iterator[None]:
+    """Eager attention inside, where a kernel for GPUs is asked for and the model still lies on a CPU."""
+    own = causal.config._attn_implementation
+    if device.type == "cpu" and own.startswith(FOR_GPUS):
+        causal.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        causal.set_attn_implementation(own)
 
 
 def check_length(model: Any, name: str, longest: int) -> None:

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
+from limbeck.models.documents import BY_DOCUMENT
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 
@@ -52,12 +53,16 @@ def load_model(
         if from_scratch:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
-                return AutoModelForCausalLM.from_config(
+                model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
                 )
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
-        )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
+            )
+        if attention == "flex_attention":  # whose counterpart takes what autocast leaves, with packing or without
+            model.set_attn_implementation(BY_DOCUMENT[attention])
+        return model
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         hint = _hint(name_or_path)
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error

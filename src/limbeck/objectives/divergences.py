@@ -124,11 +124,12 @@ def _both_ways(forward: float, reverse: float) -> Formulas:
 
 
 @register
-def js_divergence(beta: float = 0.5) -> Formulas:
+def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> Formulas:
     """Generalised Jensen-Shannon, M = βp + (1−β)q: β KL(p ‖ M) + (1−β) KL(q ‖ M) (GKD, arXiv 2306.13649).
 
     β = ½ is the ordinary one. D vanishes at both ends, where D/β tends to the forward and D/(1−β) to the reverse KL; as in
-    GKD, β = 0 and β = 1 stand for those two limits.
+    GKD, β = 0 and β = 1 stand for those two limits. ``smoothing`` is added inside each logarithm, as ROLL does with 1e-9; the
+    gradient is that of the smoothed value.
     """
     if not 0 <= beta <= 1:
         raise LimbeckError(f"js_divergence needs beta in [0, 1], got {beta}.")
@@ -137,11 +138,24 @@ def js_divergence(beta: float = 0.5) -> Formulas:
     if beta == 1:
         return reverse_kl()
     log_beta, log_rest = math.log(beta), math.log1p(-beta)
+    if smoothing:
+        return _smoothed_js(beta, smoothing)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         log_m = _log_sum(log_p + log_beta, log_q + log_rest)
         weight = (1 - beta) * q * (log_q - log_m)
         return weight + beta * p * (log_p - log_m), weight
+
+    return terms
+
+
+def _smoothed_js(beta: float, smoothing: float) -> Formulas:
+    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        m = beta * p + (1 - beta) * q
+        log_m, log_own = torch.log(m + smoothing), torch.log(q + smoothing)
+        value = beta * p * (torch.log(p + smoothing) - log_m) + (1 - beta) * q * (log_own - log_m)
+        slope = log_own - log_m + q / (q + smoothing) - m / (m + smoothing)
+        return value, (1 - beta) * q * slope
 
     return terms
 

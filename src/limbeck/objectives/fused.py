@@ -36,12 +36,13 @@ from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
 
 IGNORE = -100
 
-_CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
+_CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
-_COMPILED_TILE_BYTES = 16 << 20  # compiled code has no temporaries, only the logits themselves
+_COMPILED_TILE_BYTES = 8 << 20  # compiled code has no temporaries, only the logits themselves
 _EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
+_STRIP = 1024  # rows of a head that a CPU multiplies at once
 _WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
 
 
@@ -165,7 +166,7 @@ def fused_linear_distillation(
     weights: [N], what multiplies each position's loss; default 1.
     normalizer: what the sums are divided by; default the summed weight of the supervised positions.
     all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
-    chunk_size: positions per chunk; default as many as fit in 112 MiB of logits on a CPU (1024 if these
+    chunk_size: positions per chunk; default as many as fit in 124 MiB of logits on a CPU (1024 if these
     fit in 256 MiB), 1 GiB on a GPU.
     across: ``VocabParallel`` when each rank of a group gives its own rows of both heads; hidden states and labels are then
     the same on all ranks, and so is the result.
@@ -427,10 +428,10 @@ def _walk(
         index = rows[start : start + chunk]
         n, target = index.numel(), labels[index]
         h_s = hidden[index].to(job.dtype)
-        zs = torch.mm(h_s, w_s.t(), out=z_s[:n])
+        zs = _products(h_s, w_s, z_s[:n])
         zt = None
         if w_t is not None and z_t is not None and teacher_hidden is not None:
-            zt = torch.mm(teacher_hidden[index].to(w_t.dtype), w_t.t(), out=z_t[:n])
+            zt = _products(teacher_hidden[index].to(w_t.dtype), w_t, z_t[:n])
         log_probs, columns, zt = _said(job, index, zt)
         weigh = torch.ones(n, 1, dtype=accumulate, device=device)
         if job.weights is not None:
@@ -503,7 +504,7 @@ def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
     if not compiled:
         return max(1, _TILE_ELEMENTS // z_s.shape[1])
     per_row = z_s.shape[1] * (z_s.element_size() + (0 if z_t is None else z_t.element_size()))
-    return max(2, _COMPILED_TILE_BYTES // per_row)
+    return max(2, _COMPILED_TILE_BYTES // per_row // 2 * 2)  # an odd row would leave a core idle
 
 
 def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -537,11 +538,22 @@ def _default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_
     if device.type == "cpu" and _WHOLE_ROWS * per_row <= _WHOLE_BYTES:
         return _WHOLE_ROWS
     rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // per_row
-    if device.type == "cpu" or rows < _EVEN_ROWS:
-        return max(16, rows // 16 * 16)
-    rows = rows // _EVEN_ROWS * _EVEN_ROWS
+    even = 8 if device.type == "cpu" or rows < _EVEN_ROWS else _EVEN_ROWS
+    rows = max(16, rows // even * even)
     share = -(-count // max(1, -(-count // rows)))
-    return -(-share // _EVEN_ROWS) * _EVEN_ROWS
+    return -(-share // even) * even
+
+
+def _products(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """h [n, H] · weightᵀ [H, V] → out [n, V].
+
+    With few rows the BLAS of a CPU is some 20 % faster on strips of the head that stay in its cache.
+    """
+    if h.device.type != "cpu" or h.dtype is not torch.float32:
+        return torch.mm(h, weight.t(), out=out)
+    for low in range(0, len(weight), _STRIP):
+        torch.mm(h, weight[low : low + _STRIP].t(), out=out[:, low : low + _STRIP])
+    return out
 
 
 def _accumulate(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:

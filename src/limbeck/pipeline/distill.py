@@ -168,10 +168,11 @@ class _Run:
         for micro_batch in batch.micro_batches:
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
-                signals = self.teacher.signals(micro) if self.teacher and self.distils else None
+                asked = micro if self.student.faults is None else self.student.faults.compared(micro)
+                signals = self.teacher.signals(asked) if self.teacher and self.distils else None
             with timer.section("student"):
                 with self._autocast():
-                    loss = self.student(micro, signals, normalizer, tokens)
+                    loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
                 self.scaler.scale(loss.loss).backward()
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd

@@ -106,6 +106,7 @@ def make_data(config: DistillConfig, world: World) -> Data:
         rank=world.rank,
         world_size=world.size,
         packing=config.student.use_sequence_packing,
+        group_by_length=training.group_by_length,
         packing_algorithm=config.student.packing_algorithm,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         length_round=config.student.sequence_length_round_in_train,

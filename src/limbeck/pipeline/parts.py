@@ -26,6 +26,7 @@ from limbeck.models import (
 from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
+from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
@@ -88,6 +89,10 @@ def make_student(
     dtype = DTYPES[args.dtype]
     if dtype is torch.float16 and world.size > 1:
         raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
+    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -140,7 +145,8 @@ def make_student(
             model.enable_input_require_grads()
     compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross).train()
+    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
+    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
     return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
 

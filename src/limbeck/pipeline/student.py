@@ -22,6 +22,7 @@ from limbeck.objectives import (
     modelopt_balance,
 )
 from limbeck.pipeline.features import Features
+from limbeck.pipeline.parity import Faults
 from limbeck.teachers import Signal
 
 
@@ -42,6 +43,7 @@ class StudentWithLoss(nn.Module):
 
     features: the term for intermediate features, or None. balance: ``weighted`` adds it to the logits' loss; ``modelopt``
     scales every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
+    faults: of another system, in training alone.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StudentWithLoss(nn.Module):
         balance: str = "weighted",
         compiled: bool | None = None,
         cross: CrossTokenizer | None = None,
+        faults: Faults | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,20 +63,32 @@ class StudentWithLoss(nn.Module):
         self.vocab_size = vocab_size
         self.compiled = compiled
         self.cross = cross
-
+        self.faults = faults
         self.features = features
         self.balance = balance
 
     def forward(
-        self, batch: Batch, signal: Signal | None, normalizer: float | Tensor, tokens: float | Tensor = 1.0
+        self,
+        batch: Batch,
+        signal: Signal | None,
+        normalizer: float | Tensor,
+        tokens: float | Tensor = 1.0,
+        micro_batches: int = 1,
     ) -> StudentLoss:
         """The loss of one micro-batch; ``normalizer`` is the global weight of supervised tokens (÷ ranks that average).
 
-        ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it.
+        ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it. How
+        many ``micro_batches`` a step has is asked for by a fault alone.
         """
         taps = Taps() if self.features is None else self.features.taps
         with taps.opened() as found:
             hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
+        if self.faults is not None and self.training and signal is not None:
+            divided = self.faults.normalizers(batch, micro_batches, normalizer, tokens)
+            head, everything = output_head(self.model), hidden.flatten(0, 1)
+            return StudentLoss(
+                self.faults.loss(everything, head, batch, signal, self.objective, self.vocab_size, divided)
+            )
         rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
         pairs = None
         if self.features is not None and signal is not None:

@@ -13,14 +13,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+_PATIENCE = timedelta(days=30)
+
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals. ``device`` is where its models live."""
+    """This process among its equals. ``device`` is where its models live, ``patient`` the group that ``wait`` meets in."""
 
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -42,8 +45,9 @@ class World:
         return tensor.item()
 
     def wait(self) -> None:
-        """Return when every process has come here."""
-        self.max(0.0)
+        """Return when every process has come here, however long one takes: the first tokenisation may take hours."""
+        if self.size > 1:
+            dist.barrier(group=self.patient)
 
 
 @contextmanager
@@ -59,7 +63,9 @@ def start_world(timeout_minutes: float = 30) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
-        yield World(rank, size, device)
+        # A process that ends ends the others' waiting too, by its closed connections and by whoever started it.
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        yield World(rank, size, device, patient)
     finally:
         if started:
             # FSDP's modules and hooks form cycles; one that outlives its process group aborts the interpreter at exit.

@@ -167,6 +167,18 @@ NAMED = {
 }
 """Name -> Jinja."""
 
+_CHATML = ("<|im_start|>", "<|im_end|>")
+
+MARKERS = {
+    "chatml": _CHATML,
+    "gemma": ("<start_of_turn>", "<end_of_turn>"),
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "mistral": ("[INST]", "[/INST]"),
+    "qwen2_5": _CHATML,
+    "qwen3": _CHATML,
+}
+"""What a named template writes and its family's tokenizers have a token of its own for."""
+
 QWEN = {"qwen2_5": "You are Qwen", "qwen3": "<think>"}  # with what a tokenizer of that family has in its own template
 """Names that mean the tokenizer's own template where that is one of Qwen's, as the finer points differ between its models."""
 

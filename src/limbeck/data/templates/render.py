@@ -7,6 +7,7 @@ several texts, each of which is what the model reads and writes at inference. To
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,15 +55,15 @@ def render(
 
     Together they hold each answer to learn exactly once as learned; further texts show it as context at most. If nothing
     in the template ends the last answer of a text, the EOS token is appended, because a student that never saw an end
-    does not stop. A conversation without answers is written as a prompt. ``where`` names the row in errors; LimbeckError
-    is raised if the template fails, leaves out something to learn, or gives an answer no certain place.
+    does not stop. A conversation that asks, or has no answers, is written as a prompt. ``where`` names the row in errors.
+    Raises LimbeckError if the template fails, leaves out something to learn, or gives an answer no certain place.
     """
     if conversation.plain:
         return (_running_text(conversation, template, tokenizer),)
     messages = [_readable(message) for message in conversation.messages]
     weights = _answer_weights(messages, conversation.weight, template.last_only)
     messages, added = _with_surroundings(messages, template)
-    answers = [(turn + added, weight) for turn, weight in weights]
+    answers = [(turn + added, weight) for turn, weight in weights if not conversation.asks]
     jinja = template.with_tools if conversation.tools and template.with_tools else template.jinja
     _check_room(conversation, messages, [turn for turn, weight in answers if weight], template.name, jinja, where)
     write = _writer(
@@ -95,11 +96,34 @@ def render(
     return tuple(Rendered(text, tuple(reversed(spans)), conversation.weight) for text, spans in reversed(learned))
 
 
-def check_template_kwargs(template_kwargs: Mapping[str, Any]) -> None:
-    """Raise LimbeckError for a key that would replace an argument of the rendering itself."""
+def check_template_kwargs(template_kwargs: Mapping[str, Any], template: Template) -> None:
+    """Raise LimbeckError for a key that would replace an argument of the rendering itself, or that the template never reads.
+
+    Also for a template that is no Jinja.
+    """
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    read: set[str] = set()
+    for jinja in (template.jinja, template.with_tools):
+        if jinja is not None:
+            try:
+                environment = _compile_jinja_template(jinja).environment
+                read |= meta.find_undeclared_variables(environment.parse(jinja))
+            except TemplateError as error:
+                raise LimbeckError(
+                    f"the chat template ({template.name}) is not valid Jinja: {error}; correct it."
+                ) from error
     for key in template_kwargs:
         if key in _RESERVED:
             raise LimbeckError(f"template_kwargs.{key} is set by the renderer itself; remove it.")
+        if key not in read:
+            near = difflib.get_close_matches(str(key), read, n=1)
+            advice = f"did you mean {near[0]}?" if near else "remove it, or choose a template that reads it."
+            raise LimbeckError(
+                f"template_kwargs.{key} is not read by the chat template ({template.name}), so it would change nothing; "
+                + advice
+            )
 
 
 def _running_text(conversation: Conversation, template: Template, tokenizer: PreTrainedTokenizerBase) -> Rendered:

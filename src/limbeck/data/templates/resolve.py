@@ -12,6 +12,7 @@ from limbeck.data.templates.named import (
     LONG_COT_OPENING,
     LONG_COT_QUESTION,
     LONG_COT_SYSTEM,
+    MARKERS,
     NAMED,
     QWEN,
 )
@@ -28,7 +29,7 @@ class Template:
     name: how to speak of it. jinja: its source; with_tools: its source for rows that bring tools, if that is another.
     ends: the special tokens that may end an answer. bos: what begins a text that no template writes.
     system: the system message of conversations without one. question: what stands before and after the first question.
-    last_only: only the last answer is learned.
+    last_only: only the last answer is learned. note: what may surprise about it with this tokenizer; empty if nothing.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Template:
     system: str | None = None
     question: tuple[str, str] = ("", "")
     last_only: bool = False
+    note: str = ""
 
 
 def resolve_template(
@@ -66,7 +68,8 @@ def resolve_template(
     if prompt_file is not None:
         question = _around_the_question(Path(prompt_file).expanduser())
     bos = str(tokenizer.bos_token) if _puts_bos(tokenizer) else ""
-    return Template(name, jinja, ends, with_tools, bos, system, question, train_on == "last")
+    note = _note_on_markers(name, tokenizer)
+    return Template(name, jinja, ends, with_tools, bos, system, question, train_on == "last", note)
 
 
 def _source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str | None]:
@@ -104,6 +107,16 @@ def _native(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | N
         # Jinja drops one line break at the end of a source; it must not come back because something follows now.
         jinja, with_tools = (source.removesuffix("\n") + LONG_COT_OPENING for source in (jinja, with_tools))
     return jinja, None if with_tools == jinja else with_tools
+
+
+def _note_on_markers(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    lacking = [marker for marker in MARKERS.get(name, ()) if marker not in tokenizer.get_vocab()]
+    if not lacking:
+        return ""
+    return (
+        f"the tokenizer has no token for {' and '.join(lacking)}, which template: {name} writes, so each becomes several "
+        "tokens of ordinary text; a template of the tokenizer's own family avoids that."
+    )
 
 
 def _around_the_question(path: Path) -> tuple[str, str]:
