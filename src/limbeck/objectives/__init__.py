@@ -9,6 +9,7 @@ from limbeck.objectives.fused import (
     Objective,
     OutputHead,
     compiler_found,
+    chunk_shape,
     fused_linear_distillation,
 )
 from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
@@ -34,6 +35,7 @@ __all__ = [
     "cross_tokenizer_distillation",
     "divergence",
     "feature_loss",
+    "chunk_shape",
     "fused_linear_distillation",
     "modelopt_balance",
     "names",

@@ -121,6 +121,18 @@ def make_student(
         )
     elif teacher is not None:
         vocab = min(vocab, teacher.head.weight.shape[0])
+    model = adapt(config, model, recomputed=recompute(config, world))
+    compiled = compile_loss(config, data, total_steps, vocab)
+    features = make_features(config, model, teacher)
+    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
+    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
+    # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
+    return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+
+
+def adapt(config: DistillConfig, model: Any, *, recomputed: bool) -> Any:
+    """The student's model with its adapters, its frozen parts, and activations ``recomputed`` or kept."""
+    args = config.student.model_args
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -139,16 +151,11 @@ def make_student(
         )
     if args.freeze_module_prefix:
         freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
-    if recompute(config, world):
+    if recomputed:
         recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
         if args.lora_target:
             model.enable_input_require_grads()
-    compiled = compile_loss(config, data, total_steps, vocab)
-    features = make_features(config, model, teacher)
-    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
-    # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
-    return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+    return model
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -197,6 +204,12 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
         _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
     else:  # the translator keeps to what the teacher's configuration says
         check_head(model, str(args.model_name_or_path))
+    return spread_teacher(config, model, world)
+
+
+def spread_teacher(config: DistillConfig, model: Any, world: World) -> LocalTeacher:
+    """The teacher's model over the ranks, as its strategy says."""
+    head, dtype = output_head(model), DTYPES[config.teacher.model_args.dtype]
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)

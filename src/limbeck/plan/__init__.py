@@ -1,0 +1,1 @@
+"""What a run would need on GPUs that are not here."""
