@@ -10,7 +10,7 @@ from limbeck.models.heads import (
     keep_documents_apart,
     output_head,
 )
-from limbeck.models.load import load_model, load_tokenizer, model_limits, recompute_activations
+from limbeck.models.load import keep_activations, load_model, load_tokenizer, model_limits, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
@@ -27,6 +27,7 @@ __all__ = [
     "has_lora",
     "hidden_states",
     "keep_documents_apart",
+    "keep_activations",
     "load_model",
     "load_tokenizer",
     "merged_state_dict",

@@ -103,6 +103,14 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
+def keep_activations(model: Any) -> None:
+    """The inverse of ``recompute_activations``."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
+
+
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
     _check_folder(name_or_path, "tokenizer")

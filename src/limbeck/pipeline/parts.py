@@ -217,7 +217,9 @@ def spread_teacher(config: DistillConfig, model: Any, world: World) -> LocalTeac
     trunk = body(model).requires_grad_(False)
     if config.teacher.strategy_args.strategy_name != "hf_infer":
         shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
-    return LocalTeacher(trunk.to(world.device), head, size)
+    if world.device.type != "cpu":  # where models are loaded
+        trunk.to(world.device)
+    return LocalTeacher(trunk, head, size)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

@@ -37,7 +37,7 @@ def print_plan(console: Console, plan: Plan) -> None:
             memory.add_row(text, _gib(step.peak[name]))
     memory.add_section()
     memory.add_row("sum", _gib(step.total))
-    memory.add_row(f"a {plan.gpu.name}, less {RESERVED:.0%} for CUDA, NCCL and gaps", _gib(plan.usable))
+    memory.add_row(f"one {plan.gpu.name}, less {RESERVED:.0%} for CUDA, NCCL and gaps", _gib(plan.usable))
     console.print(memory)
 
     parts = Table("what a step needs, whenever")
@@ -58,7 +58,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         for each in plan.traffic:
             cells = (str(each.ranks), _gib(each.bytes), each.wire, f"{each.seconds * 1e3:.1f}")
             traffic.add_row(each.collective.replace("_", "-"), *cells)
-        traffic.add_row("signal (teacher and student share the rank)", "1", "0.00", "none", "0.0")
+        traffic.add_row("signal (stays on its rank)", "1", "0.00", "none", "0.0")
         console.print(traffic)
 
     time = Table("time of a step at peak rates")

@@ -27,7 +27,7 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import check_length, decoder_layers, load_model, output_head, recompute_activations
+from limbeck.models import check_length, decoder_layers, keep_activations, load_model, output_head, recompute_activations
 from limbeck.objectives import DistillationLoss, Objective, chunk_shape
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.optimizer import make_optimizer
@@ -40,12 +40,12 @@ from limbeck.pipeline.parts import (
     spread_teacher,
 )
 from limbeck.pipeline.student import StudentWithLoss
-from limbeck.plan.tracker import GATHERED, Tracker
+from limbeck.plan.tracker import Tracker
 from limbeck.strategies.fsdp2 import shard
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher, Signal
 
-_TILE_BYTES = 16 << 20  # a CPU's elementwise pass: some eight temporaries of a tile, see objectives.fused
+_TILE_ELEMENTS, _TILE_COPIES = 1 << 19, 3  # a CPU's elementwise pass has some three float32 temporaries of a tile at once
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,6 @@ class _Simulated:
                     tracker.add(self.teacher_bytes, "teacher")
                 tracker.reset_peak()
                 held, flops = self._micro_batch(batch)
-                sent = dict(tracker.sent)
                 gradients = [p.grad for p in student.parameters() if p.grad is not None]
                 tracker.add(gradients, "gradients")
                 if micro_batches > 1:  # now with the gradients of the first
@@ -195,14 +194,15 @@ class _Simulated:
                 }
                 activations = {self.recomputed: held}
                 totals = {self.recomputed: sum(peak.values())}
-                if not self.recomputed:
-                    recompute_activations(self.model)
+                if self.recomputed:
+                    keep_activations(self.model)
                 else:
-                    self.model.gradient_checkpointing_disable()
+                    recompute_activations(self.model)
                 if micro_batches == 1:
                     optimizer.zero_grad(set_to_none=True)
                     del gradients
                 tracker.reset_peak()
+                tracker.sent.clear()  # a teacher's root is gathered once and stays so
                 activations[not self.recomputed], _ = self._micro_batch(batch)
                 totals[not self.recomputed] = sum(tracker.peak.values())
         head = student.head_shape
@@ -223,7 +223,7 @@ class _Simulated:
             logits=tokens * student.vocab_size * micro_batches,
             # An elementwise pass reads the student's and the teacher's logits and writes the gradient over the student's.
             logit_bytes=2 * head.itemsize + head.teacher_itemsize,
-            sent={key: size * micro_batches for key, size in sent.items()},
+            sent={key: size * micro_batches for key, size in tracker.sent.items()},
             rows=rows,
             tokens=tokens,
             micro_batches=micro_batches,
@@ -298,7 +298,7 @@ class _Sized(StudentWithLoss):
             chunk,
         )
         with self.tracker.tagged("loss"):
-            tile = _TILE_BYTES if self.target.type == "cpu" else 0
+            tile = min(_TILE_ELEMENTS, chunk * self.vocab_size) * _TILE_COPIES if self.target.type == "cpu" else 0
             loss = _Buffers.apply(rows, weight, teacher, self.vocab_size, chunk, computed, sums, tile)
         return DistillationLoss(loss, *(loss.detach() for _ in range(7)))
 
@@ -319,7 +319,7 @@ class _Buffers(torch.autograd.Function):
         tile: int,
     ) -> Tensor:
         products = weight[:vocab].to(computed)
-        buffers = [hidden.new_empty(chunk, vocab, dtype=computed), hidden.new_empty(tile, dtype=torch.uint8)]
+        buffers = [hidden.new_empty(chunk, vocab, dtype=computed), hidden.new_empty(tile, dtype=torch.float32)]
         if teacher is not None:
             buffers.append(hidden.new_empty(chunk, vocab, dtype=teacher.dtype))
         needs = ctx.needs_input_grad
@@ -352,5 +352,3 @@ def _tensors(states: Iterable[dict[str, Any]]) -> list[Tensor]:
     found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return [value.to_local() if isinstance(value, DTensor) else value for value in found]
 
-
-__all__ = ["GATHERED", "Simulation", "fake_world", "simulate"]
