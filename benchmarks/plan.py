@@ -2,7 +2,8 @@
 
     python benchmarks/plan.py
 
-Each case is a real run, started by torchrun, whose second and third step are measured (by a tracker, in the same process) on rank 0. Three figures are printed:
+Each case is a real run, started by torchrun, whose second and third step are measured on rank 0 by a tracker in the same
+process. Three figures are printed:
 
     state     parameters + gradients + optimizer state: predicted ÷ the tensors' own bytes; must be 1
     tensors   the fullest moment of live tensors: predicted ÷ counted by plan.tracker in the real step
@@ -71,7 +72,10 @@ def settings(folder: Path, size: str, recompute: bool = False, accumulate: int =
             "data_args": {"file_name": str(folder / f"{size}.jsonl")},
             "strategy_args": {"strategy_config": {"replicate": replicate}},
         },
-        "teacher": {"model_args": model("teacher"), "strategy_args": {"strategy_name": "hf_infer"} if replicate else {}},
+        "teacher": {
+            "model_args": model("teacher"),
+            "strategy_args": {"strategy_name": "hf_infer"} if replicate else {},
+        },
     }
 
 

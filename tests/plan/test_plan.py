@@ -9,7 +9,6 @@ import pytest
 import torch.distributed as dist
 import yaml
 
-from limbeck import LimbeckError
 from limbeck.cli import main
 from limbeck.config import load_mapping
 from limbeck.plan import GPUS, find_gpu, make_plan, refusal, simulate

@@ -8,8 +8,8 @@ from limbeck.objectives.fused import (
     DistillationLoss,
     Objective,
     OutputHead,
-    compiler_found,
     chunk_shape,
+    compiler_found,
     fused_linear_distillation,
 )
 from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
@@ -30,12 +30,12 @@ __all__ = [
     "TopK",
     "VocabParallel",
     "Vocabularies",
+    "chunk_shape",
     "compiler_found",
     "coupled",
     "cross_tokenizer_distillation",
     "divergence",
     "feature_loss",
-    "chunk_shape",
     "fused_linear_distillation",
     "modelopt_balance",
     "names",

@@ -528,7 +528,12 @@ def _sums_narrow(device: torch.device, computed: torch.dtype, weight: torch.dtyp
 
 
 def chunk_shape(
-    device: torch.device, count: int, vocab: int, computed: torch.dtype, weight: torch.dtype, teacher: torch.dtype | None
+    device: torch.device,
+    count: int,
+    vocab: int,
+    computed: torch.dtype,
+    weight: torch.dtype,
+    teacher: torch.dtype | None,
 ) -> tuple[int, torch.dtype]:
     """What the loss would use for ``count`` positions: a chunk's rows, and the dtype in which its gradients are summed.
 

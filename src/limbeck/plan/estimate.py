@@ -128,9 +128,7 @@ def refusal(config: DistillConfig, plan: Plan) -> LimbeckError:
     step, gib = plan.step, 2**30
     ways = []
     if not step.recomputed and step.totals[True] <= plan.usable:
-        ways.append(
-            f"student.model_args.disable_gradient_checkpointing=false ({step.totals[True] / gib:.1f} GiB)"
-        )
+        ways.append(f"student.model_args.disable_gradient_checkpointing=false ({step.totals[True] / gib:.1f} GiB)")
     for gpu in sorted(GPUS.values(), key=lambda each: each.memory):
         if step.total <= gpu.memory * (1 - RESERVED):
             ways.append(f"--gpu {gpu.name}")

@@ -27,7 +27,14 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import check_length, decoder_layers, keep_activations, load_model, output_head, recompute_activations
+from limbeck.models import (
+    check_length,
+    decoder_layers,
+    keep_activations,
+    load_model,
+    output_head,
+    recompute_activations,
+)
 from limbeck.objectives import DistillationLoss, Objective, chunk_shape
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.optimizer import make_optimizer
@@ -45,7 +52,8 @@ from limbeck.strategies.fsdp2 import shard
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher, Signal
 
-_TILE_ELEMENTS, _TILE_COPIES = 1 << 19, 3  # a CPU's elementwise pass has some three float32 temporaries of a tile at once
+# A CPU's elementwise pass goes in tiles of so many elements and has some three float32 temporaries of a tile at once.
+_TILE_ELEMENTS, _TILE_COPIES = 1 << 19, 3
 
 
 @dataclass(frozen=True)
@@ -107,7 +115,9 @@ def simulate(config: DistillConfig, ranks: int, device: str = "cuda") -> Simulat
     Raises LimbeckError for a layout that cannot be, and for models that decide by values what they compute.
     """
     if config.cross_tokenizer != "off":
-        raise LimbeckError("limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off.")
+        raise LimbeckError(
+            "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
+        )
     if DTYPES[config.student.model_args.dtype] is torch.float16 and ranks > 1:
         raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -133,7 +143,11 @@ class _Simulated:
             dtype = fsdp2_options(config.teacher, DTYPES[config.teacher.model_args.dtype]).param_dtype
             teacher = self._load(config.teacher.model_args, dtype or torch.float32, "teacher")
             self.teacher = spread_teacher(config, teacher, world)
-            self.teacher_bytes = [*self.teacher.body.parameters(), *self.teacher.body.buffers(), self.teacher.head.weight]
+            self.teacher_bytes = [
+                *self.teacher.body.parameters(),
+                *self.teacher.body.buffers(),
+                self.teacher.head.weight,
+            ]
         model = self._load(args, self.dtype if args.lora_target else torch.float32, "student")
         self.size = sum(parameter.numel() for parameter in model.parameters())
         with mode:
@@ -351,4 +365,3 @@ def _full_batch(rows: int, length: int) -> Batch:
 def _tensors(states: Iterable[dict[str, Any]]) -> list[Tensor]:
     found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return [value.to_local() if isinstance(value, DTensor) else value for value in found]
-
