@@ -14,8 +14,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from limbeck.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from limbeck.config import DistillConfig
 
 USER_MISTAKE = 2
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -118,11 +122,13 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
             f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
             "processes; start as many, or leave device_mapping out."
         )
-    if config.num_nodes > 1 and not launched:
+    if config.needs_worker_groups and launched:
         raise LimbeckError(
-            f"num_nodes = {config.num_nodes}: start `torchrun --nnodes {config.num_nodes} … -m limbeck train …` on each "
-            "machine; limbeck train itself starts processes on one machine only."
+            "teacher.device_mapping differs from the student's, so Ray starts the processes of both; run plain "
+            "`limbeck train` instead of a launcher."
         )
+    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+        return _train_on_cluster(config)
     if len(devices) > 1 and not launched:
         return _launch(len(devices), config_file, overrides)
     if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
@@ -133,6 +139,14 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     result = DistillPipeline(config).run()
     if main_process:
         print(f"student: {result.student}")
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _train_on_cluster(config: DistillConfig) -> int:
+    from limbeck.pipeline.clustered import run_on_cluster
+
+    result = run_on_cluster(config, lambda line: print(line, flush=True))
+    print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 
 

@@ -98,6 +98,17 @@ def test_naming_devices_once_is_enough() -> None:
     assert config().device_mapping is None
 
 
+def test_roles_with_devices_of_their_own_are_groups_with_environments_of_their_own() -> None:
+    student, teacher = {"device_mapping": [0, 1]}, {"device_mapping": [2], "system_envs": {"A": "2"}}
+    made = config(system_envs={"B": "0"}, student={**student, "system_envs": {"A": "1"}}, teacher=teacher)
+    assert made.needs_worker_groups and made.environment == {"B": "0"}
+    assert not config(student=student, teacher={"device_mapping": "0,1"}).needs_worker_groups
+    assert not config(student=student).needs_worker_groups
+    assert not config(
+        student=student, teacher=teacher, teacher_pretrain=None, distill_loss_weight=0
+    ).needs_worker_groups
+
+
 def test_environments_are_merged_and_must_not_contradict() -> None:
     made = config(system_envs={"A": 0}, student={"system_envs": {"B": "x"}}, teacher={"system_envs": {"A": "0"}})
     assert made.environment == {"A": "0", "B": "x"}
@@ -133,7 +144,19 @@ def test_a_registered_objective_is_an_objective(monkeypatch: pytest.MonkeyPatch)
             {"student": {"strategy_args": {"strategy_config": {"replicate": True, "fsdp_size": 2}}}},
             "contradicts fsdp_size",
         ),
-        ({"student": {"device_mapping": [0]}, "teacher": {"device_mapping": [1]}}, "use the same mapping for both"),
+        ({"num_nodes": 2, "student": {"device_mapping": [0]}}, "set num_gpus_per_node too"),
+        (
+            {"num_gpus_per_node": 2, "student": {"device_mapping": [0]}, "teacher": {"device_mapping": [2]}},
+            "names device 2",
+        ),
+        (
+            {
+                "student": {"device_mapping": [0]},
+                "teacher": {"device_mapping": [1]},
+                "features": {"pairs": [["layers.0", "layers.1"]]},
+            },
+            "not sent between worker groups",
+        ),
         ({"tracker_kwargs": {"project": "p"}}, "tracker_kwargs.project means nothing"),
         ({"student": {"model_args": {"additional_target": "lm_head"}}}, "set student.model_args.lora_target too"),
         (

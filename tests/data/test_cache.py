@@ -1,10 +1,12 @@
 """Tokenising in several processes, and of several processes that want the same data."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -158,3 +160,29 @@ def test_no_process_is_left_behind(tmp_path, tokenizer):
             for pid in children.read_text().split()
             if b"limbeck.data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
         ]
+
+
+def test_who_waited_for_a_maker_that_failed_makes_the_entry_alone(tmp_path):
+    folder, made = tmp_path / "entry", []
+    waiting, inside, done = threading.Event(), threading.Event(), threading.Event()
+
+    def make_after_a_failure():
+        waiting.set()
+        with caching.entry(folder) as unfinished:
+            made.append(unfinished)
+            inside.set()
+            done.wait(10)
+
+    second = threading.Thread(target=make_after_a_failure)
+    with pytest.raises(KeyError), caching.entry(folder):
+        second.start()
+        waiting.wait(10)
+        time.sleep(0.2)  # until it waits for the lock
+        raise KeyError
+    assert inside.wait(10)
+    with (tmp_path / "entry.lock").open("w") as file, pytest.raises(BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    done.set()
+    second.join()
+    assert made[0] is not None
+    assert folder.is_dir()

@@ -50,7 +50,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     ),
     "checkpoint_config": frozenset({"async_upload", "keep_local_file"}),
     "worker": words(
-        """name pg_variant generating_args world_size num_gpus_per_worker model_update_frequency backend_timeout
+        """name pg_variant generating_args world_size num_gpus_per_worker model_update_frequency
         topr_positive_weight topr_negative_weight max_concurrency use_dynamic_batching_in_infer
         max_tokens_per_microbatch_in_infer sequence_length_round_in_infer offload_nccl sequence_packing_args
         logits_in_fp32 opd_kl_coef tag_included"""

@@ -495,12 +495,20 @@ class WorkerConfig(Section):
     strategy_args: StrategyArgs = Field(default_factory=StrategyArgs, description="How it is spread over the ranks.")
     device_mapping: Devices = Field(
         default=None,
-        description="Device numbers, one rank each: [0, 1], list(range(0, 8)), range(8) or 0,1,2. Student and teacher "
-        "share them, so naming them once is enough; unset, the launcher decides.",
+        description="Device numbers, one rank each: [0, 1], list(range(0, 8)), range(8) or 0,1,2. Named for one role they "
+        "are shared by both; where student and teacher differ, Ray places a group of workers for each. Without GPUs they "
+        "count CPU slots. Unset, the launcher decides.",
     )
     system_envs: Environment = Field(
         default_factory=dict,
-        description="Environment variables for this role; it shares its process with the other role.",
+        description="Environment variables for this role's processes, which are the other role's too unless the two have "
+        "different devices.",
+    )
+    backend_timeout: float = Field(
+        default=30,
+        gt=0,
+        description="Minutes that a rank of a worker group waits for another, or for the teacher's answer, before it counts "
+        "as hung.",
     )
 
 
@@ -780,6 +788,12 @@ class DistillConfig(Section):
     system_envs: Environment = Field(
         default_factory=dict, description="Environment variables set before anything is loaded."
     )
+    max_restarts: int = Field(
+        default=3,
+        ge=0,
+        description="How often a run of worker groups goes on from its last checkpoint by itself after a worker died or "
+        "hung.",
+    )
     num_nodes: int = Field(default=1, ge=1, description="Machines that take part.")
     num_gpus_per_node: int | None = Field(
         default=None,
@@ -953,18 +967,22 @@ class DistillConfig(Section):
                 )
         if self.num_gpus_per_node is not None and self.device_mapping:
             there = self.num_nodes * self.num_gpus_per_node
-            if max(self.device_mapping) >= there:
+            largest = max([*self.device_mapping, *(teacher.device_mapping or ())])
+            if largest >= there:
                 yield Contradiction(
                     "num_gpus_per_node",
                     f"= {self.num_gpus_per_node} on {self.num_nodes} machine(s) makes {there} devices, but device_mapping "
-                    f"names device {max(self.device_mapping)} (they are numbered from 0); correct one of them",
+                    f"names device {largest} (they are numbered from 0); correct one of them",
                 )
-        given = [worker.device_mapping for worker in (student, teacher) if worker.device_mapping is not None]
-        if len(given) == 2 and given[0] != given[1]:
+        if self.num_gpus_per_node is None and self.num_nodes > 1 and self.device_mapping:
             yield Contradiction(
-                "teacher.device_mapping",
-                f"= {given[1]} differs from student.device_mapping = {given[0]}; a teacher on devices of its own needs "
-                "worker groups, which are not built yet, so use the same mapping for both",
+                "num_nodes", f"= {self.num_nodes} does not say which device is where; set num_gpus_per_node too"
+            )
+        if self.needs_worker_groups and self.features.pairs:
+            yield Contradiction(
+                "features.pairs",
+                "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
+                "the student's devices",
             )
         environments = (
             ("system_envs", self.system_envs),
@@ -975,7 +993,7 @@ class DistillConfig(Section):
         for path, environment in environments:
             for name, value in environment.items():
                 first_path, first = seen.setdefault(name, (path, value))
-                if first != value:
+                if first != value and not self.needs_worker_groups:
                     yield Contradiction(
                         f"{path}.{name}",
                         f"= {value} contradicts {first_path}.{name} = {first}; student and teacher share one process",
@@ -994,6 +1012,9 @@ class DistillConfig(Section):
         if self.cross_tokenizer == "uld":
             for key in ("kd_objective", "cross_tokenizer_rest_weight"):
                 yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+        if not self.needs_worker_groups and self.num_nodes == 1:
+            for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
+                yield key, "is read with worker groups only: where student and teacher have different devices"
         if not self.device_mapping:
             for key in ("num_gpus_per_node", "num_nodes"):
                 yield key, "is read with device_mapping only; without one there is one process, or torchrun's"
@@ -1095,13 +1116,20 @@ class DistillConfig(Section):
 
     @property
     def device_mapping(self) -> list[int] | None:
-        """The devices that student and teacher share, one rank each; None when the launcher decides."""
+        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's."""
         return self.student.device_mapping or self.teacher.device_mapping
 
     @property
+    def needs_worker_groups(self) -> bool:
+        """Whether the teacher has devices of its own, so that each role is a group of processes that Ray places."""
+        ours, theirs = self.student.device_mapping, self.teacher.device_mapping
+        return self.has_teacher and ours is not None and theirs is not None and ours != theirs
+
+    @property
     def environment(self) -> dict[str, str]:
-        """The environment variables of the run and of both roles, which share one process."""
-        return {**self.system_envs, **self.student.system_envs, **self.teacher.system_envs}
+        """The environment variables of the run and of both roles, if these share one process."""
+        shared = {} if self.needs_worker_groups else {**self.student.system_envs, **self.teacher.system_envs}
+        return {**self.system_envs, **shared}
 
 
 def section_of(annotation: Any) -> type[Section] | None:

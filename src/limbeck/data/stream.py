@@ -285,7 +285,7 @@ def _global_batch(
 ) -> GlobalBatch:
     """Deal the ``micro_batches`` of all ranks, largest first, keep this rank's, and count them all.
 
-    Dealt in snakes (0 1 2, 2 1 0, ...), the ranks meet micro-batches of similar size in every round.
+    Dealt evenly, every rank has as many of them and nearly as many tokens, and meets its largest first, as the others do.
     """
     lengths = [[int(examples.lengths[unit].sum()) for unit in group] for group in micro_batches]
     shapes = [layout.shape(of_group) for of_group in lengths]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -48,8 +49,8 @@ def row_counter(*, enabled: bool) -> Iterator[Callable[[int], None] | None]:
 class RunConsole:
     """Progress of one run. Silent on every process but the main one."""
 
-    def __init__(self, title: str, total: int, start: int, *, enabled: bool) -> None:
-        self._console = Console(quiet=not enabled)
+    def __init__(self, title: str, total: int, start: int, *, enabled: bool, file: TextIO | None = None) -> None:
+        self._console = Console(quiet=not enabled, file=file)
         self._title, self._total, self._start, self._begun = title, total, start, time.perf_counter()
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:

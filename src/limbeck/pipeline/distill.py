@@ -9,34 +9,39 @@ import json
 import os
 import random
 import signal
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.data.batch import Batch, GlobalBatch
 from limbeck.errors import LimbeckError
 from limbeck.models import has_lora, merged_state_dict
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.console import RunConsole
-from limbeck.pipeline.inputs import make_data
+from limbeck.pipeline.inputs import Data, make_data
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.lookahead import Lookahead, asked_ahead
 from limbeck.pipeline.metrics import LossSums, StepMetrics
 from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, make_objective, make_student, make_teacher
+from limbeck.pipeline.parts import DTYPES, check_teacher, fsdp2_options, make_objective, make_student, make_teacher
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
+from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
 _ROOT = "model."  # the student inside StudentWithLoss
+
+FindTeacher = Callable[[DistillConfig, World, Data], Teacher]
 
 
 @dataclass(frozen=True)
@@ -64,17 +69,34 @@ class DistillPipeline:
                 f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
                 "processes; start it with `limbeck train`, or with torchrun and as many processes."
             )
+        if self.config.needs_worker_groups:
+            raise LimbeckError(
+                "teacher.device_mapping differs from the student's, and a process alone cannot be both; start this "
+                "configuration with `limbeck train`."
+            )
         with start_world() as world:
-            return self._run_in(world)
+            return self.run_in(world)
 
-    def _run_in(self, world: World) -> RunResult:
+    def run_in(
+        self,
+        world: World,
+        find_teacher: FindTeacher | None = None,
+        stop: StopRequest | None = None,
+        told: TextIO | None = None,
+    ) -> RunResult:
+        """The same as one rank of ``world``, which is there already.
+
+        find_teacher: gives the teacher once the data is known; without it the student's own processes hold one. stop: asked
+        instead of this process's signals. told: where the lines for a person go instead of standard output.
+        """
         quiet_libraries()
         if world.device.type == "cpu":
             keep_freed_pages()
-        run = _Run(self.config, world)
+        run = _Run(self.config, world, find_teacher, told)
         try:
-            with stop_requests() as stop:  # until here there is nothing to save, and a signal ends the process at once
-                return run.loop(stop)
+            # Until here there is nothing to save, and a signal ends the process at once.
+            with nullcontext(stop) if stop is not None else stop_requests() as request:
+                return run.loop(request)
         finally:
             run.data.stream.close()
 
@@ -82,8 +104,10 @@ class DistillPipeline:
 class _Run:
     """The state of a run on one rank."""
 
-    def __init__(self, config: DistillConfig, world: World) -> None:
-        self.config, self.world = config, world
+    def __init__(
+        self, config: DistillConfig, world: World, find_teacher: FindTeacher | None, told: TextIO | None
+    ) -> None:
+        self.config, self.world, self.told = config, world, told
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
         self._check_best_metric()
@@ -98,7 +122,7 @@ class _Run:
         objective, self.taid = make_objective(config, world.device)
         self.data = make_data(config, world)
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
-        self.teacher = make_teacher(config, world, self.data)
+        self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
         training = config.student.training_args
         self.optimizer = make_optimizer(self.student, training)
@@ -110,6 +134,7 @@ class _Run:
         self.compute_dtype = fsdp2_options(config.student, self.dtype).param_dtype
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.compute_dtype is torch.float16)
         self.metrics = StepMetrics(world, self.features.labels if self.features else ())
+        self.steps = Lookahead(self.data.stream, self._prepare, self._ask)
         self.step = 0
         self.latest: dict[str, float] = {}
         self.resumed_from = resume
@@ -124,7 +149,8 @@ class _Run:
         here = config.checkpoint_dir / f"checkpoint-{self.step}"
         saved = self.step if self.resumed_from is not None and here.is_dir() else -1
         stopped = 0
-        with RunConsole(config.exp_name, self.total_steps, self.step, enabled=self.world.is_main) as console:
+        told = RunConsole(config.exp_name, self.total_steps, self.step, enabled=self.world.is_main, file=self.told)
+        with told as console:
             self._introduce(console)
             while self.step < self.total_steps and not stopped:
                 self._train_step()
@@ -133,7 +159,8 @@ class _Run:
                 console.advance(self.step)
                 due = config.save_steps and self.step % config.save_steps == 0
                 if ended or due or self.step % config.logging_steps == 0:
-                    self._log(console, self.metrics.line(self.learning_rate, self.teacher is not None and self.distils))
+                    line = self.metrics.line(self.learning_rate, self.teacher is not None and self.distils)
+                    self._log(console, line | self._of_the_wire())
                 judged: dict[str, float] = {}
                 with self.metrics.aside():
                     judging = self.data.validation and config.eval_steps > 0 and not stopped
@@ -159,17 +186,14 @@ class _Run:
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
         with timer.section("data"):
-            batch = next(self.data.stream)
-            if self.data.translator is not None and self.distils:
-                (batch,) = translate([batch], self.data.translator, self.world)
+            batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
         # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
         normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))
-        for micro_batch in batch.micro_batches:
+        for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
             micro = micro_batch.to(self.world.device)
             with timer.section("teacher"):
-                asked = micro if self.student.faults is None else self.student.faults.compared(micro)
-                signals = self.teacher.signals(asked) if self.teacher and self.distils else None
+                signals = answer and answer(self._compared(micro))
             with timer.section("student"):
                 with self._autocast():
                     loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
@@ -187,6 +211,28 @@ class _Run:
         if self.taid:
             self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
         self.metrics.count(batch, norm)
+
+    def _find_teacher(self, find: FindTeacher | None) -> Teacher:
+        if find is not None:
+            return find(self.config, self.world, self.data)
+        teacher = make_teacher(self.config, self.world)
+        check_teacher(teacher, self.config, self.data.longest_row, self.data.largest_token)
+        return teacher
+
+    def _prepare(self, batch: GlobalBatch) -> GlobalBatch:
+        if self.data.translator is None or not self.distils:
+            return batch
+        return translate([batch], self.data.translator, self.world)[0]
+
+    def _ask(self, batch: Batch) -> Answer | None:
+        return self.teacher.ask(self._compared(batch)) if self.teacher is not None and self.distils else None
+
+    def _compared(self, batch: Batch) -> Batch:
+        faults = self.student.faults
+        return batch if faults is None else faults.compared(batch)
+
+    def _of_the_wire(self) -> dict[str, float]:
+        return self.teacher.measured() if isinstance(self.teacher, RemoteTeacher) else {}
 
     def _autocast(self) -> AbstractContextManager[Any]:
         # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
@@ -206,12 +252,11 @@ class _Run:
         sums = LossSums(self.world.device, self.features.labels if self.features else ())
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
-        for batch in self.data.validation:
-            for micro_batch in batch.micro_batches:
-                micro = micro_batch.to(self.world.device)
-                signals = None if self.teacher is None else self.teacher.signals(micro)
-                with self._autocast():
-                    sums.add(self.student(micro, signals, 1.0, tokens / (count or 1.0)))
+        batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
+        for micro_batch, answer in asked_ahead(batches, self.teacher.ask if self.teacher else lambda batch: None):
+            micro = micro_batch.to(self.world.device)
+            with self._autocast():
+                sums.add(self.student(micro, answer and answer(micro), 1.0, tokens / (count or 1.0)))
         self.student.train()
         means = sums.read(self.world, count)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
@@ -303,7 +348,7 @@ class _Run:
                 {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name in trained},
                 moments,
                 {
-                    "data": self.data.stream.position,
+                    "data": self.steps.position,
                     "scaler": self.scaler.state_dict(),
                     "taid": self.taid.state() if self.taid else None,
                     "config": _shareable(self.config),

@@ -14,7 +14,7 @@ from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import NamedPair, Taps, body, resolve_pairs, submodules
 from limbeck.objectives import FeatureLosses
-from limbeck.teachers import LocalTeacher, Signal
+from limbeck.teachers import LocalTeacher, Signal, Teacher
 
 
 class Features(nn.Module):
@@ -45,7 +45,7 @@ class Features(nn.Module):
         return self.losses(student, signal.features, tokens)
 
 
-def make_features(config: DistillConfig, student: Any, teacher: LocalTeacher | None) -> Features | None:
+def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) -> Features | None:
     """The feature term of a configuration, and taps on the teacher; None if no pairs are named.
 
     Both models are asked for the widths of the named outputs. Raises LimbeckError for names and shapes that do not fit.
@@ -53,6 +53,11 @@ def make_features(config: DistillConfig, student: Any, teacher: LocalTeacher | N
     settings = config.features
     if not settings.pairs or teacher is None:
         return None
+    if not isinstance(teacher, LocalTeacher):
+        raise LimbeckError(
+            "features.pairs needs the teacher's inner states, which are not sent between worker groups; give "
+            "teacher.device_mapping the student's devices."
+        )
     trunk = body(student)
     pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.body))
     taps = Taps.on(trunk, [pair.student for pair in pairs], "student")

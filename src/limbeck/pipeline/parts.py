@@ -30,7 +30,7 @@ from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.fsdp2 import Fsdp2, shard
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher
+from limbeck.teachers import LocalTeacher, Teacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,7 +77,7 @@ def make_student(
     config: DistillConfig,
     world: World,
     data: Data,
-    teacher: LocalTeacher | None,
+    teacher: Teacher | None,
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
@@ -109,7 +109,7 @@ def make_student(
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
-    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data)
+    _check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data.largest_token)
     cross = None
     if teacher is not None and data.translator is not None:
         known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
@@ -171,19 +171,17 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
         keep_documents_apart(model, name)
 
 
-def _check_tokens(role: str, known: int, data: Data) -> None:
-    if data.largest_token >= known:
+def _check_tokens(role: str, known: int, largest_token: int) -> None:
+    if largest_token >= known:
         raise LimbeckError(
-            f"the data holds token id {data.largest_token}, but the {role} knows only {known} tokens; "
+            f"the data holds token id {largest_token}, but the {role} knows only {known} tokens; "
             "use the tokenizer that both models were trained with, or resize the model's embeddings first."
         )
 
 
-def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeacher | None:
-    """The frozen teacher, or None when nothing is distilled."""
+def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
+    """The frozen teacher, spread over the processes of ``world``."""
     args = config.teacher.model_args
-    if not config.has_teacher:
-        return None
     dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
     model = load_model(
         args.model_name_or_path,
@@ -198,12 +196,9 @@ def make_teacher(config: DistillConfig, world: World, data: Data) -> LocalTeache
     )
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
-    head = output_head(model)
-    if data.translator is None:
-        _check_model(model, str(args.model_name_or_path), config, data)
-        _check_tokens("teacher", min(head.weight.shape[0], model.get_input_embeddings().weight.shape[0]), data)
-    else:  # the translator keeps to what the teacher's configuration says
-        check_head(model, str(args.model_name_or_path))
+    check_head(model, str(args.model_name_or_path))
+    if config.student.use_sequence_packing and config.cross_tokenizer == "off":
+        keep_documents_apart(model, str(args.model_name_or_path))
     return spread_teacher(config, model, world)
 
 
@@ -215,11 +210,24 @@ def spread_teacher(config: DistillConfig, model: Any, world: World) -> LocalTeac
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
-    if config.teacher.strategy_args.strategy_name != "hf_infer":
+    if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
     if world.device.type != "cpu":  # where models are loaded
         trunk.to(world.device)
     return LocalTeacher(trunk, head, size)
+
+
+def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
+    """Whether the teacher's ranks share its parameters, and so run every forward pass together."""
+    return world.size > 1 and config.teacher.strategy_args.strategy_name != "hf_infer"
+
+
+def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
+    """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
+    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
+        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
+        _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

@@ -1,6 +1,7 @@
 """Who answers. A teacher is asked for the signals of a batch and knows nothing of the student."""
 
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.signal import Signal
+from limbeck.teachers.remote import Channel, RemoteTeacher, Reply, route
+from limbeck.teachers.signal import Answer, Question, Signal, Teacher
 
-__all__ = ["LocalTeacher", "Signal"]
+__all__ = ["Answer", "Channel", "LocalTeacher", "Question", "RemoteTeacher", "Reply", "Signal", "Teacher", "route"]

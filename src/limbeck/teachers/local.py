@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Signal
+from limbeck.teachers.signal import Answer, Question, Signal
 
 
 class LocalTeacher:
@@ -24,13 +24,21 @@ class LocalTeacher:
         """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
         self._taps, self._supervised_only = taps, supervised_only
 
-    @torch.no_grad()
+    def ask(self, batch: Batch) -> Answer:
+        """Nothing begins before the answer is wanted: this teacher works on the student's own device."""
+        return self.signals
+
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
-        if batch.translation is not None:
-            hidden = hidden_states(self.body, batch.translation.input_ids, None)
-            return Signal(hidden.flatten(0, 1).index_select(0, batch.translation.supervised), self.head)
         with self._taps.opened() as found:
-            hidden = hidden_states(self.body, batch.input_ids, batch.position_ids, batch.documents)
-        features = self._taps.rows(found, batch.labels.shape, batch.supervised if self._supervised_only else batch.real)
-        return Signal(hidden.flatten(0, 1).index_select(0, batch.supervised), self.head, features)
+            hidden = self.hidden(Question.of(batch))
+        if batch.translation is not None:
+            return Signal(hidden, self.head)
+        places = batch.supervised if self._supervised_only else batch.real
+        return Signal(hidden, self.head, self._taps.rows(found, batch.labels.shape, places))
+
+    @torch.no_grad()
+    def hidden(self, question: Question) -> Tensor:
+        """The last hidden states [supervised, H] at the positions that are asked about."""
+        hidden = hidden_states(self.body, question.input_ids, question.position_ids, question.documents)
+        return hidden.flatten(0, 1).index_select(0, question.supervised)

@@ -1,0 +1,89 @@
+"""Device numbers turned into places on machines: device d is on machine d // num_gpus_per_node, and Ray finds the machines.
+
+A device is a GPU where the cluster has GPUs, else a CPU slot. Workers that share a device share it by equal parts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from limbeck.cluster.session import load_ray
+from limbeck.errors import LimbeckError
+
+_PLACING_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one worker goes. bundle: its machine's part of the placement; gpus: what it takes of a GPU (0 on CPU slots)."""
+
+    bundle: int
+    gpus: float
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Machines set aside for a run. groups: a place for every device of every group, in the order of its mapping."""
+
+    group: Any
+    groups: tuple[tuple[Place, ...], ...]
+    device: str
+
+    def free(self) -> None:
+        """Give the machines back."""
+        load_ray().util.remove_placement_group(self.group)
+
+
+def layout(
+    mappings: Sequence[Sequence[int]], per_node: int | None, on_gpus: bool
+) -> tuple[list[dict[str, float]], list[list[Place]]]:
+    """What each machine must have, and the place of each worker. ``per_node`` None: all devices are on one machine.
+
+    On GPUs a worker's CPU slots are small change, so that any machine with the GPUs will do.
+    """
+    workers = Counter(device for mapping in mappings for device in mapping)
+    nodes = sorted({0 if per_node is None else device // per_node for device in workers})
+    bundles: list[dict[str, float]] = []
+    for node in nodes:
+        here = [device for device in workers if per_node is None or device // per_node == node]
+        # A device that two groups name is one GPU, but two processes.
+        bundles.append({"GPU": len(here), "CPU": 1} if on_gpus else {"CPU": sum(workers[device] for device in here)})
+    places = [
+        [
+            Place(0 if per_node is None else nodes.index(device // per_node), 1 / workers[device] if on_gpus else 0.0)
+            for device in mapping
+        ]
+        for mapping in mappings
+    ]
+    return bundles, places
+
+
+def place(mappings: Sequence[Sequence[int]], per_node: int | None) -> Placement:
+    """Set machines aside for groups of workers, one worker per device of each mapping.
+
+    Raises LimbeckError when the cluster has not got what they need.
+    """
+    ray = load_ray()
+    there = ray.cluster_resources()
+    on_gpus = there.get("GPU", 0) > 0
+    bundles, places = layout(mappings, per_node, on_gpus)
+    device = "GPU" if on_gpus else "CPU"
+    wanted = sum(bundle[device] for bundle in bundles)
+    if wanted > there.get(device, 0):
+        raise LimbeckError(
+            f"device_mapping needs {wanted:g} {device} slots, but Ray has {there.get(device, 0):g} in all on "
+            f"{len(ray.nodes())} machine(s); name fewer devices, or add machines."
+        )
+    # SPREAD and not STRICT_SPREAD: after a machine is lost, what is left may have to hold two parts.
+    group = ray.util.placement_group(bundles, strategy="SPREAD" if len(bundles) > 1 else "PACK")
+    if not group.wait(_PLACING_SECONDS):
+        free = ray.available_resources()
+        ray.util.remove_placement_group(group)
+        raise LimbeckError(
+            f"Ray could not place {bundles} within {_PLACING_SECONDS} s: of {there.get(device, 0):g} {device} slots "
+            f"{free.get(device, 0):g} are free; wait for other runs, or set num_gpus_per_node to what one machine has."
+        )
+    return Placement(group, tuple(map(tuple, places)), device)

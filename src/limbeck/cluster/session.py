@@ -1,0 +1,75 @@
+"""A connection to Ray: joined where RAY_ADDRESS says, else started here for this run and ended with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+from limbeck.errors import LimbeckError
+
+NAMESPACE = "limbeck"
+
+
+def load_ray() -> ModuleType:
+    """Ray itself; raises LimbeckError where it is not installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise LimbeckError(
+            "worker groups need Ray, which is not installed; pip install 'limbeck[ray]', or give student and teacher the "
+            "same device_mapping."
+        ) from error
+    return ray
+
+
+@contextmanager
+def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
+    """Be connected to Ray inside the block.
+
+    slots: workers that a Ray started here must hold at least. timeline: where, under RAY_PROFILING=1, a Chrome trace of all
+    calls is written at the end.
+    Yields a sentence that says where Ray is. A connection that was there already is used and left as it is.
+    """
+    ray = load_ray()
+    if ray.is_initialized():
+        yield "Ray: the connection that this process had."
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            context = ray.init(address=address, **quiet)
+        else:
+            context = ray.init(
+                address="local",
+                num_cpus=max(slots, os.cpu_count() or 1),
+                include_dashboard=_profiled() and _has_dashboard(),
+                **quiet,
+            )
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        where = f"at RAY_ADDRESS = {address}" if address else "on this machine"
+        raise LimbeckError(f"cannot reach Ray {where}: {str(error).strip().splitlines()[0]}") from error
+    try:
+        found = f"joined at {address}" if address else "started on this machine"
+        board = f"; dashboard: http://{context.dashboard_url}" if context.dashboard_url else ""
+        yield f"Ray {ray.__version__} {found}{board}."
+    finally:
+        if timeline is not None and _profiled():
+            timeline.parent.mkdir(parents=True, exist_ok=True)
+            ray.timeline(str(timeline))
+        ray.shutdown()
+
+
+def _has_dashboard() -> bool:
+    """Whether ``ray[default]`` is installed, of which the dashboard is a part."""
+    return find_spec("aiohttp_cors") is not None
+
+
+def _profiled() -> bool:
+    return os.environ.get("RAY_PROFILING", "0") == "1"

@@ -1,0 +1,194 @@
+"""Groups of worker processes: started at their places, joined in a process group, watched, and ended.
+
+What a worker does is its class's affair. A worker that dies, hangs or loses its peers ends in ``WorkerLost``, which says that
+going on from the last checkpoint is worth a try; a user's mistake stays a ``LimbeckError``, which it is not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from limbeck.cluster.placement import Placement
+from limbeck.cluster.session import load_ray
+from limbeck.errors import LimbeckError
+from limbeck.strategies.world import World
+
+_STARTING_SECONDS = 300
+
+
+class WorkerLost(Exception):
+    """A worker died, hung, or failed in a way that may be another's fault."""
+
+
+def versions() -> dict[str, str]:
+    """What must be the same in all processes of a run."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return {"python": python, **{name: version(name) for name in ("limbeck", "torch", "transformers")}}
+
+
+class Worker:
+    """One process of a group. log: the file that takes everything it prints."""
+
+    def __init__(self, name: str, log: str) -> None:
+        self.name = name
+        self.world = World(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", buffering=1) as file:  # noqa: PTH123
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+
+    def about(self) -> dict[str, Any]:
+        """Which process on which machine this is, and what it runs."""
+        return {"pid": os.getpid(), "host": platform.node(), "versions": versions()}
+
+    def offer_store(self) -> tuple[str, int]:
+        """Open the store over which the group meets, on a port that is free; returns where it is."""
+        host = load_ray().util.get_node_ip_address()
+        self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+        return host, self._store.port
+
+    def join(self, rank: int, size: int, store: tuple[str, int], minutes: float) -> None:
+        """Become ``rank`` of a process group of ``size`` (gloo on CPUs, NCCL on GPUs)."""
+        if not hasattr(self, "_store"):
+            self._store = dist.TCPStore(store[0], store[1], is_master=False)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+        backend = "cpu:gloo,cuda:nccl" if self.world.device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend, store=self._store, rank=rank, world_size=size, timeout=timedelta(minutes=minutes)
+        )
+        self.world = World(rank, size, self.world.device)
+
+
+@contextmanager
+def failures_logged() -> Iterator[None]:
+    """Inside a worker: leave the traceback of what fails in the block in its log; whoever called gets a sentence."""
+    try:
+        yield
+    except LimbeckError:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        raise
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """The workers of one role, in the order of their ranks."""
+
+    name: str
+    actors: tuple[Any, ...]
+
+    @classmethod
+    def start(
+        cls,
+        name: str,
+        worker: type[Worker],
+        arguments: Sequence[Any],
+        *,
+        placement: Placement,
+        which: int,
+        log_dir: Path,
+        environment: Mapping[str, str],
+        threads: int = 1,
+        restarts: int = 0,
+        registered: str | None = None,
+    ) -> WorkerGroup:
+        """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
+
+        threads: calls that a worker takes at once. restarts: how often Ray may start a dead one again by itself, its calls
+        repeated; only for workers whose constructor makes all of their state. registered: a name under which other programs
+        find them, and which outlives this one.
+        """
+        ray = load_ray()
+        actors = []
+        places = placement.groups[which]
+        for rank, at in enumerate(places):
+            options: dict[str, Any] = {
+                "num_cpus": 1 if placement.device == "CPU" else 0,
+                "num_gpus": at.gpus,
+                "max_concurrency": threads,
+                "max_restarts": restarts,
+                "max_task_retries": -1 if restarts else 0,
+                "runtime_env": {"env_vars": dict(environment)},
+                "scheduling_strategy": ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+                    placement.group, placement_group_bundle_index=at.bundle
+                ),
+            }
+            if registered is not None:
+                options |= {"name": f"{registered}/{rank}", "lifetime": "detached"}
+            called = f"{name}-{rank}"
+            actors.append(
+                ray.remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments)
+            )
+        return cls(name, tuple(actors))
+
+    def meet(self, minutes: float, *, together: bool = True) -> None:
+        """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
+        waits longer than ``minutes`` for another."""
+        self._check_versions()
+        size = len(self.actors)
+        if together and size > 1:
+            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS)
+            self.call_each("join", [(rank, size, store, minutes) for rank in range(size)])
+
+    def call(self, method: str, *arguments: Any, seconds: float | None = _STARTING_SECONDS) -> list[Any]:
+        """Call a method of every worker and wait for all results."""
+        return self.call_each(method, [arguments] * len(self.actors), seconds=seconds)
+
+    def call_each(
+        self, method: str, arguments: Sequence[Sequence[Any]], *, seconds: float | None = _STARTING_SECONDS
+    ) -> list[Any]:
+        """The same with arguments of its own for each worker."""
+        asked = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
+        return [result(ref, f"{self.name}-{rank}", seconds) for rank, ref in enumerate(asked)]
+
+    def end(self) -> None:
+        """End the processes at once."""
+        ray = load_ray()
+        for actor in self.actors:
+            with suppress(Exception):  # whatever Ray says of an actor that is gone already
+                ray.kill(actor)
+
+    def _check_versions(self) -> None:
+        ours = versions()
+        for rank, about in enumerate(self.call("about")):
+            for package, theirs in about["versions"].items():
+                if theirs != ours[package]:
+                    raise LimbeckError(
+                        f"{self.name}-{rank} on {about['host']} runs {package} {theirs}, and this process {ours[package]}; "
+                        "install the same on all machines."
+                    )
+
+
+def result(ref: Any, name: str, seconds: float | None) -> Any:
+    """What a worker called ``name`` returns; raises its LimbeckError, or WorkerLost for everything else that can happen."""
+    ray = load_ray()
+    try:
+        return ray.get(ref, timeout=seconds)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, BaseException) else error
+        if isinstance(cause, LimbeckError):
+            raise cause from None
+        if isinstance(cause, WorkerLost):
+            raise WorkerLost(str(cause)) from error
+        raise WorkerLost(f"{name} failed: {type(cause).__name__}: {_first_line(cause)}") from error
+    except ray.exceptions.GetTimeoutError as error:
+        raise WorkerLost(f"{name} has not answered for {seconds:.0f} s") from error
+    except ray.exceptions.RayError as error:
+        raise WorkerLost(f"{name} died ({type(error).__name__})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no more is known")

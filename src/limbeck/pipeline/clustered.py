@@ -1,0 +1,184 @@
+"""A run on a cluster, seen from outside: two groups of workers are started and watched; when one is lost, the run goes on.
+
+Nothing of the training itself is here. A run that loses a worker is started again from its last checkpoint, which gives what an
+undisturbed run would have given, since a resumed run does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from limbeck.cluster.placement import Placement, place
+from limbeck.cluster.session import load_ray, ray_session
+from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
+from limbeck.config import DistillConfig
+from limbeck.errors import LimbeckError
+from limbeck.pipeline import checkpoint as files
+from limbeck.pipeline.distill import RunResult
+from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.workers import StudentWorker, TeacherWorker
+
+Tell = Callable[[str], None]
+
+_WATCH_SECONDS = 0.1
+_PASSED_ON = (
+    "HF_",
+    "LIMBECK_",
+    "TRANSFORMERS_",
+    "TORCH",
+    "NCCL_",
+    "GLOO_",
+    "XDG_CACHE_HOME",
+)  # a joined Ray has others
+_LONGEST_WAIT = 60
+_STOPPING_SECONDS = 600
+
+
+def run_on_cluster(config: DistillConfig, tell: Tell = print) -> RunResult:
+    """Train on worker groups to the end, or until a signal asks to stop. ``tell`` gets the lines for a person.
+
+    Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers.
+    """
+    mappings = [config.student.device_mapping or [0]]
+    if config.needs_worker_groups and config.teacher.device_mapping:
+        mappings.append(config.teacher.device_mapping)
+    timeline = config.log_dir / "timeline.json"
+    with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
+        tell(where)
+        cluster = _Cluster(config, mappings, tell)
+        try:
+            return cluster.run(stop)
+        finally:
+            cluster.end()
+
+
+class _Cluster:
+    """The groups of one run, and how often they may be started again."""
+
+    def __init__(self, config: DistillConfig, mappings: list[list[int]], tell: Tell) -> None:
+        self.config, self.mappings, self.tell = config, mappings, tell
+        self.placement: Placement | None = None
+        self.teachers: WorkerGroup | None = None
+        self.students: WorkerGroup | None = None
+        # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
+        self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
+        self.in_step &= config.teacher.strategy_args.strategy_name != "hf_infer"
+
+    def run(self, stop: StopRequest) -> RunResult:
+        for attempt in range(self.config.max_restarts + 1):
+            try:
+                return self._attempt(again=attempt > 0, stop=stop)
+            except WorkerLost as lost:
+                self.end(keep_teachers=not self.in_step)
+                if stop.signal or attempt == self.config.max_restarts:
+                    hint = f"; see the workers' logs in {self._logs}"
+                    raise LimbeckError(
+                        f"{lost}, after {attempt} of {self.config.max_restarts} restarts{hint}."
+                    ) from lost
+                wait = min(2**attempt, _LONGEST_WAIT)
+                self.tell(
+                    f"{lost}. The run goes on from its last checkpoint in {wait} s "
+                    f"(restart {attempt + 1} of {self.config.max_restarts})."
+                )
+                time.sleep(wait)
+        raise AssertionError("the loop above returns or raises")
+
+    @property
+    def _logs(self) -> Any:
+        return self.config.log_dir / "workers"
+
+    def end(self, *, keep_teachers: bool = False) -> None:
+        """End every process of the run; ``keep_teachers`` leaves teachers that still answer."""
+        if self.students is not None:
+            self.students.end()
+            self.students = None
+        if self.teachers is not None and not (keep_teachers and self._teachers_answer()):
+            self.teachers.end()
+            self.teachers = None
+        if self.teachers is None and self.placement is not None:
+            self.placement.free()
+            self.placement = None
+
+    def _teachers_answer(self) -> bool:
+        assert self.teachers is not None
+        try:
+            self.teachers.call("about", seconds=30)
+        except WorkerLost:
+            return False
+        return True
+
+    def _attempt(self, *, again: bool, stop: StopRequest) -> RunResult:
+        config = self.config
+        if again and files.list_checkpoints(config.checkpoint_dir):
+            config = config.model_copy(update={"resume_from_checkpoint": True})
+        if self.placement is None:
+            self.placement = place(self.mappings, config.num_gpus_per_node)
+        if self.teachers is None and len(self.mappings) > 1:
+            self.teachers = WorkerGroup.start(
+                "teacher",
+                TeacherWorker,
+                [config.model_dump(mode="json")],
+                placement=self.placement,
+                which=1,
+                log_dir=self._logs,
+                environment=self._environment(config.teacher.system_envs),
+                restarts=0 if self.in_step else config.max_restarts,
+            )
+        self.students = WorkerGroup.start(
+            "student",
+            StudentWorker,
+            [config.model_dump(mode="json")],
+            placement=self.placement,
+            which=0,
+            log_dir=self._logs,
+            environment=self._environment(config.student.system_envs),
+            threads=3,
+        )
+        if self.teachers is not None:
+            self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
+        teachers = () if self.teachers is None else self.teachers.actors
+        loading = [actor.load.remote() for actor in teachers]
+        self.students.meet(config.student.backend_timeout)
+        for rank, ref in enumerate(loading):
+            result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
+        if not again:
+            self.tell(f"Workers: {len(self.students.actors)} × student, {len(teachers)} × teacher; logs: {self._logs}")
+        return self._watch(self.students, list(teachers), stop)
+
+    def _watch(self, students: WorkerGroup, teachers: list[Any], stop: StopRequest) -> RunResult:
+        ray = load_ray()
+        runs = [actor.run.remote(teachers, self.in_step) for actor in students.actors]
+        ranks = {ref: f"student-{rank}" for rank, ref in enumerate(runs)}
+        waiting, sign_of_life, asked_to_stop = list(runs), time.monotonic(), 0.0
+        hung = 60 * self.config.student.backend_timeout
+        told = students.actors[0].told.remote()
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1, timeout=_WATCH_SECONDS)
+            for ref in done:
+                result(ref, ranks[ref], None)
+            if ray.wait([told], timeout=0)[0]:
+                for line in result(told, "student-0", None):
+                    sign_of_life = time.monotonic()
+                    self.tell(line)
+                told = students.actors[0].told.remote()
+            if stop.signal and not asked_to_stop:
+                asked_to_stop = time.monotonic()
+                for actor in students.actors:
+                    actor.stop.remote(stop.signal)
+            if time.monotonic() - sign_of_life > hung:
+                raise WorkerLost(f"the student's workers have said nothing for {hung:.0f} s")
+            if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
+                raise WorkerLost("the student's workers did not stop when asked to")
+        for line in result(students.actors[0].told.remote(), "student-0", 60):
+            self.tell(line)
+        return result(runs[0], "student-0", None)
+
+    def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
+        """What a worker's process has: the run's variables, the role's, and its share of the cores."""
+        workers = sum(map(len, self.mappings))
+        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
+        passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
+        return {**threads, **passed, **self.config.system_envs, **of_role}

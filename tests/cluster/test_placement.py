@@ -1,0 +1,28 @@
+"""Device numbers become places: whole machines, and parts of devices that workers share."""
+
+from collections import defaultdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from limbeck.cluster.placement import layout
+
+MAPPINGS = st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=8, unique=True), min_size=1, max_size=2)
+
+
+@given(MAPPINGS, st.sampled_from([None, 1, 3, 8]), st.booleans())
+def test_every_worker_has_a_place_on_its_machine_and_none_is_overbooked(mappings, per_node, on_gpus):
+    bundles, places = layout(mappings, per_node, on_gpus)
+    taken = defaultdict(float)
+    machine: dict[int, set[int]] = defaultdict(set)
+    for mapping, group in zip(mappings, places, strict=True):
+        assert len(group) == len(mapping)
+        for device, at in zip(mapping, group, strict=True):
+            taken[at.bundle] += at.gpus if on_gpus else 1
+            machine[0 if per_node is None else device // per_node].add(at.bundle)
+    # Devices of one machine are in one bundle, and bundles hold exactly what their workers take.
+    assert all(len(found) == 1 for found in machine.values())
+    assert len(bundles) == len(machine)
+    for place, bundle in enumerate(bundles):
+        assert taken[place] == pytest.approx(bundle["GPU" if on_gpus else "CPU"])

@@ -1,0 +1,165 @@
+"""Student and teacher as groups of workers that Ray places: the same numbers as one process, and runs that survive."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from limbeck import DistillPipeline
+from limbeck.errors import LimbeckError
+
+from .conftest import assert_same_weights
+from .test_ranks import metrics, rows
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray():
+    """One Ray for this file: runs in this process find it there."""
+    from limbeck.cluster.session import ray_session
+
+    with ray_session(8):
+        yield
+
+
+def run_on_cluster(config, told=None):
+    from limbeck.pipeline.clustered import run_on_cluster
+
+    return run_on_cluster(config, (lambda line: None) if told is None else told)
+
+
+def processes(name: str) -> list[int]:
+    """Of Ray's workers those whose class is ``name``."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if entry.read_bytes().startswith(f"ray::{name}".encode()):
+                found.append(int(entry.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def groups(students: int, teachers: int, **changes) -> dict:
+    return {
+        "student.device_mapping": list(range(students)),
+        "teacher.device_mapping": list(range(students, students + teachers)),
+        **rows(8 // students),
+        **changes,
+    }
+
+
+WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
+LONG = {"max_steps": 60, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [groups(2, 1), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
+    ids=["two-ask-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
+)
+def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    run_on_cluster(configure(**changes))
+    one, out = tmp_path / "one", tmp_path / "out"
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
+        assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
+    assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    return tmp_path_factory.mktemp("undisturbed") / "out"
+
+
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        ("StudentWorker", signal.SIGKILL),
+        ("StudentWorker", signal.SIGSTOP),
+        ("TeacherWorker", signal.SIGKILL),
+    ],
+)
+def test_a_run_that_loses_a_worker_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, victim, number):
+    if not undisturbed.exists():
+        run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
+    lines, hit = [], []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if "step 25/" in line and not hit:
+            hit.extend(processes(victim)[-1:])
+            os.kill(hit[0], number)
+
+    run_on_cluster(configure(**groups(2, 1), **LONG, **{"student.backend_timeout": 0.2}), told)
+    assert hit
+    if victim == "StudentWorker":  # a teacher that is alone is replaced without anybody having to go back
+        assert any("goes on from its last checkpoint" in line for line in lines)
+        assert any(line.startswith("Resumed from") for line in lines)
+    assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
+
+
+def test_restarts_are_bounded_and_say_where_the_logs_are(configure, tmp_path):
+    def told(line: str) -> None:
+        if "step 2/" in line:
+            os.kill(processes("StudentWorker")[0], signal.SIGKILL)
+
+    with pytest.raises(LimbeckError, match="after 0 of 0 restarts; see the workers' logs"):
+        run_on_cluster(configure(**groups(1, 1), max_restarts=0), told)
+
+
+def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path):
+    lines = []
+    with pytest.raises(LimbeckError, match="there is no folder"):
+        run_on_cluster(configure(**groups(1, 1), teacher_pretrain=str(tmp_path / "nowhere" / "x")), lines.append)
+    assert not any("goes on" in line for line in lines)
+    deadline = time.monotonic() + 30
+    while processes("StudentWorker") or processes("TeacherWorker"):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, settings, undisturbed, tmp_path):
+    if not undisturbed.exists():
+        run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
+    config = tmp_path / "two.json"
+    config.write_text(json.dumps(settings(**groups(2, 1), **LONG, num_nodes=2, num_gpus_per_node=2)))
+    script = Path(__file__).with_name("two_nodes.py")
+    done = subprocess.run([sys.executable, script, config], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on from its last checkpoint" in done.stdout
+    assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
+
+
+def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
+    keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, save_steps=0)
+    keys["student"]["training_args"]["num_train_epochs"] = 10_000
+    config = tmp_path / "long.yaml"
+    config.write_text(yaml.safe_dump(keys))
+    mine = set(processes("StudentWorker"))
+    train = subprocess.Popen(
+        [sys.executable, "-m", "limbeck", "train", str(config)],
+        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    lines = []
+    for line in train.stdout:
+        lines.append(line)
+        if "step 3/" in line:
+            break
+    assert set(processes("StudentWorker")) - mine
+    os.killpg(train.pid, signal.SIGINT)
+    lines.append(train.communicate(timeout=90)[0])
+    assert train.returncode == 130, "".join(lines)
+    assert "Stopped by SIGINT" in lines[-1]
+    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    deadline = time.monotonic() + 30
+    while set(processes("StudentWorker") + processes("TeacherWorker")) - mine:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
