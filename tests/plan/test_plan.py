@@ -122,6 +122,7 @@ def test_what_does_not_fit_is_told_what_would(from_config):
         (["--gpus-per-node", "6", "student.strategy_args.strategy_config.fsdp_size=4"], "does not divide the 6"),
         (["sequence_length=512"], "made for 256"),
         (["student.model_args.dtype=fp16"], "use bf16"),
+        (["student.device_mapping=[0]", "teacher.device_mapping=[1]"], "over the same devices"),
     ],
 )
 def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arguments, said):

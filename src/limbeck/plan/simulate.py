@@ -114,6 +114,11 @@ def simulate(config: DistillConfig, ranks: int, device: str = "cuda") -> Simulat
     A micro-batch is as full as it can be: ``per_device_train_batch_size`` rows of ``sequence_length`` tokens, all supervised.
     Raises LimbeckError for a layout that cannot be, and for models that decide by values what they compute.
     """
+    if config.needs_worker_groups:
+        raise LimbeckError(
+            "limbeck plan lays student and teacher over the same devices, and teacher.device_mapping differs from the "
+            "student's; plan with 'teacher.device_mapping=null'."
+        )
     if config.cross_tokenizer != "off":
         raise LimbeckError(
             "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
