@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -37,24 +38,28 @@ def seconds_to_first_step(config: Path, metrics: Path) -> float:
     return json.loads(metrics.read_text().splitlines()[0])["time"] - begun
 
 
+def make_run(folder: Path) -> dict[str, Any]:
+    """Models of the demo's size and its data in ``folder``, and the settings of one step over them."""
+    sizes = Sizes()
+    write_jsonl(generate(sizes.student_problems, 1), folder / "teacher.jsonl")
+    tokenizer = _make_tokenizer(folder, sizes.vocab_size)
+    _make_model(folder / "teacher", tokenizer, sizes.teacher, 1)
+    _make_model(folder / "student", tokenizer, sizes.student, 0)
+    return {
+        "student_pretrain": str(folder / "student"),
+        "teacher_pretrain": str(folder / "teacher"),
+        "output_dir": str(folder / "out"),
+        "max_steps": 1,
+        "sequence_length": 128,
+        "student": {"data_args": {"file_name": str(folder / "teacher.jsonl"), "cache_path": str(folder / "cache")}},
+    }
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sizes = Sizes()
-        write_jsonl(generate(sizes.student_problems, 1), folder / "teacher.jsonl")
-        tokenizer = _make_tokenizer(folder, sizes.vocab_size)
-        _make_model(folder / "teacher", tokenizer, sizes.teacher, 1)
-        _make_model(folder / "student", tokenizer, sizes.student, 0)
         config = folder / "run.yaml"
-        settings = {
-            "student_pretrain": str(folder / "student"),
-            "teacher_pretrain": str(folder / "teacher"),
-            "output_dir": str(folder / "out"),
-            "max_steps": 1,
-            "sequence_length": 128,
-            "student": {"data_args": {"file_name": str(folder / "teacher.jsonl"), "cache_path": str(folder / "cache")}},
-        }
-        config.write_text(yaml.safe_dump(settings))
+        config.write_text(yaml.safe_dump(make_run(folder)))
         seconds_to_first_step(config, folder / "out" / "metrics.jsonl")
         first = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(5)]
         answer = [seconds_of([*LIMBECK, "--help"]) for _ in range(5)]

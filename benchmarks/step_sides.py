@@ -39,7 +39,6 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
 
     from limbeck.config import DistillConfig
     from limbeck.pipeline import distill as pipeline
-    from limbeck.pipeline.optimizer import clip_gradients
 
     asked = None
     step = pipeline._Run._train_step
@@ -52,14 +51,11 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
         signals = run.teacher.signals(micro)
         seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        with run._autocast():
-            loss = run.student(micro, signals, batch.normalizer)
-        loss.loss.backward()
+        loss = run.engine(micro, signals, batch.normalizer)
+        run.engine.backward(loss.loss, last=True)
         seconds += time.perf_counter() - begun
         begun = time.perf_counter()
-        clip_gradients(run.student, 1.0)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
+        run.engine.step()
         return seconds + time.perf_counter() - begun
 
     def timed(run: pipeline._Run) -> None:

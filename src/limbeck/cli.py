@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # as in `limbeck data show … | head`; the interpreter must not flush into the pipe either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 def _is_override(word: str) -> bool:
@@ -55,6 +58,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", type=Path, help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
     train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides))
+
+    serve = commands.add_parser("serve-teacher", help="keep a teacher for several runs, until Ctrl-C")
+    serve.add_argument("config", type=Path, help="YAML file of one of the runs")
+    serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    serve.add_argument("--name", help="what runs call it by; default teacher.service, else teacher")
+    serve.set_defaults(run=_serve_teacher)
+
+    cluster = commands.add_parser("cluster", help="see whether a run fits the machines, before anything is loaded")
+    checks = cluster.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    check = checks.add_parser("check", help="placement, package versions, model memory and layouts of a configuration")
+    check.add_argument("config", type=Path, help="YAML file")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    check.set_defaults(run=_cluster_check)
 
     config = commands.add_parser(
         "config", help="print a configuration with every default and where each value came from"
@@ -124,7 +140,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
         )
     if config.needs_worker_groups and launched:
         raise LimbeckError(
-            "teacher.device_mapping differs from the student's, so Ray starts the processes of both; run plain "
+            "the teacher is a service, or has other devices than the student, so Ray starts the processes; run plain "
             "`limbeck train` instead of a launcher."
         )
     if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
@@ -148,6 +164,40 @@ def _train_on_cluster(config: DistillConfig) -> int:
     result = run_on_cluster(config, lambda line: print(line, flush=True))
     print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _serve_teacher(args: argparse.Namespace) -> int:
+    config = _settled(args)
+
+    from limbeck.pipeline.service import serve_teacher
+
+    serve_teacher(config, args.name, lambda line: print(line, flush=True))
+    return 0
+
+
+def _cluster_check(args: argparse.Namespace) -> int:
+    config = _settled(args)
+
+    from limbeck.pipeline.preflight import check_cluster
+
+    problems = check_cluster(config)
+    for problem in problems:
+        print(f"limbeck: {problem}", file=sys.stderr)
+    if problems:
+        return USER_MISTAKE
+    print("fits")
+    return 0
+
+
+def _settled(args: argparse.Namespace) -> DistillConfig:
+    """The configuration that the command line names; its notices are printed, its environment is set."""
+    from limbeck.config import load_config
+
+    loaded = load_config(args.config, args.overrides)
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    os.environ.update(loaded.config.environment)
+    return loaded.config
 
 
 def _visible(devices: Sequence[int], allowed: str | None) -> str:
@@ -264,12 +314,7 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_cache(args: argparse.Namespace) -> int:
-    from limbeck.config import load_config
-
-    loaded = load_config(args.config, args.overrides)
-    for notice in loaded.notices:
-        print(f"note: {notice}", file=sys.stderr)
-    os.environ.update(loaded.config.environment)
+    config = _settled(args)
 
     from limbeck.data import mix
     from limbeck.pipeline.inputs import (
@@ -280,14 +325,14 @@ def _data_cache(args: argparse.Namespace) -> int:
         prepare_validation,
     )
 
-    tokenizer = make_tokenizer(loaded.config)
-    train, report = prepare_examples(loaded.config, tokenizer)
+    tokenizer = make_tokenizer(config)
+    train, report = prepare_examples(config, tokenizer)
     print(f"training: {report}")
-    if (mixture := mix(train, report, mixture_settings(loaded.config), loaded.config.data_seed)) is not None:
+    if (mixture := mix(train, report, mixture_settings(config), config.data_seed)) is not None:
         print(f"mixture: {mixture}")
-    if (held_out := prepare_validation(loaded.config, tokenizer)) is not None:
+    if (held_out := prepare_validation(config, tokenizer)) is not None:
         print(f"validation: {held_out[1]}")
-    print(f"cache: {cache_folder(loaded.config)}")
+    print(f"cache: {cache_folder(config)}")
     return 0
 
 

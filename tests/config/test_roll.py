@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from limbeck.config import LoadedConfig
+from limbeck.config import LoadedConfig, load_config, render_config
 from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
 
 Load = Callable[..., LoadedConfig]
@@ -179,6 +180,21 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
     assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not built yet; use fsdp2_{suffix}" in line
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("key", "ours"),
+    [
+        ("strategy_args.tp_size", "tensor_model_parallel_size"),
+        ("strategy_args.strategy_config.tensor_parallel_size", "tensor_model_parallel_size"),
+        ("strategy_args.strategy_config.cp_size", "context_parallel_size"),
+        ("model_args.ulysses_size", "context_parallel_size"),
+    ],
+)
+def test_every_name_of_a_parallel_size_is_the_same_size(load: Load, role: str, key: str, ours: str) -> None:
+    config = load(f"{role}.{key}=2").config
+    assert getattr(getattr(config, role).strategy_args.strategy_config, ours) == 2
+
+
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_a_server_as_teacher_is_not_built_yet(mistakes: Mistakes, engine: str) -> None:
     (line,) = mistakes(f"teacher.strategy_args.strategy_name={engine}")
@@ -212,8 +228,7 @@ def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...
         ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
         ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
         ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
-        ("student.model_args.ulysses_size=2", "student.model_args.ulysses_size = 2 (sequence parallelism)"),
-        ("student.strategy_args.tp_size=2", "student.strategy_args.tp_size = 2 is not built yet"),
+        ("student.strategy_args.pp_size=2", "student.strategy_args.pp_size = 2 is not built yet"),
         (
             "student.training_args.fp16=true",
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
@@ -247,24 +262,12 @@ def test_a_temperature_that_roll_would_multiply_is_told(load: Load) -> None:
     assert load("kd_temperature=2", "teacher_temperature=1", "temperature_convention=roll").notices == []
 
 
-@pytest.mark.parametrize(
-    ("stage", "strategy"),
-    [
-        (0, {"replicate": True}),
-        (1, {"reshard_after_forward": False}),
-        (2, {"reshard_after_forward": False}),
-        (3, {"reshard_after_forward": True}),
-    ],
-)
-def test_a_zero_stage_becomes_the_fsdp2_layout_with_the_same_mathematics(
-    load: Load, stage: int, strategy: dict[str, bool]
-) -> None:
-    yaml = f"""
+BLOCK = """
     deepspeed_zero3:
       train_micro_batch_size_per_gpu: auto
       gradient_clipping: auto
       bf16: {{enabled: auto}}
-      zero_optimization: {{stage: {stage}, overlap_comm: true, stage3_max_live_parameters: 1e9}}
+      zero_optimization: {{stage: {stage}, overlap_comm: true, stage3_max_live_parameters: 1e9, reduce_bucket_size: auto}}
     student_pretrain: s
     teacher_pretrain: t
     student:
@@ -272,30 +275,72 @@ def test_a_zero_stage_becomes_the_fsdp2_layout_with_the_same_mathematics(
       strategy_args:
         strategy_name: deepspeed_train
         strategy_config: ${{deepspeed_zero3}}
-    """
-    loaded = load(yaml=yaml)
+    teacher:
+      strategy_args:
+        strategy_name: deepspeed_infer
+        strategy_config: ${{deepspeed_zero3}}
+"""
+
+
+@pytest.mark.parametrize(("stage", "teacher"), [(1, "hf_infer"), (2, "hf_infer"), (3, "deepspeed_infer")])
+def test_a_zero_block_is_passed_on_without_what_the_run_decides(
+    load: Load, tmp_path: Path, stage: int, teacher: str
+) -> None:
+    loaded = load(yaml=BLOCK.format(stage=stage))
     made = loaded.config.student.strategy_args
-    assert made.strategy_name == "fsdp2_train"
-    assert {key: getattr(made.strategy_config, key) for key in strategy} == strategy
-    assert any("deepspeed_train runs as fsdp2_train" in notice for notice in loaded.notices)
-    (key,) = strategy
+    assert made.strategy_name == "deepspeed_train"
+    assert made.strategy_config.deepspeed == {
+        "zero_optimization": {"stage": stage, "overlap_comm": True, "stage3_max_live_parameters": 1e9}
+    }
     place = "student.strategy_args.strategy_config (run.yaml:12)"
-    assert loaded.origins[f"student.strategy_args.strategy_config.{key}"] == f"derived from {place}"
+    assert loaded.origins["student.strategy_args.strategy_config.deepspeed.zero_optimization.stage"] == (
+        f"derived from {place}"
+    )
+    assert loaded.config.teacher.strategy_args.strategy_name == teacher
+    assert bool(loaded.notices) == (stage < 3)  # of the teacher, which such a stage keeps whole
+    # What `limbeck config` shows is the same configuration again.
+    again = tmp_path / "again.yaml"
+    again.write_text(render_config(loaded))
+    assert load_config(again).config == loaded.config
+
+
+def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: Load) -> None:
+    loaded = load(yaml=BLOCK.format(stage=0))
+    made = loaded.config.student.strategy_args
+    assert (made.strategy_name, made.strategy_config.replicate) == ("fsdp2_train", True)
+    assert any("deepspeed_train with ZeRO stage 0 keeps a whole copy" in notice for notice in loaded.notices)
 
 
 @pytest.mark.parametrize(
     ("block", "sentence"),
     [
-        ("{zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}", "offload_optimizer = cpu (parameters"),
-        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "offload_param = nvme (parameters"),
         ("{zero_optimization: {stage: 4}}", "stage = 4 is not a ZeRO stage; use 0, 1, 2 or 3"),
-        ("{zero_optimization: {stage: 3, zero_quantized_weights: true}}", "zero_quantized_weights has no counterpart"),
+        (
+            "{zero_optimization: {stage: 3, zero_quantized_weights: true}}",
+            "zero_quantized_weights is not among the keys",
+        ),
+        ("{zero_optimization: {stage: 2, offload_param: {device: cpu}}}", "offload_param = cpu needs ZeRO stage 3"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: disk}}}", "= disk is not a place to offload to"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "offload_param = nvme needs nvme_path"),
+        ("{zero_optimization: 3}", "zero_optimization = 3 must be a section"),
         ("{fp16: {enabled: true}}", "fp16.enabled = true contradicts model_args.dtype = bf16"),
+        ("{bf16: {enabled: false}}", "bf16.enabled = false contradicts model_args.dtype = bf16"),
         ("{train_micro_batch_size_per_gpu: 4}", "is student.training_args.per_device_train_batch_size here"),
-        ("{optimizer: {type: Adam}}", "optimizer has no counterpart"),
+        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0 is max_grad_norm here"),
+        ("{optimizer: {type: Adam}}", "is AdamW with student.training_args.learning_rate"),
+        ("{scheduler: {type: WarmupLR}}", "is student.training_args.lr_scheduler_type"),
+        ("{deepspeed: {elasticity: {}}}", "strategy_config.deepspeed.elasticity is not among the keys"),
+        ("{zero_optimization: {stage: 3}, fsdp_size: 2}", "fsdp_size is not read by deepspeed_train"),
     ],
 )
 def test_a_deepspeed_block_that_asks_for_more_is_refused(mistakes: Mistakes, block: str, sentence: str) -> None:
     name = "student.strategy_args.strategy_name=deepspeed_train"
     (line,) = mistakes(name, f"student.strategy_args.strategy_config={block}")
     assert sentence in line
+
+
+def test_a_deepspeed_block_needs_deepspeed(mistakes: Mistakes) -> None:
+    (line,) = mistakes("student.strategy_args.strategy_config={deepspeed: {zero_optimization: {stage: 3}}}")
+    assert "strategy_config.deepspeed is read by strategy_name: deepspeed_train only" in line
+    (line,) = mistakes("teacher.strategy_args.strategy_name=deepspeed_train")
+    assert "does not fit: the teacher is never trained; use fsdp2_infer" in line

@@ -73,6 +73,19 @@ def test_a_bad_first_row_does_not_decide_the_format(tmp_path, tokenizer):
     assert (report.files[0].format, report.files[0].rows, report.files[0].bad) == ("text", 3, 2)
 
 
+def test_a_first_prompt_without_an_answer_is_a_bad_row_among_others(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "How many?", "completion": "She has 12 eggs."})
+    path.write_text("\n".join(['{"prompt": "How many?"}', good, good]))
+    examples, report = tokenize_files([path], tokenizer, on_bad_row="skip")
+    assert len(examples) == 2 and "1 bad row skipped" in str(report)
+    with pytest.raises(LimbeckError, match="is a prompt without an answer"):
+        tokenize_files([path], tokenizer)
+    path.write_text('{"prompt": "How many?"}')
+    with pytest.raises(LimbeckError, match="is a prompt without an answer"):
+        tokenize_files([path], tokenizer, on_bad_row="skip")
+
+
 def test_a_row_in_a_list_on_one_line_is_named_by_its_number(tmp_path, tokenizer):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps([GOOD, GOOD, {"question": "q"}]))

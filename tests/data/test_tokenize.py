@@ -377,3 +377,13 @@ def test_an_unknown_setting_is_refused(tokenizer):
 def test_a_process_that_tokenises_starts_without_torch():
     code = "import sys, limbeck.data.workers, limbeck.data.encode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_template_file_edited_in_place_misses_the_cache(tmp_path, tokenizer):
+    path, template = write(tmp_path / "train.jsonl", ROWS), tmp_path / "mine.jinja"
+    lengths = []
+    for end in ("", " Well done!"):
+        template.write_text("{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
+        examples, _ = tokenize_files([path], tokenizer, template=str(template), cache_dir=tmp_path / "cache")
+        lengths.append(int(examples.lengths.sum()))
+    assert lengths[0] < lengths[1]

@@ -20,6 +20,18 @@ def assets(tmp_path_factory) -> Path:
     return folder
 
 
+def nested(flat: dict) -> dict:
+    """``{"dotted.key": value}`` as nested dictionaries."""
+    whole: dict = {}
+    for path, value in flat.items():
+        *sections, leaf = path.split(".")
+        place = whole
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return whole
+
+
 @pytest.fixture
 def settings(assets, tmp_path):
     """``settings(**{"dotted.key": value})`` → nested dictionaries of a 12-step float32 run."""
@@ -44,14 +56,7 @@ def settings(assets, tmp_path):
             "validation.data_args.file_name": [str(assets / "rows.jsonl")],
             **changes,
         }
-        nested: dict = {}
-        for path, value in flat.items():
-            *sections, leaf = path.split(".")
-            place = nested
-            for section in sections:
-                place = place.setdefault(section, {})
-            place[leaf] = value
-        return nested
+        return nested(flat)
 
     return build
 

@@ -27,6 +27,7 @@ def main() -> None:
         if "step 25/" in line and not killed:
             killed.append(other)
             cluster.remove_node(other, allow_graceful=False)
+            print("a node was killed", flush=True)
 
     try:
         run_on_cluster(load_mapping(json.loads(Path(sys.argv[1]).read_text())).config, told)

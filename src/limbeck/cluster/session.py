@@ -12,12 +12,20 @@ from types import ModuleType
 from limbeck.errors import LimbeckError
 
 NAMESPACE = "limbeck"
+_DEFAULTS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # A Ray that is started here serves one run: its workers give way to nobody, and no others are started in advance.
+    "RAY_worker_niceness": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_enable_worker_prestart": "0",
+}
 
 
 def load_ray() -> ModuleType:
     """Ray itself; raises LimbeckError where it is not installed."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:
@@ -64,6 +72,16 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
             timeline.parent.mkdir(parents=True, exist_ok=True)
             ray.timeline(str(timeline))
         ray.shutdown()
+
+
+def ray_address() -> str:
+    """What other programs set RAY_ADDRESS to in order to join the Ray that this process is connected to."""
+    return str(load_ray().get_runtime_context().gcs_address)
+
+
+def can_join() -> bool:
+    """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
+    return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()
 
 
 def _has_dashboard() -> bool:

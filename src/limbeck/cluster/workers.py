@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from limbeck.cluster.placement import Placement
-from limbeck.cluster.session import load_ray
+from limbeck.cluster.session import NAMESPACE, load_ray
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 
@@ -109,7 +110,7 @@ class WorkerGroup:
 
         threads: calls that a worker takes at once. restarts: how often Ray may start a dead one again by itself, its calls
         repeated; only for workers whose constructor makes all of their state. registered: a name under which other programs
-        find them, and which outlives this one.
+        find them for as long as this one lives.
         """
         ray = load_ray()
         actors = []
@@ -127,12 +128,25 @@ class WorkerGroup:
                 ),
             }
             if registered is not None:
-                options |= {"name": f"{registered}/{rank}", "lifetime": "detached"}
+                options |= {"name": f"{registered}/{rank}", "namespace": NAMESPACE}
             called = f"{name}-{rank}"
             actors.append(
                 ray.remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments)
             )
         return cls(name, tuple(actors))
+
+    @classmethod
+    def find(cls, name: str, registered: str) -> WorkerGroup | None:
+        """The group that another program has registered, if it is there; ``name`` is what it is called in this one."""
+        ray = load_ray()
+        try:
+            actors = [
+                ray.get_actor(f"{registered}/{rank}", NAMESPACE)
+                for rank in range(registered_groups().get(registered, 0))
+            ]
+        except ValueError:  # it has ended in between
+            return None
+        return cls(name, tuple(actors)) if actors else None
 
     def meet(self, minutes: float, *, together: bool = True) -> None:
         """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
@@ -170,6 +184,13 @@ class WorkerGroup:
                         f"{self.name}-{rank} on {about['host']} runs {package} {theirs}, and this process {ours[package]}; "
                         "install the same on all machines."
                     )
+
+
+def registered_groups() -> dict[str, int]:
+    """The names under which groups can be found, with the number of their workers that live."""
+    there = load_ray().util.list_named_actors(all_namespaces=True)
+    names = [str(actor["name"]) for actor in there if actor["namespace"] == NAMESPACE and "/" in actor["name"]]
+    return dict(Counter(name.rsplit("/", 1)[0] for name in sorted(names)))
 
 
 def result(ref: Any, name: str, seconds: float | None) -> Any:

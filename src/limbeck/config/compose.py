@@ -293,9 +293,9 @@ def _origins(
 ) -> Iterator[tuple[str, str]]:
     given = dict(leaves(translation.values))
     for path, _ in leaves(config.model_dump()):
-        source = next(
-            (translation.derived[p] for p in (path, path.rpartition(".")[0]) if p in translation.derived), None
-        )
+        parts = path.split(".")
+        around = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        source = next((translation.derived[p] for p in around if p in translation.derived), None)
         if source is not None:
             place = place_of(source, places)
             yield path, f"derived from {source}" + (f" ({place.short})" if place else "")

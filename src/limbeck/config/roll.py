@@ -21,6 +21,7 @@ from limbeck.config.schema import (
     DataArgs,
     DistillConfig,
     ModelArgs,
+    StrategyConfig,
     StudentConfig,
     StudentModelArgs,
     TeacherConfig,
@@ -119,7 +120,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "model_args": {
         "model_type": ((None, "causal_lm"), "is not built yet; only causal language models are distilled, so use ~"),
         "adapter_name_or_path": ((None,), "is not built yet; merge the adapter into the checkpoint and name that"),
-        "ulysses_size": ((None, 1), "(sequence parallelism) is not built yet; set it to 1"),
         "moe_aux_loss_coef": _MOE,
         "autocast_adapter_dtype": ((None, True), "is not built yet; set it to true"),
     },
@@ -129,14 +129,12 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "training_args": {
         "tf32": ((None, False), "is not built yet; take it out"),
     },
-    "strategy_args": dict.fromkeys(("tp_size", "pp_size", "cp_size", "ep_size"), _PARALLEL),
+    "strategy_args": dict.fromkeys(("pp_size", "ep_size"), _PARALLEL),
     "strategy_config": {
         **dict.fromkeys(
             (
-                *("tp_size", "pp_size", "cp_size", "ep_size", "efsdp_size"),
-                *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+                *("pp_size", "ep_size", "efsdp_size", "pipeline_model_parallel_size", "pipeline_parallel_size"),
                 *("expert_model_parallel_size", "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"),
-                *("tensor_parallel_size", "pipeline_parallel_size"),
             ),
             _PARALLEL,
         ),
@@ -211,6 +209,17 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
 MOVED: dict[str, str] = {
     "student.training_args.max_grad_norm": "max_grad_norm",
     "global_template": "student.data_args.template",
+    **{
+        f"{role}.{foreign}": f"{role}.strategy_args.strategy_config.{ours}"
+        for role in ("student", "teacher")
+        for ours, names in {
+            "tensor_model_parallel_size": "strategy_args.tp_size strategy_args.strategy_config.tp_size "
+            "strategy_args.strategy_config.tensor_parallel_size",
+            "context_parallel_size": "strategy_args.cp_size strategy_args.strategy_config.cp_size model_args.ulysses_size "
+            "strategy_args.strategy_config.ulysses_size",
+        }.items()
+        for foreign in names.split()
+    },
 }
 """Keys that stand elsewhere here."""
 
@@ -352,21 +361,39 @@ def _respell(result: Translation) -> None:
 
 
 def _translate_deepspeed(result: Translation) -> None:
+    """Gather DeepSpeed's keys in strategy_config under one key of ours; without sharding, no DeepSpeed is needed."""
     for path, section in _sections(result, "strategy_args"):
         name = section.get("strategy_name")
-        if name not in ("deepspeed_train", "deepspeed_infer"):
+        given = section.get("strategy_config") or {}
+        if name not in ("deepspeed_train", "deepspeed_infer") or not isinstance(given, dict):
             continue
-        zero = section.get("strategy_config") or {}
-        if not isinstance(zero, dict):
+        config, beside = f"{path}strategy_config", given.get("deepspeed") or {}
+        if not isinstance(beside, dict):
             continue
+        ours = {key: value for key, value in given.items() if key in StrategyConfig.model_fields and key != "deepspeed"}
+        foreign = {key: value for key, value in given.items() if key not in StrategyConfig.model_fields}
         dtype = _dtype(result, path.partition(".")[0])
-        result.contradictions.extend(deepspeed.contradictions(zero, f"{path}strategy_config", dtype))
-        section["strategy_config"] = {}
-        for key, value in deepspeed.strategy_config_from_zero(zero).items():
-            result.put(f"{path}strategy_config.{key}", value, f"{path}strategy_config")
-        section["strategy_name"] = name.replace("deepspeed", "fsdp2")
+        result.contradictions.extend(deepspeed.contradictions(foreign, config, dtype))
+        result.contradictions.extend(deepspeed.contradictions(beside, f"{config}.deepspeed", dtype))
+        block = {**foreign, **beside}
+        section["strategy_config"] = ours
+        stage = deepspeed.stage_of(block)
+        if stage == 3 or (stage > 0 and name == "deepspeed_train"):
+            passed = deepspeed.passed_on(block)
+            if foreign:
+                result.put(f"{config}.deepspeed", passed, config)
+            else:
+                ours["deepspeed"] = passed
+            continue
+        # What ZeRO does not shard is a whole copy on every rank, which needs nothing of DeepSpeed.
+        if name == "deepspeed_train":
+            section["strategy_name"] = "fsdp2_train"
+            result.put(f"{config}.replicate", True, config)
+        else:
+            section["strategy_name"] = "hf_infer"
         result.notices.append(
-            f"{path}strategy_name = {name} runs as {section['strategy_name']}, with the same mathematics."
+            f"{path}strategy_name = {name} with ZeRO stage {stage} keeps a whole copy on every rank; it runs as "
+            f"{section['strategy_name']}, with the same mathematics."
         )
 
 

@@ -7,7 +7,7 @@ before they reach this file (`roll.py`). Nothing here reads files or knows how a
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -52,6 +52,9 @@ FAULTS = (
     "mean_of_micro_batches",
 )
 """What other systems do wrong and ``objective_faults`` does again; see docs/objectives.md."""
+
+SERVICE_NAME = r"^[A-Za-z0-9._-]+$"
+"""What a teacher service can be called."""
 
 FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 Scheduler = Literal[
@@ -451,13 +454,23 @@ class TrainingArgs(Section):
 
 
 class StrategyConfig(Section):
-    """How FSDP2 spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
+    """How a strategy spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
 
     fsdp_size: int | None = Field(
         default=None,
         ge=2,
         description="Ranks that share one copy of the model, such groups being replicas of each other; unset, or when "
         "there are no more ranks than this, all ranks share one copy.",
+    )
+    tensor_model_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Neighbouring ranks among which every matrix is sliced; they work on the same rows (tensor parallelism).",
+    )
+    context_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks among which the time of every row is divided (Ulysses context parallelism).",
     )
     replicate: bool = Field(
         default=False,
@@ -473,15 +486,22 @@ class StrategyConfig(Section):
     reduce_dtype: Dtype = Field(
         default="fp32", description="Number format in which gradients are summed over the ranks."
     )
+    deepspeed: dict[str, Any] = Field(
+        default_factory=dict,
+        description="DeepSpeed's own configuration (zero_optimization and what stands beside it), for deepspeed_train and "
+        "deepspeed_infer; its keys may also stand in strategy_config itself. What the run decides stays auto.",
+    )
 
 
 class StrategyArgs(Section):
     """How one model is spread over the ranks."""
 
-    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer"] | None = Field(
-        default=None,
-        description="fsdp2_train for the student; fsdp2_infer or hf_infer (a whole copy on each rank) for the teacher; "
-        "unset, whole on a single rank and FSDP2 on several.",
+    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer", "deepspeed_train", "deepspeed_infer"] | None = (
+        Field(
+            default=None,
+            description="fsdp2_train or deepspeed_train for the student; fsdp2_infer, deepspeed_infer or hf_infer (a whole "
+            "copy on each rank) for the teacher; unset, whole on a single rank and FSDP2 on several.",
+        )
     )
     strategy_config: StrategyConfig = Field(
         default_factory=StrategyConfig, description="Details of the strategy; see the keys below it."
@@ -514,6 +534,13 @@ class WorkerConfig(Section):
 
 class TeacherConfig(WorkerConfig):
     """The model that answers. It reads the student's batches, so it has no data and no batch sizes of its own."""
+
+    service: str | None = Field(
+        default=None,
+        pattern=SERVICE_NAME,
+        description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
+        "loading one; teacher.device_mapping is then the service's alone.",
+    )
 
 
 class StudentConfig(WorkerConfig):
@@ -954,13 +981,14 @@ class DistillConfig(Section):
     def _placement_contradictions(self) -> Iterator[Contradiction]:
         student, teacher = self.student, self.teacher
         for role, strategy, wrong, right in (
-            ("student", student.strategy_args, ("hf_infer", "fsdp2_infer"), "fsdp2_train"),
-            ("teacher", teacher.strategy_args, ("fsdp2_train",), "fsdp2_infer"),
+            ("student", student.strategy_args, ("hf_infer", "fsdp2_infer", "deepspeed_infer"), "fsdp2_train"),
+            ("teacher", teacher.strategy_args, ("fsdp2_train", "deepspeed_train"), "fsdp2_infer"),
         ):
             path = f"{role}.strategy_args.strategy_name"
             if strategy.strategy_name in wrong:
                 trained = "is trained" if role == "student" else "is never trained"
                 yield Contradiction(path, f"= {strategy.strategy_name} does not fit: the {role} {trained}; use {right}")
+            yield from _foreign_strategy_keys(strategy, role)
             if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
                 yield Contradiction(
                     f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
@@ -978,11 +1006,15 @@ class DistillConfig(Section):
             yield Contradiction(
                 "num_nodes", f"= {self.num_nodes} does not say which device is where; set num_gpus_per_node too"
             )
+        if teacher.service is not None and not self.has_teacher:
+            yield Contradiction(
+                "teacher.service", "needs to know which checkpoint it is to serve; set teacher_pretrain to that"
+            )
         if self.needs_worker_groups and self.features.pairs:
             yield Contradiction(
                 "features.pairs",
                 "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
-                "the student's devices",
+                "the student's devices, and no teacher.service",
             )
         environments = (
             ("system_envs", self.system_envs),
@@ -1116,14 +1148,17 @@ class DistillConfig(Section):
 
     @property
     def device_mapping(self) -> list[int] | None:
-        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's."""
-        return self.student.device_mapping or self.teacher.device_mapping
+        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's,
+        unless the teacher is a service."""
+        shared = None if self.teacher.service is not None else self.teacher.device_mapping
+        return self.student.device_mapping or shared
 
     @property
     def needs_worker_groups(self) -> bool:
-        """Whether the teacher has devices of its own, so that each role is a group of processes that Ray places."""
+        """Whether the teacher is a service or has devices of its own, so that each role is processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        return self.has_teacher and ours is not None and theirs is not None and ours != theirs
+        apart = ours is not None and theirs is not None and ours != theirs
+        return self.has_teacher and (apart or self.teacher.service is not None)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -1138,6 +1173,28 @@ def section_of(annotation: Any) -> type[Section] | None:
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
+
+
+def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
+    """Keys of DeepSpeed beside another strategy's name, and the reverse."""
+    given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    if not (strategy.strategy_name or "").startswith("deepspeed"):
+        if given.deepspeed:
+            which = "deepspeed_train" if role == "student" else "deepspeed_infer"
+            yield Contradiction(
+                f"{path}.deepspeed", f"is read by strategy_name: {which} only; set that, or take it out"
+            )
+        return
+    for key, field in type(given).model_fields.items():
+        if key != "deepspeed" and getattr(given, key) != field.get_default(call_default_factory=True):
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; take it out")
+    optimization = given.deepspeed.get("zero_optimization")
+    stages = (1, 2, 3) if strategy.strategy_name == "deepspeed_train" else (3,)
+    if not isinstance(optimization, Mapping) or optimization.get("stage") not in stages:
+        yield Contradiction(
+            f"{path}.deepspeed",
+            f"needs zero_optimization with stage {' or '.join(map(str, stages))} for {strategy.strategy_name}; add it",
+        )
 
 
 def walk_keys(section: type[Section] = DistillConfig, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -93,6 +93,43 @@ class Batch:
         """The same batch on ``device``; copies from pinned memory overlap with compute."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def stretch(self, place: int, places: int) -> tuple[Batch, Batch]:
+        """What one of ``places`` ranks that divide the rows' time has to do with this batch.
+
+        First the whole rows with only the supervised and real places in its stretch, then the stretch itself, its places
+        counted in it; ``documents`` stay those of the whole row, padded to a multiple of ``places``.
+        """
+        if places == 1:
+            return self, self
+        time = self.labels.shape[1]
+        width = -(-time // places)
+        more, low = width * places - time, place * width
+        real = torch.arange(self.labels.numel()) if self.real is None else self.real
+
+        def here(index: Tensor) -> Tensor:
+            return (index % time >= low) & (index % time < low + width)
+
+        def within(index: Tensor) -> Tensor:
+            return index // time * width + index % time - low
+
+        def cut(x: Tensor, value: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, more), value=value)[:, low : low + width].contiguous()
+
+        supervised, real = self.supervised[here(self.supervised)], real[here(real)]
+        weights = None if self.weights is None else self.weights[here(self.supervised)]
+        whole = replace(self, supervised=supervised, real=real, weights=weights)
+        positions = torch.arange(time).expand_as(self.labels) if self.position_ids is None else self.position_ids
+        own = replace(
+            whole,
+            input_ids=cut(self.input_ids, 0),
+            labels=cut(self.labels, IGNORE),
+            position_ids=cut(positions, 0),
+            supervised=within(supervised),
+            real=within(real),
+            documents=None if self.documents is None else (*self.documents[:-1], self.documents[-1] + more),
+        )
+        return whole, own
+
     def pinned(self) -> Batch:
         """The same batch in page-locked memory."""
         return self._each(Tensor.pin_memory)

@@ -114,7 +114,8 @@ class DataReport:
         if self.bad:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.bad.items())
             listed = f", listed in {self.bad_rows_file}" if self.bad_rows_file else ""
-            bad = f"; {sum(self.bad.values()):,} bad rows skipped ({reasons}){listed}"
+            total = sum(self.bad.values())
+            bad = f"; {total:,} bad row{'s' * (total != 1)} skipped ({reasons}){listed}"
         return (
             f"{self.rows:,} rows from {files}; template: {self.template}{texts}; "
             f"{self.tokens:,} tokens, of which {self.supervised_tokens:,} supervised; "

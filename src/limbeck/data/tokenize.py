@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -147,17 +147,26 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
     items = one.read()
     peeked: list[Item] = []
     form = source.format
+    without_answer: LimbeckError | None = None
     for item in items:
         peeked.append(item)
         if isinstance(item, Document):
             form = TOKENS
             break
         if isinstance(item, (Line, Record)):
-            with suppress(RowError):
+            try:
                 form = form or detect(decoded(item), settings.keys, settings.prompts)
                 break
+            except RowError:
+                pass
+            except LimbeckError as error:  # a prompt alone: a bad row among others, unless all are
+                if settings.on_bad_row == "error":
+                    raise
+                without_answer = without_answer or error
         if len(peeked) == _PEEKED:
             break
+    if form is None and without_answer is not None:
+        raise without_answer
     if not peeked:
         raise LimbeckError(f"{one.name} holds no rows; remove it from data_args.file_name, or fill it.")
     form = form or "question_answer"

@@ -9,8 +9,9 @@ from limbeck.models.heads import (
     hidden_states,
     keep_documents_apart,
     output_head,
+    unwrapped,
 )
-from limbeck.models.load import keep_activations, load_model, load_tokenizer, model_limits, recompute_activations
+from limbeck.models.load import load_model, load_tokenizer, model_limits, model_outline, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
@@ -26,14 +27,15 @@ __all__ = [
     "freeze",
     "has_lora",
     "hidden_states",
-    "keep_activations",
     "keep_documents_apart",
     "load_model",
     "load_tokenizer",
     "merged_state_dict",
     "model_limits",
+    "model_outline",
     "output_head",
     "recompute_activations",
     "resolve_pairs",
     "submodules",
+    "unwrapped",
 ]

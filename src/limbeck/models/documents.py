@@ -33,6 +33,9 @@ BY_DOCUMENT = {
 }
 """The attention implementations of transformers that have a counterpart here. Without documents it does the same."""
 
+DIVIDED = "_divided_"
+"""What follows an implementation's name where each rank of a group holds a stretch of every row; see strategies.context."""
+
 FOR_GPUS = ("flash_attention", "flex_attention")
 """How the names of those begin that do not run, or not well, on a CPU."""
 
@@ -47,11 +50,15 @@ class _Apart:
     mask: Tensor | None
 
 
-def document_arguments(implementation: str, input_ids: Tensor, documents: Sequence[int]) -> dict[str, Any]:
+def document_arguments(implementation: str, input_ids: Tensor, documents: Sequence[int] | None) -> dict[str, Any]:
     """What to call a model's body with, beside ids and positions, so that ``documents`` in ``input_ids`` [1, total] stay apart.
 
-    documents: the lengths, in order; they sum to ``total``. Nothing, if ``implementation`` reads positions alone.
+    documents: the lengths, in order; they sum to ``total``, also where ``input_ids`` is a stretch of it. Nothing, if
+    ``implementation`` reads positions alone.
     """
+    implementation, divided, _ = implementation.partition(DIVIDED)
+    if documents is None:
+        return {"attention_mask": torch.ones_like(input_ids)} if divided else {}
     if implementation in BY_DOCUMENT.values():
         # With a mask given, transformers does not look for documents itself.
         return {"attention_mask": torch.ones_like(input_ids)}
@@ -131,12 +138,12 @@ def _flex(
     return flex_attention_forward(module, query, key, value, attention_mask, **arguments)
 
 
-def _eager(module: Any, *arguments: Any, **named: Any) -> Any:
+def eager_attention(module: Any, *arguments: Any, **named: Any) -> Any:
     """Eager attention is not one function: each model's file has its own."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **named)
 
 
-for _own, _attention, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", _eager, eager_mask)):
+for _own, _attention, _mask in (("sdpa", sdpa_attention_forward, sdpa_mask), ("eager", eager_attention, eager_mask)):
     AttentionInterface.register(BY_DOCUMENT[_own], _attention_by_document(_attention))
     AttentionMaskInterface.register(BY_DOCUMENT[_own], _mask_by_document(_mask))
 AttentionInterface.register(BY_DOCUMENT["flex_attention"], _flex)

@@ -8,7 +8,7 @@ not known here is refused rather than distilled wrongly.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,14 +19,14 @@ from limbeck.models.documents import BY_DOCUMENT, FOR_GPUS, document_arguments, 
 from limbeck.objectives import OutputHead
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The Hugging Face model inside a LoRA wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def body(model: Any) -> nn.Module:
     """The part of ``model`` that ends in the last hidden state, norm included."""
-    return _unwrapped(model).base_model
+    return unwrapped(model).base_model
 
 
 def hidden_states(
@@ -37,16 +37,14 @@ def hidden_states(
     Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
     lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
     """
-    if documents is None:
-        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
-    with kept_apart(documents):
+    with nullcontext() if documents is None else kept_apart(documents):
         return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 
 def output_head(model: Any) -> OutputHead:
     """The head's current weight and bias (tied or not, sharded or gathered) with the configuration's soft-cap and scale."""
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     linear = causal.get_output_embeddings()
     if linear is None or getattr(linear, "weight", None) is None or hasattr(linear, "base_layer"):
         raise LimbeckError(
@@ -66,7 +64,7 @@ def output_head(model: Any) -> OutputHead:
 @torch.no_grad()
 def check_head(model: Any, name: str) -> None:
     """Raise LimbeckError unless body and head reproduce the model's own logits on four tokens."""
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     was_training = causal.training
     causal.eval()
     head = output_head(causal)
@@ -96,7 +94,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
     by their positions. Raises LimbeckError if neither does. Of a model on a CPU that is to use a kernel for GPUs everything
     but that kernel is tried.
     """
-    causal = _unwrapped(model)
+    causal = unwrapped(model)
     was_training = causal.training
     causal.eval()
     trunk, own = body(causal), causal.config._attn_implementation
@@ -143,7 +141,7 @@ def _attention_for(causal: Any, device: torch.device) -> Iterator[None]:
 
 def check_length(model: Any, name: str, longest: int) -> None:
     """Raise LimbeckError if a row of ``longest`` tokens has positions that the model does not."""
-    known = getattr(_unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    known = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
     if known is not None and longest > known:
         raise LimbeckError(
             f"the longest row has {longest} tokens, but {name} is made for {known}; lower sequence_length, or set "
@@ -153,5 +151,5 @@ def check_length(model: Any, name: str, longest: int) -> None:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """The repeated blocks of ``model``, as Hugging Face names them: the natural units of sharding."""
-    classes = set(_unwrapped(model)._no_split_modules or ())
+    classes = set(unwrapped(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in classes]

@@ -68,6 +68,36 @@ def load_model(
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
 
 
+def model_outline(
+    name_or_path: str | None,
+    *,
+    dtype: torch.dtype,
+    config_kwargs: Mapping[str, Any] | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    role: str = "model",
+) -> Any:
+    """The model that ``load_model`` would give, on the meta device: shapes without numbers, of which only the configuration
+    is read. Raises LimbeckError with ``role`` in the sentence when that cannot be read."""
+    _check_folder(name_or_path, role)
+    changes = dict(config_kwargs or {})
+    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if revision is not None:
+        common["revision"] = revision
+    try:
+        if name_or_path is None:
+            config = AutoConfig.for_model(**changes)
+        else:
+            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        hint = _hint(name_or_path)
+        raise LimbeckError(
+            f"cannot read the configuration of the {role} {name_or_path!r}: {_first_line(error)}{hint}"
+        ) from error
+
+
 def model_limits(
     name_or_path: str, *, config_kwargs: Mapping[str, Any], revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[int | None, int | None]:
@@ -101,14 +131,6 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
-def keep_activations(model: Any) -> None:
-    """The inverse of ``recompute_activations``."""
-    if hasattr(model, "activation_checkpointing_disable"):
-        model.activation_checkpointing_disable()
-    else:
-        model.gradient_checkpointing_disable()
 
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:

@@ -8,7 +8,6 @@ from limbeck.objectives.fused import (
     DistillationLoss,
     Objective,
     OutputHead,
-    chunk_shape,
     compiler_found,
     fused_linear_distillation,
 )
@@ -30,7 +29,6 @@ __all__ = [
     "TopK",
     "VocabParallel",
     "Vocabularies",
-    "chunk_shape",
     "compiler_found",
     "coupled",
     "cross_tokenizer_distillation",

@@ -55,10 +55,12 @@ class VocabParallel(Across):
     """This rank of ``group`` holds the vocabulary's columns [start, start + size) of ``vocab_size``.
 
     The slices are as even as they can be, larger ones first: ``head.weight[parallel.columns]`` is a rank's part of a head.
+    With ``head_rows``, the head has so many rows (perhaps more than the vocabulary, to pad it) and is cut into equal parts of
+    which the last may be smaller, as DTensor cuts.
     A chunk costs at most five collectives, none wider than a few numbers per row (adaptive_kl gathers the probabilities).
     """
 
-    def __init__(self, vocab_size: int, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, vocab_size: int, group: dist.ProcessGroup | None = None, head_rows: int | None = None) -> None:
         self._group = group
         self._ranks = dist.get_world_size(group)
         if vocab_size < self._ranks:
@@ -67,6 +69,16 @@ class VocabParallel(Across):
         self.vocab_size = vocab_size
         self.start = rank * least + min(rank, more)
         self.size = least + (rank < more)
+        self._widest = -(-vocab_size // self._ranks)
+        if head_rows is not None:
+            each = -(-head_rows // self._ranks)
+            if each * (self._ranks - 1) >= vocab_size:
+                raise LimbeckError(
+                    f"an output head of {head_rows} rows cannot be split over {self._ranks} ranks: the last would hold nothing "
+                    f"of the {vocab_size} tokens."
+                )
+            self.start, self._widest = rank * each, min(each, vocab_size)
+            self.size = min(each, vocab_size - self.start)
 
     @property
     def columns(self) -> slice:
@@ -87,8 +99,7 @@ class VocabParallel(Across):
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        widest = -(-self.vocab_size // self._ranks)
-        return torch.cat(self._gather(torch.nn.functional.pad(x, (0, widest - x.shape[-1]))), -1)
+        return torch.cat(self._gather(torch.nn.functional.pad(x, (0, self._widest - x.shape[-1]))), -1)
 
     def topk(self, k: int, *rows: Tensor) -> list[tuple[Tensor, Tensor]]:
         k = min(k, self.vocab_size)

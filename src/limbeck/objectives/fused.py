@@ -417,7 +417,7 @@ def _walk(
         kernel = None if isinstance(job.signal, TopK | Sampled) else kernel_pass(spec, job.across, device)
         fast = kernel or _Compiled(spec, job.across)
 
-    sums = _sums_dtype(job, weight, -(-count // chunk))
+    sums = _sums_dtype(job, weight, -(-count // chunk), device)
     d_hidden = torch.zeros(hidden.shape, dtype=sums, device=device) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=sums, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
@@ -513,38 +513,15 @@ def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(rows, wide, dtype=dtype, device=device)[:, :vocab]
 
 
-def _sums_dtype(job: _Job, weight: Tensor, chunks: int) -> torch.dtype:
+def _sums_dtype(job: _Job, weight: Tensor, chunks: int, device: torch.device) -> torch.dtype:
     """The precision in which the chunks' gradients meet.
 
     A product sums in float32 and is rounded once. With bfloat16 throughout, a few chunks added to the gradient itself lose
     little more than its last rounding does, and no float32 copy of twice its size is made.
     """
-    narrow = job.across is WHOLE and _sums_narrow(weight.device, job.dtype, weight.dtype, chunks)
+    bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is WHOLE
+    narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
     return torch.bfloat16 if narrow else job.accumulate
-
-
-def _sums_narrow(device: torch.device, computed: torch.dtype, weight: torch.dtype, chunks: int) -> bool:
-    return computed is weight is torch.bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
-
-
-def chunk_shape(
-    device: torch.device,
-    count: int,
-    vocab: int,
-    computed: torch.dtype,
-    weight: torch.dtype,
-    teacher: torch.dtype | None,
-) -> tuple[int, torch.dtype]:
-    """What the loss would use for ``count`` positions: a chunk's rows, and the dtype in which its gradients are summed.
-
-    computed: of the products; weight, teacher: of the two heads, None without a teacher's. For planning memory.
-    """
-    heads = [None if dtype is None else torch.empty(0, dtype=dtype) for dtype in (computed, teacher)]
-    assert heads[0] is not None
-    chunk = max(1, min(_default_chunk(device, vocab, count, heads[0], heads[1]), count))
-    if _sums_narrow(device, computed, weight, -(-count // chunk)):
-        return chunk, torch.bfloat16
-    return chunk, torch.float64 if computed is torch.float64 else torch.float32
 
 
 def _scale(grad: Tensor, scale: Tensor) -> None:

@@ -6,33 +6,26 @@ undisturbed run would have given, since a resumed run does.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from limbeck.cluster.placement import Placement, place
-from limbeck.cluster.session import load_ray, ray_session
+from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.distill import RunResult
+from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.parts import layout_of
+from limbeck.pipeline.service import find_service
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
 Tell = Callable[[str], None]
 
 _WATCH_SECONDS = 0.1
-_PASSED_ON = (
-    "HF_",
-    "LIMBECK_",
-    "TRANSFORMERS_",
-    "TORCH",
-    "NCCL_",
-    "GLOO_",
-    "XDG_CACHE_HOME",
-)  # a joined Ray has others
 _LONGEST_WAIT = 60
 _STOPPING_SECONDS = 600
 
@@ -43,7 +36,12 @@ def run_on_cluster(config: DistillConfig, tell: Tell = print) -> RunResult:
     Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers.
     """
     mappings = [config.student.device_mapping or [0]]
-    if config.needs_worker_groups and config.teacher.device_mapping:
+    if config.teacher.service is not None and not can_join():
+        raise LimbeckError(
+            f"teacher.service = {config.teacher.service} is on a Ray that this run must join; set RAY_ADDRESS to what "
+            "`limbeck serve-teacher` says."
+        )
+    if config.needs_worker_groups and config.teacher.service is None and config.teacher.device_mapping:
         mappings.append(config.teacher.device_mapping)
     timeline = config.log_dir / "timeline.json"
     with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
@@ -65,7 +63,8 @@ class _Cluster:
         self.students: WorkerGroup | None = None
         # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
         self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
-        self.in_step &= config.teacher.strategy_args.strategy_name != "hf_infer"
+        whole = config.teacher.strategy_args.strategy_name == "hf_infer" and layout_of(config.teacher).together == 1
+        self.in_step &= not whole
 
     def run(self, stop: StopRequest) -> RunResult:
         for attempt in range(self.config.max_restarts + 1):
@@ -114,6 +113,7 @@ class _Cluster:
         config = self.config
         if again and files.list_checkpoints(config.checkpoint_dir):
             config = config.model_copy(update={"resume_from_checkpoint": True})
+        service = None if config.teacher.service is None else find_service(config)
         if self.placement is None:
             self.placement = place(self.mappings, config.num_gpus_per_node)
         if self.teachers is None and len(self.mappings) > 1:
@@ -139,7 +139,8 @@ class _Cluster:
         )
         if self.teachers is not None:
             self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
-        teachers = () if self.teachers is None else self.teachers.actors
+        asked = self.teachers or service
+        teachers = () if asked is None else asked.actors
         loading = [actor.load.remote() for actor in teachers]
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
@@ -172,13 +173,10 @@ class _Cluster:
                 raise WorkerLost(f"the student's workers have said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop when asked to")
-        for line in result(students.actors[0].told.remote(), "student-0", 60):
-            self.tell(line)
+        for last in (told, students.actors[0].told.remote()):
+            for line in result(last, "student-0", 60):
+                self.tell(line)
         return result(runs[0], "student-0", None)
 
     def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
-        """What a worker's process has: the run's variables, the role's, and its share of the cores."""
-        workers = sum(map(len, self.mappings))
-        threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
-        passed = {name: value for name, value in os.environ.items() if name.startswith(_PASSED_ON)}
-        return {**threads, **passed, **self.config.system_envs, **of_role}
+        return worker_environment({**self.config.system_envs, **of_role}, sum(map(len, self.mappings)))

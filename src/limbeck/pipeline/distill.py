@@ -10,7 +10,7 @@ import os
 import random
 import signal
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil, isfinite
@@ -29,13 +29,21 @@ from limbeck.pipeline.inputs import Data, make_data
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
 from limbeck.pipeline.lookahead import Lookahead, asked_ahead
 from limbeck.pipeline.metrics import LossSums, StepMetrics
-from limbeck.pipeline.optimizer import clip_gradients, make_optimizer, make_scheduler
-from limbeck.pipeline.parts import DTYPES, check_teacher, fsdp2_options, make_objective, make_student, make_teacher
+from limbeck.pipeline.optimizer import make_scheduler
+from limbeck.pipeline.parts import (
+    DTYPES,
+    arrange,
+    check_strategies,
+    check_teacher,
+    make_engine,
+    make_objective,
+    make_student,
+    make_teacher,
+)
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.strategies.state import gather_model, gather_optimizer, scatter_model, scatter_optimizer
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
@@ -71,8 +79,8 @@ class DistillPipeline:
             )
         if self.config.needs_worker_groups:
             raise LimbeckError(
-                "teacher.device_mapping differs from the student's, and a process alone cannot be both; start this "
-                "configuration with `limbeck train`."
+                "the teacher is a service, or has other devices than the student, and a process alone cannot be both; start "
+                "this configuration with `limbeck train`."
             )
         with start_world() as world:
             return self.run_in(world)
@@ -89,6 +97,7 @@ class DistillPipeline:
         find_teacher: gives the teacher once the data is known; without it the student's own processes hold one. stop: asked
         instead of this process's signals. told: where the lines for a person go instead of standard output.
         """
+        world = arrange(self.config, world, teacher_here=find_teacher is None)
         quiet_libraries()
         if world.device.type == "cpu":
             keep_freed_pages()
@@ -110,6 +119,7 @@ class _Run:
         self.config, self.world, self.told = config, world, told
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
+        check_strategies(config)
         self._check_best_metric()
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
         if not config.resume_from_checkpoint and files.list_checkpoints(config.checkpoint_dir):
@@ -124,15 +134,13 @@ class _Run:
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
-        training = config.student.training_args
-        self.optimizer = make_optimizer(self.student, training)
-        self.scheduler = make_scheduler(self.optimizer, training, self.total_steps)
+        self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
+        self.engine = make_engine(config, world, self.student)
+        self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
         self.features = self.student.features
         # Otherwise a teacher is only measured against, in validation.
         self.distils = config.distill_loss_weight > 0 or self.features is not None
-        self.compute_dtype = fsdp2_options(config.student, self.dtype).param_dtype
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.compute_dtype is torch.float16)
         self.metrics = StepMetrics(world, self.features.labels if self.features else ())
         self.steps = Lookahead(self.data.stream, self._prepare, self._ask)
         self.step = 0
@@ -184,39 +192,45 @@ class _Run:
     def _train_step(self) -> None:
         timer = self.metrics.timer
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
-        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.rank}").getrandbits(63))
+        torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
             batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
-        # FSDP averages gradients over the ranks; dividing by this rank's share of the count makes that the global mean.
+        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
         kd = torch.zeros((), device=self.world.device)
-        normalizer, tokens = ((count or 1.0) / self.world.size for count in (batch.normalizer, batch.num_tokens))
+        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
         for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
-            micro = micro_batch.to(self.world.device)
+            asked, micro = self._on_device(micro_batch)
             with timer.section("teacher"):
-                signals = answer and answer(self._compared(micro))
+                signals = answer and answer(self._compared(asked))
             with timer.section("student"):
-                with self._autocast():
-                    loss = self.student(micro, signals, normalizer, tokens, len(batch.micro_batches))
-                self.scaler.scale(loss.loss).backward()
+                loss = self.engine(micro, signals, normalizer, tokens, len(batch.micro_batches))
+                self.engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
-            self.scaler.unscale_(self.optimizer)
-            norm = clip_gradients(self.student, self.config.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
+            self.student.finish_gradients()
+            norm = self.engine.step()
             self.scheduler.step()
-            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.taid:
             self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
         self.metrics.count(batch, norm)
 
+    def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
+        """What the teacher is asked, and what this rank's student reads of it."""
+        return batch.stretch(self.world.context_rank, self.world.context)
+
+    def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
+        asked, own = self._divided(batch)
+        there = asked.to(self.world.device)
+        return there, there if own is asked else own.to(self.world.device)
+
     def _find_teacher(self, find: FindTeacher | None) -> Teacher:
         if find is not None:
             return find(self.config, self.world, self.data)
         teacher = make_teacher(self.config, self.world)
-        check_teacher(teacher, self.config, self.data.longest_row, self.data.largest_token)
+        if self.data.translator is None:  # which keeps to what the teacher's configuration says
+            check_teacher(teacher, self.config, self.data.longest_row, self.data.largest_token)
         return teacher
 
     def _prepare(self, batch: GlobalBatch) -> GlobalBatch:
@@ -225,7 +239,9 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        return self.teacher.ask(self._compared(batch)) if self.teacher is not None and self.distils else None
+        if self.teacher is None or not self.distils:
+            return None
+        return self.teacher.ask(self._compared(self._divided(batch)[0]))
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -233,12 +249,6 @@ class _Run:
 
     def _of_the_wire(self) -> dict[str, float]:
         return self.teacher.measured() if isinstance(self.teacher, RemoteTeacher) else {}
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
-        if self.compute_dtype is None or self.world.size > 1:
-            return nullcontext()
-        return torch.autocast(self.world.device.type, self.compute_dtype)
 
     @property
     def learning_rate(self) -> float:
@@ -253,12 +263,12 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        for micro_batch, answer in asked_ahead(batches, self.teacher.ask if self.teacher else lambda batch: None):
-            micro = micro_batch.to(self.world.device)
-            with self._autocast():
-                sums.add(self.student(micro, answer and answer(micro), 1.0, tokens / (count or 1.0)))
+        ask = self.teacher.ask if self.teacher else lambda batch: None
+        for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
+            asked, micro = self._on_device(micro_batch)
+            sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
         self.student.train()
-        means = sums.read(self.world, count)
+        means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
         if self.teacher is not None:
             line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
@@ -282,7 +292,7 @@ class _Run:
             return []
         self.output_dir.mkdir(parents=True, exist_ok=True)
         config = self.config
-        parameters = {"student": _count(self.student.model)}
+        parameters = {"student": self.num_parameters}
         if self.teacher is not None:
             parameters["teacher"] = self.teacher.num_parameters
         facts = {
@@ -307,7 +317,7 @@ class _Run:
         console.say(self.data.report)
         console.say(
             f"{self.total_steps} steps of {self.config.student.training_args.per_device_train_batch_size} × "
-            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.size} rows on "
+            f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.data_size} rows on "
             f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
         )
         if self.resumed_from is not None:
@@ -338,9 +348,9 @@ class _Run:
     def _save(self, judged: Mapping[str, float]) -> None:
         folder, settings = self.config.checkpoint_dir, self.config.checkpoint_config
         # Projections of features stand beside the student: they are part of the run's masters and of no student's folder.
-        whole = gather_model(self.student)
+        whole = self.engine.gather_model()
         state = {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name.startswith(_ROOT)}
-        moments = gather_optimizer(self.student, self.optimizer)
+        moments = self.engine.gather_optimizer()
         if self.world.is_main:
             trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
             checkpoint = files.Checkpoint(
@@ -349,7 +359,7 @@ class _Run:
                 moments,
                 {
                     "data": self.steps.position,
-                    "scaler": self.scaler.state_dict(),
+                    "scaler": self.engine.scaler_state(),
                     "taid": self.taid.state() if self.taid else None,
                     "config": _shareable(self.config),
                 },
@@ -387,14 +397,14 @@ class _Run:
             raise LimbeckError(
                 f"{self.resumed_from} was made with another student, other frozen parts or other features ({odd} differs)."
             )
-        scatter_model(self.student, {whole[name]: tensor for name, tensor in checkpoint.masters.items()})
-        scatter_optimizer(self.student, self.optimizer, checkpoint.optimizer)
+        self.engine.scatter_model({whole[name]: tensor for name, tensor in checkpoint.masters.items()})
+        self.engine.scatter_optimizer(checkpoint.optimizer)
         # The rate is a function of the step, so a longer or another schedule is entered at the right place.
         self.scheduler.load_state_dict(
             {**self.scheduler.state_dict(), "last_epoch": self.step - 1, "_step_count": self.step}
         )
         self.scheduler.step()
-        self.scaler.load_state_dict(checkpoint.state["scaler"])
+        self.engine.load_scaler_state(checkpoint.state["scaler"])
         self.data.stream.seek(checkpoint.state["data"])
         if self.taid:
             if not checkpoint.state.get("taid"):
@@ -430,7 +440,3 @@ def _shareable(config: DistillConfig) -> dict[str, Any]:
         section.update(dict.fromkeys(section, "(not shown)"))
     values["tracker_kwargs"] = dict.fromkeys(values["tracker_kwargs"], "(not shown)")
     return values
-
-
-def _count(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

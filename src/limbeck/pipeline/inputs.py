@@ -103,8 +103,8 @@ def make_data(config: DistillConfig, world: World) -> Data:
         sequence_length=config.sequence_length,
         per_device_batch_size=training.per_device_train_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
-        rank=world.rank,
-        world_size=world.size,
+        rank=world.data_rank,
+        world_size=world.data_size,
         packing=config.student.use_sequence_packing,
         group_by_length=training.group_by_length,
         packing_algorithm=config.student.packing_algorithm,
@@ -119,8 +119,8 @@ def make_data(config: DistillConfig, world: World) -> Data:
         validation = fixed_batches(
             held_out[0],
             batch_size=config.student.infer_batch_size,
-            rank=world.rank,
-            world_size=world.size,
+            rank=world.data_rank,
+            world_size=world.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
         )

@@ -1,29 +1,36 @@
-"""AdamW over masters in float32, a Hugging Face learning-rate schedule, and clipping."""
+"""AdamW over masters in float32, and a Hugging Face learning-rate schedule."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import get_scheduler
 
 from limbeck.config.schema import TrainingArgs
 
+_ADAMW = partial(torch.optim.AdamW, fused=True)
 
-def make_optimizer(module: nn.Module, args: TrainingArgs) -> torch.optim.Optimizer:
-    """AdamW; weight decay acts on matrices, not on biases and norms."""
+
+def make_optimizer(
+    module: nn.Module,
+    args: TrainingArgs,
+    adamw: Callable[..., torch.optim.Optimizer] = _ADAMW,
+) -> torch.optim.Optimizer:
+    """AdamW, in the implementation that is given; weight decay acts on matrices, not on biases and norms."""
     trainable = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    return adamw(
         [group for group in groups if group["params"]],
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         eps=args.adam_epsilon,
-        fused=True,
     )
 
 
@@ -37,10 +44,3 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArgs, total_s
         num_training_steps=total_steps,
         scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs),
     )
-
-
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
-    """The gradients' norm over all processes, as a device scalar; they are scaled down to ``max_norm`` if above (0 = off)."""
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm if max_norm > 0 else float("inf"))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
@@ -18,19 +22,27 @@ from limbeck.models import (
     check_logit_layer,
     decoder_layers,
     freeze,
+    hidden_states,
     keep_documents_apart,
     load_model,
     output_head,
     recompute_activations,
+    unwrapped,
 )
-from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, compiler_found
+from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, VocabParallel, compiler_found
 from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
+from limbeck.pipeline.optimizer import make_optimizer
 from limbeck.pipeline.parity import Faults
 from limbeck.pipeline.student import StudentWithLoss
-from limbeck.strategies.fsdp2 import Fsdp2, shard
+from limbeck.strategies import deepspeed
+from limbeck.strategies.context import apply_context_parallel
+from limbeck.strategies.engine import Engine, TorchEngine
+from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
+from limbeck.strategies.layout import TENSOR, Layout
+from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Teacher
+from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,18 +93,13 @@ def make_student(
     objective: Objective,
     total_steps: int,
 ) -> StudentWithLoss:
-    """The student with its loss: float32 masters, spread over the ranks; frozen and LoRA parts as configured.
+    """The student with its loss: float32 masters, spread over the ranks unless DeepSpeed will; frozen and LoRA as configured.
 
     The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head do not count.
     """
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
-    if dtype is torch.float16 and world.size > 1:
-        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
-    if args.attn_implementation == "flex_attention" and world.device.type == "cpu":
-        raise LimbeckError(
-            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
-        )
+    refuse_layout(config, world.size, world.device.type)
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
         args.model_name_or_path,
@@ -105,7 +112,9 @@ def make_student(
         seed=config.seed,
         role="student",
     )
-    _check_model(model, str(args.model_name_or_path or "the student"), config, data)
+    name, layout = str(args.model_name_or_path or "the student"), layout_of(config.student)
+    check_tensor_parallel(body(model), layout, name, "student")
+    _check_model(model, name, config, data)
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
     vocab = min(data.num_tokens, output_head(model).weight.shape[0])
@@ -121,18 +130,28 @@ def make_student(
         )
     elif teacher is not None:
         vocab = min(vocab, teacher.head.weight.shape[0])
-    model = adapt(config, model, recomputed=recompute(config, world))
     compiled = compile_loss(config, data, total_steps, vocab)
-    features = make_features(config, model, teacher)
     faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
-    root = StudentWithLoss(model, objective, vocab, features, config.loss_balance, compiled, cross, faults).train()
-    # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
-    return shard(root, decoder_layers(model), world, fsdp2_options(config.student, dtype)).to(world.device)
+    return spread_student(
+        config, world, model, objective, vocab, teacher, compiled=compiled, cross=cross, faults=faults
+    )
 
 
-def adapt(config: DistillConfig, model: Any, *, recomputed: bool) -> Any:
-    """The student's model with its adapters, its frozen parts, and activations ``recomputed`` or kept."""
-    args = config.student.model_args
+def spread_student(
+    config: DistillConfig,
+    world: World,
+    model: Any,
+    objective: Objective,
+    vocab: int,
+    teacher: Teacher | None,
+    *,
+    compiled: bool,
+    cross: CrossTokenizer | None = None,
+    faults: Faults | None = None,
+    proven: bool = True,
+) -> StudentWithLoss:
+    """A student's ``model``, loaded and checked, made into what is trained; ``proven``: see ``spread``."""
+    args, layout = config.student.model_args, layout_of(config.student)
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -151,11 +170,67 @@ def adapt(config: DistillConfig, model: Any, *, recomputed: bool) -> Any:
         )
     if args.freeze_module_prefix:
         freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
-    if recomputed:
+    if recompute(config, world):
         recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
         if args.lora_target:
             model.enable_input_require_grads()
-    return model
+    features = make_features(config, model, teacher)
+    options = fsdp2_options(config.student, DTYPES[args.dtype])
+    rows = output_head(model).weight.shape[0]
+    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    name = str(args.model_name_or_path or "the student")
+    partial_gradients = spread(model, layout, world, mesh, name, proven=proven)
+    across, finish = None, lambda: None
+    if mesh is not None and layout.tensor > 1:
+        across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
+        finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
+        compiled = False
+    root = StudentWithLoss(
+        model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish
+    ).train()
+    if config.student.strategy_args.strategy_name == "deepspeed_train":
+        return root
+    # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
+    return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
+
+
+def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -> Engine:
+    """What steps the student: PyTorch's optimizer, or DeepSpeed, which also spreads it."""
+    training, strategy = config.student.training_args, config.student.strategy_args
+    dtype = fsdp2_options(config.student, DTYPES[config.student.model_args.dtype]).param_dtype
+    if strategy.strategy_name != "deepspeed_train":
+        optimizer = make_optimizer(student, training)
+        return TorchEngine(student, optimizer, world, compute_dtype=dtype, max_norm=config.max_grad_norm)
+    block = strategy.strategy_config.deepspeed
+    return deepspeed.ZeroEngine(
+        student,
+        make_optimizer(student, training, partial(deepspeed.make_adamw, block=block)),
+        world,
+        block,
+        compute_dtype=dtype,
+        max_norm=config.max_grad_norm,
+        accumulates=training.gradient_accumulation_steps > 1 or config.student.use_dynamic_batching_in_train,
+    )
+
+
+def check_strategies(config: DistillConfig) -> None:
+    """Raise LimbeckError, before anything is loaded, when a strategy's library is not installed."""
+    names = (config.student.strategy_args.strategy_name, config.teacher.strategy_args.strategy_name)
+    if any(name is not None and name.startswith("deepspeed") for name in names):
+        deepspeed.start()
+
+
+def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
+    """Raise LimbeckError for a student that does not train on so many ranks on such devices ("cpu" or "cuda")."""
+    args = config.student.model_args
+    if args.dtype == "fp16" and ranks > 1 and config.student.strategy_args.strategy_name != "deepspeed_train":
+        raise LimbeckError(
+            "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+        )
+    if args.attn_implementation == "flex_attention" and device == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -196,25 +271,134 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     )
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
-    check_head(model, str(args.model_name_or_path))
+    name, layout = str(args.model_name_or_path), layout_of(config.teacher)
+    layout.check(world, "teacher")
+    check_tensor_parallel(body(model), layout, name, "teacher")
+    check_head(model, name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
-        keep_documents_apart(model, str(args.model_name_or_path))
-    return spread_teacher(config, model, world)
+        keep_documents_apart(model, name)
+    return spread_teacher(config, world, model)
 
 
-def spread_teacher(config: DistillConfig, model: Any, world: World) -> LocalTeacher:
-    """The teacher's model over the ranks, as its strategy says."""
-    head, dtype = output_head(model), DTYPES[config.teacher.model_args.dtype]
+def spread_teacher(config: DistillConfig, world: World, model: Any, *, proven: bool = True) -> LocalTeacher:
+    """A teacher's ``model``, loaded and checked, over the processes of ``world``; ``proven``: see ``spread``."""
+    name, layout = str(config.teacher.model_args.model_name_or_path), layout_of(config.teacher)
+    dtype = fsdp2_options(config.teacher, DTYPES[config.teacher.model_args.dtype]).param_dtype or torch.float32
+    head = output_head(model)
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
     head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
     size = sum(parameter.numel() for parameter in model.parameters())
     trunk = body(model).requires_grad_(False)
+    strategy = config.teacher.strategy_args
+    if strategy.strategy_name == "deepspeed_infer":
+        deepspeed.shard_frozen(trunk, world, strategy.strategy_config.deepspeed, dtype)
+        return LocalTeacher(trunk, head, size)
+    options = fsdp2_options(config.teacher, dtype)
+    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    spread(model, layout, world, mesh, name, proven=proven)
     if teacher_is_sharded(config, world):
-        shard(trunk, decoder_layers(trunk), world, fsdp2_options(config.teacher, dtype))
-    if world.device.type != "cpu":  # where models are loaded
-        trunk.to(world.device)
-    return LocalTeacher(trunk, head, size)
+        shard(trunk, decoder_layers(trunk), world, options, mesh)
+    trunk.to(world.device)
+    group = layout.together_group(world)
+    if group is None:
+        return LocalTeacher(trunk, head, size)
+    ranks, student = dist.get_process_group_ranks(group), world.tensor * world.context
+    owners = list(ranks[:: min(student, len(ranks))])
+    mine = max(owner for owner in owners if owner <= world.rank)
+    return TogetherTeacher(trunk, head, size, Circle(group, layout.context_group(world), owners, mine))
+
+
+def layout_of(worker: WorkerConfig) -> Layout:
+    """How many ranks hold one model together."""
+    given = worker.strategy_args.strategy_config
+    return Layout(given.tensor_model_parallel_size, given.context_parallel_size)
+
+
+def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -> World:
+    """``world`` as the student's layout divides it. Raises LimbeckError for what cannot run, before anything is loaded.
+
+    teacher_here: the student's own processes hold the teacher.
+    """
+    student, teacher = layout_of(config.student), layout_of(config.teacher)
+    student.check(world, "student")
+    if config.has_teacher and teacher_here:
+        teacher.check(world, "teacher")
+        larger, smaller = max(student.together, teacher.together), min(student.together, teacher.together)
+        if larger % smaller:
+            raise LimbeckError(
+                f"{student.together} ranks hold one student together and {teacher.together} one teacher (tensor_model_parallel_"
+                "size × context_parallel_size); one of these numbers must divide the other."
+            )
+        if config.features.pairs and larger > 1:
+            raise LimbeckError(
+                "features.pairs with a tensor_model_parallel_size or context_parallel_size above 1 is not built yet; take "
+                "one of them out."
+            )
+    key = "student.strategy_args.strategy_config"
+    if config.cross_tokenizer != "off" and student.together > 1:
+        raise LimbeckError(
+            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with cross_tokenizer are not built yet; set "
+            "both to 1 (the teacher's may stay)."
+        )
+    if config.student.model_args.lora_target and student.tensor > 1:
+        raise LimbeckError(
+            f"{key}.tensor_model_parallel_size = {student.tensor} with lora_target is not built yet; use 1, and FSDP2 shards "
+            "the model all the same."
+        )
+    if config.objective_faults and student.together > 1:
+        raise LimbeckError(
+            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with objective_faults are not built; set "
+            "both to 1."
+        )
+    return replace(world, tensor=student.tensor, context=student.context)
+
+
+def spread(
+    model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, name: str, *, proven: bool = True
+) -> list[nn.Module]:
+    """``model`` sliced over tensor ranks and its rows over context ranks in place, and proven to give what it gave before.
+
+    Returns the modules that have a part of their gradient on every tensor rank. ``proven``: False where there are no numbers.
+    """
+    if layout.together == 1 or mesh is None:
+        return []
+    model.to(world.device)
+    if not proven:
+        return _divide(model, layout, world, mesh, name)
+    trunk, was_training = body(model).eval(), model.training
+    time = 4 * layout.context
+    ids = torch.arange(1, 1 + time, device=world.device).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        before = hidden_states(trunk, ids, None)
+        partial_gradients = _divide(model, layout, world, mesh, name)
+        here = slice(None)
+        if layout.context > 1:
+            rank = world.rank // layout.tensor % layout.context
+            here = slice(4 * rank, 4 * rank + 4)
+        positions = torch.arange(time, device=world.device).unsqueeze(0)
+        after = hidden_states(trunk, ids[:, here], positions[:, here])
+    model.train(was_training)
+    worst = world.max((after - before[:, here]).abs().max().float().item())
+    coarse = before.dtype in (torch.bfloat16, torch.float16)
+    if not worst <= (0.1 if coarse else 1e-3) * before.abs().max().item():
+        raise LimbeckError(
+            f"{name} ({type(trunk).__name__}) does not give the same with tensor_model_parallel_size = {layout.tensor} and "
+            f"context_parallel_size = {layout.context} (its hidden states differ by up to {worst:.3g}); set both to 1, and "
+            "FSDP2 shards it all the same."
+        )
+    return partial_gradients
+
+
+def _divide(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: str) -> list[nn.Module]:
+    partial_gradients: list[nn.Module] = []
+    with torch.no_grad():
+        if layout.tensor > 1:
+            partial_gradients = apply_tensor_parallel(unwrapped(model), body(model), mesh[TENSOR])
+        group = layout.context_group(world)
+        if group is not None:
+            apply_context_parallel(unwrapped(model), body(model), group, name)
+    return partial_gradients
 
 
 def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
@@ -224,10 +408,10 @@ def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
 
 def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int, largest_token: int) -> None:
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
-    if config.cross_tokenizer == "off":  # otherwise the translator keeps to what the teacher's configuration says
-        check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
-        known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().weight.shape[0])  # type: ignore
-        _check_tokens("teacher", known, largest_token)
+    check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+    # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
+    known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
+    _check_tokens("teacher", known, largest_token)
 
 
 def fsdp2_options(worker: WorkerConfig, dtype: torch.dtype) -> Fsdp2:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 
 def quiet_libraries() -> None:
     """Switch off the progress bars of transformers and the hub client; their warnings stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if (
+        not torch.cuda.is_available()
+    ):  # else DeepSpeed, which accelerate imports where it is installed, warns of the CPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

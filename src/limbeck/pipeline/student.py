@@ -6,10 +6,12 @@ parameters and reduces their gradients with its own hooks. Projections of interm
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, body, hidden_states, output_head
@@ -17,6 +19,8 @@ from limbeck.objectives import (
     CrossTokenizer,
     DistillationLoss,
     Objective,
+    OutputHead,
+    VocabParallel,
     cross_tokenizer_distillation,
     fused_linear_distillation,
     modelopt_balance,
@@ -43,7 +47,8 @@ class StudentWithLoss(nn.Module):
 
     features: the term for intermediate features, or None. balance: ``weighted`` adds it to the logits' loss; ``modelopt``
     scales every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
-    faults: of another system, in training alone.
+    faults: of another system, in training alone. across: when the head holds a slice of the vocabulary. finish_gradients: to
+    be called after a step's last backward.
     """
 
     def __init__(
@@ -56,6 +61,8 @@ class StudentWithLoss(nn.Module):
         compiled: bool | None = None,
         cross: CrossTokenizer | None = None,
         faults: Faults | None = None,
+        across: VocabParallel | None = None,
+        finish_gradients: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -64,6 +71,9 @@ class StudentWithLoss(nn.Module):
         self.compiled = compiled
         self.cross = cross
         self.faults = faults
+        self.across = across
+        self.finish_gradients = finish_gradients
+        self.fused: Callable[..., DistillationLoss] = fused_linear_distillation  # a plan's knows sizes alone
         self.features = features
         self.balance = balance
 
@@ -132,16 +142,33 @@ class StudentWithLoss(nn.Module):
                 weights=batch.weights,
                 normalizer=normalizer,
             )
-        return fused_linear_distillation(
+        return self.fused(
             rows,
-            output_head(self.model),
+            self._head(),
             None if signal is None else signal.hidden,
-            None if signal is None else signal.head,
+            None if signal is None else self._teacher_head(signal.head),
             labels,
             objective=objective,
             vocab_size=self.vocab_size,
             weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
+            across=self.across,
             compiled=self.compiled,
+        )
+
+    def _teacher_head(self, head: OutputHead) -> OutputHead:
+        if self.across is None:
+            return head
+        columns = self.across.columns
+        return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
+
+    def _head(self) -> OutputHead:
+        head = output_head(self.model)
+        if self.across is None:
+            return head
+        return replace(
+            head,
+            weight=head.weight.to_local() if isinstance(head.weight, DTensor) else head.weight,
+            bias=head.bias.to_local() if isinstance(head.bias, DTensor) else head.bias,
         )

@@ -22,6 +22,7 @@ from limbeck.cluster.workers import Worker, failures_logged, result
 from limbeck.config import DistillConfig
 from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import DistillPipeline, RunResult
+from limbeck.pipeline.fit import answers_as
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.interrupt import StopRequest
 from limbeck.pipeline.parts import check_teacher, make_teacher
@@ -62,8 +63,12 @@ class TeacherWorker(Worker):
         }
 
     def check(self, longest_row: int, largest_token: int) -> None:
-        """Raise LimbeckError unless the teacher can read the data."""
+        """Raise LimbeckError unless the teacher can read the data, which is in its own tokens."""
         check_teacher(self.teacher, self.config, longest_row, largest_token)
+
+    def serves(self) -> dict[str, Any]:
+        """What the answers depend on, beside the question."""
+        return answers_as(self.config)
 
     def answer(self, question: Question | None) -> tuple[Flat, float]:
         """Hidden states at the positions asked about, and the seconds that took; None gives none, in as many passes."""
@@ -127,7 +132,8 @@ def _remote_teacher(
     channels = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
     first = actors[way.mine[0]]
     name = channels[way.mine[0]].name
-    result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
+    if data.translator is None:  # which keeps to what the teacher's configuration says
+        result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
     size = result(first.load.remote(), name, seconds)
     sent = result(first.head.remote(), name, seconds)
     weight, bias = (None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"]))

@@ -1,15 +1,16 @@
 """One rank's training step, taken with sizes instead of numbers.
 
-The models are the real ones, spread by the real strategy over a process group that sends nothing; every tensor is PyTorch's
-fake tensor, which has a shape, a dtype and no memory. Only the loss is a stand-in: its buffers are made as the real one makes
-them, and the arithmetic on them, which holds nothing, is left out.
+The models are the real ones, spread by the real strategy over a process group that sends nothing, and stepped by the real
+engine; every tensor is PyTorch's fake tensor, which has a shape, a dtype and no memory. Only the loss is a stand-in: its
+buffers are made as the real one makes them, and the arithmetic on them, which holds nothing, is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,352 +22,349 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.distributed.tensor import DTensor
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import (
-    check_length,
-    decoder_layers,
-    keep_activations,
-    load_model,
-    output_head,
-    recompute_activations,
-)
-from limbeck.objectives import DistillationLoss, Objective, chunk_shape
-from limbeck.pipeline.features import make_features
-from limbeck.pipeline.optimizer import make_optimizer
+from limbeck.models import body, check_length, load_model, output_head
+from limbeck.models.documents import BY_DOCUMENT
+from limbeck.objectives.sizes import FusedSizes
 from limbeck.pipeline.parts import (
     DTYPES,
-    adapt,
+    arrange,
     fsdp2_options,
+    layout_of,
+    make_engine,
     make_objective,
     recompute,
+    refuse_layout,
+    spread_student,
     spread_teacher,
 )
-from limbeck.pipeline.student import StudentWithLoss
 from limbeck.plan.tracker import Tracker
-from limbeck.strategies.fsdp2 import shard
+from limbeck.strategies.layout import mesh_of
+from limbeck.strategies.tensor import check_tensor_parallel
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Signal
-
-# A CPU's elementwise pass goes in tiles of so many elements and has some three float32 temporaries of a tile at once.
-_TILE_ELEMENTS, _TILE_COPIES = 1 << 19, 3
+from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, Teacher, TogetherTeacher
+from limbeck.teachers.remote import Reply, Route
 
 
 @dataclass(frozen=True)
-class Simulation:
-    """What rank 0, whose shards are the largest, holds (bytes), computes (FLOPs) and sends in one step.
+class Step:
+    """What rank 0 of a group of processes, whose shards are the largest, holds (bytes), computes (FLOPs) and sends in a step.
 
-    peak: bytes by name at the fullest moment; they add up. persistent: parameters, gradients and optimizer, whole step.
-    activations: kept between the student's forward and backward pass of a micro-batch, by whether they are recomputed.
-    total_kept, total_recomputed: the peak in either case. flops: of all micro-batches, by name. sent: (collective, ranks of
-    its group) to the bytes of the gathered tensor. tokens: of a micro-batch. chunk_rows: of the loss. signal_bytes: a
-    micro-batch's signal.
+    devices: the GPU of each rank. parameters: of the whole models, by role. steady: bytes by name that are there all the
+    step. peak: bytes by name at the fullest moment; they add up. activations: kept between a micro-batch's forward and
+    backward pass. flops: of all micro-batches, by name. moved: bytes that the loss reads and writes outside of products.
+    sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on. rows, time:
+    of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's
+    signal, and whether it comes from elsewhere.
     """
 
-    ranks: int
-    recomputed: bool
-    student_parameters: int
-    teacher_parameters: int
-    persistent: dict[str, int]
+    devices: tuple[int, ...]
+    parameters: dict[str, int]
+    steady: dict[str, int]
     peak: dict[str, int]
-    activations: dict[bool, int]
-    totals: dict[bool, int]
+    activations: int
+    recomputed: bool
     flops: dict[str, int]
-    logits: int
-    logit_bytes: int
+    moved: int
     sent: dict[tuple[str, tuple[int, ...]], int]
-    rows: int
     tokens: int
     micro_batches: int
-    chunk_rows: int
-    signal_bytes: int
-    updated: int
+    rows: int
+    time: int
+    chunk: int
+    signal: int
+    signal_travels: bool
 
     @property
     def total(self) -> int:
-        """The fullest moment."""
-        return self.totals[self.recomputed]
+        """Bytes at the fullest moment."""
+        return sum(self.peak.values())
 
 
-@contextmanager
-def fake_world(ranks: int) -> Iterator[World]:
-    """Rank 0 of ``ranks`` processes that do not exist; whatever is sent arrives at once."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> dict[str, Step]:
+    """A step of ``config`` on ``devices`` of the kind ``device``, by group: the student's, and the teacher's if it is apart.
 
-    if dist.is_initialized():
-        raise LimbeckError("limbeck plan needs a process of its own: this one already belongs to a process group.")
-    if ranks > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-    try:
-        yield World(0, ranks, torch.device("cpu"))
-    finally:
-        if ranks > 1:
-            dist.destroy_process_group()
-
-
-def simulate(config: DistillConfig, ranks: int, device: str = "cuda") -> Simulation:
-    """A step of ``config`` on ``ranks`` processes, each with a ``device`` of its own.
-
-    A micro-batch is as full as it can be: ``per_device_train_batch_size`` rows of ``sequence_length`` tokens, all supervised.
-    Raises LimbeckError for a layout that cannot be, and for models that decide by values what they compute.
+    A micro-batch is as full as it can be: every row has ``sequence_length`` tokens, all supervised. Raises LimbeckError for a
+    layout that cannot run, and for what is not known in sizes alone.
     """
-    if config.needs_worker_groups:
+    _refuse_the_unknown(config)
+    config = _as_planned(config, device)
+    ours = _devices(config.device_mapping, devices, "student")
+    refuse_layout(config, len(ours), device)
+    kind = torch.device(device)
+    try:
+        if not config.needs_worker_groups:
+            both = "student and teacher" if config.has_teacher else "student"
+            return {both: _student_step(config, ours, kind, teacher_here=True)}
+        groups = {"student": _student_step(config, ours, kind, teacher_here=False)}
+        if config.teacher.service is None:
+            theirs = _devices(config.teacher.device_mapping, devices, "teacher")
+            groups["teacher"] = _teacher_step(config, theirs, len(ours))
+        return groups
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise LimbeckError(
-            "limbeck plan lays student and teacher over the same devices, and teacher.device_mapping differs from the "
-            "student's; plan with 'teacher.device_mapping=null'."
-        )
+            f"one of the models decides by values what it computes ({error}), so its step cannot be planned without weights."
+        ) from error
+
+
+def _refuse_the_unknown(config: DistillConfig) -> None:
+    for role, worker in (("student", config.student), ("teacher", config.teacher)):
+        name = worker.strategy_args.strategy_name or ""
+        if name.startswith("deepspeed") and (role == "student" or config.has_teacher):
+            other = "fsdp2_train" if role == "student" else "fsdp2_infer"
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_name = {name}: limbeck plan does not know what DeepSpeed holds; plan with {other}."
+            )
     if config.cross_tokenizer != "off":
         raise LimbeckError(
             "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
         )
-    if DTYPES[config.student.model_args.dtype] is torch.float16 and ranks > 1:
-        raise LimbeckError("student.model_args.dtype = fp16 does not train on several ranks here; use bf16.")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with fake_world(ranks) as world:
-        try:
-            return _Simulated(config, world, mode, torch.device(device)).run()
-        except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
-            raise LimbeckError(
-                f"this model decides by values what it computes ({error}), so its step cannot be planned without weights."
-            ) from error
+    if config.objective_faults:
+        raise LimbeckError("limbeck plan does not know what objective_faults hold in memory; plan without them.")
 
 
-class _Simulated:
-    def __init__(self, config: DistillConfig, world: World, mode: FakeTensorMode, device: torch.device) -> None:
-        self.config, self.world, self.mode, self.device = config, world, mode, device
-        self.recomputed = recompute(config, replace(world, device=device))
-        args = config.student.model_args
-        self.dtype = DTYPES[args.dtype]
-        self.tracker = Tracker()
-        # A process group's mesh has numbers that are read, so spreading goes on outside of the mode.
-        self.teacher: LocalTeacher | None = None
-        if config.has_teacher:
-            dtype = fsdp2_options(config.teacher, DTYPES[config.teacher.model_args.dtype]).param_dtype
-            teacher = self._load(config.teacher.model_args, dtype or torch.float32, "teacher")
-            self.teacher = spread_teacher(config, teacher, world)
-            self.teacher_bytes = [
-                *self.teacher.body.parameters(),
-                *self.teacher.body.buffers(),
-                self.teacher.head.weight,
-            ]
-        model = self._load(args, self.dtype if args.lora_target else torch.float32, "student")
-        self.size = sum(parameter.numel() for parameter in model.parameters())
-        with mode:
-            self.model = adapt(config, model, recomputed=self.recomputed)
-            vocab = output_head(self.model).weight.shape[0]
-            if self.teacher is not None:
-                vocab = min(vocab, self.teacher.head.weight.shape[0])
-            features = make_features(config, self.model, self.teacher)
-            objective, _ = make_objective(config, torch.device("cpu"))
-            student = _Sized(self.model, objective, vocab, features, config.loss_balance, False)
-            student.target, student.tracker = device, self.tracker
-        self.options = fsdp2_options(config.student, self.dtype)
-        self.student = shard(student.train(), decoder_layers(self.model), world, self.options)
+def _as_planned(config: DistillConfig, device: str) -> DistillConfig:
+    """``config`` without weights, and with its default for activations on ``device`` spelled out."""
 
-    def _load(self, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
+    def changed(args: Any, **more: Any) -> Any:
         # A kernel for GPUs need not be installed where a plan is made; all of them hold what SDPA holds.
         attention = "eager" if args.attn_implementation == "eager" else "sdpa"
-        with self.mode:
-            model = load_model(
-                args.model_name_or_path,
-                dtype=dtype,
-                attn_implementation=attention,
-                from_scratch=True,
-                config_kwargs=args.model_config_kwargs,
-                revision=args.revision,
-                trust_remote_code=args.trust_remote_code,
-                role=role,
-            )
-        check_length(model, str(args.model_name_or_path or f"the {role}"), self.config.sequence_length)
-        return model
+        return args.model_copy(update={"from_scratch": True, "attn_implementation": attention, **more})
 
-    def run(self) -> Simulation:
-        config, tracker, student = self.config, self.tracker, self.student
-        micro_batches = config.student.training_args.gradient_accumulation_steps
-        rows = config.student.training_args.per_device_train_batch_size
-        if config.max_tokens_per_microbatch:
-            rows = max(1, config.max_tokens_per_microbatch // config.sequence_length)
-        with self.mode:
-            optimizer = self._optimizer()
-            batch = _full_batch(rows, config.sequence_length)
-            with tracker:
-                tracker.add(student.parameters(), "parameters")
-                tracker.add(student.buffers(), "parameters")
-                tracker.add(_tensors(optimizer.state.values()), "optimizer")
-                if self.teacher is not None:
-                    tracker.add(self.teacher_bytes, "teacher")
-                tracker.reset_peak()
-                held, flops = self._micro_batch(batch)
-                gradients = [p.grad for p in student.parameters() if p.grad is not None]
-                tracker.add(gradients, "gradients")
-                if micro_batches > 1:  # now with the gradients of the first
-                    self._micro_batch(batch)
-                peak = dict(tracker.peak)
-                persistent = {
-                    "parameters": tracker.live["parameters"],
-                    "gradients": tracker.live["gradients"],
-                    "optimizer": tracker.live["optimizer"],
-                }
-                activations = {self.recomputed: held}
-                totals = {self.recomputed: sum(peak.values())}
-                if self.recomputed:
-                    keep_activations(self.model)
-                else:
-                    recompute_activations(self.model)
-                if micro_batches == 1:
-                    optimizer.zero_grad(set_to_none=True)
-                    del gradients
-                tracker.reset_peak()
-                tracker.sent.clear()  # a teacher's root is gathered once and stays so
-                activations[not self.recomputed], _ = self._micro_batch(batch)
-                totals[not self.recomputed] = sum(tracker.peak.values())
-        head = student.head_shape
-        tokens = rows * config.sequence_length
-        products = 2 * tokens * student.vocab_size
-        flops["loss"] = products * (head.hidden * (3 if head.trained else 2) + head.teacher_hidden)
-        distils = config.distill_loss_weight > 0 and self.teacher is not None
-        return Simulation(
-            ranks=self.world.size,
-            recomputed=self.recomputed,
-            student_parameters=self.size,
-            teacher_parameters=self.teacher.num_parameters if self.teacher is not None else 0,
-            persistent=persistent,
-            peak={name: size for name, size in peak.items() if size},
-            activations=activations,
-            totals=totals,
-            flops={name: count * micro_batches for name, count in flops.items()},
-            logits=tokens * student.vocab_size * micro_batches,
-            # An elementwise pass reads the student's and the teacher's logits and writes the gradient over the student's.
-            logit_bytes=2 * head.itemsize + head.teacher_itemsize,
-            sent={key: size * micro_batches for key, size in tracker.sent.items()},
-            rows=rows,
-            tokens=tokens,
-            micro_batches=micro_batches,
-            chunk_rows=head.chunk,
-            signal_bytes=tokens * head.teacher_hidden * head.teacher_itemsize if distils else 0,
-            updated=persistent["gradients"] // 4,
+    again = recompute(config, World(0, 1, torch.device(device)))
+    student = changed(config.student.model_args, disable_gradient_checkpointing=not again)
+    return config.model_copy(
+        update={
+            "student": config.student.model_copy(update={"model_args": student}),
+            "teacher": config.teacher.model_copy(update={"model_args": changed(config.teacher.model_args)}),
+        }
+    )
+
+
+def _devices(mapping: Sequence[int] | None, devices: int, role: str) -> tuple[int, ...]:
+    if mapping is None:
+        return tuple(range(devices))
+    if max(mapping) >= devices:
+        raise LimbeckError(
+            f"{role}.device_mapping names device {max(mapping)}, but --nodes × --gpus-per-node makes {devices} devices, "
+            f"numbered 0 to {devices - 1}; plan with more, or name others."
         )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """With the state that it has after its first step."""
-        optimizer = make_optimizer(self.student, self.config.student.training_args)
-        for parameter in self.student.parameters():
-            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return optimizer
-
-    def _micro_batch(self, batch: Batch) -> tuple[int, dict[str, int]]:
-        """Activations that wait for the backward pass, and FLOPs of teacher and student."""
-        tracker, signal, flops = self.tracker, None, {}
-        start = tracker.flops
-        if self.teacher is not None and (self.config.distill_loss_weight > 0 or self.student.features is not None):
-            with tracker.tagged("teacher's pass"):
-                signal = self.teacher.signals(batch)
-        flops["teacher"], start = tracker.flops - start, tracker.flops
-        # Several ranks compute in FSDP's param_dtype; one alone in autocast, over the same float32 masters.
-        alone = self.world.size == 1 and self.options.param_dtype is not None
-        computed = torch.autocast("cpu", self.options.param_dtype) if alone else nullcontext()
-        with tracker.tagged("activations"):
-            with computed:
-                loss = self.student(batch, signal, 1.0, 1.0).loss
-            held = tracker.live["activations"]
-            loss.backward()
-        flops["student"] = tracker.flops - start
-        return held, flops
+    return tuple(mapping)
 
 
-@dataclass(frozen=True)
-class _Head:
-    hidden: int
-    itemsize: int
-    trained: bool
-    teacher_hidden: int
-    teacher_itemsize: int
-    chunk: int
+@contextmanager
+def _ranks(count: int) -> Iterator[World]:
+    """Rank 0 of ``count`` processes that do not exist, with tensors that have no numbers; whatever is sent arrives at once."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise LimbeckError("limbeck plan needs a process of its own: this one already belongs to a process group.")
+    if count > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield World(0, count, torch.device("cpu"))
+    finally:
+        mesh_of.cache_clear()
+        if count > 1:
+            dist.destroy_process_group()
 
 
-class _Sized(StudentWithLoss):
-    """The student with a loss that only makes its buffers."""
-
-    target: torch.device
-    tracker: Tracker
-    head_shape: _Head
-
-    def _of_logits(
-        self, objective: Objective, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
-    ) -> DistillationLoss:
-        weight = output_head(self.model).weight
-        computed = torch.promote_types(rows.dtype, weight.dtype)
-        if torch.is_autocast_enabled("cpu"):
-            computed = torch.get_autocast_dtype("cpu")
-        teacher = None if signal is None else signal.head.weight
-        chunk, sums = chunk_shape(
-            self.target, len(rows), self.vocab_size, computed, weight.dtype, None if teacher is None else teacher.dtype
-        )
-        self.head_shape = _Head(
-            rows.shape[1],
-            computed.itemsize,
-            weight.requires_grad,
-            0 if teacher is None else teacher.shape[1],
-            0 if teacher is None else teacher.dtype.itemsize,
-            chunk,
-        )
-        with self.tracker.tagged("loss"):
-            tile = min(_TILE_ELEMENTS, chunk * self.vocab_size) * _TILE_COPIES if self.target.type == "cpu" else 0
-            loss = _Buffers.apply(rows, weight, teacher, self.vocab_size, chunk, computed, sums, tile)
-        return DistillationLoss(loss, *(loss.detach() for _ in range(7)))
-
-
-class _Buffers(torch.autograd.Function):
-    """What ``objectives.fused`` holds: both logits of a chunk, the gradients of hidden states and head."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teacher: Tensor | None,
-        vocab: int,
-        chunk: int,
-        computed: torch.dtype,
-        sums: torch.dtype,
-        tile: int,
-    ) -> Tensor:
-        products = weight[:vocab].to(computed)
-        buffers = [hidden.new_empty(chunk, vocab, dtype=computed), hidden.new_empty(tile, dtype=torch.float32)]
+def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.device, *, teacher_here: bool) -> Step:
+    rows, batch = _full_batch(config)
+    tracker, fused = Tracker(), FusedSizes(kind)
+    with _ranks(len(devices)) as world:
+        world = arrange(config, world, teacher_here=teacher_here)
+        asked, own = batch.stretch(0, world.context)
+        teacher: Teacher | None = None
+        if config.has_teacher:
+            teacher = _teacher(config, world) if teacher_here else _elsewhere(config)
+        args = config.student.model_args
+        # Float32 but for a LoRA base, as in ``make_student``.
+        model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
+        size, vocab = _size(model), output_head(model).weight.shape[0]
         if teacher is not None:
-            buffers.append(hidden.new_empty(chunk, vocab, dtype=teacher.dtype))
-        needs = ctx.needs_input_grad
-        d_hidden = torch.zeros_like(hidden, dtype=sums) if needs[0] else None
-        d_weight = torch.zeros_like(weight, dtype=sums) if needs[1] else None
-        buffers.append(hidden.new_empty(chunk, hidden.shape[1], dtype=sums))
-        ctx.save_for_backward(hidden, weight)
-        ctx.grads = d_hidden, d_weight
-        del products, buffers
-        return hidden.new_zeros((), dtype=torch.float32)
+            vocab = min(vocab, teacher.head.weight.shape[0])
+        check_tensor_parallel(body(model), layout_of(config.student), str(args.model_name_or_path), "student")
+        objective, _ = make_objective(config, world.device)
+        student = spread_student(
+            config, world, model, objective, vocab, teacher, compiled=config.compile_loss is not False, proven=False
+        )
+        student.fused = partial(_tagged, tracker, fused)
+        engine = make_engine(config, world, student)
+        distils = config.distill_loss_weight > 0 or student.features is not None
+        micro_batches = config.student.training_args.gradient_accumulation_steps
+        flops = dict.fromkeys(("teacher", "student"), 0)
+        held = 0
 
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grads, ctx.grads = ctx.grads, None
-        cast: list[Tensor | None] = []
-        for grad, like in zip(grads, ctx.saved_tensors, strict=True):
-            if grad is None or like.dtype.itemsize >= grad.element_size():
-                cast.append(None if grad is None else grad.to(like.dtype))
-            else:  # written over the sums, which live on
-                cast.append(grad.view(-1).view(like.dtype)[: grad.numel()].view(grad.shape))
-        return (*cast, None, None, None, None, None, None)
+        def step() -> None:
+            nonlocal held
+            for micro in range(micro_batches):
+                start = tracker.flops
+                with tracker.tagged("teacher's pass"):
+                    signal = teacher.ask(asked)(asked) if teacher is not None and distils else None
+                flops["teacher"] += tracker.flops - start
+                start = tracker.flops
+                with tracker.tagged("activations"):
+                    loss = engine(own, signal, 1.0, 1.0, micro_batches).loss
+                    held = tracker.live["activations"]
+                    engine.backward(loss, last=micro == micro_batches - 1)
+                flops["student"] += tracker.flops - start
+                tracker.add(_gradients(student), "gradients")
+            steady["gradients"] = tracker.live["gradients"]
+            student.finish_gradients()
+            engine.step()
+
+        steady: dict[str, int] = {}
+        with tracker:
+            tracker.add([*student.parameters(), *student.buffers()], "parameters")
+            if teacher is not None:
+                kept = [] if not isinstance(teacher, LocalTeacher) else [*teacher.body.parameters(), *teacher.body.buffers()]
+                tracker.add([*kept, teacher.head.weight], "teacher")
+            step()  # makes the optimizer's state, which later steps begin with
+            tracker.add(_state(engine.optimizer), "optimizer")
+            tracker.reset()
+            flops.update(teacher=0, student=0)
+            fused.flops = fused.moved = 0
+            step()
+        steady |= {name: tracker.live[name] for name in ("parameters", "optimizer")}
+        signal_bytes = 0
+        if teacher is not None and distils:
+            signal_bytes = len(asked.supervised) * teacher.head.weight.shape[1] * teacher.head.weight.itemsize
+        return Step(
+            devices=devices,
+            parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
+            steady=steady,
+            peak={name: size for name, size in tracker.peak.items() if size},
+            activations=held,
+            recomputed=recompute(config, world),
+            flops={**flops, "loss": fused.flops},
+            moved=fused.moved,
+            sent=dict(tracker.sent),
+            tokens=rows * config.sequence_length * micro_batches * world.data_size,
+            micro_batches=micro_batches,
+            rows=rows,
+            time=own.input_ids.shape[1] * own.input_ids.shape[0] // rows,
+            chunk=fused.chunk,
+            signal=signal_bytes,
+            signal_travels=not teacher_here and signal_bytes > 0,
+        )
 
 
-def _full_batch(rows: int, length: int) -> Batch:
-    ids = torch.zeros(rows, length, dtype=torch.long)
-    return Batch(ids, ids.clone(), None, rows * length, torch.arange(rows * length))
+def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int) -> Step:
+    """A step of a teacher's group of its own, which answers ``students`` ranks."""
+    rows, batch = _full_batch(config)
+    ours, layout = layout_of(config.student), layout_of(config.teacher)
+    asked, _ = batch.stretch(0, ours.context)
+    tracker, ranks = Tracker(), len(devices)
+    with _ranks(ranks) as world:
+        layout.check(world, "teacher")
+        teacher = _teacher(config, world)
+        with tracker, tracker.tagged("teacher's pass"):
+            tracker.add([*teacher.body.parameters(), *teacher.body.buffers(), teacher.head.weight], "teacher")
+            teacher.hidden(Question.of(asked))
+            tracker.reset()
+            hidden = teacher.hidden(Question.of(asked))
+        micro_batches = config.student.training_args.gradient_accumulation_steps
+        # Ranks that run each pass together are asked equally often; whole copies are shared out.
+        in_step = ranks > 1 and not (config.teacher.strategy_args.strategy_name == "hf_infer" and layout.together == 1)
+        rounds = -(-students // ranks) if in_step or ranks < students else students / ranks
+        calls = micro_batches * rounds
+        return Step(
+            devices=devices,
+            parameters={"teacher": teacher.num_parameters},
+            steady={},
+            peak={name: size for name, size in tracker.peak.items() if size},
+            activations=0,
+            recomputed=False,
+            flops={"teacher": int(tracker.flops * calls)},
+            moved=0,
+            sent={key: int(size * calls) for key, size in tracker.sent.items()},
+            tokens=rows * config.sequence_length * micro_batches * students // ours.together,
+            micro_batches=micro_batches,
+            rows=rows,
+            time=config.sequence_length,
+            chunk=0,
+            signal=hidden.numel() * hidden.itemsize,
+            signal_travels=True,
+        )
 
 
-def _tensors(states: Iterable[dict[str, Any]]) -> list[Tensor]:
-    found = [value for state in states for value in state.values() if isinstance(value, Tensor)]
-    return [value.to_local() if isinstance(value, DTensor) else value for value in found]
+def _full_batch(config: DistillConfig) -> tuple[int, Batch]:
+    """The rows of a micro-batch, and the micro-batch: with packing they lie end to end in one."""
+    rows, time = config.student.training_args.per_device_train_batch_size, config.sequence_length
+    if config.max_tokens_per_microbatch:
+        rows = max(1, config.max_tokens_per_microbatch // time)
+    ids, everywhere = torch.zeros(rows, time, dtype=torch.long), torch.arange(rows * time)
+    if not config.student.use_sequence_packing:
+        return rows, Batch(ids, ids, None, rows * time, everywhere)
+    ids = ids.view(1, -1)
+    return rows, Batch(ids, ids, everywhere.view(1, -1) % time, rows * time, everywhere, documents=(time,) * rows)
+
+
+def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
+    model = load_model(
+        args.model_name_or_path,
+        dtype=dtype,
+        attn_implementation=args.attn_implementation,
+        from_scratch=args.from_scratch,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        role=role,
+    )
+    check_length(model, str(args.model_name_or_path or f"the {role}"), config.sequence_length)
+    if config.student.use_sequence_packing:
+        model.set_attn_implementation(BY_DOCUMENT[args.attn_implementation])
+    return model
+
+
+def _load_teacher(config: DistillConfig) -> Any:
+    args = config.teacher.model_args
+    dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
+    return _load(config, args, dtype, "teacher")
+
+
+def _teacher(config: DistillConfig, world: World) -> LocalTeacher:
+    model = _load_teacher(config)
+    name = str(config.teacher.model_args.model_name_or_path)
+    check_tensor_parallel(body(model), layout_of(config.teacher), name, "teacher")
+    teacher = spread_teacher(config, world, model, proven=False)
+    if isinstance(teacher, TogetherTeacher):
+        teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
+    return teacher
+
+
+def _elsewhere(config: DistillConfig) -> RemoteTeacher:
+    """A teacher in other processes: its head is here, and hidden states come."""
+    model = _load_teacher(config)
+    head = output_head(model)
+    head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+
+    class Wire:
+        def ask(self, question: Question | None) -> Callable[[], Reply]:
+            count = 0 if question is None else len(question.supervised)
+            return lambda: Reply(head.weight.new_empty(count, head.weight.shape[1]), 0.0)
+
+    return RemoteTeacher([Wire()], Route((0,)), head, _size(model))
+
+
+def _tagged(tracker: Tracker, fused: FusedSizes, *args: Any, **kwargs: Any) -> Any:
+    with tracker.tagged("loss"):
+        return fused(*args, **kwargs)
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _gradients(module: torch.nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+
+
+def _state(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,10 +26,22 @@ GATHERED = "gathered"
 """The tag of what FSDP2 makes: gathered parameters, buffers of its collectives, reduced gradients."""
 
 _aten = torch.ops.aten
-_KINDS = {
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
+}
+_COLLECTIVES = {
     "_allgather_base_": "all_gather",
+    "allgather_": "all_gather",
+    "all_gather_into_tensor": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
+    "reduce_scatter_tensor": "reduce_scatter",
     "allreduce_": "all_reduce",
+    "all_reduce": "all_reduce",
+    "all_reduce_": "all_reduce",
+    "alltoall_base_": "all_to_all",
+    "all_to_all_single": "all_to_all",
+    "broadcast_": "broadcast",
 }
 
 
@@ -37,7 +50,7 @@ class Tracker(TorchDispatchMode):
 
     live: bytes by tag; peak: the same when their sum was largest. flops: of matrix products and attention, as
     ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its group, the bytes of its larger
-    tensor.
+    side.
     """
 
     def __init__(self) -> None:
@@ -47,8 +60,8 @@ class Tracker(TorchDispatchMode):
         self.flops = 0
         self.sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._tag = "other"
-        self._known: dict[int, tuple[Any, str, int]] = {}  # by the storage's id: a weak reference, its tag, its bytes
-        self._total = self._highest = 0
+        self._known: dict[int, tuple[Any, str, int, int]] = {}  # by the storage's id: weak reference, tag, bytes, birth
+        self._total = self._highest = self._clock = self._highest_at = 0
         self._resize: Callable[..., Any] | None = None
 
     @contextmanager
@@ -61,15 +74,23 @@ class Tracker(TorchDispatchMode):
             self._tag = before
 
     def add(self, tensors: Iterable[Tensor], tag: str) -> None:
-        """Count ``tensors`` that were made before, or call what they hold by another tag."""
+        """Count ``tensors`` that were made before, or call what they hold by another tag, also at the peak."""
         for tensor in tensors:
             storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
-            self._forget(id(storage))
+            known = self._forget(id(storage))
             self._count(storage, tag)
+            if known is not None:
+                before, size, birth = known
+                self._known[id(storage)] = (*self._known[id(storage)][:3], birth)
+                if birth <= self._highest_at:
+                    self.peak[before] -= size
+                    self.peak[tag] += size
 
-    def reset_peak(self) -> None:
-        """Look for the largest sum from now on."""
-        self._highest, self.peak = self._total, self.live.copy()
+    def reset(self) -> None:
+        """Look for the largest sum, and count what is computed and sent, from now on."""
+        self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
+        self.flops = 0
+        self.sent.clear()
 
     def __enter__(self) -> Tracker:
         # Resizing a storage, which is how FSDP2 frees and takes its gathered parameters, is no operator.
@@ -77,8 +98,8 @@ class Tracker(TorchDispatchMode):
 
         def watched(storage: Any, size: int) -> Any:
             result = resize(storage, size)
-            tag = self._forget(id(storage))
-            self._count(storage, tag or self._maker())
+            known = self._forget(id(storage))
+            self._count(storage, known[0] if known else self._maker())
             return result
 
         torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
@@ -101,17 +122,14 @@ class Tracker(TorchDispatchMode):
                 if id(storage) not in self._known:
                     self._count(storage, self._maker())
         packet = func._overloadpacket
-        if packet is _aten._scaled_dot_product_flash_attention_for_cpu:
-            self.flops += sdpa_flop_count(*(each.shape for each in args[:3]))
-        elif packet is _aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            self.flops += sdpa_backward_flop_count(*(each.shape for each in args[:4]))
+        if packet in _ATTENTION:
+            count, inputs = _ATTENTION[packet]
+            self.flops += count(*(each.shape for each in args[:inputs]))
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif func.namespace == "c10d" and packet.__name__ in _KINDS:
-            tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-            group = next(leaf for leaf in tree_leaves(args) if not isinstance(leaf, Tensor) and _is_group(leaf))
-            ranks = tuple(get_process_group_ranks(ProcessGroup.unbox(getattr(group, "real_obj", group))))
-            self.sent[_KINDS[packet.__name__], ranks] += max(each.numel() * each.element_size() for each in tensors)
+        elif "c10d" in func.namespace and packet.__name__ in _COLLECTIVES:
+            larger = max(_bytes(result), *(_bytes(each) for each in args[:2]))
+            self.sent[_COLLECTIVES[packet.__name__], _ranks(args)] += larger
         return result
 
     def _maker(self) -> str:
@@ -124,24 +142,36 @@ class Tracker(TorchDispatchMode):
 
     def _count(self, storage: Any, tag: str) -> None:
         key, size = id(storage), storage.nbytes()
-        self._known[key] = (weakref.ref(storage, lambda _: self._forget(key)), tag, size)
+        self._clock += 1
+        self._known[key] = (weakref.ref(storage, lambda _: self._forget(key)), tag, size, self._clock)
         self.live[tag] += size
         self._total += size
         if self._total > self._highest:
-            self._highest, self.peak = self._total, self.live.copy()
+            self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
 
-    def _forget(self, key: int) -> str | None:
+    def _forget(self, key: int) -> tuple[str, int, int] | None:
+        """The tag, the bytes and the birth of a storage that is counted no longer."""
         if key not in self._known:
             return None
-        _, tag, size = self._known.pop(key)
+        _, tag, size, birth = self._known.pop(key)
         self.live[tag] -= size
         self._total -= size
-        return tag
+        return tag, size, birth
 
 
-def _is_group(leaf: Any) -> bool:
-    try:
-        ProcessGroup.unbox(getattr(leaf, "real_obj", leaf))
-    except (RuntimeError, TypeError):
-        return False
-    return True
+def _bytes(tensors: Any) -> int:
+    return sum(each.numel() * each.element_size() for each in tree_leaves(tensors) if isinstance(each, Tensor))
+
+
+def _ranks(args: Any) -> tuple[int, ...]:
+    """Of the process group that is among the arguments of a collective, as an object or by its name."""
+    for leaf in reversed(tree_leaves(args)):
+        if isinstance(leaf, str) and leaf.isdigit():
+            return tuple(get_process_group_ranks(_resolve_process_group(leaf)))
+        if isinstance(leaf, Tensor | int | float | str | bool) or leaf is None:
+            continue
+        try:
+            return tuple(get_process_group_ranks(ProcessGroup.unbox(getattr(leaf, "real_obj", leaf))))
+        except (RuntimeError, TypeError):  # a reduction's name, say
+            continue
+    raise AssertionError("a collective has a process group")

@@ -12,10 +12,11 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from limbeck.errors import LimbeckError
+from limbeck.strategies.layout import TENSOR, make_mesh_of
 from limbeck.strategies.world import World
 
 M = TypeVar("M", bound=nn.Module)
@@ -38,11 +39,17 @@ class Fsdp2:
     reshard_after_forward: bool = True
 
 
-def shard(root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2) -> M:
-    """``root`` with each of ``layers`` and the rest of it sharded in place; unchanged when the process is alone."""
+def shard(
+    root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2, whole_mesh: DeviceMesh | None = None
+) -> M:
+    """``root`` with each of ``layers`` and the rest of it sharded in place; unchanged when the process is alone.
+
+    whole_mesh: what ``make_mesh`` gave, if its tensor dimension is in use already.
+    """
     if world.size == 1:
         return root
-    mesh = _mesh(world, options)
+    mesh = make_mesh(world, options) if whole_mesh is None else whole_mesh
+    mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name != TENSOR)]
     policy = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=options.reduce_dtype)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
@@ -51,14 +58,26 @@ def shard(root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2) ->
     return root
 
 
-def _mesh(world: World, options: Fsdp2) -> DeviceMesh:
-    kind, size = world.device.type, options.fsdp_size
-    if options.replicate:
-        return init_device_mesh(kind, (world.size, 1), mesh_dim_names=("replicate", "shard"))
-    if size <= 1 or size >= world.size:
-        return init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
-    if world.size % size:
+def ranks_of_a_copy(ranks: int, options: Fsdp2, tensor: int = 1) -> int:
+    """Over how many of ``ranks`` (each, with ``tensor``, a group of so many) one copy of the model is spread.
+
+    Raises LimbeckError if that does not come out even.
+    """
+    size = 1 if options.replicate else options.fsdp_size
+    if not options.replicate and (size <= 1 or size >= ranks):
+        return ranks
+    if ranks % size:
+        of = "processes" if tensor == 1 else f"groups of {tensor} tensor ranks"
         raise LimbeckError(
-            f"strategy_config.fsdp_size = {size} does not divide the {world.size} processes; use a divisor, or 0 for all."
+            f"strategy_config.fsdp_size = {size} does not divide the {ranks} {of}; use a divisor, or 0 for all."
         )
-    return init_device_mesh(kind, (world.size // size, size), mesh_dim_names=("replicate", "shard"))
+    return size
+
+
+def make_mesh(world: World, options: Fsdp2, tensor: int = 1) -> DeviceMesh:
+    """The processes as copies × shards × tensor ranks, without the dimensions that are not in use."""
+    others = world.size // tensor
+    size = ranks_of_a_copy(others, options, tensor)
+    dims = {"replicate": others // size, "shard": size, TENSOR: tensor}
+    used = {name: count for name, count in dims.items() if count > 1 or name == "shard"}
+    return make_mesh_of(world.device.type, tuple(used.values()), tuple(used))

@@ -18,8 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor
+
+from limbeck.strategies.layout import TENSOR
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_SOME = StateDictOptions(strict=False)  # frozen parameters are in no checkpoint of a run
 
 
 def gather_model(model: nn.Module) -> dict[str, Any]:
@@ -29,7 +33,8 @@ def gather_model(model: nn.Module) -> dict[str, Any]:
 
 def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a whole state, given in every process, into a model however it is spread."""
-    set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+    like: dict[str, Any] = get_model_state_dict(model)
+    set_model_state_dict(model, {name: _spread(tensor, like[name]) for name, tensor in state.items()}, options=_SOME)
 
 
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -44,11 +49,33 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``gather_optimizer``, given the tensors in every process; learning rates stay as they are."""
+    like: dict[str, Any] = get_model_state_dict(model)
     state: dict[str, Any] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
-        state.setdefault(name, {})[entry] = value
-    options = StateDictOptions(full_state_dict=True)
+        parameter = like[name]
+        state.setdefault(name, {})[entry] = _spread(value, parameter) if value.shape == parameter.shape else value
+    options = StateDictOptions()
     # get_… first: it makes the optimizer's (empty) state exist, so that its groups are known under plain names.
     groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+def _spread(whole: Tensor, like: Tensor) -> Tensor:
+    """This process's part of ``whole``, spread as ``like`` is.
+
+    Not by ``distribute_tensor``, which cannot (torch 2.13) divide unevenly what FSDP and tensor parallelism share.
+    """
+    if not isinstance(like, DTensor):
+        return whole
+    mesh, part = like.device_mesh, whole.to(like.device)
+    names = mesh.mesh_dim_names or ()
+    for i in sorted(range(mesh.ndim), key=lambda i: names[i] != TENSOR):  # FSDP divides a tensor rank's slice
+        placement = like.placements[i]
+        if not placement.is_replicate():
+            dim, rank = placement.dim, mesh.get_local_rank(i)  # type: ignore[attr-defined]
+            parts = part.chunk(mesh.size(i), dim)
+            part = parts[rank] if rank < len(parts) else part.narrow(dim, 0, 0)
+    return DTensor.from_local(
+        part.contiguous(), mesh, like.placements, shape=whole.shape, stride=whole.stride(), run_check=False
+    )

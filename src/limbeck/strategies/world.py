@@ -18,12 +18,38 @@ _PATIENCE = timedelta(days=30)
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals. ``device`` is where its models live, ``patient`` the group that ``wait`` meets in."""
+    """This process among its equals.
+
+    device: where its models live. patient: the group that ``wait`` meets in. tensor: neighbouring ranks that hold slices of one
+    student and do the same with the same rows. context: such groups that share rows, each with a stretch of their time.
+    """
 
     rank: int
     size: int
     device: torch.device
     patient: dist.ProcessGroup | None = None
+    tensor: int = 1
+    context: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the data this process sees."""
+        return self.rank // (self.tensor * self.context)
+
+    @property
+    def data_size(self) -> int:
+        """The number of shares into which the data is dealt."""
+        return self.size // (self.tensor * self.context)
+
+    @property
+    def context_rank(self) -> int:
+        """Which stretch of its rows this process sees."""
+        return self.rank // self.tensor % self.context
+
+    @property
+    def grad_shares(self) -> int:
+        """The number of parts of a step's gradient, whose mean is taken."""
+        return self.size // self.tensor
 
     @property
     def is_main(self) -> bool:

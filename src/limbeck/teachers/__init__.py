@@ -3,5 +3,18 @@
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.remote import Channel, RemoteTeacher, Reply, route
 from limbeck.teachers.signal import Answer, Question, Signal, Teacher
+from limbeck.teachers.together import Circle, TogetherTeacher
 
-__all__ = ["Answer", "Channel", "LocalTeacher", "Question", "RemoteTeacher", "Reply", "Signal", "Teacher", "route"]
+__all__ = [
+    "Answer",
+    "Channel",
+    "Circle",
+    "LocalTeacher",
+    "Question",
+    "RemoteTeacher",
+    "Reply",
+    "Signal",
+    "Teacher",
+    "TogetherTeacher",
+    "route",
+]

@@ -40,5 +40,7 @@ class LocalTeacher:
     @torch.no_grad()
     def hidden(self, question: Question) -> Tensor:
         """The last hidden states [supervised, H] at the positions that are asked about."""
-        hidden = hidden_states(self.body, question.input_ids, question.position_ids, question.documents)
-        return hidden.flatten(0, 1).index_select(0, question.supervised)
+        return self._states(question).flatten(0, 1).index_select(0, question.supervised)
+
+    def _states(self, question: Question) -> Tensor:
+        return hidden_states(self.body, question.input_ids, question.position_ids, question.documents)

@@ -1,0 +1,271 @@
+"""Worker groups beside their parts measured alone: steps, bytes, the wire, and the start.
+
+    python benchmarks/cluster.py                  # all four
+    python benchmarks/cluster.py steps wire       # some of them
+
+steps   real workers take turns, a few steps at a time: the teacher asked a step ahead, as a run does it; asked only when its
+        answer is wanted; the student with answers that it has already; the teacher with nobody else at work. One thread each.
+bytes   of the signal per supervised token at Qwen2.5's sizes, computed from them, and measured in the workers above.
+wire    hidden states of 256 MiB from one process to another through Ray's object store.
+start   from the command to the end of the first step with two students and a teacher. Give it a machine with nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # a worker's share of the cores
+
+import torch
+import yaml
+from startup import make_run, seconds_to_first_step
+from step import TEACHER, TIME, prepare
+
+from limbeck.cluster.placement import place
+from limbeck.cluster.session import load_ray, ray_session
+from limbeck.cluster.wire import flat, unflat
+from limbeck.cluster.workers import WorkerGroup
+from limbeck.config import DistillConfig
+from limbeck.pipeline.distill import _Run
+from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.workers import StudentWorker, TeacherWorker, _remote_teacher
+from limbeck.strategies.host_memory import keep_freed_pages
+from limbeck.teachers import Answer, Question, RemoteTeacher, Signal
+
+PARTS = ("steps", "bytes", "wire", "start")
+ROWS = 2  # of TIME tokens, for each student rank
+ROUNDS, BLOCK = 3, 3  # turns of each mode, and steps in a turn after one that is not counted
+QWEN25 = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064),
+          "14B": (5120, 152_064), "32B": (5120, 152_064)}  # fmt: skip
+TOPK, TOPK_BYTES = (
+    64,
+    15,
+)  # the reference sends a log-probability, an index and a flag for each of the k, with their padding
+
+
+class TurnsTeacher:
+    """A remote teacher that is asked as ``mode`` says."""
+
+    def __init__(self, teacher: RemoteTeacher) -> None:
+        self.teacher, self.head, self.num_parameters = teacher, teacher.head, teacher.num_parameters
+        self.mode = "ahead"
+        self.kept: Signal | None = None
+
+    def ask(self, batch: Any) -> Answer:
+        if self.mode == "ahead":
+            return self._keep(self.teacher.ask(batch))
+        if self.mode == "serial":
+            return lambda micro: self.teacher.ask(batch)(micro)
+        return lambda micro: self.kept  # type: ignore[return-value, unused-ignore]
+
+    def _keep(self, answer: Answer) -> Answer:
+        def keep(micro: Any) -> Signal:
+            self.kept = answer(micro)
+            return self.kept
+
+        return keep
+
+
+class Student(StudentWorker):
+    """A student rank that takes steps when it is told to."""
+
+    def make(self, teachers: list[Any]) -> None:
+        def find(config: DistillConfig, world: Any, data: Any) -> TurnsTeacher:
+            return TurnsTeacher(_remote_teacher(teachers, False, config, world, data))
+
+        quiet_libraries()
+        keep_freed_pages()
+        self.training: Any = _Run(self.config, self.world, find, None)  # type: ignore[arg-type, unused-ignore]
+
+    def steps(self, mode: str, count: int) -> float:
+        """Seconds per step of ``count``, after one that is not counted, whose answer was asked for in the mode before."""
+        self.training.teacher.mode = mode
+        self.training._train_step()
+        self.world.sum(torch.zeros(()))
+        begun = time.perf_counter()
+        for _ in range(count):
+            self.training._train_step()
+        return (time.perf_counter() - begun) / count
+
+    def measured(self) -> dict[str, float]:
+        return self.training.teacher.teacher.measured()
+
+
+def configure(folder: Path, students: int) -> DistillConfig:
+    steps = (ROUNDS + 1) * 3 * (BLOCK + 1)
+    return DistillConfig(
+        student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"),
+        output_dir=str(folder / f"run-{students}"), sequence_length=TIME, max_steps=steps + 1, save_steps=0,
+        logging_steps=10**6, track_with="none", distill_on_prompt=True,
+        student={
+            "device_mapping": list(range(students)),
+            "model_args": {"dtype": "fp32", "disable_gradient_checkpointing": True},
+            "training_args": {"per_device_train_batch_size": ROWS, "learning_rate": 1e-4},
+            "data_args": {"file_name": [str(folder / "data.jsonl")], "cache_path": str(folder / "cache")},
+        },
+        teacher={"device_mapping": [students], "model_args": {"dtype": "fp32"}},
+    )  # fmt: skip
+
+
+@contextmanager
+def workers(folder: Path, students: int) -> Iterator[tuple[WorkerGroup, WorkerGroup]]:
+    """``students`` student ranks and one teacher rank, loaded."""
+    config = configure(folder, students)
+    placement = place([config.student.device_mapping, config.teacher.device_mapping], None)  # type: ignore[list-item]
+    groups = []
+    try:
+        for which, (name, kind) in enumerate((("student", Student), ("teacher", TeacherWorker))):
+            groups.append(
+                WorkerGroup.start(
+                    name, kind, [config.model_dump(mode="json")], placement=placement, which=which,
+                    log_dir=folder / f"logs-{students}", environment={"OMP_NUM_THREADS": "1"},
+                )
+            )  # fmt: skip
+        for group in groups:
+            group.meet(5)
+        groups[1].call("load")
+        groups[0].call("make", list(groups[1].actors))
+        yield groups[0], groups[1]
+    finally:
+        for group in groups:
+            group.end()
+        placement.free()
+
+
+def measure_steps(folder: Path, students: int) -> float:
+    """Print one layout's figures; returns the measured bytes per supervised token."""
+    # Asked about by hand exactly what a step asks about: each student rank puts one question.
+    ids = torch.randint(3, 32_000, (ROWS, TIME))
+    question = Question(ids, None, None, torch.arange(ROWS * TIME))
+    seconds: dict[str, list[float]] = defaultdict(list)
+    with workers(folder, students) as (student, teacher):
+        for turn in range(ROUNDS + 1):
+            found = {mode: max(student.call("steps", mode, BLOCK)) for mode in ("ahead", "serial", "alone")}
+            asked = [teacher.call("answer", question)[0][1] for _ in range(BLOCK * students)]
+            found["teacher"] = sum(asked) / BLOCK
+            if turn:  # the first only warms up
+                for mode, value in found.items():
+                    seconds[mode].append(value)
+        wire = student.call("measured")[0]["transport/bytes_per_token"]
+    middle = {mode: statistics.median(values) for mode, values in seconds.items()}
+    ahead, alone, forward = middle["ahead"], middle["alone"], middle["teacher"]
+    cores = os.cpu_count() or 1
+    print(
+        f"\n{students} student rank(s) + 1 teacher rank, {ROWS} × {TIME} tokens a rank, {cores} cores, "
+        f"medians of {ROUNDS} turns"
+    )
+    print(f"  student step alone {alone * 1e3:.0f} ms, teacher's forward passes alone {forward * 1e3:.0f} ms a step")
+    print(f"  asked a step ahead {ahead * 1e3:.0f} ms: {ahead / max(alone, forward):.2f} × the larger of the two")
+    print(
+        f"  asked when wanted {middle['serial'] * 1e3:.0f} ms: asking ahead is {middle['serial'] / ahead:.2f} × as fast "
+        f"(at best {(alone + forward) / max(alone, forward, (students * alone + forward) / cores):.2f})"
+    )
+    if students + 1 > cores:
+        shared = (students * alone + forward) / cores
+        print(
+            f"  {students + 1} workers share {cores} cores, which need {shared * 1e3:.0f} ms for the work of all; "
+            f"a step is {ahead / max(alone, forward, shared):.2f} × that"
+        )
+    return wire
+
+
+def measure_bytes(measured: float | None) -> None:
+    print("\nbytes of the signal per supervised token, bf16")
+    print(
+        f"  {'Qwen2.5':8}{'hidden':>8}{f'top-{TOPK}':>8}{'whole logits':>14}{'hidden ÷ top-k':>16}{'logits ÷ hidden':>17}"
+    )
+    for name, (width, vocab) in QWEN25.items():
+        hidden, topk, logits = 2 * width, TOPK * TOPK_BYTES, 2 * vocab
+        print(f"  {name:8}{hidden:8}{topk:8}{logits:14}{hidden / topk:16.1f}{logits / hidden:17.0f}")
+    if measured is not None:
+        width = TEACHER["hidden_size"]
+        print(f"  measured in the run above: {measured:.0f}, and its teacher is {width} numbers of 4 bytes wide")
+
+
+class Producer:
+    """Holds hidden states, and sends them as a teacher's worker does."""
+
+    def __init__(self) -> None:
+        self.hidden = torch.randn(32_768, 4096).bfloat16()
+
+    def answer(self) -> tuple[Any, float]:
+        return flat(self.hidden), time.perf_counter()
+
+
+class Consumer:
+    """Fetches them, as a student's worker does."""
+
+    def fetch(self, producer: Any, times: int) -> list[tuple[float, float]]:
+        """For each message: seconds from the producer's result to the tensor here, and those of reading all of it."""
+        ray, found = load_ray(), []
+        for _ in range(times):
+            sent, begun = ray.get(producer.answer.remote())
+            hidden = unflat(sent)
+            come = time.perf_counter()  # one clock for all processes of a machine
+            hidden.view(torch.int64).sum()
+            found.append((come - begun, time.perf_counter() - come))
+            del sent, hidden
+        return found
+
+
+def measure_wire() -> None:
+    ray = load_ray()
+    producer, consumer = ray.remote(Producer).remote(), ray.remote(Consumer).remote()
+    found = ray.get(consumer.fetch.remote(producer, 50))
+    for actor in (producer, consumer):
+        ray.kill(actor)
+    size = 32_768 * 4096 * 2 / 1e9
+    rates = [size / seconds for seconds, _ in found]
+    warm, read = rates[20:], [size / seconds for _, seconds in found[20:]]
+    both = [size / (seconds + reading) for seconds, reading in found[20:]]
+    print("\n256 MiB of hidden states from one process to another, 30 messages after 20 to warm up")
+    print(
+        f"  result to tensor: {statistics.median(warm):.1f} GB/s (slowest {min(warm):.1f}; the very first {rates[0]:.1f})"
+    )
+    print(f"  reading every page there: {statistics.median(read):.1f} GB/s; with it {statistics.median(both):.1f} GB/s")
+
+
+def measure_start(folder: Path) -> None:
+    settings = make_run(folder)
+    settings["student"]["device_mapping"], settings["teacher"] = [0, 1], {"device_mapping": [2]}
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    found = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(4)][1:]
+    print(
+        "\nlimbeck train with 2 student ranks and 1 teacher rank, Ray started for it, to the end of the first step: "
+        f"{statistics.median(found):.1f} s (worst of 3: {max(found):.1f} s)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=(*PARTS, []), metavar="PART", help=f"of {', '.join(PARTS)}")
+    wanted = parser.parse_args().parts or PARTS
+    os.environ.pop("RAY_ADDRESS", None)
+    measured = None
+    if {"steps", "wire"} & set(wanted):
+        with tempfile.TemporaryDirectory() as temporary, ray_session(3):
+            if "steps" in wanted:
+                prepare(Path(temporary))
+                for students in (1, 2):
+                    measured = measure_steps(Path(temporary), students)
+            if "wire" in wanted:
+                measure_wire()
+    if "bytes" in wanted:
+        measure_bytes(measured)
+    if "start" in wanted:
+        with tempfile.TemporaryDirectory() as temporary:
+            measure_start(Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Whether a configuration fits the machines that it would run on, seen without loading a model.
+
+Activations and buffers are not counted: what is said to fit in memory may still not, what is said not to fit does not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from limbeck.cluster.placement import layout
+from limbeck.cluster.session import can_join, load_ray, ray_session
+from limbeck.cluster.workers import versions
+from limbeck.config import DistillConfig
+from limbeck.config.schema import ModelArgs, StudentModelArgs, WorkerConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import add_lora, freeze, model_outline
+from limbeck.pipeline.parts import DTYPES, fsdp2_options, layout_of, refuse_layout
+from limbeck.pipeline.service import find_service
+from limbeck.strategies.fsdp2 import ranks_of_a_copy
+from limbeck.strategies.world import World
+
+_PER_TRAINED = 16  # bytes: float32 master, gradient, and Adam's two means
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one machine has. memory, gpu_memory: bytes, the latter of its smallest GPU."""
+
+    name: str
+    cpus: int
+    gpus: int
+    memory: int
+    gpu_memory: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Load:
+    """A group's need. parameters: of the model; per_rank: bytes that stay on each rank's device; loading: bytes of host
+    memory in each process while it loads."""
+
+    role: str
+    ranks: int
+    parameters: int
+    per_rank: int
+    loading: int
+
+
+def check_cluster(config: DistillConfig) -> list[str]:
+    """Print what goes where, and return a sentence for everything that does not fit; the Ray of RAY_ADDRESS is asked for
+    its machines if that is set, else this machine is meant."""
+    if not _would_join(config):
+        return _check(config, [this_machine()])
+    with ray_session(0) as where:
+        print(where)
+        problems = []
+        if config.teacher.service is not None:
+            try:
+                find_service(config)
+            except LimbeckError as error:
+                problems.append(str(error))
+        return problems + _check(config, _joined_machines())
+
+
+def _would_join(config: DistillConfig) -> bool:
+    """Whether the run would join a Ray that is there."""
+    apart = config.needs_worker_groups or config.num_nodes > 1
+    return apart and can_join()
+
+
+def this_machine() -> Machine:
+    """The machine of this process."""
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(platform.node(), os.cpu_count() or 1, len(gpus), memory, min(gpus, default=0), versions())
+
+
+def model_memory(config: DistillConfig) -> list[Load]:
+    """What student and teacher take on each rank: parameters, and for what is trained gradients and Adam; nothing else.
+
+    A teacher that is a service is not counted. Raises LimbeckError for a checkpoint whose configuration cannot be read.
+    """
+    student, teacher = config.student, config.teacher
+    loads = []
+    args = student.model_args
+    dtype = DTYPES[args.dtype] if args.lora_target else torch.float32
+    model = _outline(args, dtype, "student")
+    if args.lora_target:
+        model = add_lora(
+            model, target=args.lora_target, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
+            additional_target=args.additional_target,
+        )  # fmt: skip
+    elif args.freeze_module_prefix:
+        freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
+    held = sum(p.numel() * (_PER_TRAINED if p.requires_grad else p.element_size()) for p in model.parameters())
+    loading = sum(p.numel() * p.element_size() for p in model.parameters())
+    ranks = len(config.device_mapping or [0])
+    loads.append(Load("student", ranks, _count(model), _share(held, student, ranks), loading))
+    if config.has_teacher and teacher.service is None:
+        dtype = DTYPES[teacher.strategy_args.strategy_config.param_dtype or teacher.model_args.dtype]
+        model = _outline(teacher.model_args, dtype, "teacher")
+        held = sum(p.numel() * p.element_size() for p in model.parameters())
+        head = model.get_output_embeddings().weight
+        ranks = len((config.needs_worker_groups and teacher.device_mapping) or config.device_mapping or [0])
+        share = held
+        if teacher.strategy_args.strategy_name != "hf_infer" and ranks > 1:
+            # Every rank keeps the head whole, also when the body is spread.
+            head_bytes = head.numel() * head.element_size()
+            share = _share(held - head_bytes, teacher, ranks) + head_bytes
+        loads.append(Load("teacher", ranks, _count(model), share, held))
+    return loads
+
+
+def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
+    problems = [*_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
+    ours = versions()
+    for machine in machines:
+        for package, theirs in machine.versions.items():
+            if theirs != ours[package]:
+                problems.append(
+                    f"{machine.name} runs {package} {theirs}, and this process {ours[package]}; install the same on all "
+                    "machines."
+                )
+    try:
+        loads = model_memory(config)
+    except LimbeckError as error:
+        problems.append(str(error))
+        loads = []
+    problems += _placement_problems(config, machines, loads)
+    return problems
+
+
+def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
+    students = len(config.device_mapping or [0])
+    worlds: list[tuple[str, WorkerConfig, int]] = [("student", config.student, students)]
+    if config.has_teacher and config.teacher.service is None:
+        apart = config.teacher.device_mapping if config.needs_worker_groups else None
+        worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
+    problems = []
+    for role, worker, ranks in worlds:
+        together = layout_of(worker)
+        try:
+            together.check(World(0, ranks, torch.device("cpu")), role)
+            options = fsdp2_options(worker, DTYPES[worker.model_args.dtype])
+            ranks_of_a_copy(ranks // together.tensor, options, together.tensor)
+        except LimbeckError as error:
+            problems.append(f"{role}: {error}")
+    try:
+        refuse_layout(config, students, "cuda" if on_gpus else "cpu")
+    except LimbeckError as error:
+        problems.append(str(error))
+    return problems
+
+
+def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[Load]) -> list[str]:
+    """What cannot be placed, and which machine's memory is too small for what would be placed on it."""
+    problems = []
+    if config.num_nodes > len(machines):
+        hint = "" if can_join() else "; set RAY_ADDRESS to a Ray that has them"
+        problems.append(f"num_nodes = {config.num_nodes}, but there are {len(machines)} machine(s){hint}.")
+    mappings = [config.device_mapping or [0]]
+    if config.has_teacher and config.teacher.service is None:
+        apart = config.teacher.device_mapping if config.needs_worker_groups else None
+        mappings.append(apart or mappings[0])
+    on_gpus = any(machine.gpus for machine in machines)
+    device = "GPU" if on_gpus else "CPU"
+    # Roles in one process take one slot; as groups of workers each takes its own.
+    placed = mappings if config.needs_worker_groups else mappings[:1]
+    bundles, places = layout(placed, config.num_gpus_per_node, on_gpus)
+    wanted = [bundle[device] for bundle in bundles]
+    # A Ray that is started here is given as many CPU slots as the run needs.
+    unbounded = not on_gpus and not _would_join(config)
+    free = [float(machine.gpus if on_gpus else machine.cpus) for machine in machines]
+    found: dict[int, Machine] = {}
+    for number in sorted(range(len(bundles)), key=lambda number: -wanted[number]):
+        at = max(range(len(machines)), key=lambda index: free[index])
+        if wanted[number] > free[at] and not unbounded:
+            problems.append(
+                f"device_mapping needs {wanted[number]:g} free {device} slots on one machine, but {machines[at].name} has "
+                f"{free[at]:g} and no machine has more; name fewer devices, or set num_gpus_per_node to what a machine has."
+            )
+            continue
+        free[at] -= wanted[number]
+        found[number] = machines[at]
+    table = Table("role", "ranks", "parameters", "memory per rank", "machines", box=None)
+    on_machine: Counter[str] = Counter()
+    loading: Counter[str] = Counter()
+    on_device: Counter[int] = Counter()
+    hosts: dict[int, Machine] = {}
+    for which, load in enumerate(loads):
+        places_of = places[which if len(places) > 1 else 0]
+        for at_place, number in zip(places_of, mappings[which], strict=True):
+            machine = found.get(at_place.bundle)
+            if machine is not None:
+                on_machine[machine.name] += load.per_rank
+                loading[machine.name] += load.loading
+                on_device[number] += load.per_rank
+                hosts[number] = machine
+        names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
+        table.add_row(
+            load.role, str(load.ranks), f"{load.parameters:,}", _size(load.per_rank), ", ".join(names) or "none"
+        )
+    Console(highlight=False).print(table)
+    for machine in {machine.name: machine for machine in found.values()}.values():
+        held = 0 if on_gpus else on_machine[machine.name]
+        if held > machine.memory:
+            problems.append(
+                f"{machine.name} would hold {_size(held)} of models, gradients and optimizer, but has "
+                f"{_size(machine.memory)} of memory; use more machines, smaller models or LoRA."
+            )
+        elif loading[machine.name] > machine.memory:
+            problems.append(
+                f"the processes on {machine.name} load {_size(loading[machine.name])} of models before they share them out, "
+                f"but it has {_size(machine.memory)} of memory; place fewer ranks on it."
+            )
+    if on_gpus:
+        problems += [
+            f"device {number} ({hosts[number].name}) would hold {_size(held)} of models, gradients and optimizer, but a GPU "
+            f"there has {_size(hosts[number].gpu_memory)}; use more devices, smaller models or LoRA."
+            for number, held in on_device.items()
+            if held > hosts[number].gpu_memory
+        ]
+    return problems
+
+
+def _joined_machines() -> list[Machine]:
+    ray = load_ray()
+    there = [node for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(this_machine)
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    asked = [
+        look.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote() for node in there
+    ]
+    try:
+        seen = ray.get(asked, timeout=120)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise LimbeckError(f"a machine of the Ray cluster does not answer: {type(error).__name__}.") from error
+    machines = []
+    for node, machine in zip(there, seen, strict=True):
+        slots = node["Resources"]
+        machines.append(
+            Machine(
+                f"{machine.name} ({node['NodeManagerAddress']})",
+                int(slots.get("CPU", 0)),
+                int(slots.get("GPU", 0)),
+                machine.memory,
+                machine.gpu_memory,
+                machine.versions,
+            )
+        )
+    return machines
+
+
+def _outline(args: ModelArgs | StudentModelArgs, dtype: torch.dtype, role: str) -> Any:
+    return model_outline(
+        args.model_name_or_path,
+        dtype=dtype,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+        role=role,
+    )
+
+
+def _share(whole: int, worker: WorkerConfig, ranks: int) -> int:
+    try:
+        return ceil(whole / ranks_of_a_copy(ranks, fsdp2_options(worker, torch.float32)))
+    except LimbeckError:  # a layout that is refused elsewhere has no share
+        return whole
+
+
+def _count(model: Any) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
