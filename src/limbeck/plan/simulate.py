@@ -7,6 +7,7 @@ buffers are made as the real one makes them, and the arithmetic on them, which h
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -57,8 +58,8 @@ class Step:
     devices: the GPU of each rank. parameters: of the whole models, by role. steady: bytes by name that are there all the
     step. peak: bytes by name at the fullest moment; they add up. activations: kept between a micro-batch's forward and
     backward pass. flops: of all micro-batches, by name. moved: bytes that the loss reads and writes outside of products.
-    sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on. rows, time:
-    of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's
+    sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on.
+    micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's
     signal, and whether it comes from elsewhere.
     """
 
@@ -73,8 +74,7 @@ class Step:
     sent: dict[tuple[str, tuple[int, ...]], int]
     tokens: int
     micro_batches: int
-    rows: int
-    time: int
+    micro_tokens: int
     chunk: int
     signal: int
     signal_travels: bool
@@ -198,38 +198,41 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
         engine = make_engine(config, world, student)
         distils = config.distill_loss_weight > 0 or student.features is not None
         micro_batches = config.student.training_args.gradient_accumulation_steps
-        flops = dict.fromkeys(("teacher", "student"), 0)
-        held = 0
+        flops, steady, held = Counter[str](), dict[str, int](), 0
+
+        def micro_batch() -> None:
+            nonlocal held
+            before = tracker.flops
+            with tracker.tagged("teacher's pass"):
+                signal = teacher.ask(asked)(asked) if teacher is not None and distils else None
+            flops["teacher"] = tracker.flops - before
+            with tracker.tagged("activations"):
+                loss = engine(own, signal, 1.0, 1.0, micro_batches).loss
+                held = tracker.live["activations"]
+                engine.backward(loss, last=True)
+            flops["student"] = tracker.flops - before - flops["teacher"]
+            tracker.add(_gradients(student), "gradients")
 
         def step() -> None:
-            nonlocal held
-            for micro in range(micro_batches):
-                start = tracker.flops
-                with tracker.tagged("teacher's pass"):
-                    signal = teacher.ask(asked)(asked) if teacher is not None and distils else None
-                flops["teacher"] += tracker.flops - start
-                start = tracker.flops
-                with tracker.tagged("activations"):
-                    loss = engine(own, signal, 1.0, 1.0, micro_batches).loss
-                    held = tracker.live["activations"]
-                    engine.backward(loss, last=micro == micro_batches - 1)
-                flops["student"] += tracker.flops - start
-                tracker.add(_gradients(student), "gradients")
-            steady["gradients"] = tracker.live["gradients"]
             student.finish_gradients()
             engine.step()
 
-        steady: dict[str, int] = {}
         with tracker:
             tracker.add([*student.parameters(), *student.buffers()], "parameters")
+            if isinstance(teacher, LocalTeacher):
+                tracker.add([*teacher.body.parameters(), *teacher.body.buffers()], "teacher")
             if teacher is not None:
-                kept = [] if not isinstance(teacher, LocalTeacher) else [*teacher.body.parameters(), *teacher.body.buffers()]
-                tracker.add([*kept, teacher.head.weight], "teacher")
+                tracker.add([teacher.head.weight], "teacher")
+            micro_batch()
             step()  # makes the optimizer's state, which later steps begin with
             tracker.add(_state(engine.optimizer), "optimizer")
             tracker.reset()
-            flops.update(teacher=0, student=0)
             fused.flops = fused.moved = 0
+            micro_batch()
+            flops["loss"], moved, sent = fused.flops, fused.moved, tracker.sent.copy()
+            if micro_batches > 1:  # now with the gradients of the first; further ones add nothing
+                micro_batch()
+            steady["gradients"] = tracker.live["gradients"]
             step()
         steady |= {name: tracker.live[name] for name in ("parameters", "optimizer")}
         signal_bytes = 0
@@ -242,13 +245,12 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             peak={name: size for name, size in tracker.peak.items() if size},
             activations=held,
             recomputed=recompute(config, world),
-            flops={**flops, "loss": fused.flops},
-            moved=fused.moved,
-            sent=dict(tracker.sent),
+            flops={name: count * micro_batches for name, count in flops.items()},
+            moved=moved * micro_batches,
+            sent={key: size * micro_batches for key, size in sent.items()},
             tokens=rows * config.sequence_length * micro_batches * world.data_size,
             micro_batches=micro_batches,
-            rows=rows,
-            time=own.input_ids.shape[1] * own.input_ids.shape[0] // rows,
+            micro_tokens=own.input_ids.numel(),
             chunk=fused.chunk,
             signal=signal_bytes,
             signal_travels=not teacher_here and signal_bytes > 0,
@@ -286,8 +288,7 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
             sent={key: int(size * calls) for key, size in tracker.sent.items()},
             tokens=rows * config.sequence_length * micro_batches * students // ours.together,
             micro_batches=micro_batches,
-            rows=rows,
-            time=config.sequence_length,
+            micro_tokens=asked.input_ids.numel(),
             chunk=0,
             signal=hidden.numel() * hidden.itemsize,
             signal_travels=True,
