@@ -30,7 +30,7 @@ def test_loading_a_configuration_needs_neither_torch_nor_transformers(tmp_path: 
 
 def test_every_key_has_a_sentence_and_a_place_in_the_schema_table() -> None:
     table = render_schema()
-    for path, field in walk_keys():
+    for path, field in walk_keys(DistillConfig):
         assert (field.description or "").endswith("."), path
         assert f"| `{path}` |" in table
     assert all(line.replace("\\|", "").count("|") == 5 for line in table.splitlines())

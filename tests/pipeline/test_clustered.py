@@ -115,10 +115,34 @@ def test_restarts_are_bounded_and_say_where_the_logs_are(configure, tmp_path):
         run_on_cluster(configure(**groups(1, 1), max_restarts=0), told)
 
 
-def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path):
+HUGE = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200}
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {
+                "teacher_pretrain": None,
+                "teacher.model_args.from_scratch": True,
+                "teacher.model_args.model_config_kwargs": HUGE,
+            },
+            "the teacher None takes .* GB of memory to load",
+        ),
+        ({"teacher.system_envs": "other"}, "teacher-0 on .* runs limbeck 99.0, and this process"),
+    ],
+    ids=["does-not-fit", "another-version"],
+)
+def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path, changes, sentence):
+    if "teacher.system_envs" in changes:
+        other = tmp_path / "limbeck-99.0.dist-info"
+        other.mkdir()
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: limbeck\nVersion: 99.0\n")
+        path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+        changes = {"teacher.system_envs": {"PYTHONPATH": path}}
     lines = []
-    with pytest.raises(LimbeckError, match="there is no folder"):
-        run_on_cluster(configure(**groups(1, 1), teacher_pretrain=str(tmp_path / "nowhere" / "x")), lines.append)
+    with pytest.raises(LimbeckError, match=sentence):
+        run_on_cluster(configure(**groups(1, 1), **changes), lines.append)
     assert not any("goes on" in line for line in lines)
     deadline = time.monotonic() + 30
     while processes("StudentWorker") or processes("TeacherWorker"):

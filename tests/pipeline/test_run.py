@@ -306,6 +306,20 @@ def test_a_student_from_a_configuration_alone(configure, assets, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "student").config.num_hidden_layers == 1
 
 
+def test_a_teacher_from_a_configuration_alone_speaks_the_students_tokens(configure, assets, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(assets / "teacher").config.to_dict()
+    changes = {
+        "teacher_pretrain": None,
+        "teacher.model_args.from_scratch": True,
+        "teacher.model_args.model_config_kwargs": {
+            key: whole[key] for key in ("model_type", "vocab_size", "hidden_size")
+        }
+        | {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32},
+    }
+    DistillPipeline(configure(**changes, max_steps=2, save_steps=0, eval_steps=0)).run()
+    assert len(lines(tmp_path / "out", "train/train_distill_loss")) == 2
+
+
 @pytest.mark.parametrize("padded", ["student", "teacher"])
 def test_a_padded_vocabulary_changes_no_number(configure, assets, tmp_path, padded):
     source = AutoModelForCausalLM.from_pretrained(assets / padded)

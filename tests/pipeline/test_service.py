@@ -33,8 +33,8 @@ def _ray():
 
 
 @contextmanager
-def served(settings: dict, folder: Path, *words: str, address: str | None = ""):
-    """A service in a process of its own, ended by Ctrl-C; yields the process and the line that says it is there."""
+def served(settings: dict, folder: Path, *words: str, address: str | None = "", ended_by: int = signal.SIGINT):
+    """A service in a process of its own, ended by a signal; yields the process and the line that says it is there."""
     from limbeck.cluster.session import ray_address
 
     config = folder / "service.yaml"
@@ -58,7 +58,7 @@ def served(settings: dict, folder: Path, *words: str, address: str | None = ""):
             raise AssertionError(said)
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(ended_by)
         said += process.communicate(timeout=60)[0]
         assert process.returncode in (0, 2, -signal.SIGKILL), said
 
@@ -92,7 +92,7 @@ def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process
             failures.append(error)
 
     service = settings(**{"teacher.device_mapping": [0, 1], "output_dir": str(tmp_path / "served")}, **WHOLE)
-    with served(service, tmp_path, "--name", "judge"):
+    with served(service, tmp_path, "--name", "judge", ended_by=signal.SIGTERM):
         threads = [threading.Thread(target=run, args=(config,)) for config in runs]
         for thread in threads:
             thread.start()

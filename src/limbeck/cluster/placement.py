@@ -61,6 +61,24 @@ def layout(
     return bundles, places
 
 
+def unknown_gpu(mappings: Sequence[Sequence[int]], gpus: float) -> str | None:
+    """A sentence if the mappings name a GPU beyond the ``gpus`` that there are; with none, devices are CPU slots of any
+    number."""
+    largest = max(number for mapping in mappings for number in mapping)
+    if 0 < gpus <= largest:
+        return f"device_mapping names GPU {largest}, but there are {gpus:g} (numbered from 0); correct it, or add machines."
+    return None
+
+
+def look_around(mappings: Sequence[Sequence[int]]) -> str:
+    """What devices Ray has, in a sentence. Raises LimbeckError if the mappings name others."""
+    gpus = load_ray().cluster_resources().get("GPU", 0)
+    wrong = unknown_gpu(mappings, gpus)
+    if wrong:
+        raise LimbeckError(wrong)
+    return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: Ray sees no GPU, so device_mapping counts CPU slots."
+
+
 def place(mappings: Sequence[Sequence[int]], per_node: int | None) -> Placement:
     """Set machines aside for groups of workers, one worker per device of each mapping.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from types import ModuleType
 from limbeck.errors import LimbeckError
 
 NAMESPACE = "limbeck"
+_KNOCK_SECONDS = 10
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -49,6 +51,8 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
         yield "Ray: the connection that this process had."
         return
     address = os.environ.get("RAY_ADDRESS")
+    if address:
+        _knock(address)
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:
@@ -72,6 +76,24 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
             timeline.parent.mkdir(parents=True, exist_ok=True)
             ray.timeline(str(timeline))
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raise LimbeckError if no Ray listens at HOST:PORT, which Ray itself would take minutes to find out."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or os.environ.get("RAY_USE_TLS") == "1":
+        return
+    try:
+        with socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS) as connection:
+            # Ray speaks gRPC, whose servers begin with a frame of settings (HTTP/2, type 4).
+            found = "" if connection.recv(4)[3:] == b"\x04" else "something else than Ray listens there"
+    except (OSError, OverflowError) as error:
+        found = str(error)
+    if found:
+        raise LimbeckError(
+            f"cannot reach Ray at RAY_ADDRESS = {address}: {found}; start it there (`ray start --head`), or unset RAY_ADDRESS "
+            "for a Ray of the run's own."
+        )
 
 
 def ray_address() -> str:

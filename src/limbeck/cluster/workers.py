@@ -52,7 +52,13 @@ class Worker:
 
     def about(self) -> dict[str, Any]:
         """Which process on which machine this is, and what it runs."""
-        return {"pid": os.getpid(), "host": platform.node(), "versions": versions()}
+        given = load_ray().get_runtime_context().get_assigned_resources().get("GPU", 0)
+        return {
+            "pid": os.getpid(),
+            "host": platform.node(),
+            "versions": versions(),
+            "gpu_unseen": given > 0 and not torch.cuda.is_available(),
+        }
 
     def offer_store(self) -> tuple[str, int]:
         """Open the store over which the group meets, on a port that is free; returns where it is."""
@@ -151,7 +157,7 @@ class WorkerGroup:
     def meet(self, minutes: float, *, together: bool = True) -> None:
         """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
         waits longer than ``minutes`` for another."""
-        self._check_versions()
+        self._check_workers()
         size = len(self.actors)
         if together and size > 1:
             store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS)
@@ -175,9 +181,14 @@ class WorkerGroup:
             with suppress(Exception):  # whatever Ray says of an actor that is gone already
                 ray.kill(actor)
 
-    def _check_versions(self) -> None:
+    def _check_workers(self) -> None:
         ours = versions()
         for rank, about in enumerate(self.call("about")):
+            if about["gpu_unseen"]:
+                raise LimbeckError(
+                    f"{self.name}-{rank} on {about['host']} was given a GPU that PyTorch {about['versions']['torch']} does not "
+                    "see there; install a build of PyTorch for it, or mend its driver."
+                )
             for package, theirs in about["versions"].items():
                 if theirs != ours[package]:
                     raise LimbeckError(

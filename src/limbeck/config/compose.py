@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from limbeck.config import mistakes, modelopt, presets, roll
 from limbeck.config.places import COMMAND_LINE, Place, leaves, not_yaml, place_of, read_places
-from limbeck.config.schema import Contradiction, DistillConfig, walk_keys
+from limbeck.config.schema import Contradiction, DistillConfig, unread_keys, walk_keys
 from limbeck.errors import LimbeckError
 
 _OVERRIDE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=\s]+?)(?:=(?P<value>.*))?", re.DOTALL)
@@ -317,9 +317,9 @@ def _notices(
         if origins["logits_topk"] == "default" and config.distill_loss_weight > 0:
             yield "logits_topk is not set: the whole vocabulary is compared, where ROLL would take the teacher's top 64."
     yield from translation.notices
-    defaults = {path: field.get_default(call_default_factory=True) for path, field in walk_keys()}
+    defaults = {path: field.get_default(call_default_factory=True) for path, field in walk_keys(DistillConfig)}
     values = dict(leaves(config.model_dump()))
-    for path, reason in config.unread_keys():
+    for path, reason in unread_keys(config):
         if origins[path] != "default" and values[path] != defaults[path]:
             yield f"{origins[path]}: {path} has no effect: it {reason}."
     if (

@@ -34,7 +34,7 @@ def render_config(loaded: LoadedConfig) -> str:
 def render_schema() -> str:
     """Every key as a Markdown table: path, type, default, meaning."""
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for path, field in walk_keys():
+    for path, field in walk_keys(DistillConfig):
         default = _flow(field.get_default(call_default_factory=True))
         cells = (f"`{path}`", expected(field.annotation), f"`{default}`", field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from limbeck.config.places import leaves
-from limbeck.config.schema import Contradiction, ContradictionError, walk_keys
+from limbeck.config.schema import Contradiction, ContradictionError, DistillConfig, walk_keys
 
 _BOUNDS = {
     "greater_than": ("must be greater than", "gt"),
@@ -28,7 +28,7 @@ _TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true 
 
 def contradictions(error: ValidationError) -> list[Contradiction]:
     """Everything that pydantic found, one entry a key."""
-    known = dict(walk_keys())
+    known = dict(walk_keys(DistillConfig))
     found: dict[str, Contradiction] = {}
     for details in error.errors():
         cause = details.get("ctx", {}).get("error")

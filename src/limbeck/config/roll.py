@@ -1,4 +1,4 @@
-"""The ROLL dialect: what a configuration written for ROLL's distillation pipeline says in the words of `schema.py`.
+"""The ROLL dialect: what a configuration written for ROLL's distillation pipeline says in the words of `schema`.
 
 Mostly tables. A foreign key is moved, respelled, or dropped because it means nothing here and changes no result; what
 would change a result and is not built is a contradiction, never silence. Files and defaults are not known here, and a

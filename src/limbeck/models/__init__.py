@@ -13,12 +13,14 @@ from limbeck.models.heads import (
 )
 from limbeck.models.load import load_model, load_tokenizer, model_limits, model_outline, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
+from limbeck.models.memory import available_memory, out_of_memory_told
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
 __all__ = [
     "NamedPair",
     "Taps",
     "add_lora",
+    "available_memory",
     "body",
     "check_head",
     "check_length",
@@ -33,6 +35,7 @@ __all__ = [
     "merged_state_dict",
     "model_limits",
     "model_outline",
+    "out_of_memory_told",
     "output_head",
     "recompute_activations",
     "resolve_pairs",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
 from limbeck.models.documents import BY_DOCUMENT
+from limbeck.models.memory import available_memory
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 
@@ -32,7 +34,7 @@ def load_model(
 
     from_scratch: only the configuration is read and the weights are drawn from ``seed``; without a path ``config_kwargs`` is
     the whole configuration and must name its ``model_type``. Otherwise ``config_kwargs`` override the checkpoint's
-    configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load.
+    configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load, or no room for it.
     """
     _check_folder(name_or_path, role)
     changes = dict(config_kwargs or {})
@@ -50,6 +52,8 @@ def load_model(
             config = AutoConfig.for_model(**changes)
         else:
             config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
+        if not trust_remote_code:  # a stranger's class may not know how to be made without numbers
+            _refuse_too_large(config, dtype, name_or_path, role)
         if from_scratch:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
@@ -112,6 +116,22 @@ def model_limits(
         raise LimbeckError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}{hint}") from error
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
+
+
+def _refuse_too_large(config: Any, dtype: torch.dtype, name: str | None, role: str) -> None:
+    """Raise LimbeckError if the parameters alone exceed the memory that is left, instead of being killed on the way."""
+    left = available_memory()
+    if left is None:
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    if needed > left:
+        precision = "" if dtype.itemsize < 4 else f" a {role}.model_args.dtype of two bytes,"
+        raise LimbeckError(
+            f"the {role} {name!r} takes {needed / 1e9:,.1f} GB of memory to load, and {left / 1e9:,.1f} GB are left on "
+            f"{platform.node()}; use{precision} a smaller model, fewer processes on a machine, or one with more memory."
+        )
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:

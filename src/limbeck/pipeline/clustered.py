@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from limbeck.cluster.placement import Placement, place
+from limbeck.cluster.placement import Placement, look_around, place
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
@@ -45,7 +45,7 @@ def run_on_cluster(config: DistillConfig, tell: Tell = print) -> RunResult:
         mappings.append(config.teacher.device_mapping)
     timeline = config.log_dir / "timeline.json"
     with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
-        tell(where)
+        tell(f"{where} {look_around(mappings)}")
         cluster = _Cluster(config, mappings, tell)
         try:
             return cluster.run(stop)

@@ -22,7 +22,7 @@ import torch
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, GlobalBatch
 from limbeck.errors import LimbeckError
-from limbeck.models import has_lora, merged_state_dict
+from limbeck.models import has_lora, merged_state_dict, out_of_memory_told
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.console import RunConsole
 from limbeck.pipeline.inputs import Data, make_data
@@ -47,6 +47,14 @@ from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
+_LESS_TO_LOAD = (
+    "give student and teacher devices of their own (teacher.device_mapping), use more devices with fsdp2_train and "
+    "fsdp2_infer, or smaller models"
+)
+_LESS_TO_TRAIN = (
+    "lower student.training_args.per_device_train_batch_size or sequence_length, set "
+    "student.model_args.disable_gradient_checkpointing: false, or use more devices"
+)
 _ROOT = "model."  # the student inside StudentWithLoss
 
 FindTeacher = Callable[[DistillConfig, World, Data], Teacher]
@@ -101,10 +109,12 @@ class DistillPipeline:
         quiet_libraries()
         if world.device.type == "cpu":
             keep_freed_pages()
-        run = _Run(self.config, world, find_teacher, told)
+        with out_of_memory_told(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
+            run = _Run(self.config, world, find_teacher, told)
         try:
             # Until here there is nothing to save, and a signal ends the process at once.
-            with nullcontext(stop) if stop is not None else stop_requests() as request:
+            signals = nullcontext(stop) if stop is not None else stop_requests()
+            with signals as request, out_of_memory_told(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 return run.loop(request)
         finally:
             run.data.stream.close()

@@ -65,14 +65,13 @@ def make_tokenizer(config: DistillConfig) -> Any:
 
 
 def teacher_tokenizer(teacher: WorkerConfig) -> Any:
-    """The teacher's tokenizer; None for a bare model folder, which speaks the student's tokens by the user's word."""
+    """The teacher's tokenizer; None for a model without one (a bare folder, or one made here), which speaks the student's
+    tokens by the user's word."""
     args = teacher.model_args
-    folder = Path(str(args.model_name_or_path))
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+    name = args.model_name_or_path
+    if name is None or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None
-    return load_tokenizer(
-        str(args.model_name_or_path), revision=args.revision, trust_remote_code=args.trust_remote_code
-    )
+    return load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
 
 
 def make_data(config: DistillConfig, world: World) -> Data:

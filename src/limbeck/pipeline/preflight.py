@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from limbeck.cluster.placement import layout
+from limbeck.cluster.placement import layout, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.cluster.workers import versions
 from limbeck.config import DistillConfig
@@ -176,6 +176,7 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
     device = "GPU" if on_gpus else "CPU"
     # Roles in one process take one slot; as groups of workers each takes its own.
     placed = mappings if config.needs_worker_groups else mappings[:1]
+    problems += filter(None, [unknown_gpu(placed, sum(machine.gpus for machine in machines))])
     bundles, places = layout(placed, config.num_gpus_per_node, on_gpus)
     wanted = [bundle[device] for bundle in bundles]
     # A Ray that is started here is given as many CPU slots as the run needs.

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable
 
-from limbeck.cluster.placement import place
+from limbeck.cluster.placement import look_around, place
 from limbeck.cluster.session import can_join, load_ray, ray_address, ray_session
 from limbeck.cluster.workers import WorkerGroup, WorkerLost, registered_groups, result
 from limbeck.config import DistillConfig
@@ -43,7 +43,7 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
     check_servable(config)
     room = 0 if can_join() else os.cpu_count() or 1
     with ray_session(len(devices) + room) as where, stop_requests() as stop:
-        tell(where)
+        tell(f"{where} {look_around([devices])}")
         if name in registered_groups():
             raise LimbeckError(f"a teacher service called {name} is there already; choose another --name, or end that.")
         placement = place([devices], config.num_gpus_per_node)

@@ -20,6 +20,7 @@ from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.wire import Flat, flat, unflat
 from limbeck.cluster.workers import Worker, failures_logged, result
 from limbeck.config import DistillConfig
+from limbeck.models import out_of_memory_told
 from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import DistillPipeline, RunResult
 from limbeck.pipeline.fit import answers_as
@@ -30,6 +31,8 @@ from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, route
+
+_MORE_ROOM = "name more devices in teacher.device_mapping with teacher.strategy_args.strategy_name: fsdp2_infer"
 
 
 class TeacherWorker(Worker):
@@ -45,7 +48,7 @@ class TeacherWorker(Worker):
         quiet_libraries()
         if self.world.device.type == "cpu":
             keep_freed_pages()
-        with failures_logged():
+        with failures_logged(), out_of_memory_told(f"{self.name} loaded the teacher", _MORE_ROOM):
             return make_teacher(self.config, self.world)
 
     def load(self) -> int:
@@ -74,7 +77,7 @@ class TeacherWorker(Worker):
         """Hidden states at the positions asked about, and the seconds that took; None gives none, in as many passes."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
-        with failures_logged():
+        with failures_logged(), out_of_memory_told(f"{self.name} answered", _MORE_ROOM):
             hidden = flat(self.teacher.hidden(asked))
         return hidden, time.perf_counter() - begun
 

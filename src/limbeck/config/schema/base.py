@@ -1,0 +1,96 @@
+"""What the sections of the schema have in common: how keys are read, and how a contradiction is told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+
+Dtype = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Contradiction:
+    """One key whose value does not fit the rest: its dotted path, and a sentence's end ("needs a teacher; set ...")."""
+
+    path: str
+    sentence: str
+
+
+class ContradictionError(ValueError):
+    """All contradictions of one configuration, so that a user meets them in one go."""
+
+    def __init__(self, contradictions: list[Contradiction]) -> None:
+        super().__init__("; ".join(f"{found.path} {found.sentence}" for found in contradictions))
+        self.contradictions = tuple(contradictions)
+
+
+class Section(BaseModel):
+    """A block of keys. Unknown keys are errors, values are frozen, and NaN is not a number that anybody meant."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,
+        validate_default=False,
+        protected_namespaces=(),
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _mean_what_yaml_says(cls, value: object, info: ValidationInfo) -> object:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        is_section = isinstance(annotation, type) and issubclass(annotation, Section)
+        if value is None and (is_section or get_origin(annotation) is dict):
+            return {}  # `strategy_config: ~`, or a key with nothing after its colon
+        # Python counts True as 1, so `learning_rate: true` would otherwise train with a rate of 1.
+        if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
+            raise ValueError("is a switch (true or false) where a value belongs")
+        return value
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field of this type holds, or None if it holds a value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def walk_keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that holds a value, by its dotted path, in the order of the schema."""
+    for name, field in section.model_fields.items():
+        inner = section_of(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from walk_keys(inner, f"{prefix}{name}.")
+
+
+def _one_or_many(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _comma_list(value: object) -> object:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return ",".join(value)
+    return value
+
+
+def _environment_text(value: object) -> object:
+    if not isinstance(value, dict):
+        return value
+    # An environment holds text only; RAY_PROFILING: 0 can mean nothing but "0", whereas true could be "true" or "1".
+    return {
+        str(name): str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text
+        for name, text in value.items()
+    }
+
+
+Files = Annotated[list[str], BeforeValidator(_one_or_many)]
+CommaList = Annotated[str, BeforeValidator(_comma_list)]
+Environment = Annotated[dict[str, str], BeforeValidator(_environment_text)]

@@ -1,0 +1,279 @@
+"""Keys that contradict each other, and keys that change nothing beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.models import StrategyArgs
+from limbeck.config.schema.objective import OBJECTIVE_KEYS
+from limbeck.config.schema.training import REQUIRED_SCHEDULER_KWARGS, SCHEDULER_KWARGS, TRACKER_KWARGS
+
+if TYPE_CHECKING:
+    from limbeck.config.schema.distill import DistillConfig
+
+
+def contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    yield from _model_contradictions(config)
+    yield from _training_contradictions(config)
+    yield from _placement_contradictions(config)
+
+
+def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    student, teacher = config.student.model_args, config.teacher.model_args
+    if not student.names_a_model:
+        yield Contradiction("student_pretrain", "is not set; name the student's checkpoint, a folder or a hub id")
+    elif config.tokenizer_name_or_path is None:
+        yield Contradiction("tokenizer", "is not set, and there is no checkpoint to take one from; name one")
+    if not teacher.names_a_model and config.distill_loss_weight > 0:
+        yield Contradiction(
+            "teacher_pretrain",
+            f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; name its "
+            "checkpoint, or set distill_loss_weight: 0 to train on the answers alone",
+        )
+    if config.features.pairs and not teacher.names_a_model:
+        yield Contradiction("features.pairs", "need a teacher to compare with; name one with teacher_pretrain")
+    if config.features.pairs and student.gradient_checkpointing_use_reentrant:
+        yield Contradiction(
+            "student.model_args.gradient_checkpointing_use_reentrant",
+            "= true hides the layers' insides from features.pairs; set it to false",
+        )
+    if config.loss_balance == "modelopt" and config.distill_loss_weight == 0:
+        yield Contradiction(
+            "loss_balance", "= modelopt scales to the divergence of the logits; set distill_loss_weight above 0"
+        )
+    if config.objective_faults:
+        others = {
+            "cross_tokenizer": config.cross_tokenizer != "off",
+            "features.pairs": bool(config.features.pairs),
+            "loss_balance": config.loss_balance != "weighted",
+            "distill_loss_weight = 0": config.distill_loss_weight == 0,
+        }
+        for other in (name for name, given in others.items() if given):
+            yield Contradiction("objective_faults", f"do not go with {other}; remove one of them")
+        both = [name for name in ("unshifted_mask", "every_token") if name in config.objective_faults]
+        if len(both) == 2:
+            yield Contradiction("objective_faults", f"has both {' and '.join(both)}, which contradict; keep one")
+    for role, pretrain, model_args in (
+        ("student", config.student_pretrain, student),
+        ("teacher", config.teacher_pretrain, teacher),
+    ):
+        if pretrain is not None and pretrain != model_args.model_name_or_path:
+            yield Contradiction(
+                f"{role}_pretrain",
+                f"= {pretrain} is not {role}.model_args.model_name_or_path = {model_args.model_name_or_path}; "
+                "they mean the same, so give only one",
+            )
+    if student.lora_target is None and student.additional_target is not None:
+        yield Contradiction(
+            "student.model_args.additional_target",
+            "names modules to train beside LoRA; set student.model_args.lora_target too",
+        )
+
+    if config.cross_tokenizer != "off":
+        if teacher.model_name_or_path is None:
+            yield Contradiction(
+                "cross_tokenizer", f"= {config.cross_tokenizer} needs the teacher's tokenizer; set teacher_pretrain"
+            )
+        if config.logits_topk:
+            yield Contradiction(
+                "logits_topk", "does not go with cross_tokenizer, which compares whole vocabularies; set it to 0"
+            )
+        if config.features.pairs:
+            yield Contradiction(
+                "features.pairs", "compare states token by token, which cross_tokenizer has no pairs of; remove one"
+            )
+        if config.loss_balance != "weighted":
+            yield Contradiction(
+                "loss_balance", f"= {config.loss_balance} does not go with cross_tokenizer; use weighted"
+            )
+
+
+def _training_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    student, training = config.student, config.student.training_args
+    data = student.data_args
+    if not data.file_name and not data.sources:
+        yield Contradiction("student.data_args.file_name", "is not set; name the file or files to learn from")
+    if data.file_name and data.sources:
+        yield Contradiction("student.data_args.sources", "and file_name name the data twice; give only one")
+    mixing = {
+        "sources": any(entry.get("weight") is not None for entry in data.sources or ()),
+        "mixing_temperature": data.mixing_temperature is not None,
+        "domain_interleave_probs": data.domain_interleave_probs is not None,
+    }
+    if sum(mixing.values()) > 1:
+        names = [name if name != "sources" else "the weights of sources" for name, given in mixing.items() if given]
+        yield Contradiction(
+            f"student.data_args.{next(name for name, given in reversed(mixing.items()) if given)}",
+            f"is one of several shares ({' and '.join(names)}); give only one of them",
+        )
+    if student.data_args.eval_file_name and config.validation and config.validation.data_args.file_name:
+        yield Contradiction(
+            "student.data_args.eval_file_name", "and validation.data_args.file_name mean the same; give only one"
+        )
+    if student.use_dynamic_batching_in_train:
+        if student.max_tokens_per_microbatch_in_train == 0:
+            yield Contradiction(
+                "student.use_dynamic_batching_in_train",
+                "needs student.max_tokens_per_microbatch_in_train, the tokens that one micro-batch may hold",
+            )
+        elif student.max_tokens_per_microbatch_in_train < config.sequence_length:
+            yield Contradiction(
+                "student.max_tokens_per_microbatch_in_train",
+                f"= {student.max_tokens_per_microbatch_in_train} cannot hold one row of sequence_length = "
+                f"{config.sequence_length} tokens; raise the one or lower the other",
+            )
+    scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
+    needed = REQUIRED_SCHEDULER_KWARGS.get(scheduler, ())
+    if needed and not any(key in kwargs for key in needed):
+        yield Contradiction(
+            "student.training_args.lr_scheduler_type",
+            f"= {scheduler} needs {' or '.join(needed)} in student.training_args.lr_scheduler_kwargs",
+        )
+    readable = SCHEDULER_KWARGS.get(scheduler, ())
+    for key in kwargs:
+        if key not in readable:
+            yield Contradiction(
+                f"student.training_args.lr_scheduler_kwargs.{key}",
+                f"means nothing to lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
+            )
+    if config.track_with in TRACKER_KWARGS:
+        known = TRACKER_KWARGS[config.track_with]
+        for key in config.tracker_kwargs:
+            if key not in known:
+                yield Contradiction(
+                    f"tracker_kwargs.{key}",
+                    f"means nothing to track_with = {config.track_with}, which reads {', '.join(known) or 'none'}",
+                )
+
+
+def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    student, teacher = config.student, config.teacher
+    for role, strategy, wrong, right in (
+        ("student", student.strategy_args, ("hf_infer", "fsdp2_infer", "deepspeed_infer"), "fsdp2_train"),
+        ("teacher", teacher.strategy_args, ("fsdp2_train", "deepspeed_train"), "fsdp2_infer"),
+    ):
+        path = f"{role}.strategy_args.strategy_name"
+        if strategy.strategy_name in wrong:
+            trained = "is trained" if role == "student" else "is never trained"
+            yield Contradiction(path, f"= {strategy.strategy_name} does not fit: the {role} {trained}; use {right}")
+        yield from _foreign_strategy_keys(strategy, role)
+        if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
+            yield Contradiction(
+                f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
+            )
+    if config.num_gpus_per_node is not None and config.device_mapping:
+        there = config.num_nodes * config.num_gpus_per_node
+        largest = max([*config.device_mapping, *(teacher.device_mapping or ())])
+        if largest >= there:
+            yield Contradiction(
+                "num_gpus_per_node",
+                f"= {config.num_gpus_per_node} on {config.num_nodes} machine(s) makes {there} devices, but device_mapping "
+                f"names device {largest} (they are numbered from 0); correct one of them",
+            )
+    if config.num_gpus_per_node is None and config.num_nodes > 1 and config.device_mapping:
+        yield Contradiction(
+            "num_nodes", f"= {config.num_nodes} does not say which device is where; set num_gpus_per_node too"
+        )
+    if teacher.service is not None and not config.has_teacher:
+        yield Contradiction(
+            "teacher.service", "needs to know which checkpoint it is to serve; set teacher_pretrain to that"
+        )
+    if config.needs_worker_groups and config.features.pairs:
+        yield Contradiction(
+            "features.pairs",
+            "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
+            "the student's devices, and no teacher.service",
+        )
+    environments = (
+        ("system_envs", config.system_envs),
+        ("student.system_envs", student.system_envs),
+        ("teacher.system_envs", teacher.system_envs),
+    )
+    seen: dict[str, tuple[str, str]] = {}
+    for path, environment in environments:
+        for name, value in environment.items():
+            first_path, first = seen.setdefault(name, (path, value))
+            if first != value and not config.needs_worker_groups:
+                yield Contradiction(
+                    f"{path}.{name}",
+                    f"= {value} contradicts {first_path}.{name} = {first}; student and teacher share one process",
+                )
+
+
+def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
+    """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
+    for key, objectives in OBJECTIVE_KEYS.items():
+        if config.kd_objective not in objectives:
+            yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {config.kd_objective}"
+    if config.cross_tokenizer == "off":
+        for key in ("rest_weight", "merge", "tokens"):
+            yield f"cross_tokenizer_{key}", "is read with cross_tokenizer only"
+    else:
+        yield "compile_loss", "is not read with cross_tokenizer, whose loss is not compiled"
+    if config.cross_tokenizer == "uld":
+        for key in ("kd_objective", "cross_tokenizer_rest_weight"):
+            yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+    if not config.needs_worker_groups and config.num_nodes == 1:
+        for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
+            yield key, "is read with worker groups only: where student and teacher have different devices"
+    if not config.device_mapping:
+        for key in ("num_gpus_per_node", "num_nodes"):
+            yield key, "is read with device_mapping only; without one there is one process, or torchrun's"
+    if config.objective_faults:
+        yield "compile_loss", "is not read with objective_faults, whose loss is not compiled"
+    if config.logits_topk == 0:
+        yield "logits_topk_tail", "is read with logits_topk only"
+    if not config.features.pairs:
+        for key in ("weight", "projection", "mask"):
+            yield f"features.{key}", "is read with features.pairs only"
+    elif config.loss_balance == "modelopt":
+        yield "features.weight", "yields to loss_balance: modelopt"
+    student = config.student
+    if not student.use_dynamic_batching_in_train:
+        yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
+    if not student.use_sequence_packing:
+        yield "student.packing_algorithm", "is read with use_sequence_packing: true only"
+    else:
+        yield "student.training_args.group_by_length", "is not read with use_sequence_packing, which pads nothing"
+    if student.model_args.lora_target is None:
+        for key in ("lora_rank", "lora_alpha", "lora_dropout"):
+            yield f"student.model_args.{key}", "is read with lora_target only"
+    if student.model_args.disable_gradient_checkpointing:
+        key = "student.model_args.gradient_checkpointing_use_reentrant"
+        yield key, "is read with disable_gradient_checkpointing: false only"
+    if student.training_args.lr_scheduler_type == "constant":
+        for key in ("warmup_steps", "warmup_ratio"):
+            yield (
+                f"student.training_args.{key}",
+                "is not read by lr_scheduler_type: constant; use constant_with_warmup",
+            )
+    elif student.training_args.warmup_steps > 0:
+        yield "student.training_args.warmup_ratio", "yields to warmup_steps"
+    if config.distill_on_prompt:
+        yield "student.data_args.train_on", "chooses among answers, and distill_on_prompt: true learns every token"
+    if not config.validation_files:
+        yield "eval_steps", "measures nothing, as no validation files are named"
+
+
+def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
+    """Keys of DeepSpeed beside another strategy's name, and the reverse."""
+    given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    if not (strategy.strategy_name or "").startswith("deepspeed"):
+        if given.deepspeed:
+            which = "deepspeed_train" if role == "student" else "deepspeed_infer"
+            yield Contradiction(
+                f"{path}.deepspeed", f"is read by strategy_name: {which} only; set that, or take it out"
+            )
+        return
+    for key, field in type(given).model_fields.items():
+        if key != "deepspeed" and getattr(given, key) != field.get_default(call_default_factory=True):
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; take it out")
+    optimization = given.deepspeed.get("zero_optimization")
+    stages = (1, 2, 3) if strategy.strategy_name == "deepspeed_train" else (3,)
+    if not isinstance(optimization, Mapping) or optimization.get("stage") not in stages:
+        yield Contradiction(
+            f"{path}.deepspeed",
+            f"needs zero_optimization with stage {' or '.join(map(str, stages))} for {strategy.strategy_name}; add it",
+        )

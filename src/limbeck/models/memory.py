@@ -1,0 +1,34 @@
+"""How much memory is left, and running out of it told in a sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from limbeck.errors import LimbeckError
+
+
+def available_memory() -> int | None:
+    """Bytes of this machine's memory, swap included, that a process may still take; None where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kilobytes = {name: int(value.split()[0]) for name, _, value in (line.partition(":") for line in lines)}
+    return 1024 * (kilobytes["MemAvailable"] + kilobytes["SwapFree"])
+
+
+@contextmanager
+def out_of_memory_told(doing: str, remedy: str) -> Iterator[None]:
+    """Turn an allocation that fails inside the block into a LimbeckError: "out of memory while ``doing``; ``remedy``"."""
+    try:
+        yield
+    except RuntimeError as error:
+        # A GPU has a class of its own for it, the CPU's allocator has not.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise LimbeckError(f"out of memory while {doing} ({said}); {remedy}.") from error

@@ -1,0 +1,56 @@
+"""A Ray that is not there, and GPUs that are not there: a sentence each."""
+
+import socket
+import threading
+
+import pytest
+
+from limbeck.cluster.placement import look_around, place
+from limbeck.cluster.session import ray_session
+from limbeck.cluster.workers import Worker, WorkerGroup
+from limbeck.errors import LimbeckError
+
+ray = pytest.importorskip("ray")
+
+
+def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    sentence = f"cannot reach Ray at RAY_ADDRESS = 127.0.0.1:{port}: .*refused; start it there"
+    with pytest.raises(LimbeckError, match=sentence), ray_session(1):
+        pass
+
+
+def test_a_port_that_something_else_has_is_refused(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
+        threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"), daemon=True).start()
+        with pytest.raises(LimbeckError, match="something else than Ray listens there"), ray_session(1):
+            pass
+
+
+def test_gpus_that_ray_has_not_or_pytorch_does_not_see(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    ray.init(
+        address="local", num_cpus=2, num_gpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False
+    )
+    try:
+        with pytest.raises(LimbeckError, match=r"device_mapping names GPU 5, but there are 2 \(numbered from 0\)"):
+            look_around([[0], [5]])
+        assert look_around([[0], [1]]) == "Devices: 2 GPU(s)."
+        placement = place([[0]], None)
+        group = WorkerGroup.start(
+            "teacher",
+            Worker,
+            [],
+            placement=placement,
+            which=0,
+            log_dir=tmp_path,
+            environment={"CUDA_VISIBLE_DEVICES": ""},
+        )
+        with pytest.raises(LimbeckError, match=r"teacher-0 on .* was given a GPU that PyTorch .* does not see there"):
+            group.meet(1)
+    finally:
+        ray.shutdown()

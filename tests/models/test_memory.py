@@ -1,0 +1,26 @@
+"""What does not fit is told in a sentence before or instead of a crash."""
+
+import pytest
+import torch
+
+from limbeck.errors import LimbeckError
+from limbeck.models import available_memory, load_model, out_of_memory_told
+
+
+@pytest.mark.skipif(available_memory() is None, reason="this system does not say what memory is left")
+def test_a_model_larger_than_what_is_left_is_refused_before_it_is_made():
+    huge = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200}
+    sentence = r"the teacher None takes [\d,.]+ GB of memory to load, and [\d,.]+ GB are left"
+    with pytest.raises(LimbeckError, match=sentence):
+        load_model(None, dtype=torch.bfloat16, from_scratch=True, config_kwargs=huge, role="teacher")
+
+
+def test_an_allocation_that_fails_names_what_was_done_and_what_to_do():
+    sentence = r"out of memory while it slept \(.*\); wake it\."
+    with pytest.raises(LimbeckError, match=sentence), out_of_memory_told("it slept", "wake it"):
+        torch.empty(1 << 60, dtype=torch.int8)
+
+
+def test_other_errors_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="a size of tensors"), out_of_memory_told("it slept", "wake it"):
+        raise RuntimeError("a size of tensors")
