@@ -17,18 +17,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
     UnsupportedOperatorException,
+    unset_fake_temporarily,
 )
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import body, check_length, load_model, output_head
+from limbeck.models import body, check_length, model_outline, output_head
 from limbeck.models.documents import BY_DOCUMENT
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.pipeline.parts import (
@@ -92,7 +94,9 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> dict[
     layout that cannot run, and for what is not known in sizes alone.
     """
     _refuse_the_unknown(config)
-    config = _as_planned(config, device)
+    again = recompute(config, World(0, 1, torch.device(device)))
+    args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": not again})
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
     ours = _devices(config.device_mapping, devices, "student")
     refuse_layout(config, len(ours), device)
     kind = torch.device(device)
@@ -127,24 +131,6 @@ def _refuse_the_unknown(config: DistillConfig) -> None:
         raise LimbeckError("limbeck plan does not know what objective_faults hold in memory; plan without them.")
 
 
-def _as_planned(config: DistillConfig, device: str) -> DistillConfig:
-    """``config`` without weights, and with its default for activations on ``device`` spelled out."""
-
-    def changed(args: Any, **more: Any) -> Any:
-        # A kernel for GPUs need not be installed where a plan is made; all of them hold what SDPA holds.
-        attention = "eager" if args.attn_implementation == "eager" else "sdpa"
-        return args.model_copy(update={"from_scratch": True, "attn_implementation": attention, **more})
-
-    again = recompute(config, World(0, 1, torch.device(device)))
-    student = changed(config.student.model_args, disable_gradient_checkpointing=not again)
-    return config.model_copy(
-        update={
-            "student": config.student.model_copy(update={"model_args": student}),
-            "teacher": config.teacher.model_copy(update={"model_args": changed(config.teacher.model_args)}),
-        }
-    )
-
-
 def _devices(mapping: Sequence[int] | None, devices: int, role: str) -> tuple[int, ...]:
     if mapping is None:
         return tuple(range(devices))
@@ -174,6 +160,19 @@ def _ranks(count: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+class _FirstChunks(TorchFunctionMode):
+    """``torch.chunk`` gives the first chunk in every place: FSDP2 cuts each parameter for all ranks and looks at rank 0's, and
+    a thousand fake tensors for each would take minutes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.chunk:
+            return func(*args, **(kwargs or {}))
+        tensor, chunks = args
+        dim = (kwargs or {}).get("dim", 0)
+        width = min(tensor.shape[dim], -(-tensor.shape[dim] // chunks))
+        return [tensor.narrow(dim, 0, width)] * chunks
+
+
 def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.device, *, teacher_here: bool) -> Step:
     rows, batch = _full_batch(config)
     tracker, fused = Tracker(), FusedSizes(kind)
@@ -191,9 +190,9 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             vocab = min(vocab, teacher.head.weight.shape[0])
         check_tensor_parallel(body(model), layout_of(config.student), str(args.model_name_or_path), "student")
         objective, _ = make_objective(config, world.device)
-        student = spread_student(
-            config, world, model, objective, vocab, teacher, compiled=config.compile_loss is not False, proven=False
-        )
+        compiled = config.compile_loss is not False
+        with _FirstChunks():
+            student = spread_student(config, world, model, objective, vocab, teacher, compiled=compiled, proven=False)
         student.fused = partial(_tagged, tracker, fused)
         engine = make_engine(config, world, student)
         distils = config.distill_loss_weight > 0 or student.features is not None
@@ -308,19 +307,21 @@ def _full_batch(config: DistillConfig) -> tuple[int, Batch]:
 
 
 def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
-    model = load_model(
-        args.model_name_or_path,
-        dtype=dtype,
-        attn_implementation=args.attn_implementation,
-        from_scratch=args.from_scratch,
-        config_kwargs=args.model_config_kwargs,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        role=role,
-    )
+    with unset_fake_temporarily():
+        model = model_outline(
+            args.model_name_or_path,
+            dtype=dtype,
+            config_kwargs=args.model_config_kwargs,
+            revision=args.revision,
+            trust_remote_code=args.trust_remote_code,
+            role=role,
+        )
+    model.to_empty(device="cpu")
+    model.tie_weights()
     check_length(model, str(args.model_name_or_path or f"the {role}"), config.sequence_length)
-    if config.student.use_sequence_packing:
-        model.set_attn_implementation(BY_DOCUMENT[args.attn_implementation])
+    # A kernel for GPUs need not be installed where a plan is made; all of them hold what SDPA holds.
+    attention = "eager" if args.attn_implementation == "eager" else "sdpa"
+    model.set_attn_implementation(BY_DOCUMENT[attention] if config.student.use_sequence_packing else attention)
     return model
 
 
@@ -334,7 +335,8 @@ def _teacher(config: DistillConfig, world: World) -> LocalTeacher:
     model = _load_teacher(config)
     name = str(config.teacher.model_args.model_name_or_path)
     check_tensor_parallel(body(model), layout_of(config.teacher), name, "teacher")
-    teacher = spread_teacher(config, world, model, proven=False)
+    with _FirstChunks():
+        teacher = spread_teacher(config, world, model, proven=False)
     if isinstance(teacher, TogetherTeacher):
         teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
     return teacher
