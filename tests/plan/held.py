@@ -1,4 +1,4 @@
-"""One rank of a real run, which tells what it held: state in bytes, and the fullest moment of live tensors."""
+"""One rank of a real run, which tells what it held: state in bytes, and the fullest moment of live tensors by name."""
 
 import json
 import sys
@@ -6,33 +6,36 @@ from pathlib import Path
 
 from limbeck.config import load_config
 from limbeck.pipeline.distill import _Run
+from limbeck.pipeline.parts import arrange
 from limbeck.plan.tracker import Tracker
 from limbeck.strategies.world import start_world
 
-
-def here(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
+config = load_config(Path(sys.argv[1]), sys.argv[2:]).config
 with start_world() as world:
-    run = _Run(load_config(Path(sys.argv[1])).config, world)
+    world = arrange(config, world)
+    run = _Run(config, world, None, None)
     tracker, gradients = Tracker(), []
-    tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
-    tracker.add([*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight], "teacher")
-    trained = [p for p in run.student.parameters() if p.requires_grad]
-    run.optimizer.register_step_pre_hook(lambda *_: gradients.append(sum(here(p.grad).nbytes for p in trained)))
+    step = run.engine.optimizer.step
+
+    def trained():
+        return [p.grad for p in run.student.parameters() if p.grad is not None]
+
+    def note(*_):
+        tracker.add(trained(), "gradients")
+        gradients.append(tracker.live["gradients"])
+
+    run.engine.optimizer.register_step_pre_hook(note)
     with tracker:
+        tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
+        tracker.add([*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight], "teacher")
         run._train_step()
-        tracker.reset_peak()
+        states = run.engine.optimizer.state.values()
+        tracker.add([each for state in states for each in state.values()], "optimizer")
+        tracker.reset()
         run._train_step()
-    states = [each for state in run.optimizer.state.values() for each in state.values()]
-    held = {
-        "parameters": sum(here(p).nbytes for p in (*run.student.parameters(), *run.student.buffers())),
-        "gradients": gradients[-1],
-        "optimizer": sum(here(each).nbytes for each in states),
-        "peak": sum(tracker.peak.values()),
-    }
+        held = {name: tracker.live[name] for name in ("parameters", "optimizer")}
     if world.is_main:
-        print("@" + json.dumps(held))
+        told = {**held, "gradients": gradients[-1], "peak": tracker.peak, "sent": sum(tracker.sent.values())}
+        print("@" + json.dumps(told))
     run.data.stream.close()
     world.wait()

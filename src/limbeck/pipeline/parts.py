@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,8 @@ from limbeck.strategies.layout import TENSOR, Layout
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
 from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
+
+M = TypeVar("M", bound=nn.Module)
 
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -191,7 +193,7 @@ def spread_student(
     if config.student.strategy_args.strategy_name == "deepspeed_train":
         return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
-    return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
+    return _on(world.device, shard(root, decoder_layers(model), world, options, mesh))
 
 
 def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -> Engine:
@@ -299,7 +301,7 @@ def spread_teacher(config: DistillConfig, world: World, model: Any, *, proven: b
     spread(model, layout, world, mesh, name, proven=proven)
     if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, options, mesh)
-    trunk.to(world.device)
+    _on(world.device, trunk)
     group = layout.together_group(world)
     if group is None:
         return LocalTeacher(trunk, head, size)
@@ -363,7 +365,7 @@ def spread(
     """
     if layout.together == 1 or mesh is None:
         return []
-    model.to(world.device)
+    _on(world.device, model)
     if not proven:
         return _divide(model, layout, world, mesh, name)
     trunk, was_training = body(model).eval(), model.training
@@ -399,6 +401,11 @@ def _divide(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: st
         if group is not None:
             apply_context_parallel(unwrapped(model), body(model), group, name)
     return partial_gradients
+
+
+def _on(device: torch.device, module: M) -> M:
+    # Where it was loaded nothing is to move, and a plan's parameters cannot.
+    return module if device.type == "cpu" else module.to(device)
 
 
 def teacher_is_sharded(config: DistillConfig, world: World) -> bool:
