@@ -345,7 +345,9 @@ def _plan(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from limbeck.pipeline.quiet import quiet_libraries
-    from limbeck.plan import find_gpu, make_plan, print_plan, refusal
+    from limbeck.plan.estimate import make_plan, refusal
+    from limbeck.plan.gpus import find_gpu
+    from limbeck.plan.render import print_plan
 
     quiet_libraries()
     plan = make_plan(config, args.nodes, args.gpus_per_node, find_gpu(args.gpu))
@@ -354,7 +356,7 @@ def _plan(args: argparse.Namespace) -> int:
     else:
         print_plan(Console(highlight=False), plan)
     if not plan.fits:
-        raise refusal(config, plan)
+        raise refusal(plan)
     return 0
 
 

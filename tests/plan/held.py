@@ -1,4 +1,4 @@
-"""One rank of a real run, which tells what it held: state in bytes, and the fullest moment of live tensors by name."""
+"""One rank of real runs, which tells what each held in its second step: bytes by name, and the fullest moment's sum."""
 
 import json
 import sys
@@ -10,32 +10,34 @@ from limbeck.pipeline.parts import arrange
 from limbeck.plan.tracker import Tracker
 from limbeck.strategies.world import start_world
 
-config = load_config(Path(sys.argv[1]), sys.argv[2:]).config
-with start_world() as world:
-    world = arrange(config, world)
+
+def measure(file, ranks):
+    config = load_config(file).config
+    world = arrange(config, ranks)
     run = _Run(config, world, None, None)
-    tracker, gradients = Tracker(), []
-    step = run.engine.optimizer.step
+    tracker, optimizer = Tracker(), run.engine.optimizer
 
-    def trained():
-        return [p.grad for p in run.student.parameters() if p.grad is not None]
+    def state():
+        return [each for entries in optimizer.state.values() for each in entries.values()]
 
-    def note(*_):
-        tracker.add(trained(), "gradients")
-        gradients.append(tracker.live["gradients"])
+    def count_gradients(*_):
+        tracker.add([p.grad for p in run.student.parameters() if p.grad is not None], "gradients")
 
-    run.engine.optimizer.register_step_pre_hook(note)
+    optimizer.register_step_pre_hook(count_gradients)
     with tracker:
         tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
         tracker.add([*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight], "teacher")
-        run._train_step()
-        states = run.engine.optimizer.state.values()
-        tracker.add([each for state in states for each in state.values()], "optimizer")
+        run._train_step()  # makes the optimizer's state, which later steps begin with
+        tracker.add(state(), "optimizer")
         tracker.reset()
         run._train_step()
-        held = {name: tracker.live[name] for name in ("parameters", "optimizer")}
-    if world.is_main:
-        told = {**held, "gradients": gradients[-1], "peak": tracker.peak, "sent": sum(tracker.sent.values())}
-        print("@" + json.dumps(told))
     run.data.stream.close()
-    world.wait()
+    names = ("parameters", "gradients", "optimizer", "teacher")
+    return {name: tracker.most[name] for name in names} | {"peak": sum(tracker.peak.values())}
+
+
+with start_world() as ranks:
+    held = [measure(Path(file), ranks) for file in sys.argv[1:]]
+    if ranks.is_main:
+        print("@" + json.dumps(held))
+    ranks.wait()

@@ -94,6 +94,7 @@ class _Held(torch.autograd.Function):
         wide = vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
         z_s = hidden.new_empty(chunk, wide, dtype=job.dtype)[:, :vocab]
         z_t = None if w_t is None else hidden.new_empty(chunk, wide, dtype=w_t.dtype)[:, :vocab]
+        h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=job.dtype)
         sums = _sums_dtype(job, weight, -(-count // chunk), device)
         needs = ctx.needs_input_grad
         grads = tuple(
@@ -107,7 +108,7 @@ class _Held(torch.autograd.Function):
             tensors = Rows(z_s[:tile], b_s, teacher, b_t, None, None, labels[:tile], ones, torch.ones(()))
             row_pass(job.spec(any(needs)), job.across)(*tensors)
         if grads[0] is not None:
-            grads[0][:chunk] = hidden.new_empty(chunk, hidden.shape[1], dtype=job.dtype).to(sums)
+            grads[0][:chunk] = torch.empty_like(h_s).to(sums)
             grads = (job.across.sum(grads[0]), *grads[1:])
         teacher_width = 0 if w_t is None else w_t.shape[1]
         sizes.chunk = chunk

@@ -1,14 +1,15 @@
-"""A simulated step on a GPU of the table: does it fit, what is sent, how long can it take at the least."""
+"""A simulated step on a GPU of the table: does it fit, what is sent, how long does it take at the least."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.plan.gpus import GPUS, Gpu
-from limbeck.plan.simulate import Simulation, simulate
+from limbeck.plan.simulate import Step, simulate
 
 RESERVED = 0.08
 """Share of a GPU's memory that is left to the CUDA context, NCCL's buffers and the allocator's gaps."""
@@ -28,16 +29,29 @@ class Traffic:
 
 
 @dataclass(frozen=True)
+class Group:
+    """One group of processes. seconds: what each part of its step takes at the peak rates."""
+
+    name: str
+    step: Step
+    traffic: tuple[Traffic, ...]
+    seconds: dict[str, float]
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a step whose communication hides behind its computation."""
+        aside = self.seconds["communication"], self.seconds["optimizer"]
+        return max(sum(self.seconds.values()) - sum(aside), aside[0]) + aside[1]
+
+
+@dataclass(frozen=True)
 class Plan:
-    """The report. seconds: what each part takes at the peak rates; overlapped, serial: the step if communication hides behind
-    computation wholly or not at all."""
+    """The report on all groups of a run."""
 
     nodes: int
     gpus_per_node: int
     gpu: Gpu
-    step: Simulation
-    traffic: tuple[Traffic, ...]
-    seconds: dict[str, float]
+    groups: tuple[Group, ...]
 
     @property
     def usable(self) -> float:
@@ -45,129 +59,118 @@ class Plan:
         return self.gpu.memory * (1 - RESERVED)
 
     @property
+    def needed(self) -> int:
+        """Bytes on the fullest GPU; groups that share one add up."""
+        return max(sum(group.step.total for group in sharing) for sharing in self._by_device())
+
+    @property
     def fits(self) -> bool:
-        """Whether the fullest moment is within them."""
-        return self.step.total <= self.usable
+        """Whether the fullest GPU holds what it must."""
+        return self.needed <= self.usable
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step whose communication hides behind its computation."""
-        busy = sum(self.seconds[part] for part in ("teacher", "student", "loss"))
-        return max(busy, self.seconds["communication"]) + self.seconds["optimizer"]
+        """Seconds of a step in which only what must waits: groups on GPUs of their own work at the same time."""
+        return max(sum(group.overlapped for group in sharing) for sharing in self._by_device())
 
     @property
     def serial(self) -> float:
         """Seconds of a step that does one thing at a time."""
-        return sum(self.seconds.values())
+        return sum(sum(group.seconds.values()) for group in self.groups)
 
-    def tokens_per_second(self, seconds: float) -> float:
-        """Of all ranks together."""
-        return self.step.tokens * self.step.micro_batches * self.step.ranks / seconds
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all ranks together, at best."""
+        return self.groups[0].step.tokens / self.overlapped
+
+    def _by_device(self) -> list[list[Group]]:
+        devices = {device for group in self.groups for device in group.step.devices}
+        return [[group for group in self.groups if device in group.step.devices] for device in devices]
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines: bytes, FLOPs and seconds of rank 0."""
-        step = self.step
+        """For machines: bytes, FLOPs and seconds of rank 0 of each group."""
+        groups = []
+        for group in self.groups:
+            values = asdict(group.step) | {"total": group.step.total, "traffic": [asdict(each) for each in group.traffic]}
+            del values["sent"]
+            groups.append({"name": group.name, **values, "seconds": group.seconds})
         return {
             "nodes": self.nodes,
             "gpus_per_node": self.gpus_per_node,
-            "gpu": self.gpu.name,
-            "student_parameters": step.student_parameters,
-            "teacher_parameters": step.teacher_parameters,
-            "rows": step.rows,
-            "tokens": step.tokens,
-            "micro_batches": step.micro_batches,
-            "memory": {
-                "fits": self.fits,
-                "usable": self.usable,
-                "peak": step.total,
-                "at_the_peak": step.peak,
-                "persistent": step.persistent,
-                "recomputes_activations": step.recomputed,
-                "activations": {_kept(again): size for again, size in step.activations.items()},
-                "peak_if": {_kept(again): size for again, size in step.totals.items()},
-                "loss_chunk_rows": step.chunk_rows,
-                "signal": step.signal_bytes,
-            },
-            "traffic": [vars(each) for each in self.traffic],
-            "flops": step.flops,
-            "seconds": {**self.seconds, "step_overlapped": self.overlapped, "step_serial": self.serial},
-            "tokens_per_second": self.tokens_per_second(self.overlapped),
+            "gpu": asdict(self.gpu),
+            "fits": self.fits,
+            "needed": self.needed,
+            "usable": self.usable,
+            "step_seconds": {"overlapped": self.overlapped, "serial": self.serial},
+            "tokens_per_second": self.tokens_per_second,
+            "groups": groups,
         }
-
-
-def _kept(recomputed: bool) -> str:
-    return "recomputed" if recomputed else "kept"
 
 
 def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     """The plan of ``config`` on ``nodes`` × ``gpus_per_node``; LimbeckError for a layout that cannot be. See ``Plan.fits``."""
     if nodes < 1 or gpus_per_node < 1:
         raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU at all; both begin at 1.")
-    step = simulate(config, nodes * gpus_per_node)
-    traffic = tuple(_traffic(kind, ranks, size, gpus_per_node, gpu) for (kind, ranks), size in step.sent.items())
-    seconds = {name: count / gpu.flops for name, count in step.flops.items()}
-    seconds["loss"] += step.logits * step.logit_bytes / gpu.bandwidth
-    seconds["optimizer"] = step.updated * _ADAM_BYTES / gpu.bandwidth
-    seconds["communication"] = sum(each.seconds for each in traffic)
-    return Plan(nodes, gpus_per_node, gpu, step, traffic, seconds)
-
-
-def _traffic(kind: str, ranks: tuple[int, ...], size: int, gpus_per_node: int, gpu: Gpu) -> Traffic:
-    """A ring: every rank receives all but its own part; an all-reduce is a reduce-scatter and an all-gather."""
-    count = len(ranks)
-    received = size * (count - 1) / count * (2 if kind == "all_reduce" else 1)
-    here = sum(rank // gpus_per_node == ranks[0] // gpus_per_node for rank in ranks)
-    if here == count:
-        return Traffic(kind, count, received, "within the node", received / gpu.link)
-    # The ranks of a node each have an adapter, and what comes in through one is passed on inside.
-    return Traffic(kind, count, received, "between nodes", received / min(gpu.link, here * gpu.network))
-
-
-def refusal(config: DistillConfig, plan: Plan) -> LimbeckError:
-    """Why a plan does not fit, and what would; alternatives of another size have been simulated too."""
-    step, gib = plan.step, 2**30
-    ways = []
-    if not step.recomputed and step.totals[True] <= plan.usable:
-        ways.append(f"student.model_args.disable_gradient_checkpointing=false ({step.totals[True] / gib:.1f} GiB)")
-    for gpu in sorted(GPUS.values(), key=lambda each: each.memory):
-        if step.total <= gpu.memory * (1 - RESERVED):
-            ways.append(f"--gpu {gpu.name}")
-            break
-    if not ways or step.ranks < 8:
-        ways += _more_ranks(config, plan) or _fewer_rows(config, plan)
-    if not ways and config.teacher.strategy_args.strategy_name == "hf_infer":
-        ways.append("teacher.strategy_args.strategy_name=fsdp2_infer, which shards the teacher's body")
-    answer = f"what fits: {', or '.join(ways)}" if ways else "shard over all ranks, take LoRA or smaller models"
-    return LimbeckError(
-        f"rank 0 needs {step.total / gib:.1f} GiB on {plan.nodes} × {plan.gpus_per_node} {plan.gpu.name}, of which "
-        f"{plan.usable / gib:.1f} GiB can be filled; {answer}."
+    steps = simulate(config, nodes * gpus_per_node)
+    everywhere = {device // gpus_per_node for step in steps.values() for device in step.devices}
+    apart = "within the node" if len(everywhere) == 1 else "between nodes"
+    return Plan(
+        nodes, gpus_per_node, gpu, tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in steps.items())
     )
 
 
-def _more_ranks(config: DistillConfig, plan: Plan) -> list[str]:
-    """The smallest doubling that fits, if what is sharded is what is too much."""
-    sharded = sum(plan.step.persistent.values()) + plan.step.peak.get("teacher", 0)
-    nodes, per_node = plan.nodes, plan.gpus_per_node
-    while nodes * per_node < 4096:
-        nodes, per_node = (nodes, per_node * 2) if nodes == 1 and per_node < 8 else (nodes * 2, per_node)
-        ranks = nodes * per_node
-        if plan.step.total - sharded * (1 - plan.step.ranks / ranks) > plan.usable:
-            continue
-        total = simulate(config, ranks).total
-        if total <= plan.usable:
-            return [f"--nodes {nodes} --gpus-per-node {per_node} ({total / 2**30:.1f} GiB)"]
-    return []
+def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> Group:
+    traffic = []
+    for (collective, ranks), size in step.sent.items():
+        nodes = [step.devices[rank] // gpus_per_node for rank in ranks]
+        traffic.append(_traffic(collective, nodes, size, gpu))
+    if step.signal_travels and "student" in step.parameters:
+        size = step.signal * step.micro_batches
+        traffic.append(Traffic("signal", 1, size, apart, size / gpu.network))
+    seconds = {part: count / gpu.flops for part, count in step.flops.items() if count}
+    if "loss" in seconds:
+        seconds["loss"] += step.moved / gpu.bandwidth
+    seconds["optimizer"] = step.most.get("gradients", 0) / 4 * _ADAM_BYTES / gpu.bandwidth
+    seconds["communication"] = sum(each.seconds for each in traffic)
+    return Group(name, step, tuple(traffic), seconds)
 
 
-def _fewer_rows(config: DistillConfig, plan: Plan) -> list[str]:
-    rows = plan.step.rows
-    if config.max_tokens_per_microbatch or rows == 1:
-        return []
-    training = config.student.training_args.model_copy(update={"per_device_train_batch_size": 1})
-    total = simulate(
-        config.model_copy(update={"student": config.student.model_copy(update={"training_args": training})}),
-        plan.step.ranks,
-    ).total
-    if total > plan.usable:
-        return []
-    return [f"student.training_args.per_device_train_batch_size=1 ({total / 2**30:.1f} GiB)"]
+def _traffic(collective: str, nodes: list[int], size: int, gpu: Gpu) -> Traffic:
+    """On a ring every rank receives all but its own part, and in an all-reduce twice."""
+    count = len(nodes)
+    rounds = {"all_reduce": 2, "broadcast": count / (count - 1)}.get(collective, 1)
+    received = size * (count - 1) / count * rounds
+    here = nodes.count(nodes[0])
+    if here == count:
+        return Traffic(collective, count, received, "within the node", received / gpu.link)
+    # The ranks of a node each have an adapter, and what comes in through one is passed on inside.
+    return Traffic(collective, count, received, "between nodes", received / min(gpu.link, here * gpu.network))
+
+
+def refusal(plan: Plan) -> LimbeckError:
+    """Why a plan does not fit, and what might."""
+    fullest = max(plan.groups, key=lambda group: group.step.total)
+    largest = max(fullest.step.peak, key=lambda name: fullest.step.peak[name])
+    ways = [f"--gpu {gpu.name}" for gpu in _by_memory() if plan.needed <= gpu.memory * (1 - RESERVED)][:1]
+    remedy = _remedy(largest, fullest.step)
+    gib = 2**30
+    return LimbeckError(
+        f"one {plan.gpu.name} can hold {plan.usable / gib:.1f} GiB, and rank 0 of {fullest.name} needs "
+        f"{plan.needed / gib:.1f} GiB, most of it for {largest}; use {' or '.join([remedy, *ways])}."
+    )
+
+
+def _by_memory() -> Iterable[Gpu]:
+    return sorted(GPUS.values(), key=lambda gpu: gpu.memory)
+
+
+def _remedy(largest: str, step: Step) -> str:
+    if largest == "activations":
+        if not step.recomputed:
+            return "student.model_args.disable_gradient_checkpointing=false"
+        return "fewer tokens in a micro-batch, a larger context_parallel_size"
+    if largest == "teacher":
+        return "fsdp2_infer, which shards the teacher, on more GPUs"
+    if largest in ("parameters", "gradients", "optimizer"):
+        return "more GPUs to shard the student over, lora_target"
+    return "a larger tensor_model_parallel_size"

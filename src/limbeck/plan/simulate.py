@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from transformers import masking_utils
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
@@ -57,8 +58,8 @@ from limbeck.teachers.remote import Reply, Route
 class Step:
     """What rank 0 of a group of processes, whose shards are the largest, holds (bytes), computes (FLOPs) and sends in a step.
 
-    devices: the GPU of each rank. parameters: of the whole models, by role. steady: bytes by name that are there all the
-    step. peak: bytes by name at the fullest moment; they add up. activations: kept between a micro-batch's forward and
+    devices: the GPU of each rank. parameters: of the whole models, by role. peak: bytes by name at the fullest
+    moment; they add up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's forward and
     backward pass. flops: of all micro-batches, by name. moved: bytes that the loss reads and writes outside of products.
     sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on.
     micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's
@@ -67,8 +68,8 @@ class Step:
 
     devices: tuple[int, ...]
     parameters: dict[str, int]
-    steady: dict[str, int]
     peak: dict[str, int]
+    most: dict[str, int]
     activations: int
     recomputed: bool
     flops: dict[str, int]
@@ -149,12 +150,15 @@ def _ranks(count: int) -> Iterator[World]:
 
     if dist.is_initialized():
         raise LimbeckError("limbeck plan needs a process of its own: this one already belongs to a process group.")
+    # Rows of their own hold one document each, which transformers reads from positions where these are numbers.
+    told, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda ids: None
     if count > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             yield World(0, count, torch.device("cpu"))
     finally:
+        masking_utils.find_packed_sequence_indices = told
         mesh_of.cache_clear()
         if count > 1:
             dist.destroy_process_group()
@@ -197,12 +201,12 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
         engine = make_engine(config, world, student)
         distils = config.distill_loss_weight > 0 or student.features is not None
         micro_batches = config.student.training_args.gradient_accumulation_steps
-        flops, steady, held = Counter[str](), dict[str, int](), 0
+        flops, held = Counter[str](), 0
 
         def micro_batch() -> None:
             nonlocal held
             before = tracker.flops
-            with tracker.tagged("teacher's pass"):
+            with tracker.tagged("signal"):
                 signal = teacher.ask(asked)(asked) if teacher is not None and distils else None
             flops["teacher"] = tracker.flops - before
             with tracker.tagged("activations"):
@@ -231,17 +235,15 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             flops["loss"], moved, sent = fused.flops, fused.moved, tracker.sent.copy()
             if micro_batches > 1:  # now with the gradients of the first; further ones add nothing
                 micro_batch()
-            steady["gradients"] = tracker.live["gradients"]
             step()
-        steady |= {name: tracker.live[name] for name in ("parameters", "optimizer")}
         signal_bytes = 0
         if teacher is not None and distils:
             signal_bytes = len(asked.supervised) * teacher.head.weight.shape[1] * teacher.head.weight.itemsize
         return Step(
             devices=devices,
             parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
-            steady=steady,
-            peak={name: size for name, size in tracker.peak.items() if size},
+            peak=dict(+tracker.peak),
+            most=dict(+tracker.most),
             activations=held,
             recomputed=recompute(config, world),
             flops={name: count * micro_batches for name, count in flops.items()},
@@ -265,7 +267,7 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
     with _ranks(ranks) as world:
         layout.check(world, "teacher")
         teacher = _teacher(config, world)
-        with tracker, tracker.tagged("teacher's pass"):
+        with tracker, tracker.tagged("signal"):
             tracker.add([*teacher.body.parameters(), *teacher.body.buffers(), teacher.head.weight], "teacher")
             teacher.hidden(Question.of(asked))
             tracker.reset()
@@ -278,8 +280,8 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
         return Step(
             devices=devices,
             parameters={"teacher": teacher.num_parameters},
-            steady={},
-            peak={name: size for name, size in tracker.peak.items() if size},
+            peak=dict(+tracker.peak),
+            most=dict(+tracker.most),
             activations=0,
             recomputed=False,
             flops={"teacher": int(tracker.flops * calls)},

@@ -48,7 +48,7 @@ _COLLECTIVES = {
 class Tracker(TorchDispatchMode):
     """Inside ``with tracker:`` every storage is counted from the operator that makes it to the moment that it is freed.
 
-    live: bytes by tag; peak: the same when their sum was largest. flops: of matrix products and attention, as
+    live: bytes by tag; peak: the same when their sum was largest; most: of each tag by itself. flops: of matrix products and attention, as
     ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its group, the bytes of its larger
     side.
     """
@@ -57,6 +57,7 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.most: Counter[str] = Counter()
         self.flops = 0
         self.sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
         self._tag = "other"
@@ -89,6 +90,7 @@ class Tracker(TorchDispatchMode):
     def reset(self) -> None:
         """Look for the largest sum, and count what is computed and sent, from now on."""
         self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
+        self.most = self.live.copy()
         self.flops = 0
         self.sent.clear()
 
@@ -145,6 +147,7 @@ class Tracker(TorchDispatchMode):
         self._clock += 1
         self._known[key] = (weakref.ref(storage, lambda _: self._forget(key)), tag, size, self._clock)
         self.live[tag] += size
+        self.most[tag] = max(self.most[tag], self.live[tag])
         self._total += size
         if self._total > self._highest:
             self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
