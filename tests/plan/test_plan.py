@@ -17,6 +17,7 @@ from limbeck.plan.gpus import GPUS
 from limbeck.plan.simulate import simulate
 
 STUDENT, TEACHER = "student.strategy_args.strategy_config", "teacher.strategy_args.strategy_config"
+ZERO = "student.strategy_args={strategy_name: deepspeed_train, strategy_config: {zero_optimization: {stage: 2}}}"
 CASES = {
     "sharded": {},
     "recomputed, frozen, accumulated": {
@@ -111,7 +112,7 @@ def test_what_does_not_fit_is_told_what_might(from_config):
         (["sequence_length=512"], "made for 256"),
         (["student.model_args.dtype=fp16"], "bf16"),
         (["student.device_mapping=[0]", "teacher.device_mapping=[8]"], "names device 8"),
-        (["student.strategy_args.strategy_name=deepspeed_train"], "plan with fsdp2_train"),
+        ([ZERO], "plan with fsdp2_train"),
     ],
 )
 def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arguments, said):

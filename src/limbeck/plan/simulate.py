@@ -180,9 +180,9 @@ class _FirstChunks(TorchFunctionMode):
 def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.device, *, teacher_here: bool) -> Step:
     rows, batch = _full_batch(config)
     tracker, fused = Tracker(), FusedSizes(kind)
+    asked, own = batch.stretch(0, layout_of(config.student).context)
     with _ranks(len(devices)) as world:
         world = arrange(config, world, teacher_here=teacher_here)
-        asked, own = batch.stretch(0, world.context)
         teacher: Teacher | None = None
         if config.has_teacher:
             teacher = _teacher(config, world) if teacher_here else _elsewhere(config)
