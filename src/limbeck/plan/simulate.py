@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import masking_utils
 
 from limbeck.config import DistillConfig
@@ -150,15 +152,18 @@ def _ranks(count: int) -> Iterator[World]:
 
     if dist.is_initialized():
         raise LimbeckError("limbeck plan needs a process of its own: this one already belongs to a process group.")
-    # Rows of their own hold one document each, which transformers reads from positions where these are numbers.
-    told, masking_utils.find_packed_sequence_indices = masking_utils.find_packed_sequence_indices, lambda ids: None
     if count > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with (
+            # Whether a row holds several documents is read from its positions; here each holds one.
+            patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None),
+            # FSDP2 joins meshes and reads the numbers in them.
+            patch.object(DeviceMesh, "__init__", unset_fake_temporarily()(DeviceMesh.__init__)),
+            FakeTensorMode(allow_non_fake_inputs=True),
+        ):
             yield World(0, count, torch.device("cpu"))
     finally:
-        masking_utils.find_packed_sequence_indices = told
         mesh_of.cache_clear()
         if count > 1:
             dist.destroy_process_group()
