@@ -2,7 +2,7 @@
 
     python benchmarks/plan.py
 
-Each case is a real run, started by torchrun, whose second and third step are measured on rank 0 by a tracker in the same
+Each case is a real run, started by torchrun, whose second step is measured on rank 0 by a tracker in the same
 process. Three figures are printed:
 
     state     parameters + gradients + optimizer state: predicted ÷ the tensors' own bytes; must be 1
@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 VOCAB = 32_000
+STATE = ("parameters", "gradients", "optimizer")
 SIZES = {
     "small": {"student": (256, 4), "teacher": (512, 4), "rows": 4, "time": 256},
     "medium": {"student": (512, 8), "teacher": (768, 8), "rows": 4, "time": 256},
@@ -109,34 +109,27 @@ def measure(config_file: Path) -> None:
     config = load_config(config_file).config
     with start_world() as world:
         before = resident("VmRSS")
-        run = _Run(config, world)
-        tracker, gradients = Tracker(), []
-        tracker.add(run.student.parameters(), "parameters")
-        tracker.add(run.student.buffers(), "parameters")
-        tracker.add([*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight], "teacher")
-        run.optimizer.register_step_pre_hook(
-            lambda *_: gradients.append(sum(_here(p.grad).nbytes for p in run.student.parameters() if p.requires_grad))
+        run = _Run(config, world, None, None)
+        tracker, optimizer = Tracker(), run.engine.optimizer
+        optimizer.register_step_pre_hook(
+            lambda *_: tracker.add([p.grad for p in run.student.parameters() if p.grad is not None], "gradients")
         )
         with tracker:
+            tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
+            kept = [*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight]
+            tracker.add(kept, "teacher")
             run._train_step()  # makes the optimizer's state, which later steps begin with
-            tracker.reset_peak()
+            tracker.add([each for entries in optimizer.state.values() for each in entries.values()], "optimizer")
+            tracker.reset()
             Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
             run._train_step()
-            run._train_step()
         grown = resident("VmHWM") - before
-        states = [each for state in run.optimizer.state.values() for each in state.values()]
-        state = sum(_here(each).nbytes for each in (*run.student.parameters(), *run.student.buffers(), *states))
         if world.is_main:
-            peak = {name: size for name, size in tracker.peak.items() if size}
-            found = {"state": state + gradients[-1], "tensors": sum(peak.values()), "resident": grown, "peak": peak}
+            state = sum(tracker.most[name] for name in STATE)
+            found = {"state": state, "tensors": sum(tracker.peak.values()), "resident": grown, "peak": +tracker.peak}
             print("@" + json.dumps(found))
         run.data.stream.close()
         world.wait()
-
-
-def _here(tensor: Any) -> Any:
-    """What this rank holds of a tensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def resident(field: str) -> int:
@@ -149,7 +142,7 @@ def resident(field: str) -> int:
 
 def compare(details: bool) -> None:
     from limbeck.config import load_config
-    from limbeck.plan import simulate
+    from limbeck.plan.simulate import simulate
 
     print(f"{'case':42} {'state':>7} {'tensors':>8} {'resident':>9}   predicted MiB")
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,9 +155,9 @@ def compare(details: bool) -> None:
             command = [*(launcher if ranks > 1 else [sys.executable]), __file__, "--side", str(file)]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             real = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
-            planned = simulate(load_config(file).config, ranks, "cpu")
+            (planned,) = simulate(load_config(file).config, ranks, "cpu").values()
             name = f"{size}, {ranks} ranks" + "".join(f", {key}={value}" for key, value in changes.items())
-            state = sum(planned.persistent.values()) / real["state"]
+            state = sum(planned.most[name] for name in STATE) / real["state"]
             tensors, grown = (planned.total / real[each] for each in ("tensors", "resident"))
             print(f"{name:42} {state:7.4f} {tensors:8.3f} {grown:9.3f} {planned.total / 2**20:10.0f}", flush=True)
             if details:

@@ -11,7 +11,7 @@ MODEL = {
     "model_type": "qwen2",
     "vocab_size": 320,
     "intermediate_size": 256,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,

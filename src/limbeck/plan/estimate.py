@@ -91,7 +91,10 @@ class Plan:
         """For machines: bytes, FLOPs and seconds of rank 0 of each group."""
         groups = []
         for group in self.groups:
-            values = asdict(group.step) | {"total": group.step.total, "traffic": [asdict(each) for each in group.traffic]}
+            values = asdict(group.step) | {
+                "total": group.step.total,
+                "traffic": [asdict(each) for each in group.traffic],
+            }
             del values["sent"]
             groups.append({"name": group.name, **values, "seconds": group.seconds})
         return {

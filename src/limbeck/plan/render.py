@@ -58,7 +58,9 @@ def _print_group(console: Console, plan: Plan, group: Group) -> None:
         memory.add_section()
         how = "recomputed" if step.recomputed else "kept"
         memory.add_row(f"activations between the passes, {how}", "", _gib(step.activations))
-        memory.add_row(f"signal of a micro-batch{'' if step.signal_travels else ' (stays where it is)'}", "", _gib(step.signal))
+        memory.add_row(
+            f"signal of a micro-batch{'' if step.signal_travels else ' (stays where it is)'}", "", _gib(step.signal)
+        )
         memory.add_row(f"positions in a chunk of the loss: {step.chunk}", "", "")
     console.print(memory)
     if group.traffic:

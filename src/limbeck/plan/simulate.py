@@ -18,7 +18,6 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     unset_fake_temporarily,
 )
 from torch.distributed.device_mesh import DeviceMesh
+from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 from limbeck.config import DistillConfig
@@ -64,8 +64,8 @@ class Step:
     moment; they add up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's forward and
     backward pass. flops: of all micro-batches, by name. moved: bytes that the loss reads and writes outside of products.
     sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on.
-    micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's
-    signal, and whether it comes from elsewhere.
+    micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a
+    micro-batch's signal, and whether it comes from elsewhere.
     """
 
     devices: tuple[int, ...]
@@ -124,7 +124,8 @@ def _refuse_the_unknown(config: DistillConfig) -> None:
         if name.startswith("deepspeed") and (role == "student" or config.has_teacher):
             other = "fsdp2_train" if role == "student" else "fsdp2_infer"
             raise LimbeckError(
-                f"{role}.strategy_args.strategy_name = {name}: limbeck plan does not know what DeepSpeed holds; plan with {other}."
+                f"{role}.strategy_args.strategy_name = {name}: limbeck plan does not know what DeepSpeed holds; "
+                f"plan with {other}."
             )
     if config.cross_tokenizer != "off":
         raise LimbeckError(

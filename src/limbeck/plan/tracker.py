@@ -26,7 +26,7 @@ GATHERED = "gathered"
 """The tag of what FSDP2 makes: gathered parameters, buffers of its collectives, reduced gradients."""
 
 _aten = torch.ops.aten
-_ATTENTION = {
+_ATTENTION: dict[Any, tuple[Callable[..., int], int]] = {
     _aten._scaled_dot_product_flash_attention_for_cpu: (sdpa_flop_count, 3),
     _aten._scaled_dot_product_flash_attention_for_cpu_backward: (sdpa_backward_flop_count, 4),
 }
@@ -48,9 +48,9 @@ _COLLECTIVES = {
 class Tracker(TorchDispatchMode):
     """Inside ``with tracker:`` every storage is counted from the operator that makes it to the moment that it is freed.
 
-    live: bytes by tag; peak: the same when their sum was largest; most: of each tag by itself. flops: of matrix products and attention, as
-    ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its group, the bytes of its larger
-    side.
+    live: bytes by tag; peak: the same when their sum was largest; most: each tag at its own most. flops: of matrix products
+    and attention, as ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its group, the
+    bytes of its larger side.
     """
 
     def __init__(self) -> None:
@@ -104,7 +104,7 @@ class Tracker(TorchDispatchMode):
             self._count(storage, known[0] if known else self._maker())
             return result
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = watched  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
@@ -170,7 +170,7 @@ def _ranks(args: Any) -> tuple[int, ...]:
     """Of the process group that is among the arguments of a collective, as an object or by its name."""
     for leaf in reversed(tree_leaves(args)):
         if isinstance(leaf, str) and leaf.isdigit():
-            return tuple(get_process_group_ranks(_resolve_process_group(leaf)))
+            return tuple(get_process_group_ranks(_resolve_process_group(leaf)))  # type: ignore[arg-type]
         if isinstance(leaf, Tensor | int | float | str | bool) or leaf is None:
             continue
         try:
