@@ -5,8 +5,8 @@
 
 steps   real workers take turns, a few steps at a time: the teacher asked a step ahead, as a run does it; asked only when its
         answer is wanted; the student with answers that it has already; the teacher with nobody else at work. One thread each.
-bytes   of the signal per supervised token at Qwen2.5's sizes, computed from them, and measured in the workers above.
-wire    hidden states of 256 MiB from one process to another through Ray's object store.
+bytes   of each signal per supervised token at Qwen2.5's sizes, of messages made as a teacher's worker makes them.
+wire    hidden states of 256 MiB from one process to another, through Ray's object store and over gloo.
 start   from the command to the end of the first step with two students and a teacher. Give it a machine with nothing else.
 """
 
@@ -30,41 +30,40 @@ import yaml
 from startup import make_run, seconds_to_first_step
 from step import TEACHER, TIME, prepare
 
+from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.placement import place
 from limbeck.cluster.session import load_ray, ray_session
-from limbeck.cluster.wire import flat, unflat
+from limbeck.cluster.wire import flat
 from limbeck.cluster.workers import WorkerGroup
 from limbeck.config import DistillConfig
+from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import _Run
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker, _remote_teacher
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.teachers import Answer, Question, RemoteTeacher, Signal
+from limbeck.teachers import Answer, Question, RemoteTeacher, Signal, Wanted
 
 PARTS = ("steps", "bytes", "wire", "start")
 ROWS = 2  # of TIME tokens, for each student rank
 ROUNDS, BLOCK = 3, 3  # turns of each mode, and steps in a turn after one that is not counted
 QWEN25 = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064),
           "14B": (5120, 152_064), "32B": (5120, 152_064)}  # fmt: skip
-TOPK, TOPK_BYTES = (
-    64,
-    15,
-)  # the reference sends a log-probability, an index and a flag for each of the k, with their padding
+TOPK, ROLL_BYTES = 64, 15  # ROLL sends a probability, its logarithm, an index and a flag for each of the k
 
 
 class TurnsTeacher:
     """A remote teacher that is asked as ``mode`` says."""
 
     def __init__(self, teacher: RemoteTeacher) -> None:
-        self.teacher, self.head, self.num_parameters = teacher, teacher.head, teacher.num_parameters
+        self.teacher, self.vocab_size, self.num_parameters = teacher, teacher.vocab_size, teacher.num_parameters
         self.mode = "ahead"
         self.kept: Signal | None = None
 
-    def ask(self, batch: Any) -> Answer:
+    def ask(self, batch: Any, wanted: Wanted) -> Answer:
         if self.mode == "ahead":
-            return self._keep(self.teacher.ask(batch))
+            return self._keep(self.teacher.ask(batch, wanted))
         if self.mode == "serial":
-            return lambda micro: self.teacher.ask(batch)(micro)
+            return lambda micro: self.teacher.ask(batch, wanted)(micro)
         return lambda micro: self.kept  # type: ignore[return-value, unused-ignore]
 
     def _keep(self, answer: Answer) -> Answer:
@@ -179,59 +178,94 @@ def measure_steps(folder: Path, students: int) -> float:
 
 
 def measure_bytes(measured: float | None) -> None:
-    print("\nbytes of the signal per supervised token, bf16")
+    """Messages of a few positions, of which only the size counts: the numbers in them are zeros."""
+    positions = 16
+    print(f"\nbytes of the signal per supervised token, of messages of {positions} tokens in bf16")
     print(
         f"  {'Qwen2.5':8}{'hidden':>8}{f'top-{TOPK}':>8}{'whole logits':>14}{'hidden ÷ top-k':>16}{'logits ÷ hidden':>17}"
+        f"{f'ROLL, top-{TOPK}':>16}"
     )
     for name, (width, vocab) in QWEN25.items():
-        hidden, topk, logits = 2 * width, TOPK * TOPK_BYTES, 2 * vocab
-        print(f"  {name:8}{hidden:8}{topk:8}{logits:14}{hidden / topk:16.1f}{logits / hidden:17.0f}")
+        hidden, head = (
+            torch.zeros(positions, width).bfloat16(),
+            OutputHead(torch.zeros(vocab, width, dtype=torch.bfloat16)),
+        )
+        sizes = {}
+        for kind in ("hidden_states", "top_k", "logits"):
+            message = tuple(map(flat, Wanted(kind, TOPK, vocab).say(hidden, head)))
+            sizes[kind] = sum(part.bits.nbytes for part in message) // positions
+        states, topk, logits = sizes.values()
+        print(
+            f"  {name:8}{states:8}{topk:8}{logits:14}{states / topk:16.1f}{logits / states:17.0f}{TOPK * ROLL_BYTES:16}"
+        )
     if measured is not None:
         width = TEACHER["hidden_size"]
         print(f"  measured in the run above: {measured:.0f}, and its teacher is {width} numbers of 4 bytes wide")
 
 
-class Producer:
+class Peer:
+    """What a worker tells of itself to those who connect with it."""
+
+    def about(self) -> dict[str, Any]:
+        return {"gpu": None}
+
+
+class Producer(Peer):
     """Holds hidden states, and sends them as a teacher's worker does."""
 
     def __init__(self) -> None:
         self.hidden = torch.randn(32_768, 4096).bfloat16()
 
-    def answer(self) -> tuple[Any, float]:
-        return flat(self.hidden), time.perf_counter()
+    def answer(self, question: None) -> tuple[Any, float]:
+        return (flat(self.hidden),), time.perf_counter()
+
+    def say(self, question: None) -> tuple[Any, float]:
+        return (self.hidden.clone(),), time.perf_counter()  # a new tensor, as every answer is
 
 
-class Consumer:
+class Consumer(Peer):
     """Fetches them, as a student's worker does."""
 
-    def fetch(self, producer: Any, times: int) -> list[tuple[float, float]]:
+    def fetch(self, producer: Any, backend: str, times: int) -> list[tuple[float, float]]:
         """For each message: seconds from the producer's result to the tensor here, and those of reading all of it."""
-        ray, found = load_ray(), []
+        channel: Any = RayChannel(producer, "producer", 60)
+        if backend == "gloo":
+            from limbeck.cluster.direct import connect
+
+            (channel,) = connect(backend, [producer], ["producer"], 60)
+        found = []
         for _ in range(times):
-            sent, begun = ray.get(producer.answer.remote())
-            hidden = unflat(sent)
-            come = time.perf_counter()  # one clock for all processes of a machine
-            hidden.view(torch.int64).sum()
+            came = channel.ask(None)()
+            begun, come = came.seconds, time.perf_counter()  # one clock for all processes of a machine
+            came.tensors[0].view(torch.int64).sum()
             found.append((come - begun, time.perf_counter() - come))
-            del sent, hidden
+            del came
         return found
 
 
 def measure_wire() -> None:
     ray = load_ray()
-    producer, consumer = ray.remote(Producer).remote(), ray.remote(Consumer).remote()
-    found = ray.get(consumer.fetch.remote(producer, 50))
-    for actor in (producer, consumer):
-        ray.kill(actor)
+    import limbeck.cluster.direct  # noqa: F401  before the actors are made, as in a run
+
+    remote = ray.remote(enable_tensor_transport=True, max_concurrency=4)
     size = 32_768 * 4096 * 2 / 1e9
-    rates = [size / seconds for seconds, _ in found]
-    warm, read = rates[20:], [size / seconds for _, seconds in found[20:]]
-    both = [size / (seconds + reading) for seconds, reading in found[20:]]
     print("\n256 MiB of hidden states from one process to another, 30 messages after 20 to warm up")
-    print(
-        f"  result to tensor: {statistics.median(warm):.1f} GB/s (slowest {min(warm):.1f}; the very first {rates[0]:.1f})"
-    )
-    print(f"  reading every page there: {statistics.median(read):.1f} GB/s; with it {statistics.median(both):.1f} GB/s")
+    middle = {}
+    for backend, way in (("ray", "object store"), ("gloo", "gloo")):
+        producer, consumer = remote(Producer).remote(), remote(Consumer).remote()
+        found = ray.get(consumer.fetch.remote(producer, backend, 50))
+        for actor in (producer, consumer):
+            ray.kill(actor)
+        rates = [size / seconds for seconds, _ in found]
+        warm, read = rates[20:], [size / seconds for _, seconds in found[20:]]
+        both = middle[backend] = [size / (seconds + reading) for seconds, reading in found[20:]]
+        print(
+            f"  {way}: result to tensor {statistics.median(warm):.1f} GB/s (slowest {min(warm):.1f}; the very first "
+            f"{rates[0]:.1f}); reading every page there {statistics.median(read):.1f} GB/s; with it "
+            f"{statistics.median(both):.1f} GB/s"
+        )
+    ratio = statistics.median(middle["ray"]) / statistics.median(middle["gloo"])
+    print(f"  the object store is {ratio:.1f} × as fast as gloo, reading included")
 
 
 def measure_start(folder: Path) -> None:

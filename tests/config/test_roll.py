@@ -7,6 +7,7 @@ import pytest
 
 from limbeck.config import LoadedConfig, load_config, render_config
 from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
+from limbeck.errors import LimbeckError
 
 Load = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
@@ -145,11 +146,12 @@ def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) ->
 
 
 def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
-    (notice,) = load(yaml=IN_THE_WILD).notices
+    loaded = load(yaml=IN_THE_WILD)
+    notice, other = loaded.notices
+    assert "logits_transfer_backend has no effect" in other and loaded.config.takes_turns
     for path in (
         "rpc_timeout",
         "rollout_batch_size",
-        "logits_transfer_backend",
         "checkpoint_config.async_upload",
         "teacher.training_args.per_device_train_batch_size",
         "teacher.data_args.template",
@@ -188,6 +190,8 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
         ("strategy_args.strategy_config.tensor_parallel_size", "tensor_model_parallel_size"),
         ("strategy_args.strategy_config.cp_size", "context_parallel_size"),
         ("model_args.ulysses_size", "context_parallel_size"),
+        ("strategy_args.pp_size", "pipeline_model_parallel_size"),
+        ("strategy_args.strategy_config.pipeline_parallel_size", "pipeline_model_parallel_size"),
     ],
 )
 def test_every_name_of_a_parallel_size_is_the_same_size(load: Load, role: str, key: str, ours: str) -> None:
@@ -228,7 +232,7 @@ def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...
         ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
         ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
         ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
-        ("student.strategy_args.pp_size=2", "student.strategy_args.pp_size = 2 is not built yet"),
+        ("student.strategy_args.ep_size=2", "student.strategy_args.ep_size = 2 is not built yet"),
         (
             "student.training_args.fp16=true",
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
@@ -344,3 +348,11 @@ def test_a_deepspeed_block_needs_deepspeed(mistakes: Mistakes) -> None:
     assert "strategy_config.deepspeed is read by strategy_name: deepspeed_train only" in line
     (line,) = mistakes("teacher.strategy_args.strategy_name=deepspeed_train")
     assert "does not fit: the teacher is never trained; use fsdp2_infer" in line
+
+
+def test_a_worker_that_answers_several_questions_at_once_is_refused(load: Load) -> None:
+    changed = IN_THE_WILD.replace("  router_replay:", "  max_concurrency: 4\n  router_replay:")
+    with pytest.raises(
+        LimbeckError, match=r"run.yaml:\d+: student.max_concurrency = 4 is not honoured: a worker answers"
+    ):
+        load(yaml=changed)

@@ -70,6 +70,8 @@ def definition(name: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
         ("alpha_beta", {"alpha": 1.0, "beta": 1.0}, 0.12),
         ("alpha_beta", {"alpha": 1.0, "beta": 0.0}, 0.3960584572),
         ("alpha_beta", {"alpha": 0.0, "beta": 1.0}, 0.3652740407),
+        ("cross_entropy", {}, 0.3960584572 + 0.8979457249),  # KL and the teacher's entropy
+        ("mixed_kl", {"forward": 0.75}, 0.75 * 0.3960584572 + 0.25 * 0.3652740407),
         ("mixed_kl", {"forward": 1.0}, 0.3960584572),
         ("mixed_kl", {"forward": 0.0}, 0.3652740407),
         ("symmetric_kl", {}, 0.3960584572 + 0.3652740407),
@@ -93,6 +95,8 @@ def test_a_smoothed_jensen_shannon_is_rolls():
 
 def test_adaptive_kl_meets_its_golden_value():
     p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.4, 0.3, 0.2, 0.1), (0.1, 0.25, 0.35, 0.3)))
+    assert divergence("forward_kl")(q, p).item() == pytest.approx(0.3874298250, abs=1e-9)
+    assert divergence("reverse_kl")(q, p).item() == pytest.approx(0.3412393871, abs=1e-9)
     assert divergence("adaptive_kl", alpha=0.5)(q, p).item() == pytest.approx(0.3643346060, abs=1e-9)
     assert divergence("adaptive_kl", alpha=0.5, head="paper")(q, p).item() == pytest.approx(0.3610352891, abs=1e-9)
 
@@ -135,6 +139,25 @@ def test_value_and_gradient_equal_autograd_of_the_definition(name, seed, vocab, 
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-8, atol=1e-11)
 
 
+BOUNDS = {
+    "js_divergence": math.log(2),
+    "tvd": 1.0,
+    "skewed_forward_kl": math.log(10),
+    "skewed_reverse_kl": math.log(10),
+}
+
+
+@pytest.mark.parametrize("name", names())
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), vocab=st.integers(2, 40), spread=st.sampled_from([0.1, 3.0, 60.0]))
+def test_values_are_never_negative_and_bounded_where_the_definition_is(name, seed, vocab, spread):
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(5, vocab, generator=generator, dtype=torch.float64) * spread for _ in range(2))
+    value = divergence(name)(student, teacher)
+    assert (value >= -1e-12).all()
+    assert (value <= BOUNDS.get(name, math.inf) + 1e-12).all()
+
+
 @pytest.mark.parametrize("name", names())
 def test_equal_distributions_cost_nothing_and_pull_nowhere(name):
     logits = torch.randn(5, 17, dtype=torch.float64, requires_grad=True)
@@ -163,6 +186,8 @@ def test_padding_columns_of_the_wider_head_do_not_exist(name):
 
 def test_jensen_shannon_tends_to_the_two_kls():
     forward, reverse = divergence("forward_kl")(Q, P).item(), divergence("reverse_kl")(Q, P).item()
+    assert divergence("js_divergence", beta=1e-4)(Q, P).item() / 1e-4 == pytest.approx(0.396007793, abs=1e-9)
+    assert divergence("js_divergence", beta=1 - 1e-4)(Q, P).item() / 1e-4 == pytest.approx(0.365234042, abs=2e-9)
     assert divergence("js_divergence", beta=1e-6)(Q, P).item() / 1e-6 == pytest.approx(forward, rel=1e-4)
     assert divergence("js_divergence", beta=1 - 1e-6)(Q, P).item() / 1e-6 == pytest.approx(reverse, rel=1e-4)
     assert divergence("js_divergence", beta=0.0)(Q, P).item() == forward

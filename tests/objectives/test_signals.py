@@ -1,12 +1,14 @@
 """What a teacher sends instead of hidden states gives the loss that its definition on whole logits gives."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives import (
@@ -18,7 +20,9 @@ from limbeck.objectives import (
     TopK,
     divergence,
     fused_linear_distillation,
+    likeliest,
     names,
+    whole_logits,
 )
 
 NEVER_NEGATIVE = [name for name in names() if name not in ("cross_entropy", "alpha_beta")]
@@ -137,6 +141,56 @@ def test_the_bucket_rises_with_k_to_the_whole_divergence(seed):
     assert losses[-2] == pytest.approx(whole, rel=1e-9)  # one token is left: the bucket is that token
 
 
+@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize(
+    ("k", "tails"), [(11, ("bucket", "uniform")), (12, ("renormalize", "bucket", "drop", "uniform", "zero"))]
+)
+@pytest.mark.parametrize("stored", [False, True])
+def test_all_but_one_token_or_all_of_them_are_the_whole_divergence(name, k, tails, stored):
+    h_s, w_s, z_t, labels = problem(12)
+    run = lambda teacher, **more: fused_linear_distillation(  # noqa: E731
+        h_s, w_s, None, None, labels, teacher=teacher,
+        objective=Objective.of(name, kd_weight=0.7, temperature=1.5, **more),
+    )  # fmt: skip
+    exact = run(Logits(z_t)).loss
+    teacher = TopK(*(z_t / 1.5).log_softmax(-1).topk(k), temperature=1.5) if stored else Logits(z_t)
+    for tail in tails:
+        loss = run(teacher, topk=k, tail=tail).loss
+        torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-11)
+        ours, plain = (torch.autograd.grad(x, (h_s, w_s), retain_graph=True) for x in (loss, exact))
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
+
+
+def test_a_student_that_is_surer_than_the_teacher_keeps_the_digits_of_a_buckets_gradient():
+    """The bucket's ∂D/∂q is 1e-4 / 1e-16 here, of which nothing may be left on the tokens outside it."""
+    z = torch.tensor([[40.0, 2.0, 1.0, 0.0, -1.0]])
+    log_probs = torch.tensor([[0.7, 0.2999]]).log()
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        hidden, head = z.to(dtype).requires_grad_(), torch.eye(5, dtype=dtype)
+        loss = fused_linear_distillation(
+            hidden, head, None, None, torch.tensor([0]), teacher=TopK(log_probs.to(dtype), torch.tensor([[0, 1]])),
+            objective=Objective.of(kd_weight=1.0, topk=2, tail="bucket"),
+        ).loss  # fmt: skip
+        found.append(torch.autograd.grad(loss, hidden)[0].double())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-6)
+    assert found[0][0, 1].item() == pytest.approx(-0.2999, rel=1e-6)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_impossible_tokens_among_the_stored_stay_finite(tail):
+    """A server that has fewer than k tokens fills up with −∞."""
+    h_s, w_s, _, labels = problem(13)
+    log_probs = torch.tensor([0.7, 0.2, 0.0], dtype=torch.float64).log().expand(7, 3)
+    for name in ("forward_kl", "reverse_kl", "js_divergence"):
+        out = fused_linear_distillation(
+            h_s, w_s, None, None, labels, teacher=TopK(log_probs, torch.tensor([[4, 1, 9]]).expand(7, 3)),
+            objective=Objective.of(name, topk=3, tail=tail),
+        )  # fmt: skip
+        assert torch.isfinite(torch.cat([torch.autograd.grad(out.loss, h_s)[0].flatten(), torch.stack(out)])).all()
+
+
 @pytest.mark.parametrize("name", NEVER_NEGATIVE)
 @pytest.mark.parametrize("tail", ["renormalize", "bucket"])
 def test_divergences_of_what_is_seen_are_never_negative(name, tail):
@@ -180,6 +234,8 @@ def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name)
     if name != "k2":
         torch.testing.assert_close(mean, reverse.detach())
     if name == "k2":
+        squared = (log_q.exp() * (log_q - log_p) ** 2 / 2).sum(-1).mean()
+        torch.testing.assert_close(mean, squared.detach())
         torch.testing.assert_close(pull, torch.autograd.grad(reverse, h_s)[0])
     if name == "k1":
         assert pull.abs().max() < 1e-12
@@ -258,6 +314,60 @@ def test_finite_differences_agree(name):
     labels = labels.clamp_min(0)
     run = lambda h, w: fused_linear_distillation(h, w, None, None, labels, teacher=Logits(z_t), objective=name).loss  # noqa: E731
     assert torch.autograd.gradcheck(run, (h_s, w_s))
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any tensor made meanwhile has."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else (made,):
+            if isinstance(tensor, torch.Tensor):
+                self.most = max(self.most, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    k=st.integers(1, 10),
+    tail=st.sampled_from(TAILS),
+    tau_t=st.sampled_from([1.0, 1.5]),
+    softcap=st.sampled_from([None, 3.0]),
+    biased=st.booleans(),
+    chunk=st.sampled_from([None, 3]),
+)
+def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k, tail, tau_t, softcap, biased, chunk):
+    generator = torch.Generator().manual_seed(seed)
+    h_s, w_s, h_t, w_t = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for shape in ((7, 5), (12, 5), (7, 6), (14, 6))
+    )
+    bias = torch.randn(14, generator=generator, dtype=torch.float64).to(dtype) if biased else None
+    head = OutputHead(w_t, bias, softcap, 0.7)
+    labels = torch.randint(12, (7,), generator=generator)
+    for topk in (k, 0):
+        objective = Objective.of(kd_weight=0.7, teacher_temperature=tau_t, topk=topk, tail=tail)
+        loss = partial(fused_linear_distillation, h_s, w_s, labels=labels, objective=objective)
+        if topk:
+            said = likeliest(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
+        else:
+            said = whole_logits(h_t, head, vocab_size=12, chunk_size=chunk)
+        of_hidden, of_said = loss(h_t, head), loss(None, None, teacher=said)
+        rounded = dtype is torch.bfloat16 and not topk and (biased or softcap or head.scale != 1)
+        tight = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
+        for name, value in of_hidden._asdict().items():
+            torch.testing.assert_close(getattr(of_said, name), value, **tight, msg=name)
+
+
+def test_the_likeliest_tokens_are_found_without_the_whole_logits():
+    head = OutputHead(torch.randn(4000, 8))
+    with Largest() as largest:
+        likeliest(torch.randn(500, 8), head, 4, chunk_size=50)
+    assert largest.most == 50 * 4000
 
 
 def test_signals_that_do_not_fit_are_refused():

@@ -12,6 +12,7 @@ from limbeck.objectives import (
     OutputHead,
     TopK,
     VocabParallel,
+    compiler_found,
     fused_linear_distillation,
     names,
     register,
@@ -23,6 +24,13 @@ from limbeck.objectives import (
 def of_a_user():
     """Σ (p − q)² / 2."""
     return lambda p, q, log_p, log_q: ((q - p) ** 2 / 2, q * (q - p))
+
+
+def counted(calls: list[str]) -> None:
+    """Note every collective of a loss."""
+    for name in ("all_reduce", "all_gather"):
+        plain = getattr(dist, name)
+        setattr(dist, name, lambda *a, plain=plain, name=name, **k: (calls.append(name), plain(*a, **k))[1])
 
 
 def main(vocab: int) -> None:
@@ -42,22 +50,29 @@ def main(vocab: int) -> None:
     slice_t = take_rows(held, 0, mine)
     assert torch.equal(slice_t, w_t[mine])
 
+    calls: list[str] = []
+    counted(calls)
     cases = [(name, 0, "renormalize", tau) for name in names() for tau in (1.0, 2.0)]
     cases += [(name, 3, tail, 2.0) for name in ("forward_kl", "js_divergence") for tail in TAILS]
     for name, topk, tail, tau in cases:
         objective = Objective.of(name, kd_weight=0.6, temperature=tau, teacher_temperature=1.5, topk=topk, tail=tail)
 
-        def run(columns, head_t, across, objective=objective):
+        def run(columns, head_t, across, objective=objective, compiled=None):
             leaves = [x.clone().requires_grad_() for x in (h_s, w_s[columns], b_s[columns])]
             head = OutputHead(leaves[1], leaves[2], softcap=8.0)
             out = fused_linear_distillation(
-                leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, across=across
+                leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, across=across,
+                compiled=compiled,
             )  # fmt: skip
             out.loss.backward()
             return out, [leaf.grad for leaf in leaves]
 
         whole, (dh, dw, db) = run(slice(None), w_t, None)
-        part, (dh_p, dw_p, db_p) = run(mine, slice_t, across)
+        compiled = ranks == 2 and compiler_found() and (name, topk, tau) == ("forward_kl", 0, 2.0)
+        calls.clear()
+        part, (dh_p, dw_p, db_p) = run(mine, slice_t, across, compiled=compiled)
+        # 8 positions, 4 a chunk, and the hidden states'
+        assert len(calls) <= 5 * 2 + 1, f"{name} {topk} {tail}: {calls}"
         for one, other in ((dh_p, dh), (dw_p, dw[mine]), (db_p, db[mine]), *zip(part, whole, strict=True)):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name} {topk} {tail}: {m}")  # noqa: B023
 
@@ -69,6 +84,21 @@ def main(vocab: int) -> None:
         whole = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=signal)
         part = fused_linear_distillation(h_s, w_s[mine], None, None, labels, teacher=local, across=across)
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-11)
+    # Both heads padded, cut as DTensor cuts, in half precision: the last rank's rows are fewer, and padding is never seen.
+    parallel = VocabParallel(vocab, head_rows=vocab + 1)
+    each = -(-(vocab + 1) // ranks)
+    halves = [x.bfloat16() for x in (h_s, randn(vocab + 1, 5), h_t, randn(vocab + 1, 4))]
+    for head in (halves[1], halves[3]):
+        head[vocab:] = float("nan")
+    held = slice(rank * each, (rank + 1) * each)
+    one = fused_linear_distillation(*halves, labels, objective="js_divergence", vocab_size=vocab)
+    h, w = halves[0].clone().requires_grad_(), halves[1][held].clone().requires_grad_()
+    two = fused_linear_distillation(
+        h, w, halves[2], halves[3][held], labels, objective="js_divergence", across=parallel
+    )
+    two.loss.backward()
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(h.grad).all() and torch.isfinite(w.grad).all()
     print(f"rank {rank} of {ranks} agrees")
     dist.destroy_process_group()
 

@@ -56,22 +56,54 @@ def groups(students: int, teachers: int, **changes) -> dict:
     }
 
 
+KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
+TURNS = {"teacher.device_mapping": [1], "is_offload_states": True, "steps_per_turn": 3}
 WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
+SLICED = {
+    "student.strategy_args.strategy_config.tensor_model_parallel_size": 2,
+    "student.training_args.adam_epsilon": 1e-4,  # else rounding near a gradient of 0 is blown up to whole steps
+}
+DIVIDED = {"teacher.strategy_args.strategy_config.context_parallel_size": 2}
+ZERO = {
+    f"{role}.strategy_args.{key}": value
+    for role, name, stage in (("student", "deepspeed_train", 2), ("teacher", "deepspeed_infer", 3))
+    for key, value in (("strategy_name", name), ("strategy_config", {"zero_optimization": {"stage": stage}}))
+}
 LONG = {"max_steps": 60, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
 
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 1), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
-    ids=["two-ask-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
+    [groups(2, 1, **TURNS), groups(1, 2), groups(2, 3, **WHOLE), groups(2, 3)],
+    ids=["two-take-turns-with-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
 )
 def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    run_on_cluster(configure(**changes))
+    lines = []
+    run_on_cluster(configure(**changes), lines.append)
     one, out = tmp_path / "one", tmp_path / "out"
-    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
+    for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
+    assert ("is_offload_states" in changes) == any("take turns" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [groups(2, 2, **SLICED, **DIVIDED, **rows(8)), groups(2, 2, **ZERO)],
+    ids=["slices-ask-stretches", "zero"],
+)
+def test_groups_may_be_spread_in_any_way_inside(configure, tmp_path, changes):
+    if changes.keys() & ZERO.keys():
+        pytest.importorskip("deepspeed")
+    short = {"max_steps": 4, "eval_steps": 0, "save_steps": 0}
+    alone = {key: value for key, value in changes.items() if key == "student.training_args.adam_epsilon"}
+    DistillPipeline(configure(**short, **alone, output_dir=str(tmp_path / "one"))).run()
+    run_on_cluster(configure(**short, **changes))
+    for key in ("train/loss", "student/grad_norm", "val/loss"):
+        one, many = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
+        assert many == pytest.approx(one, rel=1e-5, abs=1e-5), key
+    assert_same_weights(tmp_path / "one" / "student", tmp_path / "out" / "student", tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -79,30 +111,29 @@ def undisturbed(tmp_path_factory):
     return tmp_path_factory.mktemp("undisturbed") / "out"
 
 
-@pytest.mark.parametrize(
-    ("victim", "number"),
-    [
-        ("StudentWorker", signal.SIGKILL),
-        ("StudentWorker", signal.SIGSTOP),
-        ("TeacherWorker", signal.SIGKILL),
-    ],
-)
-def test_a_run_that_loses_a_worker_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, victim, number):
+@pytest.mark.parametrize("backend", ["ray", "gloo"])
+def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, backend):
     if not undisturbed.exists():
         run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
-    lines, hit = [], []
+    lines, faults = [], {"step 25/": ("TeacherWorker", signal.SIGKILL)}
+    if backend == "ray":
+        faults |= {"step 35/": ("StudentWorker", signal.SIGKILL), "step 45/": ("StudentWorker", signal.SIGSTOP)}
 
     def told(line: str) -> None:
         lines.append(line)
-        if "step 25/" in line and not hit:
-            hit.extend(processes(victim)[-1:])
-            os.kill(hit[0], number)
+        for step in [step for step in faults if step in line]:
+            victim, number = faults.pop(step)
+            os.kill(processes(victim)[-1], number)
 
-    run_on_cluster(configure(**groups(2, 1), **LONG, **{"student.backend_timeout": 0.2}), told)
-    assert hit
-    if victim == "StudentWorker":  # a teacher that is alone is replaced without anybody having to go back
-        assert any("goes on from its last checkpoint" in line for line in lines)
-        assert any(line.startswith("Resumed from") for line in lines)
+    ways = {"student.backend_timeout": 0.3, "logits_transfer_backend": backend}
+    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **ways), told)
+    assert not faults
+    # A teacher that is alone is replaced without anybody having to go back, unless it is tied to the students; a slow machine
+    # may count it as hung once.
+    went_back = sum("goes on from its last checkpoint" in line for line in lines)
+    least = 1 if backend == "gloo" else 2
+    assert least <= went_back <= least + 1
+    assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 

@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from limbeck import DistillPipeline, OutputHead, fused_linear_distillation
+from limbeck.strategies.engine import TorchEngine
+
+from .test_ranks import metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -38,3 +42,46 @@ def test_a_run_on_a_gpu_learns_and_measures_itself(configure, dtype):
     train = next(line for line in lines if "train/loss" in line)
     assert train["time/student"] > 0
     assert 0 < train["system/peak_memory_gb"] < 10
+
+
+def test_a_student_that_left_the_gpu_goes_on_as_if_it_had_stayed():
+    def train(leaves: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)).cuda()
+        world = SimpleNamespace(device=torch.device("cuda"), size=1)
+        engine = TorchEngine(model, torch.optim.AdamW(model.parameters()), world)
+        for _ in range(3):
+            engine.backward(engine(torch.ones(8, 64, device="cuda")).square().mean(), last=True)
+            engine.step()
+            if leaves:
+                held = torch.cuda.memory_allocated()
+                engine.leave_device()
+                assert torch.cuda.memory_allocated() < held - 3 * sum(p.nbytes for p in model.parameters()) * 0.9
+                engine.enter_device()
+        return [p.detach().cpu() for p in model.parameters()]
+
+    for stayed, left in zip(train(False), train(True), strict=True):
+        assert torch.equal(stayed, left)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes"),
+    [
+        (1, {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True}),
+        (2, {"student.device_mapping": [0], "teacher.device_mapping": [1]}),
+        (2, {"student.device_mapping": [0], "teacher.device_mapping": [1], "logits_transfer_backend": "nccl-only"}),
+        (2, {"student.device_mapping": [0], "teacher.device_mapping": [0, 1], "logits_transfer_backend": "ipc+nccl",
+             "teacher.strategy_args.strategy_name": "hf_infer"}),
+    ],
+    ids=["turns", "object-store", "nccl", "ipc-and-nccl"],
+)  # fmt: skip
+def test_a_teacher_in_other_processes_gives_the_losses_of_one_process(configure, tmp_path, gpus, changes):
+    pytest.importorskip("ray")
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    from limbeck.pipeline.clustered import run_on_cluster
+
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    run_on_cluster(configure(**changes), lambda line: None)
+    for key in ("train/loss", "train/train_distill_loss", "val/loss"):
+        assert metrics(tmp_path / "out", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-4), key

@@ -6,6 +6,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
+from limbeck.data import BatchStream, tokenize_files
 from limbeck.models import load_tokenizer
 
 from .test_features import first_batch
@@ -111,6 +112,92 @@ def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, t
     assert losses["sound"] == pytest.approx(losses["sound whole"], rel=1e-6)
     assert losses["fault whole"] == pytest.approx(losses["sound"], rel=1e-6)
     assert losses["fault"] != pytest.approx(losses["sound"], rel=1e-5)
+
+
+def micro_batches(config, assets, size):
+    """All micro-batches of the first step, of ``size`` rows each."""
+    examples, _ = tokenize_files(
+        list(config.student.data_args.file_name), load_tokenizer(str(assets / "student")), sequence_length=64
+    )
+    stream = BatchStream(
+        examples, seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, rank=0,
+        world_size=1, packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0,
+    )  # fmt: skip
+    return next(stream).micro_batches
+
+
+def log_softmaxes(z_t, z_s, tau_t, tau_s):
+    return (z_t / tau_t).log_softmax(-1), (z_s / tau_s).log_softmax(-1)
+
+
+def roll(parts, base):
+    """Own mask instead of the next token's, ``tokenizer.vocab_size`` columns, 64 likeliest, τ_t = 1.5 · 2."""
+    ce = kd = 0
+    for batch, z_s, z_t in parts:
+        targets = batch.labels != -100
+        ce = ce + torch.nn.functional.cross_entropy(z_s[targets], batch.labels[targets], reduction="sum")
+        own = torch.nn.functional.pad(targets, (1, 0))[:, :-1]
+        top = z_t[..., :base][own].topk(64)
+        log_p, log_q = log_softmaxes(top.values, z_s[..., :base][own].gather(-1, top.indices), 3.0, 2.0)
+        kd = kd + (log_p.exp() * (log_p - log_q)).sum()
+    count = sum((batch.labels != -100).sum() for batch, *_ in parts)
+    return 0.5 * ce / count + 0.5 * kd / count
+
+
+def hyperpod(parts, base):
+    """The student's logits continued with zeros, every token that is not padding, each micro-batch by its own counts."""
+    total = 0
+    for batch, z_s, z_t in parts:
+        targets, real = batch.labels != -100, torch.zeros(batch.labels.numel(), dtype=torch.bool)
+        real[batch.real if batch.real is not None else slice(None)] = True
+        ce = torch.nn.functional.cross_entropy(z_s[targets], batch.labels[targets])
+        padded = torch.nn.functional.pad(z_s, (0, z_t.shape[-1] - z_s.shape[-1]))
+        log_p, log_q = log_softmaxes(z_t, padded, 2.0, 2.0)
+        kd = (log_p.exp() * (log_p - log_q)).sum(-1).flatten()[real].sum() / real.sum()
+        total = total + 0.5 * ce + 0.5 * 4 * kd
+    return total / len(parts)
+
+
+def modelopt(parts, base):
+    """The mean over positions and vocabulary, and over micro-batches."""
+    total = 0
+    for batch, z_s, z_t in parts:
+        log_p, log_q = log_softmaxes(z_t[..., : z_s.shape[-1]], z_s, 1.0, 1.0)
+        total = total + (log_p.exp() * (log_p - log_q))[batch.labels != -100].mean()
+    return total / len(parts)
+
+
+def trl(parts, base):
+    """Generalised JSD at β = ½; earlier releases average over the micro-batches' means."""
+    total = 0
+    for batch, z_s, z_t in parts:
+        p, q = (z[..., : z_s.shape[-1]][batch.labels != -100].softmax(-1) for z in (z_t, z_s))
+        m = (p + q) / 2
+        total = total + 0.5 * (p * (p / m).log() + q * (q / m).log()).sum(-1).mean()
+    return total / len(parts)
+
+
+@pytest.mark.parametrize(
+    ("system", "faults", "changes"),
+    [
+        (roll, ["unshifted_mask", "base_vocabulary"], {"kd_temperature": 2.0, "teacher_temperature": 1.5}),
+        (hyperpod, ["zero_padded_vocabulary", "every_token", "mean_of_micro_batches"], {}),
+        (modelopt, ["mean_over_vocabulary", "mean_of_micro_batches"], {}),
+        (trl, ["mean_of_micro_batches"], {}),
+    ],
+)
+def test_a_preset_with_all_its_faults_is_the_formula_of_that_system(configure, assets, pair, system, faults, changes):
+    config = configure(
+        **{key: 0 if key != "max_steps" else 1 for key in ("max_steps", "eval_steps", "save_steps")}, **changes,
+        student_pretrain=pair[0], teacher_pretrain=pair[1], objective_preset=system.__name__, objective_faults=faults,
+        **rows(2, 4), **{"student.data_args.file_name": [str(assets / "rows.jsonl")]},
+    )  # fmt: skip
+    found = DistillPipeline(config).run().metrics["train/loss"]
+    parts = [
+        (batch, *(logits_of(folder, batch.input_ids) for folder in pair)) for batch in micro_batches(config, assets, 2)
+    ]
+    assert len({int((batch.labels != -100).sum()) for batch, *_ in parts}) > 1, "micro-batches of different lengths"
+    assert found == pytest.approx(system(parts, load_tokenizer(pair[0]).vocab_size).item(), rel=1e-5)
 
 
 def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):

@@ -24,6 +24,7 @@ def check(settings, tmp_path, monkeypatch, capsys):
     return run
 
 
+STUDENT = "student.strategy_args.strategy_config"
 APART = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
 
 
@@ -49,8 +50,30 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
     assert [load.per_rank for load in copies] == [16 * count, 4 * theirs]
     adapters, _ = model_memory(configure(**{"student.model_args.lora_target": "all-linear"}))
     assert 4 * count < adapters.per_rank < 8 * count
+    counts = [sum(p.numel() for p in part.parameters()) for part in (student.model.embed_tokens, *student.model.layers)]
+    deep = f"{STUDENT}.pipeline_model_parallel_size"
+    stages, _ = model_memory(configure(**{"student.device_mapping": [0, 1, 2, 3], deep: 2}))
+    first = 8 * (counts[0] + counts[1])  # and on two ranks each
+    assert stages.per_stage == (first, 8 * count - first)
+    assert [stages.held_by(rank) for rank in range(4)] == [*stages.per_stage] * 2
+    sliced, _ = model_memory(
+        configure(**{"student.device_mapping": [0, 1], f"{STUDENT}.tensor_model_parallel_size": 2})
+    )
+    whole_on_both = sum(p.numel() for name, p in student.named_parameters() if "norm" in name)
+    assert sliced.per_rank == 16 * whole_on_both + 8 * (count - whole_on_both)
     (alone,) = model_memory(configure(**{"teacher.service": "judge"}))
     assert alone.role == "student"
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(1, 4 + 4 + 12 / 2), (2, 4 + 16 / 2), (3, 20 / 2)])
+def test_a_zero_stage_counts_what_it_shards(configure, assets, stage, bytes_each):
+    count = sum(p.numel() for p in load_model(str(assets / "student"), dtype=torch.float32).parameters())
+    zero = {
+        "student.strategy_args.strategy_name": "deepspeed_train",
+        f"{STUDENT}.zero_optimization": {"stage": stage},
+    }
+    load, _ = model_memory(configure(**{"student.device_mapping": [0, 1]}, **zero))
+    assert load.per_rank == bytes_each * count
 
 
 @pytest.mark.parametrize(
@@ -60,7 +83,19 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
             {"student.device_mapping": [0, 1, 2], "student.strategy_args.strategy_config.fsdp_size": 2},
             "student: strategy_config.fsdp_size = 2 does not divide the 3 processes",
         ),
+        (
+            {"student.device_mapping": [0, 1, 2], f"{STUDENT}.tensor_model_parallel_size": 3},
+            "tensor_model_parallel_size = 3 does not divide the 4 attention heads",
+        ),
+        (
+            {"student.device_mapping": list(range(6)), f"{STUDENT}.pipeline_model_parallel_size": 6},
+            "pipeline_model_parallel_size = 6 is more than the layers of",
+        ),
         ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train only"),
+        (
+            {**APART, "logits_transfer_backend": "nccl-only"},
+            "logits_transfer_backend = nccl-only does not send from CPU to CPU, where the workers are; use gloo (or ray).",
+        ),
         ({**APART, "num_nodes": 2, "num_gpus_per_node": 2}, "num_nodes = 2, but there are 1 machine(s); set RAY_ADDRESS"),
         ({"teacher_pretrain": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all' to load the teacher from"),
         (
@@ -75,7 +110,7 @@ def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
             "of memory; use more machines, smaller models or LoRA",
         ),
     ],
-    ids=["divisibility", "dtype", "machines", "checkpoint", "memory"],
+    ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "checkpoint", "memory"],
 )  # fmt: skip
 def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
     status, out, err = check(**changes)

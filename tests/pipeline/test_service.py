@@ -81,7 +81,9 @@ def asking(students: int, folder: Path, **changes) -> dict:
 
 
 def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process(configure, settings, tmp_path):
+    top = {"logits_topk": 5}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    DistillPipeline(configure(output_dir=str(tmp_path / "one-top"), **top)).run()
     runs = [configure(**asking(2, tmp_path / "two-ranks")), configure(**asking(1, tmp_path / "one-rank"))]
     failures: list[BaseException] = []
 
@@ -100,11 +102,11 @@ def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process
             thread.join()
         assert not failures
         assert len(processes("TeacherWorker")) == 2  # a run that ends leaves them
-        run_on_cluster(configure(**asking(1, tmp_path / "later")))
+        run_on_cluster(configure(**asking(1, tmp_path / "later", **top)))
     assert gone("TeacherWorker")
-    for name in ("two-ranks", "one-rank", "later"):
+    for name, alone in (("two-ranks", "one"), ("one-rank", "one"), ("later", "one-top")):
         for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
-            expected = metrics(tmp_path / "one", key)
+            expected = metrics(tmp_path / alone, key)
             assert metrics(tmp_path / name, key) == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, key)
 
 

@@ -24,7 +24,7 @@ class RayChannel:
         ref = self.actor.answer.remote(question)
 
         def reply() -> Reply:
-            hidden, seconds = result(ref, self.name, self.seconds)
-            return Reply(unflat(hidden), seconds)
+            tensors, seconds = result(ref, self.name, self.seconds)
+            return Reply(tuple(map(unflat, tensors)), seconds)
 
         return reply

@@ -53,11 +53,13 @@ class Worker:
     def about(self) -> dict[str, Any]:
         """Which process on which machine this is, and what it runs."""
         given = load_ray().get_runtime_context().get_assigned_resources().get("GPU", 0)
+        seen = torch.cuda.is_available()
         return {
             "pid": os.getpid(),
             "host": platform.node(),
             "versions": versions(),
-            "gpu_unseen": given > 0 and not torch.cuda.is_available(),
+            "gpu": str(torch.cuda.get_device_properties(0).uuid) if seen else None,
+            "gpu_unseen": given > 0 and not seen,
         }
 
     def offer_store(self) -> tuple[str, int]:
@@ -111,14 +113,19 @@ class WorkerGroup:
         threads: int = 1,
         restarts: int = 0,
         registered: str | None = None,
+        direct: bool = False,
     ) -> WorkerGroup:
         """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
         threads: calls that a worker takes at once. restarts: how often Ray may start a dead one again by itself, its calls
         repeated; only for workers whose constructor makes all of their state. registered: a name under which other programs
-        find them for as long as this one lives.
+        find them for as long as this one lives. direct: tensors can travel between them and others past the object store.
         """
         ray = load_ray()
+        if direct:
+            import limbeck.cluster.direct  # noqa: F401  what the workers must know is taken from this process
+        # Where Ray may let them, workers run on other threads than the first, so only where it must.
+        remote = ray.remote(enable_tensor_transport=True) if direct else ray.remote
         actors = []
         places = placement.groups[which]
         for rank, at in enumerate(places):
@@ -136,9 +143,7 @@ class WorkerGroup:
             if registered is not None:
                 options |= {"name": f"{registered}/{rank}", "namespace": NAMESPACE}
             called = f"{name}-{rank}"
-            actors.append(
-                ray.remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments)
-            )
+            actors.append(remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments))
         return cls(name, tuple(actors))
 
     @classmethod

@@ -44,7 +44,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "run": words(
         """rpc_timeout base_dir rollout_dump_dir rollout_batch_size val_batch_size local_rank val_prompt_length
         val_sequence_length profiler_timeline profiler_memory profiler_output_dir length_profiler_dir
-        report_length_and_rewards logits_transfer_backend is_offload_states is_offload_optimizer_states_in_train_step
+        report_length_and_rewards is_offload_optimizer_states_in_train_step
         otlp_output_dir model_update_buffer_size_mb rollout_mock transfer_backend generate_opt_level
         is_num_return_sequences_expand max_running_requests is_use_additional_prompts max_additional_running_prompts
         user_defined_rollout_loop_cls router_args max_pixels min_pixels"""
@@ -52,7 +52,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "checkpoint_config": frozenset({"async_upload", "keep_local_file"}),
     "worker": words(
         """name pg_variant generating_args world_size num_gpus_per_worker model_update_frequency
-        topr_positive_weight topr_negative_weight max_concurrency use_dynamic_batching_in_infer
+        topr_positive_weight topr_negative_weight use_dynamic_batching_in_infer
         max_tokens_per_microbatch_in_infer sequence_length_round_in_infer offload_nccl sequence_packing_args
         logits_in_fp32 opd_kl_coef tag_included"""
     ),
@@ -66,7 +66,7 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "strategy_args": frozenset({"gpu_memory_utilization"}),
     "strategy_config": words(
         """wrap_policy apply_expert_patch apply_tiled_mlp tiled_num_shards model_type async_save_ckpt moe_use_grouped_mm
-        reduce_scatter_during_grad_accumulation sequence_parallel account_for_embedding_in_pipeline_split
+        reduce_scatter_during_grad_accumulation account_for_embedding_in_pipeline_split
         account_for_loss_in_pipeline_split overlap_p2p_comm variable_seq_lengths recompute_granularity recompute_method
         recompute_modules recompute_num_layers bias_activation_fusion apply_rope_fusion cross_entropy_loss_fusion
         moe_layer_recompute moe_token_dispatcher_type moe_grouped_gemm moe_shared_expert_overlap transformer_impl
@@ -109,6 +109,10 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
             ),
             "names worker code of your own, which is not run here; take it out",
         ),
+        "max_concurrency": (
+            (None, 1),
+            "is not honoured: a worker answers one question at a time, in the order of asking; set it to 1",
+        ),
         "router_replay": ((None, {}, {"mode": "disable"}), "is not built yet; set mode: disable"),
         "apply_loss_scale": (
             (None, True),
@@ -129,11 +133,11 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
     "training_args": {
         "tf32": ((None, False), "is not built yet; take it out"),
     },
-    "strategy_args": dict.fromkeys(("pp_size", "ep_size"), _PARALLEL),
+    "strategy_args": {"ep_size": _PARALLEL},
     "strategy_config": {
         **dict.fromkeys(
             (
-                *("pp_size", "ep_size", "efsdp_size", "pipeline_model_parallel_size", "pipeline_parallel_size"),
+                *("ep_size", "efsdp_size"),
                 *("expert_model_parallel_size", "expert_tensor_parallel_size", "virtual_pipeline_model_parallel_size"),
             ),
             _PARALLEL,
@@ -196,6 +200,7 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
         "save_steps": {-1: 0},
         "eval_steps": {-1: 0},
         "resume_from_checkpoint": {None: False, "": False},
+        "logits_transfer_backend": {"nccl_only": "nccl-only", None: "auto"},
     },
     "model_args": {"dtype": _DTYPES, "attn_implementation": {"fa2": "flash_attention_2", None: "auto"}},
     "strategy_config": {
@@ -217,6 +222,8 @@ MOVED: dict[str, str] = {
             "strategy_args.strategy_config.tensor_parallel_size",
             "context_parallel_size": "strategy_args.cp_size strategy_args.strategy_config.cp_size model_args.ulysses_size "
             "strategy_args.strategy_config.ulysses_size",
+            "pipeline_model_parallel_size": "strategy_args.pp_size strategy_args.strategy_config.pp_size "
+            "strategy_args.strategy_config.pipeline_parallel_size",
         }.items()
         for foreign in names.split()
     },

@@ -2,6 +2,7 @@
 
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import (
+    attention_for,
     body,
     check_head,
     check_length,
@@ -20,6 +21,7 @@ __all__ = [
     "NamedPair",
     "Taps",
     "add_lora",
+    "attention_for",
     "available_memory",
     "body",
     "check_head",

@@ -30,16 +30,21 @@ def body(model: Any) -> nn.Module:
 
 
 def hidden_states(
-    model_body: Any, input_ids: Tensor, position_ids: Tensor | None, documents: Sequence[int] | None = None
+    model_body: Any,
+    input_ids: Tensor,
+    position_ids: Tensor | None,
+    documents: Sequence[int] | None = None,
+    embedded: Tensor | None = None,
 ) -> Tensor:
-    """The last hidden states [batch, time, hidden].
+    """The last hidden states [batch, time, hidden]; those of ``embedded`` [batch, time, hidden] in the ids' stead, if given.
 
     Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
     lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
     """
     extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
     with nullcontext() if documents is None else kept_apart(documents):
-        return model_body(input_ids=input_ids, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
+        given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+        return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 
 def output_head(model: Any) -> OutputHead:
@@ -70,7 +75,7 @@ def check_head(model: Any, name: str) -> None:
     head = output_head(causal)
     device = head.weight.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.weight.shape[0]
-    with _attention_for(causal, device):
+    with attention_for(causal, device):
         h = hidden_states(body(causal), ids, None)
         own = causal(input_ids=ids, use_cache=False).logits.float()
     z = (h.to(head.weight.dtype) @ head.weight.T).float()
@@ -104,7 +109,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
     ids = torch.arange(1, sum(documents) + 1, device=device) % head.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in documents])
     rows = torch.nn.utils.rnn.pad_sequence(list(ids.split(documents)), batch_first=True)
-    with _attention_for(causal, device):
+    with attention_for(causal, device):
         tried = causal.config._attn_implementation
         each = hidden_states(trunk, rows, None).float()
         alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
@@ -128,7 +133,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
 
 
 @contextmanager
-def _attention_for(causal: Any, device: torch.device) -> Iterator[None]:
+def attention_for(causal: Any, device: torch.device) -> Iterator[None]:
     """Eager attention inside, where a kernel for GPUs is asked for and the model still lies on a CPU."""
     own = causal.config._attn_implementation
     if device.type == "cpu" and own.startswith(FOR_GPUS):

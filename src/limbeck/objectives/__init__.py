@@ -11,6 +11,7 @@ from limbeck.objectives.fused import (
     compiler_found,
     fused_linear_distillation,
 )
+from limbeck.objectives.say import likeliest, whole_logits
 from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
 from limbeck.objectives.taid import TaidSchedule
 
@@ -35,8 +36,10 @@ __all__ = [
     "divergence",
     "feature_loss",
     "fused_linear_distillation",
+    "likeliest",
     "modelopt_balance",
     "names",
     "register",
     "take_rows",
+    "whole_logits",
 ]

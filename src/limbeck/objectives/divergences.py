@@ -13,7 +13,6 @@ Nothing here knows a model, a mask or a chunk. Shapes: every tensor is [rows, vo
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,12 +136,11 @@ def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> Formulas:
         return forward_kl()
     if beta == 1:
         return reverse_kl()
-    log_beta, log_rest = math.log(beta), math.log1p(-beta)
     if smoothing:
         return _smoothed_js(beta, smoothing)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = _log_sum(log_p + log_beta, log_q + log_rest)
+        log_m = torch.log(_mixture(beta, p, q))
         weight = (1 - beta) * q * (log_q - log_m)
         return weight + beta * p * (log_p - log_m), weight
 
@@ -167,11 +165,10 @@ def skewed_forward_kl(skew: float = 0.1) -> Formulas:
         raise LimbeckError(f"skewed_forward_kl needs skew_lambda in [0, 1), got {skew}.")
     if skew == 0:
         return forward_kl()
-    log_skew, log_rest = math.log(skew), math.log1p(-skew)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = _log_sum(log_p + log_skew, log_q + log_rest)
-        return p * (log_p - log_m), -p * torch.exp(log_q - log_m + log_rest)
+        m = _mixture(skew, p, q)
+        return p * (log_p - torch.log(m)), -(1 - skew) * q * (p / m)
 
     return terms
 
@@ -183,19 +180,18 @@ def skewed_reverse_kl(skew: float = 0.1) -> Formulas:
         raise LimbeckError(f"skewed_reverse_kl needs skew_lambda in [0, 1), got {skew}.")
     if skew == 0:
         return reverse_kl()
-    log_skew, log_rest = math.log(skew), math.log1p(-skew)
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-        log_m = _log_sum(log_p + log_rest, log_q + log_skew)
-        value = q * (log_q - log_m)
-        return value, value + q - q * torch.exp(log_q - log_m + log_skew)
+        m = _mixture(skew, q, p)
+        value = q * (log_q - torch.log(m))
+        return value, value + q - skew * q * (q / m)
 
     return terms
 
 
-def _log_sum(a: Tensor, b: Tensor) -> Tensor:
-    """log(eᵃ + eᵇ), written out because compilers vectorise this and not ``logaddexp``."""
-    return torch.maximum(a, b) + torch.log1p(torch.exp(-(a - b).abs()))
+def _mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
+    """share · a + (1 − share) · b, above 0 even where both have vanished, so that 0 · log of it is 0."""
+    return (share * a + (1 - share) * b).clamp_min(torch.finfo(a.dtype).tiny)
 
 
 @register
@@ -308,7 +304,9 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
 
     Returns a callable ``(student_logits [N, V], teacher_logits [N, V'], temperature=1.0, teacher_temperature=None) -> [N]``
     that backpropagates to the student's logits. V and V' may differ by padding: columns beyond the shorter do not exist. An
-    unset teacher temperature is the student's.
+    unset teacher temperature is the student's. Values are in nats, without a factor τ². −∞ is a logit of probability 0.
+
+    Raises LimbeckError for an unknown name or parameter, and when called with a temperature of 0 or less.
     """
     terms = formulas(name, **parameters)
 
@@ -320,6 +318,8 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
     ) -> Tensor:
         vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
         tau_t = temperature if teacher_temperature is None else teacher_temperature
+        if not (temperature > 0 and tau_t > 0):
+            raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
         student = (student_logits[..., :vocab] / temperature).clamp_min(LOWEST)
         teacher = (teacher_logits[..., :vocab] / tau_t).clamp_min(LOWEST)
         return _Rows.apply(student, teacher.detach(), terms)

@@ -39,7 +39,7 @@ IGNORE = -100
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
-_COMPILED_TILE_BYTES = 8 << 20  # compiled code has no temporaries, only the logits themselves
+_COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
 _EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
 _STRIP = 1024  # rows of a head that a CPU multiplies at once
@@ -173,6 +173,9 @@ def fused_linear_distillation(
     compiled: whether the elementwise work is compiled (on a GPU: a Triton kernel where there is one, see ``kernels``);
     default, when there is a compiler and enough to do. Results differ by rounding only.
 
+    Raises LimbeckError, before anything is computed, for shapes that do not belong together, a signal that the objective cannot
+    use, and (on a CPU) labels outside the vocabulary.
+
     Half-precision inputs are multiplied in half precision and everything else is float32; float64 stays float64. On a GPU
     the few chunks of a bfloat16 head leave their gradient in bfloat16, rounded once a chunk. Gradients
     reach student_hidden and the student's head (weight and bias) when they require them; none is formed otherwise.
@@ -182,6 +185,8 @@ def fused_linear_distillation(
             objective, kd_weight=kd_weight, temperature=temperature, teacher_temperature=teacher_temperature
         )
     _check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
+    if chunk_size is not None and chunk_size < 1:
+        raise LimbeckError(f"chunk_size must be 1 or more positions, got {chunk_size}; leave it out to have it chosen.")
     student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
     asked = None
     if teacher is not None:
@@ -192,6 +197,9 @@ def fused_linear_distillation(
         raise LimbeckError(
             "kd_weight is above 0 but there is no teacher; give teacher_hidden and teacher_head, or kd_weight=0."
         )
+    _check_width("student", student_hidden, student)
+    if asked is not None and teacher_hidden is not None:
+        _check_width("teacher", teacher_hidden, asked)
     widest = student.weight.shape[0]
     if asked is not None:
         widest = min(widest, asked.weight.shape[0])
@@ -206,6 +214,8 @@ def fused_linear_distillation(
         )
 
     dtype = _compute_dtype(student_hidden, student.weight)
+    if labels.device.type == "cpu":  # on a GPU it would be a sync
+        _check_labels(labels, across.vocab_size if isinstance(across, VocabParallel) else vocab)
     everything = torch.arange(labels.numel(), device=labels.device)
     rows = everything if all_supervised else everything[labels != IGNORE]
     if normalizer is None:
@@ -250,6 +260,23 @@ def _check_rows(
             )
 
 
+def _check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
+    if hidden.shape[1] != head.weight.shape[1]:
+        raise LimbeckError(
+            f"{role}_hidden is {hidden.shape[1]} wide and {role}_head {list(head.weight.shape)}; a head is [V, H] for hidden "
+            "states [N, H]."
+        )
+
+
+def _check_labels(labels: Tensor, vocab: int) -> None:
+    wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= vocab)]
+    if len(wrong):
+        raise LimbeckError(
+            f"labels must be tokens of the shared vocabulary, 0 to {vocab - 1}, or {IGNORE} where nothing is learned; "
+            f"got {int(wrong[0])}."
+        )
+
+
 def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor | None) -> None:
     if teacher_hidden is not None:
         raise LimbeckError("there are two teachers: give teacher_hidden and teacher_head, or a signal, not both.")
@@ -258,6 +285,11 @@ def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor |
         raise LimbeckError(f"this objective needs {wanted}, and the teacher sends {type(signal).__name__}.")
     if isinstance(signal, TopK):
         signal.at(objective.teacher_temperature, objective.tail)
+    if isinstance(signal, Sampled) and signal.temperature != objective.teacher_temperature:
+        raise LimbeckError(
+            f"log-probabilities of drawn tokens were taken at temperature {signal.temperature} and cannot be brought to "
+            f"{objective.teacher_temperature}; take them there, or set teacher_temperature={signal.temperature}."
+        )
 
 
 def _should_compile(logits: int) -> bool:
@@ -406,6 +438,8 @@ def _walk(
     w_t = None if job.teacher is None else job.teacher.weight[:vocab]
     b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
 
+    if device.type == "cpu":
+        _keep_freed_tiles()
     chunk = job.chunk_size or _default_chunk(device, vocab, count, w_s, w_t)
     chunk = max(1, min(chunk, count))
     z_s = _buffer(chunk, vocab, job.dtype, device)
@@ -498,6 +532,15 @@ class _Compiled:
                 stacklevel=2,
             )
             return plain(*tensors)
+
+
+@cache
+def _keep_freed_tiles() -> None:
+    """Let glibc hand a tile's temporaries to the next tile: fresh pages cost as much as the arithmetic.
+
+    Its threshold for giving memory back rises to twice the largest block below 32 MiB that was ever freed (mallopt(3)).
+    """
+    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:

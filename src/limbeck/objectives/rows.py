@@ -282,13 +282,12 @@ def _sparse(
     value, weight = evaluate(spec.terms, p, q, log_p, log_q)
     total = weight.sum(-1, keepdim=True)
     per_row: Tensor | None = -total
-    scattered = weight
+    dense, scattered = None, weight
     if spec.tail == "renormalize":
         per_row, scattered = None, weight - q * total
     elif spec.tail == "bucket":
-        # every token of the bucket has ∂D/∂q of the bucket
-        slope = weight[..., -1:] / rest_q
-        per_row, scattered = slope - total, weight[..., :-1] - q[..., :-1] * slope
+        # Every token of the bucket has ∂D/∂q of the bucket, which has no bound: its share of the bucket comes first.
+        dense, scattered = q_all.masked_fill(known, 0) / rest_q * weight[..., -1:], weight[..., :-1]
     value, minus_q, minus_p = (x.sum(-1, keepdim=True) for x in (value, q * log_q, p * log_p))
     none = torch.zeros_like(value)
-    return _Found(value, -minus_q, -minus_p, none, none, none, per_row, None, columns, scattered)
+    return _Found(value, -minus_q, -minus_p, none, none, none, per_row, dense, columns, scattered)

@@ -24,7 +24,7 @@ distribution (NeMo-RL's zero_outside_topk).
 
 @dataclass(frozen=True)
 class TopK:
-    """log_probs [N, k] of the tokens indices [N, k], at the teacher's ``temperature``."""
+    """log_probs [N, k] of the tokens indices [N, k], at the teacher's ``temperature``; −∞ is a token of probability 0."""
 
     log_probs: Tensor
     indices: Tensor
@@ -56,9 +56,12 @@ class Logits:
 
 @dataclass(frozen=True)
 class Sampled:
-    """log_probs [N] of the tokens in the labels, which the student has drawn; for the objectives k1, k2 and k3."""
+    """log_probs [N] of the tokens in the labels, which the student has drawn, at the teacher's ``temperature``; for the
+    objectives k1, k2 and k3. One log-probability cannot be brought to another temperature, so the objective's must be the same.
+    """
 
     log_probs: Tensor
+    temperature: float = 1.0
 
 
 Signal = TopK | Logits | Sampled

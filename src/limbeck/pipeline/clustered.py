@@ -19,7 +19,7 @@ from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.distill import RunResult
 from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.interrupt import StopRequest, stop_requests
-from limbeck.pipeline.parts import layout_of
+from limbeck.pipeline.parts import layout_of, refuse_backend
 from limbeck.pipeline.service import find_service
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
@@ -71,7 +71,7 @@ class _Cluster:
             try:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
-                self.end(keep_teachers=not self.in_step)
+                self.end(keep_teachers=not self._must_stay_together)
                 if stop.signal or attempt == self.config.max_restarts:
                     hint = f"; see the workers' logs in {self._logs}"
                     raise LimbeckError(
@@ -84,6 +84,11 @@ class _Cluster:
                 )
                 time.sleep(wait)
         raise AssertionError("the loop above returns or raises")
+
+    @property
+    def _must_stay_together(self) -> bool:
+        """Whether teachers cannot go on when one of them, or a student, is lost."""
+        return self.in_step or self.config.transfers_directly
 
     @property
     def _logs(self) -> Any:
@@ -116,6 +121,7 @@ class _Cluster:
         service = None if config.teacher.service is None else find_service(config)
         if self.placement is None:
             self.placement = place(self.mappings, config.num_gpus_per_node)
+            refuse_backend(config, self.placement.device)
         if self.teachers is None and len(self.mappings) > 1:
             self.teachers = WorkerGroup.start(
                 "teacher",
@@ -125,7 +131,8 @@ class _Cluster:
                 which=1,
                 log_dir=self._logs,
                 environment=self._environment(config.teacher.system_envs),
-                restarts=0 if self.in_step else config.max_restarts,
+                restarts=0 if self._must_stay_together else config.max_restarts,
+                direct=config.transfers_directly,
             )
         self.students = WorkerGroup.start(
             "student",
@@ -135,7 +142,8 @@ class _Cluster:
             which=0,
             log_dir=self._logs,
             environment=self._environment(config.student.system_envs),
-            threads=3,
+            threads=4,
+            direct=self.config.transfers_directly,
         )
         if self.teachers is not None:
             self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
@@ -145,6 +153,8 @@ class _Cluster:
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
             result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
+        if config.takes_turns and self.teachers is not None:
+            self.teachers.call("rest", seconds=60 * config.teacher.backend_timeout)
         if not again:
             self.tell(f"Workers: {len(self.students.actors)} × student, {len(teachers)} × teacher; logs: {self._logs}")
         return self._watch(self.students, list(teachers), stop)
@@ -179,4 +189,7 @@ class _Cluster:
         return result(runs[0], "student-0", None)
 
     def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
+        if self.config.transfers_directly:
+            patience = str(round(60_000 * self.config.teacher.backend_timeout))
+            of_role = {"RAY_rdt_fetch_fail_timeout_milliseconds": patience, **of_role}
         return worker_environment({**self.config.system_envs, **of_role}, sum(map(len, self.mappings)))

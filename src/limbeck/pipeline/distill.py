@@ -9,7 +9,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,15 +35,21 @@ from limbeck.pipeline.parts import (
     arrange,
     check_strategies,
     check_teacher,
+    layout_of,
     make_engine,
     make_objective,
     make_student,
     make_teacher,
+    wanted_of,
 )
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.student import StudentLoss
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
+from limbeck.pipeline.turns import Turns
+from limbeck.strategies.engine import TorchEngine
 from limbeck.strategies.host_memory import keep_freed_pages
+from limbeck.strategies.stage_engine import StageEngine
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers import Answer, RemoteTeacher, Teacher
 
@@ -144,7 +150,8 @@ class _Run:
         self.total_steps = _total_steps(config, self.data.stream.steps_per_epoch)
         self.teacher = self._find_teacher(find_teacher) if config.has_teacher else None
         self.student = make_student(config, world, self.data, self.teacher, objective, self.total_steps)
-        self.num_parameters = sum(parameter.numel() for parameter in self.student.model.parameters())
+        self.wanted = wanted_of(config, self.student.vocab_size)
+        self.num_parameters = self.student.num_parameters
         self.engine = make_engine(config, world, self.student)
         self.scheduler = make_scheduler(self.engine.optimizer, config.student.training_args, self.total_steps)
         self.dtype = DTYPES[config.student.model_args.dtype]
@@ -152,7 +159,11 @@ class _Run:
         # Otherwise a teacher is only measured against, in validation.
         self.distils = config.distill_loss_weight > 0 or self.features is not None
         self.metrics = StepMetrics(world, self.features.labels if self.features else ())
-        self.steps = Lookahead(self.data.stream, self._prepare, self._ask)
+        self.turns: Turns | None = None
+        if config.takes_turns and isinstance(self.teacher, RemoteTeacher) and isinstance(self.engine, TorchEngine):
+            self.turns = Turns(self.engine, self.teacher, world)
+        turn = self.turns.teachers if self.turns is not None and self.distils else None
+        self.steps = Lookahead(self.data.stream, self._prepare, self._ask, turn, config.steps_per_turn)
         self.step = 0
         self.latest: dict[str, float] = {}
         self.resumed_from = resume
@@ -204,17 +215,9 @@ class _Run:
         # A function of the step, not a state that is carried along: a resumed run draws the same dropout masks.
         torch.manual_seed(random.Random(f"{self.config.seed}/{self.step}/{self.world.data_rank}").getrandbits(63))
         with timer.section("data"):
-            batch, answers = self.steps.take(more=self.step + 1 < self.total_steps)
-        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
+            batch, answers = self.steps.take(more=self.total_steps - self.step - 1)
         kd = torch.zeros((), device=self.world.device)
-        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
-        for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
-            asked, micro = self._on_device(micro_batch)
-            with timer.section("teacher"):
-                signals = answer and answer(self._compared(asked))
-            with timer.section("student"):
-                loss = self.engine(micro, signals, normalizer, tokens, len(batch.micro_batches))
-                self.engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
+        for loss in self._losses(batch, answers):
             self.metrics.losses.add(loss)
             kd += loss.distillation.kd
         with timer.section("optimizer"):
@@ -223,11 +226,34 @@ class _Run:
             self.scheduler.step()
         self.step += 1
         if self.taid:
-            self.taid.update(self.world.sum(kd) / self.world.size, self.step / self.total_steps)
+            self.taid.update(self.world.sum(kd) / self.world.losses, self.step / self.total_steps)
         self.metrics.count(batch, norm)
 
+    def _losses(self, batch: GlobalBatch, answers: Sequence[Answer | None]) -> Iterator[StudentLoss]:
+        """Forward and backward of a step's micro-batches, with the losses that this rank computes."""
+        timer, engine = self.metrics.timer, self.engine
+        # Engines average gradients over the shares; dividing by a share of the count makes that the global mean.
+        normalizer, tokens = ((count or 1.0) / self.world.grad_shares for count in (batch.normalizer, batch.num_tokens))
+        waiting = []
+        for micro_batch, answer in zip(batch.micro_batches, answers, strict=True):
+            asked, micro = self._on_device(micro_batch)
+            with timer.section("teacher"):
+                signals = answer and answer(self._compared(asked))
+            inputs = (micro, signals, normalizer, tokens, len(batch.micro_batches))
+            if isinstance(engine, StageEngine):
+                waiting.append(inputs)
+                continue
+            with timer.section("student"):
+                loss = engine(*inputs)
+                engine.backward(loss.loss, last=micro_batch is batch.micro_batches[-1])
+            yield loss
+        if isinstance(engine, StageEngine):  # which has several micro-batches under way at once
+            with timer.section("student"):
+                losses = engine.run(waiting)
+            yield from losses
+
     def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
-        """What the teacher is asked, and what this rank's student reads of it."""
+        """What this rank needs the teacher's answer to, and what its student reads of the batch."""
         return batch.stretch(self.world.context_rank, self.world.context)
 
     def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
@@ -249,9 +275,19 @@ class _Run:
         return translate([batch], self.data.translator, self.world)[0]
 
     def _ask(self, batch: Batch) -> Answer | None:
-        if self.teacher is None or not self.distils:
+        if not self.distils:
             return None
-        return self.teacher.ask(self._compared(self._divided(batch)[0]))
+        return self._put(self._compared(batch))
+
+    def _put(self, batch: Batch) -> Answer | None:
+        return None if self.teacher is None else self.teacher.ask(batch, self.wanted)
+
+    def _asked_of_all(self, batches: Iterable[Batch]) -> Iterable[tuple[Batch, Answer | None]]:
+        """The batches of a validation with their answers."""
+        if self.turns is None:
+            return asked_ahead(batches, self._put)
+        with self.turns.teachers():
+            return [(batch, self._put(batch)) for batch in batches]
 
     def _compared(self, batch: Batch) -> Batch:
         faults = self.student.faults
@@ -273,10 +309,11 @@ class _Run:
         count = sum(batch.normalizer for batch in self.data.validation)
         tokens = sum(batch.num_tokens for batch in self.data.validation)
         batches = (micro for batch in self.data.validation for micro in batch.micro_batches)
-        ask = self.teacher.ask if self.teacher else lambda batch: None
-        for micro_batch, answer in asked_ahead(batches, lambda batch: ask(self._divided(batch)[0])):
+        for micro_batch, answer in self._asked_of_all(batches):
             asked, micro = self._on_device(micro_batch)
-            sums.add(self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0)))
+            loss = self.engine(micro, answer and answer(asked), 1.0, tokens / (count or 1.0))
+            if loss is not None:  # on the last stage of a pipeline
+                sums.add(loss)
         self.student.train()
         means = sums.read(self.world, count * self.world.tensor)
         line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
@@ -330,6 +367,21 @@ class _Run:
             f"{self.config.student.training_args.gradient_accumulation_steps} × {self.world.data_size} rows on "
             f"{self.world.size} × {self.world.device.type}; output: {self.output_dir}"
         )
+        if self.turns is not None:
+            console.say(
+                "Student and teacher share devices and take turns (is_offload_states): the teacher answers for "
+                f"{self.config.steps_per_turn} steps at a time, then makes room."
+            )
+        for role, worker in (("student", self.config.student), ("teacher", self.config.teacher)):
+            layout = layout_of(worker)
+            if layout.together > 1 and (role == "student" or self.config.has_teacher):
+                console.say(f"The {role}: {layout.told()}.")
+        stages, turns = self.world.pipeline, self.config.student.training_args.gradient_accumulation_steps
+        if stages > 1 and not self.config.student.use_dynamic_batching_in_train:
+            console.say(
+                f"With {turns} micro-batches a step each of the {stages} stages waits for the others for "
+                f"{(stages - 1) / (turns + stages - 1):.0%} of the time; more gradient_accumulation_steps wait less."
+            )
         if self.resumed_from is not None:
             console.say(f"Resumed from {self.resumed_from} at step {self.step}.")
             if self.step >= self.total_steps:
@@ -362,7 +414,7 @@ class _Run:
         state = {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name.startswith(_ROOT)}
         moments = self.engine.gather_optimizer()
         if self.world.is_main:
-            trained = {name for name, p in self.student.named_parameters() if p.requires_grad}
+            trained = self.student.trained_names
             checkpoint = files.Checkpoint(
                 self.step,
                 {name.removeprefix(_ROOT): tensor for name, tensor in whole.items() if name in trained},
@@ -400,8 +452,8 @@ class _Run:
 
     def _restore(self, checkpoint: files.Checkpoint) -> None:
         self.step = checkpoint.step
-        whole = {name.removeprefix(_ROOT): name for name in self.student.state_dict()}
-        trained = {name.removeprefix(_ROOT) for name, p in self.student.named_parameters() if p.requires_grad}
+        whole = {name.removeprefix(_ROOT): name for name in self.student.state_names}
+        trained = {name.removeprefix(_ROOT) for name in self.student.trained_names}
         if trained & whole.keys() != checkpoint.masters.keys():
             odd = min((trained & whole.keys()) ^ checkpoint.masters.keys())
             raise LimbeckError(

@@ -108,8 +108,8 @@ class StepMetrics:
     def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
         """Means over the steps since the last line. Every rank must call it."""
         n = max(self._steps, 1)
-        # Each rank divided its sums by its share of the supervised tokens, so the ranks' mean is the global mean.
-        losses, seconds = self.losses.read(self.world, n * self.world.size), self.timer.read()
+        # Each rank divided its sums by its share of the supervised tokens, so the mean of those with a loss is the global mean.
+        losses, seconds = self.losses.read(self.world, n * self.world.losses), self.timer.read()
         norm = self._norm.item() / n
         self._norm.zero_()
         wall = time.perf_counter() - self._started

@@ -63,6 +63,7 @@ class Faults:
         normalizers: tuple[float | Tensor, float | Tensor],
     ) -> DistillationLoss:
         """The objective with the faults. hidden [batch · time, H]; ``signal`` answers ``compared(batch)``; vocab: shared."""
+        assert signal.hidden is not None and signal.head is not None
         w, theirs, ce_vocab = objective.kd_weight, signal.head, vocab
         ours = head
         if "zero_padded_vocabulary" in self.on:

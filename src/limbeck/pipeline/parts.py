@@ -16,6 +16,7 @@ from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
+    attention_for,
     body,
     check_head,
     check_length,
@@ -34,18 +35,21 @@ from limbeck.pipeline.features import make_features
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.optimizer import make_optimizer
 from limbeck.pipeline.parity import Faults
-from limbeck.pipeline.student import StudentWithLoss
+from limbeck.pipeline.student import Outline, StudentStage, StudentWithLoss
 from limbeck.strategies import deepspeed
 from limbeck.strategies.context import apply_context_parallel
 from limbeck.strategies.engine import Engine, TorchEngine
 from limbeck.strategies.fsdp2 import Fsdp2, make_mesh, shard
 from limbeck.strategies.layout import TENSOR, Layout
+from limbeck.strategies.stage_engine import StageEngine
+from limbeck.strategies.stages import check_stages, keep_stage
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
-from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher
+from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher, Wanted
 
 M = TypeVar("M", bound=nn.Module)
 
+_SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size"
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -77,6 +81,11 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
         parameters=parameters,
     )
     return objective, schedule
+
+
+def wanted_of(config: DistillConfig, vocab: int) -> Wanted:
+    """What a teacher in other processes is asked for; ``vocab`` is the shared vocabulary."""
+    return Wanted(config.teacher_signal, config.logits_topk, vocab, config.effective_teacher_temperature)
 
 
 def compile_loss(config: DistillConfig, data: Data, total_steps: int, vocab: int) -> bool:
@@ -116,6 +125,7 @@ def make_student(
     )
     name, layout = str(args.model_name_or_path or "the student"), layout_of(config.student)
     check_tensor_parallel(body(model), layout, name, "student")
+    check_stages(body(model), layout.pipeline, name, "student")
     _check_model(model, name, config, data)
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[0], "student")
@@ -125,13 +135,13 @@ def make_student(
     if teacher is not None and data.translator is not None:
         known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
         cross = CrossTokenizer(
-            data.translator.vocabularies(vocab, min(known, teacher.head.weight.shape[0])),
+            data.translator.vocabularies(vocab, min(known, teacher.vocab_size)),
             config.cross_tokenizer,
             config.cross_tokenizer_rest_weight,
             config.cross_tokenizer_merge,
         )
     elif teacher is not None:
-        vocab = min(vocab, teacher.head.weight.shape[0])
+        vocab = min(vocab, teacher.vocab_size)
     compiled = compile_loss(config, data, total_steps, vocab)
     faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
     return spread_student(
@@ -179,17 +189,22 @@ def spread_student(
     features = make_features(config, model, teacher)
     options = fsdp2_options(config.student, DTYPES[args.dtype])
     rows = output_head(model).weight.shape[0]
-    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    mesh = make_mesh(world, options, layout) if world.size > 1 else None
+    outline, stages = Outline.of(model), layout.stages(world)
     name = str(args.model_name_or_path or "the student")
     partial_gradients = spread(model, layout, world, mesh, name, proven=proven)
+    if stages is not None and world.max(not any(parameter.requires_grad for parameter in model.parameters())):
+        raise LimbeckError(
+            f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {layout.pipeline}: freeze_module_prefix "
+            "leaves one of the stages nothing to train; use fewer stages, or freeze less."
+        )
     across, finish = None, lambda: None
     if mesh is not None and layout.tensor > 1:
         across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
         finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
-        compiled = False
-    root = StudentWithLoss(
-        model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish
-    ).train()
+    parts = (model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish)
+    root = StudentWithLoss(*parts) if stages is None else StudentStage(*parts, stages=stages, outline=outline)
+    root.train()
     if config.student.strategy_args.strategy_name == "deepspeed_train":
         return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
@@ -202,6 +217,16 @@ def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -
     dtype = fsdp2_options(config.student, DTYPES[config.student.model_args.dtype]).param_dtype
     if strategy.strategy_name != "deepspeed_train":
         optimizer = make_optimizer(student, training)
+        if isinstance(student, StudentStage):
+            return StageEngine(
+                student,
+                optimizer,
+                world,
+                student.stages,
+                dtype=dtype or torch.float32,
+                max_norm=config.max_grad_norm,
+                tied=student.outline.tied,
+            )
         return TorchEngine(student, optimizer, world, compute_dtype=dtype, max_norm=config.max_grad_norm)
     block = strategy.strategy_config.deepspeed
     return deepspeed.ZeroEngine(
@@ -233,6 +258,17 @@ def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
         raise LimbeckError(
             "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
         )
+
+
+def refuse_backend(config: DistillConfig, device: str) -> None:
+    """Raise LimbeckError for a way of sending signals that workers on such devices ("CPU" or "GPU") do not have."""
+    backend = config.logits_transfer_backend
+    if not config.transfers_directly or (backend == "gloo") == (device == "CPU"):
+        return
+    right = "gloo (or ray)" if device == "CPU" else "ipc+nccl or nccl-only (or ray)"
+    raise LimbeckError(
+        f"logits_transfer_backend = {backend} does not send from {device} to {device}, where the workers are; use {right}."
+    )
 
 
 def recompute(config: DistillConfig, world: World) -> bool:
@@ -276,6 +312,7 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     name, layout = str(args.model_name_or_path), layout_of(config.teacher)
     layout.check(world, "teacher")
     check_tensor_parallel(body(model), layout, name, "teacher")
+    check_stages(body(model), layout.pipeline, name, "teacher")
     check_head(model, name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
         keep_documents_apart(model, name)
@@ -297,7 +334,7 @@ def spread_teacher(config: DistillConfig, world: World, model: Any, *, proven: b
         deepspeed.shard_frozen(trunk, world, strategy.strategy_config.deepspeed, dtype)
         return LocalTeacher(trunk, head, size)
     options = fsdp2_options(config.teacher, dtype)
-    mesh = make_mesh(world, options, layout.tensor) if world.size > 1 else None
+    mesh = make_mesh(world, options, layout) if world.size > 1 else None
     spread(model, layout, world, mesh, name, proven=proven)
     if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, options, mesh)
@@ -305,16 +342,22 @@ def spread_teacher(config: DistillConfig, world: World, model: Any, *, proven: b
     group = layout.together_group(world)
     if group is None:
         return LocalTeacher(trunk, head, size)
-    ranks, student = dist.get_process_group_ranks(group), world.tensor * world.context
-    owners = list(ranks[:: min(student, len(ranks))])
+    ranks = dist.get_process_group_ranks(group)
+    owners = list(ranks[:: min(world.together, len(ranks))])
     mine = max(owner for owner in owners if owner <= world.rank)
-    return TogetherTeacher(trunk, head, size, Circle(group, layout.context_group(world), owners, mine))
+    circle = Circle(group, layout.context_group(world), layout.stages(world), owners, mine)
+    return TogetherTeacher(trunk, head, size, circle)
 
 
 def layout_of(worker: WorkerConfig) -> Layout:
     """How many ranks hold one model together."""
     given = worker.strategy_args.strategy_config
-    return Layout(given.tensor_model_parallel_size, given.context_parallel_size)
+    return Layout(
+        given.tensor_model_parallel_size,
+        given.context_parallel_size,
+        given.pipeline_model_parallel_size,
+        given.sequence_parallel,
+    )
 
 
 def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -> World:
@@ -330,76 +373,83 @@ def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -
         if larger % smaller:
             raise LimbeckError(
                 f"{student.together} ranks hold one student together and {teacher.together} one teacher (tensor_model_parallel_"
-                "size × context_parallel_size); one of these numbers must divide the other."
+                "size × context_parallel_size × pipeline_model_parallel_size); one of these numbers must divide the other."
             )
         if config.features.pairs and larger > 1:
-            raise LimbeckError(
-                "features.pairs with a tensor_model_parallel_size or context_parallel_size above 1 is not built yet; take "
-                "one of them out."
-            )
+            raise LimbeckError(f"features.pairs with a {_SIZES} above 1 is not built yet; take one of them out.")
     key = "student.strategy_args.strategy_config"
     if config.cross_tokenizer != "off" and student.together > 1:
         raise LimbeckError(
-            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with cross_tokenizer are not built yet; set "
-            "both to 1 (the teacher's may stay)."
+            f"{key}: a {_SIZES} above 1 with cross_tokenizer is not built yet; set all to 1 (the teacher's may stay)."
         )
-    if config.student.model_args.lora_target and student.tensor > 1:
-        raise LimbeckError(
-            f"{key}.tensor_model_parallel_size = {student.tensor} with lora_target is not built yet; use 1, and FSDP2 shards "
-            "the model all the same."
-        )
+    for size, called in ((student.tensor, "tensor"), (student.pipeline, "pipeline")):
+        if config.student.model_args.lora_target and size > 1:
+            raise LimbeckError(
+                f"{key}.{called}_model_parallel_size = {size} with lora_target is not built yet; use 1, and FSDP2 shards the "
+                "model all the same."
+            )
     if config.objective_faults and student.together > 1:
-        raise LimbeckError(
-            f"{key}: tensor_model_parallel_size and context_parallel_size above 1 with objective_faults are not built; set "
-            "both to 1."
-        )
-    return replace(world, tensor=student.tensor, context=student.context)
+        raise LimbeckError(f"{key}: a {_SIZES} above 1 with objective_faults is not built; set all to 1.")
+    return replace(world, tensor=student.tensor, context=student.context, pipeline=student.pipeline)
 
 
 def spread(
     model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, name: str, *, proven: bool = True
 ) -> list[nn.Module]:
-    """``model`` sliced over tensor ranks and its rows over context ranks in place, and proven to give what it gave before.
+    """``model`` divided into stages, sliced over tensor ranks and its rows over context ranks in place, and proven to give
+    what it gave before.
 
     Returns the modules that have a part of their gradient on every tensor rank. ``proven``: False where there are no numbers.
     """
     if layout.together == 1 or mesh is None:
         return []
-    _on(world.device, model)
     if not proven:
-        return _divide(model, layout, world, mesh, name)
-    trunk, was_training = body(model).eval(), model.training
+        return _slice(model, layout, world, mesh, name)
+    trunk, was_training, stages = body(model).eval(), model.training, layout.stages(world)
     time = 4 * layout.context
-    ids = torch.arange(1, 1 + time, device=world.device).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(1, 1 + time).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():
-        before = hidden_states(trunk, ids, None)
-        partial_gradients = _divide(model, layout, world, mesh, name)
-        here = slice(None)
-        if layout.context > 1:
-            rank = world.rank // layout.tensor % layout.context
-            here = slice(4 * rank, 4 * rank + 4)
+        if stages is None:
+            model.to(world.device)
+        with attention_for(unwrapped(model), model.device):
+            before = hidden_states(trunk, ids.to(model.device), None).to(world.device)
+        if stages is not None:  # no device ever holds all of them
+            keep_stage(unwrapped(model), trunk, stages.number, stages.count)
+            model.to(world.device)
+        ids = ids.to(world.device)
+        partial_gradients = _slice(model, layout, world, mesh, name)
+        rank = world.rank // layout.tensor % layout.context
+        here = slice(4 * rank, 4 * rank + 4) if layout.context > 1 else slice(None)
         positions = torch.arange(time, device=world.device).unsqueeze(0)
-        after = hidden_states(trunk, ids[:, here], positions[:, here])
+        embedded = None
+        if stages is not None and not stages.is_first:
+            embedded = stages.receive(torch.empty_like(before[:, here]))
+        after = hidden_states(trunk, ids[:, here], positions[:, here], None, embedded)
+        if stages is not None and not stages.is_last:
+            stages.send_on(after)
+            after = before[:, here]  # which the last stage can judge alone
     model.train(was_training)
     worst = world.max((after - before[:, here]).abs().max().float().item())
     coarse = before.dtype in (torch.bfloat16, torch.float16)
     if not worst <= (0.1 if coarse else 1e-3) * before.abs().max().item():
         raise LimbeckError(
-            f"{name} ({type(trunk).__name__}) does not give the same with tensor_model_parallel_size = {layout.tensor} and "
-            f"context_parallel_size = {layout.context} (its hidden states differ by up to {worst:.3g}); set both to 1, and "
-            "FSDP2 shards it all the same."
+            f"{name} ({type(trunk).__name__}) does not give the same with tensor_model_parallel_size = {layout.tensor}, "
+            f"context_parallel_size = {layout.context} and pipeline_model_parallel_size = {layout.pipeline} (its hidden states "
+            f"differ by up to {worst:.3g}); set all to 1, and FSDP2 shards it all the same."
         )
     return partial_gradients
 
 
-def _divide(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: str) -> list[nn.Module]:
+def _slice(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: str) -> list[nn.Module]:
+    trunk = body(model)
     partial_gradients: list[nn.Module] = []
     with torch.no_grad():
         if layout.tensor > 1:
-            partial_gradients = apply_tensor_parallel(unwrapped(model), body(model), mesh[TENSOR])
+            layers, sequence = decoder_layers(trunk), layout.sequence
+            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence)
         group = layout.context_group(world)
         if group is not None:
-            apply_context_parallel(unwrapped(model), body(model), group, name)
+            apply_context_parallel(unwrapped(model), trunk, group, name)
     return partial_gradients
 
 
@@ -417,7 +467,7 @@ def check_teacher(teacher: LocalTeacher, config: DistillConfig, longest_row: int
     """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every token."""
     check_length(teacher.body, str(config.teacher.model_args.model_name_or_path), longest_row)
     # Not the weight's rows, which are elsewhere where ZeRO-3 shards it.
-    known = min(teacher.head.weight.shape[0], teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
+    known = min(teacher.vocab_size, teacher.body.get_input_embeddings().num_embeddings)  # type: ignore
     _check_tokens("teacher", known, largest_token)
 
 

@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
-from typing import Any
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -21,15 +20,16 @@ from limbeck.cluster.placement import layout, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.cluster.workers import versions
 from limbeck.config import DistillConfig
-from limbeck.config.schema import ModelArgs, StudentModelArgs, WorkerConfig
+from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import add_lora, freeze, model_outline
-from limbeck.pipeline.parts import DTYPES, fsdp2_options, layout_of, refuse_layout
+from limbeck.models import body
+from limbeck.pipeline.memory import Load, model_memory, outline
+from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, refuse_backend, refuse_layout
 from limbeck.pipeline.service import find_service
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
+from limbeck.strategies.stages import check_stages
+from limbeck.strategies.tensor import check_tensor_parallel
 from limbeck.strategies.world import World
-
-_PER_TRAINED = 16  # bytes: float32 master, gradient, and Adam's two means
 
 
 @dataclass(frozen=True)
@@ -42,18 +42,6 @@ class Machine:
     memory: int
     gpu_memory: int
     versions: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Load:
-    """A group's need. parameters: of the model; per_rank: bytes that stay on each rank's device; loading: bytes of host
-    memory in each process while it loads."""
-
-    role: str
-    ranks: int
-    parameters: int
-    per_rank: int
-    loading: int
 
 
 def check_cluster(config: DistillConfig) -> list[str]:
@@ -85,42 +73,6 @@ def this_machine() -> Machine:
     return Machine(platform.node(), os.cpu_count() or 1, len(gpus), memory, min(gpus, default=0), versions())
 
 
-def model_memory(config: DistillConfig) -> list[Load]:
-    """What student and teacher take on each rank: parameters, and for what is trained gradients and Adam; nothing else.
-
-    A teacher that is a service is not counted. Raises LimbeckError for a checkpoint whose configuration cannot be read.
-    """
-    student, teacher = config.student, config.teacher
-    loads = []
-    args = student.model_args
-    dtype = DTYPES[args.dtype] if args.lora_target else torch.float32
-    model = _outline(args, dtype, "student")
-    if args.lora_target:
-        model = add_lora(
-            model, target=args.lora_target, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
-            additional_target=args.additional_target,
-        )  # fmt: skip
-    elif args.freeze_module_prefix:
-        freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
-    held = sum(p.numel() * (_PER_TRAINED if p.requires_grad else p.element_size()) for p in model.parameters())
-    loading = sum(p.numel() * p.element_size() for p in model.parameters())
-    ranks = len(config.device_mapping or [0])
-    loads.append(Load("student", ranks, _count(model), _share(held, student, ranks), loading))
-    if config.has_teacher and teacher.service is None:
-        dtype = DTYPES[teacher.strategy_args.strategy_config.param_dtype or teacher.model_args.dtype]
-        model = _outline(teacher.model_args, dtype, "teacher")
-        held = sum(p.numel() * p.element_size() for p in model.parameters())
-        head = model.get_output_embeddings().weight
-        ranks = len((config.needs_worker_groups and teacher.device_mapping) or config.device_mapping or [0])
-        share = held
-        if teacher.strategy_args.strategy_name != "hf_infer" and ranks > 1:
-            # Every rank keeps the head whole, also when the body is spread.
-            head_bytes = head.numel() * head.element_size()
-            share = _share(held - head_bytes, teacher, ranks) + head_bytes
-        loads.append(Load("teacher", ranks, _count(model), share, held))
-    return loads
-
-
 def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
     problems = [*_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
     ours = versions()
@@ -146,20 +98,33 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
     if config.has_teacher and config.teacher.service is None:
         apart = config.teacher.device_mapping if config.needs_worker_groups else None
         worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
+    checks: list[Callable[[], object]] = [
+        lambda: arrange(config, World(0, students, torch.device("cpu")), teacher_here=not config.needs_worker_groups),
+        lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
+        lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
+        *(partial(_check_worker, *world) for world in worlds),
+    ]
     problems = []
-    for role, worker, ranks in worlds:
-        together = layout_of(worker)
+    for check in checks:
         try:
-            together.check(World(0, ranks, torch.device("cpu")), role)
-            options = fsdp2_options(worker, DTYPES[worker.model_args.dtype])
-            ranks_of_a_copy(ranks // together.tensor, options, together.tensor)
+            check()
         except LimbeckError as error:
-            problems.append(f"{role}: {error}")
+            problems.append(str(error))
+    return list(dict.fromkeys(problems))
+
+
+def _check_worker(role: str, worker: WorkerConfig, ranks: int) -> None:
+    """Raise LimbeckError unless a role's layout fits its ranks and its model."""
+    layout, dtype = layout_of(worker), DTYPES[worker.model_args.dtype]
+    layout.check(World(0, ranks, torch.device("cpu")), role)
     try:
-        refuse_layout(config, students, "cuda" if on_gpus else "cpu")
+        ranks_of_a_copy(ranks // (layout.tensor * layout.pipeline), fsdp2_options(worker, dtype), layout.tensor)
     except LimbeckError as error:
-        problems.append(str(error))
-    return problems
+        raise LimbeckError(f"{role}: {error}") from error
+    if layout.together > 1:
+        trunk, name = body(outline(worker.model_args, dtype, role)), str(worker.model_args.model_name_or_path or role)
+        check_tensor_parallel(trunk, layout, name, role)
+        check_stages(trunk, layout.pipeline, name, role)
 
 
 def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[Load]) -> list[str]:
@@ -200,12 +165,13 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
     hosts: dict[int, Machine] = {}
     for which, load in enumerate(loads):
         places_of = places[which if len(places) > 1 else 0]
-        for at_place, number in zip(places_of, mappings[which], strict=True):
+        for rank, (at_place, number) in enumerate(zip(places_of, mappings[which], strict=True)):
             machine = found.get(at_place.bundle)
             if machine is not None:
-                on_machine[machine.name] += load.per_rank
+                on_machine[machine.name] += load.held_by(rank)
                 loading[machine.name] += load.loading
-                on_device[number] += load.per_rank
+                held = on_device[number] + load.held_by(rank)
+                on_device[number] = max(on_device[number], load.held_by(rank)) if config.takes_turns else held
                 hosts[number] = machine
         names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
         table.add_row(
@@ -260,28 +226,6 @@ def _joined_machines() -> list[Machine]:
             )
         )
     return machines
-
-
-def _outline(args: ModelArgs | StudentModelArgs, dtype: torch.dtype, role: str) -> Any:
-    return model_outline(
-        args.model_name_or_path,
-        dtype=dtype,
-        config_kwargs=args.model_config_kwargs,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        role=role,
-    )
-
-
-def _share(whole: int, worker: WorkerConfig, ranks: int) -> int:
-    try:
-        return ceil(whole / ranks_of_a_copy(ranks, fsdp2_options(worker, torch.float32)))
-    except LimbeckError:  # a layout that is refused elsewhere has no share
-        return whole
-
-
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _size(count: float) -> str:

@@ -15,6 +15,7 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limbeck.cluster.channel import RayChannel
 from limbeck.cluster.wire import Flat, flat, unflat
@@ -26,11 +27,11 @@ from limbeck.pipeline.distill import DistillPipeline, RunResult
 from limbeck.pipeline.fit import answers_as
 from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.interrupt import StopRequest
-from limbeck.pipeline.parts import check_teacher, make_teacher
+from limbeck.pipeline.parts import check_teacher, layout_of, make_teacher, wanted_of
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, route
+from limbeck.teachers import Channel, LocalTeacher, Question, RemoteTeacher, route
 
 _MORE_ROOM = "name more devices in teacher.device_mapping with teacher.strategy_args.strategy_name: fsdp2_infer"
 
@@ -41,6 +42,7 @@ class TeacherWorker(Worker):
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
         self.config = DistillConfig.model_validate(values)
+        self._rests, self._answered = False, 0
 
     @cached_property
     def teacher(self) -> LocalTeacher:
@@ -51,9 +53,9 @@ class TeacherWorker(Worker):
         with failures_logged(), out_of_memory_told(f"{self.name} loaded the teacher", _MORE_ROOM):
             return make_teacher(self.config, self.world)
 
-    def load(self) -> int:
-        """Load the teacher; returns its parameters' number."""
-        return self.teacher.num_parameters
+    def load(self) -> tuple[int, int]:
+        """Load the teacher; returns the numbers of its parameters and of its output head's rows."""
+        return self.teacher.num_parameters, self.teacher.vocab_size
 
     def head(self) -> dict[str, Any]:
         """The output head, which is sent once."""
@@ -73,13 +75,31 @@ class TeacherWorker(Worker):
         """What the answers depend on, beside the question."""
         return answers_as(self.config)
 
-    def answer(self, question: Question | None) -> tuple[Flat, float]:
-        """Hidden states at the positions asked about, and the seconds that took; None gives none, in as many passes."""
+    def answer(self, question: Question | None) -> tuple[tuple[Flat, ...], float]:
+        """What is wanted of the positions asked about, and the seconds that took; None wants nothing, in as many passes."""
+        said, seconds = self.say(question)
+        begun = time.perf_counter()
+        return tuple(map(flat, said)), seconds + time.perf_counter() - begun
+
+    def rest(self) -> None:
+        """Leave the device until the next question."""
+        with failures_logged():
+            self.teacher.move("cpu")
+            torch.cuda.empty_cache()
+        self._rests = True
+        print(f"{self._answered} questions answered; the teacher rests", flush=True)
+        self._answered = 0
+
+    def say(self, question: Question | None) -> tuple[tuple[Tensor, ...], float]:
+        """The same as tensors on this worker's device."""
         begun = time.perf_counter()
         asked = (_NOTHING if question is None else question).to(self.world.device)
         with failures_logged(), out_of_memory_told(f"{self.name} answered", _MORE_ROOM):
-            hidden = flat(self.teacher.hidden(asked))
-        return hidden, time.perf_counter() - begun
+            if self._rests:
+                self.teacher.move(self.world.device)
+                self._rests = False
+            self._answered += 1
+            return self.teacher.say(asked), time.perf_counter() - begun
 
 
 _NOTHING = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
@@ -131,14 +151,35 @@ def _remote_teacher(
     actors: Sequence[Any], in_step: bool, config: DistillConfig, world: World, data: Data
 ) -> RemoteTeacher:
     seconds = 60 * config.teacher.backend_timeout
-    way = route(world.rank, world.size, len(actors), in_step=in_step)
-    channels = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
+    # Ranks that share their rows have one question, which the first of them puts for all.
+    layout = layout_of(config.student)
+    way = route(world.data_rank, world.data_size, len(actors), in_step=in_step)
+    channels: list[Channel] = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
     first = actors[way.mine[0]]
-    name = channels[way.mine[0]].name
+    name = f"teacher-{way.mine[0]}"
     if data.translator is None:  # which keeps to what the teacher's configuration says
         result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
-    size = result(first.load.remote(), name, seconds)
-    sent = result(first.head.remote(), name, seconds)
-    weight, bias = (None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"]))
-    assert weight is not None
-    return RemoteTeacher(channels, way, OutputHead(weight, bias, sent["softcap"], sent["scale"]), size)
+    size, vocab = result(first.load.remote(), name, seconds)
+    head = None
+    if wanted_of(config, vocab).needs_head:
+        sent = result(first.head.remote(), name, seconds)
+        weight, bias = (
+            None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"])
+        )
+        assert weight is not None
+        head = OutputHead(weight, bias, sent["softcap"], sent["scale"])
+    if config.transfers_directly and world.rank % layout.together == 0:
+        from limbeck.cluster.direct import connect
+
+        names = [f"teacher-{rank}" for rank in way.mine]
+        backend = config.logits_transfer_backend
+        for rank, channel in zip(
+            way.mine, connect(backend, [actors[rank] for rank in way.mine], names, seconds), strict=True
+        ):
+            channels[rank] = channel
+
+    def rest() -> None:
+        for rank, ref in enumerate([actor.rest.remote() for actor in actors]):
+            result(ref, f"teacher-{rank}", seconds)
+
+    return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world), rest)

@@ -6,7 +6,7 @@ steps a module that is alone or sharded by FSDP2; ``strategies/deepspeed.py`` st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -68,7 +68,8 @@ class TorchEngine:
         max_norm: float = 0.0,
     ) -> None:
         self.root, self.optimizer, self.max_norm = root, optimizer, max_norm
-        self._device = world.device.type
+        self._device, self._is_main = world.device.type, world.is_main
+        self._away: list[tuple[dict[str, Any], str]] = []  # of the optimizer's state: what is on the host for now
         self._autocast_dtype = compute_dtype if world.size == 1 else None
         self._scaler = torch.amp.GradScaler(self._device, enabled=compute_dtype is torch.float16)
 
@@ -83,20 +84,42 @@ class TorchEngine:
 
     def step(self) -> Tensor:
         self._scaler.unscale_(self.optimizer)
-        norm = clip_gradients(self.root, self.max_norm)
+        norm = self.gradient_norm()
+        clip_gradients(self.root.parameters(), self.max_norm, norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def gradient_norm(self) -> Tensor:
+        """The gradients' norm over all processes."""
+        return gradient_norm(self.root.parameters())
+
+    def leave_device(self) -> None:
+        """Move parameters, buffers and the optimizer's state to the host, between steps; on a CPU they are there already."""
+        self.root.to("cpu")
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.device.type == self._device != "cpu":
+                    state[key] = value.to("cpu")
+                    self._away.append((state, key))
+        torch.cuda.empty_cache()
+
+    def enter_device(self) -> None:
+        """The inverse of ``leave_device``."""
+        self.root.to(self._device)
+        while self._away:
+            state, key = self._away.pop()
+            state[key] = state[key].to(self._device)
+
     def gather_model(self) -> dict[str, Any]:
-        return gather_model(self.root)
+        return gather_model(self.root, keep=self._is_main)
 
     def scatter_model(self, state: Mapping[str, Tensor]) -> None:
         scatter_model(self.root, state)
 
     def gather_optimizer(self) -> dict[str, Tensor]:
-        return gather_optimizer(self.root, self.optimizer)
+        return gather_optimizer(self.root, self.optimizer, keep=self._is_main)
 
     def scatter_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         scatter_optimizer(self.root, self.optimizer, tensors)
@@ -109,19 +132,26 @@ class TorchEngine:
             self._scaler.load_state_dict(dict(state))
 
 
-def clip_gradients(module: nn.Module, max_norm: float) -> Tensor:
-    """The gradients' norm over all processes, as a device scalar; they are scaled down to ``max_norm`` if above (0 = off)."""
-    alike: dict[Any, list[nn.Parameter]] = {}  # only tensors of one mesh can be added
-    for parameter in module.parameters():
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of their gradients over all processes that share them, as a device scalar."""
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in alike if p.grad is not None]) for alike in _alike(parameters)
+    ]
+    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total: Tensor) -> None:
+    """Scale gradients whose norm is ``total`` down to ``max_norm`` if that is above; 0 is off."""
+    for alike in _alike(parameters):
+        torch.nn.utils.clip_grads_with_norm_(alike, max_norm if max_norm > 0 else float("inf"), total)
+
+
+def _alike(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Those with a gradient by their mesh, since only tensors of one mesh can be added."""
+    alike: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             alike.setdefault(mesh, []).append(parameter)
-    norms = [
-        torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        for parameters in alike.values()
-    ]
-    norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-    total = norms[0] if len(norms) == 1 else torch.stack(norms).norm()
-    for parameters in alike.values():
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm if max_norm > 0 else float("inf"), total)
-    return total
+    return list(alike.values())

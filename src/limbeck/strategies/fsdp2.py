@@ -12,14 +12,18 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from limbeck.errors import LimbeckError
-from limbeck.strategies.layout import TENSOR, make_mesh_of
+from limbeck.strategies.layout import TENSOR, Layout
 from limbeck.strategies.world import World
 
 M = TypeVar("M", bound=nn.Module)
+
+_STAGE = "stage"
+"""The mesh dimension over which layers are divided; each stage shards its own among its ranks."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,8 @@ def shard(
     """
     if world.size == 1:
         return root
-    mesh = make_mesh(world, options) if whole_mesh is None else whole_mesh
-    mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name != TENSOR)]
+    mesh = make_mesh(world, options, Layout()) if whole_mesh is None else whole_mesh
+    mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name not in (TENSOR, _STAGE))]
     policy = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=options.reduce_dtype)
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
@@ -74,10 +78,13 @@ def ranks_of_a_copy(ranks: int, options: Fsdp2, tensor: int = 1) -> int:
     return size
 
 
-def make_mesh(world: World, options: Fsdp2, tensor: int = 1) -> DeviceMesh:
-    """The processes as copies × shards × tensor ranks, without the dimensions that are not in use."""
-    others = world.size // tensor
-    size = ranks_of_a_copy(others, options, tensor)
-    dims = {"replicate": others // size, "shard": size, TENSOR: tensor}
+@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
+def make_mesh(world: World, options: Fsdp2, layout: Layout) -> DeviceMesh:
+    """The processes as stages × copies × shards × tensor ranks, without the dimensions that are not in use."""
+    others = world.size // (layout.tensor * layout.pipeline)
+    size = ranks_of_a_copy(others, options, layout.tensor)
+    dims = {_STAGE: layout.pipeline, "replicate": others // size, "shard": size, TENSOR: layout.tensor}
     used = {name: count for name, count in dims.items() if count > 1 or name == "shard"}
-    return make_mesh_of(world.device.type, tuple(used.values()), tuple(used))
+    numbered = torch.arange(world.size).view(-1, layout.pipeline, layout.context, layout.tensor)
+    ranks = numbered.transpose(0, 1).reshape(tuple(used.values()))
+    return DeviceMesh(world.device.type, ranks, mesh_dim_names=tuple(used))

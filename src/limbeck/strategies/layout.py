@@ -1,7 +1,7 @@
-"""Which ranks hold slices of one model, which hold stretches of one row, and which are copies that see other rows.
+"""Which ranks hold slices of one model, which stretches of one row, which layers, and which are copies that see other rows.
 
-Ranks are numbered with the tensor ranks closest together, then the context ranks, then those with other rows: neighbours, which
-talk most, share a machine.
+Ranks are numbered with the tensor ranks closest together, then the context ranks, then the stages of a pipeline, then those
+with other rows: neighbours, which talk most, share a machine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from limbeck.errors import LimbeckError
+from limbeck.strategies.stages import Stages
 from limbeck.strategies.world import World
 
 TENSOR = "tensor"
@@ -22,32 +23,52 @@ TENSOR = "tensor"
 
 @dataclass(frozen=True)
 class Layout:
-    """tensor: ranks among which every matrix is sliced. context: ranks among which every row's time is divided."""
+    """tensor: ranks among which every matrix is sliced. context: ranks among which every row's time is divided. pipeline: ranks
+    among which the layers are divided. sequence: the tensor ranks divide the time between their slices, too.
+    """
 
     tensor: int = 1
     context: int = 1
+    pipeline: int = 1
+    sequence: bool = False
 
     @property
     def together(self) -> int:
         """Neighbouring ranks that work on the same rows."""
-        return self.tensor * self.context
+        return self.tensor * self.context * self.pipeline
+
+    def told(self) -> str:
+        """The same in words; empty where every rank has the whole model and whole rows."""
+        slices = f"matrices over {self.tensor} ranks" + (" that divide the time between them" if self.sequence else "")
+        parts = {
+            slices: self.tensor,
+            f"rows over {self.context}": self.context,
+            f"layers over {self.pipeline}": self.pipeline,
+        }
+        return ", ".join(words for words, size in parts.items() if size > 1)
 
     def check(self, world: World, role: str) -> None:
         """Raise LimbeckError unless the processes can be divided so."""
         if world.size % self.together:
             fitting = [size for size in range(1, world.size + 1) if world.size % size == 0]
             raise LimbeckError(
-                f"{role}.strategy_args.strategy_config: tensor_model_parallel_size × context_parallel_size = {self.tensor} × "
-                f"{self.context} does not divide the {world.size} {'process' if world.size == 1 else 'processes'}; make their "
-                f"product {_either(fitting)}, or start another number of processes."
+                f"{role}.strategy_args.strategy_config: tensor_model_parallel_size × context_parallel_size × "
+                f"pipeline_model_parallel_size = {self.tensor} × {self.context} × {self.pipeline} does not divide the "
+                f"{world.size} {'process' if world.size == 1 else 'processes'}; make their product {_either(fitting)}, or "
+                "start another number of processes."
             )
 
     def context_group(self, world: World) -> dist.ProcessGroup | None:
         """The ranks that share this rank's rows and hold its slice of the matrices; None if it has the rows to itself."""
         if self.context == 1:
             return None
-        mesh = mesh_of(world.device.type, (world.size // self.together, self.context, self.tensor))
-        return mesh.get_group(1)
+        return self._mesh(world).get_group(2)
+
+    def stages(self, world: World) -> Stages | None:
+        """This rank's place in its pipeline; None if it has all layers."""
+        if self.pipeline == 1:
+            return None
+        return Stages(self._mesh(world).get_group(1))
 
     def together_group(self, world: World) -> dist.ProcessGroup | None:
         """All ranks that share this rank's rows; None if it has them to itself."""
@@ -55,15 +76,16 @@ class Layout:
             return None
         return mesh_of(world.device.type, (world.size // self.together, self.together)).get_group(1)
 
-
-def make_mesh_of(device: str, shape: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """All ranks as a grid. Its numbers are read here and there, so they are there even where a plan's tensors have none."""
-    with unset_fake_temporarily():
-        return init_device_mesh(device, shape, mesh_dim_names=names)
+    def _mesh(self, world: World) -> DeviceMesh:
+        copies = world.size // self.together
+        return mesh_of(world.device.type, (copies, self.pipeline, self.context, self.tensor))
 
 
-mesh_of = cache(make_mesh_of)
-"""The same, made once for a process group."""
+@cache
+@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
+def mesh_of(device: str, shape: tuple[int, ...]) -> DeviceMesh:
+    """All ranks as a grid, made once for a process group."""
+    return init_device_mesh(device, shape)
 
 
 def _either(sizes: list[int]) -> str:
@@ -95,7 +117,7 @@ def check_divides(
             f"{key}.tensor_model_parallel_size = {layout.tensor} does not divide the "
             f"{what or f'{heads} attention heads{of_keys}'} of {name}; use {_either(fitting)}."
         )
-    if not shared(layout.together):
+    if not shared(layout.tensor * layout.context):
         fitting = [size for size in range(1, heads + 1) if heads % size == 0 and shared(size * layout.tensor)]
         each = "" if layout.tensor == 1 else f" that are left for each of {layout.tensor} tensor ranks"
         raise LimbeckError(

@@ -22,13 +22,12 @@ from torch.distributed.tensor import DTensor
 
 from limbeck.strategies.layout import TENSOR
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 _SOME = StateDictOptions(strict=False)  # frozen parameters are in no checkpoint of a run
 
 
-def gather_model(model: nn.Module) -> dict[str, Any]:
-    """The whole model on the CPU of the main process; empty elsewhere. Every process must call it."""
-    return get_model_state_dict(model, options=_WHOLE)
+def gather_model(model: nn.Module, *, keep: bool) -> dict[str, Any]:
+    """The whole model on the CPU of the processes that ``keep`` it; empty elsewhere. Every process must call it."""
+    return _gathered(get_model_state_dict(model), keep)
 
 
 def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -37,14 +36,12 @@ def scatter_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     set_model_state_dict(model, {name: _spread(tensor, like[name]) for name, tensor in state.items()}, options=_SOME)
 
 
-def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the main process. Every process must call it."""
-    state: Any = get_optimizer_state_dict(model, optimizer, options=_WHOLE).get(
-        "state", {}
-    )  # nothing on the other ranks
-    return {
-        f"{name}|{entry}": torch.as_tensor(value) for name, entries in state.items() for entry, value in entries.items()
-    }
+def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
+    """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the processes that ``keep`` them. Every process must
+    call it."""
+    state: Any = get_optimizer_state_dict(model, optimizer)["state"]
+    entries = {f"{name}|{entry}": value for name, values in state.items() for entry, value in values.items()}
+    return _gathered(entries, keep)
 
 
 def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -59,6 +56,16 @@ def scatter_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensor
     # get_… first: it makes the optimizer's (empty) state exist, so that its groups are known under plain names.
     groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+
+
+def _gathered(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
+    """One after the other, so that no device holds more than one whole tensor beside its shards."""
+    whole = {}
+    for name, value in tensors.items():
+        tensor = value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+        if keep:
+            whole[name] = tensor.detach().cpu()
+    return whole
 
 
 def _spread(whole: Tensor, like: Tensor) -> Tensor:

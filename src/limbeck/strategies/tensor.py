@@ -7,7 +7,7 @@ sliced over the vocabulary. What leaves a layer is whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from limbeck.errors import LimbeckError
 from limbeck.strategies.layout import Layout, check_divides
+from limbeck.strategies.sequence import Stretches
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise": ColwiseParallel,
@@ -63,37 +64,62 @@ def check_tensor_parallel(trunk: Any, layout: Layout, name: str, role: str) -> N
     check_divides(layout, sizes, heads, key_value_heads, name, role)
 
 
-def apply_tensor_parallel(model: Any, trunk: Any, mesh: DeviceMesh) -> list[nn.Module]:
-    """Slice ``model``, whose body is ``trunk``, over the ranks of ``mesh`` in place.
+def apply_tensor_parallel(
+    model: Any, trunk: Any, layers: Sequence[nn.Module], mesh: DeviceMesh, *, sequence: bool = False
+) -> list[nn.Module]:
+    """Slice ``model``, whose body is ``trunk`` with its ``layers``, over the ranks of ``mesh`` in place.
 
-    Returns the modules whose gradients are sums that every rank has a part of; see ``sum_partial_gradients``. The output head's
-    weight becomes a slice of the vocabulary, for a loss that works on slices; its own forward is not for use.
+    sequence: between the sliced matrices each rank keeps a stretch of the rows alone (see ``sequence``). Returns the modules
+    whose gradients are sums that every rank has a part of; see ``sum_partial_gradients``. The output head's weight becomes a
+    slice of the vocabulary, for a loss that works on slices; its own forward is not for use.
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     config = trunk.config.get_text_config()
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     styles: dict[str, ParallelStyle] = {}
-    partial = []
+    partial, entered = [], {}
     for path, (style, module) in _plan(trunk).items():
+        parent = path.rpartition(".")[0]
         if style == _PARTIAL:
             partial.append(module)
         elif keys % ranks and _is_key_or_value(path):
             _keep_one_head(module, mesh, rank * keys // ranks, keys)
-            trunk.get_submodule(path.rpartition(".")[0]).num_key_value_groups = heads // ranks
+            trunk.get_submodule(parent).num_key_value_groups = heads // ranks
         else:
             styles[path] = _STYLES[style]()
+            if sequence and isinstance(styles[path], RowwiseParallel):
+                styles[path].output_layouts = (Shard(1),)  # type: ignore[attr-defined]
+        if style.startswith("colwise"):
+            entered[parent] = trunk.get_submodule(parent)
+    if sequence:
+        partial += Stretches(mesh).divide_between(layers, list(entered.values()))
     trained = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
     parallelize_module(trunk, mesh, styles, src_data_rank=None)
     for path, parameter in trunk.named_parameters():
         parameter.requires_grad_(path in trained)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    _slice_embedding(embeddings, mesh)
+    here = isinstance(embeddings, nn.Embedding)  # not with another stage of a pipeline
+    tied = head is not None and here and head.weight is embeddings.weight
+    if here:
+        _slice_embedding(embeddings, mesh)
     if head is not None:
         head.weight = embeddings.weight if tied else _sliced(head.weight, mesh)
         if getattr(head, "bias", None) is not None:
             head.bias = _sliced(head.bias, mesh)
     return partial
+
+
+def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
+    """The parameters of which ``apply_tensor_parallel`` leaves each of so many ``ranks`` a slice; the others stay whole."""
+    config = trunk.config.get_text_config()
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sliced: list[nn.Parameter] = []
+    for path, (style, module) in _plan(trunk).items():
+        if style != _PARTIAL and not (keys % ranks and _is_key_or_value(path)):
+            sliced += [p for name, p in module.named_parameters() if name == "weight" or style.startswith("colwise")]
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        sliced += [] if module is None else module.parameters()
+    return sliced
 
 
 @torch.no_grad()
@@ -125,6 +151,10 @@ def _keep_one_head(projection: nn.Module, mesh: DeviceMesh, head: int, heads: in
     def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return _SumGradient.apply(output, mesh.get_group()).unflatten(-1, (heads, -1))[..., head, :]
 
+    def plain(module: nn.Module, args: Any) -> Any:
+        return tuple(arg.to_local(grad_placements=[Replicate()]) if isinstance(arg, DTensor) else arg for arg in args)
+
+    projection.register_forward_pre_hook(plain)
     projection.register_forward_hook(keep)
 
 

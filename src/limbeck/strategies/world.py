@@ -22,6 +22,7 @@ class World:
 
     device: where its models live. patient: the group that ``wait`` meets in. tensor: neighbouring ranks that hold slices of one
     student and do the same with the same rows. context: such groups that share rows, each with a stretch of their time.
+    pipeline: groups of these that share rows, each with some of the layers.
     """
 
     rank: int
@@ -30,16 +31,22 @@ class World:
     patient: dist.ProcessGroup | None = None
     tensor: int = 1
     context: int = 1
+    pipeline: int = 1
+
+    @property
+    def together(self) -> int:
+        """Neighbouring ranks that work on the same rows."""
+        return self.tensor * self.context * self.pipeline
 
     @property
     def data_rank(self) -> int:
         """Which share of the data this process sees."""
-        return self.rank // (self.tensor * self.context)
+        return self.rank // self.together
 
     @property
     def data_size(self) -> int:
         """The number of shares into which the data is dealt."""
-        return self.size // (self.tensor * self.context)
+        return self.size // self.together
 
     @property
     def context_rank(self) -> int:
@@ -49,7 +56,12 @@ class World:
     @property
     def grad_shares(self) -> int:
         """The number of parts of a step's gradient, whose mean is taken."""
-        return self.size // self.tensor
+        return self.size // (self.tensor * self.pipeline)
+
+    @property
+    def losses(self) -> int:
+        """The number of ranks that compute a loss: those that hold the student's last layer."""
+        return self.size // self.pipeline
 
     @property
     def is_main(self) -> bool:

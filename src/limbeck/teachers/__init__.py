@@ -2,7 +2,7 @@
 
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.remote import Channel, RemoteTeacher, Reply, route
-from limbeck.teachers.signal import Answer, Question, Signal, Teacher
+from limbeck.teachers.signal import Answer, Question, Signal, Teacher, Wanted
 from limbeck.teachers.together import Circle, TogetherTeacher
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "Signal",
     "Teacher",
     "TogetherTeacher",
+    "Wanted",
     "route",
 ]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Answer, Question, Signal
+from limbeck.teachers.signal import Answer, Question, Signal, Wanted
 
 
 class LocalTeacher:
@@ -24,9 +26,25 @@ class LocalTeacher:
         """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
         self._taps, self._supervised_only = taps, supervised_only
 
-    def ask(self, batch: Batch) -> Answer:
-        """Nothing begins before the answer is wanted: this teacher works on the student's own device."""
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the output head."""
+        return len(self.head.weight)
+
+    def ask(self, batch: Batch, wanted: Wanted) -> Answer:
+        """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels
+        either, so that it gives its hidden states whatever is ``wanted``."""
         return self.signals
+
+    def move(self, device: torch.device | str) -> None:
+        """Keep body and head on ``device`` from now on."""
+        self.body.to(device)
+        bias = None if self.head.bias is None else self.head.bias.to(device)
+        self.head = replace(self.head, weight=self.head.weight.to(device), bias=bias)
+
+    def say(self, question: Question) -> tuple[Tensor, ...]:
+        """What is wanted of the positions that are asked about, as it travels."""
+        return question.wanted.say(self.hidden(question), self.head)
 
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""

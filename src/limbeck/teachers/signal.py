@@ -1,4 +1,4 @@
-"""What a teacher says about a batch."""
+"""What a teacher is asked about a batch, and what it says."""
 
 from __future__ import annotations
 
@@ -10,57 +10,103 @@ import torch
 from torch import Tensor
 
 from limbeck.data.batch import Batch
-from limbeck.objectives import OutputHead
+from limbeck.objectives import Logits, OutputHead, TopK, likeliest, whole_logits
 
 
 @dataclass(frozen=True)
 class Signal:
-    """The teacher's last hidden states at the supervised positions, with its head: the whole distribution, exactly.
+    """What the loss compares the student with, in the order of the batch's flattened supervised positions (of its
+    translation's, if it has one).
 
-    hidden: [supervised, H_teacher], in the order of the batch's flattened supervised positions (of its translation's, if it
-    has one). head: the same object for every batch. features: the outputs of the submodules that are tapped, each [rows, its
-    width], if any are.
+    hidden: the teacher's last hidden states [supervised, H_teacher], which with its ``head``, the same object for every batch,
+    are the whole distribution, exactly. said: what the teacher sent instead; then the other two are None. features: the
+    outputs of the submodules that are tapped, each [rows, its width], if any are.
     """
 
-    hidden: Tensor
-    head: OutputHead
+    hidden: Tensor | None
+    head: OutputHead | None
     features: tuple[Tensor, ...] = ()
+    said: TopK | Logits | None = None
 
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an answer is made of when it travels: the one place that knows the kinds of answers, at both ends of the way.
+
+    kind: hidden_states, top_k (the ``topk`` likeliest tokens and their log-probabilities at ``temperature``) or logits, of the
+    first ``vocab_size`` tokens.
+    """
+
+    kind: str = "hidden_states"
+    topk: int = 0
+    vocab_size: int = 0
+    temperature: float = 1.0
+
+    @property
+    def needs_head(self) -> bool:
+        """Whether the asker must have the teacher's output head."""
+        return self.kind == "hidden_states"
+
+    def say(self, hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
+        """What travels, [supervised, …] each, in place of the hidden states [supervised, H]."""
+        if self.kind == "top_k":
+            top = likeliest(hidden, head, self.topk, vocab_size=self.vocab_size, temperature=self.temperature)
+            return top.log_probs, top.indices.int()  # no vocabulary needs more than 32 bits
+        if self.kind == "logits":
+            return (whole_logits(hidden, head, vocab_size=self.vocab_size).logits,)
+        return (hidden,)
+
+    def signal(self, came: tuple[Tensor, ...], head: OutputHead | None) -> Signal:
+        """The signal that came so."""
+        if self.kind == "top_k":
+            log_probs, indices = came
+            return Signal(None, None, said=TopK(log_probs, indices.long(), self.temperature))
+        if self.kind == "logits":
+            return Signal(None, None, said=Logits(came[0]))
+        return Signal(came[0], head)
+
+
+HIDDEN_STATES = Wanted()
 
 Answer = Callable[[Batch], Signal]
-"""What becomes of a question: called with the same micro-batch on the student's device, it gives the signal."""
+"""What becomes of a question: called with the same micro-batch on the student's device, or with the part of its supervised
+positions that this rank is about, it gives the signal."""
 
 
 class Teacher(Protocol):
     """Whoever can be asked about a batch. A question may be put long before its answer is wanted."""
 
     @property
-    def head(self) -> OutputHead: ...
+    def vocab_size(self) -> int:
+        """Rows of the output head, some of which may be padding."""
 
     @property
     def num_parameters(self) -> int: ...
 
-    def ask(self, batch: Batch) -> Answer:
+    def ask(self, batch: Batch, wanted: Wanted) -> Answer:
         """Put a micro-batch (on the host) to the teacher and return at once; answers may be taken in any order."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """All that a teacher needs of a micro-batch: [batch, time] ids, how rows are kept apart, and which positions count."""
+    """All that a teacher needs of a micro-batch: [batch, time] ids, how rows are kept apart, which positions count, and what is
+    wanted of them."""
 
     input_ids: Tensor
     position_ids: Tensor | None
     documents: tuple[int, ...] | None
     supervised: Tensor
+    wanted: Wanted = HIDDEN_STATES
 
     @classmethod
-    def of(cls, batch: Batch) -> Question:
+    def of(cls, batch: Batch, wanted: Wanted = HIDDEN_STATES) -> Question:
         """The question that ``batch`` is, in the teacher's own tokens where the batch has them."""
         if batch.translation is not None:
-            return cls(batch.translation.input_ids, None, None, batch.translation.supervised)
-        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised)
+            return cls(batch.translation.input_ids, None, None, batch.translation.supervised, wanted)
+        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, wanted)
 
     def to(self, device: torch.device) -> Question:
         """The same question on ``device``."""
         positions = None if self.position_ids is None else self.position_ids.to(device)
-        return Question(self.input_ids.to(device), positions, self.documents, self.supervised.to(device))
+        there = self.input_ids.to(device), positions, self.documents, self.supervised.to(device)
+        return Question(*there, self.wanted)

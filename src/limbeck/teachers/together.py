@@ -1,4 +1,4 @@
-"""A teacher that neighbouring ranks hold together: slices of its matrices, stretches of its rows' time, or both.
+"""A teacher that neighbouring ranks hold together: slices of its matrices, stretches of its rows' time, some of its layers.
 
 The student may be spread otherwise. Where the ranks have different batches they go through them in turns, all of them working
 on one rank's batch at a time.
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from limbeck.models import hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.strategies.context import join_stretches
+from limbeck.strategies.stages import Stages
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.signal import Question
 
@@ -24,12 +25,13 @@ from limbeck.teachers.signal import Question
 class Circle:
     """The ranks that hold one teacher together, in ``group``.
 
-    context: those of them that divide its rows' time, if any do. owners: the ranks (of the whole world) that bring a batch of
-    their own. mine: the one of them with this rank's batch.
+    context: those of them that divide its rows' time, if any do. stages: those that divide its layers. owners: the ranks (of
+    the whole world) that bring a batch of their own. mine: the one of them with this rank's batch.
     """
 
     group: dist.ProcessGroup
     context: dist.ProcessGroup | None
+    stages: Stages | None
     owners: Sequence[int]
     mine: int
 
@@ -76,7 +78,8 @@ class TogetherTeacher(LocalTeacher):
     def _states(self, question: Question) -> Tensor:
         context = self._circle.context
         if context is None:
-            return super()._states(question)
+            ids, positions, documents = question.input_ids, question.position_ids, question.documents
+            return self._through(ids, positions, documents)
         time = question.input_ids.shape[1]
         ranks, rank = dist.get_world_size(context), dist.get_rank(context)
         width = -(-time // ranks)
@@ -89,5 +92,17 @@ class TogetherTeacher(LocalTeacher):
             torch.nn.functional.pad(x, (0, more))[:, rank * width : (rank + 1) * width].contiguous()
             for x in (question.input_ids, positions)
         )
-        states = hidden_states(self.body, ids, positions, documents)
-        return join_stretches(states, context)[:, :time]
+        return join_stretches(self._through(ids, positions, documents), context)[:, :time]
+
+    def _through(self, ids: Tensor, positions: Tensor | None, documents: tuple[int, ...] | None) -> Tensor:
+        """The last hidden states, through all stages."""
+        stages, embedded = self._circle.stages, None
+        if stages is None:
+            return hidden_states(self.body, ids, positions, documents)
+        message = self.head.weight.new_empty(*ids.shape, self.head.weight.shape[1])
+        if not stages.is_first:
+            embedded = stages.receive(message)
+        states = hidden_states(self.body, ids, positions, documents, embedded)
+        if not stages.is_last:
+            stages.send_on(states)
+        return stages.share_last(states)

@@ -219,6 +219,24 @@ class DistillConfig(Section):
         description="Devices that each machine has: device numbers must lie below num_nodes x this; unset, unchecked.",
     )
 
+    logits_transfer_backend: Literal["auto", "ray", "gloo", "ipc+nccl", "nccl-only"] = Field(
+        default="auto",
+        description="How a teacher in other processes sends its answers: ray (the object store, which auto means too), gloo "
+        "(from CPU to CPU), nccl-only (from GPU to GPU) or ipc+nccl (the same, and by CUDA IPC between workers on one GPU).",
+    )
+
+    is_offload_states: bool = Field(
+        default=False,
+        description="Student and teacher on the same devices are processes of their own and take turns: while one works, the "
+        "other's parameters and optimizer are in the machine's memory.",
+    )
+    steps_per_turn: int = Field(
+        default=8,
+        ge=1,
+        description="With is_offload_states, optimizer steps that the teacher answers for in one turn; the answers wait in "
+        "the machine's memory.",
+    )
+
     student: StudentConfig = Field(default_factory=StudentConfig, description="The model that is trained.")
     teacher: TeacherConfig = Field(default_factory=TeacherConfig, description="The model that answers.")
     validation: ValidationConfig | None = Field(
@@ -242,6 +260,13 @@ class DistillConfig(Section):
     def has_teacher(self) -> bool:
         """Whether a teacher is named."""
         return self.teacher.model_args.names_a_model
+
+    @property
+    def teacher_signal(self) -> str:
+        """What a teacher in other processes sends: ``teacher.signal``, or what auto means here."""
+        if self.teacher.signal != "auto":
+            return self.teacher.signal
+        return "top_k" if self.logits_topk and not self.objective_faults else "hidden_states"
 
     @property
     def effective_teacher_temperature(self) -> float:
@@ -308,10 +333,25 @@ class DistillConfig(Section):
 
     @property
     def needs_worker_groups(self) -> bool:
-        """Whether the teacher is a service or has devices of its own, so that each role is processes that Ray places."""
+        """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role is
+        processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        apart = ours is not None and theirs is not None and ours != theirs
+        apart = ours is not None and theirs is not None and (ours != theirs or self.takes_turns)
         return self.has_teacher and (apart or self.teacher.service is not None)
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether student and teacher are never together on the devices that they share."""
+        shared = set(self.student.device_mapping or ()) & set(self.teacher.device_mapping or ())
+        names = (self.student.strategy_args.strategy_name, self.teacher.strategy_args.strategy_name)
+        can = shared and self.has_teacher and self.teacher.service is None
+        return bool(self.is_offload_states and can and not any((name or "").startswith("deepspeed") for name in names))
+
+    @property
+    def transfers_directly(self) -> bool:
+        """Whether answers go from worker to worker, past Ray's object store."""
+        asked = self.logits_transfer_backend not in ("auto", "ray")
+        return asked and self.needs_worker_groups and not self.takes_turns
 
     @property
     def environment(self) -> dict[str, str]:

@@ -99,6 +99,16 @@ class StrategyConfig(Section):
         ge=1,
         description="Ranks among which the time of every row is divided (Ulysses context parallelism).",
     )
+    pipeline_model_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks among which the layers are divided, one stretch of them after the other (pipeline parallelism).",
+    )
+    sequence_parallel: bool = Field(
+        default=False,
+        description="Between their slices the ranks of tensor_model_parallel_size divide the time of every row, so that norms "
+        "and residuals are kept once among them (sequence parallelism); without tensor parallelism it does nothing.",
+    )
     replicate: bool = Field(
         default=False,
         description="Keep a whole copy of the model on every rank instead of sharding it (as ZeRO stage 0).",

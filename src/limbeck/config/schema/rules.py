@@ -18,6 +18,7 @@ def contradictions(config: DistillConfig) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
     yield from _training_contradictions(config)
     yield from _placement_contradictions(config)
+    yield from _transport_contradictions(config)
 
 
 def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
@@ -184,7 +185,7 @@ def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
         yield Contradiction(
             "features.pairs",
             "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
-            "the student's devices, and no teacher.service",
+            "the student's devices, and no teacher.service or is_offload_states",
         )
     environments = (
         ("system_envs", config.system_envs),
@@ -202,6 +203,25 @@ def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
                 )
 
 
+def _transport_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    signal = config.teacher.signal
+    if signal == "top_k" and not config.logits_topk:
+        yield Contradiction("teacher.signal", "= top_k needs the number of tokens; set logits_topk")
+    if signal in ("top_k", "logits"):
+        needing = {"cross_tokenizer": config.cross_tokenizer != "off", "objective_faults": config.objective_faults}
+        for key in (key for key, given in needing.items() if given):
+            yield Contradiction(
+                "teacher.signal", f"= {signal} does not go with {key}, which needs hidden states; use hidden_states"
+            )
+
+    backend = config.logits_transfer_backend
+    if config.transfers_directly and config.teacher.service is not None:
+        yield Contradiction(
+            "logits_transfer_backend",
+            f"= {backend} ties teacher and student workers to each other, and a teacher.service outlives runs; use ray",
+        )
+
+
 def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
     """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
     for key, objectives in OBJECTIVE_KEYS.items():
@@ -215,6 +235,17 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
     if config.cross_tokenizer == "uld":
         for key in ("kd_objective", "cross_tokenizer_rest_weight"):
             yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+    if not config.needs_worker_groups:
+        for key in ("teacher.signal", "logits_transfer_backend"):
+            yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
+    if not config.takes_turns:
+        yield (
+            "is_offload_states",
+            "is for roles whose device_mappings have devices in common, and not for DeepSpeed, which has an offload of its own",
+        )
+        yield "steps_per_turn", "is read with is_offload_states only"
+    elif config.logits_transfer_backend not in ("auto", "ray"):
+        yield "logits_transfer_backend", "is not read with is_offload_states: answers wait in the machine's memory"
     if not config.needs_worker_groups and config.num_nodes == 1:
         for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
             yield key, "is read with worker groups only: where student and teacher have different devices"

@@ -55,6 +55,12 @@ class TeacherConfig(WorkerConfig):
         description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
         "loading one; teacher.device_mapping is then the service's alone.",
     )
+    signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
+        default="auto",
+        description="What a teacher in other processes sends of each supervised position: hidden_states (with the output "
+        "head, sent once, the whole distribution), top_k (the logits_topk likeliest tokens) or logits (all of them); auto: "
+        "top_k with logits_topk, else hidden_states.",
+    )
 
 
 class StudentConfig(WorkerConfig):
