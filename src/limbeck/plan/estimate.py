@@ -46,12 +46,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Plan:
-    """The report on all groups of a run."""
+    """The report on all groups of a run. turns: groups that share a GPU are never on it together."""
 
     nodes: int
     gpus_per_node: int
     gpu: Gpu
     groups: tuple[Group, ...]
+    turns: bool = False
 
     @property
     def usable(self) -> float:
@@ -60,8 +61,9 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes on the fullest GPU; groups that share one add up."""
-        return max(sum(group.step.total for group in sharing) for sharing in self._by_device())
+        """Bytes on the fullest GPU; groups that share one add up, unless they take turns."""
+        together = max if self.turns else sum
+        return max(together(group.step.total for group in sharing) for sharing in self._by_device())
 
     @property
     def fits(self) -> bool:
@@ -117,9 +119,8 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     steps = simulate(config, nodes * gpus_per_node)
     everywhere = {device // gpus_per_node for step in steps.values() for device in step.devices}
     apart = "within the node" if len(everywhere) == 1 else "between nodes"
-    return Plan(
-        nodes, gpus_per_node, gpu, tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in steps.items())
-    )
+    groups = tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in steps.items())
+    return Plan(nodes, gpus_per_node, gpu, groups, config.takes_turns)
 
 
 def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> Group:

@@ -35,6 +35,7 @@ from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_length, model_outline, output_head
 from limbeck.models.documents import BY_DOCUMENT
+from limbeck.objectives import OutputHead
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.pipeline.parts import (
     DTYPES,
@@ -47,6 +48,7 @@ from limbeck.pipeline.parts import (
     refuse_layout,
     spread_student,
     spread_teacher,
+    wanted_of,
 )
 from limbeck.plan.tracker import Tracker
 from limbeck.strategies.layout import mesh_of
@@ -127,6 +129,17 @@ def _refuse_the_unknown(config: DistillConfig) -> None:
                 f"{role}.strategy_args.strategy_name = {name}: limbeck plan does not know what DeepSpeed holds; "
                 f"plan with {other}."
             )
+        stages = layout_of(worker).pipeline
+        if stages > 1:
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_config.pipeline_model_parallel_size = {stages}: limbeck plan does not know stages, "
+                "which hold different parts; plan with 1."
+            )
+    if config.needs_worker_groups and config.teacher_signal != "hidden_states":
+        raise LimbeckError(
+            f"limbeck plan knows teachers apart that send hidden states, and this one sends {config.teacher_signal}; plan with "
+            "teacher.signal=hidden_states."
+        )
     if config.cross_tokenizer != "off":
         raise LimbeckError(
             "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
@@ -190,15 +203,17 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
     with _ranks(len(devices)) as world:
         world = arrange(config, world, teacher_here=teacher_here)
         teacher: Teacher | None = None
+        head: OutputHead | None = None
         if config.has_teacher:
-            teacher = _teacher(config, world) if teacher_here else _elsewhere(config)
+            teacher, head = _teacher(config, world) if teacher_here else _elsewhere(config)
         args = config.student.model_args
         # Float32 but for a LoRA base, as in ``make_student``.
         model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
         size, vocab = _size(model), output_head(model).weight.shape[0]
         if teacher is not None:
-            vocab = min(vocab, teacher.head.weight.shape[0])
+            vocab = min(vocab, teacher.vocab_size)
         check_tensor_parallel(body(model), layout_of(config.student), str(args.model_name_or_path), "student")
+        wanted = wanted_of(config, vocab)
         objective, _ = make_objective(config, world.device)
         compiled = config.compile_loss is not False
         with _FirstChunks():
@@ -213,7 +228,7 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             nonlocal held
             before = tracker.flops
             with tracker.tagged("signal"):
-                signal = teacher.ask(asked)(asked) if teacher is not None and distils else None
+                signal = teacher.ask(asked, wanted)(asked) if teacher is not None and distils else None
             flops["teacher"] = tracker.flops - before
             with tracker.tagged("activations"):
                 loss = engine(own, signal, 1.0, 1.0, micro_batches).loss
@@ -230,8 +245,8 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             tracker.add([*student.parameters(), *student.buffers()], "parameters")
             if isinstance(teacher, LocalTeacher):
                 tracker.add([*teacher.body.parameters(), *teacher.body.buffers()], "teacher")
-            if teacher is not None:
-                tracker.add([teacher.head.weight], "teacher")
+            if head is not None:
+                tracker.add([head.weight], "teacher")
             micro_batch()
             step()  # makes the optimizer's state, which later steps begin with
             tracker.add(_state(engine.optimizer), "optimizer")
@@ -243,8 +258,8 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
                 micro_batch()
             step()
         signal_bytes = 0
-        if teacher is not None and distils:
-            signal_bytes = len(asked.supervised) * teacher.head.weight.shape[1] * teacher.head.weight.itemsize
+        if head is not None and distils:
+            signal_bytes = len(asked.supervised) * head.weight.shape[1] * head.weight.itemsize
         return Step(
             devices=devices,
             parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
@@ -265,14 +280,13 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
 
 
 def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int) -> Step:
-    """A step of a teacher's group of its own, which answers ``students`` ranks."""
-    rows, batch = _full_batch(config)
-    ours, layout = layout_of(config.student), layout_of(config.teacher)
-    asked, _ = batch.stretch(0, ours.context)
+    """A step of a teacher's group of its own, which ``students`` ranks ask: of those with the same rows, one."""
+    rows, asked = _full_batch(config)
+    layout, askers = layout_of(config.teacher), students // layout_of(config.student).together
     tracker, ranks = Tracker(), len(devices)
     with _ranks(ranks) as world:
         layout.check(world, "teacher")
-        teacher = _teacher(config, world)
+        teacher, _ = _teacher(config, world)
         with tracker, tracker.tagged("signal"):
             tracker.add([*teacher.body.parameters(), *teacher.body.buffers(), teacher.head.weight], "teacher")
             teacher.hidden(Question.of(asked))
@@ -281,7 +295,7 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
         micro_batches = config.student.training_args.gradient_accumulation_steps
         # Ranks that run each pass together are asked equally often; whole copies are shared out.
         in_step = ranks > 1 and not (config.teacher.strategy_args.strategy_name == "hf_infer" and layout.together == 1)
-        rounds = -(-students // ranks) if in_step or ranks < students else students / ranks
+        rounds = -(-askers // ranks) if in_step or ranks < askers else askers / ranks
         calls = micro_batches * rounds
         return Step(
             devices=devices,
@@ -293,7 +307,7 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
             flops={"teacher": int(tracker.flops * calls)},
             moved=0,
             sent={key: int(size * calls) for key, size in tracker.sent.items()},
-            tokens=rows * config.sequence_length * micro_batches * students // ours.together,
+            tokens=rows * config.sequence_length * micro_batches * askers,
             micro_batches=micro_batches,
             micro_tokens=asked.input_ids.numel(),
             chunk=0,
@@ -339,7 +353,7 @@ def _load_teacher(config: DistillConfig) -> Any:
     return _load(config, args, dtype, "teacher")
 
 
-def _teacher(config: DistillConfig, world: World) -> LocalTeacher:
+def _teacher(config: DistillConfig, world: World) -> tuple[LocalTeacher, OutputHead]:
     model = _load_teacher(config)
     name = str(config.teacher.model_args.model_name_or_path)
     check_tensor_parallel(body(model), layout_of(config.teacher), name, "teacher")
@@ -347,10 +361,10 @@ def _teacher(config: DistillConfig, world: World) -> LocalTeacher:
         teacher = spread_teacher(config, world, model, proven=False)
     if isinstance(teacher, TogetherTeacher):
         teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
-    return teacher
+    return teacher, teacher.head
 
 
-def _elsewhere(config: DistillConfig) -> RemoteTeacher:
+def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead]:
     """A teacher in other processes: its head is here, and hidden states come."""
     model = _load_teacher(config)
     head = output_head(model)
@@ -359,9 +373,9 @@ def _elsewhere(config: DistillConfig) -> RemoteTeacher:
     class Wire:
         def ask(self, question: Question | None) -> Callable[[], Reply]:
             count = 0 if question is None else len(question.supervised)
-            return lambda: Reply(head.weight.new_empty(count, head.weight.shape[1]), 0.0)
+            return lambda: Reply((head.weight.new_empty(count, head.weight.shape[1]),), 0.0)
 
-    return RemoteTeacher([Wire()], Route((0,)), head, _size(model))
+    return RemoteTeacher([Wire()], Route((0,)), len(head.weight), _size(model), head), head
 
 
 def _tagged(tracker: Tracker, fused: FusedSizes, *args: Any, **kwargs: Any) -> Any:
