@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_told_what_might(from_config):
         (["student.model_args.dtype=fp16"], "bf16"),
         (["student.device_mapping=[0]", "teacher.device_mapping=[8]"], "names device 8"),
         ([ZERO], "plan with fsdp2_train"),
-        ([f"{STUDENT}.pipeline_model_parallel_size=2"], "does not know stages"),
+        ([f"{STUDENT}.pipeline_model_parallel_size=2"], "plan with 1"),
     ],
 )
 def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arguments, said):

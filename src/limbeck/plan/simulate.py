@@ -132,8 +132,8 @@ def _refuse_the_unknown(config: DistillConfig) -> None:
         stages = layout_of(worker).pipeline
         if stages > 1:
             raise LimbeckError(
-                f"{role}.strategy_args.strategy_config.pipeline_model_parallel_size = {stages}: limbeck plan does not know stages, "
-                "which hold different parts; plan with 1."
+                f"{role}.strategy_args.strategy_config.pipeline_model_parallel_size = {stages}: limbeck plan does not know "
+                "stages, which hold different parts; plan with 1."
             )
     if config.needs_worker_groups and config.teacher_signal != "hidden_states":
         raise LimbeckError(
