@@ -74,17 +74,17 @@ class Step:
     parameters: dict[str, int]
     peak: dict[str, int]
     most: dict[str, int]
-    activations: int
-    recomputed: bool
     flops: dict[str, int]
-    moved: int
     sent: dict[tuple[str, tuple[int, ...]], int]
     tokens: int
     micro_batches: int
     micro_tokens: int
-    chunk: int
     signal: int
     signal_travels: bool
+    activations: int = 0
+    recomputed: bool = False
+    moved: int = 0
+    chunk: int = 0
 
     @property
     def total(self) -> int:
@@ -197,7 +197,7 @@ class _FirstChunks(TorchFunctionMode):
 
 
 def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.device, *, teacher_here: bool) -> Step:
-    rows, batch = _full_batch(config)
+    batch, micro_batches = _full_batch(config)
     tracker, fused = Tracker(), FusedSizes(kind)
     asked, own = batch.stretch(0, layout_of(config.student).context)
     with _ranks(len(devices)) as world:
@@ -221,7 +221,6 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
         student.fused = partial(_tagged, tracker, fused)
         engine = make_engine(config, world, student)
         distils = config.distill_loss_weight > 0 or student.features is not None
-        micro_batches = config.student.training_args.gradient_accumulation_steps
         flops, held = Counter[str](), 0
 
         def micro_batch() -> None:
@@ -270,7 +269,7 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
             flops={name: count * micro_batches for name, count in flops.items()},
             moved=moved * micro_batches,
             sent={key: size * micro_batches for key, size in sent.items()},
-            tokens=rows * config.sequence_length * micro_batches * world.data_size,
+            tokens=batch.num_tokens * micro_batches * world.data_size,
             micro_batches=micro_batches,
             micro_tokens=own.input_ids.numel(),
             chunk=fused.chunk,
@@ -281,7 +280,7 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
 
 def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int) -> Step:
     """A step of a teacher's group of its own, which ``students`` ranks ask: of those with the same rows, one."""
-    rows, asked = _full_batch(config)
+    asked, micro_batches = _full_batch(config)
     layout, askers = layout_of(config.teacher), students // layout_of(config.student).together
     tracker, ranks = Tracker(), len(devices)
     with _ranks(ranks) as world:
@@ -292,7 +291,6 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
             teacher.hidden(Question.of(asked))
             tracker.reset()
             hidden = teacher.hidden(Question.of(asked))
-        micro_batches = config.student.training_args.gradient_accumulation_steps
         # Ranks that run each pass together are asked equally often; whole copies are shared out.
         in_step = ranks > 1 and not (config.teacher.strategy_args.strategy_name == "hf_infer" and layout.together == 1)
         rounds = -(-askers // ranks) if in_step or ranks < askers else askers / ranks
@@ -302,30 +300,28 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int
             parameters={"teacher": teacher.num_parameters},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
-            activations=0,
-            recomputed=False,
             flops={"teacher": int(tracker.flops * calls)},
-            moved=0,
             sent={key: int(size * calls) for key, size in tracker.sent.items()},
-            tokens=rows * config.sequence_length * micro_batches * askers,
+            tokens=asked.num_tokens * micro_batches * askers,
             micro_batches=micro_batches,
             micro_tokens=asked.input_ids.numel(),
-            chunk=0,
             signal=hidden.numel() * hidden.itemsize,
             signal_travels=True,
         )
 
 
-def _full_batch(config: DistillConfig) -> tuple[int, Batch]:
-    """The rows of a micro-batch, and the micro-batch: with packing they lie end to end in one."""
-    rows, time = config.student.training_args.per_device_train_batch_size, config.sequence_length
+def _full_batch(config: DistillConfig) -> tuple[Batch, int]:
+    """A micro-batch, whose rows with packing lie end to end in one, and how many of them a rank has in a step."""
+    training, time = config.student.training_args, config.sequence_length
+    rows, count = training.per_device_train_batch_size, training.gradient_accumulation_steps
     if config.max_tokens_per_microbatch:
-        rows = max(1, config.max_tokens_per_microbatch // time)
+        fitting = max(1, config.max_tokens_per_microbatch // time)
+        rows, count = min(fitting, rows * count), -(-rows * count // fitting)
     ids, everywhere = torch.zeros(rows, time, dtype=torch.long), torch.arange(rows * time)
     if not config.student.use_sequence_packing:
-        return rows, Batch(ids, ids, None, rows * time, everywhere)
-    ids = ids.view(1, -1)
-    return rows, Batch(ids, ids, everywhere.view(1, -1) % time, rows * time, everywhere, documents=(time,) * rows)
+        return Batch(ids, ids, None, rows * time, everywhere), count
+    ids, places = ids.view(1, -1), everywhere.view(1, -1) % time
+    return Batch(ids, ids, places, rows * time, everywhere, documents=(time,) * rows), count
 
 
 def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
