@@ -16,6 +16,7 @@ The simulation has the CPU's chunk sizes of the loss here; everything else is wh
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import subprocess
 import sys
@@ -121,6 +122,7 @@ def measure(config_file: Path) -> None:
             run._train_step()  # makes the optimizer's state, which later steps begin with
             tracker.add([each for entries in optimizer.state.values() for each in entries.values()], "optimizer")
             tracker.reset()
+            ctypes.CDLL(None).malloc_trim(0)  # what loading whole models left behind
             Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
             run._train_step()
         grown = resident("VmHWM") - before
