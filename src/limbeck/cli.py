@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -92,6 +93,15 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("config", type=Path, help="YAML file")
     cache.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
     cache.set_defaults(run=_data_cache)
+
+    plan = commands.add_parser("plan", help="tell memory, traffic and time of a run on GPUs that are not here")
+    plan.add_argument("config", type=Path, help="YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M")
+    plan.add_argument("--gpu", default="H100", help="such as H100, H200, A100, L40S or B200")
+    plan.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds for machines")
+    plan.set_defaults(run=_plan)
 
     demo = commands.add_parser("demo", help="see a student get better than training without a teacher makes it")
     demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="folder for everything it makes")
@@ -323,6 +333,30 @@ def _data_cache(args: argparse.Namespace) -> int:
     if (held_out := prepare_validation(config, tokenizer)) is not None:
         print(f"validation: {held_out[1]}")
     print(f"cache: {cache_folder(config)}")
+    return 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from limbeck.config import load_config
+
+    config = load_config(args.config, args.overrides).config
+    os.environ.update(config.environment)
+
+    from rich.console import Console
+
+    from limbeck.pipeline.quiet import quiet_libraries
+    from limbeck.plan.estimate import make_plan, refusal
+    from limbeck.plan.gpus import find_gpu
+    from limbeck.plan.render import print_plan
+
+    quiet_libraries()
+    plan = make_plan(config, args.nodes, args.gpus_per_node, find_gpu(args.gpu))
+    if args.json:
+        print(json.dumps(plan.as_dict(), indent=1))
+    else:
+        print_plan(Console(highlight=False), plan)
+    if not plan.fits:
+        raise refusal(plan)
     return 0
 
 

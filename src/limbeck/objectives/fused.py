@@ -451,7 +451,7 @@ def _walk(
         kernel = None if isinstance(job.signal, TopK | Sampled) else kernel_pass(spec, job.across, device)
         fast = kernel or _Compiled(spec, job.across)
 
-    sums = _sums_dtype(job, weight, -(-count // chunk))
+    sums = _sums_dtype(job, weight, -(-count // chunk), device)
     d_hidden = torch.zeros(hidden.shape, dtype=sums, device=device) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=sums, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
@@ -556,14 +556,14 @@ def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> 
     return torch.empty(rows, wide, dtype=dtype, device=device)[:, :vocab]
 
 
-def _sums_dtype(job: _Job, weight: Tensor, chunks: int) -> torch.dtype:
+def _sums_dtype(job: _Job, weight: Tensor, chunks: int, device: torch.device) -> torch.dtype:
     """The precision in which the chunks' gradients meet.
 
     A product sums in float32 and is rounded once. With bfloat16 throughout, a few chunks added to the gradient itself lose
     little more than its last rounding does, and no float32 copy of twice its size is made.
     """
     bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is WHOLE
-    narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(weight.device.type, 0)
+    narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
     return torch.bfloat16 if narrow else job.accumulate
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,8 @@ from limbeck.strategies.stages import check_stages, keep_stage
 from limbeck.strategies.tensor import apply_tensor_parallel, check_tensor_parallel, sum_partial_gradients
 from limbeck.strategies.world import World
 from limbeck.teachers import Circle, LocalTeacher, Teacher, TogetherTeacher, Wanted
+
+M = TypeVar("M", bound=nn.Module)
 
 _SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size"
 _REPAYS_COMPILING = 1 << 32  # logits in a run; compiling saves some 5 ns on each and costs some 10 s
@@ -108,7 +110,6 @@ def make_student(
     """
     args = config.student.model_args
     dtype = DTYPES[args.dtype]
-    zero = config.student.strategy_args.strategy_name == "deepspeed_train"
     refuse_layout(config, world.size, world.device.type)
     # Optimizer steps are too small for half precision, so what is trained is kept in float32; a LoRA base is not trained.
     model = load_model(
@@ -141,6 +142,28 @@ def make_student(
         )
     elif teacher is not None:
         vocab = min(vocab, teacher.vocab_size)
+    compiled = compile_loss(config, data, total_steps, vocab)
+    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
+    return spread_student(
+        config, world, model, objective, vocab, teacher, compiled=compiled, cross=cross, faults=faults
+    )
+
+
+def spread_student(
+    config: DistillConfig,
+    world: World,
+    model: Any,
+    objective: Objective,
+    vocab: int,
+    teacher: Teacher | None,
+    *,
+    compiled: bool,
+    cross: CrossTokenizer | None = None,
+    faults: Faults | None = None,
+    proven: bool = True,
+) -> StudentWithLoss:
+    """A student's ``model``, loaded and checked, made into what is trained; ``proven``: see ``spread``."""
+    args, layout = config.student.model_args, layout_of(config.student)
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -163,12 +186,13 @@ def make_student(
         recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
         if args.lora_target:
             model.enable_input_require_grads()
-    compiled = compile_loss(config, data, total_steps, vocab)
     features = make_features(config, model, teacher)
-    options, rows = fsdp2_options(config.student, dtype), output_head(model).weight.shape[0]
+    options = fsdp2_options(config.student, DTYPES[args.dtype])
+    rows = output_head(model).weight.shape[0]
     mesh = make_mesh(world, options, layout) if world.size > 1 else None
     outline, stages = Outline.of(model), layout.stages(world)
-    partial_gradients = spread(model, layout, world, mesh, name)
+    name = str(args.model_name_or_path or "the student")
+    partial_gradients = spread(model, layout, world, mesh, name, proven=proven)
     if stages is not None and world.max(not any(parameter.requires_grad for parameter in model.parameters())):
         raise LimbeckError(
             f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {layout.pipeline}: freeze_module_prefix "
@@ -178,14 +202,13 @@ def make_student(
     if mesh is not None and layout.tensor > 1:
         across = VocabParallel(vocab, mesh[TENSOR].get_group(), rows)
         finish = partial(sum_partial_gradients, partial_gradients, mesh[TENSOR])
-    faults = Faults.of(config.objective_faults, int(data.tokenizer.vocab_size))
     parts = (model, objective, vocab, features, config.loss_balance, compiled, cross, faults, across, finish)
     root = StudentWithLoss(*parts) if stages is None else StudentStage(*parts, stages=stages, outline=outline)
     root.train()
-    if zero:
+    if config.student.strategy_args.strategy_name == "deepspeed_train":
         return root
     # Sharding moves layer by layer, so no device ever holds the whole model; what is left over follows.
-    return shard(root, decoder_layers(model), world, options, mesh).to(world.device)
+    return _on(world.device, shard(root, decoder_layers(model), world, options, mesh))
 
 
 def make_engine(config: DistillConfig, world: World, student: StudentWithLoss) -> Engine:
@@ -293,6 +316,13 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     check_head(model, name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
         keep_documents_apart(model, name)
+    return spread_teacher(config, world, model)
+
+
+def spread_teacher(config: DistillConfig, world: World, model: Any, *, proven: bool = True) -> LocalTeacher:
+    """A teacher's ``model``, loaded and checked, over the processes of ``world``; ``proven``: see ``spread``."""
+    name, layout = str(config.teacher.model_args.model_name_or_path), layout_of(config.teacher)
+    dtype = fsdp2_options(config.teacher, DTYPES[config.teacher.model_args.dtype]).param_dtype or torch.float32
     head = output_head(model)
     # The head is sent once: every rank keeps it whole, also when the body is spread.
     bias = None if head.bias is None else head.bias.detach().to(world.device)
@@ -305,10 +335,10 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
         return LocalTeacher(trunk, head, size)
     options = fsdp2_options(config.teacher, dtype)
     mesh = make_mesh(world, options, layout) if world.size > 1 else None
-    spread(model, layout, world, mesh, name)
+    spread(model, layout, world, mesh, name, proven=proven)
     if teacher_is_sharded(config, world):
         shard(trunk, decoder_layers(trunk), world, options, mesh)
-    trunk.to(world.device)
+    _on(world.device, trunk)
     group = layout.together_group(world)
     if group is None:
         return LocalTeacher(trunk, head, size)
@@ -363,18 +393,21 @@ def arrange(config: DistillConfig, world: World, *, teacher_here: bool = True) -
     return replace(world, tensor=student.tensor, context=student.context, pipeline=student.pipeline)
 
 
-def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, name: str) -> list[nn.Module]:
+def spread(
+    model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, name: str, *, proven: bool = True
+) -> list[nn.Module]:
     """``model`` divided into stages, sliced over tensor ranks and its rows over context ranks in place, and proven to give
     what it gave before.
 
-    Returns the modules that have a part of their gradient on every tensor rank.
+    Returns the modules that have a part of their gradient on every tensor rank. ``proven``: False where there are no numbers.
     """
     if layout.together == 1 or mesh is None:
         return []
+    if not proven:
+        return _slice(model, layout, world, mesh, name)
     trunk, was_training, stages = body(model).eval(), model.training, layout.stages(world)
     time = 4 * layout.context
     ids = torch.arange(1, 1 + time).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
-    partial_gradients: list[nn.Module] = []
     with torch.no_grad():
         if stages is None:
             model.to(world.device)
@@ -384,13 +417,9 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
             keep_stage(unwrapped(model), trunk, stages.number, stages.count)
             model.to(world.device)
         ids = ids.to(world.device)
-        if layout.tensor > 1:
-            layers, sequence = decoder_layers(trunk), layout.sequence
-            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence)
-        group, rank = layout.context_group(world), world.rank // layout.tensor % layout.context
-        if group is not None:
-            apply_context_parallel(unwrapped(model), trunk, group, name)
-        here = slice(4 * rank, 4 * rank + 4) if group is not None else slice(None)
+        partial_gradients = _slice(model, layout, world, mesh, name)
+        rank = world.rank // layout.tensor % layout.context
+        here = slice(4 * rank, 4 * rank + 4) if layout.context > 1 else slice(None)
         positions = torch.arange(time, device=world.device).unsqueeze(0)
         embedded = None
         if stages is not None and not stages.is_first:
@@ -409,6 +438,24 @@ def spread(model: Any, layout: Layout, world: World, mesh: DeviceMesh | None, na
             f"differ by up to {worst:.3g}); set all to 1, and FSDP2 shards it all the same."
         )
     return partial_gradients
+
+
+def _slice(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: str) -> list[nn.Module]:
+    trunk = body(model)
+    partial_gradients: list[nn.Module] = []
+    with torch.no_grad():
+        if layout.tensor > 1:
+            layers, sequence = decoder_layers(trunk), layout.sequence
+            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence)
+        group = layout.context_group(world)
+        if group is not None:
+            apply_context_parallel(unwrapped(model), trunk, group, name)
+    return partial_gradients
+
+
+def _on(device: torch.device, module: M) -> M:
+    # Where it was loaded nothing is to move, and a plan's parameters cannot.
+    return module if device.type == "cpu" else module.to(device)
 
 
 def teacher_is_sharded(config: DistillConfig, world: World) -> bool:

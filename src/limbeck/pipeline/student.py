@@ -82,6 +82,7 @@ class StudentWithLoss(nn.Module):
         self.faults = faults
         self.across = across
         self.finish_gradients = finish_gradients
+        self.fused: Callable[..., DistillationLoss] = fused_linear_distillation  # a plan's knows sizes alone
         self.features = features
         self.balance = balance
 
@@ -178,7 +179,7 @@ class StudentWithLoss(nn.Module):
                 weights=batch.weights,
                 normalizer=normalizer,
             )
-        return fused_linear_distillation(
+        return self.fused(
             rows,
             self._head(),
             None if signal is None else signal.hidden,

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -77,6 +78,7 @@ def ranks_of_a_copy(ranks: int, options: Fsdp2, tensor: int = 1) -> int:
     return size
 
 
+@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
 def make_mesh(world: World, options: Fsdp2, layout: Layout) -> DeviceMesh:
     """The processes as stages × copies × shards × tensor ranks, without the dimensions that are not in use."""
     others = world.size // (layout.tensor * layout.pipeline)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from limbeck.errors import LimbeckError
@@ -73,15 +74,17 @@ class Layout:
         """All ranks that share this rank's rows; None if it has them to itself."""
         if self.together == 1:
             return None
-        return _mesh(world.device.type, (world.size // self.together, self.together)).get_group(1)
+        return mesh_of(world.device.type, (world.size // self.together, self.together)).get_group(1)
 
     def _mesh(self, world: World) -> DeviceMesh:
         copies = world.size // self.together
-        return _mesh(world.device.type, (copies, self.pipeline, self.context, self.tensor))
+        return mesh_of(world.device.type, (copies, self.pipeline, self.context, self.tensor))
 
 
 @cache
-def _mesh(device: str, shape: tuple[int, ...]) -> DeviceMesh:
+@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
+def mesh_of(device: str, shape: tuple[int, ...]) -> DeviceMesh:
+    """All ranks as a grid, made once for a process group."""
     return init_device_mesh(device, shape)
 
 

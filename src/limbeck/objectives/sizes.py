@@ -1,0 +1,129 @@
+"""The fused loss in sizes: the buffers and gradients that it would hold, the FLOPs that it would spend, and no arithmetic.
+
+For planning on tensors that have shapes and no numbers. What is kept here in step with ``fused`` is the order in which that
+one makes its buffers; their shapes come from its own functions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.objectives.across import WHOLE, VocabParallel
+from limbeck.objectives.fused import (
+    DistillationLoss,
+    Objective,
+    OutputHead,
+    _bias,
+    _compute_dtype,
+    _default_chunk,
+    _Job,
+    _narrowed,
+    _sums_dtype,
+    _tile_rows,
+)
+from limbeck.objectives.kernels import ROUND
+from limbeck.objectives.rows import STATS, Rows, row_pass
+
+
+class FusedSizes:
+    """To be called as ``fused_linear_distillation`` is, wherever the tensors lie, as if they lay on ``device``.
+
+    flops: of all products so far. moved: bytes that the elementwise passes would have read and written. chunk: rows that have
+    logits at once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.flops = self.moved = self.chunk = 0
+
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_head: OutputHead,
+        teacher_hidden: Tensor | None,
+        teacher_head: OutputHead | None,
+        labels: Tensor,
+        *,
+        objective: Objective,
+        vocab_size: int,
+        across: VocabParallel | None = None,
+        compiled: bool | None = None,
+        **_: Any,
+    ) -> DistillationLoss:
+        """A loss of no value whose backward pass hands over gradients of the right sizes."""
+        job = _Job(
+            objective,
+            vocab_size if across is None else across.size,
+            _compute_dtype(student_hidden, student_head.weight),
+            None,
+            1.0,
+            True,
+            student_head.scale,
+            student_head.softcap,
+            teacher_head,
+            None,
+            None,
+            WHOLE if across is None else across,
+            bool(compiled),
+        )
+        inputs = (student_hidden, student_head.weight, student_head.bias, teacher_hidden)
+        loss = _Held.apply(*inputs, labels, job, self)
+        return DistillationLoss(loss, *(loss.detach() for _ in STATS))
+
+
+class _Held(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        teacher_hidden: Tensor | None,
+        labels: Tensor,
+        job: _Job,
+        sizes: FusedSizes,
+    ) -> Tensor:
+        device, vocab, count, accumulate = sizes.device, job.vocab, len(hidden), job.accumulate
+        w_s, b_s = weight[:vocab].to(job.dtype), _bias(bias, vocab, accumulate)
+        w_t = None if job.teacher is None else job.teacher.weight[:vocab]
+        b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
+        chunk = max(1, min(_default_chunk(device, vocab, count, w_s, w_t), count))
+        wide = vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
+        z_s = hidden.new_empty(chunk, wide, dtype=job.dtype)[:, :vocab]
+        z_t = None if w_t is None else hidden.new_empty(chunk, wide, dtype=w_t.dtype)[:, :vocab]
+        h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=job.dtype)
+        sums = _sums_dtype(job, weight, -(-count // chunk), device)
+        needs = ctx.needs_input_grad
+        grads = tuple(
+            torch.zeros_like(like, dtype=dtype) if need and like is not None else None
+            for need, like, dtype in zip(needs, (hidden, weight, bias), (sums, sums, accumulate), strict=False)
+        )
+        if not job.compiled:  # compiled, a pass goes over the logits in place
+            tile = chunk if device.type != "cpu" else _tile_rows(False, z_s, z_t)
+            teacher = None if z_t is None else z_t[:tile]
+            ones = torch.ones(len(z_s[:tile]), 1, dtype=accumulate)
+            tensors = Rows(z_s[:tile], b_s, teacher, b_t, None, None, labels[:tile], ones, torch.ones(()))
+            row_pass(job.spec(any(needs)), job.across)(*tensors)
+        if grads[0] is not None:
+            grads[0][:chunk] = torch.empty_like(h_s).to(sums)
+            grads = (job.across.sum(grads[0]), *grads[1:])
+        teacher_width = 0 if w_t is None else w_t.shape[1]
+        sizes.chunk = chunk
+        sizes.flops += 2 * count * vocab * (hidden.shape[1] * (1 + needs[0] + needs[1]) + teacher_width)
+        # The pass reads both logits and writes the gradient over the student's.
+        sizes.moved += count * vocab * (2 * z_s.itemsize + (0 if z_t is None else z_t.itemsize))
+        ctx.save_for_backward(hidden, weight, bias, teacher_hidden, labels)
+        ctx.grads = grads
+        return hidden.new_zeros((), dtype=accumulate)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grads, ctx.grads = ctx.grads, None
+        cast = [
+            None if grad is None else _narrowed(grad, like.dtype)
+            for grad, like in zip(grads, ctx.saved_tensors, strict=False)
+        ]
+        return (*cast, None, None, None, None)

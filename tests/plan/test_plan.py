@@ -1,0 +1,137 @@
+"""A plan says what real ranks hold, what is sent, and what cannot run."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import yaml
+
+from limbeck.cli import main
+from limbeck.config import load_mapping
+from limbeck.plan.estimate import make_plan, refusal
+from limbeck.plan.gpus import GPUS
+from limbeck.plan.simulate import simulate
+
+STUDENT, TEACHER = "student.strategy_args.strategy_config", "teacher.strategy_args.strategy_config"
+ZERO = "student.strategy_args={strategy_name: deepspeed_train, strategy_config: {zero_optimization: {stage: 2}}}"
+CASES = {
+    "sharded": {},
+    "recomputed, frozen, accumulated": {
+        "student.model_args.disable_gradient_checkpointing": False,
+        "student.model_args.freeze_module_prefix": "model.embed_tokens",
+        "student.training_args.gradient_accumulation_steps": 2,
+    },
+    "packed, whole copies": {
+        "student.use_sequence_packing": True,
+        f"{STUDENT}.replicate": True,
+        "teacher.strategy_args.strategy_name": "hf_infer",
+    },
+    "sliced by tensor parallelism": {
+        f"{STUDENT}.tensor_model_parallel_size": 2,
+        f"{TEACHER}.tensor_model_parallel_size": 2,
+    },
+    "rows divided": {f"{STUDENT}.context_parallel_size": 2},
+}
+
+
+def plan(values: dict, nodes: int = 1, per_node: int = 2):
+    return make_plan(load_mapping(values).config, nodes, per_node, GPUS["H100"])
+
+
+def test_a_plan_is_what_two_real_ranks_hold(from_config, tmp_path):
+    files = []
+    for number, changes in enumerate(CASES.values()):
+        values = from_config(**changes, output_dir=str(tmp_path / f"out-{number}"))
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(yaml.safe_dump(values))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, str(Path(__file__).with_name("held.py")), *map(str, files)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
+    for (name, changes), held in zip(CASES.items(), told, strict=True):
+        (step,) = simulate(load_mapping(from_config(**changes)).config, 2, "cpu").values()
+        peak = held.pop("peak")
+        assert {part: step.most[part] for part in held} == held, name
+        assert step.total == pytest.approx(peak, rel=0.1), name
+
+
+def test_what_is_sent_is_what_fsdp_gathers(from_config):
+    (group,) = plan(from_config(), 2, 2).groups
+    whole = 4 * group.step.parameters["student"]
+    sent = {kind: size for (kind, _), size in group.step.sent.items()}
+    assert sent["reduce_scatter"] == whole  # every gradient once, in float32
+    assert sent["all_gather"] > whole  # the layers twice, the root once, and the teacher's layers
+    assert {each.wire for each in group.traffic} == {"between nodes"}
+
+
+def test_copies_side_by_side_gather_within_a_node(from_config):
+    (group,) = plan(from_config(**{f"{STUDENT}.fsdp_size": 4}), 2, 4).groups
+    wires = {(each.collective, each.ranks): each.wire for each in group.traffic}
+    assert wires["reduce_scatter", 4] == "within the node"
+    assert wires["all_reduce", 2] == "between nodes"
+    (whole,) = plan(from_config(), 2, 4).groups
+    assert group.step.most["parameters"] == pytest.approx(2 * whole.step.most["parameters"], rel=0.01)
+
+
+def test_groups_apart_are_planned_each_on_its_own_devices(from_config):
+    apart = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
+    made = plan(from_config(**apart), 1, 4)
+    student, teacher = made.groups
+    assert (student.step.devices, teacher.step.devices) == ((0, 1), (2,))
+    # One teacher rank answers both students, whose traffic now has the signal in it.
+    both = plan(from_config(), 1, 2).groups[0]
+    assert teacher.step.flops["teacher"] == 2 * both.step.flops["teacher"]
+    assert [each.bytes for each in student.traffic if each.collective == "signal"] == [student.step.signal]
+    assert student.step.most["teacher"] < teacher.step.most["teacher"]  # the head alone
+    assert made.overlapped == max(student.overlapped, teacher.overlapped)
+    shared = plan(from_config(**{**apart, "teacher.device_mapping": [1]}), 1, 2)
+    assert shared.needed == student.step.total + teacher.step.total
+
+
+def test_what_does_not_fit_is_told_what_might(from_config):
+    made = plan(from_config())
+    small = replace(made, gpu=replace(GPUS["H100"], memory=made.needed))
+    assert made.fits and not small.fits
+    said = str(refusal(small))
+    assert "most of it for activations" in said and "gradient_checkpointing=false" in said and "--gpu A100-40GB" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--gpu", "H1000"], "use one of A100"),
+        (["--nodes", "0"], "both begin at 1"),
+        (["--gpus-per-node", "6", f"{STUDENT}.fsdp_size=4"], "does not divide the 6"),
+        (["--gpus-per-node", "3", f"{STUDENT}.tensor_model_parallel_size=2"], "does not divide the 3 processes"),
+        (["--gpus-per-node", "3", f"{STUDENT}.tensor_model_parallel_size=3"], "does not divide the 4 attention heads"),
+        (["sequence_length=512"], "made for 256"),
+        (["student.model_args.dtype=fp16"], "bf16"),
+        (["student.device_mapping=[0]", "teacher.device_mapping=[8]"], "names device 8"),
+        ([ZERO], "plan with fsdp2_train"),
+        ([f"{STUDENT}.pipeline_model_parallel_size=2"], "plan with 1"),
+    ],
+)
+def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arguments, said):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(from_config()))
+    assert main(["plan", str(file), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not dist.is_initialized()
+
+
+def test_the_command_prints_tables_and_json(from_config, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(from_config()))
+    words = ["plan", str(file), "--gpus-per-node", "2", "--gpu", "a100"]
+    assert main(words) == 0
+    assert "optimizer state" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["gpu"]["name"] == "A100"
+    assert sum(told["groups"][0]["peak"].values()) == told["needed"]
