@@ -36,7 +36,7 @@ from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
 
 IGNORE = -100
 
-_CHUNK_BYTES = {"cpu": 140 << 20, "cuda": 1 << 30}
+_CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
 _COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
@@ -166,7 +166,7 @@ def fused_linear_distillation(
     weights: [N], what multiplies each position's loss; default 1.
     normalizer: what the sums are divided by; default the summed weight of the supervised positions.
     all_supervised: the caller's word that no label is −100, which saves a GPU from counting them.
-    chunk_size: positions per chunk; default as many as fit in 140 MiB of logits on a CPU (1024 if these
+    chunk_size: positions per chunk; default as many as fit in 124 MiB of logits on a CPU (1024 if these
     fit in 256 MiB), 1 GiB on a GPU.
     across: ``VocabParallel`` when each rank of a group gives its own rows of both heads; hidden states and labels are then
     the same on all ranks, and so is the result.
