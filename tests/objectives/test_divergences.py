@@ -15,7 +15,7 @@ P = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
 Q = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log()
 
 
-def definition(name: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def definition(name: str, p: torch.Tensor, q: torch.Tensor, **given: object) -> torch.Tensor:
     """The textbook formula in plain differentiable float64, written without the registered weight."""
     kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)  # noqa: E731
     if name == "forward_kl":
@@ -23,28 +23,41 @@ def definition(name: str, p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     if name == "reverse_kl":
         return kl(q, p)
     if name == "js_divergence":
-        return 0.5 * kl(p, (p + q) / 2) + 0.5 * kl(q, (p + q) / 2)
-    if name == "skewed_forward_kl":
-        return kl(p, 0.1 * p + 0.9 * q)
-    if name == "skewed_reverse_kl":
-        return kl(q, 0.9 * p + 0.1 * q)
+        beta = given.get("beta", 0.5)
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if name in ("skewed_forward_kl", "skewed_reverse_kl"):
+        skew = given.get("skew", 0.1)
+        one, other = (p, q) if name == "skewed_forward_kl" else (q, p)
+        return kl(one, skew * one + (1 - skew) * other)
     if name == "cross_entropy":
         return -(p * q.log()).sum(-1)
     if name == "mixed_kl":
-        return 0.5 * kl(p, q) + 0.5 * kl(q, p)
+        forward = given.get("forward", 0.5)
+        return forward * kl(p, q) + (1 - forward) * kl(q, p)
     if name == "symmetric_kl":
         return kl(p, q) + kl(q, p)
     if name == "tvd":
         return 0.5 * (p - q).abs().sum(-1)
     if name == "alpha_beta":
-        return 4 * (1 - (p * q).sqrt().sum(-1))
+        a, b = given.get("alpha", 0.5), given.get("beta", 0.5)
+        if b == 0:  # the limits of Cichocki et al., equation 20
+            return (p**a * (p**a / q**a).log() - p**a + q**a).sum(-1) / a**2
+        if a == 0:
+            return (q**b * (q**b / p**b).log() - q**b + p**b).sum(-1) / b**2
+        return -(p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)).sum(-1) / (a * b)
     if name == "taid":
-        between = (0.6 * q.detach().log() + 0.4 * p.log()).softmax(-1)
-        return kl(between, q)
+        t = given.get("t", 0.4)
+        return kl(((1 - t) * q.detach().log() + t * p.log()).softmax(-1), q)
     assert name == "adaptive_kl"
-    ascending, order = p.sort(-1)
+    paper, alpha = given.get("head") == "paper", given.get("alpha", 0.5)
+    ordered, order = p.sort(-1, descending=paper)
+    within = ordered.cumsum(-1) <= alpha
+    if paper:
+        within[..., 0] = True
     gap = (p - q).detach().abs()
-    tail = (gap.gather(-1, order) * (ascending.cumsum(-1) <= 0.5)).sum(-1) / gap.sum(-1)
+    share = (gap.gather(-1, order) * within).sum(-1) / gap.sum(-1)
+    tail = 1 - share if paper else share
     return (1 - tail) * kl(p, q) + tail * kl(q, p)
 
 
@@ -137,6 +150,54 @@ def test_value_and_gradient_equal_autograd_of_the_definition(name, seed, vocab, 
     value.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        *(("js_divergence", {"beta": beta}) for beta in (0.1, 0.7)),
+        *((f"skewed_{side}_kl", {"skew": skew}) for side in ("forward", "reverse") for skew in (0.0, 0.4, 0.95)),
+        *(("mixed_kl", {"forward": forward}) for forward in (0.0, 0.3, 1.0)),
+        *(
+            ("alpha_beta", {"alpha": a, "beta": b})
+            for a, b in ((0.2, 0.7), (1.0, 1.0), (1.0, 0.0), (0.0, 1.0), (0.4, 0.0), (0.0, 0.3), (2.0, 0.5))
+        ),
+        *(("taid", {"t": t}) for t in (0.0, 0.7, 1.0)),
+        *(("adaptive_kl", {"alpha": alpha, "head": head}) for alpha in (0.0, 0.2, 0.9) for head in ("roll", "paper")),
+    ],
+)
+def test_parameters_mean_what_the_definition_says(name, parameters):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(20, 9, generator=generator, dtype=torch.float64) * 2 for _ in range(2))
+    ours, plain = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = divergence(name, **parameters)(ours, teacher, 1.5)
+    expected = definition(name, (teacher / 1.5).softmax(-1), (plain / 1.5).softmax(-1), **parameters)
+    torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-11)
+    value.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_a_token_that_just_reaches_alpha_is_within_it():
+    """Powers of two, so that sums are exact: the gaps are a quarter and twice an eighth."""
+    p, q = (torch.tensor([x], dtype=torch.float64) for x in ((0.5, 0.25, 0.25), (0.25, 0.375, 0.375)))
+    forward, reverse = ((a * (a / b).log()).sum().item() for a, b in ((p, q), (q, p)))
+    for head, alpha, tail in (("roll", 0.5, 0.5), ("paper", 0.75, 0.25)):
+        value = divergence("adaptive_kl", alpha=alpha, head=head)(q.log(), p.log()).item()
+        assert value == pytest.approx((1 - tail) * forward + tail * reverse, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("js_divergence", {"beta": 1.1}), ("skewed_forward_kl", {"skew": 1.0}), ("skewed_reverse_kl", {"skew": -0.1}),
+        ("mixed_kl", {"forward": 2}), ("alpha_beta", {"alpha": 0, "beta": 0}), ("alpha_beta", {"alpha": -1}),
+        ("taid", {"t": 1.5}), ("adaptive_kl", {"alpha": 2}), ("adaptive_kl", {"head": "tail"}), ("tvd", {"beta": 1}),
+    ],
+)  # fmt: skip
+def test_impossible_parameters_are_refused_with_the_divergences_name(name, parameters):
+    with pytest.raises(LimbeckError, match=name):
+        divergence(name, **parameters)
 
 
 BOUNDS = {
