@@ -8,7 +8,7 @@ process. Three figures are printed:
     state     parameters + gradients + optimizer state: predicted ÷ the tensors' own bytes; must be 1
     tensors   the fullest moment of live tensors: predicted ÷ counted by plan.tracker in the real step
     resident  the same prediction ÷ growth of the process's peak resident memory over what it held before the models; the
-              process also holds what no tensor shows (workspaces, gloo's buffers, what loading whole models left to the allocator)
+              process also holds what no tensor shows (workspaces, gloo, what loading whole models left to the allocator)
 
 The simulation has the CPU's chunk sizes of the loss here; everything else is what is planned for a GPU.
 """
