@@ -8,7 +8,7 @@ process. Three figures are printed:
     state     parameters + gradients + optimizer state: predicted ÷ the tensors' own bytes; must be 1
     tensors   the fullest moment of live tensors: predicted ÷ counted by plan.tracker in the real step
     resident  the same prediction ÷ growth of the process's peak resident memory over what it held before the models; the
-              process also holds what no tensor shows (workspaces of the products, gloo's buffers, tokenised rows)
+              process also holds what no tensor shows (workspaces, gloo, what loading whole models left to the allocator)
 
 The simulation has the CPU's chunk sizes of the loss here; everything else is what is planned for a GPU.
 """
@@ -16,7 +16,6 @@ The simulation has the CPU's chunk sizes of the loss here; everything else is wh
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import subprocess
 import sys
@@ -122,7 +121,6 @@ def measure(config_file: Path) -> None:
             run._train_step()  # makes the optimizer's state, which later steps begin with
             tracker.add([each for entries in optimizer.state.values() for each in entries.values()], "optimizer")
             tracker.reset()
-            ctypes.CDLL(None).malloc_trim(0)  # what loading whole models left behind
             Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
             run._train_step()
         grown = resident("VmHWM") - before
