@@ -240,12 +240,13 @@ def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name)
 def test_stored_probabilities_are_brought_to_another_temperature_only_where_that_is_defined():
     h_s, w_s, z_t, labels = problem(3)
     log_probs, indices = z_t.log_softmax(-1).topk(4)
-    warm = Objective.of(kd_weight=1.0, temperature=2.0, topk=4)
-    stored = fused_linear_distillation(
-        h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=warm
-    ).loss
-    direct = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=warm).loss
-    torch.testing.assert_close(stored, direct)
+    for tail in ("renormalize", "zero"):
+        warm = Objective.of(kd_weight=1.0, temperature=2.0, topk=4, tail=tail)
+        stored, direct = (
+            fused_linear_distillation(h_s, w_s, None, None, labels, teacher=teacher, objective=warm).loss
+            for teacher in (TopK(log_probs, indices), Logits(z_t))
+        )
+        torch.testing.assert_close(stored, direct)
     bucket = Objective.of(kd_weight=1.0, temperature=2.0, topk=4, tail="bucket")
     with pytest.raises(LimbeckError, match=r"stored at temperature 1\.0 cannot be brought to 2\.0"):
         fused_linear_distillation(h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=bucket)
