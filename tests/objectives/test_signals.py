@@ -281,6 +281,22 @@ def test_top_k_mass_and_overlap_are_what_they_say():
     torch.testing.assert_close(out.topk_overlap, both.double().mean())
 
 
+def test_entropies_and_agreement_are_those_of_what_is_seen():
+    h_s, w_s, z_t, labels = problem(6)
+    z_t[:3] = (h_s @ w_s.T)[:3].detach()  # both models agree there
+    stored = TopK(*z_t.log_softmax(-1).topk(3))
+    out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=stored, objective=Objective.of(topk=3))
+    keep = labels != -100
+    z_s, z_t = (h_s @ w_s.T)[keep].detach(), z_t[keep]
+    columns = z_t.topk(3).indices
+    for found, z in ((out.student_entropy, z_s), (out.teacher_entropy, z_t)):
+        log = z.gather(-1, columns).log_softmax(-1)
+        torch.testing.assert_close(found, -(log.exp() * log).sum(-1).mean())
+    agreement = (z_s.argmax(-1) == z_t.argmax(-1)).double().mean()
+    assert 0 < agreement < 1
+    torch.testing.assert_close(out.top1_agreement, agreement)
+
+
 @pytest.mark.parametrize("name", names())
 def test_vanishing_and_impossible_tokens_stay_finite(name):
     head = torch.eye(4)
