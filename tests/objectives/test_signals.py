@@ -209,16 +209,17 @@ def test_estimators_meet_the_golden_values(name, value):
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
-def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name):
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name, tau):
     h_s, w_s, z_t, _ = problem(11)
-    log_q, log_p = (h_s @ w_s.T).log_softmax(-1), z_t.log_softmax(-1)
+    log_q, log_p = (h_s @ w_s.T / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)
     mean, pull = 0.0, 0.0
     for token in range(12):
         labels = torch.full((7,), token)
         weights = log_q[:, token].detach().exp()
         out = fused_linear_distillation(
-            h_s, w_s, None, None, labels, teacher=Sampled(log_p[:, token]), objective=name, kd_weight=1.0, weights=weights,
-            normalizer=7,
+            h_s, w_s, None, None, labels, teacher=Sampled(log_p[:, token], tau), objective=name, kd_weight=1.0,
+            temperature=tau, weights=weights, normalizer=7,
         )  # fmt: skip
         (ours,) = torch.autograd.grad(out.loss, h_s)
         mean, pull = mean + out.loss.detach(), pull + ours
@@ -226,7 +227,7 @@ def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name)
         value = {"k1": -r, "k2": r**2 / 2, "k3": r.exp() - 1 - r}[name]
         expected = torch.autograd.grad((value * weights).sum() / 7, h_s, retain_graph=True)[0]
         torch.testing.assert_close(ours, expected)
-    reverse = divergence("reverse_kl")(h_s @ w_s.T, z_t).mean()
+    reverse = divergence("reverse_kl")(h_s @ w_s.T, z_t, tau).mean()
     if name != "k2":
         torch.testing.assert_close(mean, reverse.detach())
     if name == "k2":
