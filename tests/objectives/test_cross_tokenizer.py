@@ -306,6 +306,19 @@ def test_models_that_say_the_same_have_no_divergence_however_they_cut_it():
     assert q.grad.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("first", "agrees"), [((0.6, 0.1, 0.3), 1.0), ((0.3, 0.1, 0.6), 0.0)])
+def test_two_rows_agree_on_a_span_only_if_it_is_the_likeliest_entry_of_both(first, agrees):
+    """The student's "ab" is the teacher's "a" "b", and "c" is a token of both."""
+    teacher, after_a = f64(first), f64([0.05, 0.9, 0.05])  # of a, b, c
+    eye = torch.eye(3, dtype=torch.float64)
+    loss = cross_tokenizer_distillation(
+        f64([[0.6, 0.3, 0.1]]).log(), eye, torch.stack([teacher, after_a]).log(), eye, ids(0), ids(0, 1),
+        Spans.of(np.array([0]), np.array([0, 0]), np.ones(1, dtype=np.float32)),
+        cross=CrossTokenizer(Vocabularies(3, 3, ids(1, 2), ids(0, 2), ids(), ids())), objective=Objective.of(),
+    )  # fmt: skip
+    assert loss.top1_agreement.item() == agrees
+
+
 @settings(max_examples=25, deadline=None)
 @given(problem=problems(), cut=st.integers(0, 5))
 def test_micro_batches_add_up_to_the_batch(problem, cut):

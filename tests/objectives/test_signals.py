@@ -213,16 +213,17 @@ def test_estimators_meet_the_golden_values(name, value):
 
 
 @pytest.mark.parametrize("name", ["k1", "k2", "k3"])
-def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name):
+@pytest.mark.parametrize("tau", [1.0, 2.0])
+def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name, tau):
     h_s, w_s, z_t, _ = problem(11)
-    log_q, log_p = (h_s @ w_s.T).log_softmax(-1), z_t.log_softmax(-1)
+    log_q, log_p = (h_s @ w_s.T / tau).log_softmax(-1), (z_t / tau).log_softmax(-1)
     mean, pull = 0.0, 0.0
     for token in range(12):
         labels = torch.full((7,), token)
         weights = log_q[:, token].detach().exp()
         out = fused_linear_distillation(
-            h_s, w_s, None, None, labels, teacher=Sampled(log_p[:, token]), objective=name, kd_weight=1.0, weights=weights,
-            normalizer=7,
+            h_s, w_s, None, None, labels, teacher=Sampled(log_p[:, token], tau), objective=name, kd_weight=1.0,
+            temperature=tau, weights=weights, normalizer=7,
         )  # fmt: skip
         (ours,) = torch.autograd.grad(out.loss, h_s)
         mean, pull = mean + out.loss.detach(), pull + ours
@@ -230,7 +231,7 @@ def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name)
         value = {"k1": -r, "k2": r**2 / 2, "k3": r.exp() - 1 - r}[name]
         expected = torch.autograd.grad((value * weights).sum() / 7, h_s, retain_graph=True)[0]
         torch.testing.assert_close(ours, expected)
-    reverse = divergence("reverse_kl")(h_s @ w_s.T, z_t).mean()
+    reverse = divergence("reverse_kl")(h_s @ w_s.T, z_t, tau).mean()
     if name != "k2":
         torch.testing.assert_close(mean, reverse.detach())
     if name == "k2":
@@ -244,12 +245,13 @@ def test_estimators_average_to_the_reverse_kl_and_pull_as_their_definition(name)
 def test_stored_probabilities_are_brought_to_another_temperature_only_where_that_is_defined():
     h_s, w_s, z_t, labels = problem(3)
     log_probs, indices = z_t.log_softmax(-1).topk(4)
-    warm = Objective.of(kd_weight=1.0, temperature=2.0, topk=4)
-    stored = fused_linear_distillation(
-        h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=warm
-    ).loss
-    direct = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=warm).loss
-    torch.testing.assert_close(stored, direct)
+    for tail in ("renormalize", "zero"):
+        warm = Objective.of(kd_weight=1.0, temperature=2.0, topk=4, tail=tail)
+        stored, direct = (
+            fused_linear_distillation(h_s, w_s, None, None, labels, teacher=teacher, objective=warm).loss
+            for teacher in (TopK(log_probs, indices), Logits(z_t))
+        )
+        torch.testing.assert_close(stored, direct)
     bucket = Objective.of(kd_weight=1.0, temperature=2.0, topk=4, tail="bucket")
     with pytest.raises(LimbeckError, match=r"stored at temperature 1\.0 cannot be brought to 2\.0"):
         fused_linear_distillation(h_s, w_s, None, None, labels, teacher=TopK(log_probs, indices), objective=bucket)
@@ -282,6 +284,22 @@ def test_top_k_mass_and_overlap_are_what_they_say():
         top + 100 * torch.arange(len(top))[:, None], z_s.topk(3).indices + 100 * torch.arange(len(top))[:, None]
     )
     torch.testing.assert_close(out.topk_overlap, both.double().mean())
+
+
+def test_entropies_and_agreement_are_those_of_what_is_seen():
+    h_s, w_s, z_t, labels = problem(6)
+    z_t[:3] = (h_s @ w_s.T)[:3].detach()  # both models agree there
+    stored = TopK(*z_t.log_softmax(-1).topk(3))
+    out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=stored, objective=Objective.of(topk=3))
+    keep = labels != -100
+    z_s, z_t = (h_s @ w_s.T)[keep].detach(), z_t[keep]
+    columns = z_t.topk(3).indices
+    for found, z in ((out.student_entropy, z_s), (out.teacher_entropy, z_t)):
+        log = z.gather(-1, columns).log_softmax(-1)
+        torch.testing.assert_close(found, -(log.exp() * log).sum(-1).mean())
+    agreement = (z_s.argmax(-1) == z_t.argmax(-1)).double().mean()
+    assert 0 < agreement < 1
+    torch.testing.assert_close(out.top1_agreement, agreement)
 
 
 @pytest.mark.parametrize("name", names())
