@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch import Tensor
 from limbeck.data.batch import Batch
 from limbeck.objectives import OutputHead
 from limbeck.teachers.signal import Answer, Question, Wanted
+
+_MOST = 2
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class RemoteTeacher:
             self._positions += len(came.tensors[0])
             self._seconds += came.seconds
             self._answers += 1
-            here = tuple(tensor.to(device, non_blocking=True) for tensor in came.tensors)
+            here = tuple(tensor.to(device, non_blocking=True).contiguous() for tensor in came.tensors)
         if self._together is None:
             assert here is not None
             return here
@@ -139,11 +142,16 @@ class RemoteTeacher:
 
 
 def _told(here: tuple[Tensor, ...] | None, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, ...]:
-    """What the first rank of ``group`` has, on all of them."""
+    """What the first rank of ``group`` has, on all of them: at most ``_MOST`` tensors, [supervised] or [supervised, width]."""
     first = dist.get_global_rank(group, 0)
-    kinds: list[Any] = [here and [(tensor.shape, tensor.dtype) for tensor in here]]
-    dist.broadcast_object_list(kinds, first, group=group)
-    tensors = here or tuple(torch.empty(shape, dtype=dtype, device=device) for shape, dtype in kinds[0])
+    facts = [(_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, 0)[:4] for tensor in here or ()]
+    header = torch.tensor([*facts, *[(-1, 0, 0, 0)] * (_MOST - len(facts))], device=device)
+    dist.broadcast(header, first, group=group)
+    tensors = here or tuple(
+        torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device)
+        for dtype, ndim, *shape in header.tolist()
+        if dtype >= 0
+    )
     for tensor in tensors:
         dist.broadcast(tensor, first, group=group)
     return tensors
