@@ -35,10 +35,10 @@ def problem(seed, n, vocab, pad_s, pad_t, *, bias, softcap, scale, dtype=torch.f
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)  # noqa: E731
     h_s, h_t = randn(n, 6).requires_grad_(), randn(n, 10)
     head_s = OutputHead(randn(vocab + pad_s, 6).requires_grad_(), None, softcap, scale)
-    head_t = OutputHead(randn(vocab + pad_t, 10), None, 5.0 if softcap else None)
+    head_t = OutputHead(randn(vocab + pad_t, 10), None, 5.0 if softcap else None, scale**2)
     if bias:
         head_s = OutputHead(head_s.weight, randn(vocab + pad_s).requires_grad_(), softcap, scale)
-        head_t = OutputHead(head_t.weight, randn(vocab + pad_t), head_t.softcap)
+        head_t = OutputHead(head_t.weight, randn(vocab + pad_t), head_t.softcap, head_t.scale)
     labels = torch.randint(0, vocab, (n,), generator=g)
     labels[torch.rand(n, generator=g) < 0.3] = -100
     return h_s, head_s, h_t, head_t, labels
