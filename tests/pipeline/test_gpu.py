@@ -10,7 +10,7 @@ import torch
 from limbeck import DistillPipeline, OutputHead, fused_linear_distillation
 from limbeck.strategies.engine import TorchEngine
 
-from .test_ranks import metrics
+from .test_ranks import metrics, rows, train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -62,6 +62,24 @@ def test_a_student_that_left_the_gpu_goes_on_as_if_it_had_stayed():
 
     for stayed, left in zip(train(False), train(True), strict=True):
         assert torch.equal(stayed, left)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "stage", "offload"), [(1, 2, ["optimizer"]), (1, 3, ["optimizer", "param"]), (2, 2, []), (2, 3, [])]
+)
+def test_deepspeed_gives_the_losses_of_the_run_without(configure, settings, tmp_path, gpus, stage, offload):
+    pytest.importorskip("deepspeed")
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"needs {gpus} GPUs")
+    optimization = {"stage": stage, **{f"offload_{what}": {"device": "cpu"} for what in offload}}
+    block = {
+        "student.strategy_args.strategy_name": "deepspeed_train",
+        "student.strategy_args.strategy_config": {"zero_optimization": optimization},
+    }
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+    train(settings(**block, **rows(8 // gpus)), tmp_path, gpus)
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss"):
+        assert metrics(tmp_path / "out", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-4), key
 
 
 @pytest.mark.parametrize(
