@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-workers test-alone lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -21,7 +21,14 @@ test: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q
+	$(MAKE) --no-print-directory -j 2 test-workers test-alone
+
+# Tests that start groups of workers mostly wait; the others run beside them.
+test-workers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m workers
+
+test-alone: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not workers'
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

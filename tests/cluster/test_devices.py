@@ -12,6 +12,8 @@ from limbeck.errors import LimbeckError
 
 ray = pytest.importorskip("ray")
 
+pytestmark = pytest.mark.workers
+
 
 def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch):
     with socket.socket() as taken:

@@ -19,6 +19,8 @@ from .test_ranks import metrics, rows
 
 ray = pytest.importorskip("ray")
 
+pytestmark = pytest.mark.workers
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():

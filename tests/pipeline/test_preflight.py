@@ -120,6 +120,7 @@ def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
     assert "fits" not in out
 
 
+@pytest.mark.workers
 def test_a_ray_that_is_joined_is_asked_what_it_has(check):
     ray = pytest.importorskip("ray")
     from limbeck.cluster.session import ray_session

@@ -20,6 +20,8 @@ from .test_ranks import metrics, rows
 
 ray = pytest.importorskip("ray")
 
+pytestmark = pytest.mark.workers
+
 WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
 
 
@@ -81,6 +83,8 @@ def asking(students: int, folder: Path, **changes) -> dict:
 
 
 def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process(configure, settings, tmp_path):
+    from limbeck.cluster.workers import registered_groups
+
     top = {"logits_topk": 5}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     DistillPipeline(configure(output_dir=str(tmp_path / "one-top"), **top)).run()
@@ -101,7 +105,7 @@ def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process
         for thread in threads:
             thread.join()
         assert not failures
-        assert len(processes("TeacherWorker")) == 2  # a run that ends leaves them
+        assert registered_groups() == {"judge": 2}  # a run that ends leaves them
         run_on_cluster(configure(**asking(1, tmp_path / "later", **top)))
     assert gone("TeacherWorker")
     for name, alone in (("two-ranks", "one"), ("one-rank", "one"), ("later", "one-top")):

@@ -15,6 +15,8 @@ from .test_ranks import metrics, rows
 
 pytest.importorskip("ray")
 
+pytestmark = pytest.mark.workers
+
 KEYS = ("train/loss", "train/train_distill_loss", "train/teacher_entropy", "student/grad_norm", "val/loss", "val/kd")
 SIZES = "student.strategy_args.strategy_config."
 TENSOR = {**rows(8), f"{SIZES}tensor_model_parallel_size": 2}
