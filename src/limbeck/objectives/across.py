@@ -69,7 +69,7 @@ class VocabParallel(Across):
         self.vocab_size = vocab_size
         self.start = rank * least + min(rank, more)
         self.size = least + (rank < more)
-        self._widest = -(-vocab_size // self._ranks)
+        self._widest = self._most = -(-vocab_size // self._ranks)
         if head_rows is not None:
             each = -(-head_rows // self._ranks)
             if each * (self._ranks - 1) >= vocab_size:
@@ -77,8 +77,22 @@ class VocabParallel(Across):
                     f"an output head of {head_rows} rows cannot be split over {self._ranks} ranks: the last would hold nothing "
                     f"of the {vocab_size} tokens."
                 )
+            self._most = each
             self.start, self._widest = rank * each, min(each, vocab_size)
             self.size = min(each, vocab_size - self.start)
+
+    def check(self, vocab_size: int | None, **columns: int | None) -> None:
+        """Raise LimbeckError unless what student and teacher give here is this rank's part, or that and padding of the head."""
+        if vocab_size is not None and vocab_size != self.vocab_size:
+            raise LimbeckError(
+                f"vocab_size={vocab_size} contradicts the {self.vocab_size} of VocabParallel; leave it out."
+            )
+        for role, count in columns.items():
+            if count is not None and self._ranks > 1 and not self.size <= count <= self._most:
+                raise LimbeckError(
+                    f"the {role} gives {count} columns, and this rank holds {self.size} of {self.vocab_size}; give "
+                    "head.weight[parallel.columns], or logits[:, parallel.columns]."
+                )
 
     @property
     def columns(self) -> slice:

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.divergences import Formulas, evaluate
@@ -253,6 +254,7 @@ class _CrossLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
@@ -504,6 +506,7 @@ class _Value(torch.autograd.Function):
         return value.sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return weight * grads[0].unsqueeze(-1), None, None

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across
@@ -30,12 +31,22 @@ With the attribute ``coupled`` set it takes a fifth argument, ``Across``, for su
 LOWEST = -1e30
 """Stands for a logit of −∞: its probability is 0, and 0 · log 0 stays 0 instead of NaN."""
 
+RESERVED = ("k1", "k2", "k3")
+"""Names of objectives that are no divergence between distributions, see ``sampled``."""
+
 _REGISTRY: dict[str, Callable[..., Formulas]] = {}
 
 
 def register(make: Callable[..., Formulas]) -> Callable[..., Formulas]:
-    """Make a divergence known under its function's name. ``make(**parameters)`` returns the two formulas."""
-    _REGISTRY[make.__name__] = make
+    """Make a divergence known under its function's name. ``make(**parameters)`` returns the two formulas.
+
+    Raises LimbeckError for a name that is taken, unless by the same file.
+    """
+    name = make.__name__
+    known = _REGISTRY.get(name)
+    if name in RESERVED or (known is not None and known.__module__ != make.__module__):
+        raise LimbeckError(f"a divergence called {name} is there already; give yours another name.")
+    _REGISTRY[name] = make
     return make
 
 
@@ -64,9 +75,30 @@ def formulas(name: str, **parameters: Any) -> Formulas:
     if name not in _REGISTRY:
         raise LimbeckError(f"there is no divergence called {name!r}; the known ones are {', '.join(names())}.")
     try:
-        return _REGISTRY[name](**parameters)
+        terms = _REGISTRY[name](**parameters)
     except TypeError as error:
         raise LimbeckError(f"the divergence {name} does not take these parameters: {error}.") from error
+    if _REGISTRY[name].__module__ != __name__:
+        _try(name, terms)
+    return terms
+
+
+def _try(name: str, terms: Any) -> None:
+    """Raise LimbeckError unless a user's formulas give what ``Formulas`` says."""
+    p = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6], [0.25, 0.25, 0.25, 0.25]])
+    q = p.flip(-1)
+    try:
+        value, weight = evaluate(terms, p, q, p.log(), q.log())
+        shapes = [tuple(value.shape), tuple(weight.shape)]
+    except Exception as error:
+        raise LimbeckError(
+            f"the divergence {name} fails ({type(error).__name__}: {error}); it must return a function of p, q, log_p and "
+            "log_q, each [rows, vocab], that gives (value, w), each [rows, vocab]."
+        ) from error
+    if shapes != [(3, 4), (3, 4)]:
+        raise LimbeckError(
+            f"the divergence {name} gives {shapes[0]} and {shapes[1]} for [3, 4]; value and w must both be [rows, vocab]."
+        )
 
 
 @register
@@ -294,6 +326,7 @@ class _Rows(torch.autograd.Function):
         return value.sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grads[0].unsqueeze(-1), None, None
@@ -304,7 +337,8 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
 
     Returns a callable ``(student_logits [N, V], teacher_logits [N, V'], temperature=1.0, teacher_temperature=None) -> [N]``
     that backpropagates to the student's logits. V and V' may differ by padding: columns beyond the shorter do not exist. An
-    unset teacher temperature is the student's. Values are in nats, without a factor τ². −∞ is a logit of probability 0.
+    unset teacher temperature is the student's. Half precision is computed in float32.
+    Values are in nats, without a factor τ². −∞ is a logit of probability 0.
 
     Raises LimbeckError for an unknown name or parameter, and when called with a temperature of 0 or less.
     """
@@ -320,8 +354,10 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
         tau_t = temperature if teacher_temperature is None else teacher_temperature
         if not (temperature > 0 and tau_t > 0):
             raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
-        student = (student_logits[..., :vocab] / temperature).clamp_min(LOWEST)
-        teacher = (teacher_logits[..., :vocab] / tau_t).clamp_min(LOWEST)
+        student, teacher = (
+            (logits[..., :vocab].to(torch.promote_types(logits.dtype, torch.float32)) / tau).clamp_min(LOWEST)
+            for logits, tau in ((student_logits, temperature), (teacher_logits, tau_t))
+        )
         return _Rows.apply(student, teacher.detach(), terms)
 
     return closed_form

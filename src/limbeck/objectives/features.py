@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 
@@ -117,6 +118,7 @@ class _SumOfRows(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0] * ctx.factor
         # A scale without dimensions leaves a half-precision slope in its precision.

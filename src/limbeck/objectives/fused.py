@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across, VocabParallel
@@ -206,6 +207,7 @@ def fused_linear_distillation(
     elif isinstance(teacher, Logits):
         widest = min(widest, teacher.logits.shape[-1])
     if isinstance(across, VocabParallel):
+        across.check(vocab_size, student=student.weight.shape[0], teacher=_columns(asked, teacher))
         vocab_size = across.size
     vocab = widest if vocab_size is None else vocab_size
     if not 0 < vocab <= widest:
@@ -258,6 +260,13 @@ def _check_rows(
             raise LimbeckError(
                 f"{name} has {len(rows)} positions and student_hidden {len(student)}; give the same positions to both."
             )
+
+
+def _columns(head: OutputHead | None, signal: Signal | None) -> int | None:
+    """How many columns of the vocabulary a teacher gives here; None if it names columns of the whole one, or is not there."""
+    if head is not None:
+        return len(head.weight)
+    return signal.logits.shape[-1] if isinstance(signal, Logits) else None
 
 
 def _check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
@@ -357,6 +366,9 @@ class _Job:
             teacher_softcap=None if teacher is None else teacher.softcap,
             wants_grad=wants_grad,
             dtype=self.accumulate,
+            retempered=objective.teacher_temperature / self.signal.temperature
+            if isinstance(self.signal, TopK)
+            else 1.0,
         )
 
 
@@ -391,6 +403,7 @@ class _HeadAndLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = outputs[0] * ctx.job.rest
         grads, ctx.grads = ctx.grads, None

@@ -42,6 +42,8 @@ class Spec:
     teacher_softcap: float | None
     wants_grad: bool
     dtype: torch.dtype
+    retempered: float = 1.0
+    """The temperature that a sparse signal has been brought to, divided by its own."""
 
 
 class Rows(NamedTuple):
@@ -226,7 +228,7 @@ def _of_the_likeliest(s: Tensor, t: Tensor | None, seen: _Seen, rows: Rows, spec
         log_p = (t_k - seen.highest_t) / spec.teacher_temperature - seen.log_total_t
         s_k = across.pick(s, columns)
         agreement = torch.zeros_like(seen.highest) if seen.agreement is None else seen.agreement
-    mass = log_p.exp().sum(-1, keepdim=True)
+    mass = (log_p * spec.retempered).exp().sum(-1, keepdim=True)  # known at the signal's own temperature alone
     overlap = (s_k >= best.amin(-1, keepdim=True)).to(spec.dtype).mean(-1, keepdim=True)
     if spec.tail in ("uniform", "zero"):
         log_p, p = _filled(log_p, columns, seen.log_q, spec.tail, across)

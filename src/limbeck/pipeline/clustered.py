@@ -120,7 +120,12 @@ class _Cluster:
             config = config.model_copy(update={"resume_from_checkpoint": True})
         service = None if config.teacher.service is None else find_service(config)
         if self.placement is None:
-            self.placement = place(self.mappings, config.num_gpus_per_node)
+            try:
+                self.placement = place(self.mappings, config.num_gpus_per_node)
+            except LimbeckError as error:
+                if again:  # what was lost may come back
+                    raise WorkerLost(str(error).rstrip(".")) from error
+                raise
             refuse_backend(config, self.placement.device)
         if self.teachers is None and len(self.mappings) > 1:
             self.teachers = WorkerGroup.start(
@@ -165,14 +170,16 @@ class _Cluster:
         ranks = {ref: f"student-{rank}" for rank, ref in enumerate(runs)}
         waiting, sign_of_life, asked_to_stop = list(runs), time.monotonic(), 0.0
         hung = 60 * self.config.student.backend_timeout
-        told = students.actors[0].told.remote()
+        told, made = students.actors[0].told.remote(), 0
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=_WATCH_SECONDS)
             for ref in done:
                 result(ref, ranks[ref], None)
             if ray.wait([told], timeout=0)[0]:
-                for line in result(told, "student-0", None):
-                    sign_of_life = time.monotonic()
+                steps, lines = result(told, "student-0", None)
+                if lines or steps > made:
+                    sign_of_life, made = time.monotonic(), steps
+                for line in lines:
                     self.tell(line)
                 told = students.actors[0].told.remote()
             if stop.signal and not asked_to_stop:
@@ -180,11 +187,11 @@ class _Cluster:
                 for actor in students.actors:
                     actor.stop.remote(stop.signal)
             if time.monotonic() - sign_of_life > hung:
-                raise WorkerLost(f"the student's workers have said nothing for {hung:.0f} s")
+                raise WorkerLost(f"the student's workers have made no step and said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop when asked to")
         for last in (told, students.actors[0].told.remote()):
-            for line in result(last, "student-0", 60):
+            for line in result(last, "student-0", 60)[1]:
                 self.tell(line)
         return result(runs[0], "student-0", None)
 

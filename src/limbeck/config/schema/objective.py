@@ -46,6 +46,15 @@ OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
 }
 """Which objectives read which of the keys that shape one."""
 
+OBJECTIVE_KWARGS: dict[str, tuple[str, ...]] = {
+    "adaptive_kl": ("head",),
+    "js_divergence": ("smoothing",),
+    "mixed_kl": ("forward",),
+    "alpha_beta": ("alpha", "beta"),
+    "taid": ("t_start", "t_end", "rate", "momentum"),
+}
+"""Per objective of the package, the kd_objective_kwargs that it reads; one that is not listed reads none."""
+
 
 FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 

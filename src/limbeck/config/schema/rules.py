@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.models import StrategyArgs
-from limbeck.config.schema.objective import OBJECTIVE_KEYS
+from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.config.schema.training import REQUIRED_SCHEDULER_KWARGS, SCHEDULER_KWARGS, TRACKER_KWARGS
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 def contradictions(config: DistillConfig) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
+    yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
     yield from _placement_contradictions(config)
     yield from _transport_contradictions(config)
@@ -88,6 +89,20 @@ def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
         if config.loss_balance != "weighted":
             yield Contradiction(
                 "loss_balance", f"= {config.loss_balance} does not go with cross_tokenizer; use weighted"
+            )
+
+
+def _objective_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+    if config.kd_objective not in OBJECTIVES:  # a plugin's, which says itself what it takes
+        return
+    readable = OBJECTIVE_KWARGS.get(config.kd_objective, ())
+    own = next((key for key, objectives in OBJECTIVE_KEYS.items() if config.kd_objective in objectives), None)
+    for key in config.kd_objective_kwargs:
+        if key not in readable:
+            hint = f"; its number is the key {own}" if own else ""
+            yield Contradiction(
+                f"kd_objective_kwargs.{key}",
+                f"means nothing to kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
 
 

@@ -1,0 +1,88 @@
+"""What a caller may get wrong, or ask at the edge: a sentence or the right number, never another objective."""
+
+import inspect
+
+import pytest
+import torch
+
+from limbeck import divergence, fused_linear_distillation
+from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
+from limbeck.errors import LimbeckError
+from limbeck.objectives import Objective, TopK, divergences
+from limbeck.objectives.taid import TaidSchedule
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    monkeypatch.setattr(divergences, "_REGISTRY", dict(divergences._REGISTRY))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "k2"])
+def test_a_name_that_is_taken_is_refused(registry, name):
+    def mine():
+        return lambda p, q, log_p, log_q: (p * 0, p * 0)
+
+    mine.__name__ = name
+    with pytest.raises(LimbeckError, match=f"a divergence called {name} is there already"):
+        divergences.register(mine)
+
+
+@pytest.mark.parametrize(
+    ("terms", "sentence"),
+    [
+        (lambda p, q, log_p, log_q: (p.sum(-1), p), r"gives \(3,\) and \(3, 4\) for \[3, 4\]"),
+        (lambda p, q, log_p, log_q: p, "must return a function of p, q, log_p and"),
+        (lambda p, q: (p, q), "must return a function of p, q, log_p and"),
+        (None, "must return a function of p, q, log_p and"),
+    ],
+)
+def test_formulas_that_are_none_are_refused_before_they_are_used(registry, terms, sentence):
+    def mine():
+        return terms
+
+    divergences.register(mine)
+    with pytest.raises(LimbeckError, match=sentence):
+        divergence("mine")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_the_closed_form_of_half_precision_is_that_of_its_numbers_in_float64(name, dtype):
+    s, t = torch.randn(5, 300).mul(3).to(dtype).requires_grad_(), torch.randn(5, 310).mul(3).to(dtype)
+    exact = s.detach().double().requires_grad_()
+    mine, right = divergence(name)(s, t), divergence(name)(exact, t.double())
+    torch.testing.assert_close(mine.double(), right, rtol=1e-4, atol=1e-5)
+    mine.sum().backward()
+    right.sum().backward()
+    assert s.grad.dtype == dtype
+    torch.testing.assert_close(s.grad.double(), exact.grad, rtol=1e-2, atol=1e-5)
+
+
+def test_a_second_derivative_is_refused():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
+    labels = torch.randint(0, 20, (4,))
+    fused = fused_linear_distillation(hidden, head, torch.randn(4, 8), torch.randn(20, 8), labels, chunk_size=2).loss
+    for loss in (fused, divergence("forward_kl")(hidden @ head.T, torch.randn(4, 20)).sum()):
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+            torch.autograd.grad(gradient.square().sum(), hidden)
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "zero"])
+def test_the_mass_of_a_stored_signal_is_that_at_its_own_temperature(tail):
+    log_probs, indices = torch.randn(6, 30).log_softmax(-1).topk(4, -1)
+    objective = Objective.of("forward_kl", kd_weight=1.0, temperature=2.0, teacher_temperature=2.0, tail=tail)
+    out = fused_linear_distillation(
+        torch.randn(6, 8), torch.randn(30, 8), None, None, torch.randint(0, 30, (6,)),
+        teacher=TopK(log_probs, indices), objective=objective,
+    )  # fmt: skip
+    torch.testing.assert_close(out.topk_mass, log_probs.exp().sum(-1).mean())
+
+
+def test_the_configuration_knows_what_each_divergence_takes():
+    for name in OBJECTIVES:
+        make = TaidSchedule.__init__ if name == "taid" else divergences._REGISTRY[name]
+        own = {"adaptive_kl_alpha": "alpha", "skew_lambda": "skew", "js_beta": "beta"}
+        taken = {own[key] for key, names in OBJECTIVE_KEYS.items() if name in names}
+        parameters = set(inspect.signature(make).parameters) - {"self", "device"} - taken
+        assert parameters == set(OBJECTIVE_KWARGS.get(name, ())), name
