@@ -82,7 +82,11 @@ class _Cluster:
                     f"{lost}. The run goes on from its last checkpoint in {wait} s "
                     f"(restart {attempt + 1} of {self.config.max_restarts})."
                 )
-                time.sleep(wait)
+                until = time.monotonic() + wait
+                while time.monotonic() < until and not stop.signal:
+                    time.sleep(_WATCH_SECONDS)
+                if stop.signal:
+                    raise LimbeckError(f"{lost}, and the run was stopped before it went on.") from lost
         raise AssertionError("the loop above returns or raises")
 
     @property
