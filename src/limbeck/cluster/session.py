@@ -29,6 +29,9 @@ def load_ray() -> ModuleType:
     """Ray itself; raises LimbeckError where it is not installed."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
+    if os.environ.get("RAY_ADDRESS") and _has_token():
+        # As Ray does by itself for a Ray that it starts; it looks once, when it is imported.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
     except ImportError as error:
@@ -54,9 +57,6 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         _knock(address)
-        if any(map(os.environ.get, ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))) or _TOKEN.expanduser().is_file():
-            # Where there is a token Ray asks for it, as it does by itself on a Ray that it starts.
-            os.environ.setdefault("RAY_AUTH_MODE", "token")
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:
@@ -108,6 +108,12 @@ def ray_address() -> str:
 def can_join() -> bool:
     """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
     return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()
+
+
+def _has_token() -> bool:
+    """Whether this user has a token for Ray."""
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or _TOKEN.expanduser().is_file()
 
 
 def _has_dashboard() -> bool:
