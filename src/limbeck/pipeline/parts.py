@@ -59,10 +59,7 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
     parameters: dict[str, Any] = dict(config.kd_objective_kwargs)
     schedule = None
     if config.kd_objective == "taid":
-        try:
-            schedule = TaidSchedule(**parameters, device=device)
-        except TypeError as error:
-            raise LimbeckError(f"kd_objective_kwargs does not fit taid: {error}.") from error
+        schedule = TaidSchedule(**parameters, device=device)
         parameters = {"t": schedule.t}
     elif config.kd_objective == "adaptive_kl":
         parameters["alpha"] = config.adaptive_kl_alpha
