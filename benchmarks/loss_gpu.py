@@ -121,7 +121,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here; run it where torch.cuda.is_available().")
     from limbeck import fused_linear_distillation
-    from limbeck.objectives import Objective, fused, kernels
+    from limbeck.objectives import Objective, chunks, kernels
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens} tokens, bfloat16\n")
     for hidden_s, hidden_t, vocab in SIZES:
@@ -131,7 +131,7 @@ def main() -> None:
         w_s, w_t = make(vocab, hidden_s).mul_(0.02).requires_grad_(), make(vocab, hidden_t).mul_(0.02)
         labels = torch.randint(0, vocab, (options.tokens,), device="cuda")
         leaves = [h_s, w_s]
-        chunk = min(fused._default_chunk(h_s.device, vocab, options.tokens, w_s, w_t), options.tokens)
+        chunk = min(chunks.default_chunk(h_s.device, vocab, options.tokens, w_s, w_t), options.tokens)
 
         floor, _ = measure(products(h_s, w_s, h_t, w_t, chunk), [], options.repeats)
         work = 2 * options.tokens * vocab * (3 * hidden_s + hidden_t)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 from limbeck.errors import LimbeckError
 from limbeck.models import available_memory, load_model, out_of_memory_told
@@ -13,6 +14,16 @@ def test_a_model_larger_than_what_is_left_is_refused_before_it_is_made():
     sentence = r"the teacher None takes [\d,.]+ GB of memory to load, and [\d,.]+ GB are left"
     with pytest.raises(LimbeckError, match=sentence):
         load_model(None, dtype=torch.bfloat16, from_scratch=True, config_kwargs=huge, role="teacher")
+
+
+@pytest.mark.skipif(available_memory() is None, reason="this system does not say what memory is left")
+def test_a_quantised_model_is_not_judged_by_its_full_size(tmp_path):
+    huge = {"hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200, "num_attention_heads": 128}
+    quantised = {"quantization_config": {"quant_method": "nothing-known", "bits": 4}}
+    Qwen2Config(**huge, **quantised).save_pretrained(tmp_path)
+    with pytest.raises(LimbeckError) as refused:  # for what comes next: there are no weights
+        load_model(str(tmp_path), dtype=torch.bfloat16, role="teacher")
+    assert "of memory to load" not in str(refused.value)
 
 
 def test_an_allocation_that_fails_names_what_was_done_and_what_to_do():

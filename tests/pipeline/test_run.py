@@ -21,6 +21,8 @@ from limbeck import DistillPipeline, LimbeckError, divergence
 from limbeck.data import tokenize_files
 from limbeck.models import load_tokenizer
 from limbeck.pipeline.checkpoint import find_damage, list_checkpoints
+from limbeck.pipeline.interrupt import StopRequest
+from limbeck.strategies.world import World
 
 from .conftest import assert_same_weights, forget_after, weights
 
@@ -529,3 +531,10 @@ def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(con
     config = configure(**{"student.model_args.attn_implementation": "flex_attention"})
     with pytest.raises(LimbeckError, match="flex_attention has no backward pass on a CPU; use sdpa or auto"):
         DistillPipeline(config).run()
+
+
+def test_every_step_is_a_sign_of_life_whether_it_is_logged_or_not(configure):
+    request = StopRequest()
+    config = configure(max_steps=3, logging_steps=100, save_steps=0, eval_steps=0)
+    DistillPipeline(config).run_in(World(0, 1, torch.device("cpu")), stop=request)
+    assert request.looks == 3

@@ -121,7 +121,9 @@ def model_limits(
 def _refuse_too_large(config: Any, dtype: torch.dtype, name: str | None, role: str) -> None:
     """Raise LimbeckError if the parameters alone exceed the memory that is left, instead of being killed on the way."""
     left = available_memory()
-    if left is None:
+    if (
+        left is None or getattr(config, "quantization_config", None) is not None
+    ):  # whose weights are smaller than they look
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -39,8 +39,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
 from limbeck.objectives.divergences import Formulas, evaluate
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _accumulate, _bias, _compute_dtype
+from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead
 from limbeck.objectives.rows import _logits
 
 KINDS = ("uld", "hybrid")
@@ -211,7 +212,7 @@ def cross_tokenizer_distillation(
         teacher_labels=teacher_labels,
         weights=weights,
         normalizer=max(labels.numel(), 1) if normalizer is None else normalizer,
-        dtype=_compute_dtype(student_hidden, student.weight),
+        dtype=compute_dtype(student_hidden, student.weight),
         chunk_size=chunk_size,
         wants_grad=torch.is_grad_enabled(),
     )
@@ -272,8 +273,8 @@ class _Walk:
         self.job, self.hidden, self.needs = job, hidden, needs
         self.vocabularies = job.cross.on(hidden.device)
         vs, vt, like = job.cross.vocabularies.student_size, job.cross.vocabularies.teacher_size, job.accumulate
-        self.w_s, self.b_s = weight[:vs].to(job.dtype), _bias(bias, vs, like)
-        self.w_t, self.b_t = job.teacher.weight[:vt], _bias(job.teacher.bias, vt, like)
+        self.w_s, self.b_s = weight[:vs].to(job.dtype), shared_bias(bias, vs, like)
+        self.w_t, self.b_t = job.teacher.weight[:vt], shared_bias(job.teacher.bias, vt, like)
         per_row = _COPIES * (vs + vt) * torch.finfo(like).bits // 8
         budget = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
         self.chunk = max(1, job.chunk_size or budget // per_row)
@@ -394,7 +395,7 @@ class _Walk:
         if self.d_hidden is not None:
             self.d_hidden[index] = (dz @ self.w_s).to(self.d_hidden.dtype)
         if self.d_weight is not None:
-            _accumulate(self.d_weight[: dz.shape[1]], dz, self.hidden[index].to(self.job.dtype))
+            add_product(self.d_weight[: dz.shape[1]], dz, self.hidden[index].to(self.job.dtype))
 
 
 def compare(

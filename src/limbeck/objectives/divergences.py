@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across
+from limbeck.objectives.sampled import ESTIMATORS
 
 Formulas = Callable[..., "tuple[Tensor, Tensor]"]
 """(p, q, log p, log q), each [rows, vocab] → (value, w), each [rows, vocab].
@@ -30,9 +31,6 @@ With the attribute ``coupled`` set it takes a fifth argument, ``Across``, for su
 
 LOWEST = -1e30
 """Stands for a logit of −∞: its probability is 0, and 0 · log 0 stays 0 instead of NaN."""
-
-RESERVED = ("k1", "k2", "k3")
-"""Names of objectives that are no divergence between distributions, see ``sampled``."""
 
 _REGISTRY: dict[str, Callable[..., Formulas]] = {}
 
@@ -44,7 +42,7 @@ def register(make: Callable[..., Formulas]) -> Callable[..., Formulas]:
     """
     name = make.__name__
     known = _REGISTRY.get(name)
-    if name in RESERVED or (known is not None and known.__module__ != make.__module__):
+    if name in ESTIMATORS or (known is not None and known.__module__ != make.__module__):
         raise LimbeckError(f"a divergence called {name} is there already; give yours another name.")
     _REGISTRY[name] = make
     return make

@@ -29,21 +29,27 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across, VocabParallel
+from limbeck.objectives.chunks import (
+    add_product,
+    compute_dtype,
+    default_chunk,
+    head_product,
+    keep_freed_tiles,
+    make_buffer,
+    narrowed,
+    rescale,
+    shared_bias,
+    tile_rows,
+)
 from limbeck.objectives.divergences import LOWEST, Formulas, formulas
-from limbeck.objectives.kernels import ROUND, kernel_pass
+from limbeck.objectives.kernels import kernel_pass
 from limbeck.objectives.rows import STATS, Rows, Spec, row_pass
 from limbeck.objectives.sampled import ESTIMATORS
 from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
 
 IGNORE = -100
 
-_CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
-_WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
-_TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
-_COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
-_EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
-_STRIP = 1024  # rows of a head that a CPU multiplies at once
 _WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
 
 
@@ -215,7 +221,7 @@ def fused_linear_distillation(
             f"vocab_size={vocab_size} is not between 1 and the {widest} rows of the smaller output head."
         )
 
-    dtype = _compute_dtype(student_hidden, student.weight)
+    dtype = compute_dtype(student_hidden, student.weight)
     if labels.device.type == "cpu":  # on a GPU it would be a sync
         _check_labels(labels, across.vocab_size if isinstance(across, VocabParallel) else vocab)
     everything = torch.arange(labels.numel(), device=labels.device)
@@ -372,12 +378,6 @@ class _Job:
         )
 
 
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
-
-
 class _HeadAndLoss(torch.autograd.Function):
     """Gradients are formed in the forward pass, where the logits are, and handed over by the first backward.
 
@@ -414,23 +414,12 @@ class _HeadAndLoss(torch.autograd.Function):
         if scale.device.type != "cpu" or scale.item() != 1.0:
             for grad in grads:
                 if grad is not None:
-                    _scale(grad, scale)
+                    rescale(grad, scale)
         cast = [
-            None if g is None else _narrowed(g, like.dtype)
+            None if g is None else narrowed(g, like.dtype)
             for g, like in zip(grads, (hidden, weight, bias), strict=True)
         ]
         return (*cast, None, None, None, None)
-
-
-def _narrowed(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in its parameter's dtype; a narrower one is written over the sums, which are the largest tensor around."""
-    if dtype.itemsize >= grad.element_size():
-        return grad.to(dtype)
-    wide = grad.view(-1)
-    narrow = wide.view(dtype)[: wide.numel()]
-    for low in range(0, wide.numel(), 1 << 20):
-        narrow[low : low + (1 << 20)] = wide[low : low + (1 << 20)].to(dtype)
-    return narrow.view(grad.shape)
 
 
 def _walk(
@@ -446,18 +435,18 @@ def _walk(
     """Loss, diagnostics, and the gradients (``job.inside`` of them) for hidden, weight and bias where ``needs`` says so."""
     device, vocab, count, accumulate = hidden.device, job.vocab, rows.numel(), job.accumulate
     w_s = weight[:vocab].to(job.dtype)
-    b_s = _bias(bias, vocab, accumulate)
+    b_s = shared_bias(bias, vocab, accumulate)
     # A teacher far larger than the student keeps the precision that it was loaded in.
     w_t = None if job.teacher is None else job.teacher.weight[:vocab]
-    b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
+    b_t = None if job.teacher is None else shared_bias(job.teacher.bias, vocab, accumulate)
 
     if device.type == "cpu":
-        _keep_freed_tiles()
-    chunk = job.chunk_size or _default_chunk(device, vocab, count, w_s, w_t)
+        keep_freed_tiles()
+    chunk = job.chunk_size or default_chunk(device, vocab, count, w_s, w_t)
     chunk = max(1, min(chunk, count))
-    z_s = _buffer(chunk, vocab, job.dtype, device)
-    z_t = None if w_t is None else _buffer(chunk, vocab, w_t.dtype, device)
-    tile = chunk if device.type != "cpu" else _tile_rows(job.compiled, z_s, z_t)
+    z_s = make_buffer(chunk, vocab, job.dtype, device)
+    z_t = None if w_t is None else make_buffer(chunk, vocab, w_t.dtype, device)
+    tile = chunk if device.type != "cpu" else tile_rows(job.compiled, z_s, z_t)
     spec = job.spec(any(needs))
     run, fast = row_pass(spec, job.across), None
     if job.compiled:
@@ -475,10 +464,10 @@ def _walk(
         index = rows[start : start + chunk]
         n, target = index.numel(), labels[index]
         h_s = hidden[index].to(job.dtype)
-        zs = _products(h_s, w_s, z_s[:n])
+        zs = head_product(h_s, w_s, z_s[:n])
         zt = None
         if w_t is not None and z_t is not None and teacher_hidden is not None:
-            zt = _products(teacher_hidden[index].to(w_t.dtype), w_t, z_t[:n])
+            zt = head_product(teacher_hidden[index].to(w_t.dtype), w_t, z_t[:n])
         log_probs, columns, zt = _said(job, index, zt)
         weigh = torch.ones(n, 1, dtype=accumulate, device=device)
         if job.weights is not None:
@@ -494,7 +483,7 @@ def _walk(
         if d_hidden is not None:
             d_hidden[index] = torch.mm(zs, w_s).to(sums)
         if d_weight is not None:
-            _accumulate(d_weight[:vocab], zs, h_s)
+            add_product(d_weight[:vocab], zs, h_s)
 
     if d_hidden is not None:
         d_hidden = job.across.sum(d_hidden)  # each slice of the vocabulary pulls on the same hidden states
@@ -515,10 +504,6 @@ def _said(job: _Job, index: Tensor, zt: Tensor | None) -> tuple[Tensor | None, T
     if isinstance(job.signal, Logits):
         return None, None, job.signal.logits[index][:, : job.vocab].to(job.accumulate).clamp_min(LOWEST)
     return None, None, zt
-
-
-def _bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias[:vocab].to(dtype).clamp_min(LOWEST)
 
 
 class _Compiled:
@@ -547,28 +532,6 @@ class _Compiled:
             return plain(*tensors)
 
 
-@cache
-def _keep_freed_tiles() -> None:
-    """Let glibc hand a tile's temporaries to the next tile: fresh pages cost as much as the arithmetic.
-
-    Its threshold for giving memory back rises to twice the largest block below 32 MiB that was ever freed (mallopt(3)).
-    """
-    torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
-
-
-def _tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
-    if not compiled:
-        return max(1, _TILE_ELEMENTS // z_s.shape[1])
-    per_row = z_s.shape[1] * (z_s.element_size() + (0 if z_t is None else z_t.element_size()))
-    return max(2, _COMPILED_TILE_BYTES // per_row // 2 * 2)  # an odd row would leave a core idle
-
-
-def _buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, vocab] of memory; on a GPU each row begins at a round address, where products and kernels read fastest."""
-    wide = vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
-    return torch.empty(rows, wide, dtype=dtype, device=device)[:, :vocab]
-
-
 def _sums_dtype(job: _Job, weight: Tensor, chunks: int, device: torch.device) -> torch.dtype:
     """The precision in which the chunks' gradients meet.
 
@@ -578,61 +541,3 @@ def _sums_dtype(job: _Job, weight: Tensor, chunks: int, device: torch.device) ->
     bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is WHOLE
     narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
     return torch.bfloat16 if narrow else job.accumulate
-
-
-def _scale(grad: Tensor, scale: Tensor) -> None:
-    """grad *= scale, where a scale of more digits than grad keeps them."""
-    if grad.dtype == scale.dtype:
-        grad.mul_(scale)
-        return
-    for part in grad.split(max(1, (1 << 24) // max(1, grad[:1].numel()))):
-        part.copy_(part.to(scale.dtype) * scale)
-
-
-def _default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_t: Tensor | None) -> int:
-    per_row = vocab * (w_s.element_size() + (0 if w_t is None else w_t.element_size()))
-    if device.type == "cpu" and _WHOLE_ROWS * per_row <= _WHOLE_BYTES:
-        return _WHOLE_ROWS
-    rows = _CHUNK_BYTES.get(device.type, _CHUNK_BYTES["cuda"]) // per_row
-    even = 8 if device.type == "cpu" or rows < _EVEN_ROWS else _EVEN_ROWS
-    rows = max(16, rows // even * even)
-    share = -(-count // max(1, -(-count // rows)))
-    return -(-share // even) * even
-
-
-def _products(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """h [n, H] · weightᵀ [H, V] → out [n, V].
-
-    With few rows the BLAS of a CPU is some 20 % faster on strips of the head that stay in its cache.
-    """
-    if h.device.type != "cpu" or h.dtype is not torch.float32:
-        return torch.mm(h, weight.t(), out=out)
-    for low in range(0, len(weight), _STRIP):
-        torch.mm(h, weight[low : low + _STRIP].t(), out=out[:, low : low + _STRIP])
-    return out
-
-
-def _accumulate(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
-    """d_weight [V, H] += dzᵀ h, summed in d_weight's precision, without a second buffer of the head's size."""
-    if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.t(), h)
-        return
-    if _adds_wider(d_weight.device, dz.dtype, d_weight.dtype):
-        torch.addmm(d_weight, dz.t(), h, out_dtype=d_weight.dtype, out=d_weight)
-        return
-    step = max(1, (1 << 22) // d_weight.shape[1])
-    for low in range(0, d_weight.shape[0], step):
-        d_weight[low : low + step] += torch.mm(dz[:, low : low + step].t(), h)
-
-
-@cache
-def _adds_wider(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether this machine adds a product of narrow matrices to a wide one in place, without rounding between."""
-    if device.type != "cuda":
-        return False
-    total, ones = torch.ones(16, 16, dtype=wide, device=device), torch.ones(16, 16, dtype=narrow, device=device)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
-    except (RuntimeError, TypeError):  # PyTorch before it took a wider sum, or a GPU without
-        return False
-    return bool((total == 17).all())

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from limbeck.objectives.fused import OutputHead, _bias, _buffer, _default_chunk, _products
+from limbeck.objectives.chunks import default_chunk, head_product, make_buffer, shared_bias
+from limbeck.objectives.fused import OutputHead
 from limbeck.objectives.rows import _logits
 from limbeck.objectives.signals import Logits, TopK
 
@@ -60,12 +61,12 @@ def whole_logits(
 def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
     """The logits of some positions after others, which the caller may write over."""
     weight = head.weight[:vocab]
-    bias = _bias(head.bias, vocab, _precise(head))
-    rows = max(1, min(chunk or _default_chunk(hidden.device, vocab, len(hidden), weight, None), len(hidden)))
-    z = _buffer(rows, vocab, weight.dtype, hidden.device)
+    bias = shared_bias(head.bias, vocab, _precise(head))
+    rows = max(1, min(chunk or default_chunk(hidden.device, vocab, len(hidden), weight, None), len(hidden)))
+    z = make_buffer(rows, vocab, weight.dtype, hidden.device)
     for low in range(0, len(hidden), rows):
         part = slice(low, min(low + rows, len(hidden)))
-        product = _products(hidden[part].to(weight.dtype), weight, z[: part.stop - low])
+        product = head_product(hidden[part].to(weight.dtype), weight, z[: part.stop - low])
         yield part, _logits(product, bias, head.scale, head.softcap, _precise(head))
 
 

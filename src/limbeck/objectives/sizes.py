@@ -12,19 +12,8 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.across import WHOLE, VocabParallel
-from limbeck.objectives.fused import (
-    DistillationLoss,
-    Objective,
-    OutputHead,
-    _bias,
-    _compute_dtype,
-    _default_chunk,
-    _Job,
-    _narrowed,
-    _sums_dtype,
-    _tile_rows,
-)
-from limbeck.objectives.kernels import ROUND
+from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, row_width, shared_bias, tile_rows
+from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _Job, _sums_dtype
 from limbeck.objectives.rows import STATS, Rows, row_pass
 
 
@@ -57,7 +46,7 @@ class FusedSizes:
         job = _Job(
             objective,
             vocab_size if across is None else across.size,
-            _compute_dtype(student_hidden, student_head.weight),
+            compute_dtype(student_hidden, student_head.weight),
             None,
             1.0,
             True,
@@ -87,11 +76,11 @@ class _Held(torch.autograd.Function):
         sizes: FusedSizes,
     ) -> Tensor:
         device, vocab, count, accumulate = sizes.device, job.vocab, len(hidden), job.accumulate
-        w_s, b_s = weight[:vocab].to(job.dtype), _bias(bias, vocab, accumulate)
+        w_s, b_s = weight[:vocab].to(job.dtype), shared_bias(bias, vocab, accumulate)
         w_t = None if job.teacher is None else job.teacher.weight[:vocab]
-        b_t = None if job.teacher is None else _bias(job.teacher.bias, vocab, accumulate)
-        chunk = max(1, min(_default_chunk(device, vocab, count, w_s, w_t), count))
-        wide = vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
+        b_t = None if job.teacher is None else shared_bias(job.teacher.bias, vocab, accumulate)
+        chunk = max(1, min(default_chunk(device, vocab, count, w_s, w_t), count))
+        wide = row_width(vocab, device)
         z_s = hidden.new_empty(chunk, wide, dtype=job.dtype)[:, :vocab]
         z_t = None if w_t is None else hidden.new_empty(chunk, wide, dtype=w_t.dtype)[:, :vocab]
         h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=job.dtype)
@@ -102,7 +91,7 @@ class _Held(torch.autograd.Function):
             for need, like, dtype in zip(needs, (hidden, weight, bias), (sums, sums, accumulate), strict=False)
         )
         if not job.compiled:  # compiled, a pass goes over the logits in place
-            tile = chunk if device.type != "cpu" else _tile_rows(False, z_s, z_t)
+            tile = chunk if device.type != "cpu" else tile_rows(False, z_s, z_t)
             teacher = None if z_t is None else z_t[:tile]
             ones = torch.ones(len(z_s[:tile]), 1, dtype=accumulate)
             tensors = Rows(z_s[:tile], b_s, teacher, b_t, None, None, labels[:tile], ones, torch.ones(()))
@@ -123,7 +112,7 @@ class _Held(torch.autograd.Function):
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         cast = [
-            None if grad is None else _narrowed(grad, like.dtype)
+            None if grad is None else narrowed(grad, like.dtype)
             for grad, like in zip(grads, ctx.saved_tensors, strict=False)
         ]
         return (*cast, None, None, None, None)

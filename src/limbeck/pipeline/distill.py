@@ -183,7 +183,7 @@ class _Run:
             self._introduce(console)
             while self.step < self.total_steps and not stopped:
                 self._train_step()
-                stopped = int(self.world.max(stop.signal))
+                stopped = int(self.world.max(stop.look()))
                 ended = stopped or self.step == self.total_steps
                 console.advance(self.step)
                 due = config.save_steps and self.step % config.save_steps == 0

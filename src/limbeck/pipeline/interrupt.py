@@ -10,10 +10,15 @@ from types import FrameType
 
 
 class StopRequest:
-    """Which signal has come, if any."""
+    """Which signal has come, if any. looks: how often a loop has asked, which it does after every step."""
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal = self.looks = 0
+
+    def look(self) -> int:
+        """The signal, or 0."""
+        self.looks += 1
+        return self.signal
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number == signal.SIGINT:

@@ -111,7 +111,7 @@ class StudentWorker(Worker):
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
         self.config = DistillConfig.model_validate(values)
-        self._stop = _Watched()
+        self._stop = StopRequest()
         self._told = _Told()
 
     def run(self, teachers: Sequence[Any], in_step: bool) -> RunResult:
@@ -127,21 +127,6 @@ class StudentWorker(Worker):
     def told(self) -> tuple[int, list[str]]:
         """How many steps the loop has made, and the lines for a person since the last call."""
         return self._stop.looks, self._told.take()
-
-
-class _Watched(StopRequest):
-    """Counts how often the loop looks at it, which is after every step."""
-
-    looks = 0
-
-    @property
-    def signal(self) -> int:
-        self.looks += 1
-        return self._number
-
-    @signal.setter
-    def signal(self, number: int) -> None:
-        self._number = number
 
 
 class _Told(io.StringIO):

@@ -33,10 +33,11 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import body, check_length, model_outline, output_head
+from limbeck.models import body, check_length, output_head
 from limbeck.models.documents import BY_DOCUMENT
 from limbeck.objectives import OutputHead
 from limbeck.objectives.sizes import FusedSizes
+from limbeck.pipeline.memory import outline
 from limbeck.pipeline.parts import (
     DTYPES,
     arrange,
@@ -326,14 +327,7 @@ def _full_batch(config: DistillConfig) -> tuple[Batch, int]:
 
 def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
     with unset_fake_temporarily():
-        model = model_outline(
-            args.model_name_or_path,
-            dtype=dtype,
-            config_kwargs=args.model_config_kwargs,
-            revision=args.revision,
-            trust_remote_code=args.trust_remote_code,
-            role=role,
-        )
+        model = outline(args, dtype, role)
     model.to_empty(device="cpu")
     model.tie_weights()
     check_length(model, str(args.model_name_or_path or f"the {role}"), config.sequence_length)

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from limbeck.config.schema.base import ContradictionError, Environment, Files, Section
 from limbeck.config.schema.data import SourceArgs, ValidationConfig
-from limbeck.config.schema.objective import FAULTS, OBJECTIVES, FeaturesConfig, Objective, Tail
+from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
 from limbeck.config.schema.rules import contradictions as contradictions_of
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig, WorkerConfig
@@ -85,8 +85,9 @@ class DistillConfig(Section):
     )
     kd_objective_kwargs: dict[str, float | str] = Field(
         default_factory=dict,
-        description="What else shapes the divergence: mixed_kl: forward (its weight); alpha_beta: alpha, beta; taid: t_start, "
-        "t_end, rate, momentum; adaptive_kl: head (roll or paper); for your own: its parameters.",
+        description="What else shapes the divergence: "
+        + "".join(f"{name}: {', '.join(parameters)}; " for name, parameters in OBJECTIVE_KWARGS.items())
+        + "for your own: its parameters.",
     )
     kd_temperature: float = Field(
         default=1.0, gt=0, description="Divides the student's logits in the distillation term."
