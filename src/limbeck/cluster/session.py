@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -29,8 +30,9 @@ def load_ray() -> ModuleType:
     """Ray itself; raises LimbeckError where it is not installed."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if os.environ.get("RAY_ADDRESS") and _has_token():
-        # As Ray does by itself for a Ray that it starts; it looks once, when it is imported.
+    if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS") and _has_token():
+        # As Ray does by itself for a Ray that it starts. It looks once, when it is imported: later the servers that it starts
+        # would ask for a token that this process does not send.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
