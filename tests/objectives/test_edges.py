@@ -8,7 +8,7 @@ import torch
 from limbeck import divergence, fused_linear_distillation
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.errors import LimbeckError
-from limbeck.objectives import Objective, TopK, divergences
+from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, divergences
 from limbeck.objectives.taid import TaidSchedule
 
 
@@ -66,6 +66,38 @@ def test_a_second_derivative_is_refused():
         (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
         with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
             torch.autograd.grad(gradient.square().sum(), hidden)
+
+
+HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: TopK(torch.zeros(4, 3), torch.zeros(4, 2, dtype=torch.long)), r"indices \[N, k\] .*got \[4, 3\] and \[4, 2\]"),
+        (lambda: TopK(torch.zeros(4, 3), torch.zeros(4, 3)), r"whole numbers.*torch.float32"),
+        (lambda: Sampled(torch.zeros(4, 1)), r"Sampled takes log_probs \[N\], got \[4, 1\]"),
+        (lambda: Logits(torch.zeros(4)), r"Logits takes logits \[N, V\], got \[4\]"),
+        (lambda: OutputHead(HEAD, softcap=0.0), "softcap must be above 0, or None"),
+        (lambda: OutputHead(HEAD, torch.zeros(19)), r"bias is \[V\].*got \[19\] beside \[20, 8\]"),
+        (lambda: _loss(labels=torch.zeros(4)), r"labels must be token numbers \(torch.int64\), got torch.float32"),
+        (lambda: _loss(labels=torch.full((4,), 20)), "labels must be tokens .* 0 to 19, or -100 .*; got 20"),
+        (lambda: _loss(weights=torch.ones(4, 1)), r"weights must be \[N\], got \[4, 1\]"),
+        (lambda: _loss(teacher_hidden=torch.zeros(4, 2, 8)), r"teacher_hidden must be \[N, H\], got \[4, 2, 8\]"),
+        (
+            lambda: _loss(teacher=TopK(torch.zeros(4, 1), torch.full((4, 1), 20)), teacher_hidden=None, teacher_head=None),
+            "top-k indices must be tokens of the shared vocabulary, 0 to 19; got 20",
+        ),
+    ],
+)  # fmt: skip
+def test_shapes_and_numbers_that_do_not_belong_together_are_refused(make, sentence):
+    with pytest.raises(LimbeckError, match=sentence):
+        make()
+
+
+def _loss(*, labels=None, teacher_hidden=WIDE, teacher_head=HEAD, **more):
+    labels = torch.zeros(4, dtype=torch.long) if labels is None else labels
+    return fused_linear_distillation(WIDE, HEAD, teacher_hidden, teacher_head, labels, **more)
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "zero"])

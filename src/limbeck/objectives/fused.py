@@ -66,6 +66,15 @@ class OutputHead:
     softcap: float | None = None
     scale: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise LimbeckError(f"softcap must be above 0, or None where there is none; got {self.softcap}.")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise LimbeckError(
+                f"an output head's bias is [V], one number for each row of its weight [V, H]; got {list(self.bias.shape)} "
+                f"beside {list(self.weight.shape)}."
+            )
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -222,10 +231,13 @@ def fused_linear_distillation(
         )
 
     dtype = compute_dtype(student_hidden, student.weight)
-    if labels.device.type == "cpu":  # on a GPU it would be a sync
-        _check_labels(labels, across.vocab_size if isinstance(across, VocabParallel) else vocab)
     everything = torch.arange(labels.numel(), device=labels.device)
     rows = everything if all_supervised else everything[labels != IGNORE]
+    if labels.device.type == "cpu":  # on a GPU it would be a sync
+        whole = across.vocab_size if isinstance(across, VocabParallel) else vocab
+        _check_tokens("labels", labels[rows], whole)
+        if isinstance(teacher, TopK):
+            _check_tokens("the teacher's top-k indices", teacher.indices[rows], whole)
     if normalizer is None:
         normalizer = max(rows.numel(), 1) if weights is None else weights[rows].sum().clamp_min(1e-30)
     job = _Job(
@@ -255,6 +267,11 @@ def _check_rows(
         raise LimbeckError(
             f"student_hidden must be [N, H] and labels [N], got {list(student.shape)} and {list(labels.shape)}; flatten both."
         )
+    if labels.dtype is not torch.int64:
+        raise LimbeckError(f"labels must be token numbers (torch.int64), got {labels.dtype}; labels.long() makes them.")
+    for name, given, dims in (("teacher_hidden", teacher, 2), ("weights", weights, 1)):
+        if given is not None and given.dim() != dims:
+            raise LimbeckError(f"{name} must be {['[N]', '[N, H]'][dims - 1]}, got {list(given.shape)}; flatten it.")
     sent = signal.logits if isinstance(signal, Logits) else None if signal is None else signal.log_probs
     for name, rows in (
         ("labels", labels),
@@ -283,12 +300,12 @@ def _check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
         )
 
 
-def _check_labels(labels: Tensor, vocab: int) -> None:
-    wrong = labels[((labels < 0) & (labels != IGNORE)) | (labels >= vocab)]
+def _check_tokens(name: str, tokens: Tensor, vocab: int) -> None:
+    wrong = tokens[(tokens < 0) | (tokens >= vocab)]
     if len(wrong):
+        hint = f", or {IGNORE} where nothing is learned" if name == "labels" else ""
         raise LimbeckError(
-            f"labels must be tokens of the shared vocabulary, 0 to {vocab - 1}, or {IGNORE} where nothing is learned; "
-            f"got {int(wrong[0])}."
+            f"{name} must be tokens of the shared vocabulary, 0 to {vocab - 1}{hint}; got {int(wrong[0])}."
         )
 
 

@@ -30,6 +30,13 @@ class TopK:
     indices: Tensor
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.log_probs.dim() != 2 or self.log_probs.shape != self.indices.shape or self.indices.is_floating_point():
+            raise LimbeckError(
+                "TopK takes log_probs [N, k] of the tokens indices [N, k] (whole numbers), got "
+                f"{list(self.log_probs.shape)} and {list(self.indices.shape)} {self.indices.dtype}."
+            )
+
     def at(self, temperature: float, tail: str) -> Tensor:
         """The log-probabilities [N, k] at another temperature, up to a constant per row.
 
@@ -53,6 +60,9 @@ class Logits:
 
     logits: Tensor
 
+    def __post_init__(self) -> None:
+        _check_dims("Logits", "logits [N, V]", self.logits, 2)
+
 
 @dataclass(frozen=True)
 class Sampled:
@@ -62,6 +72,14 @@ class Sampled:
 
     log_probs: Tensor
     temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_dims("Sampled", "log_probs [N]", self.log_probs, 1)
+
+
+def _check_dims(kind: str, wanted: str, tensor: Tensor, dims: int) -> None:
+    if tensor.dim() != dims:
+        raise LimbeckError(f"{kind} takes {wanted}, got {list(tensor.shape)}.")
 
 
 Signal = TopK | Logits | Sampled
