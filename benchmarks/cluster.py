@@ -39,7 +39,8 @@ from limbeck.config import DistillConfig
 from limbeck.objectives import OutputHead
 from limbeck.pipeline.distill import _Run
 from limbeck.pipeline.quiet import quiet_libraries
-from limbeck.pipeline.workers import StudentWorker, TeacherWorker, _remote_teacher
+from limbeck.pipeline.remote import remote_teacher
+from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.teachers import Answer, Question, RemoteTeacher, Signal, Wanted
 
@@ -79,7 +80,7 @@ class Student(StudentWorker):
 
     def make(self, teachers: list[Any]) -> None:
         def find(config: DistillConfig, world: Any, data: Any) -> TurnsTeacher:
-            return TurnsTeacher(_remote_teacher(teachers, False, config, world, data))
+            return TurnsTeacher(remote_teacher(teachers, False, config, world, data))
 
         quiet_libraries()
         keep_freed_pages()

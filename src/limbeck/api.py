@@ -15,7 +15,7 @@ from limbeck.config.schema import DataArgs, StudentConfig, StudentModelArgs, Tra
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.pipeline.distill import RunResult
+    from limbeck.pipeline.result import RunResult
 
 _SECTIONS = (
     ("", DistillConfig),

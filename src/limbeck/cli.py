@@ -159,7 +159,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
 
 
 def _train_on_cluster(config: DistillConfig) -> int:
-    from limbeck.pipeline.clustered import run_on_cluster
+    from limbeck.pipeline.on_cluster import run_on_cluster
 
     result = run_on_cluster(config, lambda line: print(line, flush=True))
     print(f"student: {result.student}")

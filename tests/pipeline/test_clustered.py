@@ -32,7 +32,7 @@ def _ray():
 
 
 def run_on_cluster(config, told=None):
-    from limbeck.pipeline.clustered import run_on_cluster
+    from limbeck.pipeline.on_cluster import run_on_cluster
 
     return run_on_cluster(config, (lambda line: None) if told is None else told)
 
@@ -137,6 +137,25 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     assert least <= went_back <= least + 1
     assert any(line.startswith("Resumed from") for line in lines)
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
+
+
+def test_a_teacher_that_keeps_the_run_waiting_is_named(configure, monkeypatch):
+    from limbeck.pipeline import clustered
+
+    monkeypatch.setattr(clustered, "_QUIET_SECONDS", 3)
+    lines, stopped = [], []
+
+    def told(line: str) -> None:
+        lines.append(line)
+        if "step 5/" in line:
+            stopped.append(processes("TeacherWorker")[-1])
+            os.kill(stopped[0], signal.SIGSTOP)
+        elif "no answer from teacher-0" in line:
+            os.kill(stopped[0], signal.SIGCONT)
+
+    result = run_on_cluster(configure(**groups(2, 1), **LONG), told)
+    assert result.step == 60
+    assert any("No step for 3 s: no answer from teacher-0, which may be at work, or without" in line for line in lines)
 
 
 def test_restarts_are_bounded_and_say_where_the_logs_are(configure, tmp_path):

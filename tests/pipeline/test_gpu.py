@@ -97,7 +97,7 @@ def test_a_teacher_in_other_processes_gives_the_losses_of_one_process(configure,
     pytest.importorskip("ray")
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")
-    from limbeck.pipeline.clustered import run_on_cluster
+    from limbeck.pipeline.on_cluster import run_on_cluster
 
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     run_on_cluster(configure(**changes), lambda line: None)

@@ -34,6 +34,8 @@ def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
     assert (status, err) == (0, "")
     assert out.rstrip().endswith("fits")
     assert f"{parameters:,}" in out
+    if not torch.cuda.is_available():
+        assert "no GPU is found, so device_mapping counts CPU slots" in out
 
 
 def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):

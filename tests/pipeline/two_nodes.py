@@ -14,7 +14,7 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     from limbeck.config import load_mapping
-    from limbeck.pipeline.clustered import run_on_cluster
+    from limbeck.pipeline.on_cluster import run_on_cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     other = cluster.add_node(num_cpus=4)

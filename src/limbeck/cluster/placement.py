@@ -70,13 +70,18 @@ def unknown_gpu(mappings: Sequence[Sequence[int]], gpus: float) -> str | None:
     return None
 
 
+def devices_told(gpus: float) -> str:
+    """What a device_mapping's numbers mean where there are so many GPUs: a GPU that is missing is not missed by silence."""
+    return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: no GPU is found, so device_mapping counts CPU slots."
+
+
 def look_around(mappings: Sequence[Sequence[int]]) -> str:
     """What devices Ray has, in a sentence. Raises LimbeckError if the mappings name others."""
     gpus = load_ray().cluster_resources().get("GPU", 0)
     wrong = unknown_gpu(mappings, gpus)
     if wrong:
         raise LimbeckError(wrong)
-    return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: Ray sees no GPU, so device_mapping counts CPU slots."
+    return devices_told(gpus)
 
 
 def place(mappings: Sequence[Sequence[int]], per_node: int | None) -> Placement:

@@ -19,8 +19,9 @@ from typing import Any
 from limbeck.config import DistillConfig
 from limbeck.demo.problems import Problem, final_answer, generate, write_jsonl
 from limbeck.errors import LimbeckError
-from limbeck.pipeline.distill import DistillPipeline, RunResult
+from limbeck.pipeline.distill import DistillPipeline
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.result import RunResult
 from limbeck.report import Answer, Level, ResultRow, ResultTable, Sample, load_run, write_report
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else '\n') }}{% endfor %}"

@@ -10,16 +10,15 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from limbeck.cluster.placement import Placement, look_around, place
-from limbeck.cluster.session import can_join, load_ray, ray_session
+from limbeck.cluster.placement import Placement, place
+from limbeck.cluster.session import load_ray
 from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.pipeline import checkpoint as files
-from limbeck.pipeline.distill import RunResult
 from limbeck.pipeline.environment import worker_environment
-from limbeck.pipeline.interrupt import StopRequest, stop_requests
-from limbeck.pipeline.parts import layout_of, refuse_backend
+from limbeck.pipeline.interrupt import StopRequest
+from limbeck.pipeline.result import RunResult
 from limbeck.pipeline.service import find_service
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
@@ -28,32 +27,22 @@ Tell = Callable[[str], None]
 _WATCH_SECONDS = 0.1
 _LONGEST_WAIT = 60
 _STOPPING_SECONDS = 600
+_QUIET_SECONDS = 120  # without a step, after which a person is told who keeps the run waiting
+_ANSWERING_SECONDS = 5
 
 
-def run_on_cluster(config: DistillConfig, tell: Tell = print) -> RunResult:
-    """Train on worker groups to the end, or until a signal asks to stop. ``tell`` gets the lines for a person.
-
-    Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers.
-    """
-    mappings = [config.student.device_mapping or [0]]
-    if config.teacher.service is not None and not can_join():
-        raise LimbeckError(
-            f"teacher.service = {config.teacher.service} is on a Ray that this run must join; set RAY_ADDRESS to what "
-            "`limbeck serve-teacher` says."
-        )
-    if config.needs_worker_groups and config.teacher.service is None and config.teacher.device_mapping:
-        mappings.append(config.teacher.device_mapping)
-    timeline = config.log_dir / "timeline.json"
-    with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
-        tell(f"{where} {look_around(mappings)}")
-        cluster = _Cluster(config, mappings, tell)
-        try:
-            return cluster.run(stop)
-        finally:
-            cluster.end()
+def refuse_backend(config: DistillConfig, device: str) -> None:
+    """Raise LimbeckError for a way of sending signals that workers on such devices ("CPU" or "GPU") do not have."""
+    backend = config.logits_transfer_backend
+    if not config.transfers_directly or (backend == "gloo") == (device == "CPU"):
+        return
+    right = "gloo (or ray)" if device == "CPU" else "ipc+nccl or nccl-only (or ray)"
+    raise LimbeckError(
+        f"logits_transfer_backend = {backend} does not send from {device} to {device}, where the workers are; use {right}."
+    )
 
 
-class _Cluster:
+class Cluster:
     """The groups of one run, and how often they may be started again."""
 
     def __init__(self, config: DistillConfig, mappings: list[list[int]], tell: Tell) -> None:
@@ -63,7 +52,8 @@ class _Cluster:
         self.students: WorkerGroup | None = None
         # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
         self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
-        whole = config.teacher.strategy_args.strategy_name == "hf_infer" and layout_of(config.teacher).together == 1
+        given = config.teacher.strategy_args.strategy_config
+        whole = config.teacher.strategy_args.strategy_name == "hf_infer" and given.ranks_of_a_model == 1
         self.in_step &= not whole
 
     def run(self, stop: StopRequest) -> RunResult:
@@ -174,7 +164,7 @@ class _Cluster:
         ranks = {ref: f"student-{rank}" for rank, ref in enumerate(runs)}
         waiting, sign_of_life, asked_to_stop = list(runs), time.monotonic(), 0.0
         hung = 60 * self.config.student.backend_timeout
-        told, made = students.actors[0].told.remote(), 0
+        told, made, asked_why = students.actors[0].told.remote(), 0, False
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=_WATCH_SECONDS)
             for ref in done:
@@ -182,7 +172,7 @@ class _Cluster:
             if ray.wait([told], timeout=0)[0]:
                 steps, lines = result(told, "student-0", None)
                 if lines or steps > made:
-                    sign_of_life, made = time.monotonic(), steps
+                    sign_of_life, made, asked_why = time.monotonic(), steps, False
                 for line in lines:
                     self.tell(line)
                 told = students.actors[0].told.remote()
@@ -190,6 +180,9 @@ class _Cluster:
                 asked_to_stop = time.monotonic()
                 for actor in students.actors:
                     actor.stop.remote(stop.signal)
+            if time.monotonic() - sign_of_life > _QUIET_SECONDS and not asked_why:
+                asked_why = True
+                self._tell_who_is_silent(teachers)
             if time.monotonic() - sign_of_life > hung:
                 raise WorkerLost(f"the student's workers have made no step and said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
@@ -198,6 +191,20 @@ class _Cluster:
             for line in result(last, "student-0", 60)[1]:
                 self.tell(line)
         return result(runs[0], "student-0", None)
+
+    def _tell_who_is_silent(self, teachers: list[Any]) -> None:
+        """Say which teachers do not answer. One whose machine is lost is waited for, by Ray, until there is room for it."""
+        asked = {actor.about.remote(): f"teacher-{rank}" for rank, actor in enumerate(teachers)}
+        if not asked:
+            return
+        silent = load_ray().wait(list(asked), num_returns=len(asked), timeout=_ANSWERING_SECONDS)[1]
+        if silent:
+            names = ", ".join(asked[ref] for ref in silent)
+            self.tell(
+                f"No step for {_QUIET_SECONDS:.0f} s: no answer from {names}, which may be at work, or without a machine if "
+                "its own is lost; it is waited for until teacher.backend_timeout "
+                f"({self.config.teacher.backend_timeout:g} minutes)."
+            )
 
     def _environment(self, of_role: Mapping[str, str]) -> dict[str, str]:
         if self.config.transfers_directly:

@@ -11,7 +11,6 @@ import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from importlib.metadata import version
 from math import ceil, isfinite
 from pathlib import Path
@@ -43,6 +42,7 @@ from limbeck.pipeline.parts import (
     wanted_of,
 )
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.result import RunResult
 from limbeck.pipeline.student import StudentLoss
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
@@ -64,16 +64,6 @@ _LESS_TO_TRAIN = (
 _ROOT = "model."  # the student inside StudentWithLoss
 
 FindTeacher = Callable[[DistillConfig, World, Data], Teacher]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended. student: the folder that ``from_pretrained`` loads; stopped_by: a signal's number, or 0."""
-
-    student: Path
-    step: int
-    metrics: Mapping[str, float]
-    stopped_by: int = 0
 
 
 class DistillPipeline:

@@ -257,17 +257,6 @@ def refuse_layout(config: DistillConfig, ranks: int, device: str) -> None:
         )
 
 
-def refuse_backend(config: DistillConfig, device: str) -> None:
-    """Raise LimbeckError for a way of sending signals that workers on such devices ("CPU" or "GPU") do not have."""
-    backend = config.logits_transfer_backend
-    if not config.transfers_directly or (backend == "gloo") == (device == "CPU"):
-        return
-    right = "gloo (or ray)" if device == "CPU" else "ipc+nccl or nccl-only (or ray)"
-    raise LimbeckError(
-        f"logits_transfer_backend = {backend} does not send from {device} to {device}, where the workers are; use {right}."
-    )
-
-
 def recompute(config: DistillConfig, world: World) -> bool:
     """Whether activations are computed again in the backward pass: unless told, on GPUs, where memory is what runs out."""
     disabled = config.student.model_args.disable_gradient_checkpointing

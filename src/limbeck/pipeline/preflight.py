@@ -16,15 +16,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from limbeck.cluster.placement import layout, unknown_gpu
+from limbeck.cluster.placement import devices_told, layout, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.cluster.workers import versions
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body
+from limbeck.pipeline.clustered import refuse_backend
 from limbeck.pipeline.memory import Load, model_memory, outline
-from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, refuse_backend, refuse_layout
+from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, refuse_layout
 from limbeck.pipeline.service import find_service
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.stages import check_stages
@@ -75,6 +76,7 @@ def this_machine() -> Machine:
 
 def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
     problems = [*_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
+    print(devices_told(sum(machine.gpus for machine in machines)))
     ours = versions()
     for machine in machines:
         for package, theirs in machine.versions.items():

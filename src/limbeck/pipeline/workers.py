@@ -1,7 +1,7 @@
 """The two kinds of worker that a run on a cluster consists of: teacher ranks that answer, student ranks that train.
 
 They run the same teacher and the same loop as a process without a cluster does. How they are placed, and what happens when one
-dies, is not known here.
+dies, is not known here. Whoever starts workers imports this file, so that models and losses are imported by the workers alone.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from limbeck.cluster.channel import RayChannel
-from limbeck.cluster.wire import Flat, flat, unflat
-from limbeck.cluster.workers import Worker, failures_logged, result
+from limbeck.cluster.wire import Flat, flat
+from limbeck.cluster.workers import Worker, failures_logged
 from limbeck.config import DistillConfig
-from limbeck.models import out_of_memory_told
-from limbeck.objectives import OutputHead
-from limbeck.pipeline.distill import DistillPipeline, RunResult
 from limbeck.pipeline.fit import answers_as
-from limbeck.pipeline.inputs import Data
 from limbeck.pipeline.interrupt import StopRequest
-from limbeck.pipeline.parts import check_teacher, layout_of, make_teacher, wanted_of
 from limbeck.pipeline.quiet import quiet_libraries
+from limbeck.pipeline.result import RunResult
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.strategies.world import World
-from limbeck.teachers import Channel, LocalTeacher, Question, RemoteTeacher, route
+
+if TYPE_CHECKING:
+    from limbeck.teachers import LocalTeacher, Question
 
 _MORE_ROOM = "name more devices in teacher.device_mapping with teacher.strategy_args.strategy_name: fsdp2_infer"
 
 
 class TeacherWorker(Worker):
     """A rank of the teacher. Alone in its world it can be started again at any time: nothing that it knows is lost."""
+
+    needs = "limbeck.pipeline.parts"
 
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
@@ -47,6 +45,9 @@ class TeacherWorker(Worker):
     @cached_property
     def teacher(self) -> LocalTeacher:
         """Loaded when it is first needed, which may be after a new start."""
+        from limbeck.models import out_of_memory_told
+        from limbeck.pipeline.parts import make_teacher
+
         quiet_libraries()
         if self.world.device.type == "cpu":
             keep_freed_pages()
@@ -69,6 +70,8 @@ class TeacherWorker(Worker):
 
     def check(self, longest_row: int, largest_token: int) -> None:
         """Raise LimbeckError unless the teacher can read the data, which is in its own tokens."""
+        from limbeck.pipeline.parts import check_teacher
+
         check_teacher(self.teacher, self.config, longest_row, largest_token)
 
     def serves(self) -> dict[str, Any]:
@@ -92,8 +95,14 @@ class TeacherWorker(Worker):
 
     def say(self, question: Question | None) -> tuple[tuple[Tensor, ...], float]:
         """The same as tensors on this worker's device."""
+        from limbeck.models import out_of_memory_told
+        from limbeck.teachers import Question
+
         begun = time.perf_counter()
-        asked = (_NOTHING if question is None else question).to(self.world.device)
+        if question is None:
+            nothing = torch.zeros(0, dtype=torch.int64)
+            question = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, nothing)
+        asked = question.to(self.world.device)
         with failures_logged(), out_of_memory_told(f"{self.name} answered", _MORE_ROOM):
             if self._rests:
                 self.teacher.move(self.world.device)
@@ -102,11 +111,10 @@ class TeacherWorker(Worker):
             return self.teacher.say(asked), time.perf_counter() - begun
 
 
-_NOTHING = Question(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
-
-
 class StudentWorker(Worker):
     """A rank of the student: the ordinary loop, with a teacher that is somewhere else, or with its own."""
+
+    needs = "limbeck.pipeline.distill"
 
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
@@ -116,7 +124,10 @@ class StudentWorker(Worker):
 
     def run(self, teachers: Sequence[Any], in_step: bool) -> RunResult:
         """Train to the end. ``teachers``: the teacher's workers, none if the student's processes hold one themselves."""
-        find = partial(_remote_teacher, teachers, in_step) if teachers else None
+        from limbeck.pipeline.distill import DistillPipeline
+        from limbeck.pipeline.remote import remote_teacher
+
+        find = partial(remote_teacher, teachers, in_step) if teachers else None
         with failures_logged():
             return DistillPipeline(self.config).run_in(self.world, find, self._stop, self._told)
 
@@ -145,41 +156,3 @@ class _Told(io.StringIO):
         with self._lock:
             whole, _, self._text = self._text.rpartition("\n")
         return whole.splitlines()
-
-
-def _remote_teacher(
-    actors: Sequence[Any], in_step: bool, config: DistillConfig, world: World, data: Data
-) -> RemoteTeacher:
-    seconds = 60 * config.teacher.backend_timeout
-    # Ranks that share their rows have one question, which the first of them puts for all.
-    layout = layout_of(config.student)
-    way = route(world.data_rank, world.data_size, len(actors), in_step=in_step)
-    channels: list[Channel] = [RayChannel(actor, f"teacher-{rank}", seconds) for rank, actor in enumerate(actors)]
-    first = actors[way.mine[0]]
-    name = f"teacher-{way.mine[0]}"
-    if data.translator is None:  # which keeps to what the teacher's configuration says
-        result(first.check.remote(data.longest_row, data.largest_token), name, seconds)
-    size, vocab = result(first.load.remote(), name, seconds)
-    head = None
-    if wanted_of(config, vocab).needs_head:
-        sent = result(first.head.remote(), name, seconds)
-        weight, bias = (
-            None if part is None else unflat(part).to(world.device) for part in (sent["weight"], sent["bias"])
-        )
-        assert weight is not None
-        head = OutputHead(weight, bias, sent["softcap"], sent["scale"])
-    if config.transfers_directly and world.rank % layout.together == 0:
-        from limbeck.cluster.direct import connect
-
-        names = [f"teacher-{rank}" for rank in way.mine]
-        backend = config.logits_transfer_backend
-        for rank, channel in zip(
-            way.mine, connect(backend, [actors[rank] for rank in way.mine], names, seconds), strict=True
-        ):
-            channels[rank] = channel
-
-    def rest() -> None:
-        for rank, ref in enumerate([actor.rest.remote() for actor in actors]):
-            result(ref, f"teacher-{rank}", seconds)
-
-    return RemoteTeacher(channels, way, vocab, size, head, layout.together_group(world), rest)

@@ -129,6 +129,11 @@ class StrategyConfig(Section):
         "deepspeed_infer; its keys may also stand in strategy_config itself. What the run decides stays auto.",
     )
 
+    @property
+    def ranks_of_a_model(self) -> int:
+        """Neighbouring ranks that work on the same rows with one model."""
+        return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+
 
 class StrategyArgs(Section):
     """How one model is spread over the ranks."""
