@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from limbeck.cluster.placement import Placement, place
@@ -121,28 +122,23 @@ class Cluster:
                     raise WorkerLost(str(error).rstrip(".")) from error
                 raise
             refuse_backend(config, self.placement.device)
+        start = partial(
+            WorkerGroup.start,
+            arguments=[config.model_dump(mode="json")],
+            placement=self.placement,
+            log_dir=self._logs,
+            direct=config.transfers_directly,
+        )
         if self.teachers is None and len(self.mappings) > 1:
-            self.teachers = WorkerGroup.start(
+            self.teachers = start(
                 "teacher",
                 TeacherWorker,
-                [config.model_dump(mode="json")],
-                placement=self.placement,
                 which=1,
-                log_dir=self._logs,
                 environment=self._environment(config.teacher.system_envs),
                 restarts=0 if self._must_stay_together else config.max_restarts,
-                direct=config.transfers_directly,
             )
-        self.students = WorkerGroup.start(
-            "student",
-            StudentWorker,
-            [config.model_dump(mode="json")],
-            placement=self.placement,
-            which=0,
-            log_dir=self._logs,
-            environment=self._environment(config.student.system_envs),
-            threads=4,
-            direct=self.config.transfers_directly,
+        self.students = start(
+            "student", StudentWorker, which=0, environment=self._environment(config.student.system_envs), threads=4
         )
         if self.teachers is not None:
             self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
