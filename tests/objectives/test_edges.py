@@ -8,7 +8,7 @@ import torch
 from limbeck import divergence, fused_linear_distillation
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.errors import LimbeckError
-from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, divergences
+from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, divergences, feature_loss
 from limbeck.objectives.taid import TaidSchedule
 
 
@@ -88,6 +88,13 @@ HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
             lambda: _loss(teacher=TopK(torch.zeros(4, 1), torch.full((4, 1), 20)), teacher_hidden=None, teacher_head=None),
             "top-k indices must be tokens of the shared vocabulary, 0 to 19; got 20",
         ),
+        (lambda: _top([[0, 0]], [[-1.0, -1.0]]), "names a token twice at one position"),
+        (lambda: _top([[0, 1]], [[3.0, 2.0]]), "sum to a probability above 1; give log_softmax"),
+        (lambda: _top([[0, 1]], [[-1.0, -2.0]], topk=1), "topk=1 contradicts the teacher's 2 tokens"),
+        (lambda: _loss(normalizer=0), "normalizer must be above 0, got 0"),
+        (lambda: divergence("forward_kl")(torch.zeros(3, 4), torch.zeros(1, 4)), "logits of the same positions"),
+        (lambda: divergence("alpha_beta", alpha=1.0, beta=1e-4), "loses its digits with an exponent below 0.01"),
+        (lambda: feature_loss("mse", torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 1)), r"must be \[4\], got"),
     ],
 )  # fmt: skip
 def test_shapes_and_numbers_that_do_not_belong_together_are_refused(make, sentence):
@@ -98,6 +105,48 @@ def test_shapes_and_numbers_that_do_not_belong_together_are_refused(make, senten
 def _loss(*, labels=None, teacher_hidden=WIDE, teacher_head=HEAD, **more):
     labels = torch.zeros(4, dtype=torch.long) if labels is None else labels
     return fused_linear_distillation(WIDE, HEAD, teacher_hidden, teacher_head, labels, **more)
+
+
+def _top(indices, log_probs, topk=0):
+    signal = TopK(torch.tensor(log_probs * 4), torch.tensor(indices * 4))
+    return _loss(teacher_hidden=None, teacher_head=None, teacher=signal, objective=Objective.of(topk=topk))
+
+
+def test_a_teacher_that_weighs_nothing_pulls_on_nothing():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
+    labels, broken = torch.randint(0, 20, (4,)), torch.full((4, 8), torch.nan)
+    with_it = fused_linear_distillation(hidden, head, broken, head, labels, kd_weight=0.0).loss
+    without = fused_linear_distillation(hidden, head, None, None, labels, kd_weight=0.0).loss
+    torch.testing.assert_close(with_it, without)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (with_it, without)))
+
+
+def test_small_weights_in_half_precision_lose_nothing():
+    s, t = torch.randn(200, 16), torch.randn(200, 16)
+    heads, labels = torch.randn(2, 500, 16), torch.randint(0, 500, (200,))
+    exact = heads[0].half().double().requires_grad_()
+    fused_linear_distillation(
+        s.half().double(), exact, t.half().double(), heads[1].half().double(), labels
+    ).loss.backward()
+    mine = heads[0].half().requires_grad_()
+    arguments = (s.half(), mine, t.half(), heads[1].half(), labels)
+    (fused_linear_distillation(*arguments, weights=torch.full((200,), 1e-4)).loss * 1024).backward()
+    assert (mine.grad.double() / 1024 - exact.grad).norm() < 3e-3 * exact.grad.norm()
+    ones = torch.ones(1001, dtype=torch.bfloat16)
+    out = fused_linear_distillation(
+        torch.zeros(1001, 8), HEAD, None, None, torch.zeros(1001).long(), kd_weight=0.0, weights=ones
+    )
+    torch.testing.assert_close(out.loss, torch.tensor(20.0).log())
+
+
+def test_the_slope_of_a_cosine_in_half_precision_keeps_its_digits():
+    s, t, weights = 30 * torch.randn(6, 4096), torch.randn(6, 4096), torch.full((6,), 1e-3)
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        one = s.half().to(dtype).requires_grad_()
+        (feature_loss("cosine", one, t.half().to(dtype), weights) * 2.0**16).backward()
+        grads.append(one.grad.double())
+    assert (grads[0] - grads[1]).norm() < 3e-3 * grads[1].norm()
 
 
 @pytest.mark.parametrize("tail", ["renormalize", "zero"])

@@ -395,7 +395,9 @@ def test_signals_that_do_not_fit_are_refused():
     with pytest.raises(LimbeckError, match="two teachers"):
         fused_linear_distillation(h_s, w_s, z_t, OutputHead(w_s), labels, teacher=Logits(z_t))
     with pytest.raises(LimbeckError, match=r"needs log-probabilities of the labels \(Sampled\)"):
-        fused_linear_distillation(h_s, w_s, None, None, labels, teacher=TopK(z_t, labels), objective="k2")
+        fused_linear_distillation(
+            h_s, w_s, None, None, labels, teacher=TopK(z_t[:, :1], labels[:, None]), objective="k2"
+        )
     with pytest.raises(LimbeckError, match="needs a distribution"):
         fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Sampled(z_t[:, 0]))
     with pytest.raises(LimbeckError, match="no tail called 'head'"):

@@ -56,9 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+_OF_THE_DIVERGENCE = ("kd_objective_kwargs", "js_beta")  # which mean nothing to another
+
+
 def apply(result: Translation) -> None:
     """Fill in the preset that the configuration names; an unknown name is left for the schema to refuse."""
     name = result.values.get(KEY)
-    for key, value in (PRESETS.get(name, {}) if isinstance(name, str) else {}).items():
-        if result.values.get(key) is None:
+    preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
+    other = result.values.get("kd_objective") not in (None, preset.get("kd_objective"))
+    for key, value in preset.items():
+        if result.values.get(key) is None and not (other and key in _OF_THE_DIVERGENCE):
             result.put(key, value, KEY)

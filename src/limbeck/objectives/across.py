@@ -57,7 +57,8 @@ class VocabParallel(Across):
     The slices are as even as they can be, larger ones first: ``head.weight[parallel.columns]`` is a rank's part of a head.
     With ``head_rows``, the head has so many rows (perhaps more than the vocabulary, to pad it) and is cut into equal parts of
     which the last may be smaller, as DTensor cuts.
-    A chunk costs at most five collectives, none wider than a few numbers per row (adaptive_kl gathers the probabilities).
+    A chunk costs at most five collectives, none wider than a few numbers per row (top-k gathers 4 k, adaptive_kl the
+    probabilities); at the end the gradient of the hidden states is summed once.
     """
 
     def __init__(self, vocab_size: int, group: dist.ProcessGroup | None = None, head_rows: int | None = None) -> None:
@@ -71,6 +72,10 @@ class VocabParallel(Across):
         self.size = least + (rank < more)
         self._widest = self._most = -(-vocab_size // self._ranks)
         if head_rows is not None:
+            if head_rows < vocab_size:
+                raise LimbeckError(
+                    f"head_rows={head_rows} is less than the vocabulary of {vocab_size}; it counts all rows of the head."
+                )
             each = -(-head_rows // self._ranks)
             if each * (self._ranks - 1) >= vocab_size:
                 raise LimbeckError(
@@ -103,12 +108,12 @@ class VocabParallel(Across):
         return self.vocab_size
 
     def sum(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)  # a formula may go on with what it gave
         dist.all_reduce(x, group=self._group)
         return x
 
     def max(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
+        x = x.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self._group)
         return x
 

@@ -41,7 +41,7 @@ from torch.autograd.function import once_differentiable
 from limbeck.errors import LimbeckError
 from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
 from limbeck.objectives.divergences import Formulas, evaluate
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead
+from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, check_tokens, check_width
 from limbeck.objectives.rows import _logits
 
 KINDS = ("uld", "hybrid")
@@ -152,6 +152,8 @@ class CrossTokenizer:
         for name, known in (("kind", KINDS), ("merge", MERGES)):
             if getattr(self, name) not in known:
                 raise LimbeckError(f"cross_tokenizer has no {name} {getattr(self, name)!r}; use {' or '.join(known)}.")
+        if not self.rest_weight >= 0:
+            raise LimbeckError(f"cross_tokenizer's rest_weight must be 0 or more, got {self.rest_weight}.")
 
     def on(self, device: torch.device) -> Vocabularies:
         """The vocabularies on ``device``, copied once."""
@@ -188,6 +190,8 @@ def cross_tokenizer_distillation(
     precision is multiplied in half precision, everything else is float32, float64 stays float64. Raises LimbeckError for
     an objective that needs equal vocabularies (top-k, or estimators on sampled tokens).
     """
+    if not isinstance(objective, Objective):
+        raise LimbeckError(f"objective must be an Objective, such as Objective.of('forward_kl'), got {objective!r}.")
     if objective.sampled or objective.topk:
         raise LimbeckError(
             "across tokenizers whole distributions are compared; use a divergence, without logits_topk, not an estimator on "
@@ -201,6 +205,11 @@ def cross_tokenizer_distillation(
             raise LimbeckError(
                 f"the {role}'s vocabulary of {size} does not fit the {head.weight.shape[0]} rows of its output head."
             )
+    check_width("student", student_hidden, student)
+    check_width("teacher", teacher_hidden, teacher)
+    _check_positions(student_hidden, labels, weights, teacher_hidden, teacher_labels, spans, sizes)
+    if chunk_size is not None and chunk_size < 1:
+        raise LimbeckError(f"chunk_size must be 1 or more positions, got {chunk_size}; leave it out to have it chosen.")
     job = _Job(
         objective=objective,
         cross=cross,
@@ -218,6 +227,37 @@ def cross_tokenizer_distillation(
     )
     loss, stats = _CrossLoss.apply(student_hidden, student.weight, student.bias, job)
     return DistillationLoss(loss, *torch.cat([stats, stats.new_zeros(2)]).unbind())  # there is no top-k
+
+
+def _check_positions(
+    student: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    teacher: Tensor,
+    teacher_labels: Tensor,
+    spans: Spans,
+    sizes: tuple[int, int],
+) -> None:
+    """A position that is one off would train the student wrongly without a word."""
+    for name, given, rows in (
+        ("labels", labels, student),
+        ("teacher_labels", teacher_labels, teacher),
+        ("weights", weights, student),
+    ):
+        if given is not None and given.shape != rows.shape[:1]:
+            raise LimbeckError(f"{name} must be [{len(rows)}], as many as the hidden states, got {list(given.shape)}.")
+    if labels.device.type != "cpu":
+        return  # on a GPU it would be a sync
+    for role, tokens, size, parts in (
+        ("labels", labels, sizes[0], (spans.student_first, spans.student_rest)),
+        ("teacher_labels", teacher_labels, sizes[1], (spans.teacher_first, spans.teacher_rest)),
+    ):
+        named = torch.cat(parts)
+        if len(named) and int(named.max()) >= len(tokens):
+            raise LimbeckError(
+                f"spans name position {int(named.max())}, but {role} has {len(tokens)}; give all of them."
+            )
+        check_tokens(role, tokens, size)
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,9 @@ def _try(name: str, terms: Any) -> None:
         )
 
 
+_LEAST_EXPONENT = 0.01
+
+
 @register
 def forward_kl() -> Formulas:
     """KL(p ‖ q) = Σ p (log p − log q): the student covers whatever the teacher does (Hinton et al., 2015)."""
@@ -160,8 +163,10 @@ def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> Formulas:
     GKD, β = 0 and β = 1 stand for those two limits. ``smoothing`` is added inside each logarithm, as ROLL does with 1e-9; the
     gradient is that of the smoothed value.
     """
-    if not 0 <= beta <= 1:
-        raise LimbeckError(f"js_divergence needs beta in [0, 1], got {beta}.")
+    if not (0 <= beta <= 1 and smoothing >= 0):
+        raise LimbeckError(
+            f"js_divergence needs beta in [0, 1] and smoothing of 0 or more, got {beta} and {smoothing}."
+        )
     if beta == 0:
         return forward_kl()
     if beta == 1:
@@ -241,9 +246,13 @@ def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Formulas:
 
     (1, 0) is the forward and (0, 1) the reverse KL, as limits; (½, ½) is 4 (1 − Σ√pq), (1, 1) is ½ Σ(p − q)².
     """
-    if alpha < 0 or beta < 0 or alpha + beta == 0:
+    if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise LimbeckError(
             f"alpha_beta needs alpha and beta of 0 or more, one of them above 0; got {alpha} and {beta}."
+        )
+    if 0 < min(alpha, beta) < _LEAST_EXPONENT:
+        raise LimbeckError(
+            f"alpha_beta loses its digits with an exponent below {_LEAST_EXPONENT}, got {alpha} and {beta}; 0 is the limit."
         )
     both = alpha + beta
 
@@ -348,6 +357,11 @@ def divergence(name: str, **parameters: Any) -> Callable[..., Tensor]:
         temperature: float = 1.0,
         teacher_temperature: float | None = None,
     ) -> Tensor:
+        if student_logits.shape[:-1] != teacher_logits.shape[:-1]:
+            raise LimbeckError(
+                f"student and teacher must give logits of the same positions, got {list(student_logits.shape)} and "
+                f"{list(teacher_logits.shape)}."
+            )
         vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
         tau_t = temperature if teacher_temperature is None else teacher_temperature
         if not (temperature > 0 and tau_t > 0):

@@ -26,12 +26,13 @@ _NO_DIRECTION = 1e-8  # a vector shorter than this points nowhere
 class Pointwise(NamedTuple):
     """ℓ for each row, and ``slope · factor``, its gradient for the first argument.
 
-    value: [N]. slope: [N, H], of the order of 1, so that half precision can hold it. factor: what is left of the gradient.
+    value: [N]. slope: [N, H], of the order of 1, so that half precision can hold it. factor: what is left of the gradient, a
+    number or [N, 1].
     """
 
     value: Tensor
     slope: Tensor
-    factor: float
+    factor: float | Tensor
 
 
 def _cosine(x: Tensor, y: Tensor) -> Pointwise:
@@ -41,7 +42,7 @@ def _cosine(x: Tensor, y: Tensor) -> Pointwise:
     x, y = x / length_x.clamp_min(_NO_DIRECTION), y / length_y.clamp_min(_NO_DIRECTION)
     cosine = (x * y).sum(-1, keepdim=True)
     inverse = torch.where(length_x > _NO_DIRECTION, 1 / length_x, 0)
-    return Pointwise(1 - cosine.squeeze(-1), (x * cosine - y) * inverse, 1.0)
+    return Pointwise(1 - cosine.squeeze(-1), x * cosine - y, inverse)
 
 
 def _mse(x: Tensor, y: Tensor) -> Pointwise:
@@ -85,6 +86,8 @@ def feature_loss(name: str, student: Tensor, teacher: Tensor, weights: Tensor | 
             f"features of shapes {list(student.shape)} (student) and {list(teacher.shape)} (teacher) cannot be compared; "
             "both must be [tokens, width]."
         )
+    if weights is not None and weights.shape != student.shape[:1]:
+        raise LimbeckError(f"the weights of {len(student)} tokens must be [{len(student)}], got {list(weights.shape)}.")
     return _SumOfRows.apply(student, teacher, weights, LOSSES[name])
 
 
@@ -98,9 +101,9 @@ class _SumOfRows(torch.autograd.Function):
             torch.empty_like(side) if needed else None
             for side, needed in zip((student, teacher), ctx.needs_input_grad, strict=False)
         ]
+        factors = [None if slope is None else slope.new_empty(len(slope), 1, dtype=dtype) for slope in slopes]
         total = torch.zeros((), dtype=dtype, device=student.device)
         step = max(1, _TILE_ELEMENTS.get(student.device.type, 1 << 24) // max(1, student.shape[1]))
-        ctx.factor = 1.0
         for low in range(0, student.shape[0], step):
             tile = slice(low, low + step)
             s, t = student[tile].to(dtype), teacher[tile].to(dtype)
@@ -109,20 +112,25 @@ class _SumOfRows(torch.autograd.Function):
                 into = slopes[place]
                 if place == 1 and into is None:
                     continue
-                value, slope, ctx.factor = pointwise(one, other)
+                value, slope, factor = pointwise(one, other)
                 if place == 0:
                     total += (value if weight is None else value * weight).sum()
-                if into is not None:
-                    into[tile] = slope if weight is None else slope * weight.unsqueeze(-1)
-        ctx.save_for_backward(*slopes)
+                rest = factors[place]
+                if into is not None and rest is not None:
+                    into[tile] = slope
+                    rest[tile] = factor if weight is None else factor * weight.unsqueeze(-1)
+        ctx.save_for_backward(*slopes, *factors)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        scale = outputs[0] * ctx.factor
-        # A scale without dimensions leaves a half-precision slope in its precision.
-        return (*(None if slope is None else slope * scale for slope in ctx.saved_tensors), None, None)
+        pairs = zip(ctx.saved_tensors[:2], ctx.saved_tensors[2:], strict=True)
+        return (
+            *(None if slope is None else slope * (outputs[0] * factor).to(slope.dtype) for slope, factor in pairs),
+            None,
+            None,
+        )
 
 
 class FeatureLosses(nn.Module):
@@ -137,6 +145,9 @@ class FeatureLosses(nn.Module):
     ) -> None:
         super().__init__()
         self.losses = tuple(losses)
+        for name in self.losses:
+            if name not in LOSSES:
+                raise LimbeckError(f"{name!r} is not a feature loss; use one of {', '.join(LOSSES)}.")
         different = [pair for pair in widths if pair[0] != pair[1]]
         if shared and len(set(different)) > 1:
             kinds = ", ".join(f"{student} → {teacher}" for student, teacher in sorted(set(different)))

@@ -15,6 +15,7 @@ Shapes: N positions, V vocabulary, H hidden size (student's and teacher's may di
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import warnings
@@ -213,9 +214,9 @@ def fused_linear_distillation(
         raise LimbeckError(
             "kd_weight is above 0 but there is no teacher; give teacher_hidden and teacher_head, or kd_weight=0."
         )
-    _check_width("student", student_hidden, student)
+    check_width("student", student_hidden, student)
     if asked is not None and teacher_hidden is not None:
-        _check_width("teacher", teacher_hidden, asked)
+        check_width("teacher", teacher_hidden, asked)
     widest = student.weight.shape[0]
     if asked is not None:
         widest = min(widest, asked.weight.shape[0])
@@ -235,11 +236,17 @@ def fused_linear_distillation(
     rows = everything if all_supervised else everything[labels != IGNORE]
     if labels.device.type == "cpu":  # on a GPU it would be a sync
         whole = across.vocab_size if isinstance(across, VocabParallel) else vocab
-        _check_tokens("labels", labels[rows], whole)
+        check_tokens("labels", labels[rows], whole)
         if isinstance(teacher, TopK):
-            _check_tokens("the teacher's top-k indices", teacher.indices[rows], whole)
+            _check_topk(teacher.log_probs[rows], teacher.indices[rows], whole)
+    if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0:
+        raise LimbeckError(f"normalizer must be above 0, got {normalizer}; or leave it out.")
     if normalizer is None:
-        normalizer = max(rows.numel(), 1) if weights is None else weights[rows].sum().clamp_min(1e-30)
+        normalizer = (
+            max(rows.numel(), 1)
+            if weights is None
+            else weights[rows].sum(dtype=torch.promote_types(weights.dtype, torch.float32)).clamp_min(1e-30)
+        )
     job = _Job(
         objective,
         vocab,
@@ -254,6 +261,7 @@ def fused_linear_distillation(
         weights,
         across or WHOLE,
         (across is None and _should_compile(rows.numel() * vocab)) if compiled is None else compiled,
+        _lift(objective, student.scale, None if weights is None else weights[rows]) if dtype is torch.float16 else 1.0,
     )
     loss, stats = _HeadAndLoss.apply(student_hidden, student.weight, student.bias, teacher_hidden, labels, rows, job)
     return DistillationLoss(loss, *stats.unbind())
@@ -292,7 +300,7 @@ def _columns(head: OutputHead | None, signal: Signal | None) -> int | None:
     return signal.logits.shape[-1] if isinstance(signal, Logits) else None
 
 
-def _check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
+def check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
     if hidden.shape[1] != head.weight.shape[1]:
         raise LimbeckError(
             f"{role}_hidden is {hidden.shape[1]} wide and {role}_head {list(head.weight.shape)}; a head is [V, H] for hidden "
@@ -300,12 +308,24 @@ def _check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
         )
 
 
-def _check_tokens(name: str, tokens: Tensor, vocab: int) -> None:
+def check_tokens(name: str, tokens: Tensor, vocab: int) -> None:
     wrong = tokens[(tokens < 0) | (tokens >= vocab)]
     if len(wrong):
         hint = f", or {IGNORE} where nothing is learned" if name == "labels" else ""
         raise LimbeckError(
             f"{name} must be tokens of the shared vocabulary, 0 to {vocab - 1}{hint}; got {int(wrong[0])}."
+        )
+
+
+def _check_topk(log_probs: Tensor, indices: Tensor, vocab: int) -> None:
+    check_tokens("the teacher's top-k indices", indices, vocab)
+    ordered = indices.sort(-1).values
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        raise LimbeckError("the teacher's top-k names a token twice at one position; give each of the k tokens once.")
+    if (log_probs.float().logsumexp(-1) > 0.05).any():  # above what half precision rounds
+        raise LimbeckError(
+            "the teacher's top-k log_probs sum to a probability above 1; give log_softmax(logits) over the whole vocabulary, "
+            "of which the k are a part."
         )
 
 
@@ -316,12 +336,27 @@ def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor |
         wanted = "log-probabilities of the labels (Sampled)" if objective.sampled else "a distribution (TopK or Logits)"
         raise LimbeckError(f"this objective needs {wanted}, and the teacher sends {type(signal).__name__}.")
     if isinstance(signal, TopK):
+        if 0 < objective.topk < signal.indices.shape[1]:
+            raise LimbeckError(
+                f"the objective's topk={objective.topk} contradicts the teacher's {signal.indices.shape[1]} tokens; "
+                "leave topk out, or send as many."
+            )
         signal.at(objective.teacher_temperature, objective.tail)
     if isinstance(signal, Sampled) and signal.temperature != objective.teacher_temperature:
         raise LimbeckError(
             f"log-probabilities of drawn tokens were taken at temperature {signal.temperature} and cannot be brought to "
             f"{objective.teacher_temperature}; take them there, or set teacher_temperature={signal.temperature}."
         )
+
+
+def _lift(objective: Objective, scale: float, weights: Tensor | None) -> float | Tensor:
+    """A power of two that brings the largest coefficient of a row's gradient to about 1, which suits float16."""
+    w, tau = objective.kd_weight, objective.temperature
+    coefficient = abs(scale) * ((1 - w) + w * (tau if objective.squared else 1 / tau))
+    if weights is None or weights.numel() == 0:
+        return 2.0 ** max(0, math.floor(-math.log2(coefficient)))
+    largest = (weights.float().abs().amax() * coefficient).clamp_min(1e-30)
+    return torch.exp2((-largest.log2()).floor().clamp_min(0))
 
 
 def _should_compile(logits: int) -> bool:
@@ -351,6 +386,7 @@ class _Job:
     weights: Tensor | None
     across: Across
     compiled: bool
+    lift: float | Tensor = 1.0
 
     @property
     def whole_vocab(self) -> int:
@@ -359,13 +395,13 @@ class _Job:
 
     @property
     def inside(self) -> float | Tensor:
-        """The part of 1/normalizer that goes into the logits' gradient: none in float16, which would underflow."""
-        return 1.0 if self.dtype is torch.float16 else 1.0 / self.normalizer
+        """The part of 1/normalizer that goes into the logits' gradient: none in float16 but ``lift``, as it would underflow."""
+        return self.lift if self.dtype is torch.float16 else 1.0 / self.normalizer
 
     @property
     def rest(self) -> float | Tensor:
         """The part of 1/normalizer that is left for the summed gradients."""
-        return 1.0 / self.normalizer if self.dtype is torch.float16 else 1.0
+        return 1.0 / (self.normalizer * self.lift) if self.dtype is torch.float16 else 1.0
 
     @property
     def accumulate(self) -> torch.dtype:
@@ -507,7 +543,7 @@ def _walk(
     stats /= job.normalizer
     w = job.objective.kd_weight
     squared = job.objective.temperature**2 if job.objective.squared else 1.0
-    loss = (1 - w) * stats[1] + w * squared * stats[0]
+    loss = stats[1] if w == 0 else (1 - w) * stats[1] + w * squared * stats[0]
     return loss, stats, (d_hidden, d_weight, d_bias)
 
 

@@ -131,6 +131,8 @@ def _run(rows: Rows, spec: Spec, across: Across) -> tuple[Tensor, Tensor | None]
     w, tau = spec.kd_weight, spec.temperature
     k = rows.factor * rows.weight * spec.scale
     hard, c = (1 - w) * k, w * (tau if spec.squared else 1 / tau) * k
+    if w == 0:  # a teacher may be there for the diagnostics alone
+        found = found._replace(per_row=None, dense=None, columns=None)
     if found.per_row is None:
         gradient = seen.q1 * hard
     elif tau == 1.0:

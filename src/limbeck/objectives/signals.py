@@ -36,6 +36,10 @@ class TopK:
                 "TopK takes log_probs [N, k] of the tokens indices [N, k] (whole numbers), got "
                 f"{list(self.log_probs.shape)} and {list(self.indices.shape)} {self.indices.dtype}."
             )
+        if not self.indices.shape[1]:
+            raise LimbeckError("TopK needs at least one token at each position, got k = 0.")
+        if not self.temperature > 0:
+            raise LimbeckError(f"TopK's temperature must be above 0, got {self.temperature}.")
 
     def at(self, temperature: float, tail: str) -> Tensor:
         """The log-probabilities [N, k] at another temperature, up to a constant per row.

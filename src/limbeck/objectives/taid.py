@@ -38,7 +38,8 @@ class TaidSchedule:
     def update(self, divergence: Tensor, progress: float) -> None:
         """Move t after an optimizer step whose mean divergence over the global batch was ``divergence``."""
         now = divergence.detach().to(self.t.dtype)
-        change = (self._previous - now) / (self._previous + 1e-15)
+        now = torch.where(torch.isfinite(now), now, self._previous)  # a step that failed says nothing
+        change = torch.where(self._previous > 0, (self._previous - now) / self._previous, 0)
         first = torch.isinf(self._previous)
         mean = self._momentum * self._mean + (1 - self._momentum) * change
         self._mean.copy_(torch.where(first, self._mean, mean))
