@@ -7,11 +7,13 @@ going on from the last checkpoint is worth a try; a user's mistake stays a ``Lim
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
+import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +31,13 @@ from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 
 _STARTING_SECONDS = 300
+_LOOK_SECONDS = 0.1
+
+Look = Callable[[], None]
+
+
+def _no_look() -> None:
+    pass
 
 
 class WorkerLost(Exception):
@@ -104,10 +113,12 @@ def failures_logged() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The workers of one role, in the order of their ranks."""
+    """The workers of one role, in the order of their ranks. look: called again and again while they are waited for; what it
+    raises ends the waiting."""
 
     name: str
     actors: tuple[Any, ...]
+    look: Look = _no_look
 
     @classmethod
     def start(
@@ -124,6 +135,7 @@ class WorkerGroup:
         restarts: int = 0,
         registered: str | None = None,
         direct: bool = False,
+        look: Look = _no_look,
     ) -> WorkerGroup:
         """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
@@ -154,10 +166,10 @@ class WorkerGroup:
                 options |= {"name": f"{registered}/{rank}", "namespace": NAMESPACE}
             called = f"{name}-{rank}"
             actors.append(remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments))
-        return cls(name, tuple(actors))
+        return cls(name, tuple(actors), look)
 
     @classmethod
-    def find(cls, name: str, registered: str) -> WorkerGroup | None:
+    def find(cls, name: str, registered: str, look: Look = _no_look) -> WorkerGroup | None:
         """The group that another program has registered, if it is there; ``name`` is what it is called in this one."""
         ray = load_ray()
         try:
@@ -167,7 +179,7 @@ class WorkerGroup:
             ]
         except ValueError:  # it has ended in between
             return None
-        return cls(name, tuple(actors)) if actors else None
+        return cls(name, tuple(actors), look) if actors else None
 
     def meet(self, minutes: float, *, together: bool = True) -> None:
         """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
@@ -175,7 +187,7 @@ class WorkerGroup:
         self._check_workers()
         size = len(self.actors)
         if together and size > 1:
-            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS)
+            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS, self.look)
             self.call_each("join", [(rank, size, store, minutes) for rank in range(size)])
 
     def call(self, method: str, *arguments: Any, seconds: float | None = _STARTING_SECONDS) -> list[Any]:
@@ -187,7 +199,7 @@ class WorkerGroup:
     ) -> list[Any]:
         """The same with arguments of its own for each worker."""
         asked = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
-        return [result(ref, f"{self.name}-{rank}", seconds) for rank, ref in enumerate(asked)]
+        return [result(ref, f"{self.name}-{rank}", seconds, self.look) for rank, ref in enumerate(asked)]
 
     def end(self) -> None:
         """End the processes at once."""
@@ -219,11 +231,17 @@ def registered_groups() -> dict[str, int]:
     return dict(Counter(name.rsplit("/", 1)[0] for name in sorted(names)))
 
 
-def result(ref: Any, name: str, seconds: float | None) -> Any:
-    """What a worker called ``name`` returns; raises its LimbeckError, or WorkerLost for everything else that can happen."""
+def result(ref: Any, name: str, seconds: float | None, look: Look | None = None) -> Any:
+    """What a worker called ``name`` returns; raises its LimbeckError, or WorkerLost for everything else that can happen.
+    ``look`` is called again and again until then; what it raises ends the waiting."""
     ray = load_ray()
+    if look is not None:
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        while not ray.wait([ref], timeout=_LOOK_SECONDS)[0] and time.monotonic() < until:
+            look()
+        look()
     try:
-        return ray.get(ref, timeout=seconds)
+        return ray.get(ref, timeout=seconds if look is None else 0)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, LimbeckError):

@@ -6,6 +6,7 @@ undisturbed run would have given, since a resumed run does.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -15,7 +16,7 @@ from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray
 from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.interrupt import StopRequest
@@ -62,7 +63,7 @@ class Cluster:
             try:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
-                self.end(keep_teachers=not self._must_stay_together)
+                self.end(keep_teachers=not self._must_stay_together and not stop.signal)
                 if stop.signal or attempt == self.config.max_restarts:
                     hint = f"; see the workers' logs in {self._logs}"
                     raise LimbeckError(
@@ -74,11 +75,19 @@ class Cluster:
                     f"(restart {attempt + 1} of {self.config.max_restarts})."
                 )
                 until = time.monotonic() + wait
-                while time.monotonic() < until and not stop.signal:
+                while time.monotonic() < until:
+                    self._look(stop, again=True)
                     time.sleep(_WATCH_SECONDS)
-                if stop.signal:
-                    raise LimbeckError(f"{lost}, and the run was stopped before it went on.") from lost
         raise AssertionError("the loop above returns or raises")
+
+    def _look(self, stop: StopRequest, *, again: bool) -> None:
+        """Raise Stopped if a signal has come, while there is no loop that could save and end."""
+        if not stop.signal:
+            return
+        by = f"stopped by {signal.Signals(stop.signal).name} before {'it went on' if again else 'the first step'}"
+        if again and files.list_checkpoints(self.config.checkpoint_dir):
+            raise Stopped(f"{by}; resume_from_checkpoint=true goes on from its last checkpoint.", stop.signal)
+        raise Stopped(f"{by}; nothing was saved.", stop.signal)
 
     @property
     def _must_stay_together(self) -> bool:
@@ -110,15 +119,15 @@ class Cluster:
         return True
 
     def _attempt(self, *, again: bool, stop: StopRequest) -> RunResult:
-        config = self.config
+        config, look = self.config, partial(self._look, stop, again=again)
         if again and files.list_checkpoints(config.checkpoint_dir):
             config = config.model_copy(update={"resume_from_checkpoint": True})
-        service = None if config.teacher.service is None else find_service(config)
+        service = None if config.teacher.service is None else find_service(config, look)
         if self.placement is None:
             try:
-                self.placement = place(self.mappings, config.num_gpus_per_node)
+                self.placement = place(self.mappings, config.num_gpus_per_node, look)
             except LimbeckError as error:
-                if again:  # what was lost may come back
+                if again and not isinstance(error, Stopped):  # what was lost may come back
                     raise WorkerLost(str(error).rstrip(".")) from error
                 raise
             refuse_backend(config, self.placement.device)
@@ -128,6 +137,7 @@ class Cluster:
             placement=self.placement,
             log_dir=self._logs,
             direct=config.transfers_directly,
+            look=look,
         )
         if self.teachers is None and len(self.mappings) > 1:
             self.teachers = start(
@@ -147,7 +157,7 @@ class Cluster:
         loading = [actor.load.remote() for actor in teachers]
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
-            result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
+            result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout, look)
         if config.takes_turns and self.teachers is not None:
             self.teachers.call("rest", seconds=60 * config.teacher.backend_timeout)
         if not again:
