@@ -136,6 +136,10 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     least = 1 if backend == "gloo" else 2
     assert least <= went_back <= least + 1
     assert any(line.startswith("Resumed from") for line in lines)
+    replaced = any(line.startswith("teacher-0 died; Ray has started it again (process ") for line in lines)
+    assert replaced == (backend == "ray")
+    if replaced:
+        assert "teacher-0 died before" in (tmp_path / "out" / "logs" / "workers" / "teacher-0.log").read_text()
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 

@@ -32,6 +32,7 @@ from limbeck.strategies.world import World
 
 _STARTING_SECONDS = 300
 _LOOK_SECONDS = 0.1
+_ROLL_SECONDS = 5
 
 Look = Callable[[], None]
 
@@ -63,6 +64,8 @@ class Worker:
         with open(log, "a", buffering=1) as file:  # noqa: PTH123
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        if load_ray().get_runtime_context().was_current_actor_reconstructed:
+            print(f"{name} died before; Ray has started it again, as process {os.getpid()}", flush=True)
         # Thousands of modules are no garbage, and looking for it among them takes a sixth of the time.
         gc.disable()
         import_module(self.needs)
@@ -222,6 +225,62 @@ class WorkerGroup:
                         f"{self.name}-{rank} on {about['host']} runs {package} {theirs}, and this process {ours[package]}; "
                         "install the same on all machines."
                     )
+
+
+class RollCall:
+    """Asks workers who they are and does not wait: each has one such question before it at most. The group has met."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+        self._seen = list(map(_process, group.call("about")))
+        self._asked: dict[int, tuple[Any, float]] = {}
+        self._next = 0.0
+
+    def started_again(self) -> list[str]:
+        """A sentence for each worker that Ray has been found to have started again since the last call."""
+        if time.monotonic() >= self._next:
+            self._ask()
+        told = []
+        for rank, (ref, _) in list(self._asked.items()):
+            if not load_ray().wait([ref], timeout=0)[0]:
+                continue
+            del self._asked[rank]
+            name = f"{self._group.name}-{rank}"
+            with suppress(WorkerLost):  # whoever waits for it is told
+                now = _process(result(ref, name, 0))
+                if now != self._seen[rank]:
+                    self._seen[rank] = now
+                    told.append(f"{name} died; Ray has started it again ({now}), and its questions are repeated.")
+        return told
+
+    def silent(self, seconds: float) -> list[str]:
+        """The names of the workers that have not answered for so long, which is waited for, or are dead."""
+        self._ask()
+        refs = [ref for ref, _ in self._asked.values()]
+        until = min(since for _, since in self._asked.values()) + seconds
+        ready = load_ray().wait(refs, num_returns=len(refs), timeout=max(0, until - time.monotonic()))[0]
+        return [
+            f"{self._group.name}-{rank}" for rank, (ref, _) in self._asked.items() if ref not in ready or _failed(ref)
+        ]
+
+    def _ask(self) -> None:
+        now = time.monotonic()
+        self._next = now + _ROLL_SECONDS
+        for rank, actor in enumerate(self._group.actors):
+            if rank not in self._asked:
+                self._asked[rank] = (actor.about.remote(), now)
+
+
+def _process(about: Mapping[str, Any]) -> str:
+    return f"process {about['pid']} on {about['host']}"
+
+
+def _failed(ref: Any) -> bool:
+    try:
+        result(ref, "", 0)
+    except WorkerLost:
+        return True
+    return False
 
 
 def registered_groups() -> dict[str, int]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray
-from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
+from limbeck.cluster.workers import RollCall, WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline import checkpoint as files
@@ -31,6 +31,7 @@ _LONGEST_WAIT = 60
 _STOPPING_SECONDS = 600
 _QUIET_SECONDS = 120  # without a step, after which a person is told who keeps the run waiting
 _ANSWERING_SECONDS = 5
+_KEEPING_SECONDS = 30
 
 
 def refuse_backend(config: DistillConfig, device: str) -> None:
@@ -52,6 +53,7 @@ class Cluster:
         self.placement: Placement | None = None
         self.teachers: WorkerGroup | None = None
         self.students: WorkerGroup | None = None
+        self.roll: RollCall | None = None  # of the teachers
         # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
         self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
         given = config.teacher.strategy_args.strategy_config
@@ -106,17 +108,14 @@ class Cluster:
         if self.teachers is not None and not (keep_teachers and self._teachers_answer()):
             self.teachers.end()
             self.teachers = None
+        if self.teachers is None:
+            self.roll = None
         if self.teachers is None and self.placement is not None:
             self.placement.free()
             self.placement = None
 
     def _teachers_answer(self) -> bool:
-        assert self.teachers is not None
-        try:
-            self.teachers.call("about", seconds=30)
-        except WorkerLost:
-            return False
-        return True
+        return self.roll is not None and not self.roll.silent(_KEEPING_SECONDS)
 
     def _attempt(self, *, again: bool, stop: StopRequest) -> RunResult:
         config, look = self.config, partial(self._look, stop, again=again)
@@ -154,6 +153,8 @@ class Cluster:
             self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
         asked = self.teachers or service
         teachers = () if asked is None else asked.actors
+        if asked is not None and self.roll is None:
+            self.roll = RollCall(asked)
         loading = [actor.load.remote() for actor in teachers]
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
@@ -188,24 +189,29 @@ class Cluster:
                     actor.stop.remote(stop.signal)
             if time.monotonic() - sign_of_life > _QUIET_SECONDS and not asked_why:
                 asked_why = True
-                self._tell_who_is_silent(teachers)
+                self._tell_who_is_silent()
+            self._tell_who_is_back()
             if time.monotonic() - sign_of_life > hung:
                 raise WorkerLost(f"the student's workers have made no step and said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop when asked to")
+        if self.roll is not None:
+            self.roll.silent(_ANSWERING_SECONDS)
+            self._tell_who_is_back()
         for last in (told, students.actors[0].told.remote()):
             for line in result(last, "student-0", 60)[1]:
                 self.tell(line)
         return result(runs[0], "student-0", None)
 
-    def _tell_who_is_silent(self, teachers: list[Any]) -> None:
+    def _tell_who_is_back(self) -> None:
+        for line in [] if self.roll is None else self.roll.started_again():
+            self.tell(line)
+
+    def _tell_who_is_silent(self) -> None:
         """Say which teachers do not answer. One whose machine is lost is waited for, by Ray, until there is room for it."""
-        asked = {actor.about.remote(): f"teacher-{rank}" for rank, actor in enumerate(teachers)}
-        if not asked:
-            return
-        silent = load_ray().wait(list(asked), num_returns=len(asked), timeout=_ANSWERING_SECONDS)[1]
+        silent = [] if self.roll is None else self.roll.silent(_ANSWERING_SECONDS)
         if silent:
-            names = ", ".join(asked[ref] for ref in silent)
+            names = ", ".join(silent)
             self.tell(
                 f"No step for {_QUIET_SECONDS:.0f} s: no answer from {names}, which may be at work, or without a machine if "
                 "its own is lost; it is waited for until teacher.backend_timeout "

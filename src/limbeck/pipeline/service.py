@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from limbeck.cluster.placement import look_around, place
 from limbeck.cluster.session import can_join, ray_address, ray_session
-from limbeck.cluster.workers import Look, WorkerGroup, WorkerLost, registered_groups, result
+from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, registered_groups, result
 from limbeck.config import DistillConfig
 from limbeck.config.schema import SERVICE_NAME
 from limbeck.errors import LimbeckError, Stopped
@@ -67,6 +67,7 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
         )
         try:
             group.meet(config.teacher.backend_timeout, together=False)
+            roll = RollCall(group)
             group.call("load", seconds=None)
             tell(
                 f"Serving {config.teacher.model_args.model_name_or_path} as {name} ({len(devices)} × teacher; logs: "
@@ -74,6 +75,8 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
             )
             while True:
                 look()
+                for line in roll.started_again():
+                    tell(line)
                 time.sleep(_LOOK_SECONDS)
                 if registered_groups().get(name, 0) < len(devices):
                     raise LimbeckError(
