@@ -72,8 +72,10 @@ class Cluster:
                         f"{lost}, after {attempt} of {self.config.max_restarts} restarts{hint}."
                     ) from lost
                 wait = min(2**attempt, _LONGEST_WAIT)
+                saved = files.list_checkpoints(self.config.checkpoint_dir)
+                goes_on = "goes on from its last checkpoint" if saved else "starts again from the beginning"
                 self.tell(
-                    f"{lost}. The run goes on from its last checkpoint in {wait} s "
+                    f"{str(lost).rstrip('.')}. The run {goes_on} in {wait} s "
                     f"(restart {attempt + 1} of {self.config.max_restarts})."
                 )
                 until = time.monotonic() + wait
