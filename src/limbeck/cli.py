@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, Stopped
 
 if TYPE_CHECKING:
     from limbeck.config import DistillConfig
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(args.run(args))
     except LimbeckError as error:
         print(f"limbeck: {error}", file=sys.stderr)
+        if isinstance(error, Stopped):
+            return 128 + error.signal
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130

@@ -147,7 +147,7 @@ def test_a_registered_objective_is_an_objective(monkeypatch: pytest.MonkeyPatch)
         ({"num_nodes": 2, "student": {"device_mapping": [0]}}, "set num_gpus_per_node too"),
         (
             {"num_gpus_per_node": 2, "student": {"device_mapping": [0]}, "teacher": {"device_mapping": [2]}},
-            "names device 2",
+            "teacher.device_mapping names device 2",
         ),
         (
             {

@@ -35,3 +35,16 @@ def test_an_allocation_that_fails_names_what_was_done_and_what_to_do():
 def test_other_errors_stay_what_they_are():
     with pytest.raises(RuntimeError, match="a size of tensors"), out_of_memory_told("it slept", "wake it"):
         raise RuntimeError("a size of tensors")
+
+
+def test_a_checkpoint_that_is_cut_short_is_told(tmp_path):
+    small = {"model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+    model = load_model(None, dtype=torch.float32, from_scratch=True, config_kwargs=small)
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(
+        LimbeckError, match=r"the teacher .* is incomplete or damaged \(.*\); copy or download it again"
+    ):
+        load_model(str(tmp_path), dtype=torch.float32, role="teacher")

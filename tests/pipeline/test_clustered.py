@@ -136,6 +136,10 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     least = 1 if backend == "gloo" else 2
     assert least <= went_back <= least + 1
     assert any(line.startswith("Resumed from") for line in lines)
+    replaced = any(line.startswith("teacher-0 died; Ray has started it again (process ") for line in lines)
+    assert replaced == (backend == "ray")
+    if replaced:
+        assert "teacher-0 died before" in (tmp_path / "out" / "logs" / "workers" / "teacher-0.log").read_text()
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
@@ -214,16 +218,28 @@ def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, setti
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
-def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
-    keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, save_steps=0)
+def long_run(settings, tmp_path, **changes) -> subprocess.Popen:
+    """The command ``limbeck train`` at a run that does not end by itself."""
+    keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, **{"save_steps": 0, **changes})
     keys["student"]["training_args"]["num_train_epochs"] = 10_000
     config = tmp_path / "long.yaml"
     config.write_text(yaml.safe_dump(keys))
-    mine = set(processes("StudentWorker"))
-    train = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "limbeck", "train", str(config)],
         start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
+
+
+def assert_ended(but: set[int]) -> None:
+    deadline = time.monotonic() + 30
+    while set(processes("StudentWorker") + processes("TeacherWorker")) - but:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
+    mine = set(processes("StudentWorker"))
+    train = long_run(settings, tmp_path)
     lines = []
     for line in train.stdout:
         lines.append(line)
@@ -235,7 +251,34 @@ def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
     assert train.returncode == 130, "".join(lines)
     assert "Stopped by SIGINT" in lines[-1]
     assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
-    deadline = time.monotonic() + 30
-    while set(processes("StudentWorker") + processes("TeacherWorker")) - mine:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert_ended(but=mine)
+
+
+def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(settings, tmp_path):
+    mine = set(processes("StudentWorker") + processes("TeacherWorker"))
+    train = long_run(settings, tmp_path)
+    for line in train.stdout:
+        if line.startswith("Ray"):
+            break
+    while not (started := set(processes("TeacherWorker")) - mine) and train.poll() is None:
+        time.sleep(0.02)
+    for pid in started:
+        os.kill(pid, signal.SIGSTOP)  # so that the start does not end before the signal comes
+    os.kill(train.pid, signal.SIGTERM)
+    said = train.communicate(timeout=60)[0]
+    assert train.returncode == 128 + signal.SIGTERM, said
+    assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
+    assert_ended(but=mine)
+
+    train = long_run(settings, tmp_path, save_steps=2)
+    said = ""
+    for line in train.stdout:
+        said += line
+        if "step 5/" in line:
+            os.kill(*(set(processes("StudentWorker")) - mine), signal.SIGKILL)
+        if "goes on from its last checkpoint in" in line:
+            os.kill(train.pid, signal.SIGINT)
+    train.wait(timeout=60)
+    assert train.returncode == 130, said
+    assert "limbeck: stopped by SIGINT before it went on; resume_from_checkpoint=true goes on" in said
+    assert_ended(but=mine)

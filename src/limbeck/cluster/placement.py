@@ -5,8 +5,9 @@ A device is a GPU where the cluster has GPUs, else a CPU slot. Workers that shar
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,8 +85,11 @@ def look_around(mappings: Sequence[Sequence[int]]) -> str:
     return devices_told(gpus)
 
 
-def place(mappings: Sequence[Sequence[int]], per_node: int | None) -> Placement:
-    """Set machines aside for groups of workers, one worker per device of each mapping.
+def place(
+    mappings: Sequence[Sequence[int]], per_node: int | None, look: Callable[[], None] = lambda: None
+) -> Placement:
+    """Set machines aside for groups of workers, one worker per device of each mapping. ``look`` is called while Ray places
+    them; what it raises ends the waiting.
 
     Raises LimbeckError when the cluster has not got what they need.
     """
@@ -102,7 +106,14 @@ def place(mappings: Sequence[Sequence[int]], per_node: int | None) -> Placement:
         )
     # SPREAD and not STRICT_SPREAD: after a machine is lost, what is left may have to hold two parts.
     group = ray.util.placement_group(bundles, strategy="SPREAD" if len(bundles) > 1 else "PACK")
-    if not group.wait(_PLACING_SECONDS):
+    until = time.monotonic() + _PLACING_SECONDS
+    try:
+        while not (placed := group.wait(1)) and time.monotonic() < until:
+            look()
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
+    if not placed:
         free = ray.available_resources()
         ray.util.remove_placement_group(group)
         raise LimbeckError(

@@ -7,11 +7,13 @@ going on from the last checkpoint is worth a try; a user's mistake stays a ``Lim
 from __future__ import annotations
 
 import gc
+import math
 import os
 import platform
+import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +31,14 @@ from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 
 _STARTING_SECONDS = 300
+_LOOK_SECONDS = 0.1
+_ROLL_SECONDS = 5
+
+Look = Callable[[], None]
+
+
+def _no_look() -> None:
+    pass
 
 
 class WorkerLost(Exception):
@@ -54,6 +64,8 @@ class Worker:
         with open(log, "a", buffering=1) as file:  # noqa: PTH123
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
+        if load_ray().get_runtime_context().was_current_actor_reconstructed:
+            print(f"{name} died before; Ray has started it again, as process {os.getpid()}", flush=True)
         # Thousands of modules are no garbage, and looking for it among them takes a sixth of the time.
         gc.disable()
         import_module(self.needs)
@@ -104,10 +116,12 @@ def failures_logged() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """The workers of one role, in the order of their ranks."""
+    """The workers of one role, in the order of their ranks. look: called again and again while they are waited for; what it
+    raises ends the waiting."""
 
     name: str
     actors: tuple[Any, ...]
+    look: Look = _no_look
 
     @classmethod
     def start(
@@ -124,6 +138,7 @@ class WorkerGroup:
         restarts: int = 0,
         registered: str | None = None,
         direct: bool = False,
+        look: Look = _no_look,
     ) -> WorkerGroup:
         """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
@@ -154,10 +169,10 @@ class WorkerGroup:
                 options |= {"name": f"{registered}/{rank}", "namespace": NAMESPACE}
             called = f"{name}-{rank}"
             actors.append(remote(worker).options(**options).remote(called, str(log_dir / f"{called}.log"), *arguments))
-        return cls(name, tuple(actors))
+        return cls(name, tuple(actors), look)
 
     @classmethod
-    def find(cls, name: str, registered: str) -> WorkerGroup | None:
+    def find(cls, name: str, registered: str, look: Look = _no_look) -> WorkerGroup | None:
         """The group that another program has registered, if it is there; ``name`` is what it is called in this one."""
         ray = load_ray()
         try:
@@ -167,7 +182,7 @@ class WorkerGroup:
             ]
         except ValueError:  # it has ended in between
             return None
-        return cls(name, tuple(actors)) if actors else None
+        return cls(name, tuple(actors), look) if actors else None
 
     def meet(self, minutes: float, *, together: bool = True) -> None:
         """Wait until all are there and run the same versions; ``together``, let them join in a process group, in which none
@@ -175,7 +190,7 @@ class WorkerGroup:
         self._check_workers()
         size = len(self.actors)
         if together and size > 1:
-            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS)
+            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS, self.look)
             self.call_each("join", [(rank, size, store, minutes) for rank in range(size)])
 
     def call(self, method: str, *arguments: Any, seconds: float | None = _STARTING_SECONDS) -> list[Any]:
@@ -187,7 +202,7 @@ class WorkerGroup:
     ) -> list[Any]:
         """The same with arguments of its own for each worker."""
         asked = [getattr(actor, method).remote(*args) for actor, args in zip(self.actors, arguments, strict=True)]
-        return [result(ref, f"{self.name}-{rank}", seconds) for rank, ref in enumerate(asked)]
+        return [result(ref, f"{self.name}-{rank}", seconds, self.look) for rank, ref in enumerate(asked)]
 
     def end(self) -> None:
         """End the processes at once."""
@@ -212,6 +227,62 @@ class WorkerGroup:
                     )
 
 
+class RollCall:
+    """Asks workers who they are and does not wait: each has one such question before it at most. The group has met."""
+
+    def __init__(self, group: WorkerGroup) -> None:
+        self._group = group
+        self._seen = list(map(_process, group.call("about")))
+        self._asked: dict[int, tuple[Any, float]] = {}
+        self._next = 0.0
+
+    def started_again(self) -> list[str]:
+        """A sentence for each worker that Ray has been found to have started again since the last call."""
+        if time.monotonic() >= self._next:
+            self._ask()
+        told = []
+        for rank, (ref, _) in list(self._asked.items()):
+            if not load_ray().wait([ref], timeout=0)[0]:
+                continue
+            del self._asked[rank]
+            name = f"{self._group.name}-{rank}"
+            with suppress(WorkerLost):  # whoever waits for it is told
+                now = _process(result(ref, name, 0))
+                if now != self._seen[rank]:
+                    self._seen[rank] = now
+                    told.append(f"{name} died; Ray has started it again ({now}), and its questions are repeated.")
+        return told
+
+    def silent(self, seconds: float) -> list[str]:
+        """The names of the workers that have not answered for so long, which is waited for, or are dead."""
+        self._ask()
+        refs = [ref for ref, _ in self._asked.values()]
+        until = min(since for _, since in self._asked.values()) + seconds
+        ready = load_ray().wait(refs, num_returns=len(refs), timeout=max(0, until - time.monotonic()))[0]
+        return [
+            f"{self._group.name}-{rank}" for rank, (ref, _) in self._asked.items() if ref not in ready or _failed(ref)
+        ]
+
+    def _ask(self) -> None:
+        now = time.monotonic()
+        self._next = now + _ROLL_SECONDS
+        for rank, actor in enumerate(self._group.actors):
+            if rank not in self._asked:
+                self._asked[rank] = (actor.about.remote(), now)
+
+
+def _process(about: Mapping[str, Any]) -> str:
+    return f"process {about['pid']} on {about['host']}"
+
+
+def _failed(ref: Any) -> bool:
+    try:
+        result(ref, "", 0)
+    except WorkerLost:
+        return True
+    return False
+
+
 def registered_groups() -> dict[str, int]:
     """The names under which groups can be found, with the number of their workers that live."""
     there = load_ray().util.list_named_actors(all_namespaces=True)
@@ -219,11 +290,17 @@ def registered_groups() -> dict[str, int]:
     return dict(Counter(name.rsplit("/", 1)[0] for name in sorted(names)))
 
 
-def result(ref: Any, name: str, seconds: float | None) -> Any:
-    """What a worker called ``name`` returns; raises its LimbeckError, or WorkerLost for everything else that can happen."""
+def result(ref: Any, name: str, seconds: float | None, look: Look | None = None) -> Any:
+    """What a worker called ``name`` returns; raises its LimbeckError, or WorkerLost for everything else that can happen.
+    ``look`` is called again and again until then; what it raises ends the waiting."""
     ray = load_ray()
+    if look is not None:
+        until = math.inf if seconds is None else time.monotonic() + seconds
+        while not ray.wait([ref], timeout=_LOOK_SECONDS)[0] and time.monotonic() < until:
+            look()
+        look()
     try:
-        return ray.get(ref, timeout=seconds)
+        return ray.get(ref, timeout=seconds if look is None else 0)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, BaseException) else error
         if isinstance(cause, LimbeckError):

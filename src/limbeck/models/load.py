@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
@@ -67,6 +69,11 @@ def load_model(
         if attention == "flex_attention":  # whose counterpart takes what autocast leaves, with packing or without
             model.set_attn_implementation(BY_DOCUMENT[attention])
         return model
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise LimbeckError(
+            f"the {role} {name_or_path!r} is incomplete or damaged ({_first_line(error).rstrip('.')}); copy or download it "
+            "again."
+        ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         hint = _hint(name_or_path)
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error

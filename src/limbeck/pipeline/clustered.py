@@ -6,6 +6,7 @@ undisturbed run would have given, since a resumed run does.
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,9 +14,9 @@ from typing import Any
 
 from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray
-from limbeck.cluster.workers import WorkerGroup, WorkerLost, result
+from limbeck.cluster.workers import RollCall, WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline import checkpoint as files
 from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.interrupt import StopRequest
@@ -30,6 +31,7 @@ _LONGEST_WAIT = 60
 _STOPPING_SECONDS = 600
 _QUIET_SECONDS = 120  # without a step, after which a person is told who keeps the run waiting
 _ANSWERING_SECONDS = 5
+_KEEPING_SECONDS = 30
 
 
 def refuse_backend(config: DistillConfig, device: str) -> None:
@@ -51,6 +53,7 @@ class Cluster:
         self.placement: Placement | None = None
         self.teachers: WorkerGroup | None = None
         self.students: WorkerGroup | None = None
+        self.roll: RollCall | None = None  # of the teachers
         # Ranks that hold whole copies owe each other nothing, so that Ray may replace one while the others go on.
         self.in_step = len(mappings) > 1 and len(mappings[1]) > 1
         given = config.teacher.strategy_args.strategy_config
@@ -62,23 +65,33 @@ class Cluster:
             try:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
-                self.end(keep_teachers=not self._must_stay_together)
+                self.end(keep_teachers=not self._must_stay_together and not stop.signal)
                 if stop.signal or attempt == self.config.max_restarts:
                     hint = f"; see the workers' logs in {self._logs}"
                     raise LimbeckError(
                         f"{lost}, after {attempt} of {self.config.max_restarts} restarts{hint}."
                     ) from lost
                 wait = min(2**attempt, _LONGEST_WAIT)
+                saved = files.list_checkpoints(self.config.checkpoint_dir)
+                goes_on = "goes on from its last checkpoint" if saved else "starts again from the beginning"
                 self.tell(
-                    f"{lost}. The run goes on from its last checkpoint in {wait} s "
+                    f"{str(lost).rstrip('.')}. The run {goes_on} in {wait} s "
                     f"(restart {attempt + 1} of {self.config.max_restarts})."
                 )
                 until = time.monotonic() + wait
-                while time.monotonic() < until and not stop.signal:
+                while time.monotonic() < until:
+                    self._look(stop, again=True)
                     time.sleep(_WATCH_SECONDS)
-                if stop.signal:
-                    raise LimbeckError(f"{lost}, and the run was stopped before it went on.") from lost
         raise AssertionError("the loop above returns or raises")
+
+    def _look(self, stop: StopRequest, *, again: bool) -> None:
+        """Raise Stopped if a signal has come, while there is no loop that could save and end."""
+        if not stop.signal:
+            return
+        by = f"stopped by {signal.Signals(stop.signal).name} before {'it went on' if again else 'the first step'}"
+        if again and files.list_checkpoints(self.config.checkpoint_dir):
+            raise Stopped(f"{by}; resume_from_checkpoint=true goes on from its last checkpoint.", stop.signal)
+        raise Stopped(f"{by}; nothing was saved.", stop.signal)
 
     @property
     def _must_stay_together(self) -> bool:
@@ -97,28 +110,25 @@ class Cluster:
         if self.teachers is not None and not (keep_teachers and self._teachers_answer()):
             self.teachers.end()
             self.teachers = None
+        if self.teachers is None:
+            self.roll = None
         if self.teachers is None and self.placement is not None:
             self.placement.free()
             self.placement = None
 
     def _teachers_answer(self) -> bool:
-        assert self.teachers is not None
-        try:
-            self.teachers.call("about", seconds=30)
-        except WorkerLost:
-            return False
-        return True
+        return self.roll is not None and not self.roll.silent(_KEEPING_SECONDS)
 
     def _attempt(self, *, again: bool, stop: StopRequest) -> RunResult:
-        config = self.config
+        config, look = self.config, partial(self._look, stop, again=again)
         if again and files.list_checkpoints(config.checkpoint_dir):
             config = config.model_copy(update={"resume_from_checkpoint": True})
-        service = None if config.teacher.service is None else find_service(config)
+        service = None if config.teacher.service is None else find_service(config, look)
         if self.placement is None:
             try:
-                self.placement = place(self.mappings, config.num_gpus_per_node)
+                self.placement = place(self.mappings, config.num_gpus_per_node, look)
             except LimbeckError as error:
-                if again:  # what was lost may come back
+                if again and not isinstance(error, Stopped):  # what was lost may come back
                     raise WorkerLost(str(error).rstrip(".")) from error
                 raise
             refuse_backend(config, self.placement.device)
@@ -128,6 +138,7 @@ class Cluster:
             placement=self.placement,
             log_dir=self._logs,
             direct=config.transfers_directly,
+            look=look,
         )
         if self.teachers is None and len(self.mappings) > 1:
             self.teachers = start(
@@ -144,10 +155,12 @@ class Cluster:
             self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
         asked = self.teachers or service
         teachers = () if asked is None else asked.actors
+        if asked is not None and self.roll is None:
+            self.roll = RollCall(asked)
         loading = [actor.load.remote() for actor in teachers]
         self.students.meet(config.student.backend_timeout)
         for rank, ref in enumerate(loading):
-            result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout)
+            result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout, look)
         if config.takes_turns and self.teachers is not None:
             self.teachers.call("rest", seconds=60 * config.teacher.backend_timeout)
         if not again:
@@ -178,24 +191,29 @@ class Cluster:
                     actor.stop.remote(stop.signal)
             if time.monotonic() - sign_of_life > _QUIET_SECONDS and not asked_why:
                 asked_why = True
-                self._tell_who_is_silent(teachers)
+                self._tell_who_is_silent()
+            self._tell_who_is_back()
             if time.monotonic() - sign_of_life > hung:
                 raise WorkerLost(f"the student's workers have made no step and said nothing for {hung:.0f} s")
             if asked_to_stop and time.monotonic() - asked_to_stop > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop when asked to")
+        if self.roll is not None:
+            self.roll.silent(_ANSWERING_SECONDS)
+            self._tell_who_is_back()
         for last in (told, students.actors[0].told.remote()):
             for line in result(last, "student-0", 60)[1]:
                 self.tell(line)
         return result(runs[0], "student-0", None)
 
-    def _tell_who_is_silent(self, teachers: list[Any]) -> None:
+    def _tell_who_is_back(self) -> None:
+        for line in [] if self.roll is None else self.roll.started_again():
+            self.tell(line)
+
+    def _tell_who_is_silent(self) -> None:
         """Say which teachers do not answer. One whose machine is lost is waited for, by Ray, until there is room for it."""
-        asked = {actor.about.remote(): f"teacher-{rank}" for rank, actor in enumerate(teachers)}
-        if not asked:
-            return
-        silent = load_ray().wait(list(asked), num_returns=len(asked), timeout=_ANSWERING_SECONDS)[1]
+        silent = [] if self.roll is None else self.roll.silent(_ANSWERING_SECONDS)
         if silent:
-            names = ", ".join(asked[ref] for ref in silent)
+            names = ", ".join(silent)
             self.tell(
                 f"No step for {_QUIET_SECONDS:.0f} s: no answer from {names}, which may be at work, or without a machine if "
                 "its own is lost; it is waited for until teacher.backend_timeout "

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 def run_on_cluster(config: DistillConfig, tell: Callable[[str], None] = print) -> RunResult:
     """Train on worker groups to the end, or until a signal asks to stop. ``tell`` gets the lines for a person.
 
-    Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers.
+    Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers; Stopped when the signal comes before
+    there is anything to save.
     """
     mappings = [config.student.device_mapping or [0]]
     if config.teacher.service is not None and not can_join():

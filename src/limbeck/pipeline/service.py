@@ -11,14 +11,14 @@ import time
 from collections.abc import Callable
 
 from limbeck.cluster.placement import look_around, place
-from limbeck.cluster.session import can_join, load_ray, ray_address, ray_session
-from limbeck.cluster.workers import WorkerGroup, WorkerLost, registered_groups, result
+from limbeck.cluster.session import can_join, ray_address, ray_session
+from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, registered_groups, result
 from limbeck.config import DistillConfig
 from limbeck.config.schema import SERVICE_NAME
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.fit import check_fit
-from limbeck.pipeline.interrupt import StopRequest, stop_requests
+from limbeck.pipeline.interrupt import stop_requests
 from limbeck.pipeline.workers import TeacherWorker
 
 Tell = Callable[[str], None]
@@ -46,7 +46,12 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
         tell(f"{where} {look_around([devices])}")
         if name in registered_groups():
             raise LimbeckError(f"a teacher service called {name} is there already; choose another --name, or end that.")
-        placement = place([devices], config.num_gpus_per_node)
+
+        def look() -> None:
+            if stop.signal:
+                raise Stopped(f"the teacher service {name} was stopped.", stop.signal)
+
+        placement = place([devices], config.num_gpus_per_node, look)
         logs = config.log_dir / "services" / name
         group = WorkerGroup.start(
             "teacher",
@@ -58,21 +63,28 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
             environment=worker_environment({**config.system_envs, **config.teacher.system_envs}, len(devices)),
             restarts=config.max_restarts,
             registered=name,
+            look=look,
         )
         try:
             group.meet(config.teacher.backend_timeout, together=False)
-            if _loaded(group, stop):
-                tell(
-                    f"Serving {config.teacher.model_args.model_name_or_path} as {name} ({len(devices)} × teacher; logs: "
-                    f"{logs}). Runs reach it with RAY_ADDRESS={ray_address()} and teacher.service={name}; Ctrl-C ends it."
-                )
-            while not stop.signal:
+            roll = RollCall(group)
+            group.call("load", seconds=None)
+            tell(
+                f"Serving {config.teacher.model_args.model_name_or_path} as {name} ({len(devices)} × teacher; logs: "
+                f"{logs}). Runs reach it with RAY_ADDRESS={ray_address()} and teacher.service={name}; Ctrl-C ends it."
+            )
+            while True:
+                look()
+                for line in roll.started_again():
+                    tell(line)
                 time.sleep(_LOOK_SECONDS)
                 if registered_groups().get(name, 0) < len(devices):
                     raise LimbeckError(
                         f"the teacher service {name} has lost a worker more than {config.max_restarts} times; see its logs "
                         f"in {logs}."
                     )
+        except Stopped:
+            pass
         except WorkerLost as lost:
             raise LimbeckError(f"the teacher service {name} cannot start: {lost}; see its logs in {logs}.") from lost
         finally:
@@ -94,13 +106,13 @@ def check_servable(config: DistillConfig) -> None:
         )
 
 
-def find_service(config: DistillConfig) -> WorkerGroup:
-    """The workers that serve ``teacher.service``; the process must be connected to Ray.
+def find_service(config: DistillConfig, look: Look | None = None) -> WorkerGroup:
+    """The workers that serve ``teacher.service``; the process must be connected to Ray. look: called while they are waited for.
 
     Raises LimbeckError when nobody serves it, or what is served does not fit the run.
     """
     name = str(config.teacher.service)
-    group = WorkerGroup.find("teacher", name)
+    group = WorkerGroup.find("teacher", name, look or (lambda: None))
     if group is None:
         served = ", ".join(registered_groups()) or "none"
         raise LimbeckError(
@@ -109,16 +121,5 @@ def find_service(config: DistillConfig) -> WorkerGroup:
         )
     group.meet(config.teacher.backend_timeout, together=False)
     first = group.actors[0].serves.remote()
-    check_fit(name, result(first, "teacher-0", 60 * config.teacher.backend_timeout), config)
+    check_fit(name, result(first, "teacher-0", 60 * config.teacher.backend_timeout, look), config)
     return group
-
-
-def _loaded(group: WorkerGroup, stop: StopRequest) -> bool:
-    """Wait until every rank has loaded the teacher; False if asked to stop before."""
-    ray = load_ray()
-    for rank, ref in enumerate([actor.load.remote() for actor in group.actors]):
-        while not ray.wait([ref], timeout=_LOOK_SECONDS)[0]:
-            if stop.signal:
-                return False
-        result(ref, f"teacher-{rank}", None)
-    return not stop.signal

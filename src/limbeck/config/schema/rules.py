@@ -181,13 +181,15 @@ def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
             )
     if config.num_gpus_per_node is not None and config.device_mapping:
         there = config.num_nodes * config.num_gpus_per_node
-        largest = max([*config.device_mapping, *(teacher.device_mapping or ())])
-        if largest >= there:
-            yield Contradiction(
-                "num_gpus_per_node",
-                f"= {config.num_gpus_per_node} on {config.num_nodes} machine(s) makes {there} devices, but device_mapping "
-                f"names device {largest} (they are numbered from 0); correct one of them",
-            )
+        for role, mapping in (("student", config.student.device_mapping), ("teacher", teacher.device_mapping)):
+            if role == "teacher" and teacher.service is not None:  # whose own affair it is
+                continue
+            if mapping and max(mapping) >= there:
+                yield Contradiction(
+                    "num_gpus_per_node",
+                    f"= {config.num_gpus_per_node} on {config.num_nodes} machine(s) makes {there} devices, but "
+                    f"{role}.device_mapping names device {max(mapping)} (they are numbered from 0); correct one of them",
+                )
     if config.num_gpus_per_node is None and config.num_nodes > 1 and config.device_mapping:
         yield Contradiction(
             "num_nodes", f"= {config.num_nodes} does not say which device is where; set num_gpus_per_node too"
