@@ -108,6 +108,15 @@ def test_both_data_commands_take_sources_and_formats_as_training_does(run_file, 
     assert "validation: 1 rows" in text
 
 
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [("{t_start: 2}", "taid needs 0 <= t_start <= t_end <= 1, got 2.0"), ("{t_start: x}", "must be numbers for taid")],
+)
+def test_config_asks_the_divergence_what_its_numbers_mean(run_file, capsys, kwargs, sentence):
+    assert main(["config", str(run_file), "kd_objective=taid", f"kd_objective_kwargs={kwargs}"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
 def test_config_prints_what_would_run(run_file, capsys):
     assert main(["config", str(run_file), "kd_temperature=2"]) == 0
     text = capsys.readouterr().out

@@ -276,6 +276,12 @@ def _config(args: argparse.Namespace) -> int:
     if args.config is None:
         raise LimbeckError("limbeck config needs a YAML file, or --schema.")
     loaded = load_config(args.config, args.overrides)
+    if loaded.config.kd_objective_kwargs:  # whose meaning only the divergence itself knows
+        import torch
+
+        from limbeck.pipeline.parts import make_objective
+
+        make_objective(loaded.config, torch.device("cpu"))
     print(render_config(loaded), end="")
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)

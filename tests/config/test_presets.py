@@ -72,6 +72,11 @@ def test_what_is_written_stands_above_the_preset():
     assert "objective_preset" in loaded.origins["temperature_convention"]
 
 
+def test_what_a_preset_gives_its_own_divergence_goes_with_it():
+    config = load_mapping({**BASE, "objective_preset": "nemo_rl", "kd_objective": "forward_kl"}).config
+    assert (config.kd_objective, config.kd_objective_kwargs, config.logits_topk) == ("forward_kl", {}, 64)
+
+
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(LimbeckError, match=r"objective_preset.*nemo_rl"):
         load_mapping({**BASE, "objective_preset": "nemo"})

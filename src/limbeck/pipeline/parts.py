@@ -59,7 +59,10 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
     parameters: dict[str, Any] = dict(config.kd_objective_kwargs)
     schedule = None
     if config.kd_objective == "taid":
-        schedule = TaidSchedule(**parameters, device=device)
+        try:
+            schedule = TaidSchedule(**parameters, device=device)
+        except TypeError as error:
+            raise LimbeckError(f"kd_objective_kwargs must be numbers for taid: {error}.") from error
         parameters = {"t": schedule.t}
     elif config.kd_objective == "adaptive_kl":
         parameters["alpha"] = config.adaptive_kl_alpha

@@ -25,7 +25,7 @@ from limbeck.errors import LimbeckError
 from limbeck.models import body
 from limbeck.pipeline.clustered import refuse_backend
 from limbeck.pipeline.memory import Load, model_memory, outline
-from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, refuse_layout
+from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, make_objective, refuse_layout
 from limbeck.pipeline.service import find_service
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.stages import check_stages
@@ -102,6 +102,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
     checks: list[Callable[[], object]] = [
         lambda: arrange(config, World(0, students, torch.device("cpu")), teacher_here=not config.needs_worker_groups),
+        lambda: make_objective(config, torch.device("cpu")),
         lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
         *(partial(_check_worker, *world) for world in worlds),
