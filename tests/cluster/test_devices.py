@@ -25,6 +25,12 @@ def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch):
         pass
 
 
+def test_an_address_of_ray_client_is_refused(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    with pytest.raises(LimbeckError, match=r"one of Ray Client.*HOST:PORT of its head"), ray_session(1):
+        pass
+
+
 def test_a_port_that_something_else_has_is_refused(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")

@@ -86,6 +86,11 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
 
 def _knock(address: str) -> None:
     """Raise LimbeckError if no Ray listens at HOST:PORT, which Ray itself would take minutes to find out."""
+    if address.startswith("ray://"):
+        raise LimbeckError(
+            f"RAY_ADDRESS = {address} is one of Ray Client, which cannot place workers; run the command on a machine "
+            "of the cluster, with RAY_ADDRESS=HOST:PORT of its head (port 6379 unless set), or auto."
+        )
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or os.environ.get("RAY_USE_TLS") == "1":
         return

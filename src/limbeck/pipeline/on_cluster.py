@@ -36,7 +36,9 @@ def run_on_cluster(config: DistillConfig, tell: Callable[[str], None] = print) -
     load_ray()
     Thread(target=_import_ahead, daemon=True).start()
     timeline = config.log_dir / "timeline.json"
-    with ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
+    # Ray cut off while it starts leaves processes behind, and puts a handler of its own in the place of ours.
+    with stop_requests() as early, ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
+        stop.signal = early.signal
         tell(f"{where} {look_around(mappings)}")
         from limbeck.pipeline.clustered import Cluster
 

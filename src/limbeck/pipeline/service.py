@@ -42,7 +42,8 @@ def serve_teacher(config: DistillConfig, name: str | None = None, tell: Tell = p
         )
     check_servable(config)
     room = 0 if can_join() else os.cpu_count() or 1
-    with ray_session(len(devices) + room) as where, stop_requests() as stop:
+    with stop_requests() as early, ray_session(len(devices) + room) as where, stop_requests() as stop:
+        stop.signal = early.signal  # Ray cut off while it starts leaves processes behind
         tell(f"{where} {look_around([devices])}")
         if name in registered_groups():
             raise LimbeckError(f"a teacher service called {name} is there already; choose another --name, or end that.")
