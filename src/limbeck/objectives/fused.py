@@ -113,12 +113,15 @@ class Objective:
         k1, k2 and k3 name the estimators of the reverse KL on tokens that the student has drawn. Raises LimbeckError for
         impossible numbers.
         """
+        tau_t = temperature if teacher_temperature is None else teacher_temperature
+        for key, number in {"kd_weight": kd_weight, "temperature": temperature, "teacher_temperature": tau_t}.items():
+            if not isinstance(number, int | float):
+                raise LimbeckError(f"{key} must be a number, got {number!r}.")
         if not 0 <= kd_weight <= 1:
             raise LimbeckError(f"kd_weight must be in [0, 1], got {kd_weight}.")
-        tau_t = temperature if teacher_temperature is None else teacher_temperature
         if not (temperature > 0 and tau_t > 0):
             raise LimbeckError(f"temperatures must be above 0, got {temperature} (student) and {tau_t} (teacher).")
-        if topk < 0:
+        if not isinstance(topk, int) or topk < 0:
             raise LimbeckError(f"logits_topk must be 0 (the whole vocabulary) or more, got {topk}.")
         if tail not in TAILS:
             raise LimbeckError(f"there is no tail called {tail!r}; use one of {', '.join(TAILS)}.")
@@ -201,6 +204,12 @@ def fused_linear_distillation(
         objective = Objective.of(
             objective, kd_weight=kd_weight, temperature=temperature, teacher_temperature=teacher_temperature
         )
+    for role, head in (("student", student_head), ("teacher", teacher_head)):
+        if not isinstance(head, Tensor | OutputHead | None):
+            raise LimbeckError(
+                f"{role}_head must be a weight matrix [V, H] or an OutputHead, got {type(head).__name__}; of a layer give "
+                "OutputHead(layer.weight, layer.bias)."
+            )
     _check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
     if chunk_size is not None and chunk_size < 1:
         raise LimbeckError(f"chunk_size must be 1 or more positions, got {chunk_size}; leave it out to have it chosen.")

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from limbeck.errors import LimbeckError
 from limbeck.objectives.chunks import default_chunk, head_product, make_buffer, shared_bias
 from limbeck.objectives.fused import OutputHead
 from limbeck.objectives.rows import _logits
@@ -35,6 +36,12 @@ def likeliest(
     whose logits are held at once, default as many as in the loss. With k above vocab_size all tokens are kept.
     """
     vocab = len(head.weight) if vocab_size is None else vocab_size
+    if k < 1 or not temperature > 0:
+        raise LimbeckError(f"likeliest needs k of 1 or more and a temperature above 0, got {k} and {temperature}.")
+    if not 0 < vocab <= len(head.weight):
+        raise LimbeckError(
+            f"vocab_size={vocab_size} is not between 1 and the {len(head.weight)} rows of the output head."
+        )
     kept = min(k, vocab)
     log_probs = torch.empty(len(hidden), kept, dtype=_precise(head), device=hidden.device)
     indices = torch.empty(len(hidden), kept, dtype=torch.int64, device=hidden.device)
