@@ -14,17 +14,33 @@ from limbeck.objectives import (
     TopK,
     VocabParallel,
     compiler_found,
+    coupled,
     fused_linear_distillation,
     names,
     register,
     take_rows,
 )
+from limbeck.objectives.across import WHOLE
 
 
 @register
 def of_a_user():
     """Σ (p − q)² / 2."""
     return lambda p, q, log_p, log_q: ((q - p) ** 2 / 2, q * (q - p))
+
+
+@register
+def coupled_of_a_user():
+    """Σ (p − q)² / 2 Σ p², for which p² is summed over the ranks; what is summed stays what it was."""
+
+    @coupled
+    def terms(p, q, log_p, log_q, across=WHOLE):
+        part = (p * p).sum(-1, keepdim=True)
+        across.sum(part)
+        total = across.sum(part)
+        return (q - p) ** 2 / (2 * total), q * (q - p) / total
+
+    return terms
 
 
 def counted(calls: list[str]) -> None:
