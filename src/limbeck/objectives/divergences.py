@@ -245,6 +245,7 @@ def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Formulas:
     """−1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] (Cichocki et al., 2011; ABKD, arXiv 2505.04560).
 
     (1, 0) is the forward and (0, 1) the reverse KL, as limits; (½, ½) is 4 (1 − Σ√pq), (1, 1) is ½ Σ(p − q)².
+    Between 0 and 0.01 an exponent is refused: float32 has no digits left there.
     """
     if not (alpha >= 0 and beta >= 0 and alpha + beta > 0):
         raise LimbeckError(
