@@ -122,6 +122,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def refuse_earlier(resume: bool | str, folder: Path) -> None:
+    """Raise LimbeckError if a run that does not resume would mix its checkpoints with another's."""
+    if not resume and list_checkpoints(folder):
+        raise LimbeckError(
+            f"{folder} holds the checkpoints of an earlier run; set resume_from_checkpoint: true to go on with it, or another "
+            "output_dir."
+        )
+
+
 def find_resume(setting: bool | str, folder: Path) -> Path | None:
     """What ``resume_from_checkpoint`` points at: None for false, or for true/latest when there is none yet."""
     if setting in (False, "false", ""):

@@ -49,6 +49,7 @@ class Cluster:
     """The groups of one run, and how often they may be started again."""
 
     def __init__(self, config: DistillConfig, mappings: list[list[int]], tell: Tell) -> None:
+        files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)  # before workers are started for it
         self.config, self.mappings, self.tell = config, mappings, tell
         self.placement: Placement | None = None
         self.teachers: WorkerGroup | None = None

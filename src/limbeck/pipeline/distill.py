@@ -128,11 +128,7 @@ class _Run:
         check_strategies(config)
         self._check_best_metric()
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
-        if not config.resume_from_checkpoint and files.list_checkpoints(config.checkpoint_dir):
-            raise LimbeckError(
-                f"{config.checkpoint_dir} holds the checkpoints of an earlier run; "
-                "set resume_from_checkpoint: true to go on with it, or another output_dir."
-            )
+        files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)
         if resume is not None:
             _refuse_a_branch(resume, config.checkpoint_dir)
         objective, self.taid = make_objective(config, world.device)
