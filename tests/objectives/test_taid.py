@@ -51,3 +51,14 @@ def test_the_loss_reads_the_schedules_present_t():
 def test_impossible_schedules_are_refused():
     with pytest.raises(LimbeckError, match="t_start <= t_end"):
         TaidSchedule(0.9, 0.5)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_step_that_failed_does_not_move_the_schedule_for_good(broken):
+    schedule, undisturbed = TaidSchedule(rate=0.1), TaidSchedule(rate=0.1)
+    for value in (2.0, 1.5, 1.4):
+        undisturbed.update(torch.tensor(value), 0.0)
+    for value in (2.0, broken, 0.0, 1.5):
+        schedule.update(torch.tensor(value), 0.0)
+    assert 0.4 < schedule.t < 0.7 and abs(schedule.state()["mean"]) < 1
+    assert 0.4 < undisturbed.t < 0.7

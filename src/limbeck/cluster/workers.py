@@ -37,7 +37,7 @@ _ROLL_SECONDS = 5
 Look = Callable[[], None]
 
 
-def _no_look() -> None:
+def no_look() -> None:
     pass
 
 
@@ -121,7 +121,7 @@ class WorkerGroup:
 
     name: str
     actors: tuple[Any, ...]
-    look: Look = _no_look
+    look: Look = no_look
 
     @classmethod
     def start(
@@ -138,7 +138,7 @@ class WorkerGroup:
         restarts: int = 0,
         registered: str | None = None,
         direct: bool = False,
-        look: Look = _no_look,
+        look: Look = no_look,
     ) -> WorkerGroup:
         """Start a ``worker(name, log, *arguments)`` at each of the placement's ``which``-th places, and do not wait for it.
 
@@ -172,7 +172,7 @@ class WorkerGroup:
         return cls(name, tuple(actors), look)
 
     @classmethod
-    def find(cls, name: str, registered: str, look: Look = _no_look) -> WorkerGroup | None:
+    def find(cls, name: str, registered: str, look: Look = no_look) -> WorkerGroup | None:
         """The group that another program has registered, if it is there; ``name`` is what it is called in this one."""
         ray = load_ray()
         try:

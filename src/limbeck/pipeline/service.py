@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from limbeck.cluster.placement import look_around, place
 from limbeck.cluster.session import can_join, ray_address, ray_session
-from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, registered_groups, result
+from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, no_look, registered_groups, result
 from limbeck.config import DistillConfig
 from limbeck.config.schema import SERVICE_NAME
 from limbeck.errors import LimbeckError, Stopped
@@ -107,13 +107,13 @@ def check_servable(config: DistillConfig) -> None:
         )
 
 
-def find_service(config: DistillConfig, look: Look | None = None) -> WorkerGroup:
+def find_service(config: DistillConfig, look: Look = no_look) -> WorkerGroup:
     """The workers that serve ``teacher.service``; the process must be connected to Ray. look: called while they are waited for.
 
     Raises LimbeckError when nobody serves it, or what is served does not fit the run.
     """
     name = str(config.teacher.service)
-    group = WorkerGroup.find("teacher", name, look or (lambda: None))
+    group = WorkerGroup.find("teacher", name, look)
     if group is None:
         served = ", ".join(registered_groups()) or "none"
         raise LimbeckError(
