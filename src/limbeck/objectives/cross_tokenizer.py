@@ -39,9 +39,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.checks import check_tokens, check_width
 from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
 from limbeck.objectives.divergences import Formulas, evaluate
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, check_tokens, check_width
+from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead
 from limbeck.objectives.rows import _logits
 
 KINDS = ("uld", "hybrid")

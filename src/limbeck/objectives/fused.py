@@ -30,6 +30,15 @@ from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.across import WHOLE, Across, VocabParallel
+from limbeck.objectives.checks import (
+    IGNORE,
+    check_rows,
+    check_signal,
+    check_tokens,
+    check_topk,
+    check_width,
+    columns_given,
+)
 from limbeck.objectives.chunks import (
     add_product,
     compute_dtype,
@@ -47,8 +56,6 @@ from limbeck.objectives.kernels import kernel_pass
 from limbeck.objectives.rows import STATS, Rows, Spec, row_pass
 from limbeck.objectives.sampled import ESTIMATORS
 from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
-
-IGNORE = -100
 
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
 _WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
@@ -210,13 +217,13 @@ def fused_linear_distillation(
                 f"{role}_head must be a weight matrix [V, H] or an OutputHead, got {type(head).__name__}; of a layer give "
                 "OutputHead(layer.weight, layer.bias)."
             )
-    _check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
+    check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
     if chunk_size is not None and chunk_size < 1:
         raise LimbeckError(f"chunk_size must be 1 or more positions, got {chunk_size}; leave it out to have it chosen.")
     student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
     asked = None
     if teacher is not None:
-        _check_signal(teacher, objective, teacher_hidden)
+        check_signal(teacher, objective, teacher_hidden)
     elif teacher_head is not None and teacher_hidden is not None:
         asked = teacher_head if isinstance(teacher_head, OutputHead) else OutputHead(teacher_head)
     elif objective.kd_weight > 0:
@@ -232,7 +239,7 @@ def fused_linear_distillation(
     elif isinstance(teacher, Logits):
         widest = min(widest, teacher.logits.shape[-1])
     if isinstance(across, VocabParallel):
-        across.check(vocab_size, student=student.weight.shape[0], teacher=_columns(asked, teacher))
+        across.check(vocab_size, student=student.weight.shape[0], teacher=columns_given(asked, teacher))
         vocab_size = across.size
     vocab = widest if vocab_size is None else vocab_size
     if not 0 < vocab <= widest:
@@ -247,7 +254,7 @@ def fused_linear_distillation(
         whole = across.vocab_size if isinstance(across, VocabParallel) else vocab
         check_tokens("labels", labels[rows], whole)
         if isinstance(teacher, TopK):
-            _check_topk(teacher.log_probs[rows], teacher.indices[rows], whole)
+            check_topk(teacher.log_probs[rows], teacher.indices[rows], whole)
     if normalizer is not None and not isinstance(normalizer, Tensor) and not normalizer > 0:
         raise LimbeckError(f"normalizer must be above 0, got {normalizer}; or leave it out.")
     if normalizer is None:
@@ -274,88 +281,6 @@ def fused_linear_distillation(
     )
     loss, stats = _HeadAndLoss.apply(student_hidden, student.weight, student.bias, teacher_hidden, labels, rows, job)
     return DistillationLoss(loss, *stats.unbind())
-
-
-def _check_rows(
-    student: Tensor, teacher: Tensor | None, signal: Signal | None, labels: Tensor, weights: Tensor | None
-) -> None:
-    """A teacher that speaks of other positions would train the student wrongly without a word."""
-    if student.dim() != 2 or labels.dim() != 1:
-        raise LimbeckError(
-            f"student_hidden must be [N, H] and labels [N], got {list(student.shape)} and {list(labels.shape)}; flatten both."
-        )
-    if labels.dtype is not torch.int64:
-        raise LimbeckError(f"labels must be token numbers (torch.int64), got {labels.dtype}; labels.long() makes them.")
-    for name, given, dims in (("teacher_hidden", teacher, 2), ("weights", weights, 1)):
-        if given is not None and given.dim() != dims:
-            raise LimbeckError(f"{name} must be {['[N]', '[N, H]'][dims - 1]}, got {list(given.shape)}; flatten it.")
-    sent = signal.logits if isinstance(signal, Logits) else None if signal is None else signal.log_probs
-    for name, rows in (
-        ("labels", labels),
-        ("teacher_hidden", teacher),
-        ("the teacher's signal", sent),
-        ("weights", weights),
-    ):
-        if rows is not None and len(rows) != len(student):
-            raise LimbeckError(
-                f"{name} has {len(rows)} positions and student_hidden {len(student)}; give the same positions to both."
-            )
-
-
-def _columns(head: OutputHead | None, signal: Signal | None) -> int | None:
-    """How many columns of the vocabulary a teacher gives here; None if it names columns of the whole one, or is not there."""
-    if head is not None:
-        return len(head.weight)
-    return signal.logits.shape[-1] if isinstance(signal, Logits) else None
-
-
-def check_width(role: str, hidden: Tensor, head: OutputHead) -> None:
-    if hidden.shape[1] != head.weight.shape[1]:
-        raise LimbeckError(
-            f"{role}_hidden is {hidden.shape[1]} wide and {role}_head {list(head.weight.shape)}; a head is [V, H] for hidden "
-            "states [N, H]."
-        )
-
-
-def check_tokens(name: str, tokens: Tensor, vocab: int) -> None:
-    wrong = tokens[(tokens < 0) | (tokens >= vocab)]
-    if len(wrong):
-        hint = f", or {IGNORE} where nothing is learned" if name == "labels" else ""
-        raise LimbeckError(
-            f"{name} must be tokens of the shared vocabulary, 0 to {vocab - 1}{hint}; got {int(wrong[0])}."
-        )
-
-
-def _check_topk(log_probs: Tensor, indices: Tensor, vocab: int) -> None:
-    check_tokens("the teacher's top-k indices", indices, vocab)
-    ordered = indices.sort(-1).values
-    if (ordered[:, 1:] == ordered[:, :-1]).any():
-        raise LimbeckError("the teacher's top-k names a token twice at one position; give each of the k tokens once.")
-    if (log_probs.float().logsumexp(-1) > 0.05).any():  # above what half precision rounds
-        raise LimbeckError(
-            "the teacher's top-k log_probs sum to a probability above 1; give log_softmax(logits) over the whole vocabulary, "
-            "of which the k are a part."
-        )
-
-
-def _check_signal(signal: Signal, objective: Objective, teacher_hidden: Tensor | None) -> None:
-    if teacher_hidden is not None:
-        raise LimbeckError("there are two teachers: give teacher_hidden and teacher_head, or a signal, not both.")
-    if isinstance(signal, Sampled) != objective.sampled and not isinstance(signal, Logits):
-        wanted = "log-probabilities of the labels (Sampled)" if objective.sampled else "a distribution (TopK or Logits)"
-        raise LimbeckError(f"this objective needs {wanted}, and the teacher sends {type(signal).__name__}.")
-    if isinstance(signal, TopK):
-        if 0 < objective.topk < signal.indices.shape[1]:
-            raise LimbeckError(
-                f"the objective's topk={objective.topk} contradicts the teacher's {signal.indices.shape[1]} tokens; "
-                "leave topk out, or send as many."
-            )
-        signal.at(objective.teacher_temperature, objective.tail)
-    if isinstance(signal, Sampled) and signal.temperature != objective.teacher_temperature:
-        raise LimbeckError(
-            f"log-probabilities of drawn tokens were taken at temperature {signal.temperature} and cannot be brought to "
-            f"{objective.teacher_temperature}; take them there, or set teacher_temperature={signal.temperature}."
-        )
 
 
 def _lift(objective: Objective, scale: float, weights: Tensor | None) -> float | Tensor:
