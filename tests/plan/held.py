@@ -1,34 +1,53 @@
 """One rank of real runs, which tells what each held in its second step: bytes by name, and the fullest moment's sum."""
 
 import json
+import math
 import sys
 from pathlib import Path
+
+import torch
 
 from limbeck.config import load_config
 from limbeck.pipeline.distill import _Run
 from limbeck.pipeline.parts import arrange
+from limbeck.plan.simulate import gradients, held, optimizer_state
 from limbeck.plan.tracker import Tracker
 from limbeck.strategies.world import start_world
+from limbeck.teachers import RemoteTeacher
+from limbeck.teachers.remote import Reply, Route
+
+
+class Wire:
+    """Answers from nowhere, of the sizes that a teacher's have."""
+
+    def ask(self, question):
+        count, wanted = len(question.supervised), question.wanted
+        if wanted.kind == "logits":
+            return lambda: Reply((torch.zeros(count, wanted.vocab_size),), 0.0)
+        k = wanted.topk
+        tokens = torch.arange(k, dtype=torch.int32).expand(count, k).clone()
+        return lambda: Reply((torch.full((count, k), -math.log(2 * k)), tokens), 0.0)
 
 
 def measure(file, ranks):
     config = load_config(file).config
-    world = arrange(config, ranks)
-    run = _Run(config, world, None, None)
-    tracker, optimizer = Tracker(), run.engine.optimizer
+    world = arrange(config, ranks, teacher_here=not config.needs_worker_groups)
+    apart = RemoteTeacher([Wire()], Route((0,)), 320, 0) if config.needs_worker_groups else None
+    run = _Run(config, world, None if apart is None else lambda *_: apart, None)
+    tracker, student, engine = Tracker(), run.student, run.engine
+    step = engine.step
 
-    def state():
-        return [each for entries in optimizer.state.values() for each in entries.values()]
+    def count_gradients():
+        tracker.add(gradients(student, engine), "gradients")
+        return step()
 
-    def count_gradients(*_):
-        tracker.add([p.grad for p in run.student.parameters() if p.grad is not None], "gradients")
-
-    optimizer.register_step_pre_hook(count_gradients)
+    engine.step = count_gradients
     with tracker:
-        tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
-        tracker.add([*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight], "teacher")
+        tracker.add(held(student), "parameters")
+        if apart is None:
+            tracker.add([*held(run.teacher.body), run.teacher.head.weight], "teacher")
         run._train_step()  # makes the optimizer's state, which later steps begin with
-        tracker.add(state(), "optimizer")
+        tracker.add(optimizer_state(engine), "optimizer")
         tracker.reset()
         run._train_step()
     run.data.stream.close()
@@ -37,7 +56,6 @@ def measure(file, ranks):
 
 
 with start_world() as ranks:
-    held = [measure(Path(file), ranks) for file in sys.argv[1:]]
-    if ranks.is_main:
-        print("@" + json.dumps(held))
+    told = [measure(Path(file), ranks) for file in sys.argv[1:]]
+    print("@" + json.dumps([ranks.rank, told]), flush=True)
     ranks.wait()

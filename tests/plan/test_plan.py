@@ -17,7 +17,18 @@ from limbeck.plan.gpus import GPUS
 from limbeck.plan.simulate import simulate
 
 STUDENT, TEACHER = "student.strategy_args.strategy_config", "teacher.strategy_args.strategy_config"
-ZERO = "student.strategy_args={strategy_name: deepspeed_train, strategy_config: {zero_optimization: {stage: 2}}}"
+OFFLOADED = (
+    "student.strategy_args={strategy_name: deepspeed_train, strategy_config: "
+    "{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}}"
+)
+
+
+def zero(name: str, stage: int) -> dict:
+    buckets = {"reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000, "stage3_prefetch_bucket_size": 50_000}
+    return {"strategy_name": name, "strategy_config": {"zero_optimization": {"stage": stage, **buckets}}}
+
+
+APART = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
 CASES = {
     "sharded": {},
     "recomputed, frozen, accumulated": {
@@ -35,6 +46,22 @@ CASES = {
         f"{TEACHER}.tensor_model_parallel_size": 2,
     },
     "rows divided": {f"{STUDENT}.context_parallel_size": 2},
+    "the likeliest come": {**APART, "logits_topk": 8, "student.model_args.dtype": "bf16"},
+    "logits come": {**APART, "teacher.signal": "logits"},
+    "layers divided": {
+        f"{STUDENT}.pipeline_model_parallel_size": 2,
+        f"{TEACHER}.pipeline_model_parallel_size": 2,
+        "student.training_args.gradient_accumulation_steps": 4,
+    },
+    **{
+        f"ZeRO-{stage}": {
+            "student.strategy_args": zero("deepspeed_train", stage),
+            "teacher.strategy_args": zero("deepspeed_infer", 3),
+            "student.training_args.gradient_accumulation_steps": accumulate,
+            "student.model_args.dtype": dtype,
+        }
+        for stage, accumulate, dtype in ((1, 1, "fp32"), (2, 2, "bf16"), (3, 2, "fp32"))
+    },
 }
 
 
@@ -52,12 +79,15 @@ def test_a_plan_is_what_two_real_ranks_hold(from_config, tmp_path):
     command = [*launcher, str(Path(__file__).with_name("held.py")), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    told = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
-    for (name, changes), held in zip(CASES.items(), told, strict=True):
-        (step,) = simulate(load_mapping(from_config(**changes)).config, 2, "cpu").values()
-        peak = held.pop("peak")
-        assert {part: step.most[part] for part in held} == held, name
-        assert step.total == pytest.approx(peak, rel=0.1), name
+    told = dict(json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@"))
+    for number, (name, changes) in enumerate(CASES.items()):
+        for step in simulate(load_mapping(from_config(**changes)).config, 3 if "come" in name else 2, "cpu"):
+            if step.role == "teacher":
+                continue
+            held = told[step.rank][number]
+            peak = held.pop("peak")
+            assert {part: step.most.get(part, 0) for part in held} == held, name
+            assert step.total == pytest.approx(peak, rel=0.1), name
 
 
 def test_what_is_sent_is_what_fsdp_gathers(from_config):
@@ -93,6 +123,29 @@ def test_groups_apart_are_planned_each_on_its_own_devices(from_config):
     assert shared.needed == student.step.total + teacher.step.total
 
 
+def test_stages_are_told_one_by_one_and_wait_for_each_other(from_config):
+    accumulate = {"student.training_args.gradient_accumulation_steps": 4}
+    (whole,) = plan(from_config(**accumulate)).groups
+    first, last = plan(from_config(**accumulate, **{f"{STUDENT}.pipeline_model_parallel_size": 2})).groups
+    assert (first.place, last.place) == ("rank 0 of student and teacher", "rank 1 of student and teacher")
+    assert [group.step.flops["loss"] for group in (first, last)] == [0, whole.step.flops["loss"]]
+    assert first.step.flops["student"] + last.step.flops["student"] == whole.step.flops["student"]
+    # Each stage works for four micro-batches' time, and waits for one more while the pipeline fills and drains.
+    busy = last.seconds["student"] + last.seconds["loss"]
+    assert last.seconds["waiting for other stages"] == pytest.approx(busy / 4)
+    assert [each.ranks for each in first.traffic if each.collective == "receive"] == [2]
+
+
+def test_deepspeed_holds_what_its_stage_says(from_config):
+    held = []
+    for stage in (1, 2, 3):
+        (group,) = plan(from_config(**{"student.strategy_args": zero("deepspeed_train", stage)}), 2, 4).groups
+        held.append({name: size / group.step.parameters["student"] for name, size in group.step.most.items()})
+    # Of 8 ranks each has an eighth of the float32 masters and of two moments, and from the third stage on of the parameters.
+    assert [each["optimizer"] for each in held] == pytest.approx([12 / 8] * 3, rel=0.01)
+    assert [each["parameters"] for each in held] == pytest.approx([4, 4, 4 / 8], rel=0.01)
+
+
 def test_what_does_not_fit_is_told_what_might(from_config):
     made = plan(from_config())
     small = replace(made, gpu=replace(GPUS["H100"], memory=made.needed))
@@ -112,8 +165,9 @@ def test_what_does_not_fit_is_told_what_might(from_config):
         (["sequence_length=512"], "made for 256"),
         (["student.model_args.dtype=fp16"], "bf16"),
         (["student.device_mapping=[0]", "teacher.device_mapping=[8]"], "names device 8"),
-        ([ZERO], "plan with fsdp2_train"),
-        ([f"{STUDENT}.pipeline_model_parallel_size=2"], "plan with 1"),
+        ([OFFLOADED], "plan without"),
+        ([f"{STUDENT}.pipeline_model_parallel_size=3"], "does not divide the 8 processes"),
+        (["--gpus-per-node", "4", f"{STUDENT}.pipeline_model_parallel_size=4"], "more than the layers"),
     ],
 )
 def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arguments, said):

@@ -16,6 +16,7 @@ from limbeck.objectives.kernels import ROUND
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
 _TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
+_TEMPORARIES = 8  # of a tile's size in float32, on a GPU: 5 to 13 that stand side by side, half of that compiled
 _COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
 _EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
 _STRIP = 1024  # rows of a head that a CPU multiplies at once
@@ -40,8 +41,11 @@ def default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_t
     return -(-share // even) * even
 
 
-def tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None) -> int:
-    """Rows that the elementwise pass takes at once, so that what it makes stays in the processor's cache."""
+def tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None, device: torch.device) -> int:
+    """Rows of a chunk that an elementwise pass, no GPU kernel, takes at once: on a CPU so few that what it makes stays in the
+    cache, on a GPU so few that it makes no more than about what the chunk takes."""
+    if device.type != "cpu":
+        return -(-len(z_s) // _TEMPORARIES)
     if not compiled:
         return max(1, _TILE_ELEMENTS // z_s.shape[1])
     per_row = z_s.shape[1] * (z_s.element_size() + (0 if z_t is None else z_t.element_size()))

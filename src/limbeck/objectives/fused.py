@@ -433,12 +433,13 @@ def _walk(
     chunk = max(1, min(chunk, count))
     z_s = make_buffer(chunk, vocab, job.dtype, device)
     z_t = None if w_t is None else make_buffer(chunk, vocab, w_t.dtype, device)
-    tile = chunk if device.type != "cpu" else tile_rows(job.compiled, z_s, z_t)
+    tile = tile_rows(job.compiled, z_s, z_t, device)
     spec = job.spec(any(needs))
     run, fast = row_pass(spec, job.across), None
     if job.compiled:
         kernel = None if isinstance(job.signal, TopK | Sampled) else kernel_pass(spec, job.across, device)
         fast = kernel or _Compiled(spec, job.across)
+        tile = tile if kernel is None else chunk
 
     sums = _sums_dtype(job, weight, -(-count // chunk), device)
     d_hidden = torch.zeros(hidden.shape, dtype=sums, device=device) if needs[0] else None

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from limbeck.objectives.across import WHOLE, VocabParallel
 from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, row_width, shared_bias, tile_rows
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _Job, _sums_dtype
+from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _Job, _said, _sums_dtype
 from limbeck.objectives.rows import STATS, Rows, row_pass
+from limbeck.objectives.signals import Signal
 
 
 class FusedSizes:
@@ -38,6 +39,7 @@ class FusedSizes:
         *,
         objective: Objective,
         vocab_size: int,
+        teacher: Signal | None = None,
         across: VocabParallel | None = None,
         compiled: bool | None = None,
         **_: Any,
@@ -53,7 +55,7 @@ class FusedSizes:
             student_head.scale,
             student_head.softcap,
             teacher_head,
-            None,
+            teacher,
             None,
             WHOLE if across is None else across,
             bool(compiled),
@@ -90,12 +92,17 @@ class _Held(torch.autograd.Function):
             torch.zeros_like(like, dtype=dtype) if need and like is not None else None
             for need, like, dtype in zip(needs, (hidden, weight, bias), (sums, sums, accumulate), strict=False)
         )
-        if not job.compiled:  # compiled, a pass goes over the logits in place
-            tile = chunk if device.type != "cpu" else tile_rows(False, z_s, z_t)
-            teacher = None if z_t is None else z_t[:tile]
+        spec, index = job.spec(any(needs)), torch.arange(chunk)
+        log_probs, columns, z_t = _said(job, index, z_t)
+        sparse = columns is not None or (spec.topk > 0 and z_t is not None)
+        # Compiled, a pass goes over the logits in place, unless it looks for the likeliest or writes here and there: then it
+        # makes about half of what it makes uncompiled, which is what is counted.
+        if not job.compiled or sparse:
+            tile = tile_rows(job.compiled, z_s, z_t, device)
+            teacher, log_probs, columns = (None if x is None else x[:tile] for x in (z_t, log_probs, columns))
             ones = torch.ones(len(z_s[:tile]), 1, dtype=accumulate)
-            tensors = Rows(z_s[:tile], b_s, teacher, b_t, None, None, labels[:tile], ones, torch.ones(()))
-            row_pass(job.spec(any(needs)), job.across)(*tensors)
+            tensors = Rows(z_s[:tile], b_s, teacher, b_t, log_probs, columns, labels[:tile], ones, torch.ones(()))
+            row_pass(spec, job.across)(*tensors)
         if grads[0] is not None:
             grads[0][:chunk] = torch.empty_like(h_s).to(sums)
             grads = (job.across.sum(grads[0]), *grads[1:])

@@ -392,9 +392,12 @@ def spread(
     """
     if layout.together == 1 or mesh is None:
         return []
+    stages = layout.stages(world)
     if not proven:
+        if stages is not None:
+            keep_stage(unwrapped(model), body(model), stages.number, stages.count)
         return _slice(model, layout, world, mesh, name)
-    trunk, was_training, stages = body(model).eval(), model.training, layout.stages(world)
+    trunk, was_training = body(model).eval(), model.training
     time = 4 * layout.context
     ids = torch.arange(1, 1 + time).unsqueeze(0) % model.get_input_embeddings().weight.shape[0]
     with torch.no_grad():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from limbeck.plan.simulate import Step, simulate
 RESERVED = 0.08
 """Share of a GPU's memory that is left to the CUDA context, NCCL's buffers and the allocator's gaps."""
 
-_ADAM_BYTES = 28  # AdamW reads weight, gradient and two moments and writes all but the gradient, in float32
+_ADAM_BYTES = 28  # a number: AdamW reads weight, gradient and two moments and writes all but the gradient, in float32
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Group:
-    """One group of processes. seconds: what each part of its step takes at the peak rates."""
+    """A group of processes, seen from one rank of it. name: of the group, and of that rank's place in a pipeline. seconds: what
+    each part of its step takes at the peak rates."""
 
     name: str
     step: Step
     traffic: tuple[Traffic, ...]
     seconds: dict[str, float]
+
+    @property
+    def place(self) -> str:
+        """The rank that is looked at, in words."""
+        return f"rank {self.step.rank} of {self.step.role}"
 
     @property
     def overlapped(self) -> float:
@@ -63,7 +70,7 @@ class Plan:
     def needed(self) -> int:
         """Bytes on the fullest GPU; groups that share one add up, unless they take turns."""
         together = max if self.turns else sum
-        return max(together(group.step.total for group in sharing) for sharing in self._by_device())
+        return int(max(self._on(device, lambda group: group.step.total, together) for device in self._devices))
 
     @property
     def fits(self) -> bool:
@@ -73,21 +80,32 @@ class Plan:
     @property
     def overlapped(self) -> float:
         """Seconds of a step in which only what must waits: groups on GPUs of their own work at the same time."""
-        return max(sum(group.overlapped for group in sharing) for sharing in self._by_device())
+        return max(self._on(device, lambda group: group.overlapped, sum) for device in self._devices)
 
     @property
     def serial(self) -> float:
         """Seconds of a step that does one thing at a time."""
-        return sum(sum(group.seconds.values()) for group in self.groups)
+        slowest: dict[str, float] = {}
+        for group in self.groups:
+            slowest[group.step.role] = max(slowest.get(group.step.role, 0.0), sum(group.seconds.values()))
+        return sum(slowest.values())
 
     @property
     def tokens_per_second(self) -> float:
         """Of all ranks together, at best."""
         return self.groups[0].step.tokens / self.overlapped
 
-    def _by_device(self) -> list[list[Group]]:
-        devices = {device for group in self.groups for device in group.step.devices}
-        return [[group for group in self.groups if device in group.step.devices] for device in devices]
+    @property
+    def _devices(self) -> set[int]:
+        return {device for group in self.groups for device in group.step.devices}
+
+    def _on(self, device: int, of: Callable[[Group], float], together: Callable[[Iterable[float]], float]) -> float:
+        """``of`` the groups on ``device`` together; of those that are stages of one pipeline, the largest."""
+        largest: dict[str, float] = {}
+        for group in self.groups:
+            if device in group.step.devices:
+                largest[group.step.role] = max(largest.get(group.step.role, of(group)), of(group))
+        return together(largest.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For machines: bytes, FLOPs and seconds of rank 0 of each group."""
@@ -117,9 +135,11 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     if nodes < 1 or gpus_per_node < 1:
         raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU at all; both begin at 1.")
     steps = simulate(config, nodes * gpus_per_node)
-    everywhere = {device // gpus_per_node for step in steps.values() for device in step.devices}
+    everywhere = {device // gpus_per_node for step in steps for device in step.devices}
     apart = "within the node" if len(everywhere) == 1 else "between nodes"
-    groups = tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in steps.items())
+    looked_at = Counter(step.role for step in steps)
+    names = [step.role if looked_at[step.role] == 1 else f"{step.role}, rank {step.rank}" for step in steps]
+    groups = tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in zip(names, steps, strict=True))
     return Plan(nodes, gpus_per_node, gpu, groups, config.takes_turns)
 
 
@@ -134,15 +154,18 @@ def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> G
     seconds = {part: count / gpu.flops for part, count in step.flops.items() if count}
     if "loss" in seconds:
         seconds["loss"] += step.moved / gpu.bandwidth
-    seconds["optimizer"] = step.most.get("gradients", 0) / 4 * _ADAM_BYTES / gpu.bandwidth
+    waits = sum(times * seconds.get(part, 0.0) for part, times in step.waits.items())
+    if waits:
+        seconds["waiting for other stages"] = waits
+    seconds["optimizer"] = step.stepped * _ADAM_BYTES / gpu.bandwidth
     seconds["communication"] = sum(each.seconds for each in traffic)
     return Group(name, step, tuple(traffic), seconds)
 
 
 def _traffic(collective: str, nodes: list[int], size: int, gpu: Gpu) -> Traffic:
-    """On a ring every rank receives all but its own part, and in an all-reduce twice."""
+    """On a ring every rank receives all but its own part, and in an all-reduce twice; of a message, all."""
     count = len(nodes)
-    rounds = {"all_reduce": 2, "broadcast": count / (count - 1)}.get(collective, 1)
+    rounds = {"all_reduce": 2, "broadcast": count / (count - 1), "receive": count / (count - 1)}.get(collective, 1)
     received = size * (count - 1) / count * rounds
     here = nodes.count(nodes[0])
     if here == count:
@@ -159,7 +182,7 @@ def refusal(plan: Plan) -> LimbeckError:
     remedy = _remedy(largest, fullest.step)
     gib = 2**30
     return LimbeckError(
-        f"one {plan.gpu.name} can hold {plan.usable / gib:.1f} GiB, and rank 0 of {fullest.name} needs "
+        f"one {plan.gpu.name} can hold {plan.usable / gib:.1f} GiB, and {fullest.place} needs "
         f"{plan.needed / gib:.1f} GiB, most of it for {largest}; use {' or '.join([remedy, *ways])}."
     )
 

@@ -8,9 +8,9 @@ from rich.table import Table
 from limbeck.plan.estimate import RESERVED, Group, Plan
 
 _NAMES = {
-    "parameters": "student's parameters (float32 masters)",
+    "parameters": "student's parameters, as its strategy keeps them",
     "gradients": "gradients",
-    "optimizer": "optimizer state",
+    "optimizer": "optimizer state (DeepSpeed: with float32 masters)",
     "teacher": "teacher (body as its strategy says, head whole)",
     "gathered": "gathered layers and buffers of collectives",
     "signal": "signal, and what the teacher's pass holds",
@@ -45,7 +45,7 @@ def _print_group(console: Console, plan: Plan, group: Group) -> None:
         f"{models} on {len(step.devices)} of {plan.nodes} × {plan.gpus_per_node} {plan.gpu.name}; in a step, "
         f"{step.micro_batches} micro-batches of {step.micro_tokens} tokens on a rank, {step.tokens} in all"
     )
-    memory = Table(f"memory of rank 0 of {group.name}, GiB")
+    memory = Table(f"memory of {group.place}, GiB")
     memory.add_column("when fullest", justify="right")
     memory.add_column("at its most", justify="right")
     for name, text in _NAMES.items():
@@ -64,7 +64,7 @@ def _print_group(console: Console, plan: Plan, group: Group) -> None:
         memory.add_row(f"positions in a chunk of the loss: {step.chunk}", "", "")
     console.print(memory)
     if group.traffic:
-        traffic = Table(f"received by a rank of {group.name} in a step")
+        traffic = Table(f"received by {group.place} in a step")
         for column in ("ranks", "GiB", "wire", "ms"):
             traffic.add_column(column, justify="left" if column == "wire" else "right")
         for each in group.traffic:

@@ -8,34 +8,28 @@ buffers are made as the real one makes them, and the arithmetic on them, which h
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensorMode,
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
-from torch.distributed.device_mesh import DeviceMesh
-from torch.overrides import TorchFunctionMode
-from transformers import masking_utils
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema import ModelArgs
+from limbeck.config.schema import ModelArgs, WorkerConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_length, output_head
 from limbeck.models.documents import BY_DOCUMENT
 from limbeck.objectives import OutputHead
+from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.pipeline.memory import outline
 from limbeck.pipeline.parts import (
@@ -51,26 +45,35 @@ from limbeck.pipeline.parts import (
     spread_teacher,
     wanted_of,
 )
-from limbeck.plan.tracker import Tracker
-from limbeck.strategies.layout import mesh_of
+from limbeck.plan.pretend import FirstChunks, pretended
+from limbeck.plan.tracker import Tracker, local
+from limbeck.strategies.deepspeed import ZeroEngine, offload_device
+from limbeck.strategies.engine import Engine
+from limbeck.strategies.layout import Layout
+from limbeck.strategies.stage_engine import StageEngine
+from limbeck.strategies.stages import check_stages
 from limbeck.strategies.tensor import check_tensor_parallel
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, Teacher, TogetherTeacher
+from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, Signal, Teacher, TogetherTeacher
 from limbeck.teachers.remote import Reply, Route
 
 
 @dataclass(frozen=True)
 class Step:
-    """What rank 0 of a group of processes, whose shards are the largest, holds (bytes), computes (FLOPs) and sends in a step.
+    """What one rank of a group of processes holds (bytes), computes (FLOPs) and sends in a step.
 
-    devices: the GPU of each rank. parameters: of the whole models, by role. peak: bytes by name at the fullest
-    moment; they add up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's forward and
-    backward pass. flops: of all micro-batches, by name. moved: bytes that the loss reads and writes outside of products.
-    sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks together train on.
-    micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once. signal: bytes of a
-    micro-batch's signal, and whether it comes from elsewhere.
+    role: whose group it is. rank: which of its ranks; of those with the same layers the first, whose shards are the largest.
+    devices: the GPU of each rank. parameters: of the whole models, by role. peak: bytes by name at the fullest moment; they add
+    up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's forward and backward pass; in
+    a pipeline, of all micro-batches that are under way. flops: of all micro-batches, by name. moved: bytes that the loss reads
+    and writes outside of products. sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks
+    together train on. micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once.
+    signal: bytes of a micro-batch's signal, and whether it comes from elsewhere. stepped: numbers that this rank's optimizer
+    steps. waits: by name, how often the time that its FLOPs take is also waited for other stages.
     """
 
+    role: str
+    rank: int
     devices: tuple[int, ...]
     parameters: dict[str, int]
     peak: dict[str, int]
@@ -86,6 +89,8 @@ class Step:
     recomputed: bool = False
     moved: int = 0
     chunk: int = 0
+    stepped: int = 0
+    waits: dict[str, float] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -93,8 +98,9 @@ class Step:
         return sum(self.peak.values())
 
 
-def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> dict[str, Step]:
-    """A step of ``config`` on ``devices`` of the kind ``device``, by group: the student's, and the teacher's if it is apart.
+def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[Step]:
+    """A step of ``config`` on ``devices`` of the kind ``device``: the student's, and the teacher's if it is apart; in a
+    pipeline those of the first stage and of the last.
 
     A micro-batch is as full as it can be: every row has ``sequence_length`` tokens, all supervised. Raises LimbeckError for a
     layout that cannot run, and for what is not known in sizes alone.
@@ -105,48 +111,46 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> dict[
     config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
     ours = _devices(config.device_mapping, devices, "student")
     refuse_layout(config, len(ours), device)
-    kind = torch.device(device)
+    kind, together = torch.device(device), not config.needs_worker_groups
     try:
-        if not config.needs_worker_groups:
-            both = "student and teacher" if config.has_teacher else "student"
-            return {both: _student_step(config, ours, kind, teacher_here=True)}
-        groups = {"student": _student_step(config, ours, kind, teacher_here=False)}
-        if config.teacher.service is None:
+        student, teacher = layout_of(config.student), layout_of(config.teacher)
+        own = [student, teacher] if together and config.has_teacher else [student]
+        steps = [_student_step(config, ours, kind, rank, teacher_here=together) for rank in _looked_at(own)]
+        if config.needs_worker_groups and config.teacher.service is None:
             theirs = _devices(config.teacher.device_mapping, devices, "teacher")
-            groups["teacher"] = _teacher_step(config, theirs, len(ours))
-        return groups
+            steps += [_teacher_step(config, theirs, len(ours), kind, rank) for rank in _looked_at([teacher])]
+        return steps
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise LimbeckError(
             f"one of the models decides by values what it computes ({error}), so its step cannot be planned without weights."
         ) from error
 
 
+def _looked_at(layouts: Iterable[Layout]) -> list[int]:
+    """Rank 0 and, where layers are divided, the first rank that has the last ones: those between hold less than the first."""
+    return sorted({0, *((layout.pipeline - 1) * layout.tensor * layout.context for layout in layouts)})
+
+
 def _refuse_the_unknown(config: DistillConfig) -> None:
     for role, worker in (("student", config.student), ("teacher", config.teacher)):
-        name = worker.strategy_args.strategy_name or ""
-        if name.startswith("deepspeed") and (role == "student" or config.has_teacher):
-            other = "fsdp2_train" if role == "student" else "fsdp2_infer"
-            raise LimbeckError(
-                f"{role}.strategy_args.strategy_name = {name}: limbeck plan does not know what DeepSpeed holds; "
-                f"plan with {other}."
-            )
-        stages = layout_of(worker).pipeline
-        if stages > 1:
-            raise LimbeckError(
-                f"{role}.strategy_args.strategy_config.pipeline_model_parallel_size = {stages}: limbeck plan does not know "
-                "stages, which hold different parts; plan with 1."
-            )
-    if config.needs_worker_groups and config.teacher_signal != "hidden_states":
-        raise LimbeckError(
-            f"limbeck plan knows teachers apart that send hidden states, and this one sends {config.teacher_signal}; plan with "
-            "teacher.signal=hidden_states."
-        )
+        block = worker.strategy_args.strategy_config.deepspeed
+        if (role == "student" or config.has_teacher) and _is_zero(worker):
+            for what in ("optimizer", "param"):
+                if offload_device(block, what) is not None:
+                    raise LimbeckError(
+                        f"{role}.strategy_args.strategy_config.zero_optimization.offload_{what}: limbeck plan does not know "
+                        "what DeepSpeed then leaves on a GPU; plan without."
+                    )
     if config.cross_tokenizer != "off":
         raise LimbeckError(
             "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
         )
     if config.objective_faults:
         raise LimbeckError("limbeck plan does not know what objective_faults hold in memory; plan without them.")
+
+
+def _is_zero(worker: WorkerConfig) -> bool:
+    return (worker.strategy_args.strategy_name or "").startswith("deepspeed")
 
 
 def _devices(mapping: Sequence[int] | None, devices: int, role: str) -> tuple[int, ...]:
@@ -160,48 +164,14 @@ def _devices(mapping: Sequence[int] | None, devices: int, role: str) -> tuple[in
     return tuple(mapping)
 
 
-@contextmanager
-def _ranks(count: int) -> Iterator[World]:
-    """Rank 0 of ``count`` processes that do not exist, with tensors that have no numbers; whatever is sent arrives at once."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    if dist.is_initialized():
-        raise LimbeckError("limbeck plan needs a process of its own: this one already belongs to a process group.")
-    if count > 1:
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
-    try:
-        with (
-            # Whether a row holds several documents is read from its positions; here each holds one.
-            patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None),
-            # FSDP2 joins meshes and reads the numbers in them.
-            patch.object(DeviceMesh, "__init__", unset_fake_temporarily()(DeviceMesh.__init__)),
-            FakeTensorMode(allow_non_fake_inputs=True),
-        ):
-            yield World(0, count, torch.device("cpu"))
-    finally:
-        mesh_of.cache_clear()
-        if count > 1:
-            dist.destroy_process_group()
-
-
-class _FirstChunks(TorchFunctionMode):
-    """``torch.chunk`` gives the first chunk in every place: FSDP2 cuts each parameter for all ranks and looks at rank 0's, and
-    a thousand fake tensors for each would take minutes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch.chunk:
-            return func(*args, **(kwargs or {}))
-        tensor, chunks = args
-        dim = (kwargs or {}).get("dim", 0)
-        width = min(tensor.shape[dim], -(-tensor.shape[dim] // chunks))
-        return [tensor.narrow(dim, 0, width)] * chunks
-
-
-def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.device, *, teacher_here: bool) -> Step:
+def _student_step(
+    config: DistillConfig, devices: tuple[int, ...], kind: torch.device, rank: int, *, teacher_here: bool
+) -> Step:
     batch, micro_batches = _full_batch(config)
-    tracker, fused = Tracker(), FusedSizes(kind)
-    asked, own = batch.stretch(0, layout_of(config.student).context)
-    with _ranks(len(devices)) as world:
+    layout, tracker, fused = layout_of(config.student), Tracker(), FusedSizes(kind)
+    asked, own = batch.stretch(rank // layout.tensor % layout.context, layout.context)
+    zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
+    with pretended(len(devices), rank, zero=zero) as world:
         world = arrange(config, world, teacher_here=teacher_here)
         teacher: Teacher | None = None
         head: OutputHead | None = None
@@ -210,66 +180,96 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
         args = config.student.model_args
         # Float32 but for a LoRA base, as in ``make_student``.
         model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
-        size, vocab = _size(model), output_head(model).weight.shape[0]
+        size, vocab, name = _size(model), output_head(model).weight.shape[0], str(args.model_name_or_path)
         if teacher is not None:
             vocab = min(vocab, teacher.vocab_size)
-        check_tensor_parallel(body(model), layout_of(config.student), str(args.model_name_or_path), "student")
+        check_tensor_parallel(body(model), layout, name, "student")
+        check_stages(body(model), layout.pipeline, name, "student")
         wanted = wanted_of(config, vocab)
         objective, _ = make_objective(config, world.device)
         compiled = config.compile_loss is not False
-        with _FirstChunks():
+        with FirstChunks():
             student = spread_student(config, world, model, objective, vocab, teacher, compiled=compiled, proven=False)
         student.fused = partial(_tagged, tracker, fused)
         engine = make_engine(config, world, student)
         distils = config.distill_loss_weight > 0 or student.features is not None
-        flops, held = Counter[str](), 0
+        flops, signal_bytes, between = Counter[str](), 0, 0
 
-        def micro_batch() -> None:
-            nonlocal held
+        def look(*_: Any) -> None:
+            nonlocal between
+            between = max(between, tracker.live["activations"])
+
+        def ask() -> Signal | None:
+            nonlocal signal_bytes
+            if teacher is None or not distils:
+                return None
             before = tracker.flops
             with tracker.tagged("signal"):
-                signal = teacher.ask(asked, wanted)(asked) if teacher is not None and distils else None
-            flops["teacher"] = tracker.flops - before
-            with tracker.tagged("activations"):
-                loss = engine(own, signal, 1.0, 1.0, micro_batches).loss
-                held = tracker.live["activations"]
-                engine.backward(loss, last=True)
-            flops["student"] = tracker.flops - before - flops["teacher"]
-            tracker.add(_gradients(student), "gradients")
+                signal = teacher.ask(asked, wanted)(asked)
+            flops["teacher"] += tracker.flops - before
+            if isinstance(teacher, RemoteTeacher):
+                signal_bytes = round(teacher.measured()["transport/megabytes"] * 1e6)
+            elif signal.hidden is not None:
+                signal_bytes = signal.hidden.nbytes
+            return signal
 
-        def step() -> None:
+        def step(count: int) -> Counter[Any]:
+            """A step with ``count`` micro-batches: what it computes and sends."""
+            tracker.reset()
+            flops.clear()
+            fused.flops = fused.moved = 0
+            if isinstance(engine, StageEngine):  # the answers to all of a step's questions come before its first pass
+                work = [(own, ask(), 1.0, 1.0, micro_batches) for _ in range(micro_batches)]
+                with tracker.tagged("activations"):
+                    engine.run(work[:count])
+                del work
+            for number in range(0 if isinstance(engine, StageEngine) else count):
+                signal = ask()
+                with tracker.tagged("activations"):
+                    engine.backward(engine(own, signal, 1.0, 1.0, micro_batches).loss, last=number == count - 1)
+                del signal
+                tracker.add(gradients(student, engine), "gradients")
+            tracker.add(gradients(student, engine), "gradients")
             student.finish_gradients()
             engine.step()
+            told = Counter[Any]({"moved": fused.moved, ("flops", "loss"): fused.flops})
+            told["flops", "teacher"] = flops["teacher"]
+            told["flops", "student"] = tracker.flops - flops["teacher"]
+            return told + Counter({("sent", *key): size for key, size in tracker.sent.items()})
 
+        student.register_forward_hook(look)
         with tracker:
-            tracker.add([*student.parameters(), *student.buffers()], "parameters")
+            tracker.add(held(student), "parameters")
             if isinstance(teacher, LocalTeacher):
-                tracker.add([*teacher.body.parameters(), *teacher.body.buffers()], "teacher")
+                tracker.add(held(teacher.body), "teacher")
             if head is not None:
                 tracker.add([head.weight], "teacher")
-            micro_batch()
-            step()  # makes the optimizer's state, which later steps begin with
-            tracker.add(_state(engine.optimizer), "optimizer")
-            tracker.reset()
-            fused.flops = fused.moved = 0
-            micro_batch()
-            flops["loss"], moved, sent = fused.flops, fused.moved, tracker.sent.copy()
-            if micro_batches > 1:  # now with the gradients of the first; further ones add nothing
-                micro_batch()
-            step()
-        signal_bytes = 0
-        if head is not None and distils:
-            signal_bytes = len(asked.supervised) * head.weight.shape[1] * head.weight.itemsize
+            # Of the micro-batches that follow each other, further ones add nothing to what is held: one finds gradients that
+            # are there, and in a pipeline as many are under way as there are stages.
+            count = min(micro_batches, layout.pipeline + 1)
+            step(min(count, layout.pipeline))  # makes the optimizer's state, which later steps begin with
+            tracker.add(optimizer_state(engine), "optimizer")
+            done = fewer = step(count - 1) if micro_batches > count else Counter()
+            done = step(count)
+        each, stages = done - fewer, layout.pipeline
+        done += Counter({key: size * (micro_batches - count) for key, size in each.items()})
+        waits = {"student": (stages - 1) / micro_batches, "loss": (stages - 1) / micro_batches}
+        if teacher_here:
+            waits["teacher"] = layout_of(config.teacher).pipeline - 1
         return Step(
+            role="student and teacher" if teacher_here and config.has_teacher else "student",
+            rank=rank,
             devices=devices,
             parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
-            activations=held,
+            activations=between,
             recomputed=recompute(config, world),
-            flops={name: count * micro_batches for name, count in flops.items()},
-            moved=moved * micro_batches,
-            sent={key: size * micro_batches for key, size in sent.items()},
+            flops={name: done["flops", name] for name in ("student", "teacher", "loss")},
+            moved=done["moved"],
+            sent={key[1:]: size for key, size in done.items() if key[0] == "sent"},
+            stepped=sum(local(each).numel() for group in engine.optimizer.param_groups for each in group["params"]),
+            waits=waits,
             tokens=batch.num_tokens * micro_batches * world.data_size,
             micro_batches=micro_batches,
             micro_tokens=own.input_ids.numel(),
@@ -279,34 +279,46 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], kind: torch.d
         )
 
 
-def _teacher_step(config: DistillConfig, devices: tuple[int, ...], students: int) -> Step:
+def _teacher_step(
+    config: DistillConfig, devices: tuple[int, ...], students: int, kind: torch.device, rank: int
+) -> Step:
     """A step of a teacher's group of its own, which ``students`` ranks ask: of those with the same rows, one."""
     asked, micro_batches = _full_batch(config)
     layout, askers = layout_of(config.teacher), students // layout_of(config.student).together
-    tracker, ranks = Tracker(), len(devices)
-    with _ranks(ranks) as world:
+    tracker, ranks, args = Tracker(), len(devices), config.student.model_args
+    with pretended(ranks, rank, zero=_is_zero(config.teacher)) as world:
         layout.check(world, "teacher")
-        teacher, _ = _teacher(config, world)
+        teacher, head = _teacher(config, world)
+        with unset_fake_temporarily():
+            vocab = min(output_head(outline(args, torch.float32, "student")).weight.shape[0], teacher.vocab_size)
+        wanted = wanted_of(config, vocab)
+        question = Question.of(asked, wanted)
+        chunk = default_chunk(kind, vocab, len(asked.supervised), head.weight, None)
         with tracker, tracker.tagged("signal"):
-            tracker.add([*teacher.body.parameters(), *teacher.body.buffers(), teacher.head.weight], "teacher")
-            teacher.hidden(Question.of(asked))
-            tracker.reset()
-            hidden = teacher.hidden(Question.of(asked))
+            tracker.add([*held(teacher.body), head.weight], "teacher")
+            for _ in range(2):  # the first call makes what later ones find
+                tracker.reset()
+                hidden = teacher.hidden(question)
+                said = wanted.say(hidden, head, chunk)
+                del hidden
         # Ranks that run each pass together are asked equally often; whole copies are shared out.
         in_step = ranks > 1 and not (config.teacher.strategy_args.strategy_name == "hf_infer" and layout.together == 1)
         rounds = -(-askers // ranks) if in_step or ranks < askers else askers / ranks
         calls = micro_batches * rounds
         return Step(
+            role="teacher",
+            rank=rank,
             devices=devices,
             parameters={"teacher": teacher.num_parameters},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
             flops={"teacher": int(tracker.flops * calls)},
             sent={key: int(size * calls) for key, size in tracker.sent.items()},
+            waits={"teacher": layout.pipeline - 1},
             tokens=asked.num_tokens * micro_batches * askers,
             micro_batches=micro_batches,
             micro_tokens=asked.input_ids.numel(),
-            signal=hidden.numel() * hidden.itemsize,
+            signal=sum(tensor.nbytes for tensor in said),
             signal_travels=True,
         )
 
@@ -346,26 +358,33 @@ def _load_teacher(config: DistillConfig) -> Any:
 def _teacher(config: DistillConfig, world: World) -> tuple[LocalTeacher, OutputHead]:
     model = _load_teacher(config)
     name = str(config.teacher.model_args.model_name_or_path)
-    check_tensor_parallel(body(model), layout_of(config.teacher), name, "teacher")
-    with _FirstChunks():
+    layout = layout_of(config.teacher)
+    check_tensor_parallel(body(model), layout, name, "teacher")
+    check_stages(body(model), layout.pipeline, name, "teacher")
+    with FirstChunks():
         teacher = spread_teacher(config, world, model, proven=False)
     if isinstance(teacher, TogetherTeacher):
         teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
     return teacher, teacher.head
 
 
-def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead]:
-    """A teacher in other processes: its head is here, and hidden states come."""
+def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead | None]:
+    """A teacher in other processes, and its head if that is needed here."""
     model = _load_teacher(config)
     head = output_head(model)
     head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
+    weight, kinds = head.weight, {"top_k": (torch.float32, torch.int32)}
 
     class Wire:
         def ask(self, question: Question | None) -> Callable[[], Reply]:
-            count = 0 if question is None else len(question.supervised)
-            return lambda: Reply((head.weight.new_empty(count, head.weight.shape[1]),), 0.0)
+            assert question is not None
+            count, wanted = len(question.supervised), question.wanted
+            widths = {"top_k": min(wanted.topk, wanted.vocab_size), "logits": wanted.vocab_size}
+            width, dtypes = widths.get(wanted.kind, weight.shape[1]), kinds.get(wanted.kind, (weight.dtype,))
+            return lambda: Reply(tuple(weight.new_empty(count, width, dtype=dtype) for dtype in dtypes), 0.0)
 
-    return RemoteTeacher([Wire()], Route((0,)), len(head.weight), _size(model), head), head
+    needed = head if config.teacher_signal == "hidden_states" else None
+    return RemoteTeacher([Wire()], Route((0,)), len(weight), _size(model), needed), needed
 
 
 def _tagged(tracker: Tracker, fused: FusedSizes, *args: Any, **kwargs: Any) -> Any:
@@ -377,9 +396,17 @@ def _size(model: Any) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _gradients(module: torch.nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+def held(module: torch.nn.Module) -> list[Tensor]:
+    """Parameters and buffers: of parameters that ZeRO-3 shards, this rank's part."""
+    return [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()] + list(module.buffers())
 
 
-def _state(optimizer: torch.optim.Optimizer) -> Iterable[Tensor]:
-    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+def gradients(student: torch.nn.Module, engine: Engine) -> list[Tensor]:
+    own = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    return own + (engine.gradients() if isinstance(engine, ZeroEngine) else [])
+
+
+def optimizer_state(engine: Engine) -> list[Tensor]:
+    found = [value for state in engine.optimizer.state.values() for value in state.values()]
+    masters = engine.masters() if isinstance(engine, ZeroEngine) else []
+    return [value for value in (*found, *masters) if isinstance(value, Tensor)]

@@ -42,7 +42,35 @@ _COLLECTIVES = {
     "alltoall_base_": "all_to_all",
     "all_to_all_single": "all_to_all",
     "broadcast_": "broadcast",
+    "reduce_": "reduce",
+    "recv_": "receive",
 }
+_SILENT = (
+    "send",
+    "barrier",
+    "wait_tensor",
+    "wrap_tensor_autograd",
+    "_wrap_tensor_autograd",
+)  # or counted at the other end
+
+
+def inside_engine() -> bool:
+    """Whether the operator that is running was called by FSDP2, DeepSpeed or PyTorch's pipelining itself, and not by the model
+    that these run."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name.endswith(_OF_MODELS) or "/transformers/" in name:
+            return False
+        if any(part in name for part in _OF_ENGINES):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+_OF_ENGINES = ("/_fully_shard/", "/deepspeed/", "/distributed/pipelining/")
+_OF_MODELS = ("/autograd/graph.py", "/pipeline/student.py", "/objectives/sizes.py", "/deepspeed/runtime/zero/linear.py")
+"""Of the last, DeepSpeed runs the products of ZeRO-3 in place of PyTorch; by the first a backward pass is run."""
 
 
 class Tracker(TorchDispatchMode):
@@ -77,7 +105,7 @@ class Tracker(TorchDispatchMode):
     def add(self, tensors: Iterable[Tensor], tag: str) -> None:
         """Count ``tensors`` that were made before, or call what they hold by another tag, also at the peak."""
         for tensor in tensors:
-            storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+            storage = local(tensor).untyped_storage()
             known = self._forget(id(storage))
             self._count(storage, tag)
             if known is not None:
@@ -129,18 +157,13 @@ class Tracker(TorchDispatchMode):
             self.flops += count(*(each.shape for each in args[:inputs]))
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif "c10d" in func.namespace and packet.__name__ in _COLLECTIVES:
+        elif "c10d" in func.namespace and packet.__name__ not in _SILENT:
             larger = max(_bytes(result), *(_bytes(each) for each in args[:2]))
             self.sent[_COLLECTIVES[packet.__name__], _ranks(args)] += larger
         return result
 
     def _maker(self) -> str:
-        frame = sys._getframe(1)
-        while frame is not None:
-            if "_fully_shard" in frame.f_code.co_filename:
-                return GATHERED
-            frame = frame.f_back  # type: ignore[assignment]
-        return self._tag
+        return GATHERED if inside_engine() else self._tag
 
     def _count(self, storage: Any, tag: str) -> None:
         key, size = id(storage), storage.nbytes()
@@ -160,6 +183,11 @@ class Tracker(TorchDispatchMode):
         self.live[tag] -= size
         self._total -= size
         return tag, size, birth
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of ``tensor``."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _bytes(tensors: Any) -> int:

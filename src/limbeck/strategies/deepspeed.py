@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
@@ -104,6 +105,15 @@ class ZeroEngine:
     def step(self) -> Tensor:
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
+
+    def masters(self) -> list[Tensor]:
+        """The float32 numbers of this rank, which are what the optimizer steps."""
+        return list(self._flat_masters())
+
+    def gradients(self) -> list[Tensor]:
+        """What DeepSpeed keeps between a backward pass and the step, beside the parameters' own ``grad``."""
+        kept = list(getattr(self._zero, "averaged_gradients", {}).values())
+        return [leaf for leaf in tree_leaves(kept) if torch.is_tensor(leaf)]
 
     def gather_model(self) -> dict[str, Any]:
         whole: dict[str, Any] = {}

@@ -47,13 +47,16 @@ class Wanted:
         """Whether the asker must have the teacher's output head."""
         return self.kind == "hidden_states"
 
-    def say(self, hidden: Tensor, head: OutputHead) -> tuple[Tensor, ...]:
-        """What travels, [supervised, …] each, in place of the hidden states [supervised, H]."""
+    def say(self, hidden: Tensor, head: OutputHead, chunk: int | None = None) -> tuple[Tensor, ...]:
+        """What travels, [supervised, …] each, in place of the hidden states [supervised, H]; ``chunk``: positions whose logits
+        are held at once, by default as many as in the loss."""
+        vocab = self.vocab_size
         if self.kind == "top_k":
-            top = likeliest(hidden, head, self.topk, vocab_size=self.vocab_size, temperature=self.temperature)
+            at = self.temperature
+            top = likeliest(hidden, head, self.topk, vocab_size=vocab, temperature=at, chunk_size=chunk)
             return top.log_probs, top.indices.int()  # no vocabulary needs more than 32 bits
         if self.kind == "logits":
-            return (whole_logits(hidden, head, vocab_size=self.vocab_size).logits,)
+            return (whole_logits(hidden, head, vocab_size=vocab, chunk_size=chunk).logits,)
         return (hidden,)
 
     def signal(self, came: tuple[Tensor, ...], head: OutputHead | None) -> Signal:
