@@ -2,13 +2,13 @@
 
     python benchmarks/plan.py
 
-Each case is a real run, started by torchrun, whose second step is measured on rank 0 by a tracker in the same
-process. Three figures are printed:
+Each case is a real run, started by torchrun, whose second step is measured. Predicted ÷ measured is printed of
 
-    state     parameters + gradients + optimizer state: predicted ÷ the tensors' own bytes; must be 1
-    tensors   the fullest moment of live tensors: predicted ÷ counted by plan.tracker in the real step
-    resident  the same prediction ÷ growth of the process's peak resident memory over what it held before the models; the
-              process also holds what no tensor shows (workspaces, gloo, what loading whole models left to the allocator)
+    state      parameters + gradients + optimizer state, counted from the tensors; must be 1
+    tensors    the fullest moment of live tensors, counted by plan.tracker in the real step
+    allocator  the same moment as PyTorch's CPU allocator reports it to torch.profiler
+    resident   the growth of the process's peak resident memory over what it held before the models, glibc giving freed memory
+               back at once; the process also holds what no tensor shows (workspaces, gloo, code that ran)
 
 The simulation has the CPU's chunk sizes of the loss here; everything else is what is planned for a GPU.
 """
@@ -17,10 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 VOCAB = 32_000
 STATE = ("parameters", "gradients", "optimizer")
@@ -34,10 +37,22 @@ CASES = [
     ("small", 2, {"accumulate": 2, "replicate": True}),
     ("medium", 1, {}),
     ("medium", 2, {"recompute": True}),
+    ("medium", 2, {"stages": 2, "accumulate": 4}),
+    ("medium", 2, {"zero": 2, "accumulate": 2}),
+    ("medium", 2, {"zero": 3}),
 ]
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
-def settings(folder: Path, size: str, recompute: bool = False, accumulate: int = 1, replicate: bool = False) -> dict:
+def settings(
+    folder: Path,
+    size: str,
+    recompute: bool = False,
+    accumulate: int = 1,
+    replicate: bool = False,
+    stages: int = 1,
+    zero: int = 0,
+) -> dict:
     """The configuration of a case; both models are made from a config.json alone."""
     chosen = SIZES[size]
 
@@ -54,6 +69,14 @@ def settings(folder: Path, size: str, recompute: bool = False, accumulate: int =
         return {"model_name_or_path": str(path), "from_scratch": True, "dtype": "fp32"}
 
     student = model("student") | {"disable_gradient_checkpointing": not recompute}
+    strategies: dict[str, dict] = {
+        "student": {"strategy_config": {"replicate": replicate, "pipeline_model_parallel_size": stages}},
+        "teacher": {"strategy_name": "hf_infer"} if replicate else {},
+    }
+    if zero:
+        buckets = {"reduce_bucket_size": 1_000_000, "allgather_bucket_size": 1_000_000}
+        block = {"zero_optimization": {"stage": zero, "stage3_prefetch_bucket_size": 1_000_000, **buckets}}
+        strategies["student"] = {"strategy_name": "deepspeed_train", "strategy_config": block}
     return {
         "output_dir": str(folder / "out"),
         "tokenizer": str(folder / "tokenizer"),
@@ -70,12 +93,9 @@ def settings(folder: Path, size: str, recompute: bool = False, accumulate: int =
                 "gradient_accumulation_steps": accumulate,
             },
             "data_args": {"file_name": str(folder / f"{size}.jsonl")},
-            "strategy_args": {"strategy_config": {"replicate": replicate}},
+            "strategy_args": strategies["student"],
         },
-        "teacher": {
-            "model_args": model("teacher"),
-            "strategy_args": {"strategy_name": "hf_infer"} if replicate else {},
-        },
+        "teacher": {"model_args": model("teacher"), "strategy_args": strategies["teacher"]},
     }
 
 
@@ -99,37 +119,72 @@ def prepare(folder: Path) -> None:
         (folder / f"{size}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def measure(config_file: Path) -> None:
-    """One rank of a real run; rank 0 prints what it held."""
+def measure(config_file: Path, how: str) -> None:
+    """One rank of a real run, which prints what it held: tensors, what the allocator gave, or resident memory."""
+    from torch.profiler import ProfilerActivity, profile
+
     from limbeck.config import load_config
     from limbeck.pipeline.distill import _Run
-    from limbeck.plan.tracker import Tracker
+    from limbeck.pipeline.parts import arrange
     from limbeck.strategies.world import start_world
 
     config = load_config(config_file).config
-    with start_world() as world:
+    with start_world() as ranks:
+        world = arrange(config, ranks)
         before = resident("VmRSS")
-        run = _Run(config, world, None, None)
-        tracker, optimizer = Tracker(), run.engine.optimizer
-        optimizer.register_step_pre_hook(
-            lambda *_: tracker.add([p.grad for p in run.student.parameters() if p.grad is not None], "gradients")
-        )
-        with tracker:
-            tracker.add([*run.student.parameters(), *run.student.buffers()], "parameters")
-            kept = [*run.teacher.body.parameters(), *run.teacher.body.buffers(), run.teacher.head.weight]
-            tracker.add(kept, "teacher")
-            run._train_step()  # makes the optimizer's state, which later steps begin with
-            tracker.add([each for entries in optimizer.state.values() for each in entries.values()], "optimizer")
-            tracker.reset()
-            Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
-            run._train_step()
-        grown = resident("VmHWM") - before
-        if world.is_main:
-            state = sum(tracker.most[name] for name in STATE)
-            found = {"state": state, "tensors": sum(tracker.peak.values()), "resident": grown, "peak": +tracker.peak}
-            print("@" + json.dumps(found))
+        if how == "allocator":
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                run = _Run(config, world, None, None)
+                run._train_step()
+                begun = time.time_ns()
+                run._train_step()
+            found = {"allocator": allocated(profiled, begun)}
+        else:
+            run = _Run(config, world, None, None)
+            if how == "tensors":
+                found = tensors(run)
+            else:
+                run._train_step()
+                Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
+                run._train_step()
+                found = {"resident": resident("VmHWM") - before}
+        print("@" + json.dumps([ranks.rank, found]), flush=True)
         run.data.stream.close()
-        world.wait()
+        ranks.wait()
+
+
+def tensors(run: Any) -> dict[str, Any]:
+    """The bytes of the second step's tensors."""
+    from limbeck.plan.simulate import gradients, held, optimizer_state
+    from limbeck.plan.tracker import Tracker
+
+    tracker, student, engine = Tracker(), run.student, run.engine
+    step = engine.step
+
+    def count_gradients() -> Any:
+        tracker.add(gradients(student, engine), "gradients")
+        return step()
+
+    engine.step = count_gradients
+    with tracker:
+        tracker.add(held(student), "parameters")
+        tracker.add([*held(run.teacher.body), run.teacher.head.weight], "teacher")
+        run._train_step()  # makes the optimizer's state, which later steps begin with
+        tracker.add(optimizer_state(engine), "optimizer")
+        tracker.reset()
+        run._train_step()
+    state = sum(tracker.most[name] for name in STATE)
+    return {"state": state, "tensors": sum(tracker.peak.values()), "peak": +tracker.peak}
+
+
+def allocated(profiled: Any, begun: int) -> int:
+    """The most bytes that the allocator had given at once since ``begun``."""
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now) if event.start_ns() >= begun else 0
+    return most
 
 
 def resident(field: str) -> int:
@@ -144,33 +199,48 @@ def compare(details: bool) -> None:
     from limbeck.config import load_config
     from limbeck.plan.simulate import simulate
 
-    print(f"{'case':42} {'state':>7} {'tensors':>8} {'resident':>9}   predicted MiB")
+    print(f"{'case':46} {'state':>7} {'tensors':>8} {'allocator':>10} {'resident':>9}   predicted MiB")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
         for number, (size, ranks, changes) in enumerate(CASES):
             file = folder / f"{number}.yaml"
             file.write_text(json.dumps(settings(folder, size, **changes)))
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-            command = [*(launcher if ranks > 1 else [sys.executable]), __file__, "--side", str(file)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            real = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
-            (planned,) = simulate(load_config(file).config, ranks, "cpu").values()
-            name = f"{size}, {ranks} ranks" + "".join(f", {key}={value}" for key, value in changes.items())
-            state = sum(planned.most[name] for name in STATE) / real["state"]
-            tensors, grown = (planned.total / real[each] for each in ("tensors", "resident"))
-            print(f"{name:42} {state:7.4f} {tensors:8.3f} {grown:9.3f} {planned.total / 2**20:10.0f}", flush=True)
-            if details:
-                print("   planned", {key: round(value / 2**20, 1) for key, value in planned.peak.items()})
-                print("   real   ", {key: round(value / 2**20, 1) for key, value in real["peak"].items()})
+            real: dict[int, dict] = {rank: {} for rank in range(ranks)}
+            for how in ("tensors", "allocator", "resident"):
+                for rank, found in run_ranks(file, how, ranks):
+                    real[rank] |= found
+            for planned in simulate(load_config(file).config, ranks, "cpu"):
+                held = real[planned.rank]
+                name = f"{size}, {ranks} ranks" + "".join(f", {key}={value}" for key, value in changes.items())
+                name += f", rank {planned.rank}" if changes.get("stages") else ""
+                state = sum(planned.most.get(name, 0) for name in STATE) / held["state"]
+                peak, given, grown = (planned.total / held[each] for each in ("tensors", "allocator", "resident"))
+                print(
+                    f"{name:46} {state:7.4f} {peak:8.3f} {given:10.3f} {grown:9.3f} {planned.total / 2**20:10.0f}",
+                    flush=True,
+                )
+                if details:
+                    print("   planned", {key: round(value / 2**20, 1) for key, value in planned.peak.items()})
+                    print("   real   ", {key: round(value / 2**20, 1) for key, value in held["peak"].items()})
+
+
+def run_ranks(file: Path, how: str, ranks: int) -> list[tuple[int, dict]]:
+    """What every rank of a real run says of itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*(launcher if ranks > 1 else [sys.executable]), __file__, "--side", str(file), "--how", how]
+    environment = {**os.environ, **(GIVE_BACK if how == "resident" else {})}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    return [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@")]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", type=Path, help="measure one run; used by the script itself")
+    parser.add_argument("--how", default="tensors")
     parser.add_argument("--details", action="store_true", help="print what the peaks are made of")
     args = parser.parse_args()
     if args.side:
-        measure(args.side)
+        measure(args.side, args.how)
     else:
         compare(args.details)
