@@ -28,7 +28,7 @@ from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_length, output_head
 from limbeck.models.documents import BY_DOCUMENT
-from limbeck.objectives import OutputHead
+from limbeck.objectives import DistillationLoss, OutputHead, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.pipeline.memory import outline
@@ -45,6 +45,7 @@ from limbeck.pipeline.parts import (
     spread_teacher,
     wanted_of,
 )
+from limbeck.pipeline.student import StudentWithLoss
 from limbeck.plan.pretend import FirstChunks, pretended
 from limbeck.plan.tracker import Tracker, local
 from limbeck.strategies.deepspeed import ZeroEngine, offload_device
@@ -168,7 +169,7 @@ def _student_step(
     config: DistillConfig, devices: tuple[int, ...], kind: torch.device, rank: int, *, teacher_here: bool
 ) -> Step:
     batch, micro_batches = _full_batch(config)
-    layout, tracker, fused = layout_of(config.student), Tracker(), FusedSizes(kind)
+    layout, args = layout_of(config.student), config.student.model_args
     asked, own = batch.stretch(rank // layout.tensor % layout.context, layout.context)
     zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
     with pretended(len(devices), rank, zero=zero) as world:
@@ -177,7 +178,6 @@ def _student_step(
         head: OutputHead | None = None
         if config.has_teacher:
             teacher, head = _teacher(config, world) if teacher_here else _elsewhere(config)
-        args = config.student.model_args
         # Float32 but for a LoRA base, as in ``make_student``.
         model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
         size, vocab, name = _size(model), output_head(model).weight.shape[0], str(args.model_name_or_path)
@@ -185,77 +185,22 @@ def _student_step(
             vocab = min(vocab, teacher.vocab_size)
         check_tensor_parallel(body(model), layout, name, "student")
         check_stages(body(model), layout.pipeline, name, "student")
-        wanted = wanted_of(config, vocab)
         objective, _ = make_objective(config, world.device)
         compiled = config.compile_loss is not False
         with FirstChunks():
             student = spread_student(config, world, model, objective, vocab, teacher, compiled=compiled, proven=False)
-        student.fused = partial(_tagged, tracker, fused)
         engine = make_engine(config, world, student)
-        distils = config.distill_loss_weight > 0 or student.features is not None
-        flops, signal_bytes, between = Counter[str](), 0, 0
-
-        def look(*_: Any) -> None:
-            nonlocal between
-            between = max(between, tracker.live["activations"])
-
-        def ask() -> Signal | None:
-            nonlocal signal_bytes
-            if teacher is None or not distils:
-                return None
-            before = tracker.flops
-            with tracker.tagged("signal"):
-                signal = teacher.ask(asked, wanted)(asked)
-            flops["teacher"] += tracker.flops - before
-            if isinstance(teacher, RemoteTeacher):
-                signal_bytes = round(teacher.measured()["transport/megabytes"] * 1e6)
-            elif signal.hidden is not None:
-                signal_bytes = signal.hidden.nbytes
-            return signal
-
-        def step(count: int) -> Counter[Any]:
-            """A step with ``count`` micro-batches: what it computes and sends."""
-            tracker.reset()
-            flops.clear()
-            fused.flops = fused.moved = 0
-            if isinstance(engine, StageEngine):  # the answers to all of a step's questions come before its first pass
-                work = [(own, ask(), 1.0, 1.0, micro_batches) for _ in range(micro_batches)]
-                with tracker.tagged("activations"):
-                    engine.run(work[:count])
-                del work
-            for number in range(0 if isinstance(engine, StageEngine) else count):
-                signal = ask()
-                with tracker.tagged("activations"):
-                    engine.backward(engine(own, signal, 1.0, 1.0, micro_batches).loss, last=number == count - 1)
-                del signal
-                tracker.add(gradients(student, engine), "gradients")
-            tracker.add(gradients(student, engine), "gradients")
-            student.finish_gradients()
-            engine.step()
-            told = Counter[Any]({"moved": fused.moved, ("flops", "loss"): fused.flops})
-            told["flops", "teacher"] = flops["teacher"]
-            told["flops", "student"] = tracker.flops - flops["teacher"]
-            return told + Counter({("sent", *key): size for key, size in tracker.sent.items()})
-
-        student.register_forward_hook(look)
-        with tracker:
-            tracker.add(held(student), "parameters")
-            if isinstance(teacher, LocalTeacher):
-                tracker.add(held(teacher.body), "teacher")
-            if head is not None:
-                tracker.add([head.weight], "teacher")
-            # Of the micro-batches that follow each other, further ones add nothing to what is held: one finds gradients that
-            # are there, and in a pipeline as many are under way as there are stages.
-            count = min(micro_batches, layout.pipeline + 1)
-            step(min(count, layout.pipeline))  # makes the optimizer's state, which later steps begin with
-            tracker.add(optimizer_state(engine), "optimizer")
-            done = fewer = step(count - 1) if micro_batches > count else Counter()
-            done = step(count)
-        each, stages = done - fewer, layout.pipeline
-        done += Counter({key: size * (micro_batches - count) for key, size in each.items()})
-        waits = {"student": (stages - 1) / micro_batches, "loss": (stages - 1) / micro_batches}
+        asks = teacher is not None and (config.distill_loss_weight > 0 or student.features is not None)
+        ask = partial(teacher.ask, asked, wanted_of(config, vocab)) if teacher is not None and asks else None
+        taken = _Steps(
+            student, engine, FusedSizes(kind), lambda: None if ask is None else ask()(asked), own, micro_batches
+        )
+        frozen = held(teacher.body) if isinstance(teacher, LocalTeacher) else []
+        done = taken.measure([*frozen, *([] if head is None else [head.weight])], layout.pipeline)
+        waits = dict.fromkeys(("student", "loss"), (layout.pipeline - 1) / micro_batches)
         if teacher_here:
             waits["teacher"] = layout_of(config.teacher).pipeline - 1
+        tracker = taken.tracker
         return Step(
             role="student and teacher" if teacher_here and config.has_teacher else "student",
             rank=rank,
@@ -263,7 +208,7 @@ def _student_step(
             parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
-            activations=between,
+            activations=taken.between,
             recomputed=recompute(config, world),
             flops={name: done["flops", name] for name in ("student", "teacher", "loss")},
             moved=done["moved"],
@@ -273,10 +218,91 @@ def _student_step(
             tokens=batch.num_tokens * micro_batches * world.data_size,
             micro_batches=micro_batches,
             micro_tokens=own.input_ids.numel(),
-            chunk=fused.chunk,
-            signal=signal_bytes,
-            signal_travels=not teacher_here and signal_bytes > 0,
+            chunk=taken.fused.chunk,
+            signal=taken.signal,
+            signal_travels=not teacher_here and taken.signal > 0,
         )
+
+
+class _Steps:
+    """Steps of a student, as the loop of a run takes them. between: bytes of activations after a forward pass, at their most.
+    signal: bytes of a micro-batch's."""
+
+    def __init__(
+        self,
+        student: StudentWithLoss,
+        engine: Engine,
+        fused: FusedSizes,
+        ask: Callable[[], Signal | None],
+        batch: Batch,
+        micro_batches: int,
+    ) -> None:
+        self.student, self.engine, self.fused, self.batch, self.micro_batches = (
+            student,
+            engine,
+            fused,
+            batch,
+            micro_batches,
+        )
+        self.tracker, self.between, self.signal = Tracker(), 0, 0
+        self._ask, self._asking = ask, 0
+        student.fused = self._loss
+        student.register_forward_hook(self._look)
+
+    def measure(self, of_teacher: Iterable[Tensor], stages: int) -> Counter[Any]:
+        """What a whole step computes and sends; the tracker is left with what is held at its fullest."""
+        # Of the micro-batches that follow each other, further ones add nothing to what is held: one finds gradients that are
+        # there, and in a pipeline as many are under way as there are stages.
+        count = min(self.micro_batches, stages + 1)
+        with self.tracker:
+            self.tracker.add(held(self.student), "parameters")
+            self.tracker.add(of_teacher, "teacher")
+            self.take(min(count, stages))  # makes the optimizer's state, which later steps begin with
+            self.tracker.add(optimizer_state(self.engine), "optimizer")
+            fewer = self.take(count - 1) if self.micro_batches > count else Counter[Any]()
+            done = self.take(count)
+        more = self.micro_batches - count
+        return done + Counter({key: size * more for key, size in (done - fewer).items()})
+
+    def take(self, count: int) -> Counter[Any]:
+        """One step in which ``count`` micro-batches are trained on: what it computes and sends."""
+        self.tracker.reset()
+        self.fused.flops = self.fused.moved = self._asking = 0
+        if isinstance(self.engine, StageEngine):  # the answers to all of a step's questions come before its first pass
+            work = [self._inputs() for _ in range(self.micro_batches)]
+            with self.tracker.tagged("activations"):
+                self.engine.run(work[:count])
+            del work
+        else:
+            for number in range(count):
+                inputs = self._inputs()
+                with self.tracker.tagged("activations"):
+                    self.engine.backward(self.engine(*inputs).loss, last=number == count - 1)
+                del inputs
+                self.tracker.add(gradients(self.student, self.engine), "gradients")
+        self.tracker.add(gradients(self.student, self.engine), "gradients")
+        self.student.finish_gradients()
+        self.engine.step()
+        flops = {"teacher": self._asking, "student": self.tracker.flops - self._asking, "loss": self.fused.flops}
+        told: Counter[Any] = Counter({("flops", name): number for name, number in flops.items()})
+        told.update({("sent", *key): size for key, size in self.tracker.sent.items()})
+        told["moved"] = self.fused.moved
+        return told
+
+    def _inputs(self) -> tuple[Any, ...]:
+        before = self.tracker.flops
+        with self.tracker.tagged("signal"):
+            signal = self._ask()
+        self._asking += self.tracker.flops - before
+        self.signal = 0 if signal is None else _signal_bytes(signal)
+        return self.batch, signal, 1.0, 1.0, self.micro_batches
+
+    def _loss(self, *args: Any, **kwargs: Any) -> DistillationLoss:
+        with self.tracker.tagged("loss"):
+            return self.fused(*args, **kwargs)
+
+    def _look(self, *_: Any) -> None:
+        self.between = max(self.between, self.tracker.live["activations"])
 
 
 def _teacher_step(
@@ -387,9 +413,11 @@ def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead | None]
     return RemoteTeacher([Wire()], Route((0,)), len(weight), _size(model), needed), needed
 
 
-def _tagged(tracker: Tracker, fused: FusedSizes, *args: Any, **kwargs: Any) -> Any:
-    with tracker.tagged("loss"):
-        return fused(*args, **kwargs)
+def _signal_bytes(signal: Signal) -> int:
+    said = signal.said
+    if isinstance(said, TopK):  # its tokens travel in 32 bits
+        return said.log_probs.nbytes + 4 * said.indices.numel()
+    return sum(each.nbytes for each in (signal.hidden, None if said is None else said.logits) if each is not None)
 
 
 def _size(model: Any) -> int:
