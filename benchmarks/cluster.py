@@ -2,6 +2,7 @@
 
     python benchmarks/cluster.py                  # all four
     python benchmarks/cluster.py steps wire       # some of them
+    python benchmarks/cluster.py steps --core 0.6 # each worker has 0.6 of a core for itself (Linux, as root)
 
 steps   real workers take turns, a few steps at a time: the teacher asked a step ahead, as a run does it; asked only when its
         answer is wanted; the student with answers that it has already; the teacher with nobody else at work. One thread each.
@@ -117,7 +118,32 @@ def configure(folder: Path, students: int) -> DistillConfig:
 
 
 @contextmanager
-def workers(folder: Path, students: int) -> Iterator[tuple[WorkerGroup, WorkerGroup]]:
+def cores_of_their_own(groups: list[WorkerGroup], share: float | None) -> Iterator[None]:
+    """Each worker's threads have together ``share`` of a core, whatever the others do; so three fit on two cores."""
+    root = Path("/sys/fs/cgroup")
+    first, folders = (root / "cpu").is_dir(), []
+    try:
+        for process in () if share is None else [each["pid"] for group in groups for each in group.call("about")]:
+            folder = (root / "cpu" if first else root) / f"limbeck-{process}"
+            folder.mkdir()
+            folders.append(folder)
+            period = 5000  # microseconds; a step is hundreds of times longer
+            if first:
+                (folder / "cpu.cfs_period_us").write_text(str(period))
+                (folder / "cpu.cfs_quota_us").write_text(str(int(period * share)))
+            else:
+                (folder / "cpu.max").write_text(f"{int(period * share)} {period}")
+            (folder / "cgroup.procs").write_text(str(process))
+        yield
+    finally:
+        for folder in folders:
+            for process in (folder / "cgroup.procs").read_text().split():
+                (folder.parent / "cgroup.procs").write_text(process)
+            folder.rmdir()
+
+
+@contextmanager
+def workers(folder: Path, students: int, share: float | None) -> Iterator[tuple[WorkerGroup, WorkerGroup]]:
     """``students`` student ranks and one teacher rank, loaded."""
     config = configure(folder, students)
     placement = place([config.student.device_mapping, config.teacher.device_mapping], None)  # type: ignore[list-item]
@@ -134,20 +160,21 @@ def workers(folder: Path, students: int) -> Iterator[tuple[WorkerGroup, WorkerGr
             group.meet(5)
         groups[1].call("load")
         groups[0].call("make", list(groups[1].actors))
-        yield groups[0], groups[1]
+        with cores_of_their_own(groups, share):
+            yield groups[0], groups[1]
     finally:
         for group in groups:
             group.end()
         placement.free()
 
 
-def measure_steps(folder: Path, students: int) -> float:
+def measure_steps(folder: Path, students: int, share: float | None) -> float:
     """Print one layout's figures; returns the measured bytes per supervised token."""
     # Asked about by hand exactly what a step asks about: each student rank puts one question.
     ids = torch.randint(3, 32_000, (ROWS, TIME))
     question = Question(ids, None, None, torch.arange(ROWS * TIME))
     seconds: dict[str, list[float]] = defaultdict(list)
-    with workers(folder, students) as (student, teacher):
+    with workers(folder, students, share) as (student, teacher):
         for turn in range(ROUNDS + 1):
             found = {mode: max(student.call("steps", mode, BLOCK)) for mode in ("ahead", "serial", "alone")}
             asked = [teacher.call("answer", question)[0][1] for _ in range(BLOCK * students)]
@@ -158,7 +185,7 @@ def measure_steps(folder: Path, students: int) -> float:
         wire = student.call("measured")[0]["transport/bytes_per_token"]
     middle = {mode: statistics.median(values) for mode, values in seconds.items()}
     ahead, alone, forward = middle["ahead"], middle["alone"], middle["teacher"]
-    cores = os.cpu_count() or 1
+    cores = os.cpu_count() or 1 if share is None else students + 1
     print(
         f"\n{students} student rank(s) + 1 teacher rank, {ROWS} × {TIME} tokens a rank, {cores} cores, "
         f"medians of {ROUNDS} turns"
@@ -169,6 +196,8 @@ def measure_steps(folder: Path, students: int) -> float:
         f"  asked when wanted {middle['serial'] * 1e3:.0f} ms: asking ahead is {middle['serial'] / ahead:.2f} × as fast "
         f"(at best {(alone + forward) / max(alone, forward, (students * alone + forward) / cores):.2f})"
     )
+    if share is not None:
+        print(f"  (each worker had {share} of a core, and that for itself)")
     if students + 1 > cores:
         shared = (students * alone + forward) / cores
         print(
@@ -284,7 +313,11 @@ def measure_start(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, []), metavar="PART", help=f"of {', '.join(PARTS)}")
-    wanted = parser.parse_args().parts or PARTS
+    parser.add_argument(
+        "--core", type=float, metavar="SHARE", help="of a core that each worker of steps has for itself"
+    )
+    args = parser.parse_args()
+    wanted = args.parts or PARTS
     os.environ.pop("RAY_ADDRESS", None)
     measured = None
     if {"steps", "wire"} & set(wanted):
@@ -292,7 +325,7 @@ def main() -> None:
             if "steps" in wanted:
                 prepare(Path(temporary))
                 for students in (1, 2):
-                    measured = measure_steps(Path(temporary), students)
+                    measured = measure_steps(Path(temporary), students, args.core)
             if "wire" in wanted:
                 measure_wire()
     if "bytes" in wanted:

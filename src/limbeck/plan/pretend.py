@@ -7,6 +7,7 @@ here, or compare what ranks have; they are told what an undisturbed run would se
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
@@ -50,6 +52,8 @@ def pretended(count: int, rank: int = 0, *, zero: bool = False) -> Iterator[Worl
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
     try:
         with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")  # of what becomes of numbers, and there are none
             # Whether a row holds several documents is read from its positions; here each holds one.
             stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
             # FSDP2 joins meshes and reads the numbers in them.
@@ -57,11 +61,13 @@ def pretended(count: int, rank: int = 0, *, zero: bool = False) -> Iterator[Worl
             stack.enter_context(patch.object(DeviceMesh, "__init__", meshes))
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_Values())
+            stack.enter_context(patch.object(nn.Module, "_apply", _apply))
             if zero:
                 _let_deepspeed_run(stack)
             yield _Alike(rank, count, torch.device("cpu"))
     finally:
         mesh_of.cache_clear()
+        _clear_sharding_prop_cache()  # which knows the groups by their names
         if zero:
             _forget_deepspeed()
         if dist.is_initialized():
@@ -74,7 +80,6 @@ def _let_deepspeed_run(stack: ExitStack) -> None:
 
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
         stack.enter_context(patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None))
-    stack.enter_context(patch.object(nn.Module, "_apply", _apply))
     stack.enter_context(patch.dict(os.environ, LOCAL_RANK="0"))
 
 
@@ -92,7 +97,7 @@ _plain_apply = nn.Module._apply
 def _apply(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
     """``nn.Module._apply`` that keeps the identity of parameters without numbers, which PyTorch's gives up."""
     tensors = [*module.parameters(recurse), *module.buffers(recurse)]
-    if not all(isinstance(tensor, FakeTensor) for tensor in tensors):
+    if not any(isinstance(tensor, FakeTensor) for tensor in tensors):
         return _plain_apply(module, change, recurse)
     with torch.no_grad():
         for tensor in tensors:

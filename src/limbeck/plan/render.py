@@ -8,9 +8,9 @@ from rich.table import Table
 from limbeck.plan.estimate import RESERVED, Group, Plan
 
 _NAMES = {
-    "parameters": "student's parameters, as its strategy keeps them",
+    "parameters": "student's parameters (FSDP2: float32 masters)",
     "gradients": "gradients",
-    "optimizer": "optimizer state (DeepSpeed: with float32 masters)",
+    "optimizer": "optimizer state (ZeRO: and float32 masters)",
     "teacher": "teacher (body as its strategy says, head whole)",
     "gathered": "gathered layers and buffers of collectives",
     "signal": "signal, and what the teacher's pass holds",
@@ -18,6 +18,9 @@ _NAMES = {
     "loss": "loss: logits of a chunk, gradient of the head",
     "other": "other",
 }
+
+
+_NOTHING = 2**20  # bytes in a step; a few numbers that ranks agree on are not worth a line
 
 
 def print_plan(console: Console, plan: Plan) -> None:
@@ -68,6 +71,8 @@ def _print_group(console: Console, plan: Plan, group: Group) -> None:
         for column in ("ranks", "GiB", "wire", "ms"):
             traffic.add_column(column, justify="left" if column == "wire" else "right")
         for each in group.traffic:
+            if each.bytes < _NOTHING:
+                continue
             cells = (str(each.ranks), _gib(each.bytes), each.wire, f"{each.seconds * 1e3:.1f}")
             traffic.add_row(each.collective.replace("_", "-"), *cells)
         console.print(traffic)

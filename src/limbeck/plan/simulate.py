@@ -210,7 +210,7 @@ def _student_step(
             most=dict(+tracker.most),
             activations=taken.between,
             recomputed=recompute(config, world),
-            flops={name: done["flops", name] for name in ("student", "teacher", "loss")},
+            flops={name: done["flops", name] for name in ("teacher", "student", "loss")},
             moved=done["moved"],
             sent={key[1:]: size for key, size in done.items() if key[0] == "sent"},
             stepped=sum(local(each).numel() for group in engine.optimizer.param_groups for each in group["params"]),
