@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from limbeck.config import load_config
 from limbeck.pipeline.distill import _Run
@@ -56,6 +57,7 @@ def measure(file, ranks):
 
 
 with start_world() as ranks:
-    told = [measure(Path(file), ranks) for file in sys.argv[1:]]
-    print("@" + json.dumps([ranks.rank, told]), flush=True)
-    ranks.wait()
+    told = [None] * ranks.size
+    dist.all_gather_object(told, [measure(Path(file), ranks) for file in sys.argv[1:]])
+    if ranks.rank == 0:  # alone, or lines of several ranks run into each other
+        print("@" + json.dumps(told), flush=True)

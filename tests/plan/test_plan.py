@@ -79,7 +79,7 @@ def test_a_plan_is_what_two_real_ranks_hold(from_config, tmp_path):
     command = [*launcher, str(Path(__file__).with_name("held.py")), *map(str, files)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
-    told = dict(json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@"))
+    (told,) = (json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@"))
     for number, (name, changes) in enumerate(CASES.items()):
         for step in simulate(load_mapping(from_config(**changes)).config, 3 if "come" in name else 2, "cpu"):
             if step.role == "teacher":
@@ -134,6 +134,20 @@ def test_stages_are_told_one_by_one_and_wait_for_each_other(from_config):
     busy = last.seconds["student"] + last.seconds["loss"]
     assert last.seconds["waiting for other stages"] == pytest.approx(busy / 4)
     assert [each.ranks for each in first.traffic if each.collective == "receive"] == [2]
+
+
+def test_a_product_of_layouts_shares_out_one_student(from_config):
+    sizes = ("tensor", "context", "pipeline")
+    changes = {f"{STUDENT}.{name}_{'model_' * (name != 'context')}parallel_size": 2 for name in sizes}
+    accumulate = {"student.training_args.gradient_accumulation_steps": 4}
+    stages = plan(from_config(**changes, **accumulate), 1, 16).groups
+    assert [stage.step.rank for stage in stages] == [0, 4]
+    size = stages[0].step.parameters["student"]
+    # Eight ranks hold a stage: its matrices in two slices, the rest in all of them.
+    held = 8 * sum(stage.step.most["parameters"] for stage in stages)
+    assert 4 * size < held < 4 * size * 1.02
+    (whole,) = plan(from_config(**accumulate), 1, 2).groups
+    assert 4 * sum(stage.step.flops["student"] for stage in stages) == whole.step.flops["student"]
 
 
 def test_deepspeed_holds_what_its_stage_says(from_config):

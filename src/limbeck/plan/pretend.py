@@ -6,6 +6,7 @@ here, or compare what ranks have; they are told what an undisturbed run would se
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -53,7 +54,10 @@ def pretended(count: int, rank: int = 0, *, zero: bool = False) -> Iterator[Worl
     try:
         with ExitStack() as stack:
             stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")  # of what becomes of numbers, and there are none
+            # Both warn of what becomes of numbers, and there are none.
+            warnings.simplefilter("ignore")
+            stack.callback(logging.disable, logging.root.manager.disable)
+            logging.disable(logging.WARNING)
             # Whether a row holds several documents is read from its positions; here each holds one.
             stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
             # FSDP2 joins meshes and reads the numbers in them.
@@ -116,7 +120,8 @@ class _Values(TorchDispatchMode):
     refused."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default and inside_engine():
+        asked = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
+        if asked and inside_engine():
             return _READ.get(args[0].dtype, 0.0)
         return func(*args, **(kwargs or {}))
 
