@@ -301,11 +301,10 @@ def _data_show(args: argparse.Namespace) -> int:
     from limbeck.pipeline.inputs import (
         make_tokenizer,
         make_translator,
-        named_source,
         teacher_tokenizer,
         token_settings,
-        training_sources,
     )
+    from limbeck.pipeline.sources import named_source, training_sources
 
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
     sources = [named_source(config, args.file)] if args.file else training_sources(config)

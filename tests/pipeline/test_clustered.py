@@ -254,6 +254,38 @@ def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
     assert_ended(but=mine)
 
 
+def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(settings, tmp_path):
+    mine = set(processes("StudentWorker") + processes("TeacherWorker"))
+    endless = tmp_path / "endless.jsonl"
+    os.mkfifo(endless)
+    train = long_run(settings, tmp_path, **{"student.data_args.file_name": [str(endless)]})
+    with endless.open("w"):  # opens when a student reads, who then waits for a row
+        train.terminate()
+        said = train.communicate(timeout=60)[0]
+    assert train.returncode == 128 + signal.SIGTERM, said
+    assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
+    assert_ended(but=mine)
+
+    train = long_run(settings, tmp_path)
+    said = ""
+    for line in train.stdout:
+        said += line
+        if "step 5/" in line:
+            (student,) = set(processes("StudentWorker")) - mine
+            os.kill(student, signal.SIGSTOP)  # so that it is lost while it is asked to stop
+            train.terminate()
+            time.sleep(1)
+            os.kill(student, signal.SIGKILL)
+    train.wait(timeout=60)
+    assert train.returncode == 128 + signal.SIGTERM, said
+    assert (
+        "limbeck: student-0 died (ActorDiedError), while the run was stopping after SIGTERM; see the workers' logs"
+        in said
+    )
+    assert "(raylet)" not in said  # Ray's own words for it
+    assert_ended(but=mine)
+
+
 def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(settings, tmp_path):
     mine = set(processes("StudentWorker") + processes("TeacherWorker"))
     train = long_run(settings, tmp_path)

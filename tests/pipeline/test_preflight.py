@@ -38,6 +38,13 @@ def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
         assert "no GPU is found, so device_mapping counts CPU slots" in out
 
 
+def test_data_that_is_not_there_is_told_before_anything_is_started(check, tmp_path):
+    missing = str(tmp_path / "row.jsonl")
+    status, _, err = check(**APART, **{"validation.data_args.file_name": [missing]})
+    assert status == 2
+    assert err.startswith(f"limbeck: The data file {missing} does not exist") and err.count("\n") == 1
+
+
 def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
     student = load_model(str(assets / "student"), dtype=torch.float32)
     teacher = load_model(str(assets / "teacher"), dtype=torch.float32)

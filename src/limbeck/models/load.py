@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
 from limbeck.models.documents import BY_DOCUMENT
+from limbeck.models.hub import knock_at_hub
 from limbeck.models.memory import available_memory
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
@@ -186,11 +187,13 @@ def _check_folder(name_or_path: str | None, role: str) -> None:
         return
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
         raise LimbeckError(f"there is no folder {name_or_path!r} to load the {role} from; check the path.")
+    knock_at_hub()
 
 
 def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") + "." if lines else type(error).__name__ + "."
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return first.rstrip(".") + "."
 
 
 def _hint(name_or_path: str | None) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray
-from limbeck.cluster.workers import RollCall, WorkerGroup, WorkerLost, result
+from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline import checkpoint as files
@@ -22,6 +22,7 @@ from limbeck.pipeline.environment import worker_environment
 from limbeck.pipeline.interrupt import StopRequest
 from limbeck.pipeline.result import RunResult
 from limbeck.pipeline.service import find_service
+from limbeck.pipeline.sources import refuse_missing_files
 from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 
 Tell = Callable[[str], None]
@@ -49,7 +50,9 @@ class Cluster:
     """The groups of one run, and how often they may be started again."""
 
     def __init__(self, config: DistillConfig, mappings: list[list[int]], tell: Tell) -> None:
-        files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)  # before workers are started for it
+        # What the workers would refuse too, but only once they have started.
+        files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)
+        refuse_missing_files(config)
         self.config, self.mappings, self.tell = config, mappings, tell
         self.placement: Placement | None = None
         self.teachers: WorkerGroup | None = None
@@ -67,17 +70,21 @@ class Cluster:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
                 self.end(keep_teachers=not self._must_stay_together and not stop.signal)
-                if stop.signal or attempt == self.config.max_restarts:
-                    hint = f"; see the workers' logs in {self._logs}"
+                what, logs = str(lost).rstrip("."), f"see the workers' logs in {self._logs}"
+                if stop.signal:
+                    raise Stopped(
+                        f"{what}, while the run was stopping after {signal.Signals(stop.signal).name}; {logs}.",
+                        stop.signal,
+                    ) from lost
+                if attempt == self.config.max_restarts:
                     raise LimbeckError(
-                        f"{lost}, after {attempt} of {self.config.max_restarts} restarts{hint}."
+                        f"{what}, after {attempt} of {self.config.max_restarts} restarts; {logs}."
                     ) from lost
                 wait = min(2**attempt, _LONGEST_WAIT)
                 saved = files.list_checkpoints(self.config.checkpoint_dir)
                 goes_on = "goes on from its last checkpoint" if saved else "starts again from the beginning"
                 self.tell(
-                    f"{str(lost).rstrip('.')}. The run {goes_on} in {wait} s "
-                    f"(restart {attempt + 1} of {self.config.max_restarts})."
+                    f"{what}. The run {goes_on} in {wait} s (restart {attempt + 1} of {self.config.max_restarts})."
                 )
                 until = time.monotonic() + wait
                 while time.monotonic() < until:
@@ -152,10 +159,12 @@ class Cluster:
         self.students = start(
             "student", StudentWorker, which=0, environment=self._environment(config.student.system_envs), threads=4
         )
-        if self.teachers is not None:
-            self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
         asked = self.teachers or service
         teachers = () if asked is None else asked.actors
+        if not again:
+            self.tell(f"Workers: {len(self.students.actors)} × student, {len(teachers)} × teacher; logs: {self._logs}")
+        if self.teachers is not None:
+            self.teachers.meet(config.teacher.backend_timeout, together=self.in_step)
         if asked is not None and self.roll is None:
             self.roll = RollCall(asked)
         loading = [actor.load.remote() for actor in teachers]
@@ -164,11 +173,9 @@ class Cluster:
             result(ref, f"teacher-{rank}", 60 * config.teacher.backend_timeout, look)
         if config.takes_turns and self.teachers is not None:
             self.teachers.call("rest", seconds=60 * config.teacher.backend_timeout)
-        if not again:
-            self.tell(f"Workers: {len(self.students.actors)} × student, {len(teachers)} × teacher; logs: {self._logs}")
-        return self._watch(self.students, list(teachers), stop)
+        return self._watch(self.students, list(teachers), stop, look)
 
-    def _watch(self, students: WorkerGroup, teachers: list[Any], stop: StopRequest) -> RunResult:
+    def _watch(self, students: WorkerGroup, teachers: list[Any], stop: StopRequest, look: Look) -> RunResult:
         ray = load_ray()
         runs = [actor.run.remote(teachers, self.in_step) for actor in students.actors]
         ranks = {ref: f"student-{rank}" for rank, ref in enumerate(runs)}
@@ -186,6 +193,8 @@ class Cluster:
                 for line in lines:
                     self.tell(line)
                 told = students.actors[0].told.remote()
+            if not made:  # the students still load, and there is nothing to save
+                look()
             if stop.signal and not asked_to_stop:
                 asked_to_stop = time.monotonic()
                 for actor in students.actors:

@@ -26,6 +26,7 @@ from limbeck.data import (
 )
 from limbeck.models import load_tokenizer, model_limits
 from limbeck.pipeline.console import row_counter
+from limbeck.pipeline.sources import training_sources, validation_sources
 from limbeck.pipeline.translate import translate
 from limbeck.strategies.world import World
 
@@ -164,29 +165,9 @@ def prepare_validation(
     """The same for the rows that the student is measured on; None if none are named."""
     if not config.validation_files:
         return None
-    sources = [named_source(config, name) for name in config.validation_files]
-    return _tokenized(config, tokenizer, sources, replace(token_settings(config), domain_key=None), show)
-
-
-def training_sources(config: DistillConfig) -> list[Source]:
-    """What the student learns from."""
-    return [
-        Source(
-            path=tuple(entry.path or ()),
-            hub=entry.hub,
-            config=entry.config,
-            split=entry.split,
-            revision=entry.revision,
-            format=entry.format or config.student.data_args.format,
-            domain=entry.domain,
-        )
-        for entry in config.data_sources
-    ]
-
-
-def named_source(config: DistillConfig, name: str) -> Source:
-    """A source that is only named, with the rows of the configuration."""
-    return replace(Source.named(name), format=config.student.data_args.format)
+    return _tokenized(
+        config, tokenizer, validation_sources(config), replace(token_settings(config), domain_key=None), show
+    )
 
 
 def token_settings(config: DistillConfig) -> TokenizeSettings:

@@ -27,6 +27,7 @@ from limbeck.pipeline.clustered import refuse_backend
 from limbeck.pipeline.memory import Load, model_memory, outline
 from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, make_objective, refuse_layout
 from limbeck.pipeline.service import find_service
+from limbeck.pipeline.sources import refuse_missing_files
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.stages import check_stages
 from limbeck.strategies.tensor import check_tensor_parallel
@@ -105,6 +106,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         lambda: make_objective(config, torch.device("cpu")),
         lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
+        lambda: refuse_missing_files(config),
         *(partial(_check_worker, *world) for world in worlds),
     ]
     problems = []
