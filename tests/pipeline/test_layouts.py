@@ -66,6 +66,9 @@ CASES = {  # ranks, student, what one process and many have in common, what only
     "dp2, teacher cp2 x tp2": (4, "plain", PACKED, {**rows(2), **spread({}, {TP: 2, CP: 2})}),
     "pp2 x tp2 with sequence": (4, "llama", RECOMPUTED, {**rows(2, 4), **spread({PP: 2, TP: 2, **SP}, {TP: 4, **SP})}),
     "dp2 x pp2, teacher pp2 x cp2": (4, "deep", PACKED, {**rows(2, 2), **spread({PP: 2}, {PP: 2, CP: 2})}),
+    "dp2 x tp2 x pp2, teacher tp2 x cp2 x pp2": (
+        8, "plain", {}, {**rows(2, 2), **spread({TP: 2, PP: 2}, {TP: 2, CP: 2, PP: 2})},
+    ),
 }  # fmt: skip
 
 
@@ -126,7 +129,7 @@ def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.workers)])
 def test_a_layout_gives_the_losses_and_the_student_of_one_process_and_takes_its_checkpoint(folder, tmp_path, ranks):
     cases = {name: case for name, case in CASES.items() if case[0] == ranks}
     files = {}
