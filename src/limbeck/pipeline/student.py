@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -287,4 +288,4 @@ class StudentStage(StudentWithLoss, StageModule):
             return nn.functional.pad(hidden.flatten(0, 1), (0, 0, 0, self._slots - used))
         result = self.loss(hidden, batch, signal, normalizer, tokens, {})
         self.results.append(result.detached())
-        return result.loss.reshape(1)
+        return torch.stack([result.loss])  # FSDP2 warns of what is a view
