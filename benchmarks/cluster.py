@@ -2,7 +2,7 @@
 
     python benchmarks/cluster.py                  # all four
     python benchmarks/cluster.py steps wire       # some of them
-    python benchmarks/cluster.py steps --core 0.6 # each worker has 0.6 of a core for itself (Linux, as root)
+    python benchmarks/cluster.py steps --core 0.5 # each worker has half a core for itself (Linux, as root)
 
 steps   real workers take turns, a few steps at a time: the teacher asked a step ahead, as a run does it; asked only when its
         answer is wanted; the student with answers that it has already; the teacher with nobody else at work. One thread each.
