@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from limbeck.data.batch import IGNORE, Batch, Translation
 from limbeck.errors import LimbeckError
-from limbeck.objectives.cross_tokenizer import Spans, Vocabularies
+from limbeck.objectives.spans import Spans, Vocabularies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

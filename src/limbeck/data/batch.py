@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limbeck.data.masks import IGNORE
-from limbeck.objectives.cross_tokenizer import Spans
+from limbeck.objectives.spans import Spans
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Divergences and the fused head-and-loss. Knows tensors; knows no model, file or process."""
 
 from limbeck.objectives.across import Across, VocabParallel, take_rows
-from limbeck.objectives.cross_tokenizer import CrossTokenizer, Spans, Vocabularies, cross_tokenizer_distillation
+from limbeck.objectives.cross_tokenizer import CrossTokenizer, cross_tokenizer_distillation
 from limbeck.objectives.divergences import coupled, divergence, names, register
 from limbeck.objectives.features import FeatureLosses, feature_loss, modelopt_balance
 from limbeck.objectives.fused import (
@@ -13,6 +13,7 @@ from limbeck.objectives.fused import (
 )
 from limbeck.objectives.say import likeliest, whole_logits
 from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
+from limbeck.objectives.spans import Spans, Vocabularies
 from limbeck.objectives.taid import TaidSchedule
 
 __all__ = [
