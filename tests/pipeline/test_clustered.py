@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,24 @@ ray = pytest.importorskip("ray")
 
 pytestmark = pytest.mark.workers
 
+OURS = ("LIMBECK_TESTED_BY", str(os.getpid()))
+"""In the environment of every worker that is started here, by which it is told from those of other runs on the machine."""
+
+
+@contextmanager
+def ray_of_tests():
+    from limbeck.cluster.session import ray_session
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(*OURS)
+        with ray_session(8):
+            yield
+
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
     """One Ray for this file: runs in this process find it there."""
-    from limbeck.cluster.session import ray_session
-
-    with ray_session(8):
+    with ray_of_tests():
         yield
 
 
@@ -38,11 +50,12 @@ def run_on_cluster(config, told=None):
 
 
 def processes(name: str) -> list[int]:
-    """Of Ray's workers those whose class is ``name``."""
-    found = []
+    """Of Ray's workers that are started here those whose class is ``name``."""
+    found, mark = [], "=".join(OURS).encode()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if entry.read_bytes().startswith(f"ray::{name}".encode()):
+            ours = mark in entry.with_name("environ").read_bytes().split(b"\0")
+            if ours and entry.read_bytes().startswith(f"ray::{name}".encode()):
                 found.append(int(entry.parent.name))
         except OSError:
             continue
@@ -218,16 +231,29 @@ def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, setti
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
-def long_run(settings, tmp_path, **changes) -> subprocess.Popen:
-    """The command ``limbeck train`` at a run that does not end by itself."""
-    keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, **{"save_steps": 0, **changes})
-    keys["student"]["training_args"]["num_train_epochs"] = 10_000
-    config = tmp_path / "long.yaml"
-    config.write_text(yaml.safe_dump(keys))
-    return subprocess.Popen(
-        [sys.executable, "-m", "limbeck", "train", str(config)],
-        start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def long_run(settings, tmp_path):
+    """``long_run(**changes)``: the command ``limbeck train`` at a run that does not end by itself."""
+    started = []
+
+    def start(**changes) -> subprocess.Popen:
+        keys = settings(**groups(1, 1), max_steps=10_000, eval_steps=0, **{"save_steps": 0, **changes})
+        keys["student"]["training_args"]["num_train_epochs"] = 10_000
+        config = tmp_path / "long.yaml"
+        config.write_text(yaml.safe_dump(keys))
+        command = [sys.executable, "-m", "limbeck", "train", str(config)]
+        started.append(
+            subprocess.Popen(
+                command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            )
+        )
+        return started[-1]
+
+    yield start
+    for train in started:
+        if train.poll() is None:
+            os.killpg(train.pid, signal.SIGKILL)
+            train.communicate()
 
 
 def assert_ended(but: set[int]) -> None:
@@ -237,9 +263,9 @@ def assert_ended(but: set[int]) -> None:
         time.sleep(0.1)
 
 
-def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
+def test_ctrl_c_saves_and_ends_every_process(long_run, tmp_path):
     mine = set(processes("StudentWorker"))
-    train = long_run(settings, tmp_path)
+    train = long_run()
     lines = []
     for line in train.stdout:
         lines.append(line)
@@ -254,11 +280,11 @@ def test_ctrl_c_saves_and_ends_every_process(settings, tmp_path):
     assert_ended(but=mine)
 
 
-def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(settings, tmp_path):
+def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(long_run, tmp_path):
     mine = set(processes("StudentWorker") + processes("TeacherWorker"))
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)
-    train = long_run(settings, tmp_path, **{"student.data_args.file_name": [str(endless)]})
+    train = long_run(**{"student.data_args.file_name": [str(endless)]})
     with endless.open("w"):  # opens when a student reads, who then waits for a row
         train.terminate()
         said = train.communicate(timeout=60)[0]
@@ -266,7 +292,7 @@ def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(settings, tmp_
     assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
     assert_ended(but=mine)
 
-    train = long_run(settings, tmp_path)
+    train = long_run()
     said = ""
     for line in train.stdout:
         said += line
@@ -286,9 +312,9 @@ def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(settings, tmp_
     assert_ended(but=mine)
 
 
-def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(settings, tmp_path):
+def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(long_run):
     mine = set(processes("StudentWorker") + processes("TeacherWorker"))
-    train = long_run(settings, tmp_path)
+    train = long_run()
     for line in train.stdout:
         if line.startswith("Ray"):
             break
@@ -302,7 +328,7 @@ def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(settings, t
     assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
     assert_ended(but=mine)
 
-    train = long_run(settings, tmp_path, save_steps=2)
+    train = long_run(save_steps=2)
     said = ""
     for line in train.stdout:
         said += line

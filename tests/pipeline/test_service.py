@@ -15,7 +15,7 @@ import yaml
 from limbeck import DistillPipeline
 from limbeck.errors import LimbeckError
 
-from .test_clustered import processes, run_on_cluster
+from .test_clustered import processes, ray_of_tests, run_on_cluster
 from .test_ranks import metrics, rows
 
 ray = pytest.importorskip("ray")
@@ -30,9 +30,7 @@ WHOLE = {"teacher.strategy_args.strategy_name": "hf_infer"}
 @pytest.fixture(scope="module", autouse=True)
 def _ray():
     """One Ray for this file, which the services join."""
-    from limbeck.cluster.session import ray_session
-
-    with ray_session(8):
+    with ray_of_tests():
         yield
 
 
