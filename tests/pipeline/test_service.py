@@ -153,11 +153,23 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
     alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert alone.returncode == 2
     assert "teacher.service = judge is on a Ray that this run must join; set RAY_ADDRESS" in alone.stderr
-    with served(settings(output_dir=str(tmp_path / "served")), tmp_path, "--name", "judge", address=None) as (_, line):
+    teacher = settings(output_dir=str(tmp_path / "served"))
+    with served(teacher, tmp_path, "--name", "judge", address=None) as (service, line):
         environment["RAY_ADDRESS"] = line.split("RAY_ADDRESS=")[1].split()[0]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert len(metrics(tmp_path / "out", "train/loss")) == 2
+        # And when the service ends, so does its Ray, below a run that is under way.
+        longer = [*command, "max_steps=5000", "resume_from_checkpoint=true", "student.training_args.num_train_epochs=999"]
+        train = subprocess.Popen(longer, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert train.stdout is not None
+        for line in train.stdout:
+            if "step 5/" in line:
+                service.send_signal(signal.SIGINT)
+                break
+        said = train.communicate(timeout=90)[0]
+    assert train.returncode == 2, said
+    assert "has ended, and with it the teacher service judge; start it again. The run goes on from its last" in said
+    assert len(metrics(tmp_path / "out", "train/loss")) >= 5
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,17 @@ def ray_address() -> str:
     return str(load_ray().get_runtime_context().gcs_address)
 
 
+def ray_has_ended() -> bool:
+    """Whether nobody listens any more where the Ray was that this process is connected to; Ray finds it out in a minute, and
+    then ends the process."""
+    host, _, port = ray_address().rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+    except OSError:
+        return True
+    return False
+
+
 def can_join() -> bool:
     """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
     return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()

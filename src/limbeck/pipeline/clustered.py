@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from limbeck.cluster.placement import Placement, place
-from limbeck.cluster.session import load_ray
+from limbeck.cluster.session import load_ray, ray_address, ray_has_ended
 from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
@@ -69,6 +69,7 @@ class Cluster:
             try:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
+                self._end_with_ray()
                 self.end(keep_teachers=not self._must_stay_together and not stop.signal)
                 what, logs = str(lost).rstrip("."), f"see the workers' logs in {self._logs}"
                 if stop.signal:
@@ -90,6 +91,7 @@ class Cluster:
                 while time.monotonic() < until:
                     self._look(stop, again=True)
                     time.sleep(_WATCH_SECONDS)
+                self._end_with_ray()  # whose workers may die a moment before it
         raise AssertionError("the loop above returns or raises")
 
     def _look(self, stop: StopRequest, *, again: bool) -> None:
@@ -100,6 +102,17 @@ class Cluster:
         if again and files.list_checkpoints(self.config.checkpoint_dir):
             raise Stopped(f"{by}; resume_from_checkpoint=true goes on from its last checkpoint.", stop.signal)
         raise Stopped(f"{by}; nothing was saved.", stop.signal)
+
+    def _end_with_ray(self) -> None:
+        """Raise LimbeckError if the Ray that the run has joined is gone."""
+        if not ray_has_ended():
+            return
+        self.students = self.teachers = self.placement = None  # all of them have ended with it
+        service = self.config.teacher.service
+        who = "" if service is None else f", and with it the teacher service {service}"
+        saved = files.list_checkpoints(self.config.checkpoint_dir)
+        how = "goes on from its last checkpoint with resume_from_checkpoint=true" if saved else "has saved nothing yet"
+        raise LimbeckError(f"the Ray at {ray_address()} has ended{who}; start it again. The run {how}.")
 
     @property
     def _must_stay_together(self) -> bool:
