@@ -1,6 +1,7 @@
 """What ``limbeck plan`` predicts beside what a run holds: real models, real loss, real gloo ranks on this machine's CPU.
 
-    python benchmarks/plan.py
+    python benchmarks/plan.py                 # all cases
+    python benchmarks/plan.py zero stages     # those with one of these words in their name
 
 Each case is a real run, started by torchrun, whose second step is measured. Predicted ÷ measured is printed of
 
@@ -148,7 +149,7 @@ def measure(config_file: Path, how: str) -> None:
                 Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
                 run._train_step()
                 found = {"resident": resident("VmHWM") - before}
-        print("@" + json.dumps([ranks.rank, found]), flush=True)
+        sys.stdout.write(f"@{json.dumps([ranks.rank, found])}\n")  # in one piece, or two ranks' run into each other
         run.data.stream.close()
         ranks.wait()
 
@@ -195,7 +196,7 @@ def resident(field: str) -> int:
     raise SystemExit(f"/proc/self/status has no {field}")
 
 
-def compare(details: bool) -> None:
+def compare(words: list[str], details: bool) -> None:
     from limbeck.config import load_config
     from limbeck.plan.simulate import simulate
 
@@ -204,6 +205,9 @@ def compare(details: bool) -> None:
         folder = Path(temporary)
         prepare(folder)
         for number, (size, ranks, changes) in enumerate(CASES):
+            case = f"{size}, {ranks} ranks" + "".join(f", {key}={value}" for key, value in changes.items())
+            if words and not any(word in case for word in words):
+                continue
             file = folder / f"{number}.yaml"
             file.write_text(json.dumps(settings(folder, size, **changes)))
             real: dict[int, dict] = {rank: {} for rank in range(ranks)}
@@ -212,8 +216,7 @@ def compare(details: bool) -> None:
                     real[rank] |= found
             for planned in simulate(load_config(file).config, ranks, "cpu"):
                 held = real[planned.rank]
-                name = f"{size}, {ranks} ranks" + "".join(f", {key}={value}" for key, value in changes.items())
-                name += f", rank {planned.rank}" if changes.get("stages") else ""
+                name = case + (f", rank {planned.rank}" if changes.get("stages") else "")
                 state = sum(planned.most.get(name, 0) for name in STATE) / held["state"]
                 peak, given, grown = (planned.total / held[each] for each in ("tensors", "allocator", "resident"))
                 print(
@@ -236,6 +239,7 @@ def run_ranks(file: Path, how: str, ranks: int) -> list[tuple[int, dict]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
+    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of the cases to run; default all")
     parser.add_argument("--side", type=Path, help="measure one run; used by the script itself")
     parser.add_argument("--how", default="tensors")
     parser.add_argument("--details", action="store_true", help="print what the peaks are made of")
@@ -243,4 +247,4 @@ if __name__ == "__main__":
     if args.side:
         measure(args.side, args.how)
     else:
-        compare(args.details)
+        compare(args.words, args.details)

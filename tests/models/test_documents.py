@@ -108,9 +108,10 @@ def test_packed_documents_teach_exactly_what_each_teaches_alone(family):
         keep_documents_apart(model, family)
         assert model.config._attn_implementation.endswith("_by_document")
     found += [step(root, teacher, [packed(parts, padding)]) for padding in (0, 3)]
+    rounding = 1e-5 if family in PRECISION else 1e-12
     for ours, our_gradient in found:
-        assert ours == pytest.approx(loss, rel=1e-6)
-        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=1e-6 * gradient.abs().max().item())
+        assert ours == pytest.approx(loss, rel=rounding)
+        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=rounding * gradient.abs().max().item())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -38,11 +38,23 @@ def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
         assert "no GPU is found, so device_mapping counts CPU slots" in out
 
 
-def test_data_that_is_not_there_is_told_before_anything_is_started(check, tmp_path):
-    missing = str(tmp_path / "row.jsonl")
-    status, _, err = check(**APART, **{"validation.data_args.file_name": [missing]})
-    assert status == 2
-    assert err.startswith(f"limbeck: The data file {missing} does not exist") and err.count("\n") == 1
+def test_everything_that_is_missing_is_told_before_anything_is_started(check, tmp_path):
+    (tmp_path / "empty").mkdir()
+    row = str(tmp_path / "row.jsonl")
+    files = {"student_pretrain": str(tmp_path / "empty"), "teacher_pretrain": str(tmp_path / "none")}
+    status, out, err = check(**APART, **files, **{"validation.data_args.file_name": [row]})
+    assert status == 2 and "parameters" not in out
+    student, teacher, data = err.splitlines()
+    assert student.startswith(f"limbeck: there is no config.json in {str(tmp_path / 'empty')!r}, so the student cannot")
+    assert teacher.startswith(f"limbeck: there is no folder {str(tmp_path / 'none')!r} to load the teacher from;")
+    assert data.startswith(f"limbeck: The data file {row} does not exist")
+
+
+def test_a_damaged_configuration_is_told_beside_what_fits(check, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", ')
+    status, out, err = check(**APART, student_pretrain=str(tmp_path))
+    assert status == 2 and " teacher " in out
+    assert "not a valid JSON file. Check the files in that folder" in err and err.count("\n") == 1
 
 
 def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):

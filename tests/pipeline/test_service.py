@@ -159,7 +159,12 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         # And when the service ends, so does its Ray, below a run that is under way.
-        longer = [*command, "max_steps=5000", "resume_from_checkpoint=true", "student.training_args.num_train_epochs=999"]
+        longer = [
+            *command,
+            "max_steps=5000",
+            "resume_from_checkpoint=true",
+            "student.training_args.num_train_epochs=999",
+        ]
         train = subprocess.Popen(longer, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert train.stdout is not None
         for line in train.stdout:

@@ -116,8 +116,10 @@ def place(
     if not placed:
         free = ray.available_resources()
         ray.util.remove_placement_group(group)
+        parts = " + ".join(f"{bundle[device]:g}" for bundle in bundles)
         raise LimbeckError(
-            f"Ray could not place {bundles} within {_PLACING_SECONDS} s: of {there.get(device, 0):g} {device} slots "
-            f"{free.get(device, 0):g} are free; wait for other runs, or set num_gpus_per_node to what one machine has."
+            f"Ray could not place {parts} {device} slots (each number on one machine) within {_PLACING_SECONDS} s: of "
+            f"{there.get(device, 0):g} {free.get(device, 0):g} are free; wait for other runs, or set num_gpus_per_node to "
+            "what one machine has."
         )
     return Placement(group, tuple(map(tuple, places)), device)

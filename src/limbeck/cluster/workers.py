@@ -12,6 +12,7 @@ import os
 import platform
 import time
 import traceback
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -64,7 +65,10 @@ class Worker:
         with open(log, "a", buffering=1) as file:  # noqa: PTH123
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        if load_ray().get_runtime_context().was_current_actor_reconstructed:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what Ray itself makes use of there
+            again = load_ray().get_runtime_context().was_current_actor_reconstructed
+        if again:
             print(f"{name} died before; Ray has started it again, as process {os.getpid()}", flush=True)
         # Thousands of modules are no garbage, and looking for it among them takes a sixth of the time.
         gc.disable()

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
+from limbeck.folders import check_folder
 from limbeck.models.documents import BY_DOCUMENT
 from limbeck.models.hub import knock_at_hub
 from limbeck.models.memory import available_memory
@@ -39,7 +40,7 @@ def load_model(
     the whole configuration and must name its ``model_type``. Otherwise ``config_kwargs`` override the checkpoint's
     configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load, or no room for it.
     """
-    _check_folder(name_or_path, role)
+    _check_name(name_or_path, role)
     changes = dict(config_kwargs or {})
     attention = _ATTENTION.get(attn_implementation, attn_implementation)
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -91,7 +92,7 @@ def model_outline(
 ) -> Any:
     """The model that ``load_model`` would give, on the meta device: shapes without numbers, of which only the configuration
     is read. Raises LimbeckError with ``role`` in the sentence when that cannot be read."""
-    _check_folder(name_or_path, role)
+    _check_name(name_or_path, role)
     changes = dict(config_kwargs or {})
     common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if revision is not None:
@@ -165,7 +166,7 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
 
 def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
-    _check_folder(name_or_path, "tokenizer")
+    _check_name(name_or_path, "tokenizer", holds=None)
     try:
         extra = {} if revision is None else {"revision": revision}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
@@ -181,13 +182,11 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     return tokenizer
 
 
-def _check_folder(name_or_path: str | None, role: str) -> None:
-    """A hub name is ``name`` or ``owner/name``; anything else can only be a folder."""
-    if name_or_path is None or Path(name_or_path).is_dir():
-        return
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1:
-        raise LimbeckError(f"there is no folder {name_or_path!r} to load the {role} from; check the path.")
-    knock_at_hub()
+def _check_name(name_or_path: str | None, role: str, holds: str | None = "config.json") -> None:
+    """Raise LimbeckError for a folder without a checkpoint; knock at the hub for what is none."""
+    check_folder(name_or_path, role, holds)
+    if name_or_path is not None and not Path(name_or_path).is_dir():
+        knock_at_hub()
 
 
 def _first_line(error: Exception) -> str:
@@ -197,6 +196,8 @@ def _first_line(error: Exception) -> str:
 
 
 def _hint(name_or_path: str | None) -> str:
-    if name_or_path is None or Path(name_or_path).is_dir():
+    if name_or_path is None:
         return ""
+    if Path(name_or_path).is_dir():
+        return " Check the files in that folder, or copy the checkpoint again."
     return " It is not a folder here; check the path, or the hub name and the network."

@@ -43,6 +43,7 @@ from limbeck.pipeline.parts import (
 )
 from limbeck.pipeline.quiet import quiet_libraries
 from limbeck.pipeline.result import RunResult
+from limbeck.pipeline.sources import refuse_missing_files
 from limbeck.pipeline.student import StudentLoss
 from limbeck.pipeline.trackers import MetricsFile, Tracker, check_tracker, make_tracker
 from limbeck.pipeline.translate import translate
@@ -126,6 +127,7 @@ class _Run:
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
         check_strategies(config)
+        refuse_missing_files(config)
         self._check_best_metric()
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
         files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)

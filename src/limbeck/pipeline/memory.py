@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -46,13 +46,13 @@ class Load:
         return self.per_stage[rank // (self.layout.tensor * self.layout.context) % self.layout.pipeline]
 
 
-def model_memory(config: DistillConfig) -> list[Load]:
-    """What student and teacher take on each rank: parameters, and for what is trained gradients and Adam; nothing else.
+def model_memory(config: DistillConfig, roles: Collection[str] = ("student", "teacher")) -> list[Load]:
+    """What ``roles`` take on each rank: parameters, and for what is trained gradients and Adam; nothing else.
 
     A teacher that is a service is not counted. Raises LimbeckError for a checkpoint whose configuration cannot be read.
     """
-    loads = [_of_student(config)]
-    if config.has_teacher and config.teacher.service is None:
+    loads = [_of_student(config)] if "student" in roles else []
+    if "teacher" in roles and config.has_teacher and config.teacher.service is None:
         loads.append(_of_teacher(config))
     return loads
 

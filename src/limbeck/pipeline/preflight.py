@@ -27,7 +27,7 @@ from limbeck.pipeline.clustered import refuse_backend
 from limbeck.pipeline.memory import Load, model_memory, outline
 from limbeck.pipeline.parts import DTYPES, arrange, fsdp2_options, layout_of, make_objective, refuse_layout
 from limbeck.pipeline.service import find_service
-from limbeck.pipeline.sources import refuse_missing_files
+from limbeck.pipeline.sources import missing_files
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.stages import check_stages
 from limbeck.strategies.tensor import check_tensor_parallel
@@ -76,7 +76,7 @@ def this_machine() -> Machine:
 
 
 def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
-    problems = [*_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
+    problems = [*missing_files(config), *_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
     print(devices_told(sum(machine.gpus for machine in machines)))
     ours = versions()
     for machine in machines:
@@ -86,11 +86,12 @@ def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
                     f"{machine.name} runs {package} {theirs}, and this process {ours[package]}; install the same on all "
                     "machines."
                 )
-    try:
-        loads = model_memory(config)
-    except LimbeckError as error:
-        problems.append(str(error))
-        loads = []
+    loads: list[Load] = []
+    for role in ("student", "teacher"):
+        try:
+            loads += model_memory(config, [role])
+        except LimbeckError as error:
+            problems.append(str(error))
     problems += _placement_problems(config, machines, loads)
     return list(dict.fromkeys(problems))
 
@@ -106,7 +107,6 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         lambda: make_objective(config, torch.device("cpu")),
         lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
-        lambda: refuse_missing_files(config),
         *(partial(_check_worker, *world) for world in worlds),
     ]
     problems = []
@@ -168,7 +168,8 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
     loading: Counter[str] = Counter()
     on_device: Counter[int] = Counter()
     hosts: dict[int, Machine] = {}
-    for which, load in enumerate(loads):
+    for load in loads:
+        which = 0 if load.role == "student" else 1
         places_of = places[which if len(places) > 1 else 0]
         for rank, (at_place, number) in enumerate(zip(places_of, mappings[which], strict=True)):
             machine = found.get(at_place.bundle)
@@ -182,7 +183,8 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
         table.add_row(
             load.role, str(load.ranks), f"{load.parameters:,}", _size(load.per_rank), ", ".join(names) or "none"
         )
-    Console(highlight=False).print(table)
+    if loads:
+        Console(highlight=False).print(table)
     for machine in {machine.name: machine for machine in found.values()}.values():
         held = 0 if on_gpus else on_machine[machine.name]
         if held > machine.memory:

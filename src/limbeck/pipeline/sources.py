@@ -1,11 +1,16 @@
-"""The data that a configuration names. Light to import: whoever only starts processes looks here whether it is there."""
+"""The files that a configuration names. Light to import: whoever only starts processes looks here whether they are there."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from limbeck.config import DistillConfig
+from limbeck.config.schema import WorkerConfig
 from limbeck.data.sources import Source, expand
+from limbeck.errors import LimbeckError
+from limbeck.folders import check_folder
 
 
 def training_sources(config: DistillConfig) -> list[Source]:
@@ -34,8 +39,34 @@ def validation_sources(config: DistillConfig) -> list[Source]:
     return [named_source(config, name) for name in config.validation_files]
 
 
+def missing_files(config: DistillConfig) -> list[str]:
+    """A sentence for every file or folder on this machine that a run needs and that is not there; the hub is not asked."""
+    looks: list[Callable[[], object]] = [
+        *(
+            partial(check_folder, worker.model_args.model_name_or_path, role, "config.json")
+            for role, worker in _models(config)
+        ),
+        *(
+            partial(expand, source.path)
+            for source in [*training_sources(config), *validation_sources(config)]
+            if source.hub is None
+        ),
+    ]
+    missing = []
+    for look in looks:
+        try:
+            look()
+        except LimbeckError as error:
+            missing.append(str(error))
+    return missing
+
+
 def refuse_missing_files(config: DistillConfig) -> None:
-    """Raise LimbeckError for a data file that is not there or cannot be read; what is on the hub is not looked for."""
-    for source in [*training_sources(config), *validation_sources(config)]:
-        if source.hub is None:
-            expand(source.path)
+    """Raise LimbeckError with the first of them."""
+    for sentence in missing_files(config):
+        raise LimbeckError(sentence)
+
+
+def _models(config: DistillConfig) -> list[tuple[str, WorkerConfig]]:
+    roles: list[tuple[str, WorkerConfig]] = [("student", config.student)]
+    return [*roles, ("teacher", config.teacher)] if config.has_teacher and config.teacher.service is None else roles

@@ -180,7 +180,11 @@ def _student_step(
             teacher, head = _teacher(config, world) if teacher_here else _elsewhere(config)
         # Float32 but for a LoRA base, as in ``make_student``.
         model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
-        size, vocab, name = _size(model), output_head(model).weight.shape[0], str(args.model_name_or_path)
+        size, vocab, name = (
+            _size(model),
+            output_head(model).weight.shape[0],
+            str(args.model_name_or_path or "the student"),
+        )
         if teacher is not None:
             vocab = min(vocab, teacher.vocab_size)
         check_tensor_parallel(body(model), layout, name, "student")
@@ -383,7 +387,7 @@ def _load_teacher(config: DistillConfig) -> Any:
 
 def _teacher(config: DistillConfig, world: World) -> tuple[LocalTeacher, OutputHead]:
     model = _load_teacher(config)
-    name = str(config.teacher.model_args.model_name_or_path)
+    name = str(config.teacher.model_args.model_name_or_path or "the teacher")
     layout = layout_of(config.teacher)
     check_tensor_parallel(body(model), layout, name, "teacher")
     check_stages(body(model), layout.pipeline, name, "teacher")
