@@ -16,11 +16,15 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline
 from limbeck.errors import LimbeckError
+from limbeck.objectives import compiler_found
 
 from .conftest import assert_same_weights, forget_after
 from .test_ranks import metrics, rows, train
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs limbeck[deepspeed]")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs limbeck[deepspeed]"),
+    pytest.mark.workers,
+]
 
 
 def zero(stage: int, role: str = "student", **block) -> dict:
@@ -72,6 +76,19 @@ def test_a_zero_stage_gives_the_run_of_one_process(configure, settings, tmp_path
         again = settings(**shared, **changes, output_dir=str(tmp_path / "many"))
         assert "at step 3" in train(again, tmp_path, 2, "resume_from_checkpoint=latest")
         assert_same_weights(tmp_path / "whole", tmp_path / "many" / "student")
+
+
+@pytest.mark.skipif(not compiler_found(), reason="needs a C++ compiler and Python's headers")
+@pytest.mark.timeout(600)
+def test_an_offloaded_optimizer_steps_as_pytorchs(configure, settings, tmp_path):
+    build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
+    subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, timeout=500)
+    DistillPipeline(configure(**SHORT, output_dir=str(tmp_path / "one"))).run()
+    offloaded = zero(2, zero_optimization={"offload_optimizer": {"device": "cpu", "pin_memory": False}})
+    train(settings(**SHORT, **rows(4), **offloaded, output_dir=str(tmp_path / "many")), tmp_path, 2)
+    for key in ("train/loss", "student/grad_norm", "val/loss"):
+        assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
+    assert_same_weights(tmp_path / "one" / "student", tmp_path / "many" / "student", tolerance=1e-5)
 
 
 def test_a_run_goes_on_with_another_stage_strategy_and_number_of_ranks(configure, settings, tmp_path):
