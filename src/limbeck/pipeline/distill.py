@@ -127,8 +127,8 @@ class _Run:
         self.output_dir = Path(config.output_dir)
         check_tracker(config.track_with)
         check_strategies(config)
-        refuse_missing_files(config)
         self._check_best_metric()
+        refuse_missing_files(config)
         resume = files.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
         files.refuse_earlier(config.resume_from_checkpoint, config.checkpoint_dir)
         if resume is not None:
