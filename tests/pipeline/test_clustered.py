@@ -148,6 +148,12 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     went_back = sum("goes on from its last checkpoint" in line for line in lines)
     least = 1 if backend == "gloo" else 2
     assert least <= went_back <= least + 1
+    # Who is named is who was lost, not who failed for want of it.
+    named = [line for line in lines if "goes on from its last checkpoint" in line]
+    assert all(" died (ActorDiedError). The run" in line or " does not answer. The run" in line for line in named), (
+        named
+    )
+    assert any("does not answer" in line for line in named) == (backend == "ray")
     assert any(line.startswith("Resumed from") for line in lines)
     replaced = any(line.startswith("teacher-0 died; Ray has started it again (process ") for line in lines)
     assert replaced == (backend == "ray")

@@ -21,6 +21,7 @@ _DEFAULTS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # What Ray prints of its workers: what befalls ours is told in our own words, and theirs are in their logs.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls whose worker's loss is known already
     # A Ray that is started here serves one run: its workers give way to nobody, and no others are started in advance.
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",

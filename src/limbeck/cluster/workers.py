@@ -275,6 +275,23 @@ class RollCall:
                 self._asked[rank] = (actor.about.remote(), now)
 
 
+def find_lost(groups: Sequence[WorkerGroup], seconds: float) -> list[str]:
+    """Which workers are dead; if none is, which have not answered after so long. When one is lost, it is often another that
+    fails first, for want of its peer."""
+    ray = load_ray()
+    asked = {
+        actor.about.remote(): f"{group.name}-{rank}" for group in groups for rank, actor in enumerate(group.actors)
+    }
+    ready = ray.wait(list(asked), num_returns=len(asked), timeout=seconds)[0] if asked else []
+    dead = []
+    for ref in ready:
+        try:
+            result(ref, asked[ref], 0)
+        except WorkerLost as lost:
+            dead.append(str(lost))
+    return dead or [f"{name} does not answer" for ref, name in asked.items() if ref not in ready]
+
+
 def _process(about: Mapping[str, Any]) -> str:
     return f"process {about['pid']} on {about['host']}"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray, ray_address, ray_has_ended
-from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, result
+from limbeck.cluster.workers import Look, RollCall, WorkerGroup, WorkerLost, find_lost, registered_groups, result
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
 from limbeck.pipeline import checkpoint as files
@@ -69,9 +69,11 @@ class Cluster:
             try:
                 return self._attempt(again=attempt > 0, stop=stop)
             except WorkerLost as lost:
-                self._end_with_ray()
+                self._end_with_service()
+                groups = [group for group in (self.students, self.teachers) if group is not None]
+                what = "; ".join(find_lost(groups, _ANSWERING_SECONDS)) or str(lost).rstrip(".")
+                logs = f"see the workers' logs in {self._logs}"
                 self.end(keep_teachers=not self._must_stay_together and not stop.signal)
-                what, logs = str(lost).rstrip("."), f"see the workers' logs in {self._logs}"
                 if stop.signal:
                     raise Stopped(
                         f"{what}, while the run was stopping after {signal.Signals(stop.signal).name}; {logs}.",
@@ -91,7 +93,7 @@ class Cluster:
                 while time.monotonic() < until:
                     self._look(stop, again=True)
                     time.sleep(_WATCH_SECONDS)
-                self._end_with_ray()  # whose workers may die a moment before it
+                self._end_with_service()  # whose workers may die a moment before it
         raise AssertionError("the loop above returns or raises")
 
     def _look(self, stop: StopRequest, *, again: bool) -> None:
@@ -103,16 +105,21 @@ class Cluster:
             raise Stopped(f"{by}; resume_from_checkpoint=true goes on from its last checkpoint.", stop.signal)
         raise Stopped(f"{by}; nothing was saved.", stop.signal)
 
-    def _end_with_ray(self) -> None:
-        """Raise LimbeckError if the Ray that the run has joined is gone."""
-        if not ray_has_ended():
+    def _end_with_service(self) -> None:
+        """Raise LimbeckError if the teacher service, or the Ray that the run has joined, is gone."""
+        service, gone = self.config.teacher.service, ray_has_ended()
+        if gone:
+            self.students = self.teachers = self.placement = None  # all of them have ended with it
+            who = f"the Ray at {ray_address()} has ended" + (
+                f", and with it the teacher service {service}" if service else ""
+            )
+        elif service is not None and service not in registered_groups():
+            who = f"the teacher service {service} has ended"
+        else:
             return
-        self.students = self.teachers = self.placement = None  # all of them have ended with it
-        service = self.config.teacher.service
-        who = "" if service is None else f", and with it the teacher service {service}"
         saved = files.list_checkpoints(self.config.checkpoint_dir)
         how = "goes on from its last checkpoint with resume_from_checkpoint=true" if saved else "has saved nothing yet"
-        raise LimbeckError(f"the Ray at {ray_address()} has ended{who}; start it again. The run {how}.")
+        raise LimbeckError(f"{who}; start it again. The run {how}.")
 
     @property
     def _must_stay_together(self) -> bool:

@@ -62,9 +62,9 @@ def missing_files(config: DistillConfig) -> list[str]:
 
 
 def refuse_missing_files(config: DistillConfig) -> None:
-    """Raise LimbeckError with the first of them."""
-    for sentence in missing_files(config):
-        raise LimbeckError(sentence)
+    """Raise LimbeckError with all of them, one on a line."""
+    if missing := missing_files(config):
+        raise LimbeckError("\n".join(missing))
 
 
 def _models(config: DistillConfig) -> list[tuple[str, WorkerConfig]]:
