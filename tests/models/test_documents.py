@@ -36,7 +36,7 @@ FAMILIES = {
 }  # fmt: skip
 
 PRECISION = {"gpt_oss": torch.float32}  # its experts know no other
-ROUNDING = {"gpt_oss": 1e-5, "gemma2": 1e-6, "gemma3_text": 1e-6}  # whose norms are float32
+ROUNDING = {"gpt_oss": 1e-5, "gemma2": 1e-6, "gemma3_text": 1e-6}  # float32, or norms in it
 
 
 def tiny(family: str, *, seed: int = 0, attention: str | None = None, **changes):

@@ -11,21 +11,32 @@ from limbeck.models import model_outline
 from limbeck.models.hub import knock_at_hub
 
 
-@pytest.mark.parametrize("answers", [False, True])
-def test_a_hub_that_does_not_answer_is_not_asked_again(monkeypatch, answers):
-    with socket.create_server(("127.0.0.1", 0)) as hub:
-        address = f"http://127.0.0.1:{hub.getsockname()[1] if answers else 9}"
-        monkeypatch.setattr(constants, "ENDPOINT", address)
+@pytest.fixture
+def hub(monkeypatch):
+    """``hub(port)``: the hub is at that port of this machine, and nobody has asked for it yet."""
+
+    def at(port: int) -> None:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
         knock_at_hub.cache_clear()
+
+    yield at
+    knock_at_hub.cache_clear()
+
+
+def test_a_hub_that_answers_is_asked(hub):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub(server.getsockname()[1])
         knock_at_hub()
-        assert answers != constants.is_offline_mode()
+        assert not constants.is_offline_mode()
 
 
-def test_a_model_that_is_nowhere_is_one_sentence():
+def test_a_model_of_a_hub_that_does_not_answer_is_one_sentence_and_no_more_tries(hub):
+    hub(9)
     with pytest.raises(
         LimbeckError, match=r"configuration of the teacher 'nobody/nothing': .*cached files\. .*network"
     ):
         model_outline("nobody/nothing", dtype=torch.float32, role="teacher")
+    assert constants.is_offline_mode()

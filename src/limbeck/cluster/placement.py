@@ -119,7 +119,7 @@ def place(
         parts = " + ".join(f"{bundle[device]:g}" for bundle in bundles)
         raise LimbeckError(
             f"Ray could not place {parts} {device} slots (each number on one machine) within {_PLACING_SECONDS} s: of "
-            f"{there.get(device, 0):g} {free.get(device, 0):g} are free; wait for other runs, or set num_gpus_per_node to "
-            "what one machine has."
+            f"{there.get(device, 0):g} in all, {free.get(device, 0):g} are free; wait for other runs, or set "
+            "num_gpus_per_node to what one machine has."
         )
     return Placement(group, tuple(map(tuple, places)), device)

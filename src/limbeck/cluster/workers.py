@@ -275,9 +275,9 @@ class RollCall:
                 self._asked[rank] = (actor.about.remote(), now)
 
 
-def find_lost(groups: Sequence[WorkerGroup], seconds: float) -> list[str]:
-    """Which workers are dead; if none is, which have not answered after so long. When one is lost, it is often another that
-    fails first, for want of its peer."""
+def find_lost(groups: Sequence[WorkerGroup], seconds: float) -> tuple[list[str], list[str]]:
+    """A sentence for each worker that is dead, and for each that has not answered after so long, which may be at work. When
+    one is lost, it is often another that fails first, for want of its peer."""
     ray = load_ray()
     asked = {
         actor.about.remote(): f"{group.name}-{rank}" for group in groups for rank, actor in enumerate(group.actors)
@@ -289,7 +289,7 @@ def find_lost(groups: Sequence[WorkerGroup], seconds: float) -> list[str]:
             result(ref, asked[ref], 0)
         except WorkerLost as lost:
             dead.append(str(lost))
-    return dead or [f"{name} does not answer" for ref, name in asked.items() if ref not in ready]
+    return dead, [f"{name} does not answer" for ref, name in asked.items() if ref not in ready]
 
 
 def _process(about: Mapping[str, Any]) -> str:

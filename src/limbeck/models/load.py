@@ -77,7 +77,7 @@ def load_model(
             "again."
         ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path)
+        hint = _hint(name_or_path, error)
         raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
 
 
@@ -105,7 +105,7 @@ def model_outline(
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path)
+        hint = _hint(name_or_path, error)
         raise LimbeckError(
             f"cannot read the configuration of the {role} {name_or_path!r}: {_first_line(error)}{hint}"
         ) from error
@@ -121,7 +121,7 @@ def model_limits(
     try:
         config = _changed(AutoConfig.from_pretrained(name_or_path, **common), dict(config_kwargs))
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path)
+        hint = _hint(name_or_path, error)
         raise LimbeckError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}{hint}") from error
     text = config.get_text_config()
     return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
@@ -171,7 +171,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
         extra = {} if revision is None else {"revision": revision}
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, ImportError) as error:
-        hint = _hint(name_or_path)
+        hint = _hint(name_or_path, error)
         raise LimbeckError(f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}{hint}") from error
     if tokenizer.eos_token_id is None:
         raise LimbeckError(
@@ -195,9 +195,11 @@ def _first_line(error: Exception) -> str:
     return first.rstrip(".") + "."
 
 
-def _hint(name_or_path: str | None) -> str:
-    if name_or_path is None:
+def _hint(name_or_path: str | None, error: Exception) -> str:
+    if name_or_path is None or isinstance(error, ImportError):
         return ""
-    if Path(name_or_path).is_dir():
+    if not Path(name_or_path).is_dir():
+        return " It is not a folder here; check the path, or the hub name and the network."
+    if isinstance(error, (OSError, StrictDataclassError)):
         return " Check the files in that folder, or copy the checkpoint again."
-    return " It is not a folder here; check the path, or the hub name and the network."
+    return ""

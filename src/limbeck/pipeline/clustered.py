@@ -71,7 +71,8 @@ class Cluster:
             except WorkerLost as lost:
                 self._end_with_service()
                 groups = [group for group in (self.students, self.teachers) if group is not None]
-                what = "; ".join(find_lost(groups, _ANSWERING_SECONDS)) or str(lost).rstrip(".")
+                dead, silent = find_lost(groups, _ANSWERING_SECONDS)
+                what = "; ".join(dead or [str(lost).rstrip("."), *silent])
                 logs = f"see the workers' logs in {self._logs}"
                 self.end(keep_teachers=not self._must_stay_together and not stop.signal)
                 if stop.signal:
