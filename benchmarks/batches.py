@@ -30,8 +30,8 @@ from limbeck.data import BatchStream, Examples, PrefetchedStream, tokenize_rows
 from limbeck.data.packing import ALGORITHMS, pack
 from limbeck.models import body, keep_documents_apart, output_head
 from limbeck.objectives import Objective
-from limbeck.pipeline.student import StudentWithLoss
 from limbeck.teachers import LocalTeacher
+from limbeck.train.student import StudentWithLoss
 
 LENGTH, VOCAB = 512, 8000
 TEACHER = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}

@@ -31,19 +31,19 @@ import yaml
 from startup import make_run, seconds_to_first_step
 from step import TEACHER, TIME, prepare
 
-from limbeck.cluster.channel import RayChannel
+from limbeck.cluster.groups import WorkerGroup
 from limbeck.cluster.placement import place
 from limbeck.cluster.session import load_ray, ray_session
-from limbeck.cluster.wire import flat
-from limbeck.cluster.workers import WorkerGroup
+from limbeck.cluster.tensors import flat
 from limbeck.config import DistillConfig
+from limbeck.launch.workers import StudentWorker, TeacherWorker
+from limbeck.models.logs import configure_logging
 from limbeck.objectives import OutputHead
-from limbeck.pipeline.distill import _Run
-from limbeck.pipeline.quiet import quiet_libraries
-from limbeck.pipeline.remote import remote_teacher
-from limbeck.pipeline.workers import StudentWorker, TeacherWorker
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.teachers import Answer, Question, RemoteTeacher, Signal, Wanted
+from limbeck.teachers import RemoteTeacher, Signal, SignalFuture, SignalSpec, TeacherRequest
+from limbeck.teachers.channels.ray_object_store import RayChannel
+from limbeck.teachers.connect import remote_teacher
+from limbeck.train.loop import _Run
 
 PARTS = ("steps", "bytes", "wire", "start")
 ROWS = 2  # of TIME tokens, for each student rank
@@ -61,14 +61,14 @@ class TurnsTeacher:
         self.mode = "ahead"
         self.kept: Signal | None = None
 
-    def ask(self, batch: Any, wanted: Wanted) -> Answer:
+    def ask(self, batch: Any, wanted: SignalSpec) -> SignalFuture:
         if self.mode == "ahead":
             return self._keep(self.teacher.ask(batch, wanted))
         if self.mode == "serial":
             return lambda micro: self.teacher.ask(batch, wanted)(micro)
         return lambda micro: self.kept  # type: ignore[return-value, unused-ignore]
 
-    def _keep(self, answer: Answer) -> Answer:
+    def _keep(self, answer: SignalFuture) -> SignalFuture:
         def keep(micro: Any) -> Signal:
             self.kept = answer(micro)
             return self.kept
@@ -83,7 +83,7 @@ class Student(StudentWorker):
         def find(config: DistillConfig, world: Any, data: Any) -> TurnsTeacher:
             return TurnsTeacher(remote_teacher(teachers, False, config, world, data))
 
-        quiet_libraries()
+        configure_logging()
         keep_freed_pages()
         self.training: Any = _Run(self.config, self.world, find, None)  # type: ignore[arg-type, unused-ignore]
 
@@ -172,7 +172,7 @@ def measure_steps(folder: Path, students: int, share: float | None) -> float:
     """Print one layout's figures; returns the measured bytes per supervised token."""
     # Asked about by hand exactly what a step asks about: each student rank puts one question.
     ids = torch.randint(3, 32_000, (ROWS, TIME))
-    question = Question(ids, None, None, torch.arange(ROWS * TIME))
+    question = TeacherRequest(ids, None, None, torch.arange(ROWS * TIME))
     seconds: dict[str, list[float]] = defaultdict(list)
     with workers(folder, students, share) as (student, teacher):
         for turn in range(ROUNDS + 1):
@@ -222,7 +222,7 @@ def measure_bytes(measured: float | None) -> None:
         )
         sizes = {}
         for kind in ("hidden_states", "top_k", "logits"):
-            message = tuple(map(flat, Wanted(kind, TOPK, vocab).say(hidden, head)))
+            message = tuple(map(flat, SignalSpec(kind, TOPK, vocab).say(hidden, head)))
             sizes[kind] = sum(part.bits.nbytes for part in message) // positions
         states, topk, logits = sizes.values()
         print(
@@ -260,7 +260,7 @@ class Consumer(Peer):
         """For each message: seconds from the producer's result to the tensor here, and those of reading all of it."""
         channel: Any = RayChannel(producer, "producer", 60)
         if backend == "gloo":
-            from limbeck.cluster.direct import connect
+            from limbeck.teachers.channels.ray_direct import connect
 
             (channel,) = connect(backend, [producer], ["producer"], 60)
         found = []
@@ -275,7 +275,7 @@ class Consumer(Peer):
 
 def measure_wire() -> None:
     ray = load_ray()
-    import limbeck.cluster.direct  # noqa: F401  before the actors are made, as in a run
+    import limbeck.teachers.channels.ray_direct  # noqa: F401  before the actors are made, as in a run
 
     remote = ray.remote(enable_tensor_transport=True, max_concurrency=4)
     size = 32_768 * 4096 * 2 / 1e9

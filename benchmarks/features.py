@@ -26,10 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from limbeck.data import IGNORE, Batch
 from limbeck.models import Taps, body, output_head
 from limbeck.objectives import FeatureLosses, Objective
-from limbeck.pipeline.features import Features
-from limbeck.pipeline.student import StudentWithLoss
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.teachers import LocalTeacher
+from limbeck.train.features import Features
+from limbeck.train.student import StudentWithLoss
 
 ROWS, TIME, VOCAB = 4, 256, 8_000
 COMMON = {"num_attention_heads": 8, "num_key_value_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 2048}

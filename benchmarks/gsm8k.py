@@ -15,7 +15,7 @@ from pathlib import Path
 
 from limbeck import DistillConfig, DistillPipeline
 from limbeck.data import BatchStream, tokenize_files
-from limbeck.pipeline.distill import RunResult
+from limbeck.train.loop import RunResult
 
 
 def make_start(folder: Path, train: Path) -> None:

@@ -125,13 +125,13 @@ def measure(config_file: Path, how: str) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from limbeck.config import load_config
-    from limbeck.pipeline.distill import _Run
-    from limbeck.pipeline.parts import arrange
     from limbeck.strategies.world import start_world
+    from limbeck.train.build.models import resolve_parallelism
+    from limbeck.train.loop import _Run
 
     config = load_config(config_file).config
     with start_world() as ranks:
-        world = arrange(config, ranks)
+        world = resolve_parallelism(config, ranks)
         before = resident("VmRSS")
         if how == "allocator":
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

@@ -109,7 +109,7 @@ def trl(folder: Path, dtype: str, steps: int) -> None:
                 for part in ids.split(4) * (steps // 16 + 1)
             ]  # fmt: skip
 
-    class Turns(TrainerCallback):
+    class ColocatedOffload(TrainerCallback):
         asked = None
 
         def on_step_begin(self, *args, **kwargs):
@@ -130,7 +130,7 @@ def trl(folder: Path, dtype: str, steps: int) -> None:
     messages = [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}] * 8
     trainer = SameBatches(
         model=load("student"), teacher_model=load("teacher"), args=config, processing_class=tokenizer,
-        train_dataset=Dataset.from_list(messages), callbacks=[Turns()],
+        train_dataset=Dataset.from_list(messages), callbacks=[ColocatedOffload()],
     )  # fmt: skip
     trainer.train()
 

@@ -10,8 +10,61 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
+from runs import nested
+from tiny import make_data, make_model
+
+from limbeck.config import DistillConfig, load_mapping
+
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "token-cache"))
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def assets(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("assets")
+    make_model(folder / "teacher", hidden=48, layers=3, seed=1)
+    make_model(folder / "student")
+    make_data(folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture
+def settings(assets, tmp_path):
+    """``settings(**{"dotted.key": value})`` → nested dictionaries of a 12-step float32 run."""
+
+    def build(**changes) -> dict:
+        flat = {
+            "student_pretrain": str(assets / "student"),
+            "teacher_pretrain": str(assets / "teacher"),
+            "output_dir": str(tmp_path / "out"),
+            "sequence_length": 64,
+            "max_steps": 12,
+            "save_steps": 5,
+            "eval_steps": 4,
+            "logging_steps": 1,
+            "track_with": "none",
+            "student.model_args.dtype": "fp32",
+            "student.model_args.disable_gradient_checkpointing": True,
+            "student.training_args.learning_rate": 1e-3,
+            "student.training_args.per_device_train_batch_size": 8,
+            "student.data_args.file_name": [str(assets / "rows.jsonl")],
+            "teacher.model_args.dtype": "fp32",
+            "validation.data_args.file_name": [str(assets / "rows.jsonl")],
+            **changes,
+        }
+        return nested(flat)
+
+    return build
+
+
+@pytest.fixture
+def configure(settings):
+    """The same as a checked configuration."""
+
+    def build(**changes) -> DistillConfig:
+        return load_mapping(settings(**changes)).config
+
+    return build

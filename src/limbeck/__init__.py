@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from limbeck.config import DistillConfig, load_config
     from limbeck.errors import LimbeckError
     from limbeck.objectives import OutputHead, divergence, fused_linear_distillation
-    from limbeck.pipeline.distill import DistillPipeline
-    from limbeck.pipeline.trackers import register_tracker
+    from limbeck.train.loop import DistillPipeline
+    from limbeck.train.trackers import register_tracker
     from limbeck.trainer import DistillTrainer
 
 _HOMES = {
     "DistillConfig": "limbeck.config",
-    "DistillPipeline": "limbeck.pipeline.distill",
+    "DistillPipeline": "limbeck.train.loop",
     "DistillTrainer": "limbeck.trainer",
     "LimbeckError": "limbeck.errors",
     "OutputHead": "limbeck.objectives",
@@ -27,7 +27,7 @@ _HOMES = {
     "divergence": "limbeck.objectives",
     "fused_linear_distillation": "limbeck.objectives",
     "load_config": "limbeck.config",
-    "register_tracker": "limbeck.pipeline.trackers",
+    "register_tracker": "limbeck.train.trackers",
 }
 
 __all__ = [

@@ -15,7 +15,7 @@ from limbeck.config.schema import DataArgs, StudentConfig, StudentModelArgs, Tra
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from limbeck.pipeline.result import RunResult
+    from limbeck.train.result import RunResult
 
 _SECTIONS = (
     ("", DistillConfig),
@@ -61,7 +61,7 @@ def distill(
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
 
-    from limbeck.pipeline.distill import DistillPipeline
+    from limbeck.train.loop import DistillPipeline
 
     return DistillPipeline(loaded.config).run()
 

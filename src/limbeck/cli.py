@@ -152,7 +152,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
-    from limbeck.pipeline.distill import DistillPipeline
+    from limbeck.train.loop import DistillPipeline
 
     result = DistillPipeline(config).run()
     if main_process:
@@ -161,7 +161,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
 
 
 def _train_on_cluster(config: DistillConfig) -> int:
-    from limbeck.pipeline.on_cluster import run_on_cluster
+    from limbeck.launch.on_ray import run_on_cluster
 
     result = run_on_cluster(config, lambda line: print(line, flush=True))
     print(f"student: {result.student}")
@@ -171,7 +171,7 @@ def _train_on_cluster(config: DistillConfig) -> int:
 def _serve_teacher(args: argparse.Namespace) -> int:
     config = _settled(args)
 
-    from limbeck.pipeline.service import serve_teacher
+    from limbeck.teachers.service import serve_teacher
 
     serve_teacher(config, args.name, lambda line: print(line, flush=True))
     return 0
@@ -180,7 +180,7 @@ def _serve_teacher(args: argparse.Namespace) -> int:
 def _cluster_check(args: argparse.Namespace) -> int:
     config = _settled(args)
 
-    from limbeck.pipeline.preflight import check_cluster
+    from limbeck.launch.preflight import check_cluster
 
     problems = check_cluster(config)
     for problem in problems:
@@ -279,7 +279,7 @@ def _config(args: argparse.Namespace) -> int:
     if loaded.config.kd_objective_kwargs:  # whose meaning only the divergence itself knows
         import torch
 
-        from limbeck.pipeline.parts import make_objective
+        from limbeck.train.build.models import make_objective
 
         make_objective(loaded.config, torch.device("cpu"))
     print(render_config(loaded), end="")
@@ -298,13 +298,13 @@ def _data_show(args: argparse.Namespace) -> int:
 
     from limbeck.data import make_encoder
     from limbeck.data.show import find_row, print_row
-    from limbeck.pipeline.inputs import (
+    from limbeck.train.build.data import (
         make_tokenizer,
         make_translator,
         teacher_tokenizer,
         token_settings,
     )
-    from limbeck.pipeline.sources import named_source, training_sources
+    from limbeck.train.build.sources import named_source, training_sources
 
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
     sources = [named_source(config, args.file)] if args.file else training_sources(config)
@@ -324,7 +324,7 @@ def _data_cache(args: argparse.Namespace) -> int:
     config = _settled(args)
 
     from limbeck.data import mix
-    from limbeck.pipeline.inputs import (
+    from limbeck.train.build.data import (
         cache_folder,
         make_tokenizer,
         mixture_settings,
@@ -351,12 +351,12 @@ def _plan(args: argparse.Namespace) -> int:
 
     from rich.console import Console
 
-    from limbeck.pipeline.quiet import quiet_libraries
+    from limbeck.models.logs import configure_logging
     from limbeck.plan.estimate import make_plan, refusal
     from limbeck.plan.gpus import find_gpu
     from limbeck.plan.render import print_plan
 
-    quiet_libraries()
+    configure_logging()
     plan = make_plan(config, args.nodes, args.gpus_per_node, find_gpu(args.gpu))
     if args.json:
         print(json.dumps(plan.as_dict(), indent=1))

@@ -14,8 +14,8 @@ from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_head, output_head
 from limbeck.objectives import Objective
-from limbeck.pipeline.student import StudentWithLoss
 from limbeck.teachers import LocalTeacher
+from limbeck.train.student import StudentWithLoss
 
 try:
     import accelerate  # noqa: F401  (the Trainer says the same far less clearly)

@@ -5,9 +5,9 @@ import threading
 
 import pytest
 
-from limbeck.cluster.placement import look_around, place
+from limbeck.cluster.groups import Worker, WorkerGroup
+from limbeck.cluster.placement import describe_devices, place
 from limbeck.cluster.session import ray_session
-from limbeck.cluster.workers import Worker, WorkerGroup
 from limbeck.errors import LimbeckError
 
 ray = pytest.importorskip("ray")
@@ -46,8 +46,8 @@ def test_gpus_that_ray_has_not_or_pytorch_does_not_see(monkeypatch, tmp_path):
     )
     try:
         with pytest.raises(LimbeckError, match=r"device_mapping names GPU 5, but there are 2 \(numbered from 0\)"):
-            look_around([[0], [5]])
-        assert look_around([[0], [1]]) == "Devices: 2 GPU(s)."
+            describe_devices([[0], [5]])
+        assert describe_devices([[0], [1]]) == "Devices: 2 GPU(s)."
         placement = place([[0]], None)
         group = WorkerGroup.start(
             "teacher",

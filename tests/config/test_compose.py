@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from limbeck.config import LoadedConfig, load_config, load_mapping
 from limbeck.errors import LimbeckError
 
-Load = Callable[..., LoadedConfig]
+ModelMemory = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
 PROPERTY = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "max_examples": 25}
 
 
-def test_overrides_set_keys_that_the_file_does_not_mention(load: Load) -> None:
+def test_overrides_set_keys_that_the_file_does_not_mention(load: ModelMemory) -> None:
     loaded = load("seed=7", "+max_steps=3", "++student.training_args.learning_rate=1e-5", "teacher_pretrain=other")
     assert loaded.config.seed == 7
     assert loaded.config.max_steps == 3
@@ -26,24 +26,24 @@ def test_overrides_set_keys_that_the_file_does_not_mention(load: Load) -> None:
     assert loaded.origins["seed"] == "command line"
 
 
-def test_a_tilde_takes_a_key_out(load: Load) -> None:
+def test_a_tilde_takes_a_key_out(load: ModelMemory) -> None:
     loaded = load("~teacher_pretrain", "distill_loss_weight=0")
     assert not loaded.config.has_teacher
     assert loaded.origins["teacher_pretrain"] == "default"
 
 
-def test_a_tilde_as_a_value_is_nothing(load: Load) -> None:
+def test_a_tilde_as_a_value_is_nothing(load: ModelMemory) -> None:
     assert load("checkpoint_config.best_metric=~").config.checkpoint_config.best_metric is None
 
 
 @pytest.mark.parametrize("devices", ["list(range(0,4))", "range(4)", "0,1,2,3", "[0,1,2,3]", "'[0, 1, 2, 3]'"])
-def test_a_device_mapping_can_be_typed_as_it_is_written_in_a_file(load: Load, devices: str) -> None:
+def test_a_device_mapping_can_be_typed_as_it_is_written_in_a_file(load: ModelMemory, devices: str) -> None:
     assert load(f"student.device_mapping={devices}").config.device_mapping == [0, 1, 2, 3]
 
 
 @settings(**PROPERTY)  # type: ignore[arg-type]
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(len))
-def test_any_text_on_the_command_line_arrives_as_it_was_typed(load: Load, text: str) -> None:
+def test_any_text_on_the_command_line_arrives_as_it_was_typed(load: ModelMemory, text: str) -> None:
     from hypothesis import assume
 
     assume(not any(mark in text for mark in ("${", "~", "'", '"')) and "\\" not in text)
@@ -52,11 +52,11 @@ def test_any_text_on_the_command_line_arrives_as_it_was_typed(load: Load, text: 
 
 
 @pytest.mark.parametrize("text", ["it's", 'say "x"', "a\\'b", "a=b", "数据.json", "(x", "a\\"])
-def test_quotes_and_backslashes_on_the_command_line_are_text(load: Load, text: str) -> None:
+def test_quotes_and_backslashes_on_the_command_line_are_text(load: ModelMemory, text: str) -> None:
     assert load(f"exp_name={text} !").config.exp_name == f"{text} !"
 
 
-def test_numbers_may_be_written_in_scientific_notation(load: Load) -> None:
+def test_numbers_may_be_written_in_scientific_notation(load: ModelMemory) -> None:
     yaml = """
     student_pretrain: s
     teacher_pretrain: t
@@ -238,7 +238,7 @@ def test_a_mistake_in_a_file_named_by_defaults_is_shown_there(write: Callable[..
         load_config(path)
 
 
-def test_a_top_level_key_that_something_refers_to_is_a_variable(load: Load) -> None:
+def test_a_top_level_key_that_something_refers_to_is_a_variable(load: ModelMemory) -> None:
     yaml = """
     family: Qwen/Qwen2.5
     student_pretrain: ${family}-0.5B
@@ -248,7 +248,7 @@ def test_a_top_level_key_that_something_refers_to_is_a_variable(load: Load) -> N
     assert load(yaml=yaml).config.student_pretrain == "Qwen/Qwen2.5-0.5B"
 
 
-def test_merged_keys_keep_the_lines_of_their_anchor(load: Load) -> None:
+def test_merged_keys_keep_the_lines_of_their_anchor(load: ModelMemory) -> None:
     yaml = """
     common: &common
       dtype: fp32
@@ -268,7 +268,7 @@ def test_merged_keys_keep_the_lines_of_their_anchor(load: Load) -> None:
     assert loaded.origins["student.model_args.revision"] == "run.yaml:10"
 
 
-def test_every_value_has_exactly_one_origin(load: Load) -> None:
+def test_every_value_has_exactly_one_origin(load: ModelMemory) -> None:
     from limbeck.config.places import leaves
 
     loaded = load("system_envs.A=1")
@@ -280,13 +280,13 @@ def test_every_value_has_exactly_one_origin(load: Load) -> None:
     assert loaded.origins["seed"] == "default"
 
 
-def test_a_key_without_effect_is_told(load: Load) -> None:
+def test_a_key_without_effect_is_told(load: ModelMemory) -> None:
     (notice,) = load("skew_lambda=0.3").notices
     assert notice.startswith("command line: skew_lambda has no effect")
     assert load("skew_lambda=0.3", "kd_objective=skewed_reverse_kl").notices == []
 
 
-def test_an_application_run_by_hydra_keeps_its_own(load: Load, tmp_path: Path) -> None:
+def test_an_application_run_by_hydra_keeps_its_own(load: ModelMemory, tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer" / "app.yaml").write_text("x: 1\n")
     with initialize_config_dir(str(tmp_path / "outer"), version_base=None):

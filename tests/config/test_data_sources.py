@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.config import LoadedConfig
 
-Load = Callable[..., LoadedConfig]
+ModelMemory = Callable[..., LoadedConfig]
 SOURCES = """
 student_pretrain: small
 teacher_pretrain: large
@@ -21,7 +21,7 @@ student:
 """
 
 
-def test_names_and_entries_become_sources(load: Load) -> None:
+def test_names_and_entries_become_sources(load: ModelMemory) -> None:
     first, second = load(yaml=SOURCES).config.data_sources
     assert (first.path, first.weight, first.max_samples, first.format, first.domain) == (
         ["a.jsonl"],
@@ -54,7 +54,7 @@ def test_a_source_that_cannot_be_meant_is_told(
     assert "run.yaml:" in line
 
 
-def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path: Path) -> None:
+def test_data_is_looked_for_beside_the_configuration_first(load: ModelMemory, tmp_path: Path) -> None:
     for name in ("data/train.jsonl", "part-1.jsonl", "corpus.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

@@ -9,7 +9,7 @@ from limbeck.config import LoadedConfig, load_config, render_config
 from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
 from limbeck.errors import LimbeckError
 
-Load = Callable[..., LoadedConfig]
+ModelMemory = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
 
 IN_THE_WILD = """
@@ -109,7 +109,7 @@ validation:
 """
 
 
-def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: Load) -> None:
+def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: ModelMemory) -> None:
     loaded = load(yaml=IN_THE_WILD)
     config, student = loaded.config, loaded.config.student
     assert config.student_pretrain == "Qwen/Qwen2.5-7B"
@@ -129,7 +129,7 @@ def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: Load) -> No
     assert student.data_args.file_name == ["data/train.json", "/abs/more.json"]
 
 
-def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) -> None:
+def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: ModelMemory) -> None:
     mixed = """
     student_pretrain: small
     teacher_pretrain: large
@@ -145,10 +145,10 @@ def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) ->
     )
 
 
-def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
+def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: ModelMemory) -> None:
     loaded = load(yaml=IN_THE_WILD)
     notice, other = loaded.notices
-    assert "logits_transfer_backend has no effect" in other and loaded.config.takes_turns
+    assert "logits_transfer_backend has no effect" in other and loaded.config.offloads_colocated
     for path in (
         "rpc_timeout",
         "rollout_batch_size",
@@ -165,7 +165,7 @@ def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Lo
     assert "exp_name" not in notice and "worker_cls" not in notice
 
 
-def test_a_moved_key_tells_where_it_came_from(load: Load) -> None:
+def test_a_moved_key_tells_where_it_came_from(load: ModelMemory) -> None:
     yaml = IN_THE_WILD.replace("max_grad_norm: 1.0\nquestion", "question")
     origins = load("student.training_args.max_grad_norm=0.5", yaml=yaml).origins
     assert origins["max_grad_norm"] == "derived from student.training_args.max_grad_norm (command line)"
@@ -194,7 +194,7 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
         ("strategy_args.strategy_config.pipeline_parallel_size", "pipeline_model_parallel_size"),
     ],
 )
-def test_every_name_of_a_parallel_size_is_the_same_size(load: Load, role: str, key: str, ours: str) -> None:
+def test_every_name_of_a_parallel_size_is_the_same_size(load: ModelMemory, role: str, key: str, ours: str) -> None:
     config = load(f"{role}.{key}=2").config
     assert getattr(getattr(config, role).strategy_args.strategy_config, ours) == 2
 
@@ -249,7 +249,7 @@ def test_a_foreign_key_that_asks_for_more_is_refused(mistakes: Mistakes, overrid
     assert line.startswith(f"command line: {sentence}")
 
 
-def test_a_key_given_in_both_places_must_agree(mistakes: Mistakes, load: Load) -> None:
+def test_a_key_given_in_both_places_must_agree(mistakes: Mistakes, load: ModelMemory) -> None:
     assert load("max_grad_norm=2", "student.training_args.max_grad_norm=2").config.max_grad_norm == 2
     (line,) = mistakes("max_grad_norm=2", "student.training_args.max_grad_norm=3")
     assert "student.training_args.max_grad_norm = 3 contradicts max_grad_norm = 2" in line
@@ -260,7 +260,7 @@ def test_a_typo_in_a_section_that_the_teacher_ignores_is_still_told(mistakes: Mi
     assert "did you mean per_device_train_batch_size, a key of student.training_args?" in line
 
 
-def test_a_temperature_that_roll_would_multiply_is_told(load: Load) -> None:
+def test_a_temperature_that_roll_would_multiply_is_told(load: ModelMemory) -> None:
     (notice,) = load("kd_temperature=2", "teacher_temperature=1").notices
     assert "temperature_convention: roll" in notice
     assert load("kd_temperature=2", "teacher_temperature=1", "temperature_convention=roll").notices == []
@@ -288,7 +288,7 @@ BLOCK = """
 
 @pytest.mark.parametrize(("stage", "teacher"), [(1, "hf_infer"), (2, "hf_infer"), (3, "deepspeed_infer")])
 def test_a_zero_block_is_passed_on_without_what_the_run_decides(
-    load: Load, tmp_path: Path, stage: int, teacher: str
+    load: ModelMemory, tmp_path: Path, stage: int, teacher: str
 ) -> None:
     loaded = load(yaml=BLOCK.format(stage=stage))
     made = loaded.config.student.strategy_args
@@ -308,7 +308,7 @@ def test_a_zero_block_is_passed_on_without_what_the_run_decides(
     assert load_config(again).config == loaded.config
 
 
-def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: Load) -> None:
+def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: ModelMemory) -> None:
     loaded = load(yaml=BLOCK.format(stage=0))
     made = loaded.config.student.strategy_args
     assert (made.strategy_name, made.strategy_config.replicate) == ("fsdp2_train", True)
@@ -350,7 +350,7 @@ def test_a_deepspeed_block_needs_deepspeed(mistakes: Mistakes) -> None:
     assert "does not fit: the teacher is never trained; use fsdp2_infer" in line
 
 
-def test_a_worker_that_answers_several_questions_at_once_is_refused(load: Load) -> None:
+def test_a_worker_that_answers_several_questions_at_once_is_refused(load: ModelMemory) -> None:
     changed = IN_THE_WILD.replace("  router_replay:", "  max_concurrency: 4\n  router_replay:")
     with pytest.raises(
         LimbeckError, match=r"run.yaml:\d+: student.max_concurrency = 4 is not honoured: a worker answers"

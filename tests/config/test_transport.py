@@ -48,8 +48,10 @@ def test_signals_that_cannot_be_sent_are_refused(load, changes, sentence):
 
 
 def test_turns_need_devices_that_both_roles_have(load):
-    assert not load("is_offload_states=true", yaml=APART).config.takes_turns
+    assert not load("is_offload_states=true", yaml=APART).config.offloads_colocated
     both = ["is_offload_states=true", "teacher.device_mapping=[0]"]
-    assert load(*both, yaml=APART).config.takes_turns
+    assert load(*both, yaml=APART).config.offloads_colocated
     stage = "teacher.strategy_args.strategy_config.deepspeed.zero_optimization.stage=3"
-    assert not load(*both, "teacher.strategy_args.strategy_name=deepspeed_infer", stage, yaml=APART).config.takes_turns
+    assert not load(
+        *both, "teacher.strategy_args.strategy_name=deepspeed_infer", stage, yaml=APART
+    ).config.offloads_colocated

@@ -18,8 +18,8 @@ from limbeck.models import (
     recompute_activations,
 )
 from limbeck.objectives import Objective
-from limbeck.pipeline.student import StudentWithLoss
 from limbeck.teachers import LocalTeacher
+from limbeck.train.student import StudentWithLoss
 
 VOCAB = 96
 FAMILIES = {

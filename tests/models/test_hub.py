@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 from limbeck.errors import LimbeckError
 from limbeck.models import model_outline
-from limbeck.models.hub import knock_at_hub
+from limbeck.models.hub import probe_hub
 
 
 @pytest.fixture
@@ -20,16 +20,16 @@ def hub(monkeypatch):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
             monkeypatch.delenv(name, raising=False)
-        knock_at_hub.cache_clear()
+        probe_hub.cache_clear()
 
     yield at
-    knock_at_hub.cache_clear()
+    probe_hub.cache_clear()
 
 
 def test_a_hub_that_answers_is_asked(hub):
     with socket.create_server(("127.0.0.1", 0)) as server:
         hub(server.getsockname()[1])
-        knock_at_hub()
+        probe_hub()
         assert not constants.is_offline_mode()
 
 

@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2Config
 
 from limbeck.errors import LimbeckError
-from limbeck.models import available_memory, load_model, out_of_memory_told
+from limbeck.models import available_memory, explain_oom, load_model
 
 
 @pytest.mark.skipif(available_memory() is None, reason="this system does not say what memory is left")
@@ -28,12 +28,12 @@ def test_a_quantised_model_is_not_judged_by_its_full_size(tmp_path):
 
 def test_an_allocation_that_fails_names_what_was_done_and_what_to_do():
     sentence = r"out of memory while it slept \(.*\); wake it\."
-    with pytest.raises(LimbeckError, match=sentence), out_of_memory_told("it slept", "wake it"):
+    with pytest.raises(LimbeckError, match=sentence), explain_oom("it slept", "wake it"):
         torch.empty(1 << 60, dtype=torch.int8)
 
 
 def test_other_errors_stay_what_they_are():
-    with pytest.raises(RuntimeError, match="a size of tensors"), out_of_memory_told("it slept", "wake it"):
+    with pytest.raises(RuntimeError, match="a size of tensors"), explain_oom("it slept", "wake it"):
         raise RuntimeError("a size of tensors")
 
 

@@ -8,7 +8,7 @@ import torch
 from limbeck import divergence, fused_linear_distillation
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.errors import LimbeckError
-from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, divergences, feature_loss, likeliest
+from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, compute_topk, divergences, feature_loss
 from limbeck.objectives.taid import TaidSchedule
 
 
@@ -93,8 +93,8 @@ HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
         (lambda: _top([[0, 1]], [[-1.0, -2.0]], topk=1), "topk=1 contradicts the teacher's 2 tokens"),
         (lambda: Objective.of(kd_weight="0.5"), "kd_weight must be a number, got '0.5'"),
         (lambda: _loss(teacher_head=torch.nn.Linear(8, 20)), "teacher_head must be .*got Linear; of a layer"),
-        (lambda: likeliest(WIDE, OutputHead(HEAD), 0), "likeliest needs k of 1 or more"),
-        (lambda: likeliest(WIDE, OutputHead(HEAD), 2, vocab_size=21), "not between 1 and the 20 rows"),
+        (lambda: compute_topk(WIDE, OutputHead(HEAD), 0), "compute_topk needs k of 1 or more"),
+        (lambda: compute_topk(WIDE, OutputHead(HEAD), 2, vocab_size=21), "not between 1 and the 20 rows"),
         (lambda: _loss(normalizer=0), "normalizer must be above 0, got 0"),
         (lambda: divergence("forward_kl")(torch.zeros(3, 4), torch.zeros(1, 4)), "logits of the same positions"),
         (lambda: divergence("alpha_beta", alpha=1.0, beta=1e-4), "loses its digits with an exponent below 0.01"),

@@ -15,11 +15,11 @@ from test_fused import problem, reference
 
 from limbeck.objectives import Logits, Objective, OutputHead, fused, fused_linear_distillation, kernels, names, register
 from limbeck.objectives.divergences import formulas
-from limbeck.objectives.kernels.translate import Untranslatable, translate
-from limbeck.objectives.rows import Rows, Spec, row_pass
+from limbeck.objectives.elementwise import Rows, Spec, elementwise_pass
+from limbeck.objectives.kernels.source import Untranslatable, translate
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
-ELEMENTWISE = [name for name in names() if not getattr(formulas(name), "coupled", False)]
+ELEMENTWISE = [name for name in names() if not getattr(formulas(name), "needs_vocab_reduction", False)]
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -197,7 +197,7 @@ def tile(z, t, dtype, device):
 def assert_pass_equals(device, terms, vocab=2100, **changes):
     z, t = torch.randn(2, vocab, device=device) * 4, torch.randn(2, vocab, device=device) * 4
     exact = tile(z, t, torch.float64, device)
-    stats, _ = row_pass(spec_of(terms, torch.float64, **changes))(*exact)
+    stats, _ = elementwise_pass(spec_of(terms, torch.float64, **changes))(*exact)
     ours = tile(z, t, torch.float32, device)
     said, _ = kernels.launch(ours, spec_of(terms, torch.float32, **changes), translate(terms))
     torch.testing.assert_close(said.double(), stats, rtol=1e-4, atol=1e-5)
@@ -231,7 +231,7 @@ def test_small_numbers_keep_their_digits(device, function):
 def test_columns_behind_a_row_are_its_own_padding_or_untouched(device):
     terms, z, t = formulas("reverse_kl"), torch.randn(2, 37), torch.randn(2, 37)
     exact = tile(z, t, torch.float64, "cpu")
-    row_pass(spec_of(terms, torch.float64))(*exact)
+    elementwise_pass(spec_of(terms, torch.float64))(*exact)
     for width in (40, 48, 60):
         memory = torch.full((2, width), 7.0, device=device)
         memory[:, :37] = z
@@ -365,8 +365,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from limbeck.objectives.divergences import formulas
 from limbeck.objectives.kernels import BLOCK, WARPS
-from limbeck.objectives.kernels.sweep import sweep
-from limbeck.objectives.kernels.translate import translate
+from limbeck.objectives.kernels.fused_kernel import sweep
+from limbeck.objectives.kernels.source import translate
 
 for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", None)):
     constants = {

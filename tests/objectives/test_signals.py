@@ -18,11 +18,11 @@ from limbeck.objectives import (
     OutputHead,
     Sampled,
     TopK,
+    compute_logits,
+    compute_topk,
     divergence,
     fused_linear_distillation,
-    likeliest,
     names,
-    whole_logits,
 )
 
 NEVER_NEGATIVE = [name for name in names() if name not in ("cross_entropy", "alpha_beta")]
@@ -371,9 +371,9 @@ def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k,
         objective = Objective.of(kd_weight=0.7, teacher_temperature=tau_t, topk=topk, tail=tail)
         loss = partial(fused_linear_distillation, h_s, w_s, labels=labels, objective=objective)
         if topk:
-            said = likeliest(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
+            said = compute_topk(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
         else:
-            said = whole_logits(h_t, head, vocab_size=12, chunk_size=chunk)
+            said = compute_logits(h_t, head, vocab_size=12, chunk_size=chunk)
         of_hidden, of_said = loss(h_t, head), loss(None, None, teacher=said)
         rounded = dtype is torch.bfloat16 and not topk and (biased or softcap or head.scale != 1)
         tight = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
@@ -386,7 +386,7 @@ def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k,
 def test_the_likeliest_tokens_are_found_without_the_whole_logits():
     head = OutputHead(torch.randn(4000, 8))
     with Largest() as largest:
-        likeliest(torch.randn(500, 8), head, 4, chunk_size=50)
+        compute_topk(torch.randn(500, 8), head, 4, chunk_size=50)
     assert largest.most == 50 * 4000
 
 

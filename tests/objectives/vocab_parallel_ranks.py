@@ -14,13 +14,13 @@ from limbeck.objectives import (
     TopK,
     VocabParallel,
     compiler_found,
-    coupled,
     fused_linear_distillation,
     names,
+    needs_vocab_reduction,
     register,
     take_rows,
 )
-from limbeck.objectives.across import WHOLE
+from limbeck.objectives.vocab_parallel import NO_SHARDING
 
 
 @register
@@ -33,8 +33,8 @@ def of_a_user():
 def coupled_of_a_user():
     """Σ (p − q)² / 2 Σ p², for which p² is summed over the ranks; what is summed stays what it was."""
 
-    @coupled
-    def terms(p, q, log_p, log_q, across=WHOLE):
+    @needs_vocab_reduction
+    def terms(p, q, log_p, log_q, across=NO_SHARDING):
         part = (p * p).sum(-1, keepdim=True)
         across.sum(part)
         total = across.sum(part)

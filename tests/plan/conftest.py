@@ -3,9 +3,6 @@
 import json
 
 import pytest
-from pipeline.conftest import assets, settings
-
-__all__ = ["assets", "from_config", "settings"]
 
 MODEL = {
     "model_type": "qwen2",

@@ -9,13 +9,13 @@ import torch
 import torch.distributed as dist
 
 from limbeck.config import load_config
-from limbeck.pipeline.distill import _Run
-from limbeck.pipeline.parts import arrange
 from limbeck.plan.simulate import gradients, held, optimizer_state
 from limbeck.plan.tracker import Tracker
 from limbeck.strategies.world import start_world
 from limbeck.teachers import RemoteTeacher
-from limbeck.teachers.remote import Reply, Route
+from limbeck.teachers.remote import Route, TeacherResponse
+from limbeck.train.build.models import resolve_parallelism
+from limbeck.train.loop import _Run
 
 
 class Wire:
@@ -24,15 +24,15 @@ class Wire:
     def ask(self, question):
         count, wanted = len(question.supervised), question.wanted
         if wanted.kind == "logits":
-            return lambda: Reply((torch.zeros(count, wanted.vocab_size),), 0.0)
+            return lambda: TeacherResponse((torch.zeros(count, wanted.vocab_size),), 0.0)
         k = wanted.topk
         tokens = torch.arange(k, dtype=torch.int32).expand(count, k).clone()
-        return lambda: Reply((torch.full((count, k), -math.log(2 * k)), tokens), 0.0)
+        return lambda: TeacherResponse((torch.full((count, k), -math.log(2 * k)), tokens), 0.0)
 
 
 def measure(file, ranks):
     config = load_config(file).config
-    world = arrange(config, ranks, teacher_here=not config.needs_worker_groups)
+    world = resolve_parallelism(config, ranks, teacher_here=not config.needs_worker_groups)
     apart = RemoteTeacher([Wire()], Route((0,)), 320, 0) if config.needs_worker_groups else None
     run = _Run(config, world, None if apart is None else lambda *_: apart, None)
     tracker, student, engine = Tracker(), run.student, run.engine

@@ -46,7 +46,7 @@ CASES = {
         f"{TEACHER}.tensor_model_parallel_size": 2,
     },
     "rows divided": {f"{STUDENT}.context_parallel_size": 2},
-    "the likeliest come": {**APART, "logits_topk": 8, "student.model_args.dtype": "bf16"},
+    "the most likely come": {**APART, "logits_topk": 8, "student.model_args.dtype": "bf16"},
     "logits come": {**APART, "teacher.signal": "logits"},
     "layers divided": {
         f"{STUDENT}.pipeline_model_parallel_size": 2,

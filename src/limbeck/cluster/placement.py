@@ -71,18 +71,18 @@ def unknown_gpu(mappings: Sequence[Sequence[int]], gpus: float) -> str | None:
     return None
 
 
-def devices_told(gpus: float) -> str:
+def describe_device_slots(gpus: float) -> str:
     """What a device_mapping's numbers mean where there are so many GPUs: a GPU that is missing is not missed by silence."""
     return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: no GPU is found, so device_mapping counts CPU slots."
 
 
-def look_around(mappings: Sequence[Sequence[int]]) -> str:
+def describe_devices(mappings: Sequence[Sequence[int]]) -> str:
     """What devices Ray has, in a sentence. Raises LimbeckError if the mappings name others."""
     gpus = load_ray().cluster_resources().get("GPU", 0)
     wrong = unknown_gpu(mappings, gpus)
     if wrong:
         raise LimbeckError(wrong)
-    return devices_told(gpus)
+    return describe_device_slots(gpus)
 
 
 def place(

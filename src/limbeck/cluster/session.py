@@ -61,7 +61,7 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
         return
     address = os.environ.get("RAY_ADDRESS")
     if address:
-        _knock(address)
+        check_ray_address(address)
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR"}
     try:
         if address:
@@ -87,7 +87,7 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
         ray.shutdown()
 
 
-def _knock(address: str) -> None:
+def check_ray_address(address: str) -> None:
     """Raise LimbeckError if no Ray listens at HOST:PORT, which Ray itself would take minutes to find out."""
     if address.startswith("ray://"):
         raise LimbeckError(

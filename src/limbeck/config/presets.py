@@ -12,7 +12,7 @@ from limbeck.config.roll import Translation
 KEY = "objective_preset"
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # both sides renormalised over the teacher's 64 likeliest tokens; the teacher's temperature on top of the student's; no τ²
+    # both sides renormalised over the teacher's 64 most likely tokens; the teacher's temperature on top of the student's; no τ²
     "roll": {
         "kd_objective": "forward_kl",
         "logits_topk": 64,
@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "temperature_convention": "roll",
         "temperature_squared": False,
     },
-    # divergence alone, half forward and half reverse, over the teacher's 64 likeliest tokens
+    # divergence alone, half forward and half reverse, over the teacher's 64 most likely tokens
     "nemo_rl": {
         "kd_objective": "mixed_kl",
         "kd_objective_kwargs": {"forward": 0.5},

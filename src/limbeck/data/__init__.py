@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.data.alignment import Translator
-    from limbeck.data.batch import Batch, GlobalBatch, Translation
+    from limbeck.data.batch import Batch, StepBatch, Translation
     from limbeck.data.encode import TokenizeSettings, make_encoder
     from limbeck.data.examples import DataReport, Examples
     from limbeck.data.masks import IGNORE
@@ -29,7 +29,7 @@ _HOMES = {
     "BatchStream": "stream",
     "DataReport": "examples",
     "Examples": "examples",
-    "GlobalBatch": "batch",
+    "StepBatch": "batch",
     "Mixture": "mixture",
     "MixtureSettings": "mixture",
     "PrefetchedStream": "prefetch",
@@ -51,11 +51,11 @@ __all__ = [
     "BatchStream",
     "DataReport",
     "Examples",
-    "GlobalBatch",
     "Mixture",
     "MixtureSettings",
     "PrefetchedStream",
     "Source",
+    "StepBatch",
     "TokenizeSettings",
     "Translation",
     "Translator",

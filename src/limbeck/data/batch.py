@@ -144,7 +144,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class GlobalBatch:
+class StepBatch:
     """One optimizer step: this rank's micro-batches and the counts over *all* ranks.
 
     micro_batches:  every rank has equally many.
@@ -162,6 +162,6 @@ class GlobalBatch:
     num_slots: int
     aligned_share: float | None = None
 
-    def pinned(self) -> GlobalBatch:
+    def pinned(self) -> StepBatch:
         """The same step with its micro-batches in page-locked memory."""
         return replace(self, micro_batches=tuple(batch.pinned() for batch in self.micro_batches))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from limbeck.data.batch import GlobalBatch
+from limbeck.data.batch import StepBatch
 from limbeck.data.stream import BatchStream
 
 
@@ -52,10 +52,10 @@ class PrefetchedStream:
             self._end()
         self._work = self._end = None
 
-    def __iter__(self) -> Iterator[GlobalBatch]:
+    def __iter__(self) -> Iterator[StepBatch]:
         return self
 
-    def __next__(self) -> GlobalBatch:
+    def __next__(self) -> StepBatch:
         if self._work is None:
             self._stream.seek(self._position)  # an earlier thread may have gone further than what was handed out
             self._work = _Work(self._stream, self._ahead, self._device)
@@ -70,14 +70,14 @@ class _Work:
 
     def __init__(self, stream: BatchStream, ahead: int, device: torch.device | None) -> None:
         self._stream, self._room, self._device = stream, ahead, device
-        self._made: deque[tuple[GlobalBatch, dict[str, int]]] = deque()
+        self._made: deque[tuple[StepBatch, dict[str, int]]] = deque()
         self._error: BaseException | None = None
         self._stopping = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="limbeck-batches", daemon=True)
         self._thread.start()
 
-    def take(self) -> tuple[GlobalBatch, dict[str, int]]:
+    def take(self) -> tuple[StepBatch, dict[str, int]]:
         with self._changed:
             self._changed.wait_for(lambda: self._made or self._error is not None)
             if not self._made:

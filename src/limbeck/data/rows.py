@@ -85,7 +85,7 @@ class Format:
 
 
 def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
-    """The name in ``FORMATS`` of a source's shape, judged by its first row.
+    """The name in ``FORMATS`` of a source's shape, detected from its first row.
 
     Raises LimbeckError for prompts without answers, unless ``prompts`` are what is wanted.
     """

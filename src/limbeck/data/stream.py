@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from limbeck.data.batch import Batch, GlobalBatch
-from limbeck.data.dealing import evenly, evenly_within, neighbours_within
+from limbeck.data.batch import Batch, StepBatch
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
 from limbeck.data.packing import Packs, pack
+from limbeck.data.partition import partition_balanced, partition_neighbours_within_budget, partition_within_budget
 from limbeck.errors import LimbeckError
 
 Ints = NDArray[np.integer[Any]]
@@ -152,10 +152,10 @@ class BatchStream:
             self._order = None
         self._epoch, self._step = position["epoch"], position["step"]
 
-    def __iter__(self) -> Iterator[GlobalBatch]:
+    def __iter__(self) -> Iterator[StepBatch]:
         return self
 
-    def __next__(self) -> GlobalBatch:
+    def __next__(self) -> StepBatch:
         if self._order is None:
             self._order = self._order_of(self._epoch)
         first = self._step * self._units_per_step
@@ -212,15 +212,17 @@ class BatchStream:
         lengths = [int(self._examples.lengths[unit].sum()) for unit in units]
         if not self._layout.packed:
             if self._budget:
-                groups = neighbours_within(lengths, self._budget, self._world_size, self._layout.padded)
+                groups = partition_neighbours_within_budget(
+                    lengths, self._budget, self._world_size, self._layout.padded
+                )
             else:  # of similar length, for little padding
                 order = sorted(range(len(units)), key=lambda i: -lengths[i])
                 groups = [order[i : i + self._per_device] for i in range(0, len(units), self._per_device)]
         else:
             if self._budget:
-                groups = evenly_within(lengths, self._layout.whole(self._budget), self._world_size)
+                groups = partition_within_budget(lengths, self._layout.whole(self._budget), self._world_size)
             else:
-                groups = evenly(lengths, self._accumulation * self._world_size, most=self._per_device)
+                groups = partition_balanced(lengths, self._accumulation * self._world_size, most=self._per_device)
             groups.sort(key=lambda group: -sum(lengths[i] for i in group))
         return [[units[i] for i in group] for group in groups]
 
@@ -237,7 +239,7 @@ class BatchStream:
 
 def fixed_batches(
     examples: Examples, *, batch_size: int, rank: int, world_size: int, pad_id: int, length_round: int
-) -> list[GlobalBatch]:
+) -> list[StepBatch]:
     """All rows once, in an order that never changes, for validation; each batch has one micro-batch per rank.
 
     Rows of similar length share a batch. The last rows are spread evenly over the ranks; a rank that gets none has a
@@ -282,7 +284,7 @@ class _Layout:
 
 def _global_batch(
     examples: Examples, micro_batches: Sequence[Sequence[Ints]], layout: _Layout, rank: int, world_size: int
-) -> GlobalBatch:
+) -> StepBatch:
     """Deal the ``micro_batches`` of all ranks, largest first, keep this rank's, and count them all.
 
     Dealt evenly, every rank has as many of them and nearly as many tokens, and meets its largest first, as the others do.
@@ -290,11 +292,11 @@ def _global_batch(
     lengths = [[int(examples.lengths[unit].sum()) for unit in group] for group in micro_batches]
     shapes = [layout.shape(of_group) for of_group in lengths]
     sums = [sum(of_group) for of_group in lengths]
-    dealt = evenly(sums, world_size, most=len(micro_batches) // world_size)
+    dealt = partition_balanced(sums, world_size, most=len(micro_batches) // world_size)
     mine = [_collate(examples, micro_batches[i], shapes[i], layout) for i in dealt[rank]]
     slots, tokens = sum(rows * time for rows, time in shapes), sum(sums)
     supervised, normalizer = _count(examples, [row for group in micro_batches for unit in group for row in unit])
-    return GlobalBatch(tuple(mine), supervised, normalizer, tokens, slots)
+    return StepBatch(tuple(mine), supervised, normalizer, tokens, slots)
 
 
 def _count(examples: Examples, rows: list[int]) -> tuple[int, float]:

@@ -19,10 +19,10 @@ from typing import Any
 from limbeck.config import DistillConfig
 from limbeck.demo.problems import Problem, final_answer, generate, write_jsonl
 from limbeck.errors import LimbeckError
-from limbeck.pipeline.distill import DistillPipeline
-from limbeck.pipeline.quiet import quiet_libraries
-from limbeck.pipeline.result import RunResult
+from limbeck.models.logs import configure_logging
 from limbeck.report import Answer, Level, ResultRow, ResultTable, Sample, load_run, write_report
+from limbeck.train.loop import DistillPipeline
+from limbeck.train.result import RunResult
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 'assistant' else '\n') }}{% endfor %}"
 
@@ -48,7 +48,7 @@ def run_demo(folder: Path, *, seed: int = 0, sizes: Sizes | None = None) -> Path
     """Run the demonstration in ``folder``, print its table and return the path of its report."""
     from rich.console import Console
 
-    quiet_libraries()
+    configure_logging()
     sizes, console, begun = sizes or Sizes(), Console(), time.perf_counter()
     _clear(folder)
     held_out = _make_data(folder / "data", sizes, seed)

@@ -14,7 +14,7 @@ from limbeck.models.heads import (
 )
 from limbeck.models.load import load_model, load_tokenizer, model_limits, model_outline, recompute_activations
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
-from limbeck.models.memory import available_memory, out_of_memory_told
+from limbeck.models.memory import available_memory, explain_oom
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "check_length",
     "check_logit_layer",
     "decoder_layers",
+    "explain_oom",
     "freeze",
     "has_lora",
     "hidden_states",
@@ -37,7 +38,6 @@ __all__ = [
     "merged_state_dict",
     "model_limits",
     "model_outline",
-    "out_of_memory_told",
     "output_head",
     "recompute_activations",
     "resolve_pairs",

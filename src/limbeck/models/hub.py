@@ -16,7 +16,7 @@ _TRIES = 2
 
 
 @cache
-def knock_at_hub() -> None:
+def probe_hub() -> None:
     """Let the hub's client keep to its cache, as HF_HUB_OFFLINE=1 does, if nobody answers where the hub is; asked once."""
     hub = urlsplit(constants.ENDPOINT)
     if constants.is_offline_mode() or hub.scheme in getproxies():

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
 from limbeck.models.documents import BY_DOCUMENT
-from limbeck.models.hub import knock_at_hub
+from limbeck.models.hub import probe_hub
 from limbeck.models.memory import available_memory
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
@@ -186,7 +186,7 @@ def _check_name(name_or_path: str | None, role: str, holds: str | None = "config
     """Raise LimbeckError for a folder without a checkpoint; knock at the hub for what is none."""
     check_folder(name_or_path, role, holds)
     if name_or_path is not None and not Path(name_or_path).is_dir():
-        knock_at_hub()
+        probe_hub()
 
 
 def _first_line(error: Exception) -> str:

@@ -22,7 +22,7 @@ def available_memory() -> int | None:
 
 
 @contextmanager
-def out_of_memory_told(doing: str, remedy: str) -> Iterator[None]:
+def explain_oom(doing: str, remedy: str) -> Iterator[None]:
     """Turn an allocation that fails inside the block into a LimbeckError: "out of memory while ``doing``; ``remedy``"."""
     try:
         yield

@@ -1,8 +1,7 @@
 """Divergences and the fused head-and-loss. Knows tensors; knows no model, file or process."""
 
-from limbeck.objectives.across import Across, VocabParallel, take_rows
 from limbeck.objectives.cross_tokenizer import CrossTokenizer, cross_tokenizer_distillation
-from limbeck.objectives.divergences import coupled, divergence, names, register
+from limbeck.objectives.divergences import divergence, names, needs_vocab_reduction, register
 from limbeck.objectives.features import FeatureLosses, feature_loss, modelopt_balance
 from limbeck.objectives.fused import (
     DistillationLoss,
@@ -11,14 +10,14 @@ from limbeck.objectives.fused import (
     compiler_found,
     fused_linear_distillation,
 )
-from limbeck.objectives.say import likeliest, whole_logits
-from limbeck.objectives.signals import TAILS, Logits, Sampled, TopK
+from limbeck.objectives.payloads import TAILS, Logits, Sampled, TopK
 from limbeck.objectives.spans import Spans, Vocabularies
 from limbeck.objectives.taid import TaidSchedule
+from limbeck.objectives.teacher_outputs import compute_logits, compute_topk
+from limbeck.objectives.vocab_parallel import VocabParallel, VocabReducer, take_rows
 
 __all__ = [
     "TAILS",
-    "Across",
     "CrossTokenizer",
     "DistillationLoss",
     "FeatureLosses",
@@ -30,17 +29,18 @@ __all__ = [
     "TaidSchedule",
     "TopK",
     "VocabParallel",
+    "VocabReducer",
     "Vocabularies",
     "compiler_found",
-    "coupled",
+    "compute_logits",
+    "compute_topk",
     "cross_tokenizer_distillation",
     "divergence",
     "feature_loss",
     "fused_linear_distillation",
-    "likeliest",
     "modelopt_balance",
     "names",
+    "needs_vocab_reduction",
     "register",
     "take_rows",
-    "whole_logits",
 ]

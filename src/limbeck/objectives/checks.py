@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives.signals import Logits, Sampled, Signal, TopK
+from limbeck.objectives.payloads import Logits, Sampled, Signal, TopK
 
 if TYPE_CHECKING:
     from limbeck.objectives.fused import Objective, OutputHead

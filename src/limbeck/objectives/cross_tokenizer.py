@@ -38,9 +38,9 @@ from torch.autograd.function import once_differentiable
 from limbeck.errors import LimbeckError
 from limbeck.objectives.checks import check_tokens, check_width
 from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
-from limbeck.objectives.divergences import Formulas, evaluate
+from limbeck.objectives.divergences import DivergenceFn, evaluate
+from limbeck.objectives.elementwise import _logits
 from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead
-from limbeck.objectives.rows import _logits
 from limbeck.objectives.spans import Spans, Vocabularies
 
 KINDS = ("uld", "hybrid")
@@ -370,7 +370,7 @@ def compare(
     teacher_several: Tensor,
     cross: CrossTokenizer,
     vocabularies: Vocabularies,
-    terms: Formulas,
+    terms: DivergenceFn,
 ) -> tuple[Tensor, Tensor]:
     """The value [n] at n spans, which backpropagates to log_q and student_later, and both entropies and agreement [3, n].
 
@@ -462,7 +462,7 @@ class _Value(torch.autograd.Function):
     """A registered divergence of log-probabilities [n, C]; its weight w = q · ∂D/∂q is the gradient for log q."""
 
     @staticmethod
-    def forward(ctx: Any, log_q: Tensor, log_p: Tensor, terms: Formulas) -> Tensor:
+    def forward(ctx: Any, log_q: Tensor, log_p: Tensor, terms: DivergenceFn) -> Tensor:
         value, weight = evaluate(terms, log_p.exp(), log_q.exp(), log_p, log_q)
         ctx.save_for_backward(weight)
         return value.sum(-1)

@@ -21,21 +21,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives.across import WHOLE, Across
 from limbeck.objectives.sampled import ESTIMATORS
+from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 
-Formulas = Callable[..., "tuple[Tensor, Tensor]"]
+DivergenceFn = Callable[..., "tuple[Tensor, Tensor]"]
 """(p, q, log p, log q), each [rows, vocab] → (value, w), each [rows, vocab].
 
-With the attribute ``coupled`` set it takes a fifth argument, ``Across``, for sums over the vocabulary."""
+With the attribute ``needs_vocab_reduction`` set it takes a fifth argument, ``VocabReducer``, for sums over the vocabulary."""
 
 LOWEST = -1e30
 """Stands for a logit of −∞: its probability is 0, and 0 · log 0 stays 0 instead of NaN."""
 
-_REGISTRY: dict[str, Callable[..., Formulas]] = {}
+_REGISTRY: dict[str, Callable[..., DivergenceFn]] = {}
 
 
-def register(make: Callable[..., Formulas]) -> Callable[..., Formulas]:
+def register(make: Callable[..., DivergenceFn]) -> Callable[..., DivergenceFn]:
     """Make a divergence known under its function's name. ``make(**parameters)`` returns the two formulas.
 
     Raises LimbeckError for a name that is taken, unless by the same file.
@@ -48,17 +48,17 @@ def register(make: Callable[..., Formulas]) -> Callable[..., Formulas]:
     return make
 
 
-def coupled(terms: Formulas) -> Formulas:
-    """Mark formulas in which the entries of a row depend on one another: they are given ``Across`` as well."""
-    terms.coupled = True  # type: ignore[attr-defined]
+def needs_vocab_reduction(terms: DivergenceFn) -> DivergenceFn:
+    """Mark formulas in which the entries of a row depend on one another: they are given ``VocabReducer`` as well."""
+    terms.needs_vocab_reduction = True  # type: ignore[attr-defined]
     return terms
 
 
 def evaluate(
-    terms: Formulas, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE
+    terms: DivergenceFn, p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: VocabReducer = NO_SHARDING
 ) -> tuple[Tensor, Tensor]:
-    """Value and weight, whether the formulas are coupled or not."""
-    if getattr(terms, "coupled", False):
+    """Value and weight, whether the formulas are needs_vocab_reduction or not."""
+    if getattr(terms, "needs_vocab_reduction", False):
         return terms(p, q, log_p, log_q, across)
     return terms(p, q, log_p, log_q)
 
@@ -68,7 +68,7 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def formulas(name: str, **parameters: Any) -> Formulas:
+def formulas(name: str, **parameters: Any) -> DivergenceFn:
     """The two formulas of divergence ``name``; raises LimbeckError for a name that is not registered."""
     if name not in _REGISTRY:
         raise LimbeckError(f"there is no divergence called {name!r}; the known ones are {', '.join(names())}.")
@@ -82,7 +82,7 @@ def formulas(name: str, **parameters: Any) -> Formulas:
 
 
 def _try(name: str, terms: Any) -> None:
-    """Raise LimbeckError unless a user's formulas give what ``Formulas`` says."""
+    """Raise LimbeckError unless a user's formulas give what ``DivergenceFn`` says."""
     p = torch.tensor([[0.5, 0.3, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6], [0.25, 0.25, 0.25, 0.25]])
     q = p.flip(-1)
     try:
@@ -103,7 +103,7 @@ _LEAST_EXPONENT = 0.01
 
 
 @register
-def forward_kl() -> Formulas:
+def forward_kl() -> DivergenceFn:
     """KL(p ‖ q) = Σ p (log p − log q): the student covers whatever the teacher does (Hinton et al., 2015)."""
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +113,7 @@ def forward_kl() -> Formulas:
 
 
 @register
-def reverse_kl() -> Formulas:
+def reverse_kl() -> DivergenceFn:
     """KL(q ‖ p) = Σ q (log q − log p): the student stays where the teacher is (MiniLLM, arXiv 2306.08543)."""
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ def reverse_kl() -> Formulas:
 
 
 @register
-def cross_entropy() -> Formulas:
+def cross_entropy() -> DivergenceFn:
     """−Σ p log q: the forward KL without the teacher's entropy; same gradient, and at p = q the value is that entropy."""
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,7 +134,7 @@ def cross_entropy() -> Formulas:
 
 
 @register
-def mixed_kl(forward: float = 0.5) -> Formulas:
+def mixed_kl(forward: float = 0.5) -> DivergenceFn:
     """λ KL(p ‖ q) + (1−λ) KL(q ‖ p), λ = ``forward`` (NeMo-RL's mixed KL)."""
     if not 0 <= forward <= 1:
         raise LimbeckError(f"mixed_kl needs the weight of the forward KL in [0, 1], got {forward}.")
@@ -142,12 +142,12 @@ def mixed_kl(forward: float = 0.5) -> Formulas:
 
 
 @register
-def symmetric_kl() -> Formulas:
+def symmetric_kl() -> DivergenceFn:
     """KL(p ‖ q) + KL(q ‖ p) (Jeffreys, 1946)."""
     return _both_ways(1.0, 1.0)
 
 
-def _both_ways(forward: float, reverse: float) -> Formulas:
+def _both_ways(forward: float, reverse: float) -> DivergenceFn:
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         gap = log_p - log_q
         return (forward * p - reverse * q) * gap, reverse * q * (1 - gap) - forward * p
@@ -156,7 +156,7 @@ def _both_ways(forward: float, reverse: float) -> Formulas:
 
 
 @register
-def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> Formulas:
+def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> DivergenceFn:
     """Generalised Jensen-Shannon, M = βp + (1−β)q: β KL(p ‖ M) + (1−β) KL(q ‖ M) (GKD, arXiv 2306.13649).
 
     β = ½ is the ordinary one. D vanishes at both ends, where D/β tends to the forward and D/(1−β) to the reverse KL; as in
@@ -182,7 +182,7 @@ def js_divergence(beta: float = 0.5, smoothing: float = 0.0) -> Formulas:
     return terms
 
 
-def _smoothed_js(beta: float, smoothing: float) -> Formulas:
+def _smoothed_js(beta: float, smoothing: float) -> DivergenceFn:
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
         m = beta * p + (1 - beta) * q
         log_m, log_own = torch.log(m + smoothing), torch.log(q + smoothing)
@@ -194,7 +194,7 @@ def _smoothed_js(beta: float, smoothing: float) -> Formulas:
 
 
 @register
-def skewed_forward_kl(skew: float = 0.1) -> Formulas:
+def skewed_forward_kl(skew: float = 0.1) -> DivergenceFn:
     """KL(p ‖ m), m = λp + (1−λ)q (DistiLLM's skew KL, arXiv 2402.03898). λ = 0 is the forward KL."""
     if not 0 <= skew < 1:
         raise LimbeckError(f"skewed_forward_kl needs skew_lambda in [0, 1), got {skew}.")
@@ -209,7 +209,7 @@ def skewed_forward_kl(skew: float = 0.1) -> Formulas:
 
 
 @register
-def skewed_reverse_kl(skew: float = 0.1) -> Formulas:
+def skewed_reverse_kl(skew: float = 0.1) -> DivergenceFn:
     """KL(q ‖ m), m = (1−λ)p + λq (DistiLLM's skew reverse KL, arXiv 2402.03898). λ = 0 is the reverse KL."""
     if not 0 <= skew < 1:
         raise LimbeckError(f"skewed_reverse_kl needs skew_lambda in [0, 1), got {skew}.")
@@ -230,7 +230,7 @@ def _mixture(share: float, a: Tensor, b: Tensor) -> Tensor:
 
 
 @register
-def tvd() -> Formulas:
+def tvd() -> DivergenceFn:
     """Total variation ½ Σ |p − q|."""
 
     def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,7 +241,7 @@ def tvd() -> Formulas:
 
 
 @register
-def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Formulas:
+def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> DivergenceFn:
     """−1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] (Cichocki et al., 2011; ABKD, arXiv 2505.04560).
 
     (1, 0) is the forward and (0, 1) the reverse KL, as limits; (½, ½) is 4 (1 − Σ√pq), (1, 1) is ½ Σ(p − q)².
@@ -273,7 +273,7 @@ def alpha_beta(alpha: float = 0.5, beta: float = 0.5) -> Formulas:
 
 
 @register
-def taid(t: float | Tensor = 0.4) -> Formulas:
+def taid(t: float | Tensor = 0.4) -> DivergenceFn:
     """KL(p_t ‖ q), p_t = softmax((1−t) log q + t log p) with q in p_t taken as a constant (TAID, arXiv 2501.16937).
 
     t moves from the student (0) to the teacher (1); see ``TaidSchedule``. A tensor t is read when the loss is computed.
@@ -281,8 +281,10 @@ def taid(t: float | Tensor = 0.4) -> Formulas:
     if isinstance(t, float | int) and not 0 <= t <= 1:
         raise LimbeckError(f"taid needs t in [0, 1], got {t}.")
 
-    @coupled
-    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE) -> tuple[Tensor, Tensor]:
+    @needs_vocab_reduction
+    def terms(
+        p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: VocabReducer = NO_SHARDING
+    ) -> tuple[Tensor, Tensor]:
         mixed = log_q + t * (log_p - log_q)
         highest = across.max(mixed.amax(-1, keepdim=True))
         log_m = mixed - highest - across.sum(torch.exp(mixed - highest).sum(-1, keepdim=True)).log()
@@ -293,7 +295,7 @@ def taid(t: float | Tensor = 0.4) -> Formulas:
 
 
 @register
-def adaptive_kl(alpha: float = 0.5, head: str = "roll") -> Formulas:
+def adaptive_kl(alpha: float = 0.5, head: str = "roll") -> DivergenceFn:
     """g_head · KL(p ‖ q) + g_tail · KL(q ‖ p) (AKL, arXiv 2404.02657).
 
     g_head and g_tail are the shares of Σ|p − q| found in the teacher's head and tail, taken as constants. Where p = q both
@@ -305,8 +307,10 @@ def adaptive_kl(alpha: float = 0.5, head: str = "roll") -> Formulas:
     if head not in ("roll", "paper"):
         raise LimbeckError(f'adaptive_kl knows the heads "roll" and "paper", not {head!r}.')
 
-    @coupled
-    def terms(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: Across = WHOLE) -> tuple[Tensor, Tensor]:
+    @needs_vocab_reduction
+    def terms(
+        p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, across: VocabReducer = NO_SHARDING
+    ) -> tuple[Tensor, Tensor]:
         everywhere, gap = across.gather(torch.stack([p, (p - q).abs()])).unbind()
         ordered, order = everywhere.sort(dim=-1, descending=head == "paper")
         within = ordered.cumsum(dim=-1) <= alpha
@@ -326,7 +330,7 @@ class _Rows(torch.autograd.Function):
     """Values [rows] whose gradient is the registered weight, so that the closed form and the fused path cannot differ."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, terms: Formulas) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, terms: DivergenceFn) -> Tensor:
         log_q, log_p = student.log_softmax(-1), teacher.log_softmax(-1)
         q = log_q.exp()
         value, weight = evaluate(terms, log_p.exp(), q, log_p, log_q)

@@ -29,7 +29,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives.across import WHOLE, Across, VocabParallel
 from limbeck.objectives.checks import (
     IGNORE,
     check_rows,
@@ -51,11 +50,12 @@ from limbeck.objectives.chunks import (
     shared_bias,
     tile_rows,
 )
-from limbeck.objectives.divergences import LOWEST, Formulas, formulas
+from limbeck.objectives.divergences import LOWEST, DivergenceFn, formulas
+from limbeck.objectives.elementwise import STATS, Rows, Spec, elementwise_pass
 from limbeck.objectives.kernels import kernel_pass
-from limbeck.objectives.rows import STATS, Rows, Spec, row_pass
+from limbeck.objectives.payloads import TAILS, Logits, Sampled, Signal, TopK
 from limbeck.objectives.sampled import ESTIMATORS
-from limbeck.objectives.signals import TAILS, Logits, Sampled, Signal, TopK
+from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabParallel, VocabReducer
 
 _NARROW_CHUNKS = {"cuda": 8}  # up to so many bfloat16 chunks are summed in bfloat16; see _sums_dtype
 _WORTH_COMPILING = 1 << 24  # logits in a call; below, a compilation of seconds is not repaid soon
@@ -93,7 +93,7 @@ class Objective:
     sees the teacher's k most likely tokens and what ``tail`` (one of ``TAILS``) makes of the rest.
     """
 
-    terms: Formulas
+    terms: DivergenceFn
     kd_weight: float = 0.5
     temperature: float = 1.0
     teacher_temperature: float = 1.0
@@ -178,7 +178,7 @@ def fused_linear_distillation(
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
     all_supervised: bool = False,
-    across: Across | None = None,
+    across: VocabReducer | None = None,
     compiled: bool | None = None,
 ) -> DistillationLoss:
     """Cross-entropy and distillation from the last hidden states, without ever holding [N, V] logits.
@@ -275,7 +275,7 @@ def fused_linear_distillation(
         asked,
         teacher,
         weights,
-        across or WHOLE,
+        across or NO_SHARDING,
         (across is None and _should_compile(rows.numel() * vocab)) if compiled is None else compiled,
         _lift(objective, student.scale, None if weights is None else weights[rows]) if dtype is torch.float16 else 1.0,
     )
@@ -318,7 +318,7 @@ class _Job:
     teacher: OutputHead | None
     signal: Signal | None
     weights: Tensor | None
-    across: Across
+    across: VocabReducer
     compiled: bool
     lift: float | Tensor = 1.0
 
@@ -435,7 +435,7 @@ def _walk(
     z_t = None if w_t is None else make_buffer(chunk, vocab, w_t.dtype, device)
     tile = tile_rows(job.compiled, z_s, z_t, device)
     spec = job.spec(any(needs))
-    run, fast = row_pass(spec, job.across), None
+    run, fast = elementwise_pass(spec, job.across), None
     if job.compiled:
         kernel = None if isinstance(job.signal, TopK | Sampled) else kernel_pass(spec, job.across, device)
         fast = kernel or _Compiled(spec, job.across)
@@ -499,8 +499,8 @@ class _Compiled:
 
     failed = False
 
-    def __init__(self, spec: Spec, across: Across) -> None:
-        self._pass = row_pass(spec, across, True)
+    def __init__(self, spec: Spec, across: VocabReducer) -> None:
+        self._pass = elementwise_pass(spec, across, True)
 
     def __call__(self, plain: Any, tensors: Rows) -> tuple[Tensor, Tensor | None]:
         if _Compiled.failed or tensors.target.numel() == 1:  # one row would be compiled as a case of its own
@@ -526,6 +526,6 @@ def _sums_dtype(job: _Job, weight: Tensor, chunks: int, device: torch.device) ->
     A product sums in float32 and is rounded once. With bfloat16 throughout, a few chunks added to the gradient itself lose
     little more than its last rounding does, and no float32 copy of twice its size is made.
     """
-    bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is WHOLE
+    bfloat16 = job.dtype is weight.dtype is torch.bfloat16 and job.across is NO_SHARDING
     narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
     return torch.bfloat16 if narrow else job.accumulate

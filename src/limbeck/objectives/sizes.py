@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.objectives.across import WHOLE, VocabParallel
 from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, row_width, shared_bias, tile_rows
+from limbeck.objectives.elementwise import STATS, Rows, elementwise_pass
 from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _Job, _said, _sums_dtype
-from limbeck.objectives.rows import STATS, Rows, row_pass
-from limbeck.objectives.signals import Signal
+from limbeck.objectives.payloads import Signal
+from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabParallel
 
 
 class FusedSizes:
@@ -57,7 +57,7 @@ class FusedSizes:
             teacher_head,
             teacher,
             None,
-            WHOLE if across is None else across,
+            NO_SHARDING if across is None else across,
             bool(compiled),
         )
         inputs = (student_hidden, student_head.weight, student_head.bias, teacher_hidden)
@@ -95,14 +95,14 @@ class _Held(torch.autograd.Function):
         spec, index = job.spec(any(needs)), torch.arange(chunk)
         log_probs, columns, z_t = _said(job, index, z_t)
         sparse = columns is not None or (spec.topk > 0 and z_t is not None)
-        # Compiled, a pass goes over the logits in place, unless it looks for the likeliest or writes here and there: then it
+        # Compiled, a pass goes over the logits in place, unless it looks for the most likely or writes here and there: then it
         # makes about half of what it makes uncompiled, which is what is counted.
         if not job.compiled or sparse:
             tile = tile_rows(job.compiled, z_s, z_t, device)
             teacher, log_probs, columns = (None if x is None else x[:tile] for x in (z_t, log_probs, columns))
             ones = torch.ones(len(z_s[:tile]), 1, dtype=accumulate)
             tensors = Rows(z_s[:tile], b_s, teacher, b_t, log_probs, columns, labels[:tile], ones, torch.ones(()))
-            row_pass(spec, job.across)(*tensors)
+            elementwise_pass(spec, job.across)(*tensors)
         if grads[0] is not None:
             grads[0][:chunk] = torch.empty_like(h_s).to(sums)
             grads = (job.across.sum(grads[0]), *grads[1:])

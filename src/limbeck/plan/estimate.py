@@ -140,7 +140,7 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     looked_at = Counter(step.role for step in steps)
     names = [step.role if looked_at[step.role] == 1 else f"{step.role}, rank {step.rank}" for step in steps]
     groups = tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in zip(names, steps, strict=True))
-    return Plan(nodes, gpus_per_node, gpu, groups, config.takes_turns)
+    return Plan(nodes, gpus_per_node, gpu, groups, config.offloads_colocated)
 
 
 def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> Group:

@@ -31,32 +31,32 @@ from limbeck.models.documents import BY_DOCUMENT
 from limbeck.objectives import DistillationLoss, OutputHead, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
-from limbeck.pipeline.memory import outline
-from limbeck.pipeline.parts import (
+from limbeck.plan.fake_distributed import FirstChunks, fake_distributed
+from limbeck.plan.memory import outline
+from limbeck.plan.tracker import Tracker, local
+from limbeck.strategies.deepspeed import ZeroEngine, offload_device
+from limbeck.strategies.parallel_dims import Layout
+from limbeck.strategies.pipeline_engine import PipelineEngine
+from limbeck.strategies.pipeline_parallel import check_stages
+from limbeck.strategies.tensor_parallel import check_tensor_parallel
+from limbeck.strategies.torch_engine import Engine
+from limbeck.strategies.world import World
+from limbeck.teachers import LocalTeacher, ModelParallelTeacher, RemoteTeacher, Signal, Teacher, TeacherRequest
+from limbeck.teachers.remote import Route, TeacherResponse
+from limbeck.train.build.models import (
     DTYPES,
-    arrange,
     fsdp2_options,
     layout_of,
     make_engine,
     make_objective,
+    parallelize_student,
+    parallelize_teacher,
     recompute,
     refuse_layout,
-    spread_student,
-    spread_teacher,
-    wanted_of,
+    resolve_parallelism,
+    signal_spec,
 )
-from limbeck.pipeline.student import StudentWithLoss
-from limbeck.plan.pretend import FirstChunks, pretended
-from limbeck.plan.tracker import Tracker, local
-from limbeck.strategies.deepspeed import ZeroEngine, offload_device
-from limbeck.strategies.engine import Engine
-from limbeck.strategies.layout import Layout
-from limbeck.strategies.stage_engine import StageEngine
-from limbeck.strategies.stages import check_stages
-from limbeck.strategies.tensor import check_tensor_parallel
-from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, Question, RemoteTeacher, Signal, Teacher, TogetherTeacher
-from limbeck.teachers.remote import Reply, Route
+from limbeck.train.student import StudentWithLoss
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def _student_step(
     layout, args = layout_of(config.student), config.student.model_args
     asked, own = batch.stretch(rank // layout.tensor % layout.context, layout.context)
     zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
-    with pretended(len(devices), rank, zero=zero) as world:
-        world = arrange(config, world, teacher_here=teacher_here)
+    with fake_distributed(len(devices), rank, zero=zero) as world:
+        world = resolve_parallelism(config, world, teacher_here=teacher_here)
         teacher: Teacher | None = None
         head: OutputHead | None = None
         if config.has_teacher:
@@ -192,10 +192,12 @@ def _student_step(
         objective, _ = make_objective(config, world.device)
         compiled = config.compile_loss is not False
         with FirstChunks():
-            student = spread_student(config, world, model, objective, vocab, teacher, compiled=compiled, proven=False)
+            student = parallelize_student(
+                config, world, model, objective, vocab, teacher, compiled=compiled, proven=False
+            )
         engine = make_engine(config, world, student)
         asks = teacher is not None and (config.distill_loss_weight > 0 or student.features is not None)
-        ask = partial(teacher.ask, asked, wanted_of(config, vocab)) if teacher is not None and asks else None
+        ask = partial(teacher.ask, asked, signal_spec(config, vocab)) if teacher is not None and asks else None
         taken = _Steps(
             student, engine, FusedSizes(kind), lambda: None if ask is None else ask()(asked), own, micro_batches
         )
@@ -272,7 +274,9 @@ class _Steps:
         """One step in which ``count`` micro-batches are trained on: what it computes and sends."""
         self.tracker.reset()
         self.fused.flops = self.fused.moved = self._asking = 0
-        if isinstance(self.engine, StageEngine):  # the answers to all of a step's questions come before its first pass
+        if isinstance(
+            self.engine, PipelineEngine
+        ):  # the answers to all of a step's questions come before its first pass
             work = [self._inputs() for _ in range(self.micro_batches)]
             with self.tracker.tagged("activations"):
                 self.engine.run(work[:count])
@@ -316,13 +320,13 @@ def _teacher_step(
     asked, micro_batches = _full_batch(config)
     layout, askers = layout_of(config.teacher), students // layout_of(config.student).together
     tracker, ranks, args = Tracker(), len(devices), config.student.model_args
-    with pretended(ranks, rank, zero=_is_zero(config.teacher)) as world:
+    with fake_distributed(ranks, rank, zero=_is_zero(config.teacher)) as world:
         layout.check(world, "teacher")
         teacher, head = _teacher(config, world)
         with unset_fake_temporarily():
             vocab = min(output_head(outline(args, torch.float32, "student")).weight.shape[0], teacher.vocab_size)
-        wanted = wanted_of(config, vocab)
-        question = Question.of(asked, wanted)
+        wanted = signal_spec(config, vocab)
+        question = TeacherRequest.of(asked, wanted)
         chunk = default_chunk(kind, vocab, len(asked.supervised), head.weight, None)
         with tracker, tracker.tagged("signal"):
             tracker.add([*held(teacher.body), head.weight], "teacher")
@@ -392,8 +396,8 @@ def _teacher(config: DistillConfig, world: World) -> tuple[LocalTeacher, OutputH
     check_tensor_parallel(body(model), layout, name, "teacher")
     check_stages(body(model), layout.pipeline, name, "teacher")
     with FirstChunks():
-        teacher = spread_teacher(config, world, model, proven=False)
-    if isinstance(teacher, TogetherTeacher):
+        teacher = parallelize_teacher(config, world, model, proven=False)
+    if isinstance(teacher, ModelParallelTeacher):
         teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
     return teacher, teacher.head
 
@@ -406,12 +410,12 @@ def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead | None]
     weight, kinds = head.weight, {"top_k": (torch.float32, torch.int32)}
 
     class Wire:
-        def ask(self, question: Question | None) -> Callable[[], Reply]:
+        def ask(self, question: TeacherRequest | None) -> Callable[[], TeacherResponse]:
             assert question is not None
             count, wanted = len(question.supervised), question.wanted
             widths = {"top_k": min(wanted.topk, wanted.vocab_size), "logits": wanted.vocab_size}
             width, dtypes = widths.get(wanted.kind, weight.shape[1]), kinds.get(wanted.kind, (weight.dtype,))
-            return lambda: Reply(tuple(weight.new_empty(count, width, dtype=dtype) for dtype in dtypes), 0.0)
+            return lambda: TeacherResponse(tuple(weight.new_empty(count, width, dtype=dtype) for dtype in dtypes), 0.0)
 
     needed = head if config.teacher_signal == "hidden_states" else None
     return RemoteTeacher([Wire()], Route((0,)), len(weight), _size(model), needed), needed

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from limbeck.errors import LimbeckError
-from limbeck.strategies.layout import TENSOR, Layout
+from limbeck.strategies.parallel_dims import TENSOR, Layout
 from limbeck.strategies.world import World
 
 M = TypeVar("M", bound=nn.Module)

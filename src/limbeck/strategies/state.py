@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from limbeck.strategies.layout import TENSOR
+from limbeck.strategies.parallel_dims import TENSOR
 
 _SOME = StateDictOptions(strict=False)  # frozen parameters are in no checkpoint of a run
 

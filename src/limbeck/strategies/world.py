@@ -28,7 +28,7 @@ class World:
     rank: int
     size: int
     device: torch.device
-    patient: dist.ProcessGroup | None = None
+    barrier_group: dist.ProcessGroup | None = None
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
@@ -85,7 +85,7 @@ class World:
     def wait(self) -> None:
         """Return when every process has come here, however long one takes: the first tokenisation may take hours."""
         if self.size > 1:
-            dist.barrier(group=self.patient)
+            dist.barrier(group=self.barrier_group)
 
 
 @contextmanager
@@ -102,8 +102,8 @@ def start_world(timeout_minutes: float = 30) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         # A process that ends ends the others' waiting too, by its closed connections and by whoever started it.
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
-        yield World(rank, size, device, patient)
+        barrier_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        yield World(rank, size, device, barrier_group)
     finally:
         if started:
             # FSDP's modules and hooks form cycles; one that outlives its process group aborts the interpreter at exit.

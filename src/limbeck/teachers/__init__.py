@@ -1,21 +1,21 @@
 """Who answers. A teacher is asked for the signals of a batch and knows nothing of the student."""
 
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.remote import Channel, RemoteTeacher, Reply, route
-from limbeck.teachers.signal import Answer, Question, Signal, Teacher, Wanted
-from limbeck.teachers.together import Circle, TogetherTeacher
+from limbeck.teachers.model_parallel import ModelParallelGroup, ModelParallelTeacher
+from limbeck.teachers.remote import Channel, RemoteTeacher, TeacherResponse, route
+from limbeck.teachers.signals import Signal, SignalFuture, SignalSpec, Teacher, TeacherRequest
 
 __all__ = [
-    "Answer",
     "Channel",
-    "Circle",
     "LocalTeacher",
-    "Question",
+    "ModelParallelGroup",
+    "ModelParallelTeacher",
     "RemoteTeacher",
-    "Reply",
     "Signal",
+    "SignalFuture",
+    "SignalSpec",
     "Teacher",
-    "TogetherTeacher",
-    "Wanted",
+    "TeacherRequest",
+    "TeacherResponse",
     "route",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from limbeck.data.batch import Batch
 from limbeck.models import Taps, hidden_states
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Answer, Question, Signal, Wanted
+from limbeck.teachers.signals import Signal, SignalFuture, SignalSpec, TeacherRequest
 
 
 class LocalTeacher:
@@ -31,7 +31,7 @@ class LocalTeacher:
         """Rows of the output head."""
         return len(self.head.weight)
 
-    def ask(self, batch: Batch, wanted: Wanted) -> Answer:
+    def ask(self, batch: Batch, wanted: SignalSpec) -> SignalFuture:
         """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels
         either, so that it gives its hidden states whatever is ``wanted``."""
         return self.signals
@@ -42,23 +42,23 @@ class LocalTeacher:
         bias = None if self.head.bias is None else self.head.bias.to(device)
         self.head = replace(self.head, weight=self.head.weight.to(device), bias=bias)
 
-    def say(self, question: Question) -> tuple[Tensor, ...]:
+    def say(self, question: TeacherRequest) -> tuple[Tensor, ...]:
         """What is wanted of the positions that are asked about, as it travels."""
         return question.wanted.say(self.hidden(question), self.head)
 
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
         with self._taps.opened() as found:
-            hidden = self.hidden(Question.of(batch))
+            hidden = self.hidden(TeacherRequest.of(batch))
         if batch.translation is not None:
             return Signal(hidden, self.head)
         places = batch.supervised if self._supervised_only else batch.real
         return Signal(hidden, self.head, self._taps.rows(found, batch.labels.shape, places))
 
     @torch.no_grad()
-    def hidden(self, question: Question) -> Tensor:
+    def hidden(self, question: TeacherRequest) -> Tensor:
         """The last hidden states [supervised, H] at the positions that are asked about."""
         return self._states(question).flatten(0, 1).index_select(0, question.supervised)
 
-    def _states(self, question: Question) -> Tensor:
+    def _states(self, question: TeacherRequest) -> Tensor:
         return hidden_states(self.body, question.input_ids, question.position_ids, question.documents)

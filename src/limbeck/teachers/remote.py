@@ -16,14 +16,14 @@ from torch import Tensor
 
 from limbeck.data.batch import Batch
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signal import Answer, Question, Wanted
+from limbeck.teachers.signals import SignalFuture, SignalSpec, TeacherRequest
 
 _MOST = 2
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
-class Reply:
+class TeacherResponse:
     """What came, [supervised, …] each, and the seconds that the teacher worked on it."""
 
     tensors: tuple[Tensor, ...]
@@ -33,7 +33,7 @@ class Reply:
 class Channel(Protocol):
     """The way to one teacher rank. What is asked over it is answered in that order."""
 
-    def ask(self, question: Question | None) -> Callable[[], Reply]:
+    def ask(self, question: TeacherRequest | None) -> Callable[[], TeacherResponse]:
         """Send a question and return at once; None only keeps the rank in step with others that are asked."""
 
 
@@ -86,15 +86,15 @@ class RemoteTeacher:
         self._mine = [channels[rank] for rank in way.mine]
         self._idle = [channels[rank] for rank in way.idle]
         self._asked = 0
-        self._waiting: list[Callable[[], Reply]] = []
+        self._waiting: list[Callable[[], TeacherResponse]] = []
         self.rest = rest
 
-    def ask(self, batch: Batch, wanted: Wanted) -> Answer:
+    def ask(self, batch: Batch, wanted: SignalSpec) -> SignalFuture:
         """Send the question now; the answer waits until it has come."""
-        reply = self._send(Question.of(batch, wanted)) if self._speaks else None
+        reply = self._send(TeacherRequest.of(batch, wanted)) if self._speaks else None
         return lambda micro: wanted.signal(self._receive(reply, batch, micro), self._head)
 
-    def _send(self, question: Question) -> Callable[[], Reply]:
+    def _send(self, question: TeacherRequest) -> Callable[[], TeacherResponse]:
         channel = self._mine[self._asked % len(self._mine)]
         self._asked += 1
         reply = cache(channel.ask(question))
@@ -103,7 +103,7 @@ class RemoteTeacher:
             other.ask(None)
         return reply
 
-    def _receive(self, reply: Callable[[], Reply] | None, batch: Batch, micro: Batch) -> tuple[Tensor, ...]:
+    def _receive(self, reply: Callable[[], TeacherResponse] | None, batch: Batch, micro: Batch) -> tuple[Tensor, ...]:
         device = micro.input_ids.device
         here: tuple[Tensor, ...] | None = None
         if reply is not None:

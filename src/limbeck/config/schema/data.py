@@ -95,7 +95,7 @@ class DataArgs(Section):
     format: RowFormat | None = Field(
         default=None,
         description="Shape of the rows: question_answer, messages, conversations, prompt_completion, instruction or text; "
-        "unset, judged by the first row of each file.",
+        "unset, detected from the first row of each file.",
     )
     weight_key: str | None = Field(
         default="weight", description="Column that multiplies a row's loss, where a row has it; `null` reads none."

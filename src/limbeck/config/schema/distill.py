@@ -75,8 +75,8 @@ class DistillConfig(Section):
     )
     objective_faults: list[Literal[FAULTS]] = Field(  # type: ignore[valid-type]
         default_factory=list,
-        description="Faults of other systems to repeat, for whoever must meet their numbers: unshifted_mask, every_token, "
-        "base_vocabulary, zero_padded_vocabulary, mean_over_vocabulary, mean_of_micro_batches.",
+        description="Quirks of other systems to reproduce, for users who must match their numbers: unshifted_mask, "
+        "every_token, base_vocabulary, zero_padded_vocabulary, mean_over_vocabulary, mean_of_micro_batches.",
     )
     kd_objective: Objective = Field(
         default="forward_kl",
@@ -107,7 +107,7 @@ class DistillConfig(Section):
     logits_topk: int = Field(
         default=0,
         ge=0,
-        description="0 compares whole vocabularies, exactly; k > 0 compares the teacher's k likeliest tokens only, "
+        description="0 compares whole vocabularies, exactly; k > 0 compares the teacher's k most likely tokens only, "
         "and what logits_topk_tail makes of the rest.",
     )
     logits_topk_tail: Tail = Field(
@@ -231,7 +231,7 @@ class DistillConfig(Section):
         description="Student and teacher on the same devices are processes of their own and take turns: while one works, the "
         "other's parameters and optimizer are in the machine's memory.",
     )
-    steps_per_turn: int = Field(
+    offload_interval: int = Field(
         default=8,
         ge=1,
         description="With is_offload_states, optimizer steps that the teacher answers for in one turn; the answers wait in "
@@ -337,11 +337,11 @@ class DistillConfig(Section):
         """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role is
         processes that Ray places."""
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
-        apart = ours is not None and theirs is not None and (ours != theirs or self.takes_turns)
+        apart = ours is not None and theirs is not None and (ours != theirs or self.offloads_colocated)
         return self.has_teacher and (apart or self.teacher.service is not None)
 
     @property
-    def takes_turns(self) -> bool:
+    def offloads_colocated(self) -> bool:
         """Whether student and teacher are never together on the devices that they share."""
         shared = set(self.student.device_mapping or ()) & set(self.teacher.device_mapping or ())
         names = (self.student.strategy_args.strategy_name, self.teacher.strategy_args.strategy_name)
@@ -352,7 +352,7 @@ class DistillConfig(Section):
     def transfers_directly(self) -> bool:
         """Whether answers go from worker to worker, past Ray's object store."""
         asked = self.logits_transfer_backend not in ("auto", "ray")
-        return asked and self.needs_worker_groups and not self.takes_turns
+        return asked and self.needs_worker_groups and not self.offloads_colocated
 
     @property
     def environment(self) -> dict[str, str]:

@@ -255,12 +255,12 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
     if not config.needs_worker_groups:
         for key in ("teacher.signal", "logits_transfer_backend"):
             yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
-    if not config.takes_turns:
+    if not config.offloads_colocated:
         yield (
             "is_offload_states",
             "is for roles whose device_mappings have devices in common, and not for DeepSpeed, which has an offload of its own",
         )
-        yield "steps_per_turn", "is read with is_offload_states only"
+        yield "offload_interval", "is read with is_offload_states only"
     elif config.logits_transfer_backend not in ("auto", "ray"):
         yield "logits_transfer_backend", "is not read with is_offload_states: answers wait in the machine's memory"
     if not config.needs_worker_groups and config.num_nodes == 1:

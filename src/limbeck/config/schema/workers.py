@@ -58,7 +58,7 @@ class TeacherConfig(WorkerConfig):
     signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
         default="auto",
         description="What a teacher in other processes sends of each supervised position: hidden_states (with the output "
-        "head, sent once, the whole distribution), top_k (the logits_topk likeliest tokens) or logits (all of them); auto: "
+        "head, sent once, the whole distribution), top_k (the logits_topk most likely tokens) or logits (all of them); auto: "
         "top_k with logits_topk, else hidden_states.",
     )
 

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from limbeck.objectives.across import WHOLE, Across
-from limbeck.objectives.kernels.translate import Translation, Untranslatable, translate
-from limbeck.objectives.rows import STATS, Pass, Rows, Spec
+from limbeck.objectives.elementwise import STATS, Pass, Rows, Spec
+from limbeck.objectives.kernels.source import Translation, Untranslatable, translate
+from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,13 +29,15 @@ ROUND = 16  # elements; Triton reads whole vectors only where it can tell that a
 _told: set[str] = set()
 
 
-def kernel_pass(spec: Spec, across: Across, device: torch.device) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
+def kernel_pass(
+    spec: Spec, across: VocabReducer, device: torch.device
+) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
     """A function (plain pass, ``Rows``) → (stats, bias's gradient), or None where there is no kernel for ``spec``.
 
-    Formulas that Triton cannot express, and kernels that cannot be built on this machine, are told of once. The bias's
+    DivergenceFn that Triton cannot express, and kernels that cannot be built on this machine, are told of once. The bias's
     gradient sums what was stored, in float32.
     """
-    if not _usable(device) or across is not WHOLE or spec.dtype is not torch.float32 or spec.sampled or spec.topk:
+    if not _usable(device) or across is not NO_SHARDING or spec.dtype is not torch.float32 or spec.sampled or spec.topk:
         return None
     try:
         translation = translate(spec.terms)
@@ -59,8 +61,8 @@ def kernel_pass(spec: Spec, across: Across, device: torch.device) -> Callable[..
 
 
 def launch(rows: Rows, spec: Spec, translation: Translation) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel on a tile; see ``rows.row_pass`` for what comes back."""
-    from limbeck.objectives.kernels.sweep import sweep
+    """Run the kernel on a tile; see ``rows.elementwise_pass`` for what comes back."""
+    from limbeck.objectives.kernels.fused_kernel import sweep
 
     n, vocab = rows.z.shape
     stats = torch.zeros(n, len(STATS), dtype=torch.float32, device=rows.z.device)

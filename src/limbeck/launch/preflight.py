@@ -1,0 +1,248 @@
+"""Whether a configuration fits the machines that it would run on, seen without loading a model.
+
+Activations and buffers are not counted: what is said to fit in memory may still not, what is said not to fit does not.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from limbeck.cluster.groups import versions
+from limbeck.cluster.placement import describe_device_slots, layout, unknown_gpu
+from limbeck.cluster.session import can_join, load_ray, ray_session
+from limbeck.config import DistillConfig
+from limbeck.config.schema import WorkerConfig
+from limbeck.errors import LimbeckError
+from limbeck.launch.driver import refuse_backend
+from limbeck.models import body
+from limbeck.plan.memory import ModelMemory, model_memory, outline
+from limbeck.strategies.fsdp2 import ranks_of_a_copy
+from limbeck.strategies.pipeline_parallel import check_stages
+from limbeck.strategies.tensor_parallel import check_tensor_parallel
+from limbeck.strategies.world import World
+from limbeck.teachers.service import find_service
+from limbeck.train.build.models import (
+    DTYPES,
+    fsdp2_options,
+    layout_of,
+    make_objective,
+    refuse_layout,
+    resolve_parallelism,
+)
+from limbeck.train.build.sources import missing_files
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one machine has. memory, gpu_memory: bytes, the latter of its smallest GPU."""
+
+    name: str
+    cpus: int
+    gpus: int
+    memory: int
+    gpu_memory: int
+    versions: dict[str, str]
+
+
+def check_cluster(config: DistillConfig) -> list[str]:
+    """Print what goes where, and return a sentence for everything that does not fit; the Ray of RAY_ADDRESS is asked for
+    its machines if that is set, else this machine is meant."""
+    if not _would_join(config):
+        return _check(config, [this_machine()])
+    with ray_session(0) as where:
+        print(where)
+        problems = []
+        if config.teacher.service is not None:
+            try:
+                find_service(config)
+            except LimbeckError as error:
+                problems.append(str(error))
+        return problems + _check(config, _joined_machines())
+
+
+def _would_join(config: DistillConfig) -> bool:
+    """Whether the run would join a Ray that is there."""
+    apart = config.needs_worker_groups or config.num_nodes > 1
+    return apart and can_join()
+
+
+def this_machine() -> Machine:
+    """The machine of this process."""
+    gpus = [torch.cuda.get_device_properties(number).total_memory for number in range(torch.cuda.device_count())]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(platform.node(), os.cpu_count() or 1, len(gpus), memory, min(gpus, default=0), versions())
+
+
+def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
+    problems = [*missing_files(config), *_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
+    print(describe_device_slots(sum(machine.gpus for machine in machines)))
+    ours = versions()
+    for machine in machines:
+        for package, theirs in machine.versions.items():
+            if theirs != ours[package]:
+                problems.append(
+                    f"{machine.name} runs {package} {theirs}, and this process {ours[package]}; install the same on all "
+                    "machines."
+                )
+    loads: list[ModelMemory] = []
+    for role in ("student", "teacher"):
+        try:
+            loads += model_memory(config, [role])
+        except LimbeckError as error:
+            problems.append(str(error))
+    problems += _placement_problems(config, machines, loads)
+    return list(dict.fromkeys(problems))
+
+
+def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
+    students = len(config.device_mapping or [0])
+    worlds: list[tuple[str, WorkerConfig, int]] = [("student", config.student, students)]
+    if config.has_teacher and config.teacher.service is None:
+        apart = config.teacher.device_mapping if config.needs_worker_groups else None
+        worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
+    checks: list[Callable[[], object]] = [
+        lambda: resolve_parallelism(
+            config, World(0, students, torch.device("cpu")), teacher_here=not config.needs_worker_groups
+        ),
+        lambda: make_objective(config, torch.device("cpu")),
+        lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
+        lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
+        *(partial(_check_worker, *world) for world in worlds),
+    ]
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except LimbeckError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _check_worker(role: str, worker: WorkerConfig, ranks: int) -> None:
+    """Raise LimbeckError unless a role's layout fits its ranks and its model."""
+    layout, dtype = layout_of(worker), DTYPES[worker.model_args.dtype]
+    layout.check(World(0, ranks, torch.device("cpu")), role)
+    try:
+        ranks_of_a_copy(ranks // (layout.tensor * layout.pipeline), fsdp2_options(worker, dtype), layout.tensor)
+    except LimbeckError as error:
+        raise LimbeckError(f"{role}: {error}") from error
+    if layout.together > 1:
+        trunk, name = body(outline(worker.model_args, dtype, role)), str(worker.model_args.model_name_or_path or role)
+        check_tensor_parallel(trunk, layout, name, role)
+        check_stages(trunk, layout.pipeline, name, role)
+
+
+def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[ModelMemory]) -> list[str]:
+    """What cannot be placed, and which machine's memory is too small for what would be placed on it."""
+    problems = []
+    if config.num_nodes > len(machines):
+        hint = "" if can_join() else "; set RAY_ADDRESS to a Ray that has them"
+        problems.append(f"num_nodes = {config.num_nodes}, but there are {len(machines)} machine(s){hint}.")
+    mappings = [config.device_mapping or [0]]
+    if config.has_teacher and config.teacher.service is None:
+        apart = config.teacher.device_mapping if config.needs_worker_groups else None
+        mappings.append(apart or mappings[0])
+    on_gpus = any(machine.gpus for machine in machines)
+    device = "GPU" if on_gpus else "CPU"
+    # Roles in one process take one slot; as groups of workers each takes its own.
+    placed = mappings if config.needs_worker_groups else mappings[:1]
+    problems += filter(None, [unknown_gpu(placed, sum(machine.gpus for machine in machines))])
+    bundles, places = layout(placed, config.num_gpus_per_node, on_gpus)
+    wanted = [bundle[device] for bundle in bundles]
+    # A Ray that is started here is given as many CPU slots as the run needs.
+    unbounded = not on_gpus and not _would_join(config)
+    free = [float(machine.gpus if on_gpus else machine.cpus) for machine in machines]
+    found: dict[int, Machine] = {}
+    for number in sorted(range(len(bundles)), key=lambda number: -wanted[number]):
+        at = max(range(len(machines)), key=lambda index: free[index])
+        if wanted[number] > free[at] and not unbounded:
+            problems.append(
+                f"device_mapping needs {wanted[number]:g} free {device} slots on one machine, but {machines[at].name} has "
+                f"{free[at]:g} and no machine has more; name fewer devices, or set num_gpus_per_node to what a machine has."
+            )
+            continue
+        free[at] -= wanted[number]
+        found[number] = machines[at]
+    table = Table("role", "ranks", "parameters", "memory per rank", "machines", box=None)
+    on_machine: Counter[str] = Counter()
+    loading: Counter[str] = Counter()
+    on_device: Counter[int] = Counter()
+    hosts: dict[int, Machine] = {}
+    for load in loads:
+        which = 0 if load.role == "student" else 1
+        places_of = places[which if len(places) > 1 else 0]
+        for rank, (at_place, number) in enumerate(zip(places_of, mappings[which], strict=True)):
+            machine = found.get(at_place.bundle)
+            if machine is not None:
+                on_machine[machine.name] += load.held_by(rank)
+                loading[machine.name] += load.loading
+                held = on_device[number] + load.held_by(rank)
+                on_device[number] = max(on_device[number], load.held_by(rank)) if config.offloads_colocated else held
+                hosts[number] = machine
+        names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
+        table.add_row(
+            load.role, str(load.ranks), f"{load.parameters:,}", _size(load.per_rank), ", ".join(names) or "none"
+        )
+    if loads:
+        Console(highlight=False).print(table)
+    for machine in {machine.name: machine for machine in found.values()}.values():
+        held = 0 if on_gpus else on_machine[machine.name]
+        if held > machine.memory:
+            problems.append(
+                f"{machine.name} would hold {_size(held)} of models, gradients and optimizer, but has "
+                f"{_size(machine.memory)} of memory; use more machines, smaller models or LoRA."
+            )
+        elif loading[machine.name] > machine.memory:
+            problems.append(
+                f"the processes on {machine.name} load {_size(loading[machine.name])} of models before they share them out, "
+                f"but it has {_size(machine.memory)} of memory; place fewer ranks on it."
+            )
+    if on_gpus:
+        problems += [
+            f"device {number} ({hosts[number].name}) would hold {_size(held)} of models, gradients and optimizer, but a GPU "
+            f"there has {_size(hosts[number].gpu_memory)}; use more devices, smaller models or LoRA."
+            for number, held in on_device.items()
+            if held > hosts[number].gpu_memory
+        ]
+    return problems
+
+
+def _joined_machines() -> list[Machine]:
+    ray = load_ray()
+    there = [node for node in ray.nodes() if node["Alive"]]
+    look = ray.remote(this_machine)
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    asked = [
+        look.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote() for node in there
+    ]
+    try:
+        seen = ray.get(asked, timeout=120)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
+        raise LimbeckError(f"a machine of the Ray cluster does not answer: {type(error).__name__}.") from error
+    machines = []
+    for node, machine in zip(there, seen, strict=True):
+        slots = node["Resources"]
+        machines.append(
+            Machine(
+                f"{machine.name} ({node['NodeManagerAddress']})",
+                int(slots.get("CPU", 0)),
+                int(slots.get("GPU", 0)),
+                machine.memory,
+                machine.gpu_memory,
+                machine.versions,
+            )
+        )
+    return machines
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,81 @@
+"""Hidden states and a head turned into what a teacher can say instead: its most likely tokens, or its whole logits.
+
+Positions are walked in chunks as in ``fused``, so that for the most likely tokens the logits are never held whole. The numbers
+are those that the loss would find for itself from the hidden states.
+
+Shapes: N positions, V vocabulary, H hidden size, k tokens kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from limbeck.errors import LimbeckError
+from limbeck.objectives.chunks import default_chunk, head_product, make_buffer, shared_bias
+from limbeck.objectives.elementwise import _logits
+from limbeck.objectives.fused import OutputHead
+from limbeck.objectives.payloads import Logits, TopK
+
+
+@torch.no_grad()
+def compute_topk(
+    hidden: Tensor,
+    head: OutputHead,
+    k: int,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> TopK:
+    """The k most likely tokens at each position of hidden [N, H], with their log-probabilities at ``temperature``.
+
+    vocab_size: rows of the head that count, default all; the log-probabilities are normalised over these. chunk_size: positions
+    whose logits are held at once, default as many as in the loss. With k above vocab_size all tokens are kept.
+    """
+    vocab = len(head.weight) if vocab_size is None else vocab_size
+    if k < 1 or not temperature > 0:
+        raise LimbeckError(f"compute_topk needs k of 1 or more and a temperature above 0, got {k} and {temperature}.")
+    if not 0 < vocab <= len(head.weight):
+        raise LimbeckError(
+            f"vocab_size={vocab_size} is not between 1 and the {len(head.weight)} rows of the output head."
+        )
+    kept = min(k, vocab)
+    log_probs = torch.empty(len(hidden), kept, dtype=_precise(head), device=hidden.device)
+    indices = torch.empty(len(hidden), kept, dtype=torch.int64, device=hidden.device)
+    for part, logits in _chunks(hidden, head, vocab, chunk_size):
+        values, indices[part] = logits.topk(kept, dim=-1)
+        highest = values[:, :1].clone()
+        total = logits.sub_(highest).div_(temperature).exp_().sum(-1, keepdim=True)
+        log_probs[part] = (values - highest) / temperature - total.log()
+    return TopK(log_probs, indices, temperature)
+
+
+@torch.no_grad()
+def compute_logits(
+    hidden: Tensor, head: OutputHead, *, vocab_size: int | None = None, chunk_size: int | None = None
+) -> Logits:
+    """All logits [N, V] of hidden [N, H], in the head's precision; the arguments are those of ``compute_topk``."""
+    vocab = len(head.weight) if vocab_size is None else vocab_size
+    everything = torch.empty(len(hidden), vocab, dtype=head.weight.dtype, device=hidden.device)
+    for part, logits in _chunks(hidden, head, vocab, chunk_size):
+        everything[part] = logits
+    return Logits(everything)
+
+
+def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of some positions after others, which the caller may write over."""
+    weight = head.weight[:vocab]
+    bias = shared_bias(head.bias, vocab, _precise(head))
+    rows = max(1, min(chunk or default_chunk(hidden.device, vocab, len(hidden), weight, None), len(hidden)))
+    z = make_buffer(rows, vocab, weight.dtype, hidden.device)
+    for low in range(0, len(hidden), rows):
+        part = slice(low, min(low + rows, len(hidden)))
+        product = head_product(hidden[part].to(weight.dtype), weight, z[: part.stop - low])
+        yield part, _logits(product, bias, head.scale, head.softcap, _precise(head))
+
+
+def _precise(head: OutputHead) -> torch.dtype:
+    return torch.float64 if head.weight.dtype is torch.float64 else torch.float32

@@ -1,0 +1,121 @@
+"""Every kind of extension, and the built-in implementations of each.
+
+A registry maps a name from the configuration to an implementation. Built-in implementations are given as ``module:attribute`` and
+imported when they are first used, so that a heavy library is paid for only by the run that needs it. A file that ``plugins`` names
+adds its own with ``REGISTRY.register("name")``. Names are compared here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from limbeck.errors import LimbeckError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Implementations of one kind of extension, by name.
+
+    Args:
+        kind: what an entry is called in error messages, such as ``"strategy"``.
+        builtin: name to ``"module:attribute"``; imported by ``get``.
+    """
+
+    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._builtin = dict(builtin)
+        self._registered: dict[str, T] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorator that registers an implementation under ``name``.
+
+        Raises:
+            LimbeckError: if another implementation has the name.
+        """
+
+        def decorate(implementation: T) -> T:
+            known = self._registered.get(name)
+            if name in self._builtin or (known is not None and _origin(known) != _origin(implementation)):
+                raise LimbeckError(f"a {self.kind} named {name} exists already; register yours under another name.")
+            self._registered[name] = implementation
+            return implementation
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        return sorted({*self._builtin, *self._registered})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._builtin or name in self._registered
+
+    def explain_unknown(self, name: str) -> str:
+        """The end of a sentence about an unknown name: "is not a known strategy; did you mean …?"."""
+        close = difflib.get_close_matches(name, self.names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else f"use one of {', '.join(self.names())}"
+        return f"is not a known {self.kind}; {hint}"
+
+    def get(self, name: str) -> T:
+        """The implementation registered under ``name``.
+
+        Raises:
+            LimbeckError: if there is none.
+        """
+        if name in self._registered:
+            return self._registered[name]
+        if name not in self._builtin:
+            raise LimbeckError(f"{name} {self.explain_unknown(name)}")
+        module, _, attribute = self._builtin[name].partition(":")
+        implementation: T = getattr(import_module(module), attribute)
+        return implementation
+
+
+def _origin(implementation: Any) -> tuple[str, str]:
+    """Module and name: the same file run twice registers the same implementation."""
+    kind = implementation if hasattr(implementation, "__qualname__") else type(implementation)
+    return kind.__module__, kind.__qualname__
+
+
+STRATEGIES: Registry[Any] = Registry(
+    "strategy",
+    {
+        "hf_infer": "limbeck.strategies.hf:STRATEGY",
+        "fsdp2_train": "limbeck.strategies.fsdp2:STRATEGY",
+        "fsdp2_infer": "limbeck.strategies.fsdp2:STRATEGY",
+        "deepspeed_train": "limbeck.strategies.deepspeed:STRATEGY",
+        "deepspeed_infer": "limbeck.strategies.deepspeed:STRATEGY",
+    },
+)
+"""``strategy_name`` to ``limbeck.strategies.base.Strategy``. A name ends in ``_train`` or ``_infer``."""
+
+TEACHERS: Registry[Any] = Registry(
+    "teacher source",
+    {
+        "model": "limbeck.teachers.local:load_teacher",
+        "ray": "limbeck.teachers.remote:connect_to_workers",
+    },
+)
+"""``teacher.source`` to a function ``(config, world, data) -> limbeck.teachers.protocol.Teacher``."""
+
+STEP_SOURCES: Registry[Any] = Registry("step source", {"dataset": "limbeck.train.step_source:DatasetSource"})
+"""``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
+
+GENERATORS: Registry[Any] = Registry("generator", {})
+"""``rollout.backend`` to a function ``(config, world) -> limbeck.rollout.generator.Generator``."""
+
+TRACKERS: Registry[Any] = Registry(
+    "tracker",
+    {
+        "tensorboard": "limbeck.train.trackers:make_tensorboard",
+        "stdout": "limbeck.train.trackers:make_nothing",
+        "none": "limbeck.train.trackers:make_nothing",
+    },
+)
+"""``track_with`` to a function ``(log_dir, tracker_kwargs) -> limbeck.train.trackers.Tracker | None``."""
+
+DIALECTS: Registry[Any] = Registry("dialect", {})
+"""Name of a foreign configuration format to ``limbeck.config.dialects.base.Dialect``."""

@@ -1,0 +1,210 @@
+"""Tensor parallelism: every matrix of a Hugging Face model sliced over neighbouring ranks, by the plan that comes with it.
+
+Applied from outside by PyTorch's ``parallelize_module``; the plan's style for a module says along which side it is sliced.
+Key and value heads that are fewer than the ranks are computed by each rank for itself. The embeddings and the output head are
+sliced over the vocabulary. What leaves a layer is whole on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+
+from limbeck.errors import LimbeckError
+from limbeck.strategies.parallel_dims import Layout, check_divides
+from limbeck.strategies.sequence_parallel import SequenceParallel
+
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+_PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, which sees its own heads alone
+_VOCABULARY = (
+    "embedding_rowwise",
+    "colwise_gather_output",
+)  # of embeddings and heads, which are sliced here in any case
+
+
+def check_tensor_parallel(trunk: Any, layout: Layout, name: str, role: str) -> None:
+    """Raise LimbeckError unless the body ``trunk`` of the model ``name`` can be spread so."""
+    if layout.together == 1:
+        return
+    config = trunk.config.get_text_config()
+    heads = config.num_attention_heads
+    key_value_heads = getattr(config, "num_key_value_heads", None) or heads
+    sizes: dict[str, int] = {}
+    if layout.tensor > 1:
+        plan = _plan(trunk)
+        if not plan:
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {layout.tensor}: {type(trunk).__name__} "
+                "comes without a plan for tensor parallelism (base_model_tp_plan); use 1, and FSDP2 shards it all the same."
+            )
+        for path, (style, module) in plan.items():
+            known = isinstance(module, nn.Linear) if style in _STYLES else style == _PARTIAL
+            if not known:
+                raise LimbeckError(
+                    f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {layout.tensor}: the plan of "
+                    f"{type(trunk).__name__} slices {path} in a way ({style}) that is not built; use 1, and FSDP2 shards it "
+                    "all the same."
+                )
+            if isinstance(module, nn.Linear) and not _is_key_or_value(path):
+                sliced = module.out_features if style.startswith("colwise") else module.in_features
+                sizes.setdefault(f"features of {path.split('.', 2)[-1]}", sliced)
+    check_divides(layout, sizes, heads, key_value_heads, name, role)
+
+
+def apply_tensor_parallel(
+    model: Any, trunk: Any, layers: Sequence[nn.Module], mesh: DeviceMesh, *, sequence: bool = False
+) -> list[nn.Module]:
+    """Slice ``model``, whose body is ``trunk`` with its ``layers``, over the ranks of ``mesh`` in place.
+
+    sequence: between the sliced matrices each rank keeps a stretch of the rows alone (see ``sequence``). Returns the modules
+    whose gradients are sums that every rank has a part of; see ``sum_partial_gradients``. The output head's weight becomes a
+    slice of the vocabulary, for a loss that works on slices; its own forward is not for use.
+    """
+    ranks, rank = mesh.size(), mesh.get_local_rank()
+    config = trunk.config.get_text_config()
+    heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    styles: dict[str, ParallelStyle] = {}
+    partial, entered = [], {}
+    for path, (style, module) in _plan(trunk).items():
+        parent = path.rpartition(".")[0]
+        if style == _PARTIAL:
+            partial.append(module)
+        elif keys % ranks and _is_key_or_value(path):
+            _keep_one_head(module, mesh, rank * keys // ranks, keys)
+            trunk.get_submodule(parent).num_key_value_groups = heads // ranks
+        else:
+            styles[path] = _STYLES[style]()
+            if sequence and isinstance(styles[path], RowwiseParallel):
+                styles[path].output_layouts = (Shard(1),)  # type: ignore[attr-defined]
+        if style.startswith("colwise"):
+            entered[parent] = trunk.get_submodule(parent)
+    if sequence:
+        partial += SequenceParallel(mesh).divide_between(layers, list(entered.values()))
+    trained = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
+    parallelize_module(trunk, mesh, styles, src_data_rank=None)
+    for path, parameter in trunk.named_parameters():
+        parameter.requires_grad_(path in trained)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    here = isinstance(embeddings, nn.Embedding)  # not with another stage of a pipeline
+    tied = head is not None and here and head.weight is embeddings.weight
+    if here:
+        _slice_embedding(embeddings, mesh)
+    if head is not None:
+        head.weight = embeddings.weight if tied else _sliced(head.weight, mesh)
+        if getattr(head, "bias", None) is not None:
+            head.bias = _sliced(head.bias, mesh)
+    return partial
+
+
+def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
+    """The parameters of which ``apply_tensor_parallel`` leaves each of so many ``ranks`` a slice; the others stay whole."""
+    config = trunk.config.get_text_config()
+    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    sliced: list[nn.Parameter] = []
+    for path, (style, module) in _plan(trunk).items():
+        if style != _PARTIAL and not (keys % ranks and _is_key_or_value(path)):
+            sliced += [p for name, p in module.named_parameters() if name == "weight" or style.startswith("colwise")]
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        sliced += [] if module is None else module.parameters()
+    return sliced
+
+
+@torch.no_grad()
+def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
+    """Sum the gradients of ``modules`` over the ranks of ``mesh``, each of which has formed its heads' part."""
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=mesh.get_group())
+
+
+def _plan(trunk: Any) -> dict[str, tuple[str, nn.Module]]:
+    """The style and the module of every path in ``trunk`` that its plan speaks of, but for embeddings."""
+    plan = dict(getattr(trunk.config.get_text_config(), "base_model_tp_plan", None) or {})
+    found = {}
+    for path, module in trunk.named_modules():
+        style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)
+        if style is not None and not (isinstance(module, nn.Embedding) and style in _VOCABULARY):
+            found[path] = (style, module)
+    return found
+
+
+def _is_key_or_value(path: str) -> bool:
+    return path.endswith((".k_proj", ".v_proj"))
+
+
+def _keep_one_head(projection: nn.Module, mesh: DeviceMesh, head: int, heads: int) -> None:
+    def keep(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return _SumGradient.apply(output, mesh.get_group()).unflatten(-1, (heads, -1))[..., head, :]
+
+    def plain(module: nn.Module, args: Any) -> Any:
+        return tuple(arg.to_local(grad_placements=[Replicate()]) if isinstance(arg, DTensor) else arg for arg in args)
+
+    projection.register_forward_pre_hook(plain)
+    projection.register_forward_hook(keep)
+
+
+def _sliced(parameter: Tensor, mesh: DeviceMesh) -> nn.Parameter:
+    shard = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
+    return nn.Parameter(shard, requires_grad=parameter.requires_grad)
+
+
+def _slice_embedding(embeddings: Any, mesh: DeviceMesh) -> None:
+    each = -(-embeddings.weight.shape[0] // mesh.size())
+    start = each * mesh.get_local_rank()
+    never_learns = embeddings.padding_idx
+    embeddings.weight = _sliced(embeddings.weight, mesh)
+
+    def look_up(ids: Tensor) -> Tensor:
+        weight = embeddings.weight.to_local()
+        here = (ids >= start) & (ids < start + len(weight))
+        rows = nn.functional.embedding((ids - start).clamp(0, len(weight) - 1), weight)
+        rows = torch.where(here.unsqueeze(-1), rows, 0.0)
+        if never_learns is not None:
+            rows = torch.where((ids == never_learns).unsqueeze(-1), rows.detach(), rows)
+        return _Sum.apply(rows, mesh.get_group()) * getattr(embeddings, "embed_scale", 1.0)
+
+    embeddings.forward = look_up
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over a group's ranks, which all go on with it alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _SumGradient(torch.autograd.Function):
+    """The identity, for what all ranks of a group have alike and go on with differently."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

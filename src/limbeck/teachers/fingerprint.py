@@ -1,0 +1,43 @@
+"""Whether a teacher that was started with one configuration answers what a run with another configuration asks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import DistillConfig
+from limbeck.errors import LimbeckError
+
+_PACKING = "student.use_sequence_packing"
+
+
+def teacher_fingerprint(config: DistillConfig) -> dict[str, Any]:
+    """What a teacher's answers depend on, beside the question: key by key."""
+    args = config.teacher.model_args
+    name = args.model_name_or_path
+    given = {
+        "teacher.model_args.model_name_or_path": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
+        "teacher.model_args.revision": args.revision,
+        "teacher.model_args.model_config_kwargs": args.model_config_kwargs,
+        "teacher.model_args.from_scratch": args.from_scratch,
+        "teacher.model_args.attn_implementation": args.attn_implementation,
+        "teacher.model_args.dtype": config.teacher.strategy_args.strategy_config.param_dtype or args.dtype,
+        _PACKING: config.student.use_sequence_packing and config.cross_tokenizer == "off",
+    }
+    return {**given, "seed": config.seed} if args.from_scratch else given
+
+
+def check_fit(service: str, serves: Mapping[str, Any], config: DistillConfig) -> None:
+    """Raise LimbeckError, naming every key, unless what the ``service`` serves is what ``config`` asks for.
+
+    A teacher that keeps packed rows apart also serves rows that are not packed.
+    """
+    ours = teacher_fingerprint(config)
+    differ = [key for key in ours if ours[key] != serves.get(key) and (key != _PACKING or ours[key])]
+    if differ:
+        each = ", ".join(f"{key} = {serves.get(key)} (this run: {ours[key]})" for key in differ)
+        raise LimbeckError(
+            f"the teacher service {service} does not fit this run: it was started with {each}; give both the same, or serve "
+            "another teacher under another name."
+        )

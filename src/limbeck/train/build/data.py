@@ -1,0 +1,212 @@
+"""A configuration turned into the inputs of a run: tokenizer, training stream, validation batches. Models are not here."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import DistillConfig
+from limbeck.config.schema import WorkerConfig
+from limbeck.data import (
+    BatchStream,
+    DataReport,
+    Examples,
+    StepBatch,
+    MixtureSettings,
+    PrefetchedStream,
+    Source,
+    TokenizeSettings,
+    Translator,
+    check_same_tokenizer,
+    fixed_batches,
+    mix,
+    tokenize_files,
+)
+from limbeck.models import load_tokenizer, model_limits
+from limbeck.train.console import row_counter
+from limbeck.train.build.sources import training_sources, validation_sources
+from limbeck.train.build.teacher_tokens import translate
+from limbeck.strategies.world import World
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
+
+    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
+    supervised_tokens: in an epoch; translator: makes the batches of a teacher with another tokenizer.
+    """
+
+    tokenizer: Any
+    stream: PrefetchedStream
+    validation: list[StepBatch]
+    report: str
+    largest_token: int
+    longest_row: int
+    num_tokens: int
+    supervised_tokens: int
+    translator: Translator | None = None
+
+
+def cache_folder(config: DistillConfig) -> Path:
+    """Where tokenised data is kept: ``cache_path``, else LIMBECK_CACHE, else the user's cache folder."""
+    given = config.student.data_args.cache_path or os.environ.get("LIMBECK_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "limbeck" / "tokens"
+
+
+def make_tokenizer(config: DistillConfig) -> Any:
+    """The tokenizer of the run."""
+    model, source = config.student.model_args, str(config.tokenizer_name_or_path)
+    revision = model.revision if source == model.model_name_or_path else None
+    return load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
+
+
+def teacher_tokenizer(teacher: WorkerConfig) -> Any:
+    """The teacher's tokenizer; None for a model without one (a bare folder, or one made here), which speaks the student's
+    tokens by the user's word."""
+    args = teacher.model_args
+    name = args.model_name_or_path
+    if name is None or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
+        return None
+    return load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+
+
+def make_data(config: DistillConfig, world: World) -> Data:
+    """Read, check and tokenise everything before anything is trained."""
+    training = config.student.training_args
+    tokenizer = make_tokenizer(config)
+    translator = None
+    if config.cross_tokenizer != "off":
+        translator = make_translator(config, tokenizer)
+    elif config.has_teacher and (of_teacher := teacher_tokenizer(config.teacher)) is not None:
+        check_same_tokenizer(tokenizer, of_teacher)
+
+    if not world.is_main:
+        world.wait()  # the main process fills the cache, the others read it
+    train, report = prepare_examples(config, tokenizer, show=world.is_main)
+    held_out = prepare_validation(config, tokenizer, show=world.is_main)
+    if world.is_main:
+        world.wait()
+    mixture = mix(train, report, mixture_settings(config), config.data_seed)
+    text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
+    if train.weights is not None:
+        column = config.student.data_args.weight_key
+        text += f"\nweights: rows or turns count differently, by the column {column!r} or a turn's own weight"
+    chosen: dict[str, Any] = {"rows_of_epoch": mixture.rows_of_epoch} if mixture else {}
+    steps = BatchStream(
+        train,
+        seed=config.data_seed,
+        sequence_length=config.sequence_length,
+        per_device_batch_size=training.per_device_train_batch_size,
+        accumulation_steps=training.gradient_accumulation_steps,
+        rank=world.data_rank,
+        world_size=world.data_size,
+        packing=config.student.use_sequence_packing,
+        group_by_length=training.group_by_length,
+        packing_algorithm=config.student.packing_algorithm,
+        max_tokens_per_microbatch=config.max_tokens_per_microbatch,
+        length_round=config.student.sequence_length_round_in_train,
+        pad_id=tokenizer.pad_token_id,
+        **chosen,
+    )
+    validation: list[StepBatch] = []
+    largest, longest = report.largest_token, int(train.lengths.max())
+    if held_out is not None:
+        validation = fixed_batches(
+            held_out[0],
+            batch_size=config.student.infer_batch_size,
+            rank=world.data_rank,
+            world_size=world.data_size,
+            pad_id=tokenizer.pad_token_id,
+            length_round=config.student.sequence_length_round_in_train,
+        )
+        if translator is not None:
+            validation = translate(validation, translator, world)
+        text += f"\nvalidation: {held_out[1]}"
+        largest = max(largest, held_out[1].largest_token)
+        longest = max(longest, int(held_out[0].lengths.max()))
+    stream = PrefetchedStream(steps, device=world.device)
+    num_tokens = max(tokenizer.get_vocab().values()) + 1
+    supervised = report.supervised_tokens
+    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, supervised, translator)
+
+
+def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
+    """What turns the student's batches into the teacher's, for a teacher with a tokenizer of its own."""
+    args = config.teacher.model_args
+    name = str(args.model_name_or_path)
+    teacher = load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    length, size = model_limits(
+        name,
+        config_kwargs=args.model_config_kwargs,
+        revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return Translator(
+        tokenizer, teacher, tokens=config.cross_tokenizer_tokens, teacher_length=length, teacher_size=size
+    )
+
+
+def prepare_examples(config: DistillConfig, tokenizer: Any, *, show: bool = True) -> tuple[Examples, DataReport]:
+    """The training rows as tokens, from the cache or into it; with ``show`` a person at a terminal sees the progress.
+
+    Raises LimbeckError for anything wrong with any row, unless ``on_bad_row`` is ``skip``.
+    """
+    return _tokenized(config, tokenizer, training_sources(config), token_settings(config), show)
+
+
+def prepare_validation(
+    config: DistillConfig, tokenizer: Any, *, show: bool = True
+) -> tuple[Examples, DataReport] | None:
+    """The same for the rows that the student is measured on; None if none are named."""
+    if not config.validation_files:
+        return None
+    return _tokenized(
+        config, tokenizer, validation_sources(config), replace(token_settings(config), domain_key=None), show
+    )
+
+
+def token_settings(config: DistillConfig) -> TokenizeSettings:
+    """How the configuration turns rows into tokens."""
+    args = config.student.data_args
+    return TokenizeSettings(
+        template=args.template,
+        template_kwargs=args.template_kwargs,
+        default_system=args.default_system,
+        prompt_file=args.prompt_file,
+        train_on=args.train_on,
+        question_key=config.question_key,
+        answer_key=config.answer_key,
+        prompt_key=config.prompt_key,
+        system_key=config.system_key,
+        weight_key=args.weight_key,
+        domain_key=args.domain_key,
+        sequence_length=config.sequence_length,
+        overlong=args.overlong,
+        on_bad_row=args.on_bad_row,
+        distill_on_prompt=config.distill_on_prompt,
+        workers=args.preprocessing_num_workers,
+    )
+
+
+def mixture_settings(config: DistillConfig) -> MixtureSettings:
+    """How the configuration mixes its sources."""
+    args, entries = config.student.data_args, config.data_sources
+    return MixtureSettings(
+        weights=tuple(entry.weight for entry in entries),
+        temperature=args.mixing_temperature,
+        domain_probs=args.domain_interleave_probs,
+        max_samples=tuple(entry.max_samples for entry in entries),
+        num_samples=args.num_samples,
+    )
+
+
+def _tokenized(
+    config: DistillConfig, tokenizer: Any, sources: list[Source], settings: TokenizeSettings, show: bool
+) -> tuple[Examples, DataReport]:
+    with row_counter(enabled=show) as progress:
+        return tokenize_files(sources, tokenizer, cache_dir=cache_folder(config), progress=progress, settings=settings)

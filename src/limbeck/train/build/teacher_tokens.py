@@ -1,0 +1,37 @@
+"""Batches for a teacher with another tokenizer, each span weighted so that the loss is a mean over all ranks' spans."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from limbeck.data import Batch, StepBatch, Translator
+from limbeck.strategies.world import World
+
+
+def translate(batches: Sequence[StepBatch], translator: Translator, world: World) -> list[StepBatch]:
+    """The batches with translations; every rank must call it with as many batches.
+
+    The loss divides by the weight of the supervised tokens of all ``batches``. With it over the weight of all their spans as
+    each span's factor, the divergence is divided by the spans instead.
+    """
+    translated = [[translator.translate(micro) for micro in batch.micro_batches] for batch in batches]
+    views = [micro.translation for micros in translated for micro in micros if micro.translation is not None]
+    counts = torch.tensor(
+        [sum(view.total_weight for view in views), sum(view.aligned_tokens for view in views)], dtype=torch.float64
+    )
+    spans, aligned = world.sum(counts).tolist()
+    factor = sum(batch.normalizer for batch in batches) / spans if spans else 0.0
+    share = aligned / max(sum(batch.num_supervised for batch in batches), 1)
+    return [
+        replace(batch, micro_batches=tuple(_weighted(micro, factor) for micro in micros), aligned_share=share)
+        for batch, micros in zip(batches, translated, strict=True)
+    ]
+
+
+def _weighted(micro: Batch, factor: float) -> Batch:
+    assert micro.translation is not None
+    spans = micro.translation.spans
+    return replace(micro, translation=replace(micro.translation, spans=replace(spans, weight=spans.weight * factor)))

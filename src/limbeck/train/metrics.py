@@ -1,0 +1,154 @@
+"""What is measured between two log lines. Numbers stay on the device until a line is due; a line costs one copy."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from limbeck.data.batch import StepBatch
+from limbeck.objectives import DistillationLoss
+from limbeck.strategies.world import World
+from limbeck.train.student import StudentLoss
+
+FEATURES = "features/"
+_LOSS_NAMES = DistillationLoss._fields
+
+
+class LossSums:
+    """The loss and its diagnostics, and the loss of each of ``pairs``, summed over micro-batches on the device."""
+
+    def __init__(self, device: torch.device, pairs: Sequence[str] = ()) -> None:
+        self._names = (*_LOSS_NAMES, *(f"{FEATURES}{pair}" for pair in pairs))
+        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+
+    def add(self, loss: StudentLoss) -> None:
+        """Add one micro-batch, already divided by its global batch's normalizer."""
+        parts = torch.stack([part.detach().to(torch.float64) for part in loss.distillation])
+        self._sums[: len(parts)] += parts
+        if loss.features is not None:
+            self._sums[len(parts) :] += loss.features
+
+    def read(self, world: World, divisor: float) -> dict[str, float]:
+        """The sums over all ranks ÷ ``divisor``, by name; starts again from zero. Every rank must call it."""
+        values = (world.sum(self._sums) / divisor).tolist()
+        self._sums.zero_()
+        return dict(zip(self._names, values, strict=True))
+
+
+class Timer:
+    """Seconds spent per section. On a GPU the sections are measured by events on its stream, read when a line is due."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def section(self, name: str) -> Iterator[None]:
+        """Count the time inside under ``name``; data work is always host time."""
+        if self._on_gpu and name != "data":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            begun = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begun
+
+    def read(self) -> dict[str, float]:
+        """Seconds by section since the last call."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds, self._seconds, self._events = dict(self._seconds), defaultdict(float), []
+        return seconds
+
+
+class StepMetrics:
+    """Everything between two log lines, under ROLL's names and a few of our own."""
+
+    def __init__(self, world: World, pairs: Sequence[str] = ()) -> None:
+        self.world = world
+        self.losses = LossSums(world.device, pairs)
+        self.timer = Timer(world.device)
+        self._norm = torch.zeros((), device=world.device)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._steps = self._tokens = self._supervised = self._slots = 0
+        self._aligned = 0.0
+        self._started = time.perf_counter()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens inside is not training: its time counts neither as a step nor against the throughput."""
+        begun = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - begun
+
+    def count(self, batch: StepBatch, grad_norm: Tensor) -> None:
+        """Add one optimizer step."""
+        self._steps += 1
+        self._tokens += batch.num_tokens
+        self._supervised += batch.num_supervised
+        self._slots += batch.num_slots
+        self._aligned += (batch.aligned_share or 0.0) * batch.num_supervised
+        self._norm += grad_norm
+
+    def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
+        """Means over the steps since the last line. Every rank must call it."""
+        n = max(self._steps, 1)
+        # Each rank divided its sums by its share of the supervised tokens, so the mean of those with a loss is the global mean.
+        losses, seconds = self.losses.read(self.world, n * self.world.losses), self.timer.read()
+        norm = self._norm.item() / n
+        self._norm.zero_()
+        wall = time.perf_counter() - self._started
+        line = {
+            "train/loss": losses["loss"],
+            "train/train_student_loss": losses["ce"],
+            "train/student_entropy": losses["student_entropy"],
+            "student/lr": learning_rate,
+            "student/grad_norm": norm,
+            "train/tokens": float(self._tokens),
+            "train/supervised_tokens": float(self._supervised),
+            "train/tokens_per_second": self._tokens / wall,
+            "train/padding_share": 1 - self._tokens / max(self._slots, 1),
+            **{f"time/{name}": seconds.get(name, 0.0) / n for name in ("data", "teacher", "student", "optimizer")},
+            "time/step": wall / n,
+            "train/teacher_forward": seconds.get("teacher", 0.0) / n,
+            "train/student_train_step": (seconds.get("student", 0.0) + seconds.get("optimizer", 0.0)) / n,
+            "train/step_train": wall / n,
+            "system/peak_memory_gb": peak_memory_gb(self.world.device),
+        }
+        if has_teacher:
+            line["train/train_distill_loss"] = losses["kd"]
+            line["train/teacher_entropy"] = losses["teacher_entropy"]
+            line["train/top1_agreement"] = losses["top1_agreement"]
+            if losses["topk_mass"]:
+                line["train/topk_mass"] = losses["topk_mass"]
+                line["train/topk_overlap"] = losses["topk_overlap"]
+        pairs = {f"train/{name}": value for name, value in losses.items() if name.startswith(FEATURES)}
+        if pairs:
+            line |= pairs | {f"train/{FEATURES}total": sum(pairs.values()) / len(pairs)}
+        if self._aligned:
+            line["train/aligned_share"] = self._aligned / max(self._supervised, 1)
+        self._begin()
+        return line
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """The most this process has held so far, in 10⁹ bytes: on the GPU, or resident for a process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,114 @@
+"""Quirks of other systems, each switched on by name, for users who must reproduce such a system's numbers.
+
+A fault changes where the divergence is taken, over which columns, or what it is divided by. So it is walked apart from the
+cross-entropy, which takes the time of two losses; without a fault nothing here is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from limbeck.config.schema import FAULTS
+from limbeck.data.batch import Batch
+from limbeck.objectives import DistillationLoss, Objective, OutputHead, fused_linear_distillation
+from limbeck.teachers import Signal
+
+
+@dataclass(frozen=True)
+class ReferenceQuirks:
+    """Which of ``FAULTS`` are on. base_vocab: the tokens of the tokenizer before any were added to it."""
+
+    on: frozenset[str]
+    base_vocab: int
+
+    @classmethod
+    def of(cls, names: Iterable[str], base_vocab: int) -> ReferenceQuirks | None:
+        """None if ``names`` is empty."""
+        on = frozenset(names)
+        assert on <= set(FAULTS)
+        return cls(on, base_vocab) if on else None
+
+    def compared(self, batch: Batch) -> Batch:
+        """The batch with ``supervised`` being the places at which the divergence is taken, and labels that mean nothing."""
+        if "every_token" in self.on:
+            real = batch.real
+            places = torch.arange(batch.labels.numel(), device=batch.labels.device) if real is None else real
+        elif "unshifted_mask" in self.on:  # a supervised position predicts a token of the mask, which stands one behind
+            places = batch.supervised + 1  # in its row: the last position of a row has nothing to predict
+        else:
+            return replace(batch, labels=batch.labels.clamp_min(0))
+        return replace(batch, supervised=places, weights=None, labels=torch.zeros_like(batch.labels))
+
+    def normalizers(
+        self, batch: Batch, micro_batches: int, normalizer: float | Tensor, tokens: float | Tensor
+    ) -> tuple[float | Tensor, float | Tensor]:
+        """What cross-entropy and divergence are divided by, before any division by the size of the vocabulary."""
+        if "mean_of_micro_batches" in self.on:
+            mine = max(batch.supervised.numel(), 1) if batch.weights is None else batch.weights.sum().clamp_min(1e-30)
+            normalizer, tokens = mine * micro_batches, max(batch.num_tokens, 1) * micro_batches
+        return normalizer, tokens if "every_token" in self.on else normalizer
+
+    def loss(
+        self,
+        hidden: Tensor,
+        head: OutputHead,
+        batch: Batch,
+        signal: Signal,
+        objective: Objective,
+        vocab: int,
+        normalizers: tuple[float | Tensor, float | Tensor],
+    ) -> DistillationLoss:
+        """The objective with the faults. hidden [batch · time, H]; ``signal`` answers ``compared(batch)``; vocab: shared."""
+        assert signal.hidden is not None and signal.head is not None
+        w, theirs, ce_vocab = objective.kd_weight, signal.head, vocab
+        ours = head
+        if "zero_padded_vocabulary" in self.on:
+            ce_vocab, vocab = len(head.weight), max(len(head.weight), len(theirs.weight))
+            ours, theirs = _padded(head, vocab), _padded(theirs, vocab)
+        if "base_vocabulary" in self.on:
+            vocab = min(vocab, self.base_vocab)
+        by_ce, by_kd = normalizers
+        if "mean_over_vocabulary" in self.on:
+            by_kd = by_kd * vocab
+        with torch.set_grad_enabled(w < 1 and torch.is_grad_enabled()):
+            ce = fused_linear_distillation(
+                hidden.index_select(0, batch.supervised),
+                head,
+                None,
+                None,
+                batch.labels.flatten().index_select(0, batch.supervised),
+                objective=replace(objective, kd_weight=0.0),
+                vocab_size=ce_vocab,
+                weights=batch.weights,
+                normalizer=by_ce,
+                all_supervised=True,
+            )
+        there = self.compared(batch)
+        kd = fused_linear_distillation(
+            hidden.index_select(0, there.supervised),
+            ours,
+            signal.hidden,
+            theirs,
+            torch.zeros_like(there.supervised),
+            objective=replace(objective, kd_weight=1.0),
+            vocab_size=vocab,
+            weights=there.weights,
+            normalizer=by_kd,
+            all_supervised=True,
+        )
+        return kd._replace(loss=(1 - w) * ce.loss + w * kd.loss, ce=ce.ce)
+
+
+def _padded(head: OutputHead, rows: int) -> OutputHead:
+    """The head with further rows whose logits are 0."""
+    more = rows - len(head.weight)
+    pad = torch.nn.functional.pad
+    return replace(
+        head,
+        weight=pad(head.weight, (0, 0, 0, more)),
+        bias=None if head.bias is None else pad(head.bias, (0, more)),
+    )

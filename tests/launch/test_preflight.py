@@ -1,0 +1,157 @@
+"""``limbeck cluster check``: says what goes where, and finds what would fail, before anything is loaded."""
+
+import pytest
+import torch
+import yaml
+
+from limbeck.cli import main
+from limbeck.launch.preflight import model_memory
+from limbeck.models import load_model
+
+
+@pytest.fixture
+def check(settings, tmp_path, monkeypatch, capsys):
+    """``check(**changes)`` → exit status, what is printed, what is complained of."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+    def run(**changes) -> tuple[int, str, str]:
+        config = tmp_path / "run.yaml"
+        config.write_text(yaml.safe_dump(settings(**changes)))
+        status = main(["cluster", "check", str(config)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+STUDENT = "student.strategy_args.strategy_config"
+APART = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
+
+
+def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
+    status, out, err = check(**APART)
+    parameters = sum(p.numel() for p in load_model(str(assets / "student"), dtype=torch.float32).parameters())
+    assert (status, err) == (0, "")
+    assert out.rstrip().endswith("fits")
+    assert f"{parameters:,}" in out
+    if not torch.cuda.is_available():
+        assert "no GPU is found, so device_mapping counts CPU slots" in out
+
+
+def test_everything_that_is_missing_is_told_before_anything_is_started(check, tmp_path):
+    (tmp_path / "empty").mkdir()
+    row = str(tmp_path / "row.jsonl")
+    files = {"student_pretrain": str(tmp_path / "empty"), "teacher_pretrain": str(tmp_path / "none")}
+    status, out, err = check(**APART, **files, **{"validation.data_args.file_name": [row]})
+    assert status == 2 and "parameters" not in out
+    student, teacher, data = err.splitlines()
+    assert student.startswith(f"limbeck: there is no config.json in {str(tmp_path / 'empty')!r}, so the student cannot")
+    assert teacher.startswith(f"limbeck: there is no folder {str(tmp_path / 'none')!r} to load the teacher from;")
+    assert data.startswith(f"limbeck: The data file {row} does not exist")
+
+
+def test_a_damaged_configuration_is_told_beside_what_fits(check, tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", ')
+    status, out, err = check(**APART, student_pretrain=str(tmp_path))
+    assert status == 2 and " teacher " in out
+    assert "not a valid JSON file. Check the files in that folder" in err and err.count("\n") == 1
+
+
+def test_memory_is_what_the_parts_of_a_run_hold(configure, assets):
+    student = load_model(str(assets / "student"), dtype=torch.float32)
+    teacher = load_model(str(assets / "teacher"), dtype=torch.float32)
+    count, theirs = (sum(p.numel() for p in model.parameters()) for model in (student, teacher))
+    head = teacher.get_output_embeddings().weight.numel()
+    one, asked = model_memory(configure())
+    assert (one.per_rank, asked.per_rank) == (16 * count, 4 * theirs)
+    many, shards = model_memory(configure(**{"student.device_mapping": [0, 1], "teacher.device_mapping": [2, 3]}))
+    assert (many.per_rank, shards.per_rank) == (8 * count, 2 * (theirs - head) + 4 * head)
+    whole = {"student.strategy_args.strategy_config.replicate": True, "teacher.strategy_args.strategy_name": "hf_infer"}
+    copies = model_memory(configure(**{"student.device_mapping": [0, 1], "teacher.device_mapping": [2, 3]}, **whole))
+    assert [load.per_rank for load in copies] == [16 * count, 4 * theirs]
+    adapters, _ = model_memory(configure(**{"student.model_args.lora_target": "all-linear"}))
+    assert 4 * count < adapters.per_rank < 8 * count
+    counts = [sum(p.numel() for p in part.parameters()) for part in (student.model.embed_tokens, *student.model.layers)]
+    deep = f"{STUDENT}.pipeline_model_parallel_size"
+    stages, _ = model_memory(configure(**{"student.device_mapping": [0, 1, 2, 3], deep: 2}))
+    first = 8 * (counts[0] + counts[1])  # and on two ranks each
+    assert stages.per_stage == (first, 8 * count - first)
+    assert [stages.held_by(rank) for rank in range(4)] == [*stages.per_stage] * 2
+    sliced, _ = model_memory(
+        configure(**{"student.device_mapping": [0, 1], f"{STUDENT}.tensor_model_parallel_size": 2})
+    )
+    whole_on_both = sum(p.numel() for name, p in student.named_parameters() if "norm" in name)
+    assert sliced.per_rank == 16 * whole_on_both + 8 * (count - whole_on_both)
+    (alone,) = model_memory(configure(**{"teacher.service": "judge"}))
+    assert alone.role == "student"
+
+
+@pytest.mark.parametrize(("stage", "bytes_each"), [(1, 4 + 4 + 12 / 2), (2, 4 + 16 / 2), (3, 20 / 2)])
+def test_a_zero_stage_counts_what_it_shards(configure, assets, stage, bytes_each):
+    count = sum(p.numel() for p in load_model(str(assets / "student"), dtype=torch.float32).parameters())
+    zero = {
+        "student.strategy_args.strategy_name": "deepspeed_train",
+        f"{STUDENT}.zero_optimization": {"stage": stage},
+    }
+    load, _ = model_memory(configure(**{"student.device_mapping": [0, 1]}, **zero))
+    assert load.per_rank == bytes_each * count
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"student.device_mapping": [0, 1, 2], "student.strategy_args.strategy_config.fsdp_size": 2},
+            "student: strategy_config.fsdp_size = 2 does not divide the 3 processes",
+        ),
+        (
+            {"student.device_mapping": [0, 1, 2], f"{STUDENT}.tensor_model_parallel_size": 3},
+            "tensor_model_parallel_size = 3 does not divide the 4 attention heads",
+        ),
+        (
+            {"student.device_mapping": list(range(6)), f"{STUDENT}.pipeline_model_parallel_size": 6},
+            "pipeline_model_parallel_size = 6 is more than the layers of",
+        ),
+        ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train only"),
+        (
+            {**APART, "logits_transfer_backend": "nccl-only"},
+            "logits_transfer_backend = nccl-only does not send from CPU to CPU, where the workers are; use gloo (or ray).",
+        ),
+        ({**APART, "num_nodes": 2, "num_gpus_per_node": 2}, "num_nodes = 2, but there are 1 machine(s); set RAY_ADDRESS"),
+        ({"teacher_pretrain": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all' to load the teacher from"),
+        (
+            {
+                **APART,
+                "teacher_pretrain": None,
+                "teacher.model_args.from_scratch": True,
+                "teacher.model_args.model_config_kwargs": {
+                    "model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200,
+                },
+            },
+            "of memory; use more machines, smaller models or LoRA",
+        ),
+    ],
+    ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "checkpoint", "memory"],
+)  # fmt: skip
+def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
+    status, out, err = check(**changes)
+    assert status == 2
+    assert sentence in err
+    assert all(line.startswith(("limbeck: ", "note: ")) for line in err.splitlines())
+    assert "fits" not in out
+
+
+@pytest.mark.workers
+def test_a_ray_that_is_joined_is_asked_what_it_has(check):
+    ray = pytest.importorskip("ray")
+    from limbeck.cluster.session import ray_session
+
+    with ray_session(4):
+        slots = int(ray.cluster_resources()["CPU"])
+        assert check(**APART)[0] == 0
+        status, _, err = check(**{**APART, "teacher.device_mapping": list(range(2, slots + 1))})
+        assert status == 2
+        assert f"needs {slots + 1} free CPU slots on one machine" in err
+        status, _, err = check(**{**APART, "teacher.service": "judge"})
+        assert status == 2
+        assert "there is no teacher service called judge on this Ray (served: none)" in err

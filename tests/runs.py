@@ -1,0 +1,67 @@
+"""What tests of whole runs share: starting one, reading its metrics, comparing its students."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+
+def nested(flat: dict) -> dict:
+    """``{"dotted.key": value}`` as nested dictionaries."""
+    whole: dict = {}
+    for path, value in flat.items():
+        *sections, leaf = path.split(".")
+        place = whole
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[leaf] = value
+    return whole
+
+
+def train(settings: dict, tmp_path: Path, ranks: int, *overrides: str) -> str:
+    config = tmp_path / f"{ranks}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "limbeck", "train", str(config), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def metrics(folder: Path, key: str) -> list[float]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line[key] for line in found if key in line]
+
+
+def rows(per_device: int, accumulation: int = 1) -> dict:
+    return {
+        "student.training_args.per_device_train_batch_size": per_device,
+        "student.training_args.gradient_accumulation_steps": accumulation,
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """A saved student's tensors."""
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:
+    """Both folders hold the same student."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=0, atol=tolerance)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """As if the run had been killed right after its checkpoint at ``step``."""
+    for path in folder.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+    for link in ("student", "best"):
+        (folder / link).unlink(missing_ok=True)

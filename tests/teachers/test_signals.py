@@ -1,0 +1,143 @@
+"""What a teacher elsewhere sends, and how it travels: whatever it is, the losses are those of one process.
+
+One group of two student ranks and one of two teacher ranks go through all cases, one run after another.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+from runs import metrics, rows
+
+from limbeck import DistillPipeline
+from limbeck.train.colocated_offload import ColocatedOffload
+
+pytest.importorskip("ray")
+
+pytestmark = pytest.mark.workers
+
+KEYS = ("train/loss", "train/train_distill_loss", "train/teacher_entropy", "student/grad_norm", "val/loss", "val/kd")
+SIZES = "student.strategy_args.strategy_config."
+TENSOR = {**rows(8), f"{SIZES}tensor_model_parallel_size": 2}
+CONTEXT = {**rows(8), f"{SIZES}context_parallel_size": 2}
+STAGES = {**rows(4, 2), f"{SIZES}pipeline_model_parallel_size": 2}
+TOP = {"logits_topk": 7, "logits_topk_tail": "bucket", "kd_temperature": 2.0, "kd_objective": "mixed_kl"}
+GLOO = {"logits_transfer_backend": "gloo"}
+HIDDEN, VOCAB = 48 * 4, 299 * 4  # bytes: the teacher's width, and the tokens that both models have
+
+
+@pytest.fixture(scope="module")
+def groups(assets, tmp_path_factory):
+    """Workers that run one configuration after another, and count what they are asked."""
+    from limbeck.cluster.environment import worker_environment
+    from limbeck.cluster.groups import WorkerGroup
+    from limbeck.cluster.placement import place
+    from limbeck.cluster.session import ray_session
+    from limbeck.config import DistillConfig
+    from limbeck.launch.workers import StudentWorker, TeacherWorker
+
+    class Student(StudentWorker):
+        def train(self, values, teachers):
+            self.config = DistillConfig.model_validate(values)
+            self.run(teachers, False)
+
+    class Teacher(TeacherWorker):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.seen = []
+
+        def say(self, question):
+            self.seen.append("asked")
+            return super().say(question)
+
+        def rest(self):
+            self.seen.append("rests")
+            super().rest()
+
+        def take(self):
+            seen, self.seen = self.seen, []
+            return seen
+
+    folder = tmp_path_factory.mktemp("groups")
+    values = DistillConfig.model_validate(
+        {
+            "student_pretrain": str(assets / "student"),
+            "teacher_pretrain": str(assets / "teacher"),
+            "teacher": {"model_args": {"dtype": "fp32"}, "strategy_args": {"strategy_name": "hf_infer"}},
+            "student": {"data_args": {"file_name": ["none"]}},
+        }
+    ).model_dump(mode="json")
+    with ray_session(4):
+        placement = place([[0, 1], [2, 3]], None)
+        student, teacher = (
+            WorkerGroup.start(
+                name, worker, [values], placement=placement, which=which, log_dir=folder,
+                environment=worker_environment({}, 4), threads=threads, direct=True,
+            )
+            for which, (name, worker, threads) in enumerate((("student", Student, 4), ("teacher", Teacher, 1)))
+        )  # fmt: skip
+        try:
+            teacher.meet(1, together=False)
+            student.meet(1)
+            yield student, teacher
+        finally:
+            student.end()
+            teacher.end()
+            placement.free()
+
+
+@pytest.mark.parametrize(
+    ("common", "changes", "bytes_per_token", "questions"),
+    [
+        (TOP, rows(4), 7 * 8, 2),
+        (TOP, TENSOR, 7 * 8, 1),
+        ({}, CONTEXT, HIDDEN, 1),
+        ({}, {**TENSOR, "teacher.signal": "logits"}, VOCAB, 1),
+        ({"logits_topk": 5}, {**rows(4), "teacher.signal": "logits"}, VOCAB, 2),
+        (TOP, STAGES, 7 * 8, 1),
+        ({}, {**rows(4), **GLOO}, HIDDEN, 2),
+        (TOP, {**TENSOR, **GLOO}, 7 * 8, 1),
+    ],
+    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "top-k-pp2", "hidden-gloo", "top-k-tp2-gloo"],
+)
+def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, changes, bytes_per_token, questions):
+    short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
+    apart = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2, 3], **short, **changes}
+    student, teacher = groups
+    student.call("train", configure(**apart).model_dump(mode="json"), teacher.actors)
+    one, out = tmp_path / "one", tmp_path / "out"
+    for key in KEYS:
+        assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
+    assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
+    # Three steps on each share of the data, and validation in portions of 16 rows.
+    micro_batches = 2 if changes is STAGES else 1
+    assert sum(map(len, teacher.call("take"))) == questions * (3 * micro_batches + 96 // 16 // questions)
+
+
+def test_turns_are_taken_a_stretch_of_steps_at_a_time(configure, groups, tmp_path):
+    short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3}
+    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
+    both = {"student.device_mapping": [0, 1], "teacher.device_mapping": [0, 1], "is_offload_states": True}
+    config = configure(**short, **rows(4), **both, offload_interval=2)
+    assert config.needs_worker_groups and config.offloads_colocated
+    student, teacher = groups
+    student.call("train", config.model_dump(mode="json"), teacher.actors)
+    for key in KEYS:
+        one, out = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
+        assert out == pytest.approx(one, rel=1e-5, abs=1e-5), key
+    # Two steps, the third, and three batches of the validation.
+    turns = [*["asked"] * 2, "rests", "asked", "rests", *["asked"] * 3, "rests"]
+    assert teacher.call("take") == [turns, turns]
+
+
+def test_the_student_makes_room_before_the_teacher_is_asked_and_comes_back_when_it_rests():
+    seen = []
+    engine, teacher, world = (
+        SimpleNamespace(**{name: partial(seen.append, name) for name in names}, is_main=True)
+        for names in (("offload", "reload"), ("wait", "rest"), ("wait",))
+    )
+    world.wait = lambda: None
+    with ColocatedOffload(engine, teacher, world).teachers():
+        seen.append("asked")
+    assert seen == ["offload", "asked", "wait", "rest", "reload"]
