@@ -1,8 +1,8 @@
 """Every kind of extension, and the built-in implementations of each.
 
-A registry maps a name from the configuration to an implementation. Built-in implementations are given as ``module:attribute`` and
-imported when they are first used, so that a heavy library is paid for only by the run that needs it. A file that ``plugins`` names
-adds its own with ``REGISTRY.register("name")``. Names are compared here and nowhere else.
+A registry maps a name from the configuration to an implementation. Built-in ones are given as ``module:attribute`` and imported
+when they are first used, so only the run that needs a heavy library pays for it. A file that ``plugins`` names adds its own
+with ``REGISTRY.register("name")``. Names are compared here and nowhere else.
 """
 
 from __future__ import annotations
