@@ -161,9 +161,9 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
 
 
 def _train_on_cluster(config: DistillConfig) -> int:
-    from limbeck.launch.on_ray import run_on_cluster
+    from limbeck.launch.on_ray import run_on_ray
 
-    result = run_on_cluster(config, lambda line: print(line, flush=True))
+    result = run_on_ray(config, lambda line: print(line, flush=True))
     print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 
@@ -279,7 +279,7 @@ def _config(args: argparse.Namespace) -> int:
     if loaded.config.kd_objective_kwargs:  # whose meaning only the divergence itself knows
         import torch
 
-        from limbeck.train.build.models import make_objective
+        from limbeck.train.build.objective import make_objective
 
         make_objective(loaded.config, torch.device("cpu"))
     print(render_config(loaded), end="")

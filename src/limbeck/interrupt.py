@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask the loop to stop after the step it is in; a second Ctrl-C stops at once."""
+"""Ctrl-C and SIGTERM stop a run after the current step; a second Ctrl-C stops it at once."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from types import FrameType
 
 
 class StopRequest:
-    """Which signal has come, if any. looks: how often a loop has asked, which it does after every step."""
+    """The signal that has arrived, or 0. polls: number of calls of ``poll``, which a loop makes after every step."""
 
     def __init__(self) -> None:
-        self.signal = self.looks = 0
+        self.signal = self.polls = 0
 
-    def look(self) -> int:
+    def poll(self) -> int:
         """The signal, or 0."""
-        self.looks += 1
+        self.polls += 1
         return self.signal
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:

@@ -1,8 +1,8 @@
 """Every kind of extension, and the built-in implementations of each.
 
-A registry maps a name from the configuration to an implementation. Built-in ones are given as ``module:attribute`` and imported
-when they are first used, so only the run that needs a heavy library pays for it. A file that ``plugins`` names adds its own
-with ``REGISTRY.register("name")``. Names are compared here and nowhere else.
+A registry maps a name from the configuration to an implementation. Built-in ones are given as ``module:attribute`` and
+imported when they are first used, so only the run that needs a heavy library pays for it. A file that ``plugins`` names
+adds its own with ``REGISTRY.register("name")``. Names are compared here and nowhere else.
 """
 
 from __future__ import annotations
@@ -96,10 +96,12 @@ TEACHERS: Registry[Any] = Registry(
     "teacher source",
     {
         "model": "limbeck.teachers.local:load_teacher",
-        "ray": "limbeck.teachers.remote:connect_to_workers",
+        "ray": "limbeck.teachers.ray_workers:connect_to_workers",
     },
 )
-"""``teacher.source`` to a function ``(config, world, data) -> limbeck.teachers.protocol.Teacher``."""
+"""``teacher.source`` to a function ``(limbeck.teachers.protocol.TeacherContext) ->
+limbeck.teachers.protocol.Teacher``.
+"""
 
 STEP_SOURCES: Registry[Any] = Registry("step source", {"dataset": "limbeck.train.step_source:DatasetSource"})
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""

@@ -1,7 +1,8 @@
 """A ``transformers.Trainer`` whose loss is distillation, for those who live there.
 
-Everything else (arguments, callbacks, logging, ``accelerate``) is the Trainer's own. The student is wrapped together with the
-loss, so that data-parallel wrappers see one module whose forward ends in the loss; what is saved is the student alone.
+Everything else (arguments, callbacks, logging, ``accelerate``) is the Trainer's own. The student is wrapped together
+with the loss, so that data-parallel wrappers see one module whose forward ends in the loss; what is saved is the
+student alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import body, check_head, output_head
 from limbeck.objectives import Objective
+from limbeck.strategies.base import FrozenModel
 from limbeck.teachers import LocalTeacher
-from limbeck.train.student import StudentWithLoss
+from limbeck.train.student import LossSettings, StudentWithLoss, TrainInput
 
 try:
     import accelerate  # noqa: F401  (the Trainer says the same far less clearly)
@@ -32,12 +34,12 @@ class _Distilled(nn.Module):
         self.student = student
         self.config = student.model.config
         # In a tuple, so not a submodule: a frozen teacher is neither trained, nor saved, nor moved twice.
-        self._asked = (teacher,)
+        self._teacher = (teacher,)
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # what the Trainer asks of a Hugging Face model, the student answers
+        except AttributeError:  # the Trainer reads attributes of a Hugging Face model
             student: Any = super().__getattr__("student")
             return getattr(student.model, name)
 
@@ -47,21 +49,20 @@ class _Distilled(nn.Module):
         """The loss over ``num_items_in_batch`` supervised tokens (default: this batch's own)."""
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         batch = Batch.of(input_ids, shifted, None, input_ids.numel())
-        (teacher,) = self._asked
-        signals = None if teacher is None else teacher.signals(batch)
+        (teacher,) = self._teacher
+        signal = None if teacher is None else teacher.compute_signal(batch)
         count = (shifted != IGNORE).sum().clamp_min(1) if num_items_in_batch is None else num_items_in_batch
-        return {"loss": self.student(batch, signals, count).loss}
+        return {"loss": self.student(TrainInput(batch, signal, count)).loss}
 
 
 class DistillTrainer(Trainer):
     """``Trainer(model=student, …)`` with a teacher.
 
-    teacher: a causal language model with the student's tokenizer, or None for cross-entropy alone. objective, kd_weight,
-    temperature, teacher_temperature, temperature_squared, topk and ``parameters`` (alpha, skew, beta of the divergence) are
-    those of ``Objective.of``. Batches
-    hold ``input_ids`` and unshifted ``labels`` (−100 where nothing is learned), right-padded. The loss is divided once by
-    the supervised tokens of the whole step, over accumulation and processes, as the Trainer counts them. Logits are never
-    formed, so ``compute_metrics`` sees none.
+    teacher: a causal language model with the student's tokenizer, or None for cross-entropy alone. objective,
+    kd_weight, temperature, teacher_temperature, temperature_squared, topk and ``parameters`` (alpha, skew, beta of the
+    divergence) are those of ``Objective.of``. Batches hold ``input_ids`` and unshifted ``labels`` (−100 where nothing
+    is learned), right-padded. The loss is divided once by the supervised tokens of the whole step, over accumulation
+    and processes, as the Trainer counts them. Logits are never formed, so ``compute_metrics`` sees none.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class DistillTrainer(Trainer):
             check_head(teacher, "the teacher")
             head = output_head(teacher.requires_grad_(False))
             vocab = min(vocab, head.weight.shape[0])
-            local = LocalTeacher(body(teacher), head, teacher.num_parameters())
+            local = LocalTeacher(FrozenModel(body(teacher), head, teacher.num_parameters()))
         goal = Objective.of(
             objective,
             kd_weight=kd_weight if teacher is not None else 0.0,
@@ -95,7 +96,7 @@ class DistillTrainer(Trainer):
             topk=topk,
             parameters=parameters,
         )
-        super().__init__(_Distilled(StudentWithLoss(model, goal, vocab), local), *args, **kwargs)
+        super().__init__(_Distilled(StudentWithLoss(model, LossSettings(goal, vocab)), local), *args, **kwargs)
         if teacher is not None:
             teacher.to(self.args.device)
 

@@ -1,4 +1,4 @@
-"""The environment of a worker's process, which a Ray that was joined would not pass on by itself."""
+"""The environment of worker processes; a Ray that was started elsewhere does not pass this process's variables on."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ _PASSED_ON = (
     "NCCL_",
     "GLOO_",
     "XDG_CACHE_HOME",
-)  # a joined Ray has others
+)
 
 
 def worker_environment(configured: Mapping[str, str], workers: int) -> dict[str, str]:
-    """What this process has and a worker needs, a worker's share of the cores, and above all what is ``configured``."""
+    """Variables for each of ``workers`` processes: selected ones of this process, a share of the cores, and
+    ``configured`` last.
+    """
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))}
-    # Ray writes what it passes on into its logs, where a token must not be.
+    # Ray writes these variables into its logs, so no token may be among them.
     passed = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON) and "TOKEN" not in k}
     return {**threads, **passed, **configured}

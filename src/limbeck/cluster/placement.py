@@ -1,6 +1,7 @@
-"""Device numbers turned into places on machines: device d is on machine d // num_gpus_per_node, and Ray finds the machines.
+"""Device numbers turned into places on machines: device d is on machine d // num_gpus_per_node, and Ray chooses the
+machines.
 
-A device is a GPU where the cluster has GPUs, else a CPU slot. Workers that share a device share it by equal parts.
+A device is a GPU where the cluster has GPUs, else a CPU slot. Workers on the same device share it in equal parts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _PLACING_SECONDS = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where one worker goes. bundle: its machine's part of the placement; gpus: what it takes of a GPU (0 on CPU slots)."""
+    """Where one worker runs. bundle: its machine's part of the placement; gpus: its share of a GPU (0 on CPU slots)."""
 
     bundle: int
     gpus: float
@@ -27,23 +28,26 @@ class Place:
 
 @dataclass(frozen=True)
 class Placement:
-    """Machines set aside for a run. groups: a place for every device of every group, in the order of its mapping."""
+    """Machines reserved for a run. groups: a place for every device of every mapping, in order; device: "GPU" or
+    "CPU".
+    """
 
     group: Any
     groups: tuple[tuple[Place, ...], ...]
     device: str
 
     def free(self) -> None:
-        """Give the machines back."""
+        """Release the machines."""
         load_ray().util.remove_placement_group(self.group)
 
 
-def layout(
+def plan_placement(
     mappings: Sequence[Sequence[int]], per_node: int | None, on_gpus: bool
 ) -> tuple[list[dict[str, float]], list[list[Place]]]:
-    """What each machine must have, and the place of each worker. ``per_node`` None: all devices are on one machine.
+    """The resources that each machine must have, and the place of each worker. ``per_node`` None: all devices are on
+    one machine.
 
-    On GPUs a worker's CPU slots are small change, so that any machine with the GPUs will do.
+    On GPUs a machine needs one CPU slot only, so that any machine with the GPUs fits.
     """
     workers = Counter(device for mapping in mappings for device in mapping)
     nodes = sorted({0 if per_node is None else device // per_node for device in workers})
@@ -63,8 +67,9 @@ def layout(
 
 
 def unknown_gpu(mappings: Sequence[Sequence[int]], gpus: float) -> str | None:
-    """A sentence if the mappings name a GPU beyond the ``gpus`` that there are; with none, devices are CPU slots of any
-    number."""
+    """A sentence if the mappings name a GPU beyond the number ``gpus``; without GPUs, devices are CPU slots of any
+    number.
+    """
     largest = max(number for mapping in mappings for number in mapping)
     if 0 < gpus <= largest:
         return f"device_mapping names GPU {largest}, but there are {gpus:g} (numbered from 0); correct it, or add machines."
@@ -72,12 +77,12 @@ def unknown_gpu(mappings: Sequence[Sequence[int]], gpus: float) -> str | None:
 
 
 def describe_device_slots(gpus: float) -> str:
-    """What a device_mapping's numbers mean where there are so many GPUs: a GPU that is missing is not missed by silence."""
-    return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: no GPU is found, so device_mapping counts CPU slots."
+    """What the numbers of a device_mapping mean with this number of GPUs."""
+    return f"Devices: {gpus:g} GPU(s)." if gpus else "Devices: no GPU was found, so device_mapping counts CPU slots."
 
 
 def describe_devices(mappings: Sequence[Sequence[int]]) -> str:
-    """What devices Ray has, in a sentence. Raises LimbeckError if the mappings name others."""
+    """The devices that Ray has, in a sentence. Raises LimbeckError if the mappings name others."""
     gpus = load_ray().cluster_resources().get("GPU", 0)
     wrong = unknown_gpu(mappings, gpus)
     if wrong:
@@ -86,22 +91,22 @@ def describe_devices(mappings: Sequence[Sequence[int]]) -> str:
 
 
 def place(
-    mappings: Sequence[Sequence[int]], per_node: int | None, look: Callable[[], None] = lambda: None
+    mappings: Sequence[Sequence[int]], per_node: int | None, poll: Callable[[], None] = lambda: None
 ) -> Placement:
-    """Set machines aside for groups of workers, one worker per device of each mapping. ``look`` is called while Ray places
-    them; what it raises ends the waiting.
+    """Reserve machines for groups of workers, one worker per device of each mapping. ``poll`` is called while Ray
+    places them; an exception that it raises ends the wait.
 
-    Raises LimbeckError when the cluster has not got what they need.
+    Raises LimbeckError if the cluster lacks the resources.
     """
     ray = load_ray()
-    there = ray.cluster_resources()
-    on_gpus = there.get("GPU", 0) > 0
-    bundles, places = layout(mappings, per_node, on_gpus)
+    total = ray.cluster_resources()
+    on_gpus = total.get("GPU", 0) > 0
+    bundles, places = plan_placement(mappings, per_node, on_gpus)
     device = "GPU" if on_gpus else "CPU"
-    wanted = sum(bundle[device] for bundle in bundles)
-    if wanted > there.get(device, 0):
+    needed = sum(bundle[device] for bundle in bundles)
+    if needed > total.get(device, 0):
         raise LimbeckError(
-            f"device_mapping needs {wanted:g} {device} slots, but Ray has {there.get(device, 0):g} in all on "
+            f"device_mapping needs {needed:g} {device} slots, but Ray has {total.get(device, 0):g} in all on "
             f"{len(ray.nodes())} machine(s); name fewer devices, or add machines."
         )
     # SPREAD and not STRICT_SPREAD: after a machine is lost, what is left may have to hold two parts.
@@ -109,7 +114,7 @@ def place(
     until = time.monotonic() + _PLACING_SECONDS
     try:
         while not (placed := group.wait(1)) and time.monotonic() < until:
-            look()
+            poll()
     except BaseException:
         ray.util.remove_placement_group(group)
         raise
@@ -119,7 +124,7 @@ def place(
         parts = " + ".join(f"{bundle[device]:g}" for bundle in bundles)
         raise LimbeckError(
             f"Ray could not place {parts} {device} slots (each number on one machine) within {_PLACING_SECONDS} s: of "
-            f"{there.get(device, 0):g} in all, {free.get(device, 0):g} are free; wait for other runs, or set "
+            f"{total.get(device, 0):g} in all, {free.get(device, 0):g} are free; wait for other runs, or set "
             "num_gpus_per_node to what one machine has."
         )
     return Placement(group, tuple(map(tuple, places)), device)

@@ -14,15 +14,15 @@ from types import ModuleType
 from limbeck.errors import LimbeckError
 
 NAMESPACE = "limbeck"
-_KNOCK_SECONDS = 10
+_PROBE_SECONDS = 10
 _TOKEN = Path("~/.ray/auth_token")
 _DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # What Ray prints of its workers: what befalls ours is told in our own words, and theirs are in their logs.
+    # Do not print worker output on the terminal: the run reports failures itself, and workers have log files.
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
-    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls whose worker's loss is known already
-    # A Ray that is started here serves one run: its workers give way to nobody, and no others are started in advance.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",  # of calls to workers that are known to be lost
+    # A Ray that is started here serves one run: its workers run at normal priority, and none are started in advance.
     "RAY_worker_niceness": "0",
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
@@ -34,8 +34,8 @@ def load_ray() -> ModuleType:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS") and _has_token():
-        # As Ray does by itself for a Ray that it starts. It looks once, when it is imported: later the servers that it starts
-        # would ask for a token that this process does not send.
+        # Ray does the same for a Ray that it starts. It reads the variable once, at import: set later, the servers
+        # would require a token that this process does not send.
         os.environ.setdefault("RAY_AUTH_MODE", "token")
     try:
         import ray
@@ -51,9 +51,9 @@ def load_ray() -> ModuleType:
 def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
     """Be connected to Ray inside the block.
 
-    slots: workers that a Ray started here must hold at least. timeline: where, under RAY_PROFILING=1, a Chrome trace of all
-    calls is written at the end.
-    Yields a sentence that says where Ray is. A connection that was there already is used and left as it is.
+    slots: workers that a Ray started here must hold at least. timeline: where, under RAY_PROFILING=1, a Chrome trace of
+    all calls is written at the end. Yields a sentence that says where Ray is. A connection that was there already is
+    used and left as it is.
     """
     ray = load_ray()
     if ray.is_initialized():
@@ -88,7 +88,7 @@ def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
 
 
 def check_ray_address(address: str) -> None:
-    """Raise LimbeckError if no Ray listens at HOST:PORT, which Ray itself would take minutes to find out."""
+    """Raise LimbeckError if no Ray listens at HOST:PORT; Ray itself takes minutes to notice."""
     if address.startswith("ray://"):
         raise LimbeckError(
             f"RAY_ADDRESS = {address} is one of Ray Client, which cannot place workers; run the command on a machine "
@@ -98,9 +98,9 @@ def check_ray_address(address: str) -> None:
     if not host or not port.isdecimal() or os.environ.get("RAY_USE_TLS") == "1":
         return
     try:
-        with socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS) as connection:
+        with socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS) as connection:
             # Ray speaks gRPC, whose servers begin with a frame of settings (HTTP/2, type 4).
-            found = "" if connection.recv(4)[3:] == b"\x04" else "something else than Ray listens there"
+            found = "" if connection.recv(4)[3:] == b"\x04" else "something other than Ray listens there"
     except (OSError, OverflowError) as error:
         found = str(error)
     if found:
@@ -116,11 +116,12 @@ def ray_address() -> str:
 
 
 def ray_has_ended() -> bool:
-    """Whether nobody listens any more where the Ray was that this process is connected to; Ray finds it out in a minute, and
-    then ends the process."""
+    """Whether the Ray that this process is connected to has stopped listening; Ray itself notices after a minute and
+    then aborts the process.
+    """
     host, _, port = ray_address().rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=_KNOCK_SECONDS).close()
+        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
     except OSError:
         return True
     return False

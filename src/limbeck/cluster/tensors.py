@@ -1,6 +1,6 @@
-"""Tensors through Ray's object store: as flat arrays that readers on the same machine see without a copy, read-only.
+"""Tensors through Ray's object store, as flat arrays that readers on the same machine map without a copy, read-only.
 
-Ray's own way would pickle a tensor, one copy more on each side. bfloat16 and float16 travel as their bits.
+Ray would pickle a tensor, which costs one more copy on each side. bfloat16 and float16 travel as their bits.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 
 @dataclass(frozen=True)
-class Flat:
-    """A tensor on its way. bits: its memory as bytes in one piece; dtype: torch's name of its numbers."""
+class PackedTensor:
+    """A tensor as bytes. bits: its contiguous memory; dtype: torch's name of its precision."""
 
     bits: np.ndarray[Any, Any]
     dtype: str
     shape: tuple[int, ...]
 
 
-def flat(tensor: Tensor) -> Flat:
-    """``tensor`` as it travels; copied to the host if it is not there."""
+def pack(tensor: Tensor) -> PackedTensor:
+    """``tensor`` as bytes; copied to the host if it is not there."""
     whole = tensor.detach().cpu().contiguous()
-    return Flat(whole.flatten().view(torch.uint8).numpy(), str(whole.dtype).removeprefix("torch."), tuple(whole.shape))
+    return PackedTensor(
+        whole.flatten().view(torch.uint8).numpy(), str(whole.dtype).removeprefix("torch."), tuple(whole.shape)
+    )
 
 
-def unflat(came: Flat) -> Tensor:
-    """The tensor that came; its memory belongs to the store, so it must not be written to."""
-    dtype: torch.dtype = getattr(torch, came.dtype)
-    if not came.bits.size:
-        return torch.empty(came.shape, dtype=dtype)
-    return torch.from_numpy(came.bits).view(dtype).view(came.shape)
+def unpack(packed: PackedTensor) -> Tensor:
+    """The tensor; its memory belongs to the object store, so it must not be written to."""
+    dtype: torch.dtype = getattr(torch, packed.dtype)
+    if not packed.bits.size:
+        return torch.empty(packed.shape, dtype=dtype)
+    return torch.from_numpy(packed.bits).view(dtype).view(packed.shape)

@@ -1,5 +1,4 @@
-"""The front door to a run on worker groups. It is light to import: while Ray starts, which is mostly waiting, PyTorch is
-imported."""
+"""Starts a run on Ray. Light to import: PyTorch is imported while Ray starts, which is mostly waiting."""
 
 from __future__ import annotations
 
@@ -19,36 +18,37 @@ if TYPE_CHECKING:
     from limbeck.train.result import RunResult
 
 
-def run_on_cluster(config: DistillConfig, tell: Callable[[str], None] = print) -> RunResult:
-    """Train on worker groups to the end, or until a signal asks to stop. ``tell`` gets the lines for a person.
+def run_on_ray(config: DistillConfig, log: Callable[[str], None] = print) -> RunResult:
+    """Train on groups of Ray workers to the end, or until SIGINT or SIGTERM. ``log`` receives the lines for the
+    console.
 
-    Raises LimbeckError for a user's mistake, and after ``max_restarts`` lost workers; Stopped when the signal comes before
+    Raises LimbeckError for a user's mistake and after ``max_restarts`` lost workers; Stopped if a signal arrives before
     there is anything to save.
     """
     mappings = [config.student.device_mapping or [0]]
     if config.teacher.service is not None and not can_join():
         raise LimbeckError(
             f"teacher.service = {config.teacher.service} is on a Ray that this run must join; set RAY_ADDRESS to what "
-            "`limbeck serve-teacher` says."
+            "`limbeck serve-teacher` prints."
         )
     if config.needs_worker_groups and config.teacher.service is None and config.teacher.device_mapping:
         mappings.append(config.teacher.device_mapping)
     load_ray()
     Thread(target=_import_ahead, daemon=True).start()
     timeline = config.log_dir / "timeline.json"
-    # Ray cut off while it starts leaves processes behind, and puts a handler of its own in the place of ours.
+    # Interrupted while it starts, Ray leaves processes behind; it also replaces our signal handler.
     with stop_requests() as early, ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
         stop.signal = early.signal
-        tell(f"{where} {describe_devices(mappings)}")
-        from limbeck.launch.driver import Cluster
+        log(f"{where} {describe_devices(mappings)}")
+        from limbeck.launch.driver import Driver
 
-        cluster = Cluster(config, mappings, tell)
+        driver = Driver(config, mappings, log)
         try:
-            return cluster.run(stop)
+            return driver.run(stop)
         finally:
-            cluster.end()
+            driver.end()
 
 
 def _import_ahead() -> None:
-    with suppress(Exception):  # what fails here fails again where it is needed
+    with suppress(Exception):  # an import that fails here fails again where it is needed
         import_module("limbeck.launch.driver")

@@ -1,6 +1,6 @@
-"""Whether a configuration fits the machines that it would run on, seen without loading a model.
+"""Checks whether a configuration fits the machines that it would run on, without loading a model.
 
-Activations and buffers are not counted: what is said to fit in memory may still not, what is said not to fit does not.
+Activations and buffers are not counted: what does not fit here does not run, what fits may still run out of memory.
 """
 
 from __future__ import annotations
@@ -16,29 +16,22 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from limbeck.cluster.groups import versions
-from limbeck.cluster.placement import describe_device_slots, layout, unknown_gpu
+from limbeck.cluster.actors import versions
+from limbeck.cluster.placement import describe_device_slots, plan_placement, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.launch.driver import refuse_backend
-from limbeck.models import body
-from limbeck.plan.memory import ModelMemory, model_memory, outline
-from limbeck.strategies.fsdp2 import ranks_of_a_copy
-from limbeck.strategies.pipeline_parallel import check_stages
-from limbeck.strategies.tensor_parallel import check_tensor_parallel
+from limbeck.models import ModelSource, model_outline
+from limbeck.models.dtypes import DTYPES
+from limbeck.plan.memory import ModelMemory, model_memory
+from limbeck.strategies.base import dims_of, strategy_of
 from limbeck.strategies.world import World
 from limbeck.teachers.service import find_service
-from limbeck.train.build.models import (
-    DTYPES,
-    fsdp2_options,
-    layout_of,
-    make_objective,
-    refuse_layout,
-    resolve_parallelism,
-)
+from limbeck.train.build.objective import make_objective
 from limbeck.train.build.sources import missing_files
+from limbeck.train.build.student import resolve_parallelism
 
 
 @dataclass(frozen=True)
@@ -54,8 +47,10 @@ class Machine:
 
 
 def check_cluster(config: DistillConfig) -> list[str]:
-    """Print what goes where, and return a sentence for everything that does not fit; the Ray of RAY_ADDRESS is asked for
-    its machines if that is set, else this machine is meant."""
+    """Print the placement, and return a sentence for everything that does not fit.
+
+    The machines are those of the Ray at RAY_ADDRESS if that is set, else this machine.
+    """
     if not _would_join(config):
         return _check(config, [this_machine()])
     with ray_session(0) as where:
@@ -109,14 +104,15 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
     if config.has_teacher and config.teacher.service is None:
         apart = config.teacher.device_mapping if config.needs_worker_groups else None
         worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
+    device_type = "cuda" if on_gpus else "cpu"
+    world = World(0, students, torch.device("cpu"))
     checks: list[Callable[[], object]] = [
         lambda: resolve_parallelism(
-            config, World(0, students, torch.device("cpu")), teacher_here=not config.needs_worker_groups
+            config, world, teacher_here=not config.needs_worker_groups, device_type=device_type
         ),
         lambda: make_objective(config, torch.device("cpu")),
-        lambda: refuse_layout(config, students, "cuda" if on_gpus else "cpu"),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
-        *(partial(_check_worker, *world) for world in worlds),
+        *(partial(_check_worker, config, *role, device_type) for role in worlds),
     ]
     problems = []
     for check in checks:
@@ -127,18 +123,13 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
     return problems
 
 
-def _check_worker(role: str, worker: WorkerConfig, ranks: int) -> None:
-    """Raise LimbeckError unless a role's layout fits its ranks and its model."""
-    layout, dtype = layout_of(worker), DTYPES[worker.model_args.dtype]
-    layout.check(World(0, ranks, torch.device("cpu")), role)
-    try:
-        ranks_of_a_copy(ranks // (layout.tensor * layout.pipeline), fsdp2_options(worker, dtype), layout.tensor)
-    except LimbeckError as error:
-        raise LimbeckError(f"{role}: {error}") from error
-    if layout.together > 1:
-        trunk, name = body(outline(worker.model_args, dtype, role)), str(worker.model_args.model_name_or_path or role)
-        check_tensor_parallel(trunk, layout, name, role)
-        check_stages(trunk, layout.pipeline, name, role)
+def _check_worker(config: DistillConfig, role: str, worker: WorkerConfig, ranks: int, device_type: str) -> None:
+    """Raise LimbeckError unless a role's strategy runs on its ranks and divides its model."""
+    strategy, dims = strategy_of(worker, role), dims_of(worker, ranks, role)
+    strategy.check(config, dims, role, device_type)
+    if dims.model_parallel_size > 1:
+        source = ModelSource.from_args(worker.model_args, role)
+        strategy.check_model(model_outline(source, DTYPES[worker.model_args.dtype]), dims, source.name, role)
 
 
 def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[ModelMemory]) -> list[str]:
@@ -156,7 +147,7 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
     # Roles in one process take one slot; as groups of workers each takes its own.
     placed = mappings if config.needs_worker_groups else mappings[:1]
     problems += filter(None, [unknown_gpu(placed, sum(machine.gpus for machine in machines))])
-    bundles, places = layout(placed, config.num_gpus_per_node, on_gpus)
+    bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus)
     wanted = [bundle[device] for bundle in bundles]
     # A Ray that is started here is given as many CPU slots as the run needs.
     unbounded = not on_gpus and not _would_join(config)
@@ -218,18 +209,18 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
 
 def _joined_machines() -> list[Machine]:
     ray = load_ray()
-    there = [node for node in ray.nodes() if node["Alive"]]
-    look = ray.remote(this_machine)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    inspect = ray.remote(this_machine)
     strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
-    asked = [
-        look.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote() for node in there
+    refs = [
+        inspect.options(num_cpus=0, scheduling_strategy=strategy(node["NodeID"], soft=False)).remote() for node in nodes
     ]
     try:
-        seen = ray.get(asked, timeout=120)
+        machines_seen = ray.get(refs, timeout=120)
     except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-        raise LimbeckError(f"a machine of the Ray cluster does not answer: {type(error).__name__}.") from error
+        raise LimbeckError(f"a machine of the Ray cluster does not respond: {type(error).__name__}.") from error
     machines = []
-    for node, machine in zip(there, seen, strict=True):
+    for node, machine in zip(nodes, machines_seen, strict=True):
         slots = node["Resources"]
         machines.append(
             Machine(

@@ -1,4 +1,6 @@
-"""Hugging Face causal language models: loaded, taken apart at the output head, adapted and saved. Knows no loss, no cluster."""
+"""Hugging Face causal language models: loaded, taken apart at the output head, adapted and saved. Knows no loss, no
+cluster.
+"""
 
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import (
@@ -12,12 +14,20 @@ from limbeck.models.heads import (
     output_head,
     unwrapped,
 )
-from limbeck.models.load import load_model, load_tokenizer, model_limits, model_outline, recompute_activations
+from limbeck.models.load import (
+    ModelSource,
+    load_model,
+    load_tokenizer,
+    model_limits,
+    model_outline,
+    recompute_activations,
+)
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.memory import available_memory, explain_oom
 from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
 __all__ = [
+    "ModelSource",
     "NamedPair",
     "Taps",
     "add_lora",

@@ -1,10 +1,12 @@
-"""Load a model and its tokenizer by path or hub name, or make a model from a configuration alone."""
+"""Loads a model and its tokenizer by path or hub name, or makes a model from a configuration."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from limbeck.config.schema import ModelArgs
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
 from limbeck.models.documents import BY_DOCUMENT
@@ -22,117 +25,126 @@ from limbeck.models.memory import available_memory
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 
 
-def load_model(
-    name_or_path: str | None,
-    *,
-    dtype: torch.dtype,
-    attn_implementation: str = "auto",
-    from_scratch: bool = False,
-    config_kwargs: Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    seed: int = 0,
-    role: str = "model",
-) -> Any:
-    """An ``AutoModelForCausalLM`` in ``dtype`` on the CPU.
+@dataclass(frozen=True)
+class ModelSource:
+    """Which checkpoint to load, and how: a role's ``model_args``.
 
-    from_scratch: only the configuration is read and the weights are drawn from ``seed``; without a path ``config_kwargs`` is
-    the whole configuration and must name its ``model_type``. Otherwise ``config_kwargs`` override the checkpoint's
-    configuration. Raises LimbeckError with ``role`` in the sentence when there is nothing to load, or no room for it.
+    name_or_path: folder or hub name, or None for a model that ``config_kwargs`` describe. config_kwargs: override the
+    checkpoint's configuration. from_scratch: draw the weights instead of reading them. role: for error messages.
     """
-    _check_name(name_or_path, role)
-    changes = dict(config_kwargs or {})
-    attention = _ATTENTION.get(attn_implementation, attn_implementation)
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        common["revision"] = revision
+
+    name_or_path: str | None
+    role: str = "model"
+    attn_implementation: str = "auto"
+    config_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    from_scratch: bool = False
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @classmethod
+    def from_args(cls, args: ModelArgs, role: str) -> ModelSource:
+        """The source that ``model_args`` describe."""
+        return cls(
+            args.model_name_or_path,
+            role,
+            args.attn_implementation,
+            args.model_config_kwargs,
+            args.from_scratch,
+            args.revision,
+            args.trust_remote_code,
+        )
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a sentence."""
+        return self.name_or_path or f"the {self.role}"
+
+    @property
+    def hub_kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of every ``from_pretrained``."""
+        revision = {} if self.revision is None else {"revision": self.revision}
+        return {"trust_remote_code": self.trust_remote_code, **revision}
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
+    """An ``AutoModelForCausalLM`` in ``dtype`` on the CPU. ``seed``: of weights that are drawn from scratch.
+
+    Raises LimbeckError if there is nothing to load, or no room for it.
+    """
+    name, role = source.name_or_path, source.role
+    _check_name(name, role)
+    attention = _ATTENTION.get(source.attn_implementation, source.attn_implementation)
     try:
-        if name_or_path is None:
-            if not from_scratch or "model_type" not in changes:
-                raise LimbeckError(
-                    f"the {role} has no checkpoint: set {role}_pretrain to a folder or hub name, or for a new model "
-                    f"{role}.model_args.from_scratch: true with model_config_kwargs that name a model_type."
-                )
-            config = AutoConfig.for_model(**changes)
-        else:
-            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
-        if not trust_remote_code:  # a stranger's class may not know how to be made without numbers
-            _refuse_too_large(config, dtype, name_or_path, role)
-        if from_scratch:
+        if name is None and not (source.from_scratch and "model_type" in source.config_kwargs):
+            raise LimbeckError(
+                f"the {role} has no checkpoint: set {role}_pretrain to a folder or hub name, or for a new model "
+                f"{role}.model_args.from_scratch: true with model_config_kwargs that name a model_type."
+            )
+        config = _load_config(source)
+        if not source.trust_remote_code:  # a class from the hub may not support the meta device
+            _refuse_too_large(config, dtype, name, role)
+        if source.from_scratch:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(
-                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+                    config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
+                name, config=config, dtype=dtype, attn_implementation=attention, **source.hub_kwargs
             )
-        if attention == "flex_attention":  # whose counterpart takes what autocast leaves, with packing or without
+        if attention == "flex_attention":  # its variant by document also takes what autocast leaves
             model.set_attn_implementation(BY_DOCUMENT[attention])
         return model
     except (SafetensorError, json.JSONDecodeError) as error:
         raise LimbeckError(
-            f"the {role} {name_or_path!r} is incomplete or damaged ({_first_line(error).rstrip('.')}); copy or download it "
-            "again."
+            f"the {role} {name!r} is incomplete or damaged ({_first_line(error).rstrip('.')}); copy or download it again."
         ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path, error)
-        raise LimbeckError(f"cannot load the {role} {name_or_path!r}: {_first_line(error)}{hint}") from error
+        raise LimbeckError(f"cannot load the {role} {name!r}: {_first_line(error)}{_hint(name, error)}") from error
 
 
-def model_outline(
-    name_or_path: str | None,
-    *,
-    dtype: torch.dtype,
-    config_kwargs: Mapping[str, Any] | None = None,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    role: str = "model",
-) -> Any:
-    """The model that ``load_model`` would give, on the meta device: shapes without numbers, of which only the configuration
-    is read. Raises LimbeckError with ``role`` in the sentence when that cannot be read."""
-    _check_name(name_or_path, role)
-    changes = dict(config_kwargs or {})
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        common["revision"] = revision
-    try:
-        if name_or_path is None:
-            config = AutoConfig.for_model(**changes)
-        else:
-            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
+def model_outline(source: ModelSource, dtype: torch.dtype) -> Any:
+    """The model that ``load_model`` returns, on the meta device: shapes without values; only the configuration is read.
+
+    Raises LimbeckError if that cannot be read.
+    """
+    _check_name(source.name_or_path, source.role)
+    with _unreadable(f"the {source.role} {source.name_or_path!r}", source.name_or_path):
+        config = _load_config(source)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path, error)
-        raise LimbeckError(
-            f"cannot read the configuration of the {role} {name_or_path!r}: {_first_line(error)}{hint}"
-        ) from error
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code)
 
 
-def model_limits(
-    name_or_path: str, *, config_kwargs: Mapping[str, Any], revision: str | None = None, trust_remote_code: bool = False
-) -> tuple[int | None, int | None]:
-    """How many positions and how many tokens a checkpoint knows, by its configuration; None where that names no limit."""
-    common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if revision is not None:
-        common["revision"] = revision
-    try:
-        config = _changed(AutoConfig.from_pretrained(name_or_path, **common), dict(config_kwargs))
-    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        hint = _hint(name_or_path, error)
-        raise LimbeckError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}{hint}") from error
-    text = config.get_text_config()
+def model_limits(source: ModelSource) -> tuple[int | None, int | None]:
+    """Number of positions and of tokens of a checkpoint by its configuration; None where that sets no limit."""
+    with _unreadable(repr(source.name_or_path), source.name_or_path):
+        text = _load_config(source).get_text_config()
     return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
 
 
+def _load_config(source: ModelSource) -> Any:
+    changes = dict(source.config_kwargs)
+    if source.name_or_path is None:
+        return AutoConfig.for_model(**changes)
+    return _changed(AutoConfig.from_pretrained(source.name_or_path, **source.hub_kwargs), changes)
+
+
+@contextmanager
+def _unreadable(what: str, name: str | None) -> Iterator[None]:
+    """Turn the exceptions of a configuration that cannot be read into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError, ImportError, StrictDataclassError) as error:
+        raise LimbeckError(
+            f"cannot read the configuration of {what}: {_first_line(error)}{_hint(name, error)}"
+        ) from error
+
+
 def _refuse_too_large(config: Any, dtype: torch.dtype, name: str | None, role: str) -> None:
-    """Raise LimbeckError if the parameters alone exceed the memory that is left, instead of being killed on the way."""
+    """Raise LimbeckError if the parameters exceed the free memory; the process would be killed while loading."""
     left = available_memory()
-    if (
-        left is None or getattr(config, "quantization_config", None) is not None
-    ):  # whose weights are smaller than they look
+    if left is None or getattr(config, "quantization_config", None) is not None:  # quantized weights are smaller
         return
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -146,7 +158,7 @@ def _refuse_too_large(config: Any, dtype: torch.dtype, name: str | None, role: s
 
 
 def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
-    """``config`` with other values, made anew so that what is derived from them (a type per layer, say) follows."""
+    """``config`` with other values, built again so that derived values (such as a type per layer) follow."""
     if not changes:
         return config
     values = {**config.to_dict(), **changes}
@@ -156,7 +168,9 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
-    """Keep only the layers' inputs in the forward pass and compute the rest again in the backward pass."""
+    """Activation checkpointing: keep the layers' inputs in the forward pass and recompute the rest in the backward
+    pass.
+    """
     settings = {"use_reentrant": use_reentrant}
     if hasattr(model, "activation_checkpointing_enable"):  # the newer name of the same thing
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
@@ -164,26 +178,25 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
-    _check_name(name_or_path, "tokenizer", holds=None)
+    name = str(source.name_or_path)
+    _check_name(name, "tokenizer", holds=None)
     try:
-        extra = {} if revision is None else {"revision": revision}
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source.hub_kwargs)
     except (OSError, ValueError, ImportError) as error:
-        hint = _hint(name_or_path, error)
-        raise LimbeckError(f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}{hint}") from error
-    if tokenizer.eos_token_id is None:
         raise LimbeckError(
-            f"the tokenizer of {name_or_path!r} has no end-of-sequence token; set eos_token in its config."
-        )
+            f"cannot load a tokenizer from {name!r}: {_first_line(error)}{_hint(name, error)}"
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise LimbeckError(f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _check_name(name_or_path: str | None, role: str, holds: str | None = "config.json") -> None:
-    """Raise LimbeckError for a folder without a checkpoint; knock at the hub for what is none."""
+    """Raise LimbeckError for a folder without a checkpoint; probe the hub for a name that is no folder."""
     check_folder(name_or_path, role, holds)
     if name_or_path is not None and not Path(name_or_path).is_dir():
         probe_hub()

@@ -1,4 +1,4 @@
-"""How much memory is left, and running out of it told in a sentence."""
+"""Free memory, and out-of-memory errors as one sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from limbeck.errors import LimbeckError
 
 
 def available_memory() -> int | None:
-    """Bytes of this machine's memory, swap included, that a process may still take; None where the system does not say."""
+    """Bytes of memory, swap included, that a process may still allocate; None where the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -23,12 +23,14 @@ def available_memory() -> int | None:
 
 @contextmanager
 def explain_oom(doing: str, remedy: str) -> Iterator[None]:
-    """Turn an allocation that fails inside the block into a LimbeckError: "out of memory while ``doing``; ``remedy``"."""
+    """Turn an allocation that fails inside the block into a LimbeckError: "out of memory while ``doing``;
+    ``remedy``".
+    """
     try:
         yield
     except RuntimeError as error:
-        # A GPU has a class of its own for it, the CPU's allocator has not.
+        # CUDA has an exception class for it, the CPU's allocator does not.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        said = str(error).strip().splitlines()[0]
-        raise LimbeckError(f"out of memory while {doing} ({said}); {remedy}.") from error
+        detail = str(error).strip().splitlines()[0]
+        raise LimbeckError(f"out of memory while {doing} ({detail}); {remedy}.") from error

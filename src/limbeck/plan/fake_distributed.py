@@ -1,7 +1,8 @@
-"""Processes that do not exist and tensors without numbers, on which real models, strategies and engines run all the same.
+"""Processes that do not exist and tensors without numbers, on which real models, strategies and engines run all the
+same.
 
-What is sent arrives at once and is forgotten. A few places of PyTorch and DeepSpeed look into tensors that have no numbers
-here, or compare what ranks have; they are told what an undisturbed run would see.
+What is sent arrives at once and is forgotten. A few places of PyTorch and DeepSpeed look into tensors that have no
+numbers here, or compare what ranks have; they are told what an undisturbed run would see.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from transformers import masking_utils
 from limbeck.errors import LimbeckError
 from limbeck.plan.tracker import inside_engine
 from limbeck.strategies import deepspeed
-from limbeck.strategies.parallel_dims import mesh_of
+from limbeck.strategies.parallel_dims import forget_meshes
 from limbeck.strategies.world import World
 
 
@@ -40,7 +41,8 @@ class _Alike(World):
 
 @contextmanager
 def fake_distributed(count: int, rank: int = 0, *, zero: bool = False) -> Iterator[World]:
-    """Rank ``rank`` of ``count`` processes that do not exist, with tensors that have no numbers. zero: DeepSpeed takes part.
+    """Rank ``rank`` of ``count`` processes that do not exist, with tensors that have no numbers. zero: DeepSpeed takes
+    part.
 
     Raises LimbeckError in a process that belongs to a process group.
     """
@@ -70,7 +72,7 @@ def fake_distributed(count: int, rank: int = 0, *, zero: bool = False) -> Iterat
                 _let_deepspeed_run(stack)
             yield _Alike(rank, count, torch.device("cpu"))
     finally:
-        mesh_of.cache_clear()
+        forget_meshes()
         _clear_sharding_prop_cache()  # which knows the groups by their names
         if zero:
             _forget_deepspeed()
@@ -79,7 +81,7 @@ def fake_distributed(count: int, rank: int = 0, *, zero: bool = False) -> Iterat
 
 
 def _let_deepspeed_run(stack: ExitStack) -> None:
-    deepspeed.start()
+    deepspeed.load_deepspeed()
     from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 
     for module in (partition_parameters, partitioned_param_coordinator, stage3):
@@ -116,8 +118,9 @@ _READ: dict[torch.dtype, Any] = {torch.bool: False, torch.uint8: 0, torch.int32:
 
 
 class _Values(TorchDispatchMode):
-    """What an engine reads from a tensor: nothing has overflowed, and ranks that vote agree. A model that reads one is still
-    refused."""
+    """What an engine reads from a tensor: nothing has overflowed, and ranks that vote agree. A model that reads one is
+    still refused.
+    """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         asked = func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor)
@@ -127,8 +130,9 @@ class _Values(TorchDispatchMode):
 
 
 class FirstChunks(TorchFunctionMode):
-    """``torch.chunk`` gives the first chunk in every place: FSDP2 cuts each parameter for all ranks and looks at rank 0's, and
-    a thousand fake tensors for each would take minutes."""
+    """``torch.chunk`` gives the first chunk in every place: FSDP2 cuts each parameter for all ranks and looks at rank
+    0's, and a thousand fake tensors for each would take minutes.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not torch.chunk:

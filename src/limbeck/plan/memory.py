@@ -1,4 +1,6 @@
-"""What the models of a run take in memory, reckoned from their outlines: parameters, gradients, optimizer; no activations."""
+"""What the models of a run take in memory, reckoned from their outlines: parameters, gradients, optimizer; no
+activations.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +9,34 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import torch
 from torch import nn
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema import ModelArgs, StudentModelArgs, WorkerConfig
-from limbeck.errors import LimbeckError
-from limbeck.models import add_lora, body, freeze, model_outline, unwrapped
+from limbeck.config.schema import WorkerConfig
+from limbeck.models import ModelSource, body, model_outline, unwrapped
+from limbeck.models.dtypes import compute_dtype, student_load_dtype
+from limbeck.strategies.base import dims_of, strategy_of
 from limbeck.strategies.deepspeed import stage_of
-from limbeck.strategies.fsdp2 import ranks_of_a_copy
-from limbeck.strategies.parallel_dims import Layout
-from limbeck.strategies.pipeline_parallel import check_stages, keep_stage
+from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.strategies.pipeline_parallel import keep_stage
 from limbeck.strategies.tensor_parallel import sliced_parameters
-from limbeck.train.build.models import DTYPES, fsdp2_options, layout_of
+from limbeck.train.build.student import prepare_student
 
 _MASTER, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes of each trained number: float32, and Adam's two means
 
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """A group's need. parameters: of the model; per_stage: bytes that stay on the device of each rank, for each stage of the
-    pipeline; loading: bytes of host memory in each process while it loads."""
+    """A group's need. parameters: of the model; per_stage: bytes that stay on the device of each rank, for each stage
+    of the pipeline; loading: bytes of host memory in each process while it loads.
+    """
 
     role: str
     ranks: int
     parameters: int
     per_stage: tuple[int, ...]
     loading: int
-    layout: Layout
+    dims: ParallelDims
 
     @property
     def per_rank(self) -> int:
@@ -43,7 +45,7 @@ class ModelMemory:
 
     def held_by(self, rank: int) -> int:
         """Bytes that stay on the device of ``rank``."""
-        return self.per_stage[rank // (self.layout.tensor * self.layout.context) % self.layout.pipeline]
+        return self.per_stage[self.dims.coordinates(rank).pp]
 
 
 def model_memory(config: DistillConfig, roles: Collection[str] = ("student", "teacher")) -> list[ModelMemory]:
@@ -57,67 +59,47 @@ def model_memory(config: DistillConfig, roles: Collection[str] = ("student", "te
     return loads
 
 
-def outline(args: ModelArgs | StudentModelArgs, dtype: torch.dtype, role: str) -> Any:
-    """The model that ``args`` name, without numbers."""
-    return model_outline(
-        args.model_name_or_path,
-        dtype=dtype,
-        config_kwargs=args.model_config_kwargs,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-        role=role,
-    )
-
-
 def _of_student(config: DistillConfig) -> ModelMemory:
     args, worker = config.student.model_args, config.student
-    layout, ranks = layout_of(worker), len(config.device_mapping or [0])
+    ranks = len(config.device_mapping or [0])
+    dims = dims_of(worker, ranks, "student")
+    source = ModelSource.from_args(args, "student")
 
     def make() -> Any:
-        model = outline(args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
-        if args.lora_target:
-            model = add_lora(
-                model, target=args.lora_target, rank=args.lora_rank, alpha=args.lora_alpha, dropout=args.lora_dropout,
-                additional_target=args.additional_target,
-            )  # fmt: skip
-        elif args.freeze_module_prefix:
-            freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
-        return model
+        return prepare_student(config, model_outline(source, student_load_dtype(args)))
 
     zero = stage_of(worker.strategy_args.strategy_config.deepspeed)
-    share = _share(worker, layout, ranks)
+    shards = dims.dp_shard * dims.cp
 
     def held(parameter: nn.Parameter) -> float:
         """Bytes of one number on each rank."""
         if not zero:
             each = _MASTER + _GRADIENT + _MOMENTS if parameter.requires_grad else parameter.element_size()
-            return each / share
-        computed = DTYPES[worker.strategy_args.strategy_config.param_dtype or args.dtype].itemsize
-        whole, shared = computed, 0
+            return each / shards
+        whole, shared = compute_dtype(worker).itemsize, 0
         if parameter.requires_grad:
             whole += _GRADIENT if zero == 1 else 0
             shared = _MASTER + _MOMENTS + (0 if zero == 1 else _GRADIENT)
         return (whole + shared) / ranks if zero == 3 else whole + shared / ranks
 
     model = make()
-    stages = _stages("student", worker, make, lambda model, p, slices: p.numel() * held(p) / slices)
-    return ModelMemory("student", ranks, _count(model), stages, _bytes(model.parameters()), layout)
+    stages = _stages(make, source, dims, "student", worker, lambda model, p, slices: p.numel() * held(p) / slices)
+    return ModelMemory("student", ranks, _count(model), stages, _bytes(model.parameters()), dims)
 
 
 def _of_teacher(config: DistillConfig) -> ModelMemory:
     worker = config.teacher
-    layout = layout_of(worker)
-    dtype = DTYPES[worker.strategy_args.strategy_config.param_dtype or worker.model_args.dtype]
     ranks = len((config.needs_worker_groups and worker.device_mapping) or config.device_mapping or [0])
-    alone = worker.strategy_args.strategy_name == "hf_infer" or ranks == 1
-    share = 1 if alone else _share(worker, layout, ranks)
+    dims = dims_of(worker, ranks, "teacher")
+    source = ModelSource.from_args(worker.model_args, "teacher")
+    share = dims.dp_shard * (dims.cp if dims.dp_shard > 1 else 1)
 
     def make() -> Any:
-        return outline(worker.model_args, dtype, "teacher")
+        return model_outline(source, compute_dtype(worker))
 
     model = make()
     head = model.get_output_embeddings().weight
-    # Every rank keeps the head whole, also when the body is spread.
+    # Every rank keeps the head whole, also when the body is sharded.
     whole = head.numel() * head.element_size()
 
     def held(model: Any, parameter: nn.Parameter, slices: int) -> float:
@@ -128,35 +110,30 @@ def _of_teacher(config: DistillConfig) -> ModelMemory:
             return 0
         return parameter.numel() * parameter.element_size() / slices / share
 
-    stages = tuple(part + whole for part in _stages("teacher", worker, make, held))
-    return ModelMemory("teacher", ranks, _count(model), stages, _bytes(model.parameters()), layout)
+    stages = tuple(part + whole for part in _stages(make, source, dims, "teacher", worker, held))
+    return ModelMemory("teacher", ranks, _count(model), stages, _bytes(model.parameters()), dims)
 
 
 def _stages(
-    role: str, worker: WorkerConfig, make: Callable[[], Any], held: Callable[[Any, nn.Parameter, int], float]
+    make: Callable[[], Any],
+    source: ModelSource,
+    dims: ParallelDims,
+    role: str,
+    worker: WorkerConfig,
+    held: Callable[[Any, nn.Parameter, int], float],
 ) -> tuple[int, ...]:
-    """The bytes of each stage of the pipeline, ``held(model, parameter, slices)`` being those of one parameter."""
-    layout, name = layout_of(worker), str(worker.model_args.model_name_or_path or role)
+    """The bytes of each pipeline stage, ``held(model, parameter, slices)`` being those of one parameter."""
     found = []
-    for number in range(layout.pipeline):
+    for stage in range(dims.pp):
         model = make()
         causal, trunk = unwrapped(model), body(model)
-        if layout.pipeline > 1:
-            check_stages(trunk, layout.pipeline, name, role)
-            keep_stage(causal, trunk, number, layout.pipeline)
-        sliced = {id(p) for p in sliced_parameters(causal, trunk, layout.tensor)} if layout.tensor > 1 else set()
-        each = (held(causal, p, layout.tensor if id(p) in sliced else 1) for p in model.parameters())
+        strategy_of(worker, role).check_model(model, dims, source.name, role)
+        if dims.pp > 1:
+            keep_stage(causal, trunk, stage, dims.pp)
+        sliced = {id(p) for p in sliced_parameters(causal, trunk, dims.tp)} if dims.tp > 1 else set()
+        each = (held(causal, p, dims.tp if id(p) in sliced else 1) for p in model.parameters())
         found.append(ceil(sum(each)))
     return tuple(found)
-
-
-def _share(worker: WorkerConfig, layout: Layout, ranks: int) -> int:
-    """Over how many ranks what is left of a slice and a stage is sharded."""
-    others = max(1, ranks // (layout.tensor * layout.pipeline))
-    try:
-        return ranks_of_a_copy(others, fsdp2_options(worker, torch.float32), layout.tensor)
-    except LimbeckError:  # a layout that is refused elsewhere has no share
-        return 1
 
 
 def _count(model: Any) -> int:

@@ -1,14 +1,14 @@
 """One rank's training step, taken with sizes instead of numbers.
 
-The models are the real ones, spread by the real strategy over a process group that sends nothing, and stepped by the real
-engine; every tensor is PyTorch's fake tensor, which has a shape, a dtype and no memory. Only the loss is a stand-in: its
-buffers are made as the real one makes them, and the arithmetic on them, which holds nothing, is left out.
+The models are the real ones, spread by the real strategy over a process group that sends nothing, and stepped by the
+real engine; every tensor is PyTorch's fake tensor, which has a shape, a dtype and no memory. Only the loss is a
+stand-in: its buffers are made as the real one makes them, and the arithmetic on them, which holds nothing, is left out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -26,51 +26,38 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs, WorkerConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import body, check_length, output_head
+from limbeck.models import ModelSource, check_length, model_outline, output_head
 from limbeck.models.documents import BY_DOCUMENT
+from limbeck.models.dtypes import compute_dtype, student_load_dtype
 from limbeck.objectives import DistillationLoss, OutputHead, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.plan.fake_distributed import FirstChunks, fake_distributed
-from limbeck.plan.memory import outline
 from limbeck.plan.tracker import Tracker, local
-from limbeck.strategies.deepspeed import ZeroEngine, offload_device
-from limbeck.strategies.parallel_dims import Layout
-from limbeck.strategies.pipeline_engine import PipelineEngine
-from limbeck.strategies.pipeline_parallel import check_stages
-from limbeck.strategies.tensor_parallel import check_tensor_parallel
-from limbeck.strategies.torch_engine import Engine
+from limbeck.strategies.base import MicroBatches, TeacherSpec, dims_of, strategy_of
+from limbeck.strategies.deepspeed import offload_device
+from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
-from limbeck.teachers import LocalTeacher, ModelParallelTeacher, RemoteTeacher, Signal, Teacher, TeacherRequest
-from limbeck.teachers.remote import Route, TeacherResponse
-from limbeck.train.build.models import (
-    DTYPES,
-    fsdp2_options,
-    layout_of,
-    make_engine,
-    make_objective,
-    parallelize_student,
-    parallelize_teacher,
-    recompute,
-    refuse_layout,
-    resolve_parallelism,
-    signal_spec,
-)
-from limbeck.train.student import StudentWithLoss
+from limbeck.teachers import LocalTeacher, RemoteTeacher, Signal, TeacherInfo, TeacherRequest, TeacherResponse
+from limbeck.teachers.remote import Route
+from limbeck.train.build.objective import make_objective, signal_spec
+from limbeck.train.build.student import Student, distribute_student, recomputes_activations, resolve_parallelism
+from limbeck.train.student import LossSettings, TrainInput
 
 
 @dataclass(frozen=True)
 class Step:
     """What one rank of a group of processes holds (bytes), computes (FLOPs) and sends in a step.
 
-    role: whose group it is. rank: which of its ranks; of those with the same layers the first, whose shards are the largest.
-    devices: the GPU of each rank. parameters: of the whole models, by role. peak: bytes by name at the fullest moment; they add
-    up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's forward and backward pass; in
-    a pipeline, of all micro-batches that are under way. flops: of all micro-batches, by name. moved: bytes that the loss reads
-    and writes outside of products. sent: (collective, ranks of its group) → bytes of its larger side. tokens: that all ranks
-    together train on. micro_tokens: of a micro-batch on this rank. chunk: positions whose logits the loss holds at once.
-    signal: bytes of a micro-batch's signal, and whether it comes from elsewhere. stepped: numbers that this rank's optimizer
-    steps. waits: by name, how often the time that its FLOPs take is also waited for other stages.
+    role: whose group it is. rank: which of its ranks; of those with the same layers the first, whose shards are the
+    largest. devices: the GPU of each rank. parameters: of the whole models, by role. peak: bytes by name at the fullest
+    moment; they add up. most: the same, each at its own fullest moment. activations: kept between a micro-batch's
+    forward and backward pass; in a pipeline, of all micro-batches that are under way. flops: of all micro-batches, by
+    name. moved: bytes that the loss reads and writes outside of products. sent: (collective, ranks of its group) →
+    bytes of its larger side. tokens: that all ranks together train on. micro_tokens: of a micro-batch on this rank.
+    chunk: positions whose logits the loss holds at once. signal: bytes of a micro-batch's signal, and whether it comes
+    from elsewhere. stepped: numbers that this rank's optimizer steps. waits: by name, how often the time that its FLOPs
+    take is also waited for other stages.
     """
 
     role: str
@@ -103,23 +90,26 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[
     """A step of ``config`` on ``devices`` of the kind ``device``: the student's, and the teacher's if it is apart; in a
     pipeline those of the first stage and of the last.
 
-    A micro-batch is as full as it can be: every row has ``sequence_length`` tokens, all supervised. Raises LimbeckError for a
-    layout that cannot run, and for what is not known in sizes alone.
+    A micro-batch is as full as it can be: every row has ``sequence_length`` tokens, all supervised. Raises LimbeckError
+    for a layout that cannot run, and for what is not known in sizes alone.
     """
     _refuse_the_unknown(config)
-    again = recompute(config, World(0, 1, torch.device(device)))
+    again = recomputes_activations(config, device)
     args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": not again})
     config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
     ours = _devices(config.device_mapping, devices, "student")
-    refuse_layout(config, len(ours), device)
     kind, together = torch.device(device), not config.needs_worker_groups
+    world = World(0, len(ours), torch.device("cpu"))
+    student = resolve_parallelism(config, world, teacher_here=together, device_type=device).dims
     try:
-        student, teacher = layout_of(config.student), layout_of(config.teacher)
-        own = [student, teacher] if together and config.has_teacher else [student]
-        steps = [_student_step(config, ours, kind, rank, teacher_here=together) for rank in _looked_at(own)]
+        own = [student]
+        if together and config.has_teacher:
+            own.append(dims_of(config.teacher, len(ours), "teacher"))
+        steps = [_student_step(config, ours, kind, rank, teacher_here=together) for rank in _simulated_ranks(own)]
         if config.needs_worker_groups and config.teacher.service is None:
             theirs = _devices(config.teacher.device_mapping, devices, "teacher")
-            steps += [_teacher_step(config, theirs, len(ours), kind, rank) for rank in _looked_at([teacher])]
+            teacher = dims_of(config.teacher, len(theirs), "teacher")
+            steps += [_teacher_step(config, theirs, student, kind, rank) for rank in _simulated_ranks([teacher])]
         return steps
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedOperatorException) as error:
         raise LimbeckError(
@@ -127,9 +117,9 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[
         ) from error
 
 
-def _looked_at(layouts: Iterable[Layout]) -> list[int]:
-    """Rank 0 and, where layers are divided, the first rank that has the last ones: those between hold less than the first."""
-    return sorted({0, *((layout.pipeline - 1) * layout.tensor * layout.context for layout in layouts)})
+def _simulated_ranks(dims: Iterable[ParallelDims]) -> list[int]:
+    """Rank 0 and, with pipelines, the first rank of the last stage; stages between hold less than the first."""
+    return sorted({0, *(each.rank_at(pp=each.pp - 1) for each in dims)})
 
 
 def _refuse_the_unknown(config: DistillConfig) -> None:
@@ -169,190 +159,185 @@ def _student_step(
     config: DistillConfig, devices: tuple[int, ...], kind: torch.device, rank: int, *, teacher_here: bool
 ) -> Step:
     batch, micro_batches = _full_batch(config)
-    layout, args = layout_of(config.student), config.student.model_args
-    asked, own = batch.stretch(rank // layout.tensor % layout.context, layout.context)
+    args = config.student.model_args
+    dims = dims_of(config.student, len(devices), "student")
+    whole, own = batch.stretch(dims.coordinates(rank).cp, dims.cp)
     zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
     with fake_distributed(len(devices), rank, zero=zero) as world:
-        world = resolve_parallelism(config, world, teacher_here=teacher_here)
-        teacher: Teacher | None = None
+        world = resolve_parallelism(config, world, teacher_here=teacher_here, device_type="cuda")
+        teacher: LocalTeacher | RemoteTeacher | None = None
         head: OutputHead | None = None
-        if config.has_teacher:
-            teacher, head = _teacher(config, world) if teacher_here else _elsewhere(config)
-        # Float32 but for a LoRA base, as in ``make_student``.
-        model = _load(config, args, DTYPES[args.dtype] if args.lora_target else torch.float32, "student")
-        size, vocab, name = (
-            _size(model),
-            output_head(model).weight.shape[0],
-            str(args.model_name_or_path or "the student"),
-        )
+        frozen: list[Tensor] = []
+        if config.has_teacher and teacher_here:
+            teacher, head = _teacher(config, world)
+            frozen = held(teacher.model.body)
+        elif config.has_teacher:
+            teacher, head = _remote_teacher(config, world)
+        model = _load(config, args, student_load_dtype(args), "student")
+        size, vocab = _size(model), output_head(model).weight.shape[0]
         if teacher is not None:
-            vocab = min(vocab, teacher.vocab_size)
-        check_tensor_parallel(body(model), layout, name, "student")
-        check_stages(body(model), layout.pipeline, name, "student")
+            vocab = min(vocab, teacher.info.vocab_size)
+        name = str(args.model_name_or_path or "the student")
+        strategy_of(config.student, "student").check_model(model, world.dims, name, "student")
         objective, _ = make_objective(config, world.device)
-        compiled = config.compile_loss is not False
+        settings = LossSettings(objective, vocab, compiled=config.compile_loss is not False)
         with FirstChunks():
-            student = parallelize_student(
-                config, world, model, objective, vocab, teacher, compiled=compiled, proven=False
-            )
-        engine = make_engine(config, world, student)
-        asks = teacher is not None and (config.distill_loss_weight > 0 or student.features is not None)
-        ask = partial(teacher.ask, asked, signal_spec(config, vocab)) if teacher is not None and asks else None
-        taken = _Steps(
-            student, engine, FusedSizes(kind), lambda: None if ask is None else ask()(asked), own, micro_batches
+            student = distribute_student(config, world, model, teacher, settings, verify=False)
+        engine = student.engine
+        distils = config.distill_loss_weight > 0 or student.settings.features is not None
+        request = None
+        if teacher is not None and distils:
+            request = partial(teacher.request, whole, signal_spec(config, vocab))
+        simulated = _Steps(
+            student, FusedSizes(kind), lambda: None if request is None else request()(whole), own, micro_batches
         )
-        frozen = held(teacher.body) if isinstance(teacher, LocalTeacher) else []
-        done = taken.measure([*frozen, *([] if head is None else [head.weight])], layout.pipeline)
-        waits = dict.fromkeys(("student", "loss"), (layout.pipeline - 1) / micro_batches)
-        if teacher_here:
-            waits["teacher"] = layout_of(config.teacher).pipeline - 1
-        tracker = taken.tracker
+        done = simulated.measure([*frozen, *([] if head is None else [head.weight])], dims.pp)
+        waits = dict.fromkeys(("student", "loss"), (dims.pp - 1) / micro_batches)
+        if teacher_here and config.has_teacher:
+            waits["teacher"] = dims_of(config.teacher, len(devices), "teacher").pp - 1
+        tracker = simulated.tracker
         return Step(
             role="student and teacher" if teacher_here and config.has_teacher else "student",
             rank=rank,
             devices=devices,
-            parameters={"student": size, **({} if teacher is None else {"teacher": teacher.num_parameters})},
+            parameters={"student": size, **({} if teacher is None else {"teacher": teacher.info.num_parameters})},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
-            activations=taken.between,
-            recomputed=recompute(config, world),
+            activations=simulated.between,
+            recomputed=recomputes_activations(config, kind.type),
             flops={name: done["flops", name] for name in ("teacher", "student", "loss")},
             moved=done["moved"],
             sent={key[1:]: size for key, size in done.items() if key[0] == "sent"},
             stepped=sum(local(each).numel() for group in engine.optimizer.param_groups for each in group["params"]),
             waits=waits,
-            tokens=batch.num_tokens * micro_batches * world.data_size,
+            tokens=batch.num_tokens * micro_batches * world.dims.data_size,
             micro_batches=micro_batches,
             micro_tokens=own.input_ids.numel(),
-            chunk=taken.fused.chunk,
-            signal=taken.signal,
-            signal_travels=not teacher_here and taken.signal > 0,
+            chunk=simulated.fused.chunk,
+            signal=simulated.signal,
+            signal_travels=not teacher_here and simulated.signal > 0,
         )
 
 
 class _Steps:
-    """Steps of a student, as the loop of a run takes them. between: bytes of activations after a forward pass, at their most.
-    signal: bytes of a micro-batch's."""
+    """Steps of a student, as the loop of a run takes them.
+
+    between: bytes of activations after a forward pass, at their most. signal: bytes of a micro-batch's signal.
+    """
 
     def __init__(
         self,
-        student: StudentWithLoss,
-        engine: Engine,
+        student: Student,
         fused: FusedSizes,
-        ask: Callable[[], Signal | None],
+        compute_signal: Callable[[], Signal | None],
         batch: Batch,
         micro_batches: int,
     ) -> None:
-        self.student, self.engine, self.fused, self.batch, self.micro_batches = (
-            student,
-            engine,
-            fused,
-            batch,
-            micro_batches,
-        )
+        self.engine, self.fused, self.batch, self.micro_batches = student.engine, fused, batch, micro_batches
         self.tracker, self.between, self.signal = Tracker(), 0, 0
-        self._ask, self._asking = ask, 0
-        student.fused = self._loss
-        student.register_forward_hook(self._look)
+        self._compute_signal, self._signal_flops = compute_signal, 0
+        root: Any = self.engine.root  # type: ignore[attr-defined]
+        root.fused = self._loss
+        root.register_forward_hook(self._note_activations)
 
     def measure(self, of_teacher: Iterable[Tensor], stages: int) -> Counter[Any]:
         """What a whole step computes and sends; the tracker is left with what is held at its fullest."""
-        # Of the micro-batches that follow each other, further ones add nothing to what is held: one finds gradients that are
-        # there, and in a pipeline as many are under way as there are stages.
+        # Further micro-batches add nothing to what is held: the second finds gradients that exist, and in a pipeline as
+        # many are in flight as there are stages.
         count = min(self.micro_batches, stages + 1)
         with self.tracker:
-            self.tracker.add(held(self.student), "parameters")
+            self.tracker.add(self.engine.held_tensors()["parameters"], "parameters")
             self.tracker.add(of_teacher, "teacher")
-            self.take(min(count, stages))  # makes the optimizer's state, which later steps begin with
-            self.tracker.add(optimizer_state(self.engine), "optimizer")
+            self.take(min(count, stages))  # creates the optimizer's state, with which later steps begin
+            self.tracker.add(self.engine.held_tensors()["optimizer"], "optimizer")
             fewer = self.take(count - 1) if self.micro_batches > count else Counter[Any]()
             done = self.take(count)
         more = self.micro_batches - count
         return done + Counter({key: size * more for key, size in (done - fewer).items()})
 
     def take(self, count: int) -> Counter[Any]:
-        """One step in which ``count`` micro-batches are trained on: what it computes and sends."""
+        """One step over ``count`` micro-batches: what it computes and sends."""
         self.tracker.reset()
-        self.fused.flops = self.fused.moved = self._asking = 0
-        if isinstance(
-            self.engine, PipelineEngine
-        ):  # the answers to all of a step's questions come before its first pass
-            work = [self._inputs() for _ in range(self.micro_batches)]
-            with self.tracker.tagged("activations"):
-                self.engine.run(work[:count])
-            del work
-        else:
-            for number in range(count):
-                inputs = self._inputs()
-                with self.tracker.tagged("activations"):
-                    self.engine.backward(self.engine(*inputs).loss, last=number == count - 1)
-                del inputs
-                self.tracker.add(gradients(self.student, self.engine), "gradients")
-        self.tracker.add(gradients(self.student, self.engine), "gradients")
-        self.student.finish_gradients()
+        self.fused.flops = self.fused.moved = self._signal_flops = 0
+        with self.tracker.tagged("activations"):
+            for _ in self.engine.forward_backward(MicroBatches(count, partial(self._inputs, count))):
+                self.tracker.add(self.engine.held_tensors()["gradients"], "gradients")
+        self.tracker.add(self.engine.held_tensors()["gradients"], "gradients")
         self.engine.step()
-        flops = {"teacher": self._asking, "student": self.tracker.flops - self._asking, "loss": self.fused.flops}
-        told: Counter[Any] = Counter({("flops", name): number for name, number in flops.items()})
-        told.update({("sent", *key): size for key, size in self.tracker.sent.items()})
-        told["moved"] = self.fused.moved
-        return told
+        flops = {
+            "teacher": self._signal_flops,
+            "student": self.tracker.flops - self._signal_flops,
+            "loss": self.fused.flops,
+        }
+        totals: Counter[Any] = Counter({("flops", name): number for name, number in flops.items()})
+        totals.update({("sent", *key): size for key, size in self.tracker.sent.items()})
+        totals["moved"] = self.fused.moved
+        return totals
 
-    def _inputs(self) -> tuple[Any, ...]:
+    def _inputs(self, count: int) -> Iterator[TrainInput]:
+        for _ in range(count):
+            yield self._input()
+
+    def _input(self) -> TrainInput:
         before = self.tracker.flops
         with self.tracker.tagged("signal"):
-            signal = self._ask()
-        self._asking += self.tracker.flops - before
+            signal = self._compute_signal()
+        self._signal_flops += self.tracker.flops - before
         self.signal = 0 if signal is None else _signal_bytes(signal)
-        return self.batch, signal, 1.0, 1.0, self.micro_batches
+        return TrainInput(self.batch, signal, 1.0, 1.0, self.micro_batches)
 
     def _loss(self, *args: Any, **kwargs: Any) -> DistillationLoss:
         with self.tracker.tagged("loss"):
             return self.fused(*args, **kwargs)
 
-    def _look(self, *_: Any) -> None:
+    def _note_activations(self, *_: Any) -> None:
         self.between = max(self.between, self.tracker.live["activations"])
 
 
 def _teacher_step(
-    config: DistillConfig, devices: tuple[int, ...], students: int, kind: torch.device, rank: int
+    config: DistillConfig, devices: tuple[int, ...], student: ParallelDims, kind: torch.device, rank: int
 ) -> Step:
-    """A step of a teacher's group of its own, which ``students`` ranks ask: of those with the same rows, one."""
-    asked, micro_batches = _full_batch(config)
-    layout, askers = layout_of(config.teacher), students // layout_of(config.student).together
+    """A step of a teacher with its own devices, to which one rank of each of the student's model-parallel groups
+    sends.
+    """
+    batch, micro_batches = _full_batch(config)
+    senders = student.data_size
     tracker, ranks, args = Tracker(), len(devices), config.student.model_args
+    dims = dims_of(config.teacher, ranks, "teacher")
     with fake_distributed(ranks, rank, zero=_is_zero(config.teacher)) as world:
-        layout.check(world, "teacher")
         teacher, head = _teacher(config, world)
+        source = ModelSource.from_args(args, "student")
         with unset_fake_temporarily():
-            vocab = min(output_head(outline(args, torch.float32, "student")).weight.shape[0], teacher.vocab_size)
-        wanted = signal_spec(config, vocab)
-        question = TeacherRequest.of(asked, wanted)
-        chunk = default_chunk(kind, vocab, len(asked.supervised), head.weight, None)
+            student_rows = output_head(model_outline(source, torch.float32)).weight.shape[0]
+        vocab = min(student_rows, teacher.info.vocab_size)
+        spec = signal_spec(config, vocab)
+        request = TeacherRequest.from_batch(batch, spec)
+        chunk = default_chunk(kind, vocab, len(batch.supervised), head.weight, None)
         with tracker, tracker.tagged("signal"):
-            tracker.add([*held(teacher.body), head.weight], "teacher")
-            for _ in range(2):  # the first call makes what later ones find
+            tracker.add([*held(teacher.model.body), head.weight], "teacher")
+            for _ in range(2):  # the first call creates what later ones find
                 tracker.reset()
-                hidden = teacher.hidden(question)
-                said = wanted.say(hidden, head, chunk)
+                hidden = teacher.compute_hidden(request)
+                sent = spec.encode(hidden, head, chunk)
                 del hidden
-        # Ranks that run each pass together are asked equally often; whole copies are shared out.
-        in_step = ranks > 1 and not (config.teacher.strategy_args.strategy_name == "hf_infer" and layout.together == 1)
-        rounds = -(-askers // ranks) if in_step or ranks < askers else askers / ranks
+        # Ranks that run each pass together receive equally many requests; whole copies divide them.
+        in_step = dims.replica_size > 1
+        rounds = -(-senders // ranks) if in_step or ranks < senders else senders / ranks
         calls = micro_batches * rounds
         return Step(
             role="teacher",
             rank=rank,
             devices=devices,
-            parameters={"teacher": teacher.num_parameters},
+            parameters={"teacher": teacher.info.num_parameters},
             peak=dict(+tracker.peak),
             most=dict(+tracker.most),
             flops={"teacher": int(tracker.flops * calls)},
             sent={key: int(size * calls) for key, size in tracker.sent.items()},
-            waits={"teacher": layout.pipeline - 1},
-            tokens=asked.num_tokens * micro_batches * askers,
+            waits={"teacher": dims.pp - 1},
+            tokens=batch.num_tokens * micro_batches * senders,
             micro_batches=micro_batches,
-            micro_tokens=asked.input_ids.numel(),
-            signal=sum(tensor.nbytes for tensor in said),
+            micro_tokens=batch.input_ids.numel(),
+            signal=sum(tensor.nbytes for tensor in sent.values()),
             signal_travels=True,
         )
 
@@ -373,7 +358,7 @@ def _full_batch(config: DistillConfig) -> tuple[Batch, int]:
 
 def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
     with unset_fake_temporarily():
-        model = outline(args, dtype, role)
+        model = model_outline(ModelSource.from_args(args, role), dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
     check_length(model, str(args.model_name_or_path or f"the {role}"), config.sequence_length)
@@ -383,49 +368,57 @@ def _load(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str)
     return model
 
 
-def _load_teacher(config: DistillConfig) -> Any:
-    args = config.teacher.model_args
-    dtype = fsdp2_options(config.teacher, DTYPES[args.dtype]).param_dtype or torch.float32
-    return _load(config, args, dtype, "teacher")
-
-
 def _teacher(config: DistillConfig, world: World) -> tuple[LocalTeacher, OutputHead]:
-    model = _load_teacher(config)
-    name = str(config.teacher.model_args.model_name_or_path or "the teacher")
-    layout = layout_of(config.teacher)
-    check_tensor_parallel(body(model), layout, name, "teacher")
-    check_stages(body(model), layout.pipeline, name, "teacher")
+    worker = config.teacher
+    model = _load(config, worker.model_args, compute_dtype(worker), "teacher")
+    name = str(worker.model_args.model_name_or_path or "the teacher")
+    strategy = strategy_of(worker, "teacher")
+    strategy.check_model(model, strategy.dims(worker, world.size, "teacher"), name, "teacher")
     with FirstChunks():
-        teacher = parallelize_teacher(config, world, model, proven=False)
-    if isinstance(teacher, ModelParallelTeacher):
-        teacher._tell = lambda owner, own: own  # type: ignore[method-assign]  # all ranks ask about equally much
-    return teacher, teacher.head
+        frozen = strategy.build_teacher(TeacherSpec(model, name, worker, verify=False), world)
+    return LocalTeacher(frozen), frozen.head
 
 
-def _elsewhere(config: DistillConfig) -> tuple[RemoteTeacher, OutputHead | None]:
-    """A teacher in other processes, and its head if that is needed here."""
-    model = _load_teacher(config)
+def _remote_teacher(config: DistillConfig, world: World) -> tuple[RemoteTeacher, OutputHead | None]:
+    """A teacher in other processes, and its head if the student needs it."""
+    model = _load(config, config.teacher.model_args, compute_dtype(config.teacher), "teacher")
     head = output_head(model)
     head = replace(head, weight=head.weight.detach(), bias=None if head.bias is None else head.bias.detach())
-    weight, kinds = head.weight, {"top_k": (torch.float32, torch.int32)}
-
-    class Wire:
-        def ask(self, question: TeacherRequest | None) -> Callable[[], TeacherResponse]:
-            assert question is not None
-            count, wanted = len(question.supervised), question.wanted
-            widths = {"top_k": min(wanted.topk, wanted.vocab_size), "logits": wanted.vocab_size}
-            width, dtypes = widths.get(wanted.kind, weight.shape[1]), kinds.get(wanted.kind, (weight.dtype,))
-            return lambda: TeacherResponse(tuple(weight.new_empty(count, width, dtype=dtype) for dtype in dtypes), 0.0)
-
     needed = head if config.teacher_signal == "hidden_states" else None
-    return RemoteTeacher([Wire()], Route((0,)), len(weight), _size(model), needed), needed
+    info = TeacherInfo(len(head.weight), _size(model), needed)
+    return RemoteTeacher(
+        [_SizedChannel(head.weight)],  # type: ignore[list-item]
+        Route((0,)),
+        info,
+        world,
+    ), needed
+
+
+class _SizedChannel:
+    """Responds at once with signals of the right sizes."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def send(self, request: TeacherRequest | None) -> Callable[[], TeacherResponse]:
+        assert request is not None
+        count, spec, weight = len(request.supervised), request.spec, self._weight
+        k = min(spec.topk, spec.vocab_size)
+        sizes = {
+            "top_k": {"log_probs": (k, torch.float32), "indices": (k, torch.int32)},
+            "logits": {"logits": (spec.vocab_size, weight.dtype)},
+            "hidden_states": {"hidden_states": (weight.shape[1], weight.dtype)},
+        }[spec.kind]
+        return lambda: TeacherResponse(
+            {name: weight.new_empty(count, width, dtype=dtype) for name, (width, dtype) in sizes.items()}, 0.0
+        )
 
 
 def _signal_bytes(signal: Signal) -> int:
-    said = signal.said
-    if isinstance(said, TopK):  # its tokens travel in 32 bits
-        return said.log_probs.nbytes + 4 * said.indices.numel()
-    return sum(each.nbytes for each in (signal.hidden, None if said is None else said.logits) if each is not None)
+    payload = signal.payload
+    if isinstance(payload, TopK):  # its tokens travel in 32 bits
+        return payload.log_probs.nbytes + 4 * payload.indices.numel()
+    return sum(each.nbytes for each in (signal.hidden, None if payload is None else payload.logits) if each is not None)
 
 
 def _size(model: Any) -> int:
@@ -435,14 +428,3 @@ def _size(model: Any) -> int:
 def held(module: torch.nn.Module) -> list[Tensor]:
     """Parameters and buffers: of parameters that ZeRO-3 shards, this rank's part."""
     return [getattr(parameter, "ds_tensor", parameter) for parameter in module.parameters()] + list(module.buffers())
-
-
-def gradients(student: torch.nn.Module, engine: Engine) -> list[Tensor]:
-    own = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
-    return own + (engine.gradients() if isinstance(engine, ZeroEngine) else [])
-
-
-def optimizer_state(engine: Engine) -> list[Tensor]:
-    found = [value for state in engine.optimizer.state.values() for value in state.values()]
-    masters = engine.masters() if isinstance(engine, ZeroEngine) else []
-    return [value for value in (*found, *masters) if isinstance(value, Tensor)]

@@ -55,8 +55,9 @@ _SILENT = (
 
 
 def inside_engine() -> bool:
-    """Whether the operator that is running was called by FSDP2, DeepSpeed or PyTorch's pipelining itself, and not by the model
-    that these run."""
+    """Whether the operator that is running was called by FSDP2, DeepSpeed or PyTorch's pipelining itself, and not by
+    the model that these run.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
@@ -69,16 +70,16 @@ def inside_engine() -> bool:
 
 
 _OF_ENGINES = ("/_fully_shard/", "/deepspeed/", "/distributed/pipelining/")
-_OF_MODELS = ("/autograd/graph.py", "/pipeline/student.py", "/objectives/sizes.py", "/deepspeed/runtime/zero/linear.py")
+_OF_MODELS = ("/autograd/graph.py", "/train/student.py", "/objectives/sizes.py", "/deepspeed/runtime/zero/linear.py")
 """Of the last, DeepSpeed runs the products of ZeRO-3 in place of PyTorch; by the first a backward pass is run."""
 
 
 class Tracker(TorchDispatchMode):
     """Inside ``with tracker:`` every storage is counted from the operator that makes it to the moment that it is freed.
 
-    live: bytes by tag; peak: the same when their sum was largest; most: each tag at its own most. flops: of matrix products
-    and attention, as ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its group, the
-    bytes of its larger side.
+    live: bytes by tag; peak: the same when their sum was largest; most: each tag at its own most. flops: of matrix
+    products and attention, as ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its
+    group, the bytes of its larger side.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,9 @@
-"""Ulysses context parallelism: every rank holds a stretch of each row's time, and for attention some heads of all of it.
+"""Ulysses context parallelism: every rank holds a part of each row's time, and during attention some heads of the whole
+row.
 
-Before attention one exchange turns [all heads, a stretch] into [some heads, the whole row]; afterwards another turns it back.
-Which tokens see which stays the model's own attention function's business, so sliding windows and documents end to end work as
-without. Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv:2309.14509).
+Before attention one all-to-all turns [all heads, part of the time] into [some heads, all of the time]; afterwards
+another turns it back. Which tokens see which is decided by the model's own attention function, so sliding windows and
+packed documents work. Source: Jacobs et al. 2023, "DeepSpeed Ulysses" (arXiv:2309.14509).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from limbeck.models.documents import DIVIDED, eager_attention
 
 
 def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, name: str) -> None:
-    """Let the attention of ``model`` exchange heads for time over ``group``; its rows are then stretches of whole rows."""
+    """Make the attention of ``model`` exchange heads for time over ``group``; its inputs are then parts of whole
+    rows.
+    """
     own, ranks = model.config._attn_implementation, dist.get_world_size(group)
     attention = eager_attention if own == "eager" else ALL_ATTENTION_FUNCTIONS.get(own)
     mask = ALL_MASK_ATTENTION_FUNCTIONS.get(own)
@@ -30,10 +33,10 @@ def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, nam
         raise LimbeckError(
             f"{name}: context_parallel_size = {ranks} needs another attn_implementation than {own}; use sdpa."
         )
-    divided = f"{own}{DIVIDED}{ranks}_{group.group_name}"
-    AttentionInterface.register(divided, _exchanging(attention, group))
-    AttentionMaskInterface.register(divided, _of_whole_rows(mask, ranks))
-    model.set_attn_implementation(divided)
+    exchanged = f"{own}{DIVIDED}{ranks}_{group.group_name}"
+    AttentionInterface.register(exchanged, _exchange_heads(attention, group))
+    AttentionMaskInterface.register(exchanged, _whole_row_mask(mask, ranks))
+    model.set_attn_implementation(exchanged)
     for module in trunk.modules():
         groups = getattr(module, "num_key_value_groups", None)
         if groups is not None:
@@ -43,7 +46,7 @@ def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, nam
 
 
 def _local_heads(attention: Any, trunk: Any) -> tuple[int, int]:
-    """The query and the key heads that one tensor rank has."""
+    """Query and key heads of one tensor-parallel rank."""
     config = trunk.config.get_text_config()
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads
@@ -52,7 +55,7 @@ def _local_heads(attention: Any, trunk: Any) -> tuple[int, int]:
     return heads // ranks, max(1, keys // ranks)
 
 
-def _of_whole_rows(plain: Any, ranks: int) -> Any:
+def _whole_row_mask(plain: Any, ranks: int) -> Any:
     def mask(**arguments: Any) -> Any:
         lengths: dict[str, Any] = {key: arguments[key] * ranks for key in ("q_length", "kv_length") if key in arguments}
         return plain(**{**arguments, **lengths, "attention_mask": None})
@@ -60,13 +63,13 @@ def _of_whole_rows(plain: Any, ranks: int) -> Any:
     return mask
 
 
-def _exchanging(plain: Any, group: dist.ProcessGroup) -> Any:
+def _exchange_heads(plain: Any, group: dist.ProcessGroup) -> Any:
     ranks = dist.get_world_size(group)
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
-        """query, key, value: [batch, heads, stretch, dim]; returns [batch, stretch, heads, dim]."""
+        """query, key, value: [batch, heads, time / ranks, dim]; returns [batch, time / ranks, heads, dim]."""
         if key.shape[1] % ranks:
             key, value = (x.repeat_interleave(ranks // x.shape[1], 1) for x in (key, value))
         query, key, value = (_Exchange.apply(x, group, 1, 2) for x in (query, key, value))
@@ -77,27 +80,27 @@ def _exchanging(plain: Any, group: dist.ProcessGroup) -> Any:
 
 
 class _Exchange(torch.autograd.Function):
-    """Divide along one dimension what was whole, and join along another what was divided; the ranks' order is time's."""
+    """All-to-all: split along one dimension and concatenate along another; rank order is time order."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, divide: int, join: int) -> Tensor:
-        ctx.group, ctx.divide, ctx.join = group, divide, join
-        return _exchange(x, group, divide, join)
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+        ctx.group, ctx.split, ctx.join = group, split, join
+        return _exchange(x, group, split, join)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grads[0], ctx.group, ctx.join, ctx.divide), None, None, None
+        return _exchange(grads[0], ctx.group, ctx.join, ctx.split), None, None, None
 
 
-def _exchange(x: Tensor, group: dist.ProcessGroup, divide: int, join: int) -> Tensor:
-    parts = torch.stack(x.chunk(dist.get_world_size(group), divide))
+def _exchange(x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
+    parts = torch.stack(x.chunk(dist.get_world_size(group), split))
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return torch.cat(received.unbind(), join)
 
 
 def gather_context(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[batch, stretch, …] of every rank → [batch, time, …], without a gradient."""
+    """[batch, time / ranks, …] of every rank → [batch, time, …], without a gradient."""
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, x.contiguous(), group=group)
     return torch.cat(parts, 1)

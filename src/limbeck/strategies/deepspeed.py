@@ -1,15 +1,18 @@
-"""DeepSpeed: ZeRO stages 1, 2 and 3 by DeepSpeed itself.
+"""DeepSpeed ZeRO stages 1, 2 and 3, by DeepSpeed itself. Registered as ``deepspeed_train`` and ``deepspeed_infer``.
 
-DeepSpeed keeps float32 masters and moments in flat pieces, one a rank. Here they are cut and joined into whole tensors under
-plain names, so a checkpoint is the same as any other strategy's and resumes on another stage or number of ranks.
+DeepSpeed keeps float32 masters and moments in flat pieces, one per rank. Here they are joined into and cut from whole
+tensors under plain names, so a checkpoint is the same as any other strategy's and resumes on another stage or number of
+ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,14 +20,32 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from limbeck.config import DistillConfig
+from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
+from limbeck.models import output_head
+from limbeck.models.dtypes import compute_dtype
+from limbeck.strategies.base import (
+    MODEL,
+    Engine,
+    EngineState,
+    FrozenModel,
+    MicroBatches,
+    Placement,
+    StudentSpec,
+    TeacherSpec,
+)
+from limbeck.strategies.fsdp2 import freeze_for_inference
+from limbeck.strategies.model_parallel import outline_of
+from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def stage_of(block: Mapping[str, Any]) -> int:
-    """The ZeRO stage that a DeepSpeed block asks for; 0, none at all, unless it says."""
+    """The ZeRO stage of a DeepSpeed block; 0 (no sharding) if it sets none."""
     return int(block.get("zero_optimization", {}).get("stage", 0))
 
 
@@ -44,7 +65,7 @@ def make_adamw(
     forced = block.get("zero_force_ds_cpu_optimizer", True)
     if offload_device(block, "optimizer") is None or not forced:
         return torch.optim.AdamW(list(groups), lr=lr, betas=betas, eps=eps, fused=True)
-    start()
+    load_deepspeed()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
     from deepspeed.ops.op_builder import CPUAdamBuilder
 
@@ -60,11 +81,59 @@ def make_adamw(
     return made
 
 
-class ZeroEngine:
-    """A root module that DeepSpeed wraps, shards and steps with a given optimizer.
+class DeepSpeedStrategy:
+    """Hands models to DeepSpeed, which shards and steps them."""
 
-    block: DeepSpeed's configuration, without what the run decides. compute_dtype: what parameters are held and computed in, the
-    masters staying float32; None is float32. accumulates: whether a step may have several micro-batches.
+    can_offload = False  # DeepSpeed has an offload of its own
+
+    def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
+        return ParallelDims.from_config(worker.strategy_args.strategy_config, ranks, role)
+
+    def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
+        load_deepspeed()
+        if dims.model_parallel_size > 1:
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "
+                "fsdp2_infer."
+            )
+
+    def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
+        """DeepSpeed shards any model."""
+
+    def build_student(self, spec: StudentSpec, world: World) -> Engine:
+        block, training = spec.worker.strategy_args.strategy_config.deepspeed, spec.worker.training_args
+        root = spec.make_root(Placement(outline_of(spec.model), output_head(spec.model).weight.shape[0]))
+        root.train()
+        dtype = compute_dtype(spec.worker)
+        return ZeroEngine(
+            root,
+            make_optimizer(root, training, partial(make_adamw, block=block)),
+            world,
+            block,
+            compute_dtype=None if dtype is torch.float32 else dtype,
+            max_norm=spec.config.max_grad_norm,
+            accumulates=training.gradient_accumulation_steps > 1 or spec.worker.use_dynamic_batching_in_train,
+        )
+
+    def build_teacher(self, spec: TeacherSpec, world: World) -> FrozenModel:
+        frozen = freeze_for_inference(spec.model, world)
+        block, dtype = spec.worker.strategy_args.strategy_config.deepspeed, compute_dtype(spec.worker)
+        # ZeRO-3 in place: its hooks gather each layer where it runs.
+        _initialize(frozen.body, _configuration(block, dtype), world, dtype, None)
+        return frozen
+
+
+STRATEGY = DeepSpeedStrategy()
+
+
+class ZeroEngine:
+    """Trains ``root``, which DeepSpeed wraps and shards, with ``optimizer``. The methods are those of ``Engine``.
+
+    Args:
+        block: DeepSpeed's configuration, without what the run decides.
+        compute_dtype: precision in which parameters are held and computed, the masters staying float32; None is
+        float32.
+        accumulates: whether a step may have several micro-batches.
     """
 
     def __init__(
@@ -84,58 +153,101 @@ class ZeroEngine:
         config = _configuration(block, compute_dtype)
         config |= {
             "gradient_clipping": max_norm,
-            # More than one tells DeepSpeed to accumulate at all; how often is decided by ``last``, step by step.
+            # A number above 1 makes DeepSpeed accumulate at all; the boundaries are set step by step.
             "gradient_accumulation_steps": 2 if accumulates else 1,
             "zero_allow_untested_optimizer": True,
         }
-        self._deepspeed = start()
+        self._deepspeed = load_deepspeed()
         self._engine = _initialize(root, config, world, compute_dtype, optimizer)
         self._zero: Any = self._engine.optimizer
         self._by_name = dict(root.named_parameters())
         if exact:
-            self.scatter_model(exact)
+            self._load_model(exact)
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self._engine(*inputs)
+    def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
+        self._set_training(True)
+        count = len(micro_batches)
+        for number, micro_batch in enumerate(micro_batches, 1):
+            output = self._engine(micro_batch)
+            del micro_batch
+            self._engine.set_gradient_accumulation_boundary(number == count)
+            self._engine.backward(output.loss, scale_wrt_gas=False)
+            yield output
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss, scale_wrt_gas=False)
+    @torch.no_grad()
+    def evaluate(self, micro_batch: Any) -> Any | None:
+        self._set_training(False)
+        return self._engine(micro_batch)
 
     def step(self) -> Tensor:
         self._engine.step()
         return torch.as_tensor(self._engine.get_global_grad_norm(), dtype=torch.float32, device=self._engine.device)
 
-    def masters(self) -> list[Tensor]:
-        """The float32 numbers of this rank, which are what the optimizer steps."""
-        return list(self._flat_masters())
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        state = {
+            name: tensor for name, tensor in self.root.state_dict(keep_vars=True).items() if name.startswith(MODEL)
+        }
+        uses = Counter(map(id, state.values()))
+        tied: dict[int, Tensor] = {}  # kept, since gathering is not free and they come up again
+        for name, tensor in state.items():
+            value = tied[id(tensor)] if id(tensor) in tied else self._whole(tensor)
+            if uses[id(tensor)] > 1:
+                tied[id(tensor)] = value
+            yield name.removeprefix(MODEL), value
 
-    def gradients(self) -> list[Tensor]:
-        """What DeepSpeed keeps between a backward pass and the step, beside the parameters' own ``grad``."""
-        kept = list(getattr(self._zero, "averaged_gradients", {}).values())
-        return [leaf for leaf in tree_leaves(kept) if torch.is_tensor(leaf)]
-
-    def gather_model(self) -> dict[str, Any]:
-        whole: dict[str, Any] = {}
-        names: dict[int, str] = {}  # tied parameters have several
-        for name, tensor in self.root.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, nn.Parameter):
-                value = tensor
-            elif id(tensor) in names:
-                if self._is_main:
-                    whole[name] = whole[names[id(tensor)]]
-                continue
-            elif tensor.requires_grad:
-                value = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
-            else:
-                with self._gathered([tensor]):
-                    value = tensor.detach().clone()
-            names[id(tensor)] = name
+    def state_dict(self) -> EngineState:
+        model = {}
+        for name, parameter in self._trained():
+            value = self._whole(parameter)
             if self._is_main:
-                whole[name] = value.detach().cpu()
-        return whole
+                model[name] = value.cpu()
+        return EngineState(model, self._gather_optimizer(), self._scaler_state())
 
-    def scatter_model(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: EngineState) -> None:
+        self._load_model(state.model)
+        self._load_optimizer(state.optimizer)
+        for key in _SCALER:
+            if self._scaler is not None and key in state.scaler:
+                setattr(self._scaler, key, state.scaler[key])
+
+    def trained_names(self) -> set[str]:
+        return {name for name, _ in self._trained()}
+
+    def offload(self) -> None:
+        raise LimbeckError("DeepSpeed moves no states between steps; use its own offload_optimizer and offload_param.")
+
+    def reload(self) -> None:
+        """Nothing was moved."""
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        parameters = list(self.root.parameters())
+        kept = list(getattr(self._zero, "averaged_gradients", {}).values())
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        return {
+            # Of a parameter that ZeRO-3 shards, this rank's part.
+            "parameters": [*(getattr(p, "ds_tensor", p) for p in parameters), *self.root.buffers()],
+            "gradients": [
+                *(p.grad for p in parameters if p.grad is not None),
+                *(leaf for leaf in tree_leaves(kept) if torch.is_tensor(leaf)),
+            ],
+            "optimizer": [*(value for value in states if torch.is_tensor(value)), *self._flat_masters()],
+        }
+
+    def _set_training(self, training: bool) -> None:
+        if self._engine.training != training:
+            self._engine.train(training)
+
+    def _whole(self, tensor: Any) -> Tensor:
+        """The full value of a parameter, in float32 if it is trained, or of a buffer. Collective."""
+        if not isinstance(tensor, nn.Parameter):
+            return torch.as_tensor(tensor).detach()
+        if tensor.requires_grad:
+            value: Tensor = self._deepspeed.utils.safe_get_full_fp32_param(tensor)
+            return value.detach()
+        with self._gathered([tensor]):
+            return tensor.detach().clone()
+
+    def _load_model(self, state: Mapping[str, Tensor]) -> None:
         for name, value in state.items():
             parameter = self._by_name[name]
             with self._gathered([parameter], writer=0), torch.no_grad():
@@ -143,7 +255,7 @@ class ZeroEngine:
             if parameter.requires_grad:
                 self._set(parameter, value, None)
 
-    def gather_optimizer(self) -> dict[str, Tensor]:
+    def _gather_optimizer(self) -> dict[str, Tensor]:
         entries = self.optimizer.state.get(self._flat_masters()[0], {})
         whole: dict[str, Tensor] = {}
         if entries:
@@ -156,7 +268,7 @@ class ZeroEngine:
                     whole[f"{name}|{entry}"] = torch.as_tensor(value).detach().cpu().float()
         return whole
 
-    def scatter_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         first = next(iter(self._trained()))[0]
         entries = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{first}|")}
         for flat in self._flat_masters():  # the optimizer makes its state in its first step, which is still to come
@@ -170,14 +282,9 @@ class ZeroEngine:
                 if _is_moment(value):
                     self._set(parameter, tensors[f"{name}|{entry}"], entry)
 
-    def scaler_state(self) -> dict[str, Any]:
+    def _scaler_state(self) -> dict[str, Any]:
         scaler = self._scaler
         return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALER if hasattr(scaler, key)}
-
-    def load_scaler_state(self, state: Mapping[str, Any]) -> None:
-        for key in _SCALER:
-            if self._scaler is not None and key in state:
-                setattr(self._scaler, key, state[key])
 
     @property
     def _scaler(self) -> Any:
@@ -197,7 +304,9 @@ class ZeroEngine:
         )
 
     def _link_moments(self) -> None:
-        """Let every parameter of ZeRO 1 and 2 know its piece of the moments; DeepSpeed does so for the first group alone."""
+        """Let every parameter of ZeRO 1 and 2 know its piece of the moments; DeepSpeed does so for the first group
+        alone.
+        """
         if not self._is_sharded:
             link = self._deepspeed.utils.lazy_init_hp_params_optimizer_state
             for group, flat in zip(self._zero.bit16_groups, self._flat_masters(), strict=True):
@@ -239,12 +348,6 @@ class ZeroEngine:
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
-def shard_frozen(body: nn.Module, world: World, block: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A frozen module sharded by ZeRO-3 in place: its hooks gather each layer where it runs."""
-    _initialize(body, _configuration(block, dtype), world, dtype, None)
-    return body
-
-
 def _is_moment(value: Any) -> bool:
     return torch.is_tensor(value) and value.ndim > 0
 
@@ -267,7 +370,7 @@ def _initialize(
     optimizer: torch.optim.Optimizer | None,
 ) -> Any:
     """DeepSpeed's engine around ``root``."""
-    deepspeed = start()
+    deepspeed = load_deepspeed()
     try:
         if stage_of(config) == 3:
             # Parameter by parameter, so no device ever holds the whole model.
@@ -284,8 +387,8 @@ def _initialize(
     return engine
 
 
-def start() -> Any:
-    """DeepSpeed, ready to be used in this process; LimbeckError when it is not installed."""
+def load_deepspeed() -> Any:
+    """DeepSpeed, initialised in this process; LimbeckError if it is not installed."""
     try:
         # deepspeed.zero imports it half-way through patching torch, which it does not survive.
         import deepspeed

@@ -1,90 +1,155 @@
 """FSDP2: parameters, gradients and optimizer state sharded over the processes by PyTorch's ``fully_shard``.
 
-The module's own code does not change: it is applied from outside, layer by layer and then to the root, so parameters are
-gathered and gradients reduced by the engine's hooks. Alone in a process there is nothing to shard and nothing is wrapped.
+Applied from outside, layer by layer and then to the root, after model parallelism. A process that is alone has nothing
+to shard and nothing is wrapped. Registered as ``fsdp2_train`` and ``fsdp2_infer``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from limbeck.config import DistillConfig
+from limbeck.config.schema import StrategyConfig, WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.strategies.parallel_dims import TENSOR, Layout
+from limbeck.models import body, decoder_layers, output_head
+from limbeck.models.dtypes import DTYPES, compute_dtype
+from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
+from limbeck.strategies.model_parallel import (
+    apply_model_parallel,
+    check_model_parallel,
+    model_parallel_group,
+    outline_of,
+    pipeline_of,
+)
+from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.parallel_dims import TP, ParallelDims
+from limbeck.strategies.pipeline_engine import PipelineEngine
+from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
 
 M = TypeVar("M", bound=nn.Module)
 
-_STAGE = "stage"
-"""The mesh dimension over which layers are divided; each stage shards its own among its ranks."""
 
+class Fsdp2Strategy:
+    """Shards models with ``fully_shard``, also what tensor, context and pipeline parallelism leave to a rank."""
 
-@dataclass(frozen=True)
-class Fsdp2:
-    """What can be chosen.
+    can_offload = True
+    shards = True
 
-    fsdp_size: processes that share one copy; 0, 1 or the world's size shards over all, less makes HSDP (copies side by side).
-    replicate: keep a whole copy in every process and only average gradients. param_dtype: what layers compute in; None keeps
-    the parameters' own. reduce_dtype: what gradients are summed in. reshard_after_forward: free gathered layers until the
-    backward pass needs them again.
-    """
+    def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
+        return ParallelDims.from_config(worker.strategy_args.strategy_config, ranks, role, shard=self.shards)
 
-    fsdp_size: int = 0
-    replicate: bool = False
-    param_dtype: torch.dtype | None = None
-    reduce_dtype: torch.dtype = torch.float32
-    reshard_after_forward: bool = True
+    def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
+        args = config.student.model_args
+        if role == "student" and args.dtype == "fp16" and dims.size > 1:
+            raise LimbeckError(
+                "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+            )
+        if role == "student":
+            for size, kind in ((dims.tp, "tensor"), (dims.pp, "pipeline")):
+                if args.lora_target and size > 1:
+                    raise LimbeckError(
+                        f"student.strategy_args.strategy_config.{kind}_model_parallel_size = {size} with lora_target is not "
+                        "built yet; use 1, and FSDP2 shards the model all the same."
+                    )
+
+    def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
+        check_model_parallel(model, dims, name, role)
+
+    def build_student(self, spec: StudentSpec, world: World) -> Engine:
+        model, dims, given = spec.model, world.dims, spec.worker.strategy_args.strategy_config
+        outline, rows = outline_of(model), output_head(model).weight.shape[0]
+        reduce_partial = apply_model_parallel(model, dims, world, spec.name, verify=spec.verify)
+        pipeline = pipeline_of(dims, world)
+        if pipeline is not None and world.max(not any(p.requires_grad for p in model.parameters())):
+            raise LimbeckError(
+                f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {dims.pp}: freeze_module_prefix "
+                "leaves one of the stages nothing to train; use fewer stages, or freeze less."
+            )
+        root = spec.make_root(Placement(outline, rows, world.group(TP), pipeline))
+        root.train()
+        dtype = _param_dtype(spec.worker)
+        # Sharding moves layer by layer, so no device ever holds the whole model; the rest follows.
+        root = move(shard(root, decoder_layers(model), world, dims, given, dtype), world.device)
+        optimizer = make_optimizer(root, spec.worker.training_args)
+        options: dict[str, Any] = {
+            "max_norm": spec.config.max_grad_norm,
+            "reduce_partial_gradients": reduce_partial,
+        }
+        if pipeline is None:
+            return TorchEngine(root, optimizer, world, compute_dtype=dtype, **options)
+        return PipelineEngine(
+            root,  # type: ignore[arg-type]
+            optimizer,
+            world,
+            pipeline,
+            outline,
+            message_dtype=dtype or torch.float32,
+            **options,
+        )
+
+    def build_teacher(self, spec: TeacherSpec, world: World) -> FrozenModel:
+        model, given = spec.model, spec.worker.strategy_args.strategy_config
+        dims = self.dims(spec.worker, world.size, "teacher")
+        frozen = freeze_for_inference(model, world)
+        apply_model_parallel(model, dims, world, spec.name, verify=spec.verify)
+        if self.shards:
+            shard(frozen.body, decoder_layers(frozen.body), world, dims, given, _param_dtype(spec.worker))
+        move(frozen.body, world.device)
+        frozen.group = model_parallel_group(dims, world)
+        return frozen
 
 
 def shard(
-    root: M, layers: Sequence[nn.Module], world: World, options: Fsdp2, whole_mesh: DeviceMesh | None = None
+    root: M,
+    layers: Sequence[nn.Module],
+    world: World,
+    dims: ParallelDims,
+    given: StrategyConfig,
+    param_dtype: torch.dtype | None,
 ) -> M:
-    """``root`` with each of ``layers`` and the rest of it sharded in place; unchanged when the process is alone.
+    """``root`` with each of ``layers`` and the rest of it sharded in place; unchanged if the process is alone.
 
-    whole_mesh: what ``make_mesh`` gave, if its tensor dimension is in use already.
+    Args:
+        param_dtype: what layers compute in; None keeps the parameters' own precision.
     """
     if world.size == 1:
         return root
-    mesh = make_mesh(world, options, Layout()) if whole_mesh is None else whole_mesh
-    mesh = mesh[tuple(name for name in mesh.mesh_dim_names or () if name not in (TENSOR, _STAGE))]
-    policy = MixedPrecisionPolicy(param_dtype=options.param_dtype, reduce_dtype=options.reduce_dtype)
+    mesh = dims.fsdp_mesh(world.device.type, replicate=given.replicate)
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=DTYPES[given.reduce_dtype])
+    reshard = True if given.reshard_after_forward is None else given.reshard_after_forward
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=options.reshard_after_forward)
-    # The head is read where the root runs, so the root's own parameters stay gathered until its backward is done.
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    # The loss reads the output head inside the root's forward, so the root's own parameters stay gathered until
+    # backward.
     fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     return root
 
 
-def ranks_of_a_copy(ranks: int, options: Fsdp2, tensor: int = 1) -> int:
-    """Over how many of ``ranks`` (each, with ``tensor``, a group of so many) one copy of the model is spread.
-
-    Raises LimbeckError if that does not come out even.
-    """
-    size = 1 if options.replicate else options.fsdp_size
-    if not options.replicate and (size <= 1 or size >= ranks):
-        return ranks
-    if ranks % size:
-        of = "processes" if tensor == 1 else f"groups of {tensor} tensor ranks"
-        raise LimbeckError(
-            f"strategy_config.fsdp_size = {size} does not divide the {ranks} {of}; use a divisor, or 0 for all."
-        )
-    return size
+def freeze_for_inference(model: Any, world: World) -> FrozenModel:
+    """The frozen body of ``model`` and its output head, which is sent once and therefore whole on every rank."""
+    head = output_head(model)
+    bias = None if head.bias is None else head.bias.detach().to(world.device)
+    head = replace(head, weight=head.weight.detach().to(world.device), bias=bias)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return FrozenModel(body(model).requires_grad_(False), head, size)
 
 
-@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
-def make_mesh(world: World, options: Fsdp2, layout: Layout) -> DeviceMesh:
-    """The processes as stages × copies × shards × tensor ranks, without the dimensions that are not in use."""
-    others = world.size // (layout.tensor * layout.pipeline)
-    size = ranks_of_a_copy(others, options, layout.tensor)
-    dims = {_STAGE: layout.pipeline, "replicate": others // size, "shard": size, TENSOR: layout.tensor}
-    used = {name: count for name, count in dims.items() if count > 1 or name == "shard"}
-    numbered = torch.arange(world.size).view(-1, layout.pipeline, layout.context, layout.tensor)
-    ranks = numbered.transpose(0, 1).reshape(tuple(used.values()))
-    return DeviceMesh(world.device.type, ranks, mesh_dim_names=tuple(used))
+def move(module: M, device: torch.device) -> M:
+    """``module`` on ``device``. On a CPU nothing moves: a plan's parameters cannot."""
+    return module if device.type == "cpu" else module.to(device)
+
+
+def _param_dtype(worker: WorkerConfig) -> torch.dtype | None:
+    """The precision of the layers where it is not float32."""
+    dtype = compute_dtype(worker)
+    return None if dtype is torch.float32 else dtype
+
+
+STRATEGY = Fsdp2Strategy()

@@ -1,126 +1,236 @@
-"""Which ranks hold slices of one model, which stretches of one row, which layers, and which are copies that see other rows.
+"""How the ranks of a run divide one model and its data: one frozen dataclass over one ``DeviceMesh`` with named
+dimensions.
 
-Ranks are numbered with the tensor ranks closest together, then the context ranks, then the stages of a pipeline, then those
-with other rows: neighbours, which talk most, share a machine.
+Ranks are numbered with the tensor-parallel ranks closest together, then context, pipeline, sharded and replicated
+data-parallel ranks, so that the ranks that communicate most share a machine. All rank arithmetic of the package is in
+this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
+from limbeck.config.schema import StrategyConfig
 from limbeck.errors import LimbeckError
-from limbeck.strategies.pipeline_parallel import PipelineGroup
-from limbeck.strategies.world import World
 
-TENSOR = "tensor"
-"""The mesh dimension over which matrices are sliced."""
+TP, CP, PP, DP_SHARD, DP_REPLICATE = "tp", "cp", "pp", "dp_shard", "dp_replicate"
+_MODEL_AXES = (PP, CP, TP)
+_SIZES = "tensor_model_parallel_size × context_parallel_size × pipeline_model_parallel_size"
+
+
+class Coordinates(NamedTuple):
+    """Position of one rank along each dimension."""
+
+    dp_replicate: int
+    dp_shard: int
+    pp: int
+    cp: int
+    tp: int
 
 
 @dataclass(frozen=True)
-class Layout:
-    """tensor: ranks among which every matrix is sliced. context: ranks among which every row's time is divided. pipeline: ranks
-    among which the layers are divided. sequence: the tensor ranks divide the time between their slices, too.
+class ParallelDims:
+    """Sizes of the mesh dimensions of one model.
+
+    dp_replicate: groups that hold whole copies and read different rows. dp_shard: ranks that read different rows and
+    shard the parameters of one copy (FSDP, ZeRO). cp: context-parallel ranks, each with a part of every row's time. tp:
+    tensor-parallel ranks, each with a slice of every matrix. pp: pipeline stages. ep: expert-parallel ranks.
+    sequence_parallel: tensor-parallel ranks also divide the time of activations between their slices.
     """
 
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
-    sequence: bool = False
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = False
+
+    @classmethod
+    def from_config(cls, given: StrategyConfig, ranks: int, role: str, *, shard: bool = True) -> ParallelDims:
+        """The dimensions of ``ranks`` ranks under a ``strategy_config``.
+
+        Args:
+            given: the sizes of model parallelism and of FSDP.
+            ranks: number of processes.
+            role: ``"student"`` or ``"teacher"``, for error messages.
+            shard: False if every rank (or model-parallel group) keeps whole parameters.
+
+        Raises:
+            LimbeckError: if the sizes do not divide the ranks.
+        """
+        tp, cp, pp = (
+            given.tensor_model_parallel_size,
+            given.context_parallel_size,
+            given.pipeline_model_parallel_size,
+        )
+        if ranks % (tp * cp * pp):
+            fitting = [size for size in range(1, ranks + 1) if ranks % size == 0]
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_config: {_SIZES} = {tp} × {cp} × {pp} does not divide the {ranks} "
+                f"{'process' if ranks == 1 else 'processes'}; make their product {join_or(fitting)}, or start another number "
+                "of processes."
+            )
+        data = ranks // (tp * cp * pp)
+        shards = _shards(given, data, cp, tp, role) if shard else 1
+        return cls(data // shards, shards, cp, tp, pp, sequence_parallel=given.sequence_parallel)
 
     @property
-    def together(self) -> int:
-        """Neighbouring ranks that work on the same rows."""
-        return self.tensor * self.context * self.pipeline
+    def size(self) -> int:
+        """Number of ranks."""
+        return self.data_size * self.model_parallel_size
 
-    def told(self) -> str:
-        """The same in words; empty where every rank has the whole model and whole rows."""
-        slices = f"matrices over {self.tensor} ranks" + (" that divide the time between them" if self.sequence else "")
-        parts = {
-            slices: self.tensor,
-            f"rows over {self.context}": self.context,
-            f"layers over {self.pipeline}": self.pipeline,
-        }
+    @property
+    def model_parallel_size(self) -> int:
+        """Neighbouring ranks that work on the same rows: tp · cp · pp."""
+        return self.tp * self.cp * self.pp
+
+    @property
+    def replica_size(self) -> int:
+        """Ranks that hold one copy of the model between them; they run every forward pass together."""
+        return self.dp_shard * self.model_parallel_size
+
+    @property
+    def data_size(self) -> int:
+        """Number of parts into which the rows of a step are divided."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def gradient_parts(self) -> int:
+        """Number of ranks whose gradients are averaged, each from other rows or from another part of a row's time."""
+        return self.data_size * self.cp
+
+    @property
+    def loss_ranks(self) -> int:
+        """Number of ranks that compute a loss: those of the last pipeline stage."""
+        return self.gradient_parts * self.tp
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Position of ``rank`` along each dimension."""
+        rank, tp = divmod(rank, self.tp)
+        rank, cp = divmod(rank, self.cp)
+        rank, pp = divmod(rank, self.pp)
+        replicate, shard = divmod(rank, self.dp_shard)
+        return Coordinates(replicate, shard, pp, cp, tp)
+
+    def rank_at(self, *, pp: int) -> int:
+        """The first rank of pipeline stage ``pp``."""
+        return pp * self.cp * self.tp
+
+    def data_rank(self, rank: int) -> int:
+        """Which part of the rows ``rank`` reads, of ``data_size``."""
+        return rank // self.model_parallel_size
+
+    def leads_model_group(self, rank: int) -> bool:
+        """Whether ``rank`` is the first of the ranks that work on the same rows."""
+        return rank % self.model_parallel_size == 0
+
+    def describe(self) -> str:
+        """The model parallelism in words; empty if every rank computes whole rows with the whole model."""
+        matrices = f"matrices over {self.tp} ranks" + (" with sequence parallelism" if self.sequence_parallel else "")
+        parts = {matrices: self.tp, f"rows over {self.cp}": self.cp, f"layers over {self.pp}": self.pp}
         return ", ".join(words for words, size in parts.items() if size > 1)
 
-    def check(self, world: World, role: str) -> None:
-        """Raise LimbeckError unless the processes can be divided so."""
-        if world.size % self.together:
-            fitting = [size for size in range(1, world.size + 1) if world.size % size == 0]
-            raise LimbeckError(
-                f"{role}.strategy_args.strategy_config: tensor_model_parallel_size × context_parallel_size × "
-                f"pipeline_model_parallel_size = {self.tensor} × {self.context} × {self.pipeline} does not divide the "
-                f"{world.size} {'process' if world.size == 1 else 'processes'}; make their product {_either(fitting)}, or "
-                "start another number of processes."
-            )
+    def mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh, with the dimensions that are larger than 1 and ``dp_shard``; made once for a process group."""
+        return _mesh(self, device_type)
 
-    def context_group(self, world: World) -> dist.ProcessGroup | None:
-        """The ranks that share this rank's rows and hold its slice of the matrices; None if it has the rows to itself."""
-        if self.context == 1:
+    def group(self, device_type: str, axis: str) -> dist.ProcessGroup | None:
+        """The process group of this rank along ``axis``; None if that dimension has size 1."""
+        if getattr(self, axis) == 1:
             return None
-        return self._mesh(world).get_group(2)
+        return self.mesh(device_type).get_group(axis)
 
-    def stages(self, world: World) -> PipelineGroup | None:
-        """This rank's place in its pipeline; None if it has all layers."""
-        if self.pipeline == 1:
-            return None
-        return PipelineGroup(self._mesh(world).get_group(1))
+    def model_group(self, device_type: str) -> dist.ProcessGroup | None:
+        """The process group of the ranks that work on the same rows; None if there is only one."""
+        return None if self.model_parallel_size == 1 else _flat_group(self, device_type, _MODEL_AXES)
 
-    def together_group(self, world: World) -> dist.ProcessGroup | None:
-        """All ranks that share this rank's rows; None if it has them to itself."""
-        if self.together == 1:
-            return None
-        return mesh_of(world.device.type, (world.size // self.together, self.together)).get_group(1)
+    def fsdp_mesh(self, device_type: str, *, replicate: bool = False) -> DeviceMesh:
+        """The one- or two-dimensional mesh that ``fully_shard`` takes: [copies ×] shards, per pipeline stage and tensor
+        rank.
 
-    def _mesh(self, world: World) -> DeviceMesh:
-        copies = world.size // self.together
-        return mesh_of(world.device.type, (copies, self.pipeline, self.context, self.tensor))
+        Context-parallel ranks share the parameters too, unless ``replicate`` keeps a whole copy on every rank.
+        """
+        return _fsdp_mesh(self, device_type, replicate)
+
+    def pipelines(self) -> Tensor:
+        """[pipelines, pp] ranks of every pipeline."""
+        return self._grid().movedim(2, -1).reshape(-1, self.pp)
+
+    def _grid(self) -> Tensor:
+        return torch.arange(self.size).view(self.dp_replicate, self.dp_shard, self.pp, self.cp, self.tp)
+
+
+def _shards(given: StrategyConfig, data: int, cp: int, tp: int, role: str) -> int:
+    """dp_shard for ``data`` data-parallel groups; ``fsdp_size`` counts context-parallel ranks too."""
+    ranks, size = data * cp, given.fsdp_size or 0
+    if given.replicate:
+        return 1
+    if size <= 1 or size >= ranks:
+        return data
+    if ranks % size:
+        unit = "processes" if tp == 1 else f"groups of {tp} tensor ranks"
+        raise LimbeckError(
+            f"{role}: strategy_config.fsdp_size = {size} does not divide the {ranks} {unit}; use a divisor, or 0 for all."
+        )
+    if size % cp:
+        raise LimbeckError(
+            f"{role}: strategy_config.fsdp_size = {size} is not a multiple of context_parallel_size = {cp}, whose ranks share "
+            "parameters; use a multiple, or 0 for all."
+        )
+    return size // cp
+
+
+# The numbers in a mesh are read, also inside a fake tensor mode, where tensors have none.
+@cache
+@unset_fake_temporarily()
+def _mesh(dims: ParallelDims, device_type: str) -> DeviceMesh:
+    sizes = {PP: dims.pp, DP_REPLICATE: dims.dp_replicate, DP_SHARD: dims.dp_shard, CP: dims.cp, TP: dims.tp}
+    used = {name: size for name, size in sizes.items() if size > 1 or name == DP_SHARD}
+    ranks = dims._grid().movedim(2, 0).reshape(tuple(used.values()))
+    return DeviceMesh(device_type, ranks, mesh_dim_names=tuple(used))
 
 
 @cache
-@unset_fake_temporarily()  # the numbers in a mesh are read, also where a plan's tensors have none
-def mesh_of(device: str, shape: tuple[int, ...]) -> DeviceMesh:
-    """All ranks as a grid, made once for a process group."""
-    return init_device_mesh(device, shape)
+@unset_fake_temporarily()
+def _flat_group(dims: ParallelDims, device_type: str, axes: tuple[str, ...]) -> dist.ProcessGroup:
+    mesh = _mesh(dims, device_type)
+    used = tuple(axis for axis in axes if axis in (mesh.mesh_dim_names or ()))
+    return mesh.get_group(used[0]) if len(used) == 1 else mesh[used]._flatten("_".join(used)).get_group()
 
 
-def _either(sizes: list[int]) -> str:
+@cache
+@unset_fake_temporarily()
+def _fsdp_mesh(dims: ParallelDims, device_type: str, replicate: bool) -> DeviceMesh:
+    mesh = _mesh(dims, device_type)
+    names = mesh.mesh_dim_names or ()
+    copies = [name for name in (DP_REPLICATE, CP) if name in names and (replicate or name != CP)]
+    shards = [name for name in (DP_SHARD, CP) if name in names and (not replicate or name != CP)]
+    if len(shards) > 1 and dims.dp_shard == 1:
+        shards = [CP]
+    axes = []
+    for group in (copies, shards):
+        if len(group) > 1:
+            mesh[tuple(group)]._flatten("_".join(group))
+        if group:
+            axes.append("_".join(group))
+    return mesh[tuple(axes)]
+
+
+def forget_meshes() -> None:
+    """Drop the meshes of a process group that has ended."""
+    for cached in (_mesh, _flat_group, _fsdp_mesh):
+        cached.cache_clear()
+
+
+def join_or(sizes: list[int]) -> str:
+    """``[1, 2, 4]`` as "1, 2 or 4"."""
     return f"{', '.join(map(str, sizes[:-1]))} or {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
-
-
-def check_divides(
-    layout: Layout, sizes: dict[str, int], heads: int, key_value_heads: int, name: str, role: str
-) -> None:
-    """Raise LimbeckError unless the model called ``name`` can be sliced so.
-
-    sizes: what else the tensor ranks must divide, in words (``{"features of mlp.up_proj": 64}``). Key and value heads are
-    divided, or where there are fewer of them than ranks, held by several.
-    """
-
-    def shared(ranks: int) -> bool:
-        return heads % ranks == 0 and (key_value_heads % ranks == 0 or ranks % key_value_heads == 0)
-
-    def sliced(tensor: int) -> bool:
-        return shared(tensor) and not any(size % tensor for size in sizes.values())
-
-    key = f"{role}.strategy_args.strategy_config"
-    of_keys = "" if key_value_heads == heads else f" ({key_value_heads} of keys and values)"
-    if not sliced(layout.tensor):
-        what = next((f"{size} {words}" for words, size in sizes.items() if size % layout.tensor), None)
-        what = what if shared(layout.tensor) else None
-        fitting = [size for size in range(1, heads + 1) if sliced(size)]
-        raise LimbeckError(
-            f"{key}.tensor_model_parallel_size = {layout.tensor} does not divide the "
-            f"{what or f'{heads} attention heads{of_keys}'} of {name}; use {_either(fitting)}."
-        )
-    if not shared(layout.tensor * layout.context):
-        fitting = [size for size in range(1, heads + 1) if heads % size == 0 and shared(size * layout.tensor)]
-        each = "" if layout.tensor == 1 else f" that are left for each of {layout.tensor} tensor ranks"
-        raise LimbeckError(
-            f"{key}.context_parallel_size = {layout.context} does not divide the {heads // layout.tensor} attention "
-            f"heads{of_keys}{each} of {name}; use {_either(fitting)}."
-        )

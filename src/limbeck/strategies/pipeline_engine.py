@@ -1,13 +1,14 @@
-"""A trained module that is one stage of a pipeline, stepped by PyTorch's ``torch.distributed.pipelining``.
+"""The engine of one pipeline stage, stepped by PyTorch's ``torch.distributed.pipelining``.
 
-A step's micro-batches follow each other through the stages: one forward, one backward in turns (1F1B), or where there are fewer
-of them than stages all forward and then all backward (GPipe). Every rank of a pipeline has the same micro-batches, so only
-hidden states and their gradients travel; as PyTorch wants messages of one size, the shorter are padded on their way.
+A step's micro-batches follow each other through the stages: one forward, one backward (1F1B), or with fewer
+micro-batches than stages all forward and then all backward (GPipe). Every rank of a pipeline has the same
+micro-batches, so only hidden states and their gradients travel. PyTorch requires messages of one size: shorter ones are
+padded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,38 +17,38 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.tensor import DTensor
 
-from limbeck.strategies.pipeline_parallel import PipelineGroup, collect
-from limbeck.strategies.state import gather_model, gather_optimizer
-from limbeck.strategies.torch_engine import TorchEngine, gradient_norm
+from limbeck.strategies.base import MODEL, EngineState, MicroBatches, ModelOutline
+from limbeck.strategies.gradient_clipping import gradient_norm
+from limbeck.strategies.pipeline_parallel import PipelineGroup
+from limbeck.strategies.state import gather_model, gather_optimizer, iter_model
+from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
 
 
 class StageModule(nn.Module):
-    """What a stage computes: from the message of the stage before the one for the next, or on the last stage a loss.
+    """What a stage computes: from the message of the previous stage that for the next one, or on the last stage a loss.
 
-    width: numbers in a slot, one token's, of a message. results: what the last stage has made of each micro-batch.
+    outputs: what the last stage made of each micro-batch.
     """
-
-    width: int
 
     def __init__(self) -> None:
         super().__init__()
-        self.results: list[Any] = []
+        self.outputs: list[Any] = []
 
-    def slots(self, inputs: Sequence[Any]) -> int:
-        """How many slots a micro-batch's message needs."""
+    def num_slots(self, micro_batch: Any) -> int:
+        """How many token slots the micro-batch's message needs."""
         raise NotImplementedError
 
-    def begin(self, work: Sequence[Sequence[Any]], slots: int) -> None:
-        """The calls that follow are for the micro-batches of ``work`` in turn, with messages of so many ``slots``."""
+    def begin(self, micro_batches: Sequence[Any], slots: int) -> None:
+        """The following forward calls are for ``micro_batches`` in turn, with messages of ``slots`` slots."""
         raise NotImplementedError
 
 
 class PipelineEngine(TorchEngine):
-    """A ``StageModule``, sharded by ``shard`` among the ranks of its stage.
+    """A ``StageModule``, sharded among the ranks of its stage. ``message_dtype``: of the hidden states that travel.
 
-    dtype: of messages. tied: the names of the embeddings and of the output head, when these are one parameter of the model:
-    the first stage and the last each keep a copy, and add up their gradients.
+    Embeddings and output head that are one parameter are kept by the first and the last stage, which sum their
+    gradients.
     """
 
     root: StageModule
@@ -57,110 +58,120 @@ class PipelineEngine(TorchEngine):
         root: StageModule,
         optimizer: torch.optim.Optimizer,
         world: World,
-        stages: PipelineGroup,
+        pipeline: PipelineGroup,
+        outline: ModelOutline,
         *,
-        dtype: torch.dtype,
-        max_norm: float = 0.0,
-        tied: tuple[str, str] | None = None,
+        message_dtype: torch.dtype,
+        **options: Any,
     ) -> None:
-        super().__init__(root, optimizer, world, max_norm=max_norm)
-        self._stages, self._dtype, self._device_of = stages, dtype, world.device
-        self._tied = tied
-        self._ends = None if tied is None else _ends(world, stages)
+        super().__init__(root, optimizer, world, **options)
+        self._pipeline, self._outline, self._target = pipeline, outline, world.device
+        self._message_dtype = message_dtype
+        self._ends = None if outline.tied is None else _end_stages(world, pipeline)
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The forward pass alone; its result on the last stage, None on the others."""
-        stages, slots = self._stages, self.root.slots(inputs)
-        self.root.begin([inputs], slots)
-        message = torch.empty(slots, self.root.width, dtype=self._dtype, device=self._device_of)
-        sent = self.root(message if stages.is_first else stages.receive(message))
-        if stages.is_last:
-            return self.root.results[0]
-        stages.send_on(sent)
-        return None
-
-    def run(self, work: Sequence[Sequence[Any]]) -> list[Any]:
-        """Forward and backward of a step's micro-batches; their results on the last stage, none on the others."""
-        stages, slots = self._stages, max(map(self.root.slots, work))
-        self.root.begin(work, slots)
-        message = torch.empty(slots, self.root.width, dtype=self._dtype, device="meta", requires_grad=True)
-        places = torch.zeros(len(work), device=self._device_of)  # what PyTorch cuts into micro-batches
+    def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
+        self._set_training(True)
+        pipeline, inputs = self._pipeline, list(micro_batches)
+        slots = max(map(self.root.num_slots, inputs))
+        self.root.begin(inputs, slots)
+        message = torch.empty(slots, self._outline.width, dtype=self._message_dtype, device="meta", requires_grad=True)
+        indices = torch.zeros(len(inputs), device=self._target)  # what PyTorch splits into micro-batches
         stage = PipelineStage(
             self.root,
-            stages.number,
-            stages.count,
-            self._device_of,
-            input_args=places[:1] if stages.is_first else message,
-            output_args=places[:1] if stages.is_last else message,
-            group=stages.group,
+            pipeline.stage,
+            pipeline.num_stages,
+            self._target,
+            input_args=indices[:1] if pipeline.is_first else message,
+            output_args=indices[:1] if pipeline.is_last else message,
+            group=pipeline.group,
         )
-        kind = Schedule1F1B if len(work) >= stages.count else ScheduleGPipe
-        schedule = kind(stage, len(work), loss_fn=lambda loss, target: loss, scale_grads=False)
-        schedule.step(*([places] if stages.is_first else []), target=places if stages.is_last else None)
-        return self.root.results
+        kind = Schedule1F1B if len(inputs) >= pipeline.num_stages else ScheduleGPipe
+        schedule = kind(stage, len(inputs), loss_fn=lambda loss, target: loss, scale_grads=False)
+        schedule.step(*([indices] if pipeline.is_first else []), target=indices if pipeline.is_last else None)
+        yield from self.root.outputs
+
+    @torch.no_grad()
+    def evaluate(self, micro_batch: Any) -> Any | None:
+        self._set_training(False)
+        pipeline, slots = self._pipeline, self.root.num_slots(micro_batch)
+        self.root.begin([micro_batch], slots)
+        message = torch.empty(slots, self._outline.width, dtype=self._message_dtype, device=self._target)
+        sent = self.root(message if pipeline.is_first else pipeline.recv_forward(message))
+        if pipeline.is_last:
+            return self.root.outputs[0]
+        pipeline.send_forward(sent)
+        return None
 
     def step(self) -> Tensor:
-        if self._ends is not None and (self._stages.is_first or self._stages.is_last):
-            grad = self.root.get_parameter(self._copy or self._original).grad
+        if self._ends is not None and (self._pipeline.is_first or self._pipeline.is_last):
+            grad = self.root.get_parameter(self._tied_copy or self._tied_original).grad
             if grad is not None:
                 dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=self._ends)
         return super().step()
 
     def gradient_norm(self) -> Tensor:
-        counted = [parameter for name, parameter in self.root.named_parameters() if name != self._copy]
+        counted = [parameter for name, parameter in self.root.named_parameters() if name != self._tied_copy]
         square = gradient_norm(counted) ** 2
-        dist.all_reduce(square, group=self._stages.group)
+        dist.all_reduce(square, group=self._pipeline.group)
         return square.sqrt()
 
-    def gather_model(self) -> dict[str, Any]:
-        return self._collected(gather_model(self.root, keep=self._keeps))
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        own = ((name, tensor) for name, tensor in iter_model(self.root, MODEL) if f"{MODEL}{name}" != self._tied_copy)
+        return self._pipeline.broadcast_all(own, self._target)
 
-    def scatter_model(self, state: Mapping[str, Tensor]) -> None:
-        super().scatter_model({name: state[self._source(name)] for name in self._mine(state)})
+    def state_dict(self) -> EngineState:
+        keep = self._collects
+        return EngineState(
+            self._collected(gather_model(self.root, super().trained_names(), keep=keep)),
+            self._collected(gather_optimizer(self.root, self.optimizer, keep=keep)),
+            self._scaler.state_dict(),
+        )
 
-    def gather_optimizer(self) -> dict[str, Tensor]:
-        return self._collected(gather_optimizer(self.root, self.optimizer, keep=self._keeps))
-
-    def scatter_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: EngineState) -> None:
         entries: dict[str, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
+        for key, value in state.optimizer.items():
             name, entry = key.rsplit("|", 1)
             entries.setdefault(name, {})[entry] = value
-        own = {name: entries[self._source(name)] for name in self._mine(entries)}
-        super().scatter_optimizer({f"{name}|{entry}": value for name in own for entry, value in own[name].items()})
+        own = {name: entries[self._stored_name(name)] for name in self._present(entries)}
+        moments = {f"{name}|{entry}": value for name in own for entry, value in own[name].items()}
+        masters = {name: state.model[self._stored_name(name)] for name in self._present(state.model)}
+        super().load_state_dict(EngineState(masters, moments, state.scaler))
+
+    def trained_names(self) -> set[str]:
+        # Feature projections are not part of the model; they are not built with pipelines.
+        return set(self._outline.trained)
 
     @property
-    def _original(self) -> str:
-        """The embeddings' name."""
-        return self._tied[0] if self._tied else ""
+    def _tied_original(self) -> str:
+        """The name of the embeddings, if the output head is the same parameter."""
+        return self._outline.tied[0] if self._outline.tied else ""
 
     @property
-    def _copy(self) -> str:
+    def _tied_copy(self) -> str:
         """The name of this stage's copy of them, if it has one beside the first stage's."""
-        return self._tied[1] if self._tied and self._stages.is_last else ""
+        return self._outline.tied[1] if self._outline.tied and self._pipeline.is_last else ""
 
     @property
-    def _keeps(self) -> bool:
-        """Whether this rank is of the main process's pipeline, which brings the stages together."""
-        return dist.get_process_group_ranks(self._stages.group)[0] == 0
+    def _collects(self) -> bool:
+        """Whether this rank is in the main process's pipeline, which gathers the stages."""
+        return dist.get_process_group_ranks(self._pipeline.group)[0] == 0
 
-    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        own = {name: tensor for name, tensor in tensors.items() if name.split("|")[0] != self._copy}
-        return collect(own, self._stages) if self._keeps else {}
+    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = {name: tensor for name, tensor in tensors.items() if name.split("|")[0] != self._tied_copy}
+        return self._pipeline.gather_first(own) if self._collects else {}
 
-    def _source(self, name: str) -> str:
-        return self._original if name == self._copy else name
+    def _stored_name(self, name: str) -> str:
+        return self._tied_original if name == self._tied_copy else name
 
-    def _mine(self, state: Mapping[str, Any]) -> list[str]:
-        return [name for name in self.root.state_dict() if self._source(name) in state]
+    def _present(self, state: Mapping[str, Any]) -> list[str]:
+        return [name for name in self.root.state_dict() if self._stored_name(name) in state]
 
 
-def _ends(world: World, stages: PipelineGroup) -> dist.ProcessGroup | None:
-    """The first and the last rank of this rank's pipeline; every process must call it."""
-    mine = dist.get_process_group_ranks(stages.group)
-    apart = world.tensor * world.context
+def _end_stages(world: World, pipeline: PipelineGroup) -> dist.ProcessGroup | None:
+    """The group of the first and the last rank of this rank's pipeline. Every process must call it."""
+    first = dist.get_process_group_ranks(pipeline.group)[0]
     found = None
-    for first in (rank for rank in range(world.size) if rank // apart % world.pipeline == 0):
-        group = dist.new_group([first, first + apart * (world.pipeline - 1)])
-        found = group if first == mine[0] else found
+    for ranks in world.dims.pipelines().tolist():
+        group = dist.new_group([ranks[0], ranks[-1]])
+        found = group if ranks[0] == first else found
     return found

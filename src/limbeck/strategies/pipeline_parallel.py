@@ -1,22 +1,21 @@
-"""Pipeline parallelism: each stage, one rank or a group of them, holds some of a model's layers and hands on what they give.
+"""Pipeline parallelism: each stage, one rank or a group of them, holds some of a model's layers.
 
-A Hugging Face body keeps its own forward pass: layers that are elsewhere are replaced by ones that change nothing, and a stage
-after the first is given hidden states in place of embeddings. So masks, positions and whatever a model does around its layers
-stay the model's own business, and parameters keep their names.
+A Hugging Face body keeps its own forward pass: layers of other stages are replaced by identities, and a stage after the
+first receives hidden states in place of embeddings. Masks, positions and everything a model does around its layers stay
+the model's own, and parameters keep their names.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
+from limbeck.strategies.named_tensors import broadcast_named, recv_named, send_named
 
 
 @dataclass(frozen=True)
@@ -26,50 +25,71 @@ class PipelineGroup:
     group: dist.ProcessGroup
 
     @property
-    def count(self) -> int:
+    def num_stages(self) -> int:
         """The number of stages."""
         return dist.get_world_size(self.group)
 
     @property
-    def number(self) -> int:
-        """Which of them this rank is."""
+    def stage(self) -> int:
+        """The number of this rank's stage, from 0."""
         return dist.get_rank(self.group)
 
     @property
     def is_first(self) -> bool:
         """Whether this rank reads token ids."""
-        return self.number == 0
+        return self.stage == 0
 
     @property
     def is_last(self) -> bool:
         """Whether this rank has the final norm and the output head."""
-        return self.number == self.count - 1
+        return self.stage == self.num_stages - 1
 
-    def send_on(self, x: Tensor) -> None:
-        """Hand ``x`` to the next stage."""
-        dist.send(x.contiguous(), group=self.group, group_dst=self.number + 1)
+    def send_forward(self, x: Tensor) -> None:
+        """Send ``x`` to the next stage."""
+        dist.send(x.contiguous(), group=self.group, group_dst=self.stage + 1)
 
-    def receive(self, like: Tensor) -> Tensor:
-        """What the stage before hands on, written into ``like``."""
-        dist.recv(like, group=self.group, group_src=self.number - 1)
-        return like
+    def recv_forward(self, out: Tensor) -> Tensor:
+        """Receive the previous stage's output into ``out`` and return it."""
+        dist.recv(out, group=self.group, group_src=self.stage - 1)
+        return out
 
-    def share_last(self, x: Tensor) -> Tensor:
-        """The last stage's ``x`` on every stage; the others give a tensor of the same shape to write into."""
+    def broadcast_last(self, x: Tensor) -> Tensor:
+        """The last stage's ``x`` on every stage; the others pass a tensor of the same shape."""
         x = x.contiguous()
-        dist.broadcast(x, group=self.group, group_src=self.count - 1)
+        dist.broadcast(x, group=self.group, group_src=self.num_stages - 1)
         return x
 
+    def gather_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The CPU tensors of all stages on the first one; empty on the others."""
+        if not self.is_first:
+            send_named(tensors, self.group, 0)
+            return {}
+        gathered = dict(tensors)
+        for stage in range(1, self.num_stages):
+            gathered |= recv_named(self.group, stage)
+        return gathered
 
-def check_stages(trunk: Any, stages: int, name: str, role: str) -> None:
-    """Raise LimbeckError unless the body ``trunk`` of the model ``name`` can be divided into so many stages."""
+    def broadcast_all(self, tensors: Iterable[tuple[str, Tensor]], device: Any) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors of every stage, stage by stage, on all ranks, one tensor at a time."""
+        own = iter(tensors)
+        for stage in range(self.num_stages):
+            while True:
+                item = next(own, None) if stage == self.stage else None
+                sent = broadcast_named(None if item is None else dict([item]), self.group, stage, device)
+                if not sent:
+                    break
+                yield from sent.items()
+
+
+def check_pipeline(body: Any, stages: int, name: str, role: str) -> None:
+    """Raise LimbeckError unless ``body`` of the model ``name`` can be divided into ``stages`` stages."""
     if stages == 1:
         return
     key = f"{role}.strategy_args.strategy_config.pipeline_model_parallel_size = {stages}"
-    parts = _parts(trunk)
+    parts = _parts(body)
     if parts is None:
         raise LimbeckError(
-            f"{key}: {type(trunk).__name__} comes without a plan for pipelines (base_model_pp_plan); use 1, and FSDP2 shards "
+            f"{key}: {type(body).__name__} comes without a plan for pipelines (base_model_pp_plan); use 1, and FSDP2 shards "
             "it all the same."
         )
     layers = len(parts[1])
@@ -77,62 +97,45 @@ def check_stages(trunk: Any, stages: int, name: str, role: str) -> None:
         raise LimbeckError(f"{key} is more than the layers of {name} ({layers}); use at most that many.")
 
 
-def keep_stage(model: Any, trunk: Any, number: int, count: int) -> None:
-    """Keep of ``model``, whose body is ``trunk``, what stage ``number`` of ``count`` computes: layers as evenly as they can be
-    dealt, and the first stage what comes before them, the last one what comes after them and the output head.
+def keep_stage(model: Any, body: Any, stage: int, stages: int) -> None:
+    """Reduce ``model`` in place to what one stage computes.
+
+    Layers are divided as evenly as possible. The first stage also keeps what comes before them, the last one what comes
+    after them and the output head.
     """
-    parts = _parts(trunk)
+    parts = _parts(body)
     assert parts is not None
     before, layers, after = parts
-    is_first, is_last = number == 0, number == count - 1
-    low, high = (-(-len(layers) * place // count) for place in (number, number + 1))
+    is_first, is_last = stage == 0, stage == stages - 1
+    low, high = (-(-len(layers) * index // stages) for index in (stage, stage + 1))
     for i in range(len(layers)):
         if not low <= i < high:
-            layers[i] = _Elsewhere(layers[i])
+            layers[i] = _OtherStage(layers[i])
     for name in (() if is_first else before) + (() if is_last else after):
-        setattr(trunk, name, _Elsewhere(getattr(trunk, name)))
+        setattr(body, name, _OtherStage(getattr(body, name)))
     if not is_last:
         model.set_output_embeddings(None)
 
 
-def _parts(trunk: Any) -> tuple[tuple[str, ...], nn.ModuleList, tuple[str, ...]] | None:
-    """The names of what comes before the layers of ``trunk``, the layers, and the names of what comes after them."""
-    plan = list(getattr(trunk.config.get_text_config(), "base_model_pp_plan", None) or ())
+def _parts(body: Any) -> tuple[tuple[str, ...], nn.ModuleList, tuple[str, ...]] | None:
+    """Names of what comes before the layers of ``body``, the layers, and names of what comes after them."""
+    plan = list(getattr(body.config.get_text_config(), "base_model_pp_plan", None) or ())
     for i, name in enumerate(plan):
-        layers = getattr(trunk, name, None)
+        layers = getattr(body, name, None)
         if isinstance(layers, nn.ModuleList):
             return tuple(plan[:i]), layers, tuple(plan[i + 1 :])
     return None
 
 
-class _Elsewhere(nn.Module):
-    """In the place of a module that another stage has; a body may still ask it what it was told (its kind of attention)."""
+class _OtherStage(nn.Module):
+    """Identity in place of another stage's module, with its plain attributes: a body reads a layer's kind of
+    attention.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        told = {name: value for name, value in vars(module).items() if isinstance(value, (str, int))}
-        vars(self).update({name: value for name, value in told.items() if name != "training"})
+        plain = {name: value for name, value in vars(module).items() if isinstance(value, (str, int))}
+        vars(self).update({name: value for name, value in plain.items() if name != "training"})
 
-    def forward(self, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return hidden_states
-
-
-def collect(tensors: Mapping[str, Tensor], stages: PipelineGroup) -> dict[str, Tensor]:
-    """The CPU tensors of all stages on the first one; nothing on the others."""
-    if not stages.is_first:
-        facts = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
-        header = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
-        for part in (torch.tensor(header.numel()), header, *tensors.values()):
-            dist.send(part.contiguous(), group=stages.group, group_dst=0)
-        return {}
-    whole = dict(tensors)
-    for stage in range(1, stages.count):
-
-        def receive(like: Tensor, stage: int = stage) -> Tensor:
-            dist.recv(like, group=stages.group, group_src=stage)
-            return like
-
-        header = receive(torch.empty(int(receive(torch.tensor(0))), dtype=torch.uint8))
-        for name, (dtype, *shape) in json.loads(header.numpy().tobytes()).items():
-            whole[name] = receive(torch.empty(shape, dtype=getattr(torch, dtype)))
-    return whole

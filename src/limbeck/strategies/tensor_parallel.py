@@ -1,8 +1,9 @@
-"""Tensor parallelism: every matrix of a Hugging Face model sliced over neighbouring ranks, by the plan that comes with it.
+"""Tensor parallelism: every matrix of a Hugging Face model sliced over neighbouring ranks, by the plan that comes with
+the model.
 
-Applied from outside by PyTorch's ``parallelize_module``; the plan's style for a module says along which side it is sliced.
-Key and value heads that are fewer than the ranks are computed by each rank for itself. The embeddings and the output head are
-sliced over the vocabulary. What leaves a layer is whole on every rank.
+PyTorch's ``parallelize_module`` applies it from outside; the plan's style for a module says along which side it is
+sliced. Where there are fewer key and value heads than ranks, several ranks compute the same head. Embeddings and output
+head are sliced over the vocabulary. What leaves a layer is whole on every rank.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from limbeck.errors import LimbeckError
-from limbeck.strategies.parallel_dims import Layout, check_divides
+from limbeck.strategies.parallel_dims import ParallelDims, join_or
 from limbeck.strategies.sequence_parallel import SequenceParallel
 
 _STYLES: dict[str, Callable[[], ParallelStyle]] = {
@@ -28,40 +29,74 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
-_PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, which sees its own heads alone
+_PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, each of which sees its own heads only
 _VOCABULARY = (
     "embedding_rowwise",
     "colwise_gather_output",
-)  # of embeddings and heads, which are sliced here in any case
+)  # styles of embeddings and heads, which are sliced in any case
 
 
-def check_tensor_parallel(trunk: Any, layout: Layout, name: str, role: str) -> None:
-    """Raise LimbeckError unless the body ``trunk`` of the model ``name`` can be spread so."""
-    if layout.together == 1:
+def check_tensor_parallel(trunk: Any, dims: ParallelDims, name: str, role: str) -> None:
+    """Raise LimbeckError unless tensor and context parallelism divide the body ``trunk`` of the model ``name``."""
+    if dims.model_parallel_size == 1:
         return
     config = trunk.config.get_text_config()
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     sizes: dict[str, int] = {}
-    if layout.tensor > 1:
+    if dims.tp > 1:
         plan = _plan(trunk)
         if not plan:
             raise LimbeckError(
-                f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {layout.tensor}: {type(trunk).__name__} "
+                f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {dims.tp}: {type(trunk).__name__} "
                 "comes without a plan for tensor parallelism (base_model_tp_plan); use 1, and FSDP2 shards it all the same."
             )
         for path, (style, module) in plan.items():
             known = isinstance(module, nn.Linear) if style in _STYLES else style == _PARTIAL
             if not known:
                 raise LimbeckError(
-                    f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {layout.tensor}: the plan of "
+                    f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {dims.tp}: the plan of "
                     f"{type(trunk).__name__} slices {path} in a way ({style}) that is not built; use 1, and FSDP2 shards it "
                     "all the same."
                 )
             if isinstance(module, nn.Linear) and not _is_key_or_value(path):
                 sliced = module.out_features if style.startswith("colwise") else module.in_features
                 sizes.setdefault(f"features of {path.split('.', 2)[-1]}", sliced)
-    check_divides(layout, sizes, heads, key_value_heads, name, role)
+    _check_divides(dims, sizes, heads, key_value_heads, name, role)
+
+
+def _check_divides(
+    dims: ParallelDims, sizes: dict[str, int], heads: int, key_value_heads: int, name: str, role: str
+) -> None:
+    """Raise LimbeckError unless the heads and ``sizes`` of the model can be divided.
+
+    sizes: what else the tensor-parallel ranks must divide, in words (``{"features of mlp.up_proj": 64}``). Key and
+    value heads are divided, or held by several ranks where there are fewer of them.
+    """
+
+    def shared(ranks: int) -> bool:
+        return heads % ranks == 0 and (key_value_heads % ranks == 0 or ranks % key_value_heads == 0)
+
+    def sliced(tensor: int) -> bool:
+        return shared(tensor) and not any(size % tensor for size in sizes.values())
+
+    key = f"{role}.strategy_args.strategy_config"
+    of_keys = "" if key_value_heads == heads else f" ({key_value_heads} of keys and values)"
+    if not sliced(dims.tp):
+        what = next((f"{size} {words}" for words, size in sizes.items() if size % dims.tp), None)
+        what = what if shared(dims.tp) else None
+        fitting = [size for size in range(1, heads + 1) if sliced(size)]
+        raise LimbeckError(
+            f"{key}.tensor_model_parallel_size = {dims.tp} does not divide the "
+            f"{what or f'{heads} attention heads{of_keys}'} of {name}; use {join_or(fitting)}."
+        )
+    if not shared(dims.tp * dims.cp):
+        fitting = [size for size in range(1, heads + 1) if heads % size == 0 and shared(size * dims.tp)]
+        each = "" if dims.tp == 1 else f" that are left for each of {dims.tp} tensor ranks"
+        raise LimbeckError(
+            f"{key}.context_parallel_size = {dims.cp} does not divide the {heads // dims.tp} attention "
+            f"heads{of_keys}{each} of {name}; use {join_or(fitting)}."
+        )
 
 
 def apply_tensor_parallel(
@@ -69,9 +104,14 @@ def apply_tensor_parallel(
 ) -> list[nn.Module]:
     """Slice ``model``, whose body is ``trunk`` with its ``layers``, over the ranks of ``mesh`` in place.
 
-    sequence: between the sliced matrices each rank keeps a stretch of the rows alone (see ``sequence``). Returns the modules
-    whose gradients are sums that every rank has a part of; see ``sum_partial_gradients``. The output head's weight becomes a
-    slice of the vocabulary, for a loss that works on slices; its own forward is not for use.
+    Parameter by parameter: a slice moves to the mesh's device, so no device holds a whole matrix.
+
+    Args:
+        sequence: between the sliced matrices each rank keeps a part of the rows' time only (``sequence_parallel.py``).
+
+    Returns:
+        The modules of whose gradients every rank has a part; see ``sum_partial_gradients``. The output head's weight
+        becomes a slice of the vocabulary for a vocabulary-parallel loss; its own forward must not be called.
     """
     ranks, rank = mesh.size(), mesh.get_local_rank()
     config = trunk.config.get_text_config()
@@ -92,7 +132,7 @@ def apply_tensor_parallel(
         if style.startswith("colwise"):
             entered[parent] = trunk.get_submodule(parent)
     if sequence:
-        partial += SequenceParallel(mesh).divide_between(layers, list(entered.values()))
+        partial += SequenceParallel(mesh).apply(layers, list(entered.values()))
     trained = {name for name, parameter in trunk.named_parameters() if parameter.requires_grad}
     parallelize_module(trunk, mesh, styles, src_data_rank=None)
     for path, parameter in trunk.named_parameters():
@@ -110,7 +150,9 @@ def apply_tensor_parallel(
 
 
 def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
-    """The parameters of which ``apply_tensor_parallel`` leaves each of so many ``ranks`` a slice; the others stay whole."""
+    """The parameters of which ``apply_tensor_parallel`` leaves each of ``ranks`` ranks a slice; the others stay
+    whole.
+    """
     config = trunk.config.get_text_config()
     keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     sliced: list[nn.Parameter] = []
@@ -124,7 +166,7 @@ def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
 
 @torch.no_grad()
 def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Sum the gradients of ``modules`` over the ranks of ``mesh``, each of which has formed its heads' part."""
+    """Sum the gradients of ``modules`` over the ranks of ``mesh``: each computed the part of its own heads."""
     for module in modules:
         for parameter in module.parameters():
             if parameter.grad is not None:
@@ -133,7 +175,7 @@ def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
 
 
 def _plan(trunk: Any) -> dict[str, tuple[str, nn.Module]]:
-    """The style and the module of every path in ``trunk`` that its plan speaks of, but for embeddings."""
+    """Style and module of every path in ``trunk`` that its plan names, without embeddings."""
     plan = dict(getattr(trunk.config.get_text_config(), "base_model_tp_plan", None) or {})
     found = {}
     for path, module in trunk.named_modules():
@@ -182,7 +224,7 @@ def _slice_embedding(embeddings: Any, mesh: DeviceMesh) -> None:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over a group's ranks, which all go on with it alike."""
+    """Sum over a group; every rank computes the same from it, so the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -196,7 +238,7 @@ class _Sum(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """The identity, for what all ranks of a group have alike and go on with differently."""
+    """Identity on a replicated tensor that each rank uses differently, so its gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:

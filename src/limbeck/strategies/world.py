@@ -13,59 +13,50 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_PATIENCE = timedelta(days=30)
+from limbeck.strategies.parallel_dims import Coordinates, ParallelDims, forget_meshes
+
+_BARRIER_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its equals.
+    """This process among the processes that run the same loop.
 
-    device: where its models live. patient: the group that ``wait`` meets in. tensor: neighbouring ranks that hold slices of one
-    student and do the same with the same rows. context: such groups that share rows, each with a stretch of their time.
-    pipeline: groups of these that share rows, each with some of the layers.
+    Args:
+        rank: number of this process.
+        size: number of processes.
+        device: where its models live.
+        barrier_group: group of ``barrier``, whose timeout is long.
+        dims: how the student divides the ranks; by default all of them shard it and read different rows.
     """
 
     rank: int
     size: int
     device: torch.device
     barrier_group: dist.ProcessGroup | None = None
-    tensor: int = 1
-    context: int = 1
-    pipeline: int = 1
+    dims: ParallelDims = None  # type: ignore[assignment]
 
-    @property
-    def together(self) -> int:
-        """Neighbouring ranks that work on the same rows."""
-        return self.tensor * self.context * self.pipeline
+    def __post_init__(self) -> None:
+        if self.dims is None:
+            object.__setattr__(self, "dims", ParallelDims(dp_shard=self.size))
 
     @property
     def data_rank(self) -> int:
-        """Which share of the data this process sees."""
-        return self.rank // self.together
+        """Which part of the rows this process reads."""
+        return self.dims.data_rank(self.rank)
 
     @property
-    def data_size(self) -> int:
-        """The number of shares into which the data is dealt."""
-        return self.size // self.together
+    def coordinates(self) -> Coordinates:
+        """Position of this process along each dimension of ``dims``."""
+        return self.dims.coordinates(self.rank)
 
-    @property
-    def context_rank(self) -> int:
-        """Which stretch of its rows this process sees."""
-        return self.rank // self.tensor % self.context
-
-    @property
-    def grad_shares(self) -> int:
-        """The number of parts of a step's gradient, whose mean is taken."""
-        return self.size // (self.tensor * self.pipeline)
-
-    @property
-    def losses(self) -> int:
-        """The number of ranks that compute a loss: those that hold the student's last layer."""
-        return self.size // self.pipeline
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The process group of this rank along a dimension of ``dims``; None if that has size 1."""
+        return self.dims.group(self.device.type, axis)
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -82,8 +73,8 @@ class World:
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
-    def wait(self) -> None:
-        """Return when every process has come here, however long one takes: the first tokenisation may take hours."""
+    def barrier(self) -> None:
+        """Return when every process has called this, however long one takes: the first tokenisation may take hours."""
         if self.size > 1:
             dist.barrier(group=self.barrier_group)
 
@@ -101,11 +92,12 @@ def start_world(timeout_minutes: float = 30) -> Iterator[World]:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
-        # A process that ends ends the others' waiting too, by its closed connections and by whoever started it.
-        barrier_group = dist.new_group(backend="gloo", timeout=_PATIENCE) if size > 1 else None
+        # A process that dies ends the others' barrier too: its connections close, and the launcher stops the rest.
+        barrier_group = dist.new_group(backend="gloo", timeout=_BARRIER_TIMEOUT) if size > 1 else None
         yield World(rank, size, device, barrier_group)
     finally:
         if started:
             # FSDP's modules and hooks form cycles; one that outlives its process group aborts the interpreter at exit.
             gc.collect()
             dist.destroy_process_group()
+            forget_meshes()

@@ -1,21 +1,22 @@
-"""Who answers. A teacher is asked for the signals of a batch and knows nothing of the student."""
+"""Teachers: requests in, signals out. A teacher knows nothing of the student."""
 
 from limbeck.teachers.local import LocalTeacher
-from limbeck.teachers.model_parallel import ModelParallelGroup, ModelParallelTeacher
-from limbeck.teachers.remote import Channel, RemoteTeacher, TeacherResponse, route
-from limbeck.teachers.signals import Signal, SignalFuture, SignalSpec, Teacher, TeacherRequest
+from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext, TeacherInfo
+from limbeck.teachers.remote import Channel, RemoteTeacher, connect_channels, route
+from limbeck.teachers.signals import Signal, SignalSpec, TeacherRequest, TeacherResponse
 
 __all__ = [
     "Channel",
     "LocalTeacher",
-    "ModelParallelGroup",
-    "ModelParallelTeacher",
     "RemoteTeacher",
     "Signal",
     "SignalFuture",
     "SignalSpec",
     "Teacher",
+    "TeacherContext",
+    "TeacherInfo",
     "TeacherRequest",
     "TeacherResponse",
+    "connect_channels",
     "route",
 ]

@@ -1,4 +1,4 @@
-"""Whether a teacher that was started with one configuration answers what a run with another configuration asks."""
+"""Whether a teacher service that was started with one configuration fits a run with another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PACKING = "student.use_sequence_packing"
 
 
 def teacher_fingerprint(config: DistillConfig) -> dict[str, Any]:
-    """What a teacher's answers depend on, beside the question: key by key."""
+    """What a teacher's signals depend on besides the request, by configuration key."""
     args = config.teacher.model_args
     name = args.model_name_or_path
     given = {
@@ -28,10 +28,10 @@ def teacher_fingerprint(config: DistillConfig) -> dict[str, Any]:
     return {**given, "seed": config.seed} if args.from_scratch else given
 
 
-def check_fit(service: str, serves: Mapping[str, Any], config: DistillConfig) -> None:
-    """Raise LimbeckError, naming every key, unless what the ``service`` serves is what ``config`` asks for.
+def check_fingerprint(service: str, serves: Mapping[str, Any], config: DistillConfig) -> None:
+    """Raise LimbeckError, naming every key, unless the ``service`` with the fingerprint ``serves`` fits ``config``.
 
-    A teacher that keeps packed rows apart also serves rows that are not packed.
+    A teacher that keeps packed documents apart also serves rows that are not packed.
     """
     ours = teacher_fingerprint(config)
     differ = [key for key in ours if ours[key] != serves.get(key) and (key != _PACKING or ours[key])]

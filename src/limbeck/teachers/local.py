@@ -1,64 +1,137 @@
-"""A teacher in this process: no transport, no copy of logits, only hidden states that the loss reads where they lie."""
+"""A teacher in this process. Nothing is transferred: the loss reads its hidden states where they are."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
-from limbeck.models import Taps, hidden_states
-from limbeck.objectives import OutputHead
-from limbeck.teachers.signals import Signal, SignalFuture, SignalSpec, TeacherRequest
+from limbeck.errors import LimbeckError
+from limbeck.models import (
+    ModelSource,
+    Taps,
+    check_head,
+    check_length,
+    check_logit_layer,
+    hidden_states,
+    keep_documents_apart,
+    load_model,
+)
+from limbeck.models.dtypes import compute_dtype
+from limbeck.strategies.base import FrozenModel, TeacherSpec, dims_of, strategy_of
+from limbeck.strategies.world import World
+from limbeck.teachers.model_parallel import exchange_batches
+from limbeck.teachers.protocol import SignalFuture, TeacherContext, TeacherInfo
+from limbeck.teachers.signals import Signal, SignalSpec, TeacherRequest
 
 
 class LocalTeacher:
-    """A body (perhaps sharded over the processes) and its head, both frozen."""
+    """A frozen model, perhaps distributed over the processes, and its head. See
+    ``limbeck.teachers.protocol.Teacher``.
+    """
 
-    def __init__(self, model_body: nn.Module, head: OutputHead, num_parameters: int) -> None:
-        self.body = model_body.eval().requires_grad_(False)
-        self.head = head
-        self.num_parameters = num_parameters
+    def __init__(self, model: FrozenModel) -> None:
+        self.model = model
+        model.body.eval().requires_grad_(False)
         self._taps, self._supervised_only = Taps(), False
 
-    def tap(self, taps: Taps, *, supervised_only: bool) -> None:
-        """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
+    @property
+    def info(self) -> TeacherInfo:
+        head = self.model.head
+        return TeacherInfo(len(head.weight), self.model.num_parameters, head)
+
+    def request(self, batch: Batch, spec: SignalSpec) -> SignalFuture:
+        # Computed when the signal is needed, on the student's device. The spec describes a transfer, and there is none.
+        return self.compute_signal
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def offload(self) -> None:
+        self.move(torch.device("cpu"))
+
+    def reload(self) -> None:
+        """Requests are computed where the model is."""
+
+    def move(self, device: torch.device) -> None:
+        """Keep body and head on ``device`` from now on."""
+        head = self.model.head
+        self.model.body.to(device)
+        bias = None if head.bias is None else head.bias.to(device)
+        self.model.head = replace(head, weight=head.weight.to(device), bias=bias)
+        if device.type == "cpu":
+            torch.cuda.empty_cache()
+
+    def capture(self, taps: Taps, *, supervised_only: bool) -> None:
+        """From now on signals carry what ``taps`` capture, at every token that is not padding or at supervised
+        positions.
+        """
         self._taps, self._supervised_only = taps, supervised_only
 
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head."""
-        return len(self.head.weight)
-
-    def ask(self, batch: Batch, wanted: SignalSpec) -> SignalFuture:
-        """Nothing begins before the answer is needed: this teacher works on the student's own device. Nothing travels
-        either, so that it gives its hidden states whatever is ``wanted``."""
-        return self.signals
-
-    def move(self, device: torch.device | str) -> None:
-        """Keep body and head on ``device`` from now on."""
-        self.body.to(device)
-        bias = None if self.head.bias is None else self.head.bias.to(device)
-        self.head = replace(self.head, weight=self.head.weight.to(device), bias=bias)
-
-    def say(self, question: TeacherRequest) -> tuple[Tensor, ...]:
-        """What is wanted of the positions that are asked about, as it travels."""
-        return question.wanted.say(self.hidden(question), self.head)
-
-    def signals(self, batch: Batch) -> Signal:
-        """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
+    def compute_signal(self, batch: Batch) -> Signal:
+        """The signal for one micro-batch on the teacher's device."""
         with self._taps.opened() as found:
-            hidden = self.hidden(TeacherRequest.of(batch))
+            hidden = self.compute_hidden(TeacherRequest.from_batch(batch))
         if batch.translation is not None:
-            return Signal(hidden, self.head)
-        places = batch.supervised if self._supervised_only else batch.real
-        return Signal(hidden, self.head, self._taps.rows(found, batch.labels.shape, places))
+            return Signal(hidden, self.model.head)
+        positions = batch.supervised if self._supervised_only else batch.real
+        return Signal(hidden, self.model.head, self._taps.rows(found, batch.labels.shape, positions))
+
+    def encode(self, request: TeacherRequest) -> dict[str, Tensor]:
+        """The named tensors that answer a request, on the teacher's device."""
+        return request.spec.encode(self.compute_hidden(request), self.model.head)
 
     @torch.no_grad()
-    def hidden(self, question: TeacherRequest) -> Tensor:
-        """The last hidden states [supervised, H] at the positions that are asked about."""
-        return self._states(question).flatten(0, 1).index_select(0, question.supervised)
+    def compute_hidden(self, request: TeacherRequest) -> Tensor:
+        """The last hidden states [supervised, H] of a request. Every rank of a model-parallel group must call it."""
+        model = self.model
+        if model.group is not None:
+            return exchange_batches(model.body, model.head, model.group, request)
+        states = hidden_states(model.body, request.input_ids, request.position_ids, request.documents)
+        return states.flatten(0, 1).index_select(0, request.supervised)
 
-    def _states(self, question: TeacherRequest) -> Tensor:
-        return hidden_states(self.body, question.input_ids, question.position_ids, question.documents)
+    def check(self, config: DistillConfig, longest_row: int, largest_token: int) -> None:
+        """Raise LimbeckError unless the teacher has a position for every token of the longest row and knows every
+        token.
+        """
+        check_length(self.model.body, str(config.teacher.model_args.model_name_or_path), longest_row)
+        # Not the embedding weight's rows: ZeRO-3 keeps them elsewhere.
+        embeddings = self.model.body.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        check_tokens("teacher", min(self.info.vocab_size, embeddings), largest_token)
+
+
+def check_tokens(role: str, known: int, largest_token: int) -> None:
+    """Raise LimbeckError if the data holds a token id that a model with ``known`` tokens does not have."""
+    if largest_token >= known:
+        raise LimbeckError(
+            f"the data holds token id {largest_token}, but the {role} knows only {known} tokens; "
+            "use the tokenizer that both models were trained with, or resize the model's embeddings first."
+        )
+
+
+def load_local_teacher(config: DistillConfig, world: World) -> LocalTeacher:
+    """Load the teacher of a configuration and distribute it over the processes of ``world``."""
+    worker = config.teacher
+    source = ModelSource.from_args(worker.model_args, "teacher")
+    dims = dims_of(worker, world.size, "teacher")
+    strategy = strategy_of(worker, "teacher")
+    strategy.check(config, dims, "teacher", world.device.type)
+    model = load_model(source, compute_dtype(worker), config.seed)
+    if config.features.logit_layers:
+        check_logit_layer(model, config.features.logit_layers[1], "teacher")
+    strategy.check_model(model, dims, source.name, "teacher")
+    check_head(model, source.name)
+    if config.student.use_sequence_packing and config.cross_tokenizer == "off":
+        keep_documents_apart(model, source.name)
+    return LocalTeacher(strategy.build_teacher(TeacherSpec(model, source.name, worker), world))
+
+
+def load_teacher(context: TeacherContext) -> LocalTeacher:
+    """The teacher in the student's own processes (``teacher.source: model``)."""
+    teacher = load_local_teacher(context.config, context.world)
+    if context.shares_tokenizer:
+        teacher.check(context.config, context.longest_row, context.largest_token)
+    return teacher

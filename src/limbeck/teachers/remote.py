@@ -1,6 +1,7 @@
-"""A teacher in other processes: questions go out a step ahead, answers come back.
+"""A teacher in other processes: requests are sent ahead of time, responses arrive over channels.
 
-Which wire they travel on is the channel's affair; that its ranks may have to walk in step is this file's.
+A channel is the connection to one teacher rank. What it runs on (Ray, HTTP, ...) is the channel's implementation; how
+requests are distributed over ranks that may have to run every forward pass together is decided here.
 """
 
 from __future__ import annotations
@@ -11,46 +12,61 @@ from functools import cache
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from limbeck.data.batch import Batch
 from limbeck.objectives import OutputHead
-from limbeck.teachers.signals import SignalFuture, SignalSpec, TeacherRequest
-
-_MOST = 2
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
+from limbeck.strategies.named_tensors import broadcast_named
+from limbeck.strategies.world import World
+from limbeck.teachers.protocol import SignalFuture, TeacherContext, TeacherInfo
+from limbeck.teachers.signals import HIDDEN_STATES, SignalSpec, TeacherRequest, TeacherResponse
 
 
 @dataclass(frozen=True)
-class TeacherResponse:
-    """What came, [supervised, …] each, and the seconds that the teacher worked on it."""
+class TeacherDescription:
+    """What a teacher rank reports about itself: rows of its output head and parameters of the whole model."""
 
-    tensors: tuple[Tensor, ...]
-    seconds: float
+    vocab_size: int
+    num_parameters: int
 
 
 class Channel(Protocol):
-    """The way to one teacher rank. What is asked over it is answered in that order."""
+    """The connection to one teacher rank. Requests are processed in the order in which they were sent."""
 
-    def ask(self, question: TeacherRequest | None) -> Callable[[], TeacherResponse]:
-        """Send a question and return at once; None only keeps the rank in step with others that are asked."""
+    def describe(self) -> TeacherDescription:
+        """Facts about the teacher; blocks until it is loaded."""
+
+    def head(self) -> OutputHead:
+        """The teacher's output head, on the host."""
+
+    def check(self, longest_row: int, largest_token: int) -> None:
+        """Raise LimbeckError unless the teacher can process rows of that length with those token ids."""
+
+    def send(self, request: TeacherRequest | None) -> Callable[[], TeacherResponse]:
+        """Send a request and return at once; the result blocks until the response has arrived. None runs an empty
+        forward pass that keeps the rank in step with others.
+        """
+
+    def offload(self) -> None:
+        """Free the teacher's device until the next request."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """Whom one asker asks: ``mine`` in turns; every question also steps the ``idle``, whom nobody else asks."""
+    """Teacher ranks that a student rank sends to, round-robin. Each request also sends a no-op to ``idle_ranks``, which
+    nobody else sends to, so that collectives match.
+    """
 
-    mine: tuple[int, ...]
-    idle: tuple[int, ...] = ()
+    targets: tuple[int, ...]
+    idle_ranks: tuple[int, ...] = ()
 
 
 def route(student: int, students: int, teachers: int, *, in_step: bool) -> Route:
-    """How the student's asker ``student`` of ``students`` reaches ``teachers`` ranks.
+    """How the student's data-parallel rank ``student`` of ``students`` reaches ``teachers`` ranks.
 
-    Teachers that are whole copies (not ``in_step``) are shared out, several to a student where there are more of them.
-    Those that share one model's parameters run every forward pass together, so that each must be asked equally often: the
-    places that are left in the last round are filled by the students in turn.
+    Ranks that hold whole copies (not ``in_step``) are divided among the students. Ranks that share one model's
+    parameters run every forward pass together, so each must receive equally many requests: the students fill the last
+    round with no-ops.
     """
     if not in_step:
         return Route(tuple(range(student, teachers, students)) if teachers > students else (student % teachers,))
@@ -62,96 +78,103 @@ def route(student: int, students: int, teachers: int, *, in_step: bool) -> Route
 class RemoteTeacher:
     """A teacher behind ``channels``, one for each of its ranks, as one student rank sees it.
 
-    way: whom it asks. together: the ranks that share this rank's rows; the first of them asks for all, and tells the others
-    what it was answered. head: the teacher's, if hidden states will be asked for. rest: lets all of the teacher's ranks leave
-    their devices until they are asked again.
+    Args:
+        channels: to all teacher ranks.
+        route: which of them this rank uses.
+        info: facts about the teacher, with the head if hidden states are requested.
+        world: the student's processes. Ranks that work on the same rows share one request: the first sends it and
+            broadcasts the response.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[Channel],
-        way: Route,
-        vocab_size: int,
-        num_parameters: int,
-        head: OutputHead | None = None,
-        together: dist.ProcessGroup | None = None,
-        rest: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.num_parameters = num_parameters
-        self._head = head
-        self._together = together
-        self._speaks = together is None or dist.get_rank(together) == 0
-        self._bytes, self._positions, self._seconds, self._answers = 0, 0, 0.0, 0
-        self._mine = [channels[rank] for rank in way.mine]
-        self._idle = [channels[rank] for rank in way.idle]
-        self._asked = 0
-        self._waiting: list[Callable[[], TeacherResponse]] = []
-        self.rest = rest
+    def __init__(self, channels: Sequence[Channel], route: Route, info: TeacherInfo, world: World) -> None:
+        self._info = info
+        self._world, self._channels = world, channels
+        self._group = world.dims.model_group(world.device.type)
+        self._sends = world.dims.leads_model_group(world.rank)
+        self._targets = [channels[rank] for rank in route.targets]
+        self._idle = [channels[rank] for rank in route.idle_ranks]
+        self._sent = 0
+        self._pending: list[Callable[[], TeacherResponse]] = []
+        self._reset_metrics()
 
-    def ask(self, batch: Batch, wanted: SignalSpec) -> SignalFuture:
-        """Send the question now; the answer waits until it has come."""
-        reply = self._send(TeacherRequest.of(batch, wanted)) if self._speaks else None
-        return lambda micro: wanted.signal(self._receive(reply, batch, micro), self._head)
+    @property
+    def info(self) -> TeacherInfo:
+        return self._info
 
-    def _send(self, question: TeacherRequest) -> Callable[[], TeacherResponse]:
-        channel = self._mine[self._asked % len(self._mine)]
-        self._asked += 1
-        reply = cache(channel.ask(question))
-        self._waiting.append(reply)
-        for other in self._idle:
-            other.ask(None)
-        return reply
+    def request(self, batch: Batch, spec: SignalSpec) -> SignalFuture:
+        pending = self._send(TeacherRequest.from_batch(batch, spec)) if self._sends else None
+        return lambda micro: spec.decode(self._receive(pending, batch, micro), self._info.head)
 
-    def _receive(self, reply: Callable[[], TeacherResponse] | None, batch: Batch, micro: Batch) -> tuple[Tensor, ...]:
-        device = micro.input_ids.device
-        here: tuple[Tensor, ...] | None = None
-        if reply is not None:
-            came = reply()
-            if reply in self._waiting:
-                self._waiting.remove(reply)
-            self._bytes += sum(tensor.nbytes for tensor in came.tensors)
-            self._positions += len(came.tensors[0])
-            self._seconds += came.seconds
-            self._answers += 1
-            here = tuple(tensor.to(device, non_blocking=True).contiguous() for tensor in came.tensors)
-        if self._together is None:
-            assert here is not None
-            return here
-        everything = _told(here, self._together, device)
-        mine = micro.supervised
-        if len(mine) == len(batch.supervised):
-            return everything
-        rows = torch.searchsorted(batch.supervised.to(device), mine)  # both are in order, and one is part of the other
-        return tuple(tensor.index_select(0, rows) for tensor in everything)
-
-    def wait(self) -> None:
-        """Return when everything that this rank has asked is answered."""
-        while self._waiting:
-            self._waiting.pop()()
-
-    def measured(self) -> dict[str, float]:
-        """What this rank received since the last call: bytes per position, and the teacher's seconds per question."""
-        line = {
+    def metrics(self) -> dict[str, float]:
+        """Bytes per position and in all, and the teacher's seconds per request, of this rank since the last call."""
+        values = {
             "transport/bytes_per_token": self._bytes / max(self._positions, 1),
             "transport/megabytes": self._bytes / 1e6,
-            "teacher/forward_seconds": self._seconds / max(self._answers, 1),
+            "teacher/forward_seconds": self._seconds / max(self._responses, 1),
         }
-        self._bytes, self._positions, self._seconds, self._answers = 0, 0, 0.0, 0
-        return line
+        self._reset_metrics()
+        return values
+
+    def offload(self) -> None:
+        while self._pending:
+            self._pending.pop()()
+        self._world.barrier()
+        if self._world.is_main:
+            for channel in self._channels:
+                channel.offload()
+        self._world.barrier()
+
+    def reload(self) -> None:
+        """The teacher's ranks reload themselves at the next request."""
+
+    def _reset_metrics(self) -> None:
+        self._bytes, self._positions, self._seconds, self._responses = 0, 0, 0.0, 0
+
+    def _send(self, request: TeacherRequest) -> Callable[[], TeacherResponse]:
+        channel = self._targets[self._sent % len(self._targets)]
+        self._sent += 1
+        pending = cache(channel.send(request))
+        self._pending.append(pending)
+        for other in self._idle:
+            other.send(None)
+        return pending
+
+    def _receive(self, pending: Callable[[], TeacherResponse] | None, batch: Batch, micro: Batch) -> dict[str, Tensor]:
+        device = micro.input_ids.device
+        received: dict[str, Tensor] = {}
+        if pending is not None:
+            response = pending()
+            if pending in self._pending:
+                self._pending.remove(pending)
+            self._bytes += sum(tensor.nbytes for tensor in response.tensors.values())
+            self._positions += len(next(iter(response.tensors.values())))
+            self._seconds += response.seconds
+            self._responses += 1
+            received = {
+                name: tensor.to(device, non_blocking=True).contiguous() for name, tensor in response.tensors.items()
+            }
+        if self._group is None:
+            return received
+        everything = broadcast_named(received, self._group, 0, device)
+        own = micro.supervised
+        if len(own) == len(batch.supervised):
+            return everything
+        rows = torch.searchsorted(batch.supervised.to(device), own)  # both are sorted, and one is part of the other
+        return {name: tensor.index_select(0, rows) for name, tensor in everything.items()}
 
 
-def _told(here: tuple[Tensor, ...] | None, group: dist.ProcessGroup, device: torch.device) -> tuple[Tensor, ...]:
-    """What the first rank of ``group`` has, on all of them: at most ``_MOST`` tensors, [supervised] or [supervised, width]."""
-    first = dist.get_global_rank(group, 0)
-    facts = [(_DTYPES.index(tensor.dtype), tensor.ndim, *tensor.shape, 0)[:4] for tensor in here or ()]
-    header = torch.tensor([*facts, *[(-1, 0, 0, 0)] * (_MOST - len(facts))], device=device)
-    dist.broadcast(header, first, group=group)
-    tensors = here or tuple(
-        torch.empty(shape[:ndim], dtype=_DTYPES[dtype], device=device)
-        for dtype, ndim, *shape in header.tolist()
-        if dtype >= 0
-    )
-    for tensor in tensors:
-        dist.broadcast(tensor, first, group=group)
-    return tensors
+def connect_channels(context: TeacherContext, channels: Sequence[Channel]) -> RemoteTeacher:
+    """The remote teacher behind ``channels``, after it has checked the data. Every student rank calls it with all
+    channels.
+    """
+    world, config = context.world, context.config
+    way = route(world.data_rank, world.dims.data_size, len(channels), in_step=context.in_step)
+    first = channels[way.targets[0]]
+    if context.shares_tokenizer:
+        first.check(context.longest_row, context.largest_token)
+    facts, head = first.describe(), None
+    if config.teacher_signal == HIDDEN_STATES.kind:
+        sent = first.head()
+        weight, bias = sent.weight.to(world.device), None if sent.bias is None else sent.bias.to(world.device)
+        head = OutputHead(weight, bias, sent.softcap, sent.scale)
+    return RemoteTeacher(channels, way, TeacherInfo(facts.vocab_size, facts.num_parameters, head), world)

@@ -1,10 +1,11 @@
-"""What a teacher is asked about a batch, and what it says."""
+"""What travels between a student rank and a teacher: the request for a micro-batch, and the signal that the loss
+consumes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,26 +16,25 @@ from limbeck.objectives import Logits, OutputHead, TopK, compute_logits, compute
 
 @dataclass(frozen=True)
 class Signal:
-    """What the loss compares the student with, in the order of the batch's flattened supervised positions (of its
-    translation's, if it has one).
+    """The teacher's distribution at the supervised positions of a micro-batch, in their flattened order.
 
-    hidden: the teacher's last hidden states [supervised, H_teacher], which with its ``head``, the same object for every batch,
-    are the whole distribution, exactly. said: what the teacher sent instead; then the other two are None. features: the
-    outputs of the submodules that are tapped, each [rows, its width], if any are.
+    hidden: last hidden states [supervised, H_teacher]; with ``head``, the same object for every batch, they are the
+    whole distribution, exactly. payload: what the teacher sent instead; ``hidden`` and ``head`` are then None.
+    features: outputs of captured submodules, [rows, width] each.
     """
 
     hidden: Tensor | None
     head: OutputHead | None
     features: tuple[Tensor, ...] = ()
-    said: TopK | Logits | None = None
+    payload: TopK | Logits | None = None
 
 
 @dataclass(frozen=True)
 class SignalSpec:
-    """What an answer is made of when it travels: the one place that knows the kinds of answers, at both ends of the way.
+    """Which signal to send. This class encodes it on the teacher's side and decodes it on the student's.
 
-    kind: hidden_states, top_k (the ``topk`` most likely tokens with log-probabilities at ``temperature``) or logits, of the
-    first ``vocab_size`` tokens.
+    kind: ``"hidden_states"``, ``"top_k"`` (the ``topk`` most likely tokens with log-probabilities at ``temperature``)
+    or ``"logits"``, over the first ``vocab_size`` tokens.
     """
 
     kind: str = "hidden_states"
@@ -44,72 +44,73 @@ class SignalSpec:
 
     @property
     def needs_head(self) -> bool:
-        """Whether the asker must have the teacher's output head."""
+        """Whether the student needs the teacher's output head."""
         return self.kind == "hidden_states"
 
-    def say(self, hidden: Tensor, head: OutputHead, chunk: int | None = None) -> tuple[Tensor, ...]:
-        """What travels, [supervised, …] each, in place of the hidden states [supervised, H]; ``chunk``: positions whose logits
-        are held at once, by default as many as in the loss."""
+    def encode(self, hidden: Tensor, head: OutputHead, chunk: int | None = None) -> dict[str, Tensor]:
+        """The named tensors to send, [supervised, …] each, from hidden states [supervised, H].
+
+        chunk: positions whose logits are held at once; by default as many as in the loss.
+        """
         vocab = self.vocab_size
         if self.kind == "top_k":
-            at = self.temperature
-            top = compute_topk(hidden, head, self.topk, vocab_size=vocab, temperature=at, chunk_size=chunk)
-            return top.log_probs, top.indices.int()  # no vocabulary needs more than 32 bits
+            top = compute_topk(
+                hidden, head, self.topk, vocab_size=vocab, temperature=self.temperature, chunk_size=chunk
+            )
+            return {"log_probs": top.log_probs, "indices": top.indices.int()}  # no vocabulary needs more than 32 bits
         if self.kind == "logits":
-            return (compute_logits(hidden, head, vocab_size=vocab, chunk_size=chunk).logits,)
-        return (hidden,)
+            return {"logits": compute_logits(hidden, head, vocab_size=vocab, chunk_size=chunk).logits}
+        return {"hidden_states": hidden}
 
-    def signal(self, came: tuple[Tensor, ...], head: OutputHead | None) -> Signal:
-        """The signal that came so."""
+    def decode(self, tensors: Mapping[str, Tensor], head: OutputHead | None) -> Signal:
+        """The signal from the named tensors that ``encode`` made."""
         if self.kind == "top_k":
-            log_probs, indices = came
-            return Signal(None, None, said=TopK(log_probs, indices.long(), self.temperature))
+            return Signal(None, None, payload=TopK(tensors["log_probs"], tensors["indices"].long(), self.temperature))
         if self.kind == "logits":
-            return Signal(None, None, said=Logits(came[0]))
-        return Signal(came[0], head)
+            return Signal(None, None, payload=Logits(tensors["logits"]))
+        return Signal(tensors["hidden_states"], head)
 
 
 HIDDEN_STATES = SignalSpec()
 
-SignalFuture = Callable[[Batch], Signal]
-"""What becomes of a question: called with the same micro-batch on the student's device, or with the part of its supervised
-positions that this rank is about, it gives the signal."""
-
-
-class Teacher(Protocol):
-    """Whoever can be asked about a batch. A question may be put long before its answer is wanted."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the output head, some of which may be padding."""
-
-    @property
-    def num_parameters(self) -> int: ...
-
-    def ask(self, batch: Batch, wanted: SignalSpec) -> SignalFuture:
-        """Put a micro-batch (on the host) to the teacher and return at once; answers may be taken in any order."""
-
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """All that a teacher needs of a micro-batch: [batch, time] ids, how rows are kept apart, which positions count, and what is
-    wanted of them."""
+    """What a teacher needs of a micro-batch.
+
+    input_ids, position_ids: [batch, time]. documents: lengths of packed documents, or None. supervised: flattened
+    positions of which the signal is wanted. spec: which signal.
+    """
 
     input_ids: Tensor
     position_ids: Tensor | None
     documents: tuple[int, ...] | None
     supervised: Tensor
-    wanted: SignalSpec = HIDDEN_STATES
+    spec: SignalSpec = HIDDEN_STATES
 
     @classmethod
-    def of(cls, batch: Batch, wanted: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
-        """The question that ``batch`` is, in the teacher's own tokens where the batch has them."""
+    def from_batch(cls, batch: Batch, spec: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
+        """The request for ``batch``, in the teacher's own tokens where the batch has them."""
         if batch.translation is not None:
-            return cls(batch.translation.input_ids, None, None, batch.translation.supervised, wanted)
-        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, wanted)
+            return cls(batch.translation.input_ids, None, None, batch.translation.supervised, spec)
+        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec)
+
+    @classmethod
+    def empty(cls) -> TeacherRequest:
+        """A request for nothing; it runs a forward pass that other ranks wait for."""
+        return cls(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
 
     def to(self, device: torch.device) -> TeacherRequest:
-        """The same question on ``device``."""
+        """The same request on ``device``."""
         positions = None if self.position_ids is None else self.position_ids.to(device)
-        there = self.input_ids.to(device), positions, self.documents, self.supervised.to(device)
-        return TeacherRequest(*there, self.wanted)
+        return TeacherRequest(
+            self.input_ids.to(device), positions, self.documents, self.supervised.to(device), self.spec
+        )
+
+
+@dataclass(frozen=True)
+class TeacherResponse:
+    """The named tensors of a signal, [supervised, …] each, and the seconds that the teacher computed."""
+
+    tensors: Mapping[str, Tensor]
+    seconds: float

@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent.
 
 ``checkpoint-<step>/`` is a Hugging Face folder (the student in safetensors, its tokenizer) that loads anywhere, plus
-``training/`` with what only a resumed run needs, plus ``manifest.json`` with every file's size and SHA-256. It is written
-under a temporary name and renamed when complete. Nothing in it is pickled.
+``training/`` with what only a resumed run needs, plus ``manifest.json`` with every file's size and SHA-256. It is
+written under a temporary name and renamed when complete. Nothing in it is pickled.
 
 This file knows folders and tensors by name; it does not know models, optimizers or data.
 """
@@ -148,6 +148,20 @@ def find_resume(setting: bool | str, folder: Path) -> Path | None:
     if not _NAME.fullmatch(path.resolve().name) and list_checkpoints(path):
         return list_checkpoints(path)[-1]
     return path
+
+
+def refuse_later_checkpoints(resume: Path, folder: Path) -> None:
+    """Raise LimbeckError if ``folder`` has whole checkpoints later than ``resume``: a run from there would be mixed
+    with them.
+    """
+    existing = [path.resolve() for path in list_checkpoints(folder)]
+    place = existing.index(resume.resolve()) + 1 if resume.resolve() in existing else 0
+    later = [path for path in existing[place:] if find_damage(path) is None]
+    if later:
+        raise LimbeckError(
+            f"{folder} also holds {', '.join(path.name for path in later)}, which a run from {resume} would be mixed with; "
+            "set another output_dir, or move them away."
+        )
 
 
 def prune(folder: Path, keep: int, best_mode: str) -> None:

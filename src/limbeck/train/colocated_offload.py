@@ -1,7 +1,5 @@
-"""Student and teacher on the same devices, which do not hold both: they take turns.
-
-While the teacher answers, what the student keeps on its devices lies in the machines' memory, and the other way round. The
-answers lie there in any case.
+"""Student and teacher on the same devices, whose memory does not hold both: one is offloaded while the other
+computes.
 """
 
 from __future__ import annotations
@@ -9,30 +7,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from limbeck.strategies.torch_engine import TorchEngine
+from limbeck.strategies.base import Engine
 from limbeck.strategies.world import World
-from limbeck.teachers import RemoteTeacher
+from limbeck.teachers.protocol import Teacher
 
 
 class ColocatedOffload:
-    """Sees to it that student and teacher are never on the devices together, from the student's side.
+    """Offloads the student while the colocated teacher computes. The teacher's signals wait in host memory.
 
-    Every rank of the student must enter ``teachers`` at the same moments. The teacher comes when it is asked something, and a
-    run begins with the student on the devices.
+    A run begins with the student on the devices.
     """
 
-    def __init__(self, engine: TorchEngine, teacher: RemoteTeacher, world: World) -> None:
+    def __init__(self, engine: Engine, teacher: Teacher, world: World) -> None:
         self._engine, self._teacher, self._world = engine, teacher, world
 
     @contextmanager
-    def teachers(self) -> Iterator[None]:
-        """The teacher's turn: what is asked in the block is answered at its end, and the student is back."""
+    def teacher_turn(self) -> Iterator[None]:
+        """Requests that are sent in the block are complete at its end, when the student is back. Collective."""
         self._engine.offload()
-        self._world.wait()
+        self._world.barrier()
+        self._teacher.reload()
         yield
-        self._teacher.wait()
-        self._world.wait()
-        if self._world.is_main:
-            self._teacher.rest()
-        self._world.wait()
+        self._teacher.offload()
         self._engine.reload()

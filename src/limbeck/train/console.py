@@ -80,7 +80,7 @@ class RunConsole:
         if self._bar is not None:
             self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A sentence above the bar, or a line of its own."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -96,4 +96,4 @@ class RunConsole:
             return
         left = (time.perf_counter() - self._begun) / max(step - self._start, 1) * (self._total - step)
         eta = time.strftime("%H:%M:%S", time.gmtime(left))
-        self.say(f"{self._title}: step {step}/{self._total}  {numbers(values)}  left {eta}")
+        self.print(f"{self._title}: step {step}/{self._total}  {numbers(values)}  left {eta}")

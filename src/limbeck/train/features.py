@@ -1,4 +1,6 @@
-"""The feature term of a run: which submodules meet, which tokens count, and how their losses join the logits' loss."""
+"""The loss term for intermediate features: which submodules are compared, at which tokens, and how the term joins the
+loss.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,17 @@ from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import NamedPair, Taps, body, resolve_pairs, submodules
 from limbeck.objectives import FeatureLosses
-from limbeck.teachers import LocalTeacher, Signal, Teacher
+from limbeck.teachers.local import LocalTeacher
+from limbeck.teachers.protocol import Teacher
+from limbeck.teachers.signals import Signal
 
 
 class Features(nn.Module):
     """The pairs' losses with their projections, and the taps on the student whose outputs they compare.
 
-    weight: of the pairs' mean in the loss. supervised_only: compare at supervised positions (with their weights, divided by
-    their global number) instead of at every token that is not padding (divided by the global number of these).
+    weight: of the pairs' mean in the loss. supervised_only: compare at supervised positions (with their weights,
+    divided by their global number) instead of at every token that is not padding (divided by the global number of
+    these).
     """
 
     def __init__(
@@ -37,9 +42,11 @@ class Features(nn.Module):
     def forward(
         self, found: dict[str, Tensor], batch: Batch, signal: Signal, normalizer: float | Tensor, tokens: float | Tensor
     ) -> Tensor:
-        """[pairs]: each pair's loss. ``normalizer`` and ``tokens`` are global counts, of supervised and of real tokens."""
-        places = batch.supervised if self.supervised_only else batch.real
-        student = self.taps.rows(found, batch.labels.shape, places)
+        """[pairs]: each pair's loss. ``normalizer`` and ``tokens`` are global counts, of supervised and of real
+        tokens.
+        """
+        positions = batch.supervised if self.supervised_only else batch.real
+        student = self.taps.rows(found, batch.labels.shape, positions)
         if self.supervised_only:
             return self.losses(student, signal.features, normalizer, batch.weights)
         return self.losses(student, signal.features, tokens)
@@ -48,7 +55,8 @@ class Features(nn.Module):
 def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) -> Features | None:
     """The feature term of a configuration, and taps on the teacher; None if no pairs are named.
 
-    Both models are asked for the widths of the named outputs. Raises LimbeckError for names and shapes that do not fit.
+    Both models are run once for the widths of the named outputs. Raises LimbeckError for names and shapes that do not
+    fit.
     """
     settings = config.features
     if not settings.pairs or teacher is None:
@@ -59,14 +67,14 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
             "teacher.device_mapping the student's devices."
         )
     trunk = body(student)
-    pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.body))
+    pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.model.body))
     taps = Taps.on(trunk, [pair.student for pair in pairs], "student")
-    asked = Taps.on(teacher.body, [pair.teacher for pair in pairs], "teacher")
+    teacher_taps = Taps.on(teacher.model.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
     with torch.enable_grad():
         ours = taps.probe(trunk)
     with torch.no_grad():
-        theirs = asked.probe(teacher.body)
+        theirs = teacher_taps.probe(teacher.model.body)
     for pair, rows in zip(pairs, ours, strict=True):
         if not rows.requires_grad:
             raise LimbeckError(
@@ -79,7 +87,7 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
         shared=settings.projection == "shared",
         seed=config.seed,
     )
-    teacher.tap(asked, supervised_only=supervised_only)
+    teacher.capture(teacher_taps, supervised_only=supervised_only)
     return Features(losses, taps, _labels(pairs), weight=settings.weight, supervised_only=supervised_only)
 
 

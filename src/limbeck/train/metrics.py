@@ -1,4 +1,4 @@
-"""What is measured between two log lines. Numbers stay on the device until a line is due; a line costs one copy."""
+"""What is measured between two log lines. Values stay on the device until a line is due; a line costs one copy."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.data.batch import StepBatch
+from limbeck.errors import LimbeckError
 from limbeck.objectives import DistillationLoss
 from limbeck.strategies.world import World
 from limbeck.train.student import StudentLoss
 
 FEATURES = "features/"
+_STUDENT_METRICS = ("val/loss", "val/ce", "val/student_entropy", "student/val_loss")
+_TEACHER_METRICS = ("val/kd", "val/teacher_entropy", "val/top1_agreement")
 _LOSS_NAMES = DistillationLoss._fields
 
 
@@ -29,7 +33,7 @@ class LossSums:
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
     def add(self, loss: StudentLoss) -> None:
-        """Add one micro-batch, already divided by its global batch's normalizer."""
+        """Add one micro-batch, already divided by the count of the global batch."""
         parts = torch.stack([part.detach().to(torch.float64) for part in loss.distillation])
         self._sums[: len(parts)] += parts
         if loss.features is not None:
@@ -43,26 +47,29 @@ class LossSums:
 
 
 class Timer:
-    """Seconds spent per section. On a GPU the sections are measured by events on its stream, read when a line is due."""
+    """Seconds spent per section. A section inside another pauses it. On a GPU, sections are measured by events on its
+    stream.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[tuple[str, Any]] = []  # name and start of the sections that are entered, the innermost last
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
         """Count the time inside under ``name``; data work is always host time."""
-        if self._on_gpu and name != "data":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+        if self._open:
+            self._count(*self._open[-1])
+        self._open.append((name, self._now(name)))
+        try:
             yield
-            end.record()
-            self._events.append((name, start, end))
-        else:
-            begun = time.perf_counter()
-            yield
-            self._seconds[name] += time.perf_counter() - begun
+        finally:
+            self._count(*self._open.pop())
+            if self._open:
+                outer = self._open[-1][0]
+                self._open[-1] = (outer, self._now(outer))
 
     def read(self) -> dict[str, float]:
         """Seconds by section since the last call."""
@@ -73,9 +80,22 @@ class Timer:
         seconds, self._seconds, self._events = dict(self._seconds), defaultdict(float), []
         return seconds
 
+    def _now(self, name: str) -> Any:
+        if not self._on_gpu or name == "data":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self, name: str, start: Any) -> None:
+        if isinstance(start, float):
+            self._seconds[name] += time.perf_counter() - start
+        else:
+            self._events.append((name, start, self._now(name)))
+
 
 class StepMetrics:
-    """Everything between two log lines, under ROLL's names and a few of our own."""
+    """Training metrics between two log lines, by the names that users log and plot."""
 
     def __init__(self, world: World, pairs: Sequence[str] = ()) -> None:
         self.world = world
@@ -90,8 +110,8 @@ class StepMetrics:
         self._started = time.perf_counter()
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens inside is not training: its time counts neither as a step nor against the throughput."""
+    def exclude_from_timing(self) -> Iterator[None]:
+        """Exclude the enclosed block from step time and throughput."""
         begun = time.perf_counter()
         yield
         self._started += time.perf_counter() - begun
@@ -108,8 +128,9 @@ class StepMetrics:
     def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
         """Means over the steps since the last line. Every rank must call it."""
         n = max(self._steps, 1)
-        # Each rank divided its sums by its share of the supervised tokens, so the mean of those with a loss is the global mean.
-        losses, seconds = self.losses.read(self.world, n * self.world.losses), self.timer.read()
+        # Each rank divided its sums by its part of the supervised tokens, so the mean over the ranks with a loss is the
+        # global mean.
+        losses, seconds = self.losses.read(self.world, n * self.world.dims.loss_ranks), self.timer.read()
         norm = self._norm.item() / n
         self._norm.zero_()
         wall = time.perf_counter() - self._started
@@ -147,8 +168,18 @@ class StepMetrics:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """The most this process has held so far, in 10⁹ bytes: on the GPU, or resident for a process on the CPU."""
+    """Peak memory of this process so far in 10⁹ bytes: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def check_best_metric(metric: str | None, *, has_teacher: bool) -> None:
+    """Raise LimbeckError unless ``checkpoint_config.best_metric`` is a metric of this validation."""
+    known = [*_STUDENT_METRICS, *(_TEACHER_METRICS if has_teacher else ())]
+    if metric is not None and metric not in known:
+        raise LimbeckError(
+            f"checkpoint_config.best_metric = {metric!r} is not a metric of this run's validation; "
+            f"use one of {', '.join(known)}."
+        )

@@ -1,7 +1,7 @@
 """Quirks of other systems, each switched on by name, for users who must reproduce such a system's numbers.
 
-A fault changes where the divergence is taken, over which columns, or what it is divided by. So it is walked apart from the
-cross-entropy, which takes the time of two losses; without a fault nothing here is used.
+A fault changes where the divergence is taken, over which columns, or what it is divided by. So it is walked apart from
+the cross-entropy, which takes the time of two losses; without a fault nothing here is used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from limbeck.config.schema import FAULTS
 from limbeck.data.batch import Batch
 from limbeck.objectives import DistillationLoss, Objective, OutputHead, fused_linear_distillation
-from limbeck.teachers import Signal
+from limbeck.teachers.signals import Signal
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,24 @@ class ReferenceQuirks:
     base_vocab: int
 
     @classmethod
-    def of(cls, names: Iterable[str], base_vocab: int) -> ReferenceQuirks | None:
+    def from_names(cls, names: Iterable[str], base_vocab: int) -> ReferenceQuirks | None:
         """None if ``names`` is empty."""
         on = frozenset(names)
         assert on <= set(FAULTS)
         return cls(on, base_vocab) if on else None
 
-    def compared(self, batch: Batch) -> Batch:
-        """The batch with ``supervised`` being the places at which the divergence is taken, and labels that mean nothing."""
+    def compared_batch(self, batch: Batch) -> Batch:
+        """The batch with ``supervised`` being the positions at which the divergence is taken, and labels that mean
+        nothing.
+        """
         if "every_token" in self.on:
             real = batch.real
-            places = torch.arange(batch.labels.numel(), device=batch.labels.device) if real is None else real
+            positions = torch.arange(batch.labels.numel(), device=batch.labels.device) if real is None else real
         elif "unshifted_mask" in self.on:  # a supervised position predicts a token of the mask, which stands one behind
-            places = batch.supervised + 1  # in its row: the last position of a row has nothing to predict
+            positions = batch.supervised + 1  # in its row: the last position of a row has nothing to predict
         else:
             return replace(batch, labels=batch.labels.clamp_min(0))
-        return replace(batch, supervised=places, weights=None, labels=torch.zeros_like(batch.labels))
+        return replace(batch, supervised=positions, weights=None, labels=torch.zeros_like(batch.labels))
 
     def normalizers(
         self, batch: Batch, micro_batches: int, normalizer: float | Tensor, tokens: float | Tensor
@@ -62,7 +64,9 @@ class ReferenceQuirks:
         vocab: int,
         normalizers: tuple[float | Tensor, float | Tensor],
     ) -> DistillationLoss:
-        """The objective with the faults. hidden [batch · time, H]; ``signal`` answers ``compared(batch)``; vocab: shared."""
+        """The objective with the faults. hidden [batch · time, H]; ``signal`` answers ``compared_batch(batch)``; vocab:
+        shared.
+        """
         assert signal.hidden is not None and signal.head is not None
         w, theirs, ce_vocab = objective.kd_weight, signal.head, vocab
         ours = head
@@ -87,7 +91,7 @@ class ReferenceQuirks:
                 normalizer=by_ce,
                 all_supervised=True,
             )
-        there = self.compared(batch)
+        there = self.compared_batch(batch)
         kd = fused_linear_distillation(
             hidden.index_select(0, there.supervised),
             ours,

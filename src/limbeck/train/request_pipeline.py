@@ -1,4 +1,6 @@
-"""The next step's questions are put to the teacher before this step is trained, so that a teacher elsewhere works meanwhile."""
+"""Sends the teacher the next step's requests before this step is trained, so that a teacher elsewhere computes
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -6,67 +8,73 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from limbeck.data import PrefetchedStream
 from limbeck.data.batch import Batch, StepBatch
-from limbeck.teachers import SignalFuture
+from limbeck.teachers.protocol import SignalFuture
+from limbeck.train.step_source import StepSource
+
+Request = Callable[[Batch], SignalFuture | None]
 
 
 class RequestedStep(NamedTuple):
-    """One optimizer step with an answer to come for each of its micro-batches; None where nobody was asked."""
+    """One optimizer step, with the future signal of each of its micro-batches; None where no signal is needed."""
 
     batch: StepBatch
-    answers: tuple[SignalFuture | None, ...]
+    signals: tuple[SignalFuture | None, ...]
 
 
 class RequestPipeline:
-    """The steps of ``stream``, each made ready by ``prepare`` and asked about with ``ask`` one step ahead of its turn.
+    """The steps of ``source``, requested from the teacher up to ``source.max_lookahead`` steps ahead.
 
-    Every rank looks ahead at the same moments, so that what they must do together they do together. With a ``turn``, a teacher
-    can answer inside that block alone, and so many steps as ``offload_interval`` are asked about in one.
+    Every rank prepares and requests the same steps at the same moments, so that collectives match.
+
+    Args:
+        source: makes the steps.
+        prepare: finishes a step (counts, teacher tokens); may be collective.
+        request: sends one micro-batch to the teacher.
+        teacher_turn: with a colocated teacher that is offloaded while the student trains: the context in which it can
+            compute. Then ``offload_interval`` steps are requested in one context.
     """
 
     def __init__(
         self,
-        stream: PrefetchedStream,
+        source: StepSource,
         prepare: Callable[[StepBatch], StepBatch],
-        ask: Callable[[Batch], SignalFuture | None],
-        turn: Callable[[], AbstractContextManager[None]] | None = None,
+        request: Request,
+        teacher_turn: Callable[[], AbstractContextManager[None]] | None = None,
         offload_interval: int = 1,
     ) -> None:
-        self._stream, self._prepare, self._ask = stream, prepare, ask
-        self._turn, self._steps_per_turn = turn, offload_interval
-        self._asked: deque[tuple[dict[str, int], RequestedStep]] = deque()
+        self._source, self._prepare, self._request = source, prepare, request
+        self._teacher_turn, self._interval = teacher_turn, offload_interval
+        self._pending: deque[tuple[dict[str, Any], RequestedStep]] = deque()
 
-    @property
-    def position(self) -> dict[str, int]:
-        """Where the step that is handed out next is, though it may have been asked about already."""
-        return self._asked[0][0] if self._asked else self._stream.position
+    def state_dict(self) -> dict[str, Any]:
+        """The source's state at the step that is taken next, though it may have been requested already."""
+        return self._pending[0][0] if self._pending else self._source.state_dict()
 
-    def take(self, *, more: int) -> RequestedStep:
-        """The next step, after which ``more`` will follow; without turns the first of these has been asked about, too."""
-        if not self._asked and self._turn is not None:
-            with self._turn():
-                self._ask_about(min(self._steps_per_turn, 1 + more))
-        elif self._turn is None:
-            self._ask_about(min(2, 1 + more) - len(self._asked))
-        return self._asked.popleft()[1]
+    def take(self, step: int, remaining: int) -> RequestedStep:
+        """Step number ``step``, of which ``remaining`` are left with it."""
+        if self._teacher_turn is None:
+            self._fill(step, min(1 + min(1, self._source.max_lookahead), remaining))
+        elif not self._pending:
+            with self._teacher_turn():
+                self._fill(step, min(self._interval if self._source.max_lookahead else 1, remaining))
+        return self._pending.popleft()[1]
 
-    def _ask_about(self, steps: int) -> None:
-        for _ in range(steps):
-            position = self._stream.position
-            batch = self._prepare(next(self._stream))
-            self._asked.append((position, RequestedStep(batch, tuple(map(self._ask, batch.micro_batches)))))
+    def _fill(self, step: int, steps: int) -> None:
+        while len(self._pending) < steps:
+            state = self._source.state_dict()
+            batch = self._prepare(self._source.next(step + len(self._pending)))
+            requested = RequestedStep(batch, tuple(map(self._request, batch.micro_batches)))
+            self._pending.append((state, requested))
 
 
-def prefetch_requests(
-    batches: Iterable[Batch], ask: Callable[[Batch], SignalFuture | None]
-) -> Iterator[tuple[Batch, SignalFuture | None]]:
-    """Each batch with its answer to come, the batch after it already asked about."""
+def prefetch_requests(batches: Iterable[Batch], request: Request) -> Iterator[tuple[Batch, SignalFuture | None]]:
+    """Each batch with its future signal, the following batch already requested."""
     waiting: tuple[Batch, SignalFuture | None] | None = None
     for batch in chain(batches, (None,)):
-        asked = None if batch is None else (batch, ask(batch))
+        requested = None if batch is None else (batch, request(batch))
         if waiting is not None:
             yield waiting
-        waiting = asked
+        waiting = requested

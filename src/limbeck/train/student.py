@@ -1,13 +1,13 @@
 """The student as one root module: body, output head and loss.
 
-The loss is computed inside the root's forward, so that whatever wraps the root (FSDP2, a pipeline stage) gathers the head's
-parameters and reduces their gradients with its own hooks. Projections of intermediate features live here for the same reason.
-In a pipeline each stage has such a root around its part of the model.
+The loss is computed inside the root's forward, so that whatever wraps the root (FSDP2, DeepSpeed, a pipeline stage)
+gathers the head's parameters and reduces their gradients with its own hooks. Projections of intermediate features are
+part of it for the same reason.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,13 +31,32 @@ from limbeck.objectives import (
 )
 from limbeck.strategies.pipeline_engine import StageModule
 from limbeck.strategies.pipeline_parallel import PipelineGroup
-from limbeck.teachers import Signal
+from limbeck.strategies.world import World
+from limbeck.teachers.signals import Signal
 from limbeck.train.features import Features
 from limbeck.train.reference_quirks import ReferenceQuirks
 
 
+@dataclass(frozen=True)
+class TrainInput:
+    """One micro-batch on the device with its signal.
+
+    normalizer: global weight of supervised tokens, divided by the ranks whose gradients are averaged. num_tokens: the
+    same for tokens that are not padding, by which features at all tokens are divided. micro_batches: number in the
+    step.
+    """
+
+    batch: Batch
+    signal: Signal | None
+    normalizer: float | Tensor
+    num_tokens: float | Tensor = 1.0
+    micro_batches: int = 1
+
+
 class StudentLoss(NamedTuple):
-    """What a micro-batch costs. distillation: the diagnostics, its ``loss`` being the whole; features: [pairs], detached."""
+    """Loss of a micro-batch. distillation: its diagnostics, of which ``loss`` is minimised; features: [pairs],
+    detached.
+    """
 
     distillation: DistillationLoss
     features: Tensor | None = None
@@ -48,102 +67,75 @@ class StudentLoss(NamedTuple):
         return self.distillation.loss
 
     def detached(self) -> StudentLoss:
-        """The same without the way back to the gradients."""
+        """The same without the graph."""
         return self._replace(distillation=self.distillation._replace(loss=self.loss.detach()))
 
 
-class StudentWithLoss(nn.Module):
-    """A Hugging Face causal language model that answers a batch with its loss.
+@dataclass(frozen=True)
+class LossSettings:
+    """How a student's loss is computed.
 
-    features: the term for intermediate features, or None. balance: ``weighted`` adds it to the logits' loss; ``modelopt``
-    scales every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
-    faults: of another system, in training alone. across: when the head holds a slice of the vocabulary. finish_gradients: to
-    be called after a step's last backward.
+    objective: the divergence and its weight. vocab_size: tokens that both models have. features: the term for
+    intermediate features, or None. balance: ``weighted`` adds the features to the logits' loss; ``modelopt`` scales
+    every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
+    compiled: compile the elementwise part of the loss. cross: for a teacher with another tokenizer. quirks: of another
+    system, in training only.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        objective: Objective,
-        vocab_size: int,
-        features: Features | None = None,
-        balance: str = "weighted",
-        compiled: bool | None = None,
-        cross: CrossTokenizer | None = None,
-        faults: ReferenceQuirks | None = None,
-        across: VocabParallel | None = None,
-        finish_gradients: Callable[[], None] = lambda: None,
-    ) -> None:
+    objective: Objective
+    vocab_size: int
+    features: Features | None = None
+    balance: str = "weighted"
+    compiled: bool | None = None
+    cross: CrossTokenizer | None = None
+    quirks: ReferenceQuirks | None = None
+
+
+class StudentWithLoss(nn.Module):
+    """A Hugging Face causal language model whose forward pass ends in the loss.
+
+    Args:
+        model: the model, perhaps sharded or sliced.
+        settings: of the loss.
+        vocab_parallel: set if the output head holds a slice of the vocabulary.
+    """
+
+    fused: Callable[..., DistillationLoss] = staticmethod(fused_linear_distillation)  # a plan replaces it by sizes
+
+    def __init__(self, model: Any, settings: LossSettings, vocab_parallel: VocabParallel | None = None) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
-        self.vocab_size = vocab_size
-        self.compiled = compiled
-        self.cross = cross
-        self.faults = faults
-        self.across = across
-        self.finish_gradients = finish_gradients
-        self.fused: Callable[..., DistillationLoss] = fused_linear_distillation  # a plan's knows sizes alone
-        self.features = features
-        self.balance = balance
+        self.settings = settings
+        self.features = settings.features  # a submodule: its projections are trained
+        self.vocab_parallel = vocab_parallel
 
-    @property
-    def state_names(self) -> Collection[str]:
-        """The names of the whole state."""
-        return self.state_dict().keys()
-
-    @property
-    def trained_names(self) -> Collection[str]:
-        """The names of the parameters that are trained."""
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    @property
-    def num_parameters(self) -> int:
-        """Of the student, the projections of features left out."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
-
-    def forward(
-        self,
-        batch: Batch,
-        signal: Signal | None,
-        normalizer: float | Tensor,
-        tokens: float | Tensor = 1.0,
-        micro_batches: int = 1,
-    ) -> StudentLoss:
-        """The loss of one micro-batch; ``normalizer`` is the global weight of supervised tokens (÷ ranks that average).
-
-        ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it. How
-        many ``micro_batches`` a step has is asked for by a fault alone.
-        """
+    def forward(self, inputs: TrainInput) -> StudentLoss:
+        """The loss of one micro-batch."""
+        batch, signal, settings = inputs.batch, inputs.signal, self.settings
         taps = Taps() if self.features is None else self.features.taps
         with taps.opened() as found:
             hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
-        if self.faults is not None and self.training and signal is not None:
-            divided = self.faults.normalizers(batch, micro_batches, normalizer, tokens)
+        if settings.quirks is not None and self.training and signal is not None:
+            divided = settings.quirks.normalizers(batch, inputs.micro_batches, inputs.normalizer, inputs.num_tokens)
             head, everything = output_head(self.model), hidden.flatten(0, 1)
             return StudentLoss(
-                self.faults.loss(everything, head, batch, signal, self.objective, self.vocab_size, divided)
+                settings.quirks.loss(everything, head, batch, signal, settings.objective, settings.vocab_size, divided)
             )
-        return self.loss(hidden, batch, signal, normalizer, tokens, found)
+        return self.loss(hidden, inputs, found)
 
-    def loss(
-        self,
-        hidden: Tensor,
-        batch: Batch,
-        signal: Signal | None,
-        normalizer: float | Tensor,
-        tokens: float | Tensor,
-        found: Mapping[str, Tensor],
-    ) -> StudentLoss:
-        """What follows the body: the loss of its last ``hidden`` states [batch, time, hidden], and of features ``found``."""
+    def loss(self, hidden: Tensor, inputs: TrainInput, found: Mapping[str, Tensor]) -> StudentLoss:
+        """The loss from the last hidden states [batch, time, hidden] and the captured outputs ``found`` of
+        submodules.
+        """
+        batch, signal, normalizer = inputs.batch, inputs.signal, inputs.normalizer
         rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
         pairs = None
         if self.features is not None and signal is not None:
-            pairs = self.features(found, batch, signal, normalizer, tokens)
-        if self.balance == "modelopt" and signal is not None:
+            pairs = self.features(found, batch, signal, normalizer, inputs.num_tokens)
+        if self.settings.balance == "modelopt" and signal is not None:
             result = self._balanced(rows, batch, signal, normalizer, pairs)
         else:
-            result = self._of_logits(self.objective, rows, batch, signal, normalizer)
+            result = self._logits_loss(self.settings.objective, rows, batch, signal, normalizer)
             if self.features is not None and pairs is not None:
                 result = result._replace(loss=result.loss + self.features.weight * pairs.mean())
         return StudentLoss(result, None if pairs is None else pairs.detach())
@@ -151,21 +143,23 @@ class StudentWithLoss(nn.Module):
     def _balanced(
         self, rows: Tensor, batch: Batch, signal: Signal, normalizer: float | Tensor, pairs: Tensor | None
     ) -> DistillationLoss:
-        """ModelOpt's total. Its ratios are known after the gradients are formed, so the two terms are walked one by one."""
-        w = self.objective.kd_weight
-        result = self._of_logits(replace(self.objective, kd_weight=1.0), rows, batch, signal, normalizer)
+        """ModelOpt's total. Its ratios are known only after the gradients are formed, so the two terms are computed
+        separately.
+        """
+        w = self.settings.objective.kd_weight
+        result = self._logits_loss(replace(self.settings.objective, kd_weight=1.0), rows, batch, signal, normalizer)
         ce = None
         if w < 1:
-            ce = self._of_logits(replace(self.objective, kd_weight=0.0), rows, batch, None, normalizer).loss
+            ce = self._logits_loss(replace(self.settings.objective, kd_weight=0.0), rows, batch, None, normalizer).loss
         none = rows.new_zeros(0)
         total = modelopt_balance(result.loss, none if pairs is None else pairs, ce, w / (1 - w) if w < 1 else 1.0)
         return result._replace(loss=total)
 
-    def _of_logits(
+    def _logits_loss(
         self, objective: Objective, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
     ) -> DistillationLoss:
         labels = batch.labels.flatten().index_select(0, batch.supervised)
-        if self.cross is not None and signal is not None and batch.translation is not None:
+        if self.settings.cross is not None and signal is not None and batch.translation is not None:
             assert signal.hidden is not None and signal.head is not None
             return cross_tokenizer_distillation(
                 rows,
@@ -175,7 +169,7 @@ class StudentWithLoss(nn.Module):
                 labels,
                 batch.translation.labels,
                 batch.translation.spans,
-                cross=self.cross,
+                cross=self.settings.cross,
                 objective=objective,
                 weights=batch.weights,
                 normalizer=normalizer,
@@ -186,30 +180,30 @@ class StudentWithLoss(nn.Module):
             None if signal is None else signal.hidden,
             None if signal is None or signal.head is None else self._teacher_head(signal.head),
             labels,
-            teacher=None if signal is None else self._said(signal.said),
+            teacher=None if signal is None else self._payload(signal.payload),
             objective=objective,
-            vocab_size=self.vocab_size,
+            vocab_size=self.settings.vocab_size,
             weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
-            across=self.across,
-            compiled=self.compiled,
+            across=self.vocab_parallel,
+            compiled=self.settings.compiled,
         )
 
     def _teacher_head(self, head: OutputHead) -> OutputHead:
-        if self.across is None:
+        if self.vocab_parallel is None:
             return head
-        columns = self.across.columns
+        columns = self.vocab_parallel.columns
         return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
-    def _said(self, said: TopK | Logits | None) -> TopK | Logits | None:
-        if self.across is None or not isinstance(said, Logits):
-            return said
-        return Logits(said.logits[:, self.across.columns])
+    def _payload(self, payload: TopK | Logits | None) -> TopK | Logits | None:
+        if self.vocab_parallel is None or not isinstance(payload, Logits):
+            return payload
+        return Logits(payload.logits[:, self.vocab_parallel.columns])
 
     def _head(self) -> OutputHead:
         head = output_head(self.model)
-        if self.across is None:
+        if self.vocab_parallel is None:
             return head
         return replace(
             head,
@@ -218,74 +212,46 @@ class StudentWithLoss(nn.Module):
         )
 
 
-@dataclass(frozen=True)
-class Outline:
-    """What is known of a whole student before it is divided into stages.
-
-    state: the names of its state, under a root; trained: those of its trained parameters; parameters: their number in all;
-    width: of its hidden states; tied: the names of embeddings and output head where they are one parameter.
-    """
-
-    state: tuple[str, ...]
-    trained: frozenset[str]
-    parameters: int
-    width: int
-    tied: tuple[str, str] | None
-
-    @classmethod
-    def of(cls, model: Any) -> Outline:
-        """The outline of a Hugging Face causal language model."""
-        trained = {f"model.{name}" for name, parameter in model.named_parameters() if parameter.requires_grad}
-        every, head = model.named_parameters(remove_duplicate=False), output_head(model).weight
-        names = [f"model.{name}" for name, parameter in every if parameter is head]
-        return cls(
-            tuple(f"model.{name}" for name in model.state_dict()),
-            frozenset(trained),
-            sum(parameter.numel() for parameter in model.parameters()),
-            model.config.get_text_config().hidden_size,
-            (names[0], names[-1]) if len(names) > 1 else None,
-        )
-
-
 class StudentStage(StudentWithLoss, StageModule):
-    """The root of one stage of a pipeline: hidden states for the next stage, or on the last one the loss.
+    """The root of one pipeline stage: hidden states for the next stage, or on the last one the loss."""
 
-    outline: of the whole student. The rest is ``StudentWithLoss``'s.
-    """
-
-    def __init__(self, *args: Any, stages: PipelineGroup, outline: Outline) -> None:
-        super().__init__(*args)
-        self.stages, self.outline, self.width = stages, outline, outline.width
-        self._work: Iterator[Sequence[Any]] = iter(())
+    def __init__(
+        self,
+        model: Any,
+        settings: LossSettings,
+        pipeline: PipelineGroup,
+        vocab_parallel: VocabParallel | None = None,
+    ) -> None:
+        super().__init__(model, settings, vocab_parallel)
+        self.pipeline = pipeline
+        self.outputs = []
+        self._inputs: Iterator[TrainInput] = iter(())
         self._slots = 0
 
-    @property
-    def state_names(self) -> Collection[str]:
-        return self.outline.state
+    def num_slots(self, micro_batch: TrainInput) -> int:
+        return micro_batch.batch.input_ids.numel()
 
-    @property
-    def trained_names(self) -> Collection[str]:
-        return self.outline.trained
-
-    @property
-    def num_parameters(self) -> int:
-        return self.outline.parameters
-
-    def slots(self, inputs: Sequence[Any]) -> int:
-        batch: Batch = inputs[0]
-        return batch.input_ids.numel()
-
-    def begin(self, work: Sequence[Sequence[Any]], slots: int) -> None:
-        self._work, self._slots, self.results = iter(work), slots, []
+    def begin(self, micro_batches: Sequence[TrainInput], slots: int) -> None:
+        self._inputs, self._slots, self.outputs = iter(micro_batches), slots, []
 
     def forward(self, message: Tensor) -> Tensor:  # type: ignore[override]
-        """message: [slots, width], the hidden states of the stage before and what fills them up; nothing on the first stage."""
-        batch, signal, normalizer, tokens, *_ = next(self._work)
+        """message: [slots, width], the previous stage's hidden states and padding; ignored on the first stage."""
+        inputs = next(self._inputs)
+        batch = inputs.batch
         shape, used = batch.input_ids.shape, batch.input_ids.numel()
-        received = None if self.stages.is_first else message[:used].unflatten(0, shape)
+        received = None if self.pipeline.is_first else message[:used].unflatten(0, shape)
         hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents, received)
-        if not self.stages.is_last:
+        if not self.pipeline.is_last:
             return nn.functional.pad(hidden.flatten(0, 1), (0, 0, 0, self._slots - used))
-        result = self.loss(hidden, batch, signal, normalizer, tokens, {})
-        self.results.append(result.detached())
-        return torch.stack([result.loss])  # FSDP2 warns of what is a view
+        output = self.loss(hidden, inputs, {})
+        self.outputs.append(output.detached())
+        return torch.stack([output.loss])  # FSDP2 warns about views
+
+
+def to_device(world: World, batch: Batch) -> tuple[Batch, Batch]:
+    """A micro-batch on the device: with whole rows, of which the teacher's signal is needed here, and this rank's part
+    of their time.
+    """
+    whole, own = batch.stretch(world.coordinates.cp, world.dims.cp)
+    on_device = whole.to(world.device)
+    return on_device, on_device if own is whole else own.to(world.device)

@@ -165,6 +165,8 @@ class DistillConfig(Section):
         "features to the logits' divergence and both to the cross-entropy (left out with distill_loss_weight: 1).",
     )
 
+    step_source: str = Field(default="dataset", description="Which implementation provides the steps.")
+    step_source_kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of step_source.")
     max_steps: int | None = Field(
         default=None,
         ge=1,
@@ -327,15 +329,17 @@ class DistillConfig(Section):
 
     @property
     def device_mapping(self) -> list[int] | None:
-        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are both's,
-        unless the teacher is a service."""
+        """The devices of the student, one rank each; None when the launcher decides. Named for one role, they are
+        both's, unless the teacher is a service.
+        """
         shared = None if self.teacher.service is not None else self.teacher.device_mapping
         return self.student.device_mapping or shared
 
     @property
     def needs_worker_groups(self) -> bool:
-        """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role is
-        processes that Ray places."""
+        """Whether the teacher is a service, has devices of its own, or takes turns on the student's, so that each role
+        is processes that Ray places.
+        """
         ours, theirs = self.student.device_mapping, self.teacher.device_mapping
         apart = ours is not None and theirs is not None and (ours != theirs or self.offloads_colocated)
         return self.has_teacher and (apart or self.teacher.service is not None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -55,6 +55,8 @@ class TeacherConfig(WorkerConfig):
         description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
         "loading one; teacher.device_mapping is then the service's alone.",
     )
+    source: str = Field(default="auto", description="Which implementation provides the teacher.")
+    source_kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of teacher.source.")
     signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
         default="auto",
         description="What a teacher in other processes sends of each supervised position: hidden_states (with the output "

@@ -1,8 +1,9 @@
-"""Tensors straight from one worker's memory to another's, past the object store: Ray Direct Transport.
+"""A channel that moves tensors directly between two workers' memories: Ray Direct Transport.
 
-Ray decides when they travel, and PyTorch's communicators carry them. Ray's own would not do: its gloo one is made inside a
-process's one process group, which the student's ranks have among themselves, and its NCCL one wants another library. Where both
-workers use one GPU, Ray's CUDA_IPC hands over the memory itself. Importing this makes the transport known to the process.
+Ray schedules the transfers and PyTorch's communicators carry them. Ray's own communicators do not fit: its gloo one
+uses the process's default process group, which the student's ranks have among themselves, and its NCCL one needs
+another library. Workers on one GPU use Ray's CUDA_IPC, which hands over the memory itself. Importing this module
+registers the transport in the process.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from torch import Tensor
 
 from limbeck.cluster.groups import result
 from limbeck.errors import LimbeckError
-from limbeck.teachers import TeacherRequest, TeacherResponse
+from limbeck.teachers.channels.ray_object_store import RayChannel
+from limbeck.teachers.signals import TeacherRequest, TeacherResponse
 
 _PAIRS = "LIMBECK"
 _CONNECTING_SECONDS = 120
-_LONGEST = timedelta(minutes=30)  # a peer that is gone is seen at once by its closed connection
+_TIMEOUT = timedelta(minutes=30)  # a dead peer is noticed at once by its closed connection
 
 _stores: list[dist.TCPStore] = []
 _arrived: dict[int, Any] = {}
@@ -37,7 +39,9 @@ _numbers = count()
 
 
 class _Group(BaseGroup):
-    """Workers that send tensors to each other, by gloo or where they have GPUs by NCCL. Its name is its store's HOST:PORT."""
+    """Point-to-point communicator over gloo, or NCCL where there are GPUs. The group's name is its store's
+    HOST:PORT.
+    """
 
     def __init__(self, world_size: int, rank: int, group_name: str) -> None:
         super().__init__(world_size, rank, group_name)
@@ -47,7 +51,7 @@ class _Group(BaseGroup):
         if torch.cuda.is_available():
             self._group = dist.ProcessGroupNCCL(self._store, rank, world_size, dist.ProcessGroupNCCL.Options())
         else:
-            self._group = dist.ProcessGroupGloo(self._store, rank, world_size, _LONGEST)
+            self._group = dist.ProcessGroupGloo(self._store, rank, world_size, _TIMEOUT)
 
     @classmethod
     def backend(cls) -> str:
@@ -68,10 +72,10 @@ class _Group(BaseGroup):
     def destroy_group(self) -> None:
         self._group = None
 
-    def _not_needed(self, *_: Any, **__: Any) -> None:
-        raise NotImplementedError("signals are sent and received, nothing else")
+    def _unsupported(self, *_: Any, **__: Any) -> None:
+        raise NotImplementedError("only point-to-point transfers are used")
 
-    allreduce = allgather = barrier = broadcast = reduce = reducescatter = _not_needed
+    allreduce = allgather = barrier = broadcast = reduce = reducescatter = _unsupported
 
 
 class _Transport(CollectiveTensorTransport):
@@ -84,52 +88,52 @@ register_tensor_transport(_PAIRS, ["cpu", "cuda"], _Transport, torch.Tensor)
 
 
 @dataclass(frozen=True)
-class DirectChannel:
-    """The way to the worker ``actor`` over Ray's transport called ``transport``, seen from the worker ``me``."""
+class DirectChannel(RayChannel):
+    """As ``RayChannel``, but responses arrive in the memory of the worker ``me`` over Ray's transport ``transport``."""
 
-    actor: Any
-    me: Any
-    name: str
-    seconds: float
-    transport: str
+    me: Any = None
+    transport: str = _PAIRS
 
-    def ask(self, question: TeacherRequest | None) -> Callable[[], TeacherResponse]:
-        """The answer comes by itself into this process's memory, and waits there."""
+    def send(self, request: TeacherRequest | None) -> Callable[[], TeacherResponse]:
         number = next(_numbers)
-        said = self.actor.say.options(tensor_transport=self.transport).remote(question)
-        come = self.me.__ray_call__.remote(_take, number, said)
+        tensors = self.actor.compute.options(tensor_transport=self.transport).remote(request)
+        arrival = self.me.__ray_call__.remote(_store_arrival, number, tensors)
 
-        def reply() -> TeacherResponse:
-            result(come, self.name, self.seconds)
+        def response() -> TeacherResponse:
+            result(arrival, self.name, self.seconds)
             return TeacherResponse(*_arrived.pop(number))
 
-        return reply
+        return response
 
 
-def connect(backend: str, actors: Sequence[Any], names: Sequence[str], seconds: float) -> list[DirectChannel]:
-    """Channels from this worker to ``actors``; several of them must be this worker's alone, as all of them meet at once.
+def connect(backend: str, channels: Sequence[RayChannel]) -> list[DirectChannel]:
+    """Direct channels from this worker in place of ``channels``. If there are several, no other worker may use them,
+    since all of them join one communicator.
 
-    backend: gloo, nccl-only or ipc+nccl. Raises LimbeckError where it cannot be.
+    Args:
+        backend: gloo, nccl-only or ipc+nccl.
+
+    Raises:
+        LimbeckError: if the workers' devices do not allow it.
     """
     destroy_all_collective_groups()  # of an earlier run of this process
     me = ray.get_runtime_context().current_actor
-    ours, *theirs = (
-        result(ref, name, seconds)
-        for ref, name in zip([a.about.remote() for a in (me, *actors)], ("this worker", *names), strict=True)
-    )
-    shared = [ours["gpu"] is not None and ours["gpu"] == them["gpu"] for them in theirs]
+    calls = [("this worker", me, channels[0].seconds), *((c.name, c.actor, c.seconds) for c in channels)]
+    refs = [actor.about.remote() for _, actor, _ in calls]
+    ours, *theirs = (result(ref, name, seconds) for ref, (name, _, seconds) in zip(refs, calls, strict=True))
+    shared = [ours["gpu"] is not None and ours["gpu"] == other["gpu"] for other in theirs]
     if backend == "nccl-only" and any(shared):
         raise LimbeckError(
-            f"logits_transfer_backend = nccl-only: a student's worker and {names[shared.index(True)]} share a GPU, in which "
-            "NCCL does not send; use ipc+nccl, or give the teacher other devices."
+            f"logits_transfer_backend = nccl-only: a student's worker and {channels[shared.index(True)].name} share a GPU, in "
+            "which NCCL does not send; use ipc+nccl, or give the teacher other devices."
         )
-    apart = [actor for actor, same in zip(actors, shared, strict=True) if not same]
+    apart = [channel for channel, same in zip(channels, shared, strict=True) if not same]
     if apart:
-        name = result(apart[0].__ray_call__.remote(_open_store), names[actors.index(apart[0])], seconds)
-        create_collective_group([*apart, me], _PAIRS, name)
+        store = result(apart[0].actor.__ray_call__.remote(_open_store), apart[0].name, apart[0].seconds)
+        create_collective_group([*(channel.actor for channel in apart), me], _PAIRS, store)
     return [
-        DirectChannel(actor, me, name, seconds, "CUDA_IPC" if same else _PAIRS)
-        for actor, name, same in zip(actors, names, shared, strict=True)
+        DirectChannel(c.actor, c.name, c.seconds, me, "CUDA_IPC" if same else _PAIRS)
+        for c, same in zip(channels, shared, strict=True)
     ]
 
 
@@ -139,5 +143,5 @@ def _open_store(worker: Any) -> str:
     return f"{host}:{_stores[-1].port}"
 
 
-def _take(worker: Any, number: int, came: Any) -> None:
-    _arrived[number] = came
+def _store_arrival(worker: Any, number: int, response: Any) -> None:
+    _arrived[number] = response

@@ -1,8 +1,9 @@
-"""A configuration turned into the inputs of a run: tokenizer, training stream, validation batches. Models are not here."""
+"""Builds the data of a run from its configuration: tokenizer, training stream, validation batches."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,10 @@ from typing import Any
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.data import (
-    BatchStream,
     DataReport,
     Examples,
     StepBatch,
     MixtureSettings,
-    PrefetchedStream,
     Source,
     TokenizeSettings,
     Translator,
@@ -24,23 +23,28 @@ from limbeck.data import (
     mix,
     tokenize_files,
 )
-from limbeck.models import load_tokenizer, model_limits
+from limbeck.models import ModelSource, load_tokenizer, model_limits
 from limbeck.train.console import row_counter
 from limbeck.train.build.sources import training_sources, validation_sources
-from limbeck.train.build.teacher_tokens import translate
+from limbeck.train.build.teacher_tokens import add_teacher_tokens
+from limbeck.train.build.counts import reduce_counts
 from limbeck.strategies.world import World
+
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Data:
-    """Tokenizer, training stream and validation batches of one rank, with the reports of what became of the rows.
+    """Tokenizer, training rows and validation batches of one rank, with the report on the rows.
 
-    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has;
-    supervised_tokens: in an epoch; translator: makes the batches of a teacher with another tokenizer.
+    examples: the tokenised training rows; stream_options: keyword arguments of the ``BatchStream`` over them.
+    supervised_tokens: in one epoch. largest_token: the highest token id that occurs; longest_row: in tokens;
+    num_tokens: ids that the tokenizer has. translator: adds the tokens of a teacher with another tokenizer.
     """
 
     tokenizer: Any
-    stream: PrefetchedStream
+    examples: Examples
+    stream_options: dict[str, Any]
     validation: list[StepBatch]
     report: str
     largest_token: int
@@ -60,23 +64,27 @@ def cache_folder(config: DistillConfig) -> Path:
 
 def make_tokenizer(config: DistillConfig) -> Any:
     """The tokenizer of the run."""
-    model, source = config.student.model_args, str(config.tokenizer_name_or_path)
-    revision = model.revision if source == model.model_name_or_path else None
-    return load_tokenizer(source, revision=revision, trust_remote_code=model.trust_remote_code)
+    model, name = config.student.model_args, str(config.tokenizer_name_or_path)
+    revision = model.revision if name == model.model_name_or_path else None
+    return load_tokenizer(ModelSource(name, revision=revision, trust_remote_code=model.trust_remote_code))
 
 
 def teacher_tokenizer(teacher: WorkerConfig) -> Any:
-    """The teacher's tokenizer; None for a model without one (a bare folder, or one made here), which speaks the student's
-    tokens by the user's word."""
+    """The teacher's tokenizer; None for a model without one (a bare folder, or a new model), which must use the
+    student's.
+    """
     args = teacher.model_args
     name = args.model_name_or_path
     if name is None or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None
-    return load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
+    return load_tokenizer(ModelSource.from_args(args, "teacher"))
 
 
-def make_data(config: DistillConfig, world: World) -> Data:
-    """Read, check and tokenise everything before anything is trained."""
+def make_data(config: DistillConfig, world: World, progress: Progress | None = None) -> Data:
+    """Read, check and tokenise all rows.
+
+    progress: called with the number of rows tokenised so far, on the main process.
+    """
     training = config.student.training_args
     tokenizer = make_tokenizer(config)
     translator = None
@@ -86,25 +94,24 @@ def make_data(config: DistillConfig, world: World) -> Data:
         check_same_tokenizer(tokenizer, of_teacher)
 
     if not world.is_main:
-        world.wait()  # the main process fills the cache, the others read it
-    train, report = prepare_examples(config, tokenizer, show=world.is_main)
-    held_out = prepare_validation(config, tokenizer, show=world.is_main)
+        world.barrier()  # the main process fills the cache, the others read it
+    train, report = prepare_examples(config, tokenizer, show=world.is_main, progress=progress)
+    held_out = prepare_validation(config, tokenizer, show=world.is_main, progress=progress)
     if world.is_main:
-        world.wait()
+        world.barrier()
     mixture = mix(train, report, mixture_settings(config), config.data_seed)
     text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
     if train.weights is not None:
         column = config.student.data_args.weight_key
         text += f"\nweights: rows or turns count differently, by the column {column!r} or a turn's own weight"
     chosen: dict[str, Any] = {"rows_of_epoch": mixture.rows_of_epoch} if mixture else {}
-    steps = BatchStream(
-        train,
+    options = dict(
         seed=config.data_seed,
         sequence_length=config.sequence_length,
         per_device_batch_size=training.per_device_train_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
         rank=world.data_rank,
-        world_size=world.data_size,
+        world_size=world.dims.data_size,
         packing=config.student.use_sequence_packing,
         group_by_length=training.group_by_length,
         packing_algorithm=config.student.packing_algorithm,
@@ -120,54 +127,53 @@ def make_data(config: DistillConfig, world: World) -> Data:
             held_out[0],
             batch_size=config.student.infer_batch_size,
             rank=world.data_rank,
-            world_size=world.data_size,
+            world_size=world.dims.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
         )
+        validation = reduce_counts(validation, world)
         if translator is not None:
-            validation = translate(validation, translator, world)
+            validation = add_teacher_tokens(validation, translator, world)
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
-    stream = PrefetchedStream(steps, device=world.device)
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     supervised = report.supervised_tokens
-    return Data(tokenizer, stream, validation, text, largest, longest, num_tokens, supervised, translator)
+    return Data(
+        tokenizer, train, options, validation, text, largest, longest, num_tokens, supervised, translator
+    )
 
 
 def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
-    """What turns the student's batches into the teacher's, for a teacher with a tokenizer of its own."""
-    args = config.teacher.model_args
-    name = str(args.model_name_or_path)
-    teacher = load_tokenizer(name, revision=args.revision, trust_remote_code=args.trust_remote_code)
-    length, size = model_limits(
-        name,
-        config_kwargs=args.model_config_kwargs,
-        revision=args.revision,
-        trust_remote_code=args.trust_remote_code,
-    )
+    """Converts the student's batches into the teacher's tokens, for a teacher with another tokenizer."""
+    source = ModelSource.from_args(config.teacher.model_args, "teacher")
+    teacher = load_tokenizer(source)
+    length, size = model_limits(source)
     return Translator(
         tokenizer, teacher, tokens=config.cross_tokenizer_tokens, teacher_length=length, teacher_size=size
     )
 
 
-def prepare_examples(config: DistillConfig, tokenizer: Any, *, show: bool = True) -> tuple[Examples, DataReport]:
-    """The training rows as tokens, from the cache or into it; with ``show`` a person at a terminal sees the progress.
+def prepare_examples(
+    config: DistillConfig, tokenizer: Any, *, show: bool = True, progress: Progress | None = None
+) -> tuple[Examples, DataReport]:
+    """The training rows as tokens, from the cache or into it.
+
+    show: draw a counter if this is a terminal. progress: called with the number of rows tokenised so far.
 
     Raises LimbeckError for anything wrong with any row, unless ``on_bad_row`` is ``skip``.
     """
-    return _tokenized(config, tokenizer, training_sources(config), token_settings(config), show)
+    return _tokenized(config, tokenizer, training_sources(config), token_settings(config), show, progress)
 
 
 def prepare_validation(
-    config: DistillConfig, tokenizer: Any, *, show: bool = True
+    config: DistillConfig, tokenizer: Any, *, show: bool = True, progress: Progress | None = None
 ) -> tuple[Examples, DataReport] | None:
-    """The same for the rows that the student is measured on; None if none are named."""
+    """The same for the validation rows; None if there are none."""
     if not config.validation_files:
         return None
-    return _tokenized(
-        config, tokenizer, validation_sources(config), replace(token_settings(config), domain_key=None), show
-    )
+    settings = replace(token_settings(config), domain_key=None)
+    return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)
 
 
 def token_settings(config: DistillConfig) -> TokenizeSettings:
@@ -206,7 +212,18 @@ def mixture_settings(config: DistillConfig) -> MixtureSettings:
 
 
 def _tokenized(
-    config: DistillConfig, tokenizer: Any, sources: list[Source], settings: TokenizeSettings, show: bool
+    config: DistillConfig,
+    tokenizer: Any,
+    sources: list[Source],
+    settings: TokenizeSettings,
+    show: bool,
+    progress: Progress | None,
 ) -> tuple[Examples, DataReport]:
-    with row_counter(enabled=show) as progress:
-        return tokenize_files(sources, tokenizer, cache_dir=cache_folder(config), progress=progress, settings=settings)
+    with row_counter(enabled=show) as counter:
+
+        def report(rows: int) -> None:
+            for receiver in (counter, progress):
+                if receiver is not None:
+                    receiver(rows)
+
+        return tokenize_files(sources, tokenizer, cache_dir=cache_folder(config), progress=report, settings=settings)

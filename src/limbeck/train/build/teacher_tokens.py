@@ -1,4 +1,6 @@
-"""Batches for a teacher with another tokenizer, each span weighted so that the loss is a mean over all ranks' spans."""
+"""Adds the tokens of a teacher with another tokenizer to batches, each span weighted so that the loss is a mean over
+all spans.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,11 @@ from limbeck.data import Batch, StepBatch, Translator
 from limbeck.strategies.world import World
 
 
-def translate(batches: Sequence[StepBatch], translator: Translator, world: World) -> list[StepBatch]:
-    """The batches with translations; every rank must call it with as many batches.
+def add_teacher_tokens(batches: Sequence[StepBatch], translator: Translator, world: World) -> list[StepBatch]:
+    """The batches with the teacher's tokens. Every rank must call it with equally many batches.
 
-    The loss divides by the weight of the supervised tokens of all ``batches``. With it over the weight of all their spans as
-    each span's factor, the divergence is divided by the spans instead.
+    The loss divides by the weight of the supervised tokens of all ``batches``. Each span's weight is multiplied by that
+    weight over the weight of all spans, so that the divergence is divided by the spans instead.
     """
     translated = [[translator.translate(micro) for micro in batch.micro_batches] for batch in batches]
     views = [micro.translation for micros in translated for micro in micros if micro.translation is not None]

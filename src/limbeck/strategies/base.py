@@ -1,0 +1,237 @@
+"""The two protocols of this package: a strategy builds models over the ranks, an engine trains one.
+
+The training loop knows ``Engine`` only. A strategy is registered by name (``limbeck/registry.py``), and everything that
+depends on how a model is distributed is behind it: checks before loading, dimensions, wrapping, stepping, sharded
+states, offloading. Nothing here knows what the loss is: a root module takes one micro-batch and returns an object whose
+``loss`` is minimised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from limbeck.config import DistillConfig
+from limbeck.config.schema import StudentConfig, TeacherConfig, WorkerConfig
+from limbeck.objectives import OutputHead
+from limbeck.registry import STRATEGIES
+from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.strategies.pipeline_parallel import PipelineGroup
+from limbeck.strategies.world import World
+
+T = TypeVar("T")
+
+MODEL = "model."
+"""Prefix of the student's own parameters among those of the root module."""
+
+_DEFAULTS = {"student": "fsdp2_train", "teacher": "fsdp2_infer"}
+
+
+class MicroBatches(Generic[T]):
+    """A step's micro-batches, each made when the engine is ready for it.
+
+    Args:
+        count: number of micro-batches.
+        make: returns an iterator over them.
+    """
+
+    def __init__(self, count: int, make: Callable[[], Iterator[T]]) -> None:
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[T]:
+        return self._make()
+
+
+@dataclass
+class EngineState:
+    """What a checkpoint keeps of an engine, on the main process; empty on the others.
+
+    model: trained parameters in float32 by their names in the root module. optimizer: its tensors as
+    ``<parameter>|<entry>``.
+    scaler: JSON values of the fp16 loss scaler, empty without one.
+    """
+
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """One trained model on this rank. Every rank must call every method in the same order."""
+
+    optimizer: torch.optim.Optimizer
+    """Its parameter groups hold the learning rates that a schedule sets."""
+
+    def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
+        """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline
+        only).
+        """
+
+    def evaluate(self, micro_batch: Any) -> Any | None:
+        """The root's output in evaluation mode, without gradients; None on pipeline stages before the last."""
+
+    def step(self) -> Tensor:
+        """Reduce and clip the gradients, step the optimizer, clear the gradients; returns the norm before clipping."""
+
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Names within the model and full float32 (or frozen) tensors, one at a time, on every rank of the first
+        data-parallel group. Every rank must exhaust it.
+        """
+
+    def state_dict(self) -> EngineState:
+        """Trained parameters, optimizer and scaler, gathered on the main process."""
+
+    def load_state_dict(self, state: EngineState) -> None:
+        """The inverse of ``state_dict``, given the whole state on every rank; learning rates stay as they are."""
+
+    def trained_names(self) -> set[str]:
+        """Names of the trained parameters of the whole root module, also of those on other pipeline stages."""
+
+    def offload(self) -> None:
+        """Move parameters, buffers and optimizer state to host memory, between steps."""
+
+    def reload(self) -> None:
+        """The inverse of ``offload``."""
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """What this rank holds now, as ``parameters``, ``gradients`` and ``optimizer`` (with masters); for memory
+        planning.
+        """
+
+
+@dataclass(frozen=True)
+class ModelOutline:
+    """Facts about a whole model, collected before it is divided into pipeline stages.
+
+    trained: names of trained parameters under a root; parameters: their number in all; width: of hidden states; tied:
+    names of
+    embeddings and output head under a root where they are one parameter.
+    """
+
+    trained: frozenset[str]
+    parameters: int
+    width: int
+    tied: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a model was divided, for the root module that is built around it.
+
+    vocab_group: tensor-parallel ranks that hold slices of the output head, or None. head_rows: rows of the whole output
+    head.
+    pipeline: this rank's stage, or None.
+    """
+
+    outline: ModelOutline
+    head_rows: int
+    vocab_group: dist.ProcessGroup | None = None
+    pipeline: PipelineGroup | None = None
+
+
+@dataclass(frozen=True)
+class StudentSpec:
+    """A loaded student and what a strategy needs to train it.
+
+    model: a Hugging Face causal language model on the CPU, adapters added and parameters frozen. name: for error
+    messages.
+    make_root: builds the module that is wrapped: it contains ``model`` as its attribute of that name and ends in the
+    loss.
+    verify: compare hidden states before and after the model is divided.
+    """
+
+    model: Any
+    name: str
+    config: DistillConfig
+    make_root: Callable[[Placement], nn.Module]
+    verify: bool = True
+
+    @property
+    def worker(self) -> StudentConfig:
+        """The student's section of the configuration."""
+        return self.config.student
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """A loaded teacher: ``model`` on the CPU in the precision in which it computes. The rest is as in
+    ``StudentSpec``.
+    """
+
+    model: Any
+    name: str
+    worker: TeacherConfig
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class ModelParallelGroup:
+    """Process groups of one model-parallel replica.
+
+    group: all its ranks. context: those that divide its rows' time, or None. pipeline: its stages, or None. owners:
+    global ranks
+    that bring a batch of their own; the replica computes one owner's batch after the other. owner: the one with this
+    rank's batch.
+    """
+
+    group: dist.ProcessGroup
+    context: dist.ProcessGroup | None
+    pipeline: PipelineGroup | None
+    owners: tuple[int, ...]
+    owner: int
+
+
+@dataclass
+class FrozenModel:
+    """A model distributed for inference.
+
+    body: gives last hidden states. head: whole on every rank. num_parameters: of the whole model. group: None unless
+    several ranks
+    compute one batch together.
+    """
+
+    body: nn.Module
+    head: OutputHead
+    num_parameters: int
+    group: ModelParallelGroup | None = None
+
+
+class Strategy(Protocol):
+    """A way to distribute models over the ranks. One object serves all runs; it keeps no state."""
+
+    can_offload: bool
+    """Whether its engines and frozen models move to host memory and back between steps."""
+
+    def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
+        """How ``ranks`` ranks divide the model; raises LimbeckError if the configured sizes do not divide them."""
+
+    def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
+        """Raise LimbeckError, before anything is loaded, for what this strategy does not run."""
+
+    def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
+        """Raise LimbeckError unless ``model`` (which may be on the meta device) can be divided so."""
+
+    def build_student(self, spec: StudentSpec, world: World) -> Engine:
+        """Distribute the student over ``world`` and wrap it in an engine."""
+
+    def build_teacher(self, spec: TeacherSpec, world: World) -> FrozenModel:
+        """Distribute the teacher over ``world``, frozen."""
+
+
+def strategy_of(worker: WorkerConfig, role: str) -> Strategy:
+    """The strategy that a role's ``strategy_name`` selects; FSDP2 if it is unset."""
+    strategy: Strategy = STRATEGIES.get(worker.strategy_args.strategy_name or _DEFAULTS[role])
+    return strategy
+
+
+def dims_of(worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
+    """How ``ranks`` ranks divide a role's model under its strategy."""
+    return strategy_of(worker, role).dims(worker, ranks, role)

@@ -1,0 +1,75 @@
+"""What the training loop knows of a teacher.
+
+A teacher is something that a rank sends requests to. It may run in this process, in other processes, behind a server or
+on disk; implementations are registered in ``limbeck.registry.TEACHERS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from limbeck.config import DistillConfig
+from limbeck.data.batch import Batch
+from limbeck.objectives import OutputHead
+from limbeck.strategies.world import World
+from limbeck.teachers.signals import Signal, SignalSpec
+
+SignalFuture = Callable[[Batch], Signal]
+"""The signal of a request: call it with the micro-batch on the device (or with the part of its supervised positions
+that this rank needs); it blocks until the signal has arrived.
+"""
+
+
+@dataclass(frozen=True)
+class TeacherInfo:
+    """Facts about a teacher.
+
+    vocab_size: rows of the output head, some of which may be padding. num_parameters: of the whole model. head: the
+    output head, on
+    this rank's device, if signals of hidden states are used; None otherwise.
+    """
+
+    vocab_size: int
+    num_parameters: int
+    head: OutputHead | None = None
+
+
+@dataclass(frozen=True)
+class TeacherContext:
+    """What an implementation gets to connect with.
+
+    config: of the run. world: the student's processes. longest_row: of the data, in tokens. largest_token: the highest
+    token id in
+    it. shares_tokenizer: False if requests are in the teacher's own tokens. workers: Ray actors of the teacher's ranks,
+    if the run has started or found any; in_step: whether these must run every forward pass together.
+    """
+
+    config: DistillConfig
+    world: World
+    longest_row: int
+    largest_token: int
+    shares_tokenizer: bool = True
+    workers: Sequence[Any] = ()
+    in_step: bool = False
+
+
+class Teacher(Protocol):
+    """Computes signals for micro-batches."""
+
+    @property
+    def info(self) -> TeacherInfo:
+        """Facts about the teacher."""
+
+    def request(self, batch: Batch, spec: SignalSpec) -> SignalFuture:
+        """Send a micro-batch (on the host) and return at once. Futures may be called in any order."""
+
+    def metrics(self) -> dict[str, float]:
+        """Values to log since the last call, by name; empty if there are none."""
+
+    def offload(self) -> None:
+        """Wait for the requests that were sent, then free the devices until the next request. Every rank calls it."""
+
+    def reload(self) -> None:
+        """The inverse of ``offload``; a request reloads the teacher too."""

@@ -1,0 +1,74 @@
+"""Where optimizer steps come from: the protocol, and the stream over a dataset.
+
+A source yields this rank's micro-batches. It may make them from a dataset, let the student write them, or mix both; the
+loop does not know. Sources are registered in ``limbeck.registry.STEP_SOURCES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from limbeck.config import DistillConfig
+from limbeck.data import BatchStream, PrefetchedStream
+from limbeck.data.batch import StepBatch
+from limbeck.strategies.world import World
+from limbeck.train.build.data import Data
+
+Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+class StepSource(Protocol):
+    """Yields optimizer steps. Every rank calls every method in the same order."""
+
+    max_lookahead: int
+    """Steps that may be made, and requested from the teacher, before earlier ones are trained; 0 if a step depends on
+    the weights.
+    """
+
+    steps_per_epoch: int | None
+    """Steps in one pass over the data; None if there are no epochs."""
+
+    def next(self, step: int) -> StepBatch:
+        """This rank's micro-batches of optimizer step ``step`` (from 0), on the host, with the counts of this rank."""
+
+    def weights_changed(self, weights: Weights, step: int) -> None:
+        """The student has taken step ``step``; ``weights`` iterates over its current weights, if the source needs
+        them.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values from which the next step can be made again, on any number of ranks."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where ``state_dict`` was called."""
+
+    def close(self) -> None:
+        """End background work."""
+
+
+class DatasetSource:
+    """Off-policy steps: rows of the dataset in an order that depends on seed and epoch only."""
+
+    max_lookahead = 1
+
+    def __init__(self, config: DistillConfig, world: World, data: Data) -> None:
+        self._stream = PrefetchedStream(BatchStream(data.examples, **data.stream_options), device=world.device)
+        self.steps_per_epoch: int | None = self._stream.steps_per_epoch
+
+    def next(self, step: int) -> StepBatch:
+        return next(self._stream)
+
+    def weights_changed(self, weights: Weights, step: int) -> None:
+        """A dataset does not depend on the weights."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._stream.position
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._stream.seek(state)
+
+    def close(self) -> None:
+        self._stream.close()

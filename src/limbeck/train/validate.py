@@ -1,0 +1,47 @@
+"""Validation: means over the supervised tokens of all validation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from limbeck.data.batch import Batch
+from limbeck.teachers.protocol import SignalFuture
+from limbeck.train.build.run import Run
+from limbeck.train.metrics import LossSums
+from limbeck.train.request_pipeline import prefetch_requests
+from limbeck.train.student import TrainInput, to_device
+
+
+@torch.no_grad()
+def validate(run: Run) -> dict[str, float]:
+    """The validation metrics of the current student. Collective."""
+    world, batches = run.world, run.data.validation
+    sums = LossSums(world.device, run.feature_labels)
+    count = sum(batch.normalizer for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
+    micro_batches = (micro for batch in batches for micro in batch.micro_batches)
+    for micro_batch, future in _requested(run, micro_batches):
+        whole, own = to_device(world, micro_batch)
+        signal = None if future is None else future(whole)
+        loss = run.engine.evaluate(TrainInput(own, signal, 1.0, tokens / (count or 1.0)))
+        if loss is not None:  # on the last stage of a pipeline
+            sums.add(loss)
+    means = sums.read(world, count * world.dims.tp)
+    line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}
+    if run.teacher is not None:
+        line |= {f"val/{name}": means[name] for name in ("kd", "teacher_entropy", "top1_agreement")}
+    return {**line, "student/val_loss": means["ce"]}
+
+
+def _requested(run: Run, batches: Iterable[Batch]) -> Iterable[tuple[Batch, SignalFuture | None]]:
+    """The batches with their future signals."""
+
+    def request(batch: Batch) -> SignalFuture | None:
+        return None if run.teacher is None else run.teacher.request(batch, run.signal_spec)
+
+    if run.colocated is None:
+        return prefetch_requests(batches, request)
+    with run.colocated.teacher_turn():
+        return [(batch, request(batch)) for batch in batches]
