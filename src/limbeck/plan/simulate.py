@@ -170,7 +170,7 @@ def _student_step(
 ) -> Step:
     batch, micro_batches = _full_batch(config)
     layout, args = layout_of(config.student), config.student.model_args
-    asked, own = batch.stretch(rank // layout.tensor % layout.context, layout.context)
+    asked, own = batch.shard_for_context_parallel(rank // layout.tensor % layout.context, layout.context)
     zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
     with fake_distributed(len(devices), rank, zero=zero) as world:
         world = resolve_parallelism(config, world, teacher_here=teacher_here)

@@ -50,7 +50,7 @@ class LocalTeacher:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
         with self._taps.opened() as found:
             hidden = self.hidden(TeacherRequest.of(batch))
-        if batch.translation is not None:
+        if batch.teacher_tokens is not None:
             return Signal(hidden, self.head)
         places = batch.supervised if self._supervised_only else batch.real
         return Signal(hidden, self.head, self._taps.rows(found, batch.labels.shape, places))

@@ -104,8 +104,8 @@ class TeacherRequest:
     @classmethod
     def of(cls, batch: Batch, wanted: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
         """The question that ``batch`` is, in the teacher's own tokens where the batch has them."""
-        if batch.translation is not None:
-            return cls(batch.translation.input_ids, None, None, batch.translation.supervised, wanted)
+        if batch.teacher_tokens is not None:
+            return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, wanted)
         return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, wanted)
 
     def to(self, device: torch.device) -> TeacherRequest:

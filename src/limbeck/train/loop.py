@@ -246,7 +246,7 @@ class _Run:
 
     def _divided(self, batch: Batch) -> tuple[Batch, Batch]:
         """What this rank needs the teacher's answer to, and what its student reads of the batch."""
-        return batch.stretch(self.world.context_rank, self.world.context)
+        return batch.shard_for_context_parallel(self.world.context_rank, self.world.context)
 
     def _on_device(self, batch: Batch) -> tuple[Batch, Batch]:
         asked, own = self._divided(batch)

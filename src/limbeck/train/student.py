@@ -165,7 +165,7 @@ class StudentWithLoss(nn.Module):
         self, objective: Objective, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
     ) -> DistillationLoss:
         labels = batch.labels.flatten().index_select(0, batch.supervised)
-        if self.cross is not None and signal is not None and batch.translation is not None:
+        if self.cross is not None and signal is not None and batch.teacher_tokens is not None:
             assert signal.hidden is not None and signal.head is not None
             return cross_tokenizer_distillation(
                 rows,
@@ -173,8 +173,8 @@ class StudentWithLoss(nn.Module):
                 signal.hidden,
                 signal.head,
                 labels,
-                batch.translation.labels,
-                batch.translation.spans,
+                batch.teacher_tokens.labels,
+                batch.teacher_tokens.spans,
                 cross=self.cross,
                 objective=objective,
                 weights=batch.weights,
