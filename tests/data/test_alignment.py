@@ -118,7 +118,7 @@ def owners(first, rest, rest_span, count):
 
 def sides(translator, batch):
     """The translated view and both sides' tokens with the span of each."""
-    view = translator.translate(batch).translation
+    view = translator.translate(batch).teacher_tokens
     spans = view.spans
     mine = owners(spans.student_first, spans.student_rest, spans.student_rest_span, len(spans))
     theirs = owners(spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, len(spans))
@@ -197,7 +197,7 @@ def test_an_invented_blank_is_no_text(small, pieces):
 def test_a_beginning_on_one_side_alone_moves_nothing(small, large):
     bare = byte_level(600, corpus=CORPUS[::-1] * 2, special=("<pad>", "<s>", "</s>"), eos="</s>")
     batch = batch_of(small, "What is two and three?", "今天我们", learn_from=3)
-    with_bos, without = (Translator(small, teacher).translate(batch).translation for teacher in (large, bare))
+    with_bos, without = (Translator(small, teacher).translate(batch).teacher_tokens for teacher in (large, bare))
     assert (with_bos.input_ids[:, 0] == large.bos_token_id).all()
     assert torch.equal(with_bos.input_ids[:, 1:], without.input_ids)
     assert torch.equal(with_bos.labels, without.labels)
@@ -208,7 +208,7 @@ def test_a_beginning_on_one_side_alone_moves_nothing(small, large):
         (1, batch.input_ids), (IGNORE, batch.labels))), None, 0)  # fmt: skip
     student = byte_level(300, special=("<pad>", "<|end|>", "<b>"), bos="<b>")
     begun.input_ids[:, 0] = student.bos_token_id
-    again = Translator(student, large).translate(batch_of_ids(student, begun)).translation
+    again = Translator(student, large).translate(batch_of_ids(student, begun)).teacher_tokens
     assert b"<b>" not in b"".join(TokenText(large).pieces(again.input_ids[0].tolist()))
     assert (again.input_ids[:, 0] == large.bos_token_id).all()
 
@@ -223,7 +223,7 @@ def batch_of_ids(tokenizer, batch):
 def test_questions_follow_the_labels_on_both_sides(small, large):
     """Each position's next token, in the teacher's row too."""
     batch = batch_of(small, "Two and three is five.", "公园散步", learn_from=2)
-    view = Translator(small, large).translate(batch).translation
+    view = Translator(small, large).translate(batch).teacher_tokens
     following = view.input_ids.flatten()[(view.supervised + 1).clamp_max(view.input_ids.numel() - 1)]
     inside = (view.supervised + 1) % view.input_ids.shape[1] != 0
     inside &= view.labels != large.eos_token_id  # the last answer need not be read
@@ -252,7 +252,7 @@ def test_a_row_that_is_cut_within_a_character_is_compared_up_to_there(small, lar
     batch = batch_of(small, "x")
     row = torch.tensor([ids[:-1]])
     batch = Batch.of(row, torch.cat([row[:, 1:], torch.tensor([[IGNORE]])], 1), None, row.numel())
-    view = Translator(small, large).translate(batch).translation
+    view = Translator(small, large).translate(batch).teacher_tokens
     assert TokenText(large).pieces(view.input_ids[0].tolist())[0] == b"<s>"
     assert view.aligned_tokens >= 1
     assert b"".join(TokenText(large).bytes[token] for token in view.labels.tolist()).strip() in b"five "
@@ -305,7 +305,7 @@ def test_special_tokens_can_be_translated(small):
         TokenText(teacher).pieces(
             Translator(student, teacher, tokens=tokens)
             .translate(batch_of(student, "<|start|>user\nTwo<|end|><|start|>bot\nfive"))
-            .translation.input_ids[0].tolist()
+            .teacher_tokens.input_ids[0].tolist()
         )
         for tokens in ({}, {"<|start|>": "<turn>"})
     ]  # fmt: skip
@@ -329,13 +329,13 @@ def test_packed_documents_are_rows_of_the_teacher(small, large):
     }  # fmt: skip
     packed = next(BatchStream(examples, packing=True, per_device_batch_size=2, **options)).micro_batches[0]
     translator = Translator(small, large)
-    view = translator.translate(packed).translation
+    view = translator.translate(packed).teacher_tokens
     documents = int((packed.position_ids == 0).sum())
     assert documents > packed.input_ids.shape[0]
     assert view.input_ids.shape[0] == documents
     assert view.aligned_tokens == len(packed.supervised)
     alone = [
-        translator.translate(batch).translation
+        translator.translate(batch).teacher_tokens
         for whole in fixed_batches(examples, batch_size=1, rank=0, world_size=1, pad_id=0, length_round=4)
         for batch in whole.micro_batches
     ]
@@ -347,7 +347,7 @@ def test_packed_documents_are_rows_of_the_teacher(small, large):
 
 def test_a_batch_without_anything_to_learn_is_still_a_row_for_the_teacher(small, large):
     empty = Batch.of(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), IGNORE), None, 0)
-    view = Translator(small, large).translate(empty).translation
+    view = Translator(small, large).translate(empty).teacher_tokens
     assert view.input_ids.shape == (1, 1)
     assert len(view.spans) == view.aligned_tokens == view.supervised.numel() == 0
 
@@ -356,7 +356,7 @@ def test_a_spans_weight_is_its_tokens(small, large):
     batch = batch_of(small, "Two and three", learn_from=2)
     weights = torch.where(batch.labels != IGNORE, 0.25, 0.0)
     weighted = Batch.of(batch.input_ids, batch.labels, None, 9, weights)
-    view = Translator(small, large).translate(weighted).translation
+    view = Translator(small, large).translate(weighted).teacher_tokens
     assert torch.equal(view.spans.weight, torch.full((len(view.spans),), 0.25))
     assert view.total_weight == 0.25 * len(view.spans)
 

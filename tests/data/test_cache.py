@@ -8,14 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from limbeck.data import cache as caching
 from limbeck.data import tokenize_files
-from limbeck.errors import LimbeckError
 
 ARRAYS = ("tokens", "labels", "offsets", "weights", "groups", "num_supervised")
 BEGIN = """
@@ -49,30 +47,6 @@ def write(path, count):
 
 def same(one, other):
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ARRAYS)
-
-
-def test_several_processes_give_what_one_gives(tmp_path, tokenizer):
-    files = [write(tmp_path / "a.jsonl", 5000), write(tmp_path / "b.jsonl", 1500)]
-    done = []
-    serial, report = tokenize_files(files, tokenizer, workers=1)
-    parallel, same_report = tokenize_files(
-        files, tokenizer, workers=3, cache_dir=tmp_path / "cache", progress=done.append
-    )
-    assert same(serial, parallel)
-    assert str(report) == str(same_report)
-    assert done == sorted(done)
-    assert done[-1] == 6500
-    assert isinstance(parallel.tokens, np.memmap)
-    assert serial.weights is not None
-    assert serial.groups is not None
-
-
-def test_the_first_bad_row_is_told_also_by_several_processes(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", 4000)
-    with path.open("a") as file:
-        file.write('{"question": "q"}\n' + '{"question": 1, "answer": "a"}\n' * 3000)
-    with pytest.raises(LimbeckError, match=r'a\.jsonl:4001 has no "answer"'):
-        tokenize_files([path], tokenizer, workers=2)
 
 
 def process(tmp_path, slow):
@@ -143,23 +117,6 @@ def test_a_file_changed_a_moment_ago_is_hashed_again(tmp_path, monkeypatch, toke
     path = write(tmp_path / "a.jsonl", 10)
     tokenize_files([path], tokenizer, cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache" / "hashes").exists()
-
-
-def test_no_process_is_left_behind(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", 3000)
-
-    def stop(done):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        tokenize_files([path], tokenizer, workers=2, progress=stop)
-    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
-    if children.exists():
-        assert not [
-            pid
-            for pid in children.read_text().split()
-            if b"limbeck.data.workers" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
 
 
 def test_who_waited_for_a_maker_that_failed_makes_the_entry_alone(tmp_path):

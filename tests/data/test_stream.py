@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.data import IGNORE, BatchStream, Examples, fixed_batches
+from limbeck.data import IGNORE, Batch, BatchStream, Examples, StepCounts, fixed_batches
 from limbeck.errors import LimbeckError
 
 PAD = 0
@@ -74,6 +74,21 @@ def seen(steps):
     return Counter(document for step in steps for batch in step.micro_batches for document in documents(batch))
 
 
+def check_counts(step):
+    """The counts of a step are those of its own micro-batches."""
+    batches = step.micro_batches
+    assert step.counts.num_tokens == sum(int((batch.input_ids != PAD).sum()) for batch in batches)
+    assert step.counts.num_tokens == sum(batch.num_tokens for batch in batches)
+    assert step.counts.num_supervised == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+    assert step.counts.num_slots == sum(batch.input_ids.numel() for batch in batches)
+
+
+def check_row_ids(examples, batch):
+    """Document i of a batch is row ``row_ids[i]`` of the dataset."""
+    expected = [tuple(tuple(part.tolist()) for part in examples.row(row)) for row in batch.row_ids]
+    assert documents(batch) == expected
+
+
 MODES = [
     {},
     {"packing": True},
@@ -91,6 +106,9 @@ def test_every_row_comes_exactly_once_in_an_epoch(mode, lengths):
     batches = stream(examples, per_device_batch_size=1, **mode)
     assert seen(next(batches) for _ in range(batches.steps_per_epoch)) == rows_of(examples)
     assert batches.position["epoch"] == 1
+    step = next(stream(examples, per_device_batch_size=1, **mode))
+    for batch in step.micro_batches:
+        check_row_ids(examples, batch)
     assert seen(next(batches) for _ in range(batches.steps_per_epoch)) == rows_of(examples)
 
 
@@ -114,17 +132,14 @@ def test_a_step_is_the_same_on_any_number_of_ranks(mode, lengths, accumulation):
         ]
         for number in range(2):
             parts = [next(rank) for rank in ranks]
-            batches = [batch for part in parts for batch in part.micro_batches]
             assert len({len(part.micro_batches) for part in parts}) == 1
             if "max_tokens_per_microbatch" not in mode:
                 assert len(parts[0].micro_batches) == accumulation
             for part in parts:
-                assert part.num_tokens == sum(batch.num_tokens for batch in batches)
-                assert part.num_tokens == sum(int((batch.input_ids != PAD).sum()) for batch in batches)
-                assert part.num_supervised == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-                assert part.num_slots == sum(batch.input_ids.numel() for batch in batches)
+                check_counts(part)
             content = seen(parts)
-            assert steps.setdefault(number, content) == content
+            row_ids = sorted(row for part in parts for batch in part.micro_batches for row in batch.row_ids)
+            assert steps.setdefault(number, (content, row_ids)) == (content, row_ids)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -144,6 +159,7 @@ def test_a_stream_continues_exactly_where_its_position_says(mode, lengths, done)
         for a, b in zip(ours.micro_batches, theirs.micro_batches, strict=True):
             assert torch.equal(a.input_ids, b.input_ids)
             assert torch.equal(a.labels, b.labels)
+            assert a.row_ids == b.row_ids != ()
 
 
 def test_a_position_of_other_data_or_seed_is_refused():
@@ -259,7 +275,7 @@ def test_ranks_get_rows_of_similar_length_in_every_round():
         for rank in range(2)
     ]
     parts = [next(rank) for rank in ranks]
-    assert parts[0].num_tokens == parts[0].num_slots  # every micro-batch holds rows of one length
+    assert all(part.num_tokens == part.num_slots for part in parts)  # every micro-batch holds rows of one length
     assert [sum(batch.num_tokens for batch in part.micro_batches) for part in parts] == [4 * 72, 4 * 72]
 
 
@@ -272,14 +288,14 @@ def test_validation_sees_every_row_once_and_ranks_stay_in_step(lengths, world_si
         for rank in range(world_size)
     ]
     assert seen(step for rank in ranks for step in rank) == rows_of(examples)
+    for batch in (batch for rank in ranks for step in rank for batch in step.micro_batches):
+        check_row_ids(examples, batch)
     for parts in zip(*ranks, strict=True):
         batches = [batch for part in parts for batch in part.micro_batches]
         assert [len(part.micro_batches) for part in parts] == [1] * world_size
         assert all(batch.input_ids.shape[0] <= batch_size for batch in batches)
         for part in parts:
-            assert part.num_supervised == sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-            assert part.num_tokens == sum(batch.num_tokens for batch in batches)
-            assert part.num_slots == sum(batch.input_ids.numel() for batch in batches)
+            check_counts(part)
 
 
 def test_a_validation_rank_without_rows_gets_a_batch_that_teaches_nothing():
@@ -290,7 +306,8 @@ def test_a_validation_rank_without_rows_gets_a_batch_that_teaches_nothing():
     empty = next(p.micro_batches[0] for p in part if p.micro_batches[0].num_tokens == 0)
     assert (empty.labels == IGNORE).all()
     assert empty.input_ids.tolist() == [[PAD] * 4]
-    assert part[0].num_supervised == part[1].num_supervised > 0
+    assert empty.row_ids == ()
+    assert sorted(step.counts.num_supervised for step in part) == [0, 3]
 
 
 def lognormal(rows, seed=0):
@@ -318,9 +335,9 @@ def test_weights_follow_their_tokens_and_add_up_to_the_normalizer(mode, lengths)
         for batch in batches:
             assert batch.weights.dtype == torch.float32
             assert batch.weights.tolist() == [weight_of[i] for i in batch.labels.flatten()[batch.supervised].tolist()]
-        assert {part.normalizer for part in parts} == {sum(batch.weights.double().sum().item() for batch in batches)}
-        normalizers.add(parts[0].normalizer)
-        assert parts[0].num_supervised == sum(len(batch.supervised) for batch in batches)
+        for part in parts:
+            assert part.normalizer == sum(batch.weights.double().sum().item() for batch in part.micro_batches)
+        normalizers.add(sum(part.normalizer for part in parts))
     assert len(normalizers) == 1
     (held_out,) = fixed_batches(examples, batch_size=60, rank=0, world_size=1, pad_id=PAD, length_round=4)
     assert held_out.normalizer == examples.weights.sum(dtype=np.float64)
@@ -330,6 +347,20 @@ def test_without_weights_the_normalizer_is_the_number_of_supervised_tokens():
     step = next(stream(make([9, 12, 20] * 8)))
     assert step.normalizer == step.num_supervised > 0
     assert all(batch.weights is None for batch in step.micro_batches)
+
+
+def test_the_normalizer_does_not_depend_on_the_order_of_the_micro_batches():
+    examples = make([9, 12, 20] * 8)
+    weights = np.random.default_rng(0).lognormal(0, 8, len(examples.labels)).astype(np.float32)
+    examples = replace(examples, weights=np.where(examples.labels == IGNORE, 0, weights).astype(np.float32))
+    batches = next(stream(examples, accumulation_steps=3, per_device_batch_size=2)).micro_batches
+    counts = StepCounts.of(batches)
+    assert counts == StepCounts.of(batches[::-1]) == StepCounts.of((batches[1], batches[2], batches[0]))
+
+
+def test_a_batch_made_by_hand_has_no_row_ids():
+    ids = torch.tensor([[1, 2, 3]])
+    assert Batch.of(ids, ids, None, 3).row_ids == ()
 
 
 @pytest.mark.parametrize("budget", [0, 2048, 4096])
@@ -345,7 +376,7 @@ def test_packed_ranks_carry_equal_loads_without_padding(world_size, budget):
         parts = [next(rank) for rank in ranks]
         loads = [sum(batch.num_tokens for batch in part.micro_batches) for part in parts]
         assert max(loads) <= 1.03 * sum(loads) / world_size
-        assert parts[0].num_slots == parts[0].num_tokens
+        assert all(part.num_slots == part.num_tokens for part in parts)
         assert len({len(part.micro_batches) for part in parts}) == 1
         assert max(batch.input_ids.numel() for part in parts for batch in part.micro_batches) <= (budget or 8 * 512)
 
@@ -372,7 +403,7 @@ def test_padded_ranks_within_a_budget_wait_little_for_each_other(world_size, gro
         parts = [next(rank) for rank in ranks]
         loads = [sum(batch.num_tokens for batch in part.micro_batches) for part in parts]
         ratios.append(max(loads) * world_size / sum(loads))
-        shares.append([parts[0].num_tokens, parts[0].num_slots])
+        shares.append([sum(part.num_tokens for part in parts), sum(part.num_slots for part in parts)])
     tokens, slots = np.sum(shares, axis=0)
     assert tokens > (0.97 if grouped else 0.92) * slots
     assert np.mean(ratios) <= 1.01

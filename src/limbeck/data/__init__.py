@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from limbeck.data.alignment import Translator
-    from limbeck.data.batch import Batch, StepBatch, Translation
+    from limbeck.data.batch import Batch, StepBatch, StepCounts, TeacherTokens
     from limbeck.data.encode import TokenizeSettings, make_encoder
     from limbeck.data.examples import DataReport, Examples
     from limbeck.data.masks import IGNORE
@@ -30,12 +30,13 @@ _HOMES = {
     "DataReport": "examples",
     "Examples": "examples",
     "StepBatch": "batch",
+    "StepCounts": "batch",
     "Mixture": "mixture",
     "MixtureSettings": "mixture",
     "PrefetchedStream": "prefetch",
     "Source": "sources",
+    "TeacherTokens": "batch",
     "TokenizeSettings": "encode",
-    "Translation": "batch",
     "Translator": "alignment",
     "check_same_tokenizer": "tokenizers",
     "fixed_batches": "stream",
@@ -56,8 +57,9 @@ __all__ = [
     "PrefetchedStream",
     "Source",
     "StepBatch",
+    "StepCounts",
+    "TeacherTokens",
     "TokenizeSettings",
-    "Translation",
     "Translator",
     "check_same_tokenizer",
     "fixed_batches",

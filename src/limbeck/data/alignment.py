@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE, Batch, Translation
+from limbeck.data.batch import IGNORE, Batch, TeacherTokens
 from limbeck.errors import LimbeckError
 from limbeck.objectives.spans import Spans, Vocabularies
 
@@ -270,7 +270,7 @@ class Translator:
             input_ids[i, : len(tokens)] = tokens
             places[i] += i * longest
         spans = Spans.of(student_span, _joined(teacher_span), _weights(batch, student_span, count))
-        translation = Translation(
+        teacher_tokens = TeacherTokens(
             input_ids=torch.from_numpy(input_ids),
             supervised=torch.from_numpy(_joined(places)),
             labels=torch.from_numpy(_joined(targets)),
@@ -278,7 +278,7 @@ class Translator:
             aligned_tokens=int((student_span >= 0).sum()),
             total_weight=float(spans.weight.sum()),
         )
-        return replace(batch, translation=translation)
+        return replace(batch, teacher_tokens=teacher_tokens)
 
     def _read(self, ids: Ints) -> _Reading:
         text, places, ends, here = bytearray(), [0], [], 0

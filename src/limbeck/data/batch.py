@@ -1,11 +1,12 @@
-"""What travels from the data to the models: token ids, the shifted labels, and the counts that the loss divides by.
+"""The data structures that a training step passes to the models: token ids, shifted labels, and counts.
 
-Nothing here knows a model, a teacher or a loss.
+Nothing here depends on a model, a teacher or a loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,14 +18,14 @@ from limbeck.objectives.spans import Spans
 
 
 @dataclass(frozen=True)
-class Translation:
-    """The same documents in the tokens of a teacher with another tokenizer.
+class TeacherTokens:
+    """The documents of a batch, tokenised by a teacher with another tokenizer.
 
     input_ids:      [documents, time'] int64, right-padded.
-    supervised:     [M] int64; the places in the flattened input_ids that predict a token of a span, in order.
-    labels:         [M] int64; those tokens.
-    spans:          which of them face which of the batch's supervised positions; its weights sum to total_weight.
-    aligned_tokens: supervised tokens of the batch that are in a span.
+    supervised:     [M] int64; positions in the flattened input_ids that predict a token of a span, in order.
+    labels:         [M] int64; the tokens to predict at those positions.
+    spans:          which of them correspond to which of the batch's supervised positions; its weights sum to total_weight.
+    aligned_tokens: number of supervised tokens of the batch that are in a span.
     """
 
     input_ids: Tensor
@@ -34,8 +35,8 @@ class Translation:
     aligned_tokens: int
     total_weight: float
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> Translation:
-        """The same with every tensor changed."""
+    def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTokens:
+        """Returns a copy with ``change`` applied to every tensor."""
         return replace(
             self,
             input_ids=change(self.input_ids),
@@ -47,20 +48,22 @@ class Translation:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: rows right-padded to a common length, or with packing one row of documents end to end.
+    """One micro-batch: rows right-padded to a common length or, with packing, one row of concatenated documents.
 
-    input_ids:    [batch, time] int64.
-    labels:       [batch, time] int64; ``labels[b, t]`` is the token that position t must predict (already shifted by
-                  one), or ``IGNORE``.
-    position_ids: [batch, time] int64, restarting at 0 with every packed document; None when each row is one document.
-    documents:    with packing, the lengths of the documents in the one row, whose last takes the padding (if any) along;
-                  numbers on the host, which attention needs without asking a GPU.
-    num_tokens:   tokens that are not padding.
-    supervised:   [supervised] int64; the places in the flattened labels that are not ``IGNORE``, in order. Counted where the
-                  batch is made, so that a GPU need not be asked in the middle of a step.
-    weights:      [supervised] float32, what multiplies each one's loss; None when all count alike.
-    real:         [num_tokens] int64, the places in the flattened input_ids that are not padding; None when there is none.
-    translation:  what a teacher with another tokenizer reads instead; None when both models share one.
+    input_ids:      [batch, time] int64.
+    labels:         [batch, time] int64; ``labels[b, t]`` is the token that position t must predict (already shifted by
+                    one), or ``IGNORE``.
+    position_ids:   [batch, time] int64, restarting at 0 with every packed document; None when each row is one document.
+    num_tokens:     number of tokens that are not padding.
+    supervised:     [supervised] int64; positions in the flattened labels that are not ``IGNORE``, in order. Computed when
+                    the batch is made, so that a step needs no GPU synchronisation to find them.
+    weights:        [supervised] float32, the factor of each position's loss; None when all are 1.
+    real:           [num_tokens] int64, positions in the flattened input_ids that are not padding; None without padding.
+    documents:      with packing, the lengths of the documents in the one row. The last includes the padding. Python
+                    integers, because attention needs them on the host.
+    teacher_tokens: the input of a teacher with another tokenizer; None when both models share one.
+    row_ids:        dataset row number of each document, in order; the same row has the same number after a resume and on
+                    any number of ranks. Empty for a batch that does not come from a dataset.
     """
 
     input_ids: Tensor
@@ -71,7 +74,8 @@ class Batch:
     weights: Tensor | None = None
     real: Tensor | None = None
     documents: tuple[int, ...] | None = None
-    translation: Translation | None = None
+    teacher_tokens: TeacherTokens | None = None
+    row_ids: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -83,85 +87,136 @@ class Batch:
         weights: Tensor | None = None,
         real: Tensor | None = None,
         documents: tuple[int, ...] | None = None,
+        row_ids: tuple[int, ...] = (),
     ) -> Batch:
-        """A batch with its supervised places found from the labels; ``weights`` [batch, time] or None."""
+        """Creates a batch and finds its supervised positions from the labels; ``weights`` is [batch, time] or None."""
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
         chosen = None if weights is None else weights.flatten()[supervised]
-        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real, documents)
+        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real, documents, row_ids=row_ids)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``; copies from pinned memory overlap with compute."""
+        """Returns the batch on ``device``. Copies from pinned memory overlap with computation."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def stretch(self, place: int, places: int) -> tuple[Batch, Batch]:
-        """What one of ``places`` ranks that divide the rows' time has to do with this batch.
+    def shard_for_context_parallel(self, rank: int, size: int) -> tuple[Batch, Batch]:
+        """Returns the part of the batch that context-parallel ``rank`` of ``size`` computes.
 
-        First the whole rows with only the supervised and real places in its stretch, then the stretch itself, its places
-        counted in it; ``documents`` stay those of the whole row, padded to a multiple of ``places``.
+        The first result has the whole rows, but only the supervised and real positions of this rank's shard. The second has
+        only the shard of each row, with positions counted within it; its ``documents`` are those of the whole row, whose
+        length is padded to a multiple of ``size``.
         """
-        if places == 1:
+        if size == 1:
             return self, self
         time = self.labels.shape[1]
-        width = -(-time // places)
-        more, low = width * places - time, place * width
+        width = -(-time // size)
+        padding, low = width * size - time, rank * width
         real = torch.arange(self.labels.numel()) if self.real is None else self.real
 
-        def here(index: Tensor) -> Tensor:
-            return (index % time >= low) & (index % time < low + width)
+        def in_shard(positions: Tensor) -> Tensor:
+            return (positions % time >= low) & (positions % time < low + width)
 
-        def within(index: Tensor) -> Tensor:
-            return index // time * width + index % time - low
+        def within_shard(positions: Tensor) -> Tensor:
+            return positions // time * width + positions % time - low
 
-        def cut(x: Tensor, value: int) -> Tensor:
-            return torch.nn.functional.pad(x, (0, more), value=value)[:, low : low + width].contiguous()
+        def shard(x: Tensor, value: int) -> Tensor:
+            return torch.nn.functional.pad(x, (0, padding), value=value)[:, low : low + width].contiguous()
 
-        supervised, real = self.supervised[here(self.supervised)], real[here(real)]
-        weights = None if self.weights is None else self.weights[here(self.supervised)]
+        supervised, real = self.supervised[in_shard(self.supervised)], real[in_shard(real)]
+        weights = None if self.weights is None else self.weights[in_shard(self.supervised)]
         whole = replace(self, supervised=supervised, real=real, weights=weights)
         positions = torch.arange(time).expand_as(self.labels) if self.position_ids is None else self.position_ids
         own = replace(
             whole,
-            input_ids=cut(self.input_ids, 0),
-            labels=cut(self.labels, IGNORE),
-            position_ids=cut(positions, 0),
-            supervised=within(supervised),
-            real=within(real),
-            documents=None if self.documents is None else (*self.documents[:-1], self.documents[-1] + more),
+            input_ids=shard(self.input_ids, 0),
+            labels=shard(self.labels, IGNORE),
+            position_ids=shard(positions, 0),
+            supervised=within_shard(supervised),
+            real=within_shard(real),
+            documents=None if self.documents is None else (*self.documents[:-1], self.documents[-1] + padding),
         )
         return whole, own
 
-    def pinned(self) -> Batch:
-        """The same batch in page-locked memory."""
+    def pin_memory(self) -> Batch:
+        """Returns the batch in page-locked memory."""
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        if self.translation is not None:
-            changed["translation"] = self.translation.each(change)
+        if self.teacher_tokens is not None:
+            changed["teacher_tokens"] = self.teacher_tokens.each(change)
         return replace(self, **changed)
 
 
 @dataclass(frozen=True)
-class StepBatch:
-    """One optimizer step: this rank's micro-batches and the counts over *all* ranks.
+class StepCounts:
+    """What an optimizer step's loss and metrics are divided by.
 
-    micro_batches:  every rank has equally many.
-    num_supervised: supervised tokens over all ranks and micro-batches.
-    normalizer:     the sum of their weights (their number when all count alike); the loss divides by it once.
-    num_tokens:     non-padding tokens over all ranks.
-    num_slots:      batch × time summed over all ranks; 1 − num_tokens / num_slots is the padding share.
-    aligned_share:  with a teacher of another tokenizer, the share of the supervised tokens that are compared.
+    num_supervised: number of supervised tokens.
+    normalizer:     sum of their weights; their number when all weights are 1.
+    num_tokens:     number of tokens that are not padding.
+    num_slots:      sum of batch × time; 1 − num_tokens / num_slots is the share of padding.
     """
 
-    micro_batches: tuple[Batch, ...]
     num_supervised: int
     normalizer: float
     num_tokens: int
     num_slots: int
+
+    @classmethod
+    def of(cls, micro_batches: Sequence[Batch]) -> StepCounts:
+        """Counts ``micro_batches``. Weights are summed exactly, so the result does not depend on their order."""
+        return cls(
+            num_supervised=sum(len(batch.supervised) for batch in micro_batches),
+            normalizer=math.fsum(
+                weight
+                for batch in micro_batches
+                for weight in ([len(batch.supervised)] if batch.weights is None else batch.weights.tolist())
+            ),
+            num_tokens=sum(batch.num_tokens for batch in micro_batches),
+            num_slots=sum(batch.labels.numel() for batch in micro_batches),
+        )
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step as one rank computes it.
+
+    micro_batches: every rank has the same number.
+    counts:        of this rank's micro-batches. The loss is divided by the sum over all ranks.
+    aligned_share: with a teacher of another tokenizer, the share of the supervised tokens that are compared.
+    """
+
+    micro_batches: tuple[Batch, ...]
+    counts: StepCounts
     aligned_share: float | None = None
 
-    def pinned(self) -> StepBatch:
-        """The same step with its micro-batches in page-locked memory."""
-        return replace(self, micro_batches=tuple(batch.pinned() for batch in self.micro_batches))
+    @classmethod
+    def of(cls, micro_batches: Sequence[Batch]) -> StepBatch:
+        """Creates a step from its micro-batches and counts them."""
+        return cls(tuple(micro_batches), StepCounts.of(micro_batches))
+
+    @property
+    def num_supervised(self) -> int:
+        """See ``StepCounts``."""
+        return self.counts.num_supervised
+
+    @property
+    def normalizer(self) -> float:
+        """See ``StepCounts``."""
+        return self.counts.normalizer
+
+    @property
+    def num_tokens(self) -> int:
+        """See ``StepCounts``."""
+        return self.counts.num_tokens
+
+    @property
+    def num_slots(self) -> int:
+        """See ``StepCounts``."""
+        return self.counts.num_slots
+
+    def pin_memory(self) -> StepBatch:
+        """Returns the step with its micro-batches in page-locked memory."""
+        return replace(self, micro_batches=tuple(batch.pin_memory() for batch in self.micro_batches))

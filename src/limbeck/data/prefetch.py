@@ -105,7 +105,7 @@ class _Work:
                     if self._stopping:
                         return
                 batch = next(self._stream)
-                made = (batch if self._device is None else batch.pinned(), self._stream.position)
+                made = (batch if self._device is None else batch.pin_memory(), self._stream.position)
                 with self._changed:
                     self._made.append(made)
                     self._changed.notify_all()

@@ -231,7 +231,7 @@ def _print_translations(console: Console, found: FoundRow, encoder: Encoder, tra
         here = slice(stop - int(encoded.lengths[number - 1]), stop)
         row, labels = (torch.from_numpy(array[here].astype(np.int64)) for array in (encoded.tokens, encoded.labels))
         batch = translator.translate(Batch.of(row[None], labels[None], None, len(row)))
-        view = batch.translation
+        view = batch.teacher_tokens
         assert view is not None
         read = [*view.input_ids[0].tolist(), *view.labels[-1:].tolist()]  # the last one is only asked for
         compared = set((view.supervised + 1).tolist())

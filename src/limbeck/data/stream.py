@@ -163,7 +163,7 @@ class BatchStream:
         self._step += 1
         if (self._step + 1) * self._units_per_step > len(self._order):
             self._epoch, self._step, self._order = self._epoch + 1, 0, None
-        return _global_batch(self._examples, self._micro_batches(units), self._layout, self._rank, self._world_size)
+        return _rank_batch(self._examples, self._micro_batches(units), self._layout, self._rank, self._world_size)
 
     def _identity(self) -> dict[str, int]:
         return {
@@ -252,7 +252,7 @@ def fixed_batches(
         step = units[first : first + batch_size * world_size]
         bounds = [len(step) * place // world_size for place in range(world_size + 1)]
         groups = [step[start:stop] for start, stop in pairwise(bounds)]
-        batches.append(_global_batch(examples, groups, layout, rank, world_size))
+        batches.append(_rank_batch(examples, groups, layout, rank, world_size))
     return batches
 
 
@@ -282,35 +282,18 @@ class _Layout:
         return max(1, len(units)), self.padded(max(units, default=1))
 
 
-def _global_batch(
+def _rank_batch(
     examples: Examples, micro_batches: Sequence[Sequence[Ints]], layout: _Layout, rank: int, world_size: int
 ) -> StepBatch:
-    """Deal the ``micro_batches`` of all ranks, largest first, keep this rank's, and count them all.
+    """Assigns the ``micro_batches`` of all ranks, largest first, and collates those of ``rank``.
 
-    Dealt evenly, every rank has as many of them and nearly as many tokens, and meets its largest first, as the others do.
+    Every rank gets the same number of micro-batches and nearly the same number of tokens, its largest micro-batch first.
     """
     lengths = [[int(examples.lengths[unit].sum()) for unit in group] for group in micro_batches]
-    shapes = [layout.shape(of_group) for of_group in lengths]
-    sums = [sum(of_group) for of_group in lengths]
-    dealt = partition_balanced(sums, world_size, most=len(micro_batches) // world_size)
-    mine = [_collate(examples, micro_batches[i], shapes[i], layout) for i in dealt[rank]]
-    slots, tokens = sum(rows * time for rows, time in shapes), sum(sums)
-    supervised, normalizer = _count(examples, [row for group in micro_batches for unit in group for row in unit])
-    return StepBatch(tuple(mine), supervised, normalizer, tokens, slots)
-
-
-def _count(examples: Examples, rows: list[int]) -> tuple[int, float]:
-    """How many tokens of ``rows`` are supervised, and the sum of their weights."""
-    counted: list[tuple[int, float]] = []
-    for row in sorted(rows):  # in an order that no number of ranks changes, so that neither does the rounding
-        here = slice(examples.offsets[row], examples.offsets[row + 1])
-        learned = examples.labels[here] != IGNORE
-        number = int(np.count_nonzero(learned))
-        weights = examples.weights
-        counted.append(
-            (number, number if weights is None else float(weights[here].sum(where=learned, dtype=np.float64)))
-        )
-    return sum(number for number, _ in counted), float(sum(weight for _, weight in counted))
+    assigned = partition_balanced([sum(of_group) for of_group in lengths], world_size, len(micro_batches) // world_size)
+    return StepBatch.of(
+        [_collate(examples, micro_batches[i], layout.shape(lengths[i]), layout) for i in assigned[rank]]
+    )
 
 
 def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], layout: _Layout) -> Batch:
@@ -320,20 +303,20 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
     weights = None if examples.weights is None else np.zeros(shape, dtype=np.float32)
     is_real = np.zeros(shape, dtype=bool)
     rows = [row for unit in group for row in unit]
-    place, end, documents = 0, 0, []
+    slot, end, documents = 0, 0, []
     for row in rows:
         source = slice(examples.offsets[row], examples.offsets[row + 1])
         length = int(source.stop - source.start)
         here = slice(end, end + length)
-        input_ids[place, here], labels[place, here] = examples.tokens[source], examples.labels[source]
-        is_real[place, here] = True
+        input_ids[slot, here], labels[slot, here] = examples.tokens[source], examples.labels[source]
+        is_real[slot, here] = True
         if weights is not None and examples.weights is not None:
-            weights[place, here] = examples.weights[source]
+            weights[slot, here] = examples.weights[source]
         if layout.packed:
             documents.append(length)
             end += length
         else:
-            place += 1
+            slot += 1
     position_ids = None
     if layout.packed:
         # Padding counts on from the last document, so that it does not look like the beginning of another.
@@ -348,6 +331,7 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
         weights=None if weights is None else torch.from_numpy(weights),
         real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
         documents=tuple(documents) if layout.packed else None,
+        row_ids=tuple(int(row) for row in rows),
     )
 
 

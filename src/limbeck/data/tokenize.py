@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
@@ -101,10 +101,10 @@ def _tokenize(
         workers = _worker_count(sources, encoder.settings)
         results: Iterable[tuple[_Batch, Encoded]]
         if workers > 1:
-            from limbeck.data.workers import Workers
+            from limbeck.data.parallel import encode_in_parallel
 
-            pool = stack.enter_context(Workers(encoder, workers))
-            results = pool.encode(batches, lambda batch: (batch.items, batch.form))
+            encoded_batches = encode_in_parallel(encoder, batches, lambda batch: (batch.items, batch.form), workers)
+            results = stack.enter_context(closing(encoded_batches))
         else:
             results = ((batch, encoder.encode(batch.items, batch.form)) for batch in batches)
         for batch, encoded in results:

@@ -161,7 +161,7 @@ def _student_step(
     batch, micro_batches = _full_batch(config)
     args = config.student.model_args
     dims = dims_of(config.student, len(devices), "student")
-    whole, own = batch.stretch(dims.coordinates(rank).cp, dims.cp)
+    whole, own = batch.shard_for_context_parallel(dims.coordinates(rank).cp, dims.cp)
     zero = _is_zero(config.student) or (config.has_teacher and teacher_here and _is_zero(config.teacher))
     with fake_distributed(len(devices), rank, zero=zero) as world:
         world = resolve_parallelism(config, world, teacher_here=teacher_here, device_type="cuda")

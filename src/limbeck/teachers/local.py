@@ -75,7 +75,7 @@ class LocalTeacher:
         """The signal for one micro-batch on the teacher's device."""
         with self._taps.opened() as found:
             hidden = self.compute_hidden(TeacherRequest.from_batch(batch))
-        if batch.translation is not None:
+        if batch.teacher_tokens is not None:
             return Signal(hidden, self.model.head)
         positions = batch.supervised if self._supervised_only else batch.real
         return Signal(hidden, self.model.head, self._taps.rows(found, batch.labels.shape, positions))

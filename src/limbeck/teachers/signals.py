@@ -91,8 +91,8 @@ class TeacherRequest:
     @classmethod
     def from_batch(cls, batch: Batch, spec: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
         """The request for ``batch``, in the teacher's own tokens where the batch has them."""
-        if batch.translation is not None:
-            return cls(batch.translation.input_ids, None, None, batch.translation.supervised, spec)
+        if batch.teacher_tokens is not None:
+            return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, spec)
         return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec)
 
     @classmethod

@@ -159,7 +159,7 @@ class StudentWithLoss(nn.Module):
         self, objective: Objective, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
     ) -> DistillationLoss:
         labels = batch.labels.flatten().index_select(0, batch.supervised)
-        if self.settings.cross is not None and signal is not None and batch.translation is not None:
+        if self.settings.cross is not None and signal is not None and batch.teacher_tokens is not None:
             assert signal.hidden is not None and signal.head is not None
             return cross_tokenizer_distillation(
                 rows,
@@ -167,8 +167,8 @@ class StudentWithLoss(nn.Module):
                 signal.hidden,
                 signal.head,
                 labels,
-                batch.translation.labels,
-                batch.translation.spans,
+                batch.teacher_tokens.labels,
+                batch.teacher_tokens.spans,
                 cross=self.settings.cross,
                 objective=objective,
                 weights=batch.weights,
@@ -252,6 +252,6 @@ def to_device(world: World, batch: Batch) -> tuple[Batch, Batch]:
     """A micro-batch on the device: with whole rows, of which the teacher's signal is needed here, and this rank's part
     of their time.
     """
-    whole, own = batch.stretch(world.coordinates.cp, world.dims.cp)
+    whole, own = batch.shard_for_context_parallel(world.coordinates.cp, world.dims.cp)
     on_device = whole.to(world.device)
     return on_device, on_device if own is whole else own.to(world.device)

@@ -20,7 +20,7 @@ def add_teacher_tokens(batches: Sequence[StepBatch], translator: Translator, wor
     weight over the weight of all spans, so that the divergence is divided by the spans instead.
     """
     translated = [[translator.translate(micro) for micro in batch.micro_batches] for batch in batches]
-    views = [micro.translation for micros in translated for micro in micros if micro.translation is not None]
+    views = [micro.teacher_tokens for micros in translated for micro in micros if micro.teacher_tokens is not None]
     counts = torch.tensor(
         [sum(view.total_weight for view in views), sum(view.aligned_tokens for view in views)], dtype=torch.float64
     )
@@ -34,6 +34,6 @@ def add_teacher_tokens(batches: Sequence[StepBatch], translator: Translator, wor
 
 
 def _weighted(micro: Batch, factor: float) -> Batch:
-    assert micro.translation is not None
-    spans = micro.translation.spans
-    return replace(micro, translation=replace(micro.translation, spans=replace(spans, weight=spans.weight * factor)))
+    assert micro.teacher_tokens is not None
+    spans = micro.teacher_tokens.spans
+    return replace(micro, teacher_tokens=replace(micro.teacher_tokens, spans=replace(spans, weight=spans.weight * factor)))
