@@ -15,9 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
-from limbeck.models.documents import BY_DOCUMENT
-from limbeck.models.hub import probe_hub
+from limbeck.models.hub import offline_if_unreachable
 from limbeck.models.memory import available_memory
+from limbeck.models.varlen_attention import BY_DOCUMENT
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 
@@ -55,7 +55,7 @@ def load_model(
                 )
             config = AutoConfig.for_model(**changes)
         else:
-            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
+            config = _changed(_from_pretrained(AutoConfig, name_or_path, **common), changes)
         if not trust_remote_code:  # a stranger's class may not know how to be made without numbers
             _refuse_too_large(config, dtype, name_or_path, role)
         if from_scratch:
@@ -65,8 +65,13 @@ def load_model(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
                 )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name_or_path, config=config, dtype=dtype, attn_implementation=attention, **common
+            model = _from_pretrained(
+                AutoModelForCausalLM,
+                name_or_path,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attention,
+                **common,
             )
         if attention == "flex_attention":  # whose counterpart takes what autocast leaves, with packing or without
             model.set_attn_implementation(BY_DOCUMENT[attention])
@@ -101,7 +106,7 @@ def model_outline(
         if name_or_path is None:
             config = AutoConfig.for_model(**changes)
         else:
-            config = _changed(AutoConfig.from_pretrained(name_or_path, **common), changes)
+            config = _changed(_from_pretrained(AutoConfig, name_or_path, **common), changes)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
@@ -119,7 +124,7 @@ def model_limits(
     if revision is not None:
         common["revision"] = revision
     try:
-        config = _changed(AutoConfig.from_pretrained(name_or_path, **common), dict(config_kwargs))
+        config = _changed(_from_pretrained(AutoConfig, name_or_path, **common), dict(config_kwargs))
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         hint = _hint(name_or_path, error)
         raise LimbeckError(f"cannot read the configuration of {name_or_path!r}: {_first_line(error)}{hint}") from error
@@ -169,7 +174,7 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
     _check_name(name_or_path, "tokenizer", holds=None)
     try:
         extra = {} if revision is None else {"revision": revision}
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **extra)
+        tokenizer = _from_pretrained(AutoTokenizer, name_or_path, trust_remote_code=trust_remote_code, **extra)
     except (OSError, ValueError, ImportError) as error:
         hint = _hint(name_or_path, error)
         raise LimbeckError(f"cannot load a tokenizer from {name_or_path!r}: {_first_line(error)}{hint}") from error
@@ -183,10 +188,13 @@ def load_tokenizer(name_or_path: str, *, revision: str | None = None, trust_remo
 
 
 def _check_name(name_or_path: str | None, role: str, holds: str | None = "config.json") -> None:
-    """Raise LimbeckError for a folder without a checkpoint; knock at the hub for what is none."""
+    """Raise LimbeckError for a folder without a checkpoint."""
     check_folder(name_or_path, role, holds)
-    if name_or_path is not None and not Path(name_or_path).is_dir():
-        probe_hub()
+
+
+def _from_pretrained(auto_class: Any, name_or_path: str | None, **options: Any) -> Any:
+    with offline_if_unreachable(name_or_path):
+        return auto_class.from_pretrained(name_or_path, **options)
 
 
 def _first_line(error: Exception) -> str:

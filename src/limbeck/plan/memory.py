@@ -13,7 +13,7 @@ from torch import nn
 from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs, StudentModelArgs, WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import add_lora, body, freeze, model_outline, unwrapped
+from limbeck.models import add_lora, body, freeze, model_outline, unwrap_model
 from limbeck.strategies.deepspeed import stage_of
 from limbeck.strategies.fsdp2 import ranks_of_a_copy
 from limbeck.strategies.parallel_dims import Layout
@@ -140,7 +140,7 @@ def _stages(
     found = []
     for number in range(layout.pipeline):
         model = make()
-        causal, trunk = unwrapped(model), body(model)
+        causal, trunk = unwrap_model(model), body(model)
         if layout.pipeline > 1:
             check_stages(trunk, layout.pipeline, name, role)
             keep_stage(causal, trunk, number, layout.pipeline)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.data.batch import Batch
-from limbeck.models import Taps, hidden_states
+from limbeck.models import HiddenStateCapture, hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.teachers.signals import Signal, SignalFuture, SignalSpec, TeacherRequest
 
@@ -20,9 +20,9 @@ class LocalTeacher:
         self.body = model_body.eval().requires_grad_(False)
         self.head = head
         self.num_parameters = num_parameters
-        self._taps, self._supervised_only = Taps(), False
+        self._taps, self._supervised_only = HiddenStateCapture(), False
 
-    def tap(self, taps: Taps, *, supervised_only: bool) -> None:
+    def tap(self, taps: HiddenStateCapture, *, supervised_only: bool) -> None:
         """From now on signals carry what ``taps`` find, at every token that is not padding or at the supervised ones."""
         self._taps, self._supervised_only = taps, supervised_only
 
@@ -48,7 +48,7 @@ class LocalTeacher:
 
     def signals(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device, in the teacher's own tokens where the batch has them."""
-        with self._taps.opened() as found:
+        with self._taps.capture() as found:
             hidden = self.hidden(TeacherRequest.of(batch))
         if batch.teacher_tokens is not None:
             return Signal(hidden, self.head)

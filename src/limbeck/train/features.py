@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import NamedPair, Taps, body, resolve_pairs, submodules
+from limbeck.models import HiddenStateCapture, NamedPair, body, resolve_pairs, submodules
 from limbeck.objectives import FeatureLosses
 from limbeck.teachers import LocalTeacher, Signal, Teacher
 
@@ -25,7 +25,13 @@ class Features(nn.Module):
     """
 
     def __init__(
-        self, losses: FeatureLosses, taps: Taps, labels: Sequence[str], *, weight: float, supervised_only: bool
+        self,
+        losses: FeatureLosses,
+        taps: HiddenStateCapture,
+        labels: Sequence[str],
+        *,
+        weight: float,
+        supervised_only: bool,
     ) -> None:
         super().__init__()
         self.losses = losses
@@ -60,8 +66,8 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
         )
     trunk = body(student)
     pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.body))
-    taps = Taps.on(trunk, [pair.student for pair in pairs], "student")
-    asked = Taps.on(teacher.body, [pair.teacher for pair in pairs], "teacher")
+    taps = HiddenStateCapture.from_names(trunk, [pair.student for pair in pairs], "student")
+    asked = HiddenStateCapture.from_names(teacher.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
     with torch.enable_grad():
         ours = taps.probe(trunk)

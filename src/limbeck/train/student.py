@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from limbeck.data.batch import Batch
-from limbeck.models import Taps, body, hidden_states, output_head
+from limbeck.models import HiddenStateCapture, body, hidden_states, output_head
 from limbeck.objectives import (
     CrossTokenizer,
     DistillationLoss,
@@ -115,8 +115,8 @@ class StudentWithLoss(nn.Module):
         ``tokens`` is the same for tokens that are not padding; only features that are compared at all of them need it. How
         many ``micro_batches`` a step has is asked for by a fault alone.
         """
-        taps = Taps() if self.features is None else self.features.taps
-        with taps.opened() as found:
+        taps = HiddenStateCapture() if self.features is None else self.features.taps
+        with taps.capture() as found:
             hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
         if self.faults is not None and self.training and signal is not None:
             divided = self.faults.normalizers(batch, micro_batches, normalizer, tokens)

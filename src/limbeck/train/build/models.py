@@ -16,7 +16,7 @@ from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     add_lora,
-    attention_for,
+    use_eager_on_cpu,
     body,
     check_head,
     check_length,
@@ -24,11 +24,11 @@ from limbeck.models import (
     decoder_layers,
     freeze,
     hidden_states,
-    keep_documents_apart,
+    enable_varlen_attention,
     load_model,
     output_head,
     recompute_activations,
-    unwrapped,
+    unwrap_model,
 )
 from limbeck.objectives import CrossTokenizer, Objective, TaidSchedule, VocabParallel, compiler_found
 from limbeck.train.features import make_features
@@ -270,7 +270,7 @@ def _check_model(model: Any, name: str, config: DistillConfig, data: Data) -> No
     check_length(model, name, data.longest_row)
     check_head(model, name)
     if config.student.use_sequence_packing:
-        keep_documents_apart(model, name)
+        enable_varlen_attention(model, name)
 
 
 def _check_tokens(role: str, known: int, largest_token: int) -> None:
@@ -304,7 +304,7 @@ def make_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     check_stages(body(model), layout.pipeline, name, "teacher")
     check_head(model, name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
-        keep_documents_apart(model, name)
+        enable_varlen_attention(model, name)
     return parallelize_teacher(config, world, model)
 
 
@@ -395,7 +395,7 @@ def spread(
     stages = layout.stages(world)
     if not proven:
         if stages is not None:
-            keep_stage(unwrapped(model), body(model), stages.number, stages.count)
+            keep_stage(unwrap_model(model), body(model), stages.number, stages.count)
         return _slice(model, layout, world, mesh, name)
     trunk, was_training = body(model).eval(), model.training
     time = 4 * layout.context
@@ -403,10 +403,10 @@ def spread(
     with torch.no_grad():
         if stages is None:
             model.to(world.device)
-        with attention_for(unwrapped(model), model.device):
+        with use_eager_on_cpu(unwrap_model(model), model.device):
             before = hidden_states(trunk, ids.to(model.device), None).to(world.device)
         if stages is not None:  # no device ever holds all of them
-            keep_stage(unwrapped(model), trunk, stages.number, stages.count)
+            keep_stage(unwrap_model(model), trunk, stages.number, stages.count)
             model.to(world.device)
         ids = ids.to(world.device)
         partial_gradients = _slice(model, layout, world, mesh, name)
@@ -438,10 +438,10 @@ def _slice(model: Any, layout: Layout, world: World, mesh: DeviceMesh, name: str
     with torch.no_grad():
         if layout.tensor > 1:
             layers, sequence = decoder_layers(trunk), layout.sequence
-            partial_gradients = apply_tensor_parallel(unwrapped(model), trunk, layers, mesh[TENSOR], sequence=sequence)
+            partial_gradients = apply_tensor_parallel(unwrap_model(model), trunk, layers, mesh[TENSOR], sequence=sequence)
         group = layout.context_group(world)
         if group is not None:
-            apply_context_parallel(unwrapped(model), trunk, group, name)
+            apply_context_parallel(unwrap_model(model), trunk, group, name)
     return partial_gradients
 
 
