@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from limbeck.data import BatchStream, Examples, PrefetchedStream, tokenize_rows
 from limbeck.data.packing import ALGORITHMS, pack
-from limbeck.models import body, keep_documents_apart, output_head
+from limbeck.models import body, enable_varlen_attention, output_head
 from limbeck.objectives import Objective
 from limbeck.teachers import LocalTeacher
 from limbeck.train.student import StudentWithLoss
@@ -156,7 +156,7 @@ class Party:
                 tie_word_embeddings=False, **shape,
             )  # fmt: skip
             made.append(LlamaForCausalLM(config))
-            keep_documents_apart(made[-1], "the model")
+            enable_varlen_attention(made[-1], "the model")
         student, teacher = made
         self.root = StudentWithLoss(student, Objective.of("forward_kl", kd_weight=0.5), VOCAB)
         self.teacher = LocalTeacher(body(teacher), output_head(teacher.requires_grad_(False)), 0)

@@ -24,7 +24,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from limbeck.data import IGNORE, Batch
-from limbeck.models import Taps, body, output_head
+from limbeck.models import HiddenStateCapture, body, output_head
 from limbeck.objectives import FeatureLosses, Objective
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.teachers import LocalTeacher
@@ -64,7 +64,10 @@ class Bench:
         teacher = LlamaForCausalLM(LlamaConfig(**TEACHER)).to(device, self.dtype).requires_grad_(False)
         trunk = body(teacher)
         student, asked, losses = zip(*PAIRS, strict=True)
-        ours, theirs = Taps.on(body(model), student, "student"), Taps.on(trunk, asked, "teacher")
+        ours, theirs = (
+            HiddenStateCapture.from_names(body(model), student, "student"),
+            HiddenStateCapture.from_names(trunk, asked, "teacher"),
+        )
         probes = zip(ours.probe(body(model)), theirs.probe(trunk), strict=True)
         widths = [(s.shape[-1], t.shape[-1]) for s, t in probes]
         self.features = Features(
@@ -78,7 +81,7 @@ class Bench:
         self.tapped.tap(theirs, supervised_only=False)
         self.batch = make_batch(device, TIME)
         self.optimizer = torch.optim.AdamW(self.featured.parameters(), lr=1e-5, fused=True)
-        with torch.no_grad(), self.autocast(), ours.opened() as found:
+        with torch.no_grad(), self.autocast(), ours.capture() as found:
             body(model)(self.batch.input_ids, use_cache=False)
         self.kept = {name: output.detach() for name, output in found.items()}
         self.signal = self.tapped.signals(self.batch)

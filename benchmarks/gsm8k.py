@@ -50,10 +50,10 @@ def make_start(folder: Path, train: Path) -> None:
 
 def small_file(folder: Path, train: Path, packs: int) -> Path:
     """The first rows of the training file that fill ``packs`` sequences of 256 tokens."""
-    from limbeck.models import load_tokenizer
+    from limbeck.models import ModelSource, load_tokenizer
 
     lines, target = train.read_text().splitlines(keepends=True), folder / "small.jsonl"
-    tokenizer = load_tokenizer(str(folder / "start" / "student"))
+    tokenizer = load_tokenizer(ModelSource(str(folder / "start" / "student")))
     low, high = 1, len(lines)
     while low < high:
         middle = (low + high + 1) // 2

@@ -6,7 +6,7 @@ import torch
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.objectives import Logits, fused_linear_distillation
-from limbeck.train.build.models import make_objective
+from limbeck.train.build.objective import make_objective
 
 BASE = {"student_pretrain": "s", "teacher_pretrain": "t", "student": {"data_args": {"file_name": "d"}}}
 

@@ -105,7 +105,7 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     assert (out / "student" / "model.safetensors").is_file()
 
 
-PATIENT = """
+SLOW_MAIN = """
 import os, sys, time
 from limbeck.strategies.world import start_world
 with start_world(timeout_minutes=1 / 60) as world:  # what any other collective gets
@@ -113,15 +113,15 @@ with start_world(timeout_minutes=1 / 60) as world:  # what any other collective 
         time.sleep(4)
         if sys.argv[1] == "dies":
             os._exit(7)
-    world.wait()
+    world.barrier()
     print(f"rank {world.rank} goes on", flush=True)
 """
 
 
 @pytest.mark.parametrize("main", ["lives", "dies"])
 def test_ranks_wait_for_a_long_tokenisation_but_not_for_a_dead_one(tmp_path, main):
-    script = tmp_path / "barrier_group.py"
-    script.write_text(PATIENT)
+    script = tmp_path / "slow_main.py"
+    script.write_text(SLOW_MAIN)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*launcher, str(script), main], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode == 0) == (main == "lives"), done.stderr

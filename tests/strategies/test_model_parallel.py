@@ -17,12 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
-from limbeck.models import body
-from limbeck.strategies.parallel_dims import Layout
-from limbeck.strategies.pipeline_parallel import check_stages
-from limbeck.strategies.tensor_parallel import check_tensor_parallel
+from limbeck.strategies.model_parallel import check_model_parallel
+from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
-from limbeck.train.build.models import resolve_parallelism
+from limbeck.train.build.student import resolve_parallelism
 
 KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
 TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
@@ -187,7 +185,7 @@ def test_sizes_that_do_not_divide_the_processes_are_refused(folder, tmp_path, ch
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (spread({TP: 2}, {CP: 3}), "2 ranks hold one student together and 3 one teacher"),
+        (spread({TP: 2}, {CP: 3}), "2 ranks hold one student and 3 one teacher"),
         (
             {**spread({TP: 2}), "student.model_args.lora_target": "all-linear"},
             "with lora_target is not built yet; use 1",
@@ -207,19 +205,19 @@ def test_combinations_that_are_not_built_are_refused(folder, tmp_path, changes, 
 
 
 @pytest.mark.parametrize(
-    ("changes", "layout", "sentence"),
+    ("changes", "dims", "sentence"),
     [
-        ({"num_attention_heads": 8, "hidden_size": 64}, Layout(tensor=3),
+        ({"num_attention_heads": 8, "hidden_size": 64}, ParallelDims(tp=3),
          "student.strategy_args.strategy_config.tensor_model_parallel_size = 3 does not divide the 8 attention heads (2 of "
          "keys and values) of tiny; use 1, 2, 4 or 8."),
-        ({"intermediate_size": 62}, Layout(tensor=4), "= 4 does not divide the 62 features of"),
-        ({}, Layout(tensor=2, context=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
-        ({"kind": "gpt2"}, Layout(tensor=2), "comes without a plan for tensor parallelism"),
-        ({"kind": "gpt2"}, Layout(pipeline=2), "comes without a plan for pipelines (base_model_pp_plan); use 1"),
-        ({}, Layout(pipeline=3), "pipeline_model_parallel_size = 3 is more than the layers of tiny (1); use at most that"),
+        ({"intermediate_size": 62}, ParallelDims(tp=4), "= 4 does not divide the 62 features of"),
+        ({}, ParallelDims(tp=2, cp=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
+        ({"kind": "gpt2"}, ParallelDims(tp=2), "comes without a plan for tensor parallelism"),
+        ({"kind": "gpt2"}, ParallelDims(pp=2), "comes without a plan for pipelines (base_model_pp_plan); use 1"),
+        ({}, ParallelDims(pp=3), "pipeline_model_parallel_size = 3 is more than the layers of tiny (1); use at most that"),
     ],
 )  # fmt: skip
-def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(changes, layout, sentence):
+def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(changes, dims, sentence):
     kind = changes.get("kind", "qwen2")
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
@@ -229,5 +227,4 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
         config.n_layer, config.n_embd, config.n_head, config.vocab_size = 1, 32, 4, 64
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(LimbeckError, match=re.escape(sentence)):
-        check_tensor_parallel(body(model), layout, "tiny", "student")
-        check_stages(body(model), layout.pipeline, "tiny", "student")
+        check_model_parallel(model, dims, "tiny", "student")

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.data import BatchStream, tokenize_files
-from limbeck.models import load_tokenizer
+from limbeck.models import ModelSource, load_tokenizer
 
 PAIRS = [
     ["model.layers.0.mlp", "model.layers.1.mlp", "mse"],
@@ -31,7 +31,7 @@ def wide(tmp_path_factory) -> str:
 
 def first_batch(config, assets, packing=False):
     examples, _ = tokenize_files(
-        list(config.student.data_args.file_name), load_tokenizer(str(assets / "student")), sequence_length=64
+        list(config.student.data_args.file_name), load_tokenizer(ModelSource(str(assets / "student"))), sequence_length=64
     )
     stream = BatchStream(
         examples, seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1, rank=0, world_size=1,

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from limbeck import DistillPipeline, LimbeckError, divergence
 from limbeck.data import tokenize_files
 from limbeck.interrupt import StopRequest
-from limbeck.models import load_tokenizer
+from limbeck.models import ModelSource, load_tokenizer
 from limbeck.strategies.world import World
 from limbeck.train.checkpoint import find_damage, list_checkpoints
+from limbeck.train.loop import Surroundings
 
 
 def lines(folder: Path, key: str) -> dict[int, float]:
@@ -56,7 +57,7 @@ def test_first_loss_is_that_of_the_models_own_logits(configure, assets):
     config = configure(max_steps=1, kd_temperature=2.0, distill_loss_weight=0.3, kd_objective="reverse_kl")
     config = config.model_copy(update={"eval_steps": 0})
     files = list(config.student.data_args.file_name)
-    examples, _ = tokenize_files(files, load_tokenizer(str(assets / "student")), sequence_length=64)
+    examples, _ = tokenize_files(files, load_tokenizer(ModelSource(str(assets / "student"))), sequence_length=64)
     result = DistillPipeline(config.model_copy(update={"validation": None})).run()
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(assets / name) for name in ("student", "teacher"))
@@ -329,7 +330,7 @@ def test_a_padded_vocabulary_changes_no_number(configure, assets, tmp_path, padd
         source.resize_token_embeddings(source.config.vocab_size + 24, mean_resizing=False)
         source.lm_head.weight.data[-24:].fill_(5.0)  # loud padding: any path that computes it shows
     source.save_pretrained(tmp_path / "padded")
-    load_tokenizer(str(assets / padded)).save_pretrained(tmp_path / "padded")
+    load_tokenizer(ModelSource(str(assets / padded))).save_pretrained(tmp_path / "padded")
     plain = configure(output_dir=str(tmp_path / "plain"), max_steps=4)
     wide = configure(output_dir=str(tmp_path / "wide"), max_steps=4, **{f"{padded}_pretrain": str(tmp_path / "padded")})
     for config in (plain, wide):
@@ -355,7 +356,7 @@ def test_heads_of_other_families_are_exact(configure, assets, tmp_path, kind, ch
     start_of = AutoModelForCausalLM.from_pretrained(tmp_path / "odd")
     DistillPipeline(config).run()
     saved = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "student")
-    examples, _ = tokenize_files(list(config.validation_files), load_tokenizer(shared), sequence_length=64)
+    examples, _ = tokenize_files(list(config.validation_files), load_tokenizer(ModelSource(shared)), sequence_length=64)
     total = count = 0.0
     for index in range(len(examples)):
         tokens, labels = (torch.tensor(part, dtype=torch.long) for part in examples.row(index))
@@ -503,7 +504,7 @@ def test_a_new_run_never_mixes_with_an_earlier_one(configure):
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
-    with pytest.raises(LimbeckError, match="track_with = 'wand' is not known"):
+    with pytest.raises(LimbeckError, match="track_with = 'wand' is not a known tracker"):
         DistillPipeline(configure(track_with="wand", student_pretrain="/nowhere")).run()
 
 
@@ -535,5 +536,5 @@ def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(con
 def test_every_step_is_a_sign_of_life_whether_it_is_logged_or_not(configure):
     request = StopRequest()
     config = configure(max_steps=3, logging_steps=100, save_steps=0, eval_steps=0)
-    DistillPipeline(config).run_in(World(0, 1, torch.device("cpu")), stop=request)
-    assert request.looks == 3
+    DistillPipeline(config).run_in(World(0, 1, torch.device("cpu")), Surroundings(stop=request))
+    assert request.polls == 3

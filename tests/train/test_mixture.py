@@ -13,6 +13,7 @@ from limbeck import DistillPipeline, LimbeckError
 from limbeck.data import IGNORE
 from limbeck.strategies.world import World
 from limbeck.train.build.data import make_data
+from limbeck.train.step_source import DatasetSource
 
 PACKED = {
     "student.use_sequence_packing": True,
@@ -65,17 +66,19 @@ def rows_of(step, tokenizer) -> list[str]:
 def test_every_epoch_has_the_shares_that_were_asked(configure, mixed, packing):
     # One row or pack in a step, so that no remainder is left over at the end of an epoch.
     config = configure(**mixed(3, 1), **{**packing, "student.training_args.per_device_train_batch_size": 1})
-    data = make_data(config, World(0, 1, torch.device("cpu")))
+    world = World(0, 1, torch.device("cpu"))
+    data = make_data(config, world)
+    source = DatasetSource(config, world, data)
     seen: Counter[str] = Counter()
     for epoch in range(3):
-        assert data.stream.position["epoch"] == epoch
+        assert source.state_dict()["epoch"] == epoch
         taken: Counter[str] = Counter()
-        while data.stream.position["epoch"] == epoch:
-            taken.update(rows_of(next(data.stream), data.tokenizer))
+        while source.state_dict()["epoch"] == epoch:
+            taken.update(rows_of(source.next(0), data.tokenizer))
         assert sum(count for text, count in taken.items() if "yes" in text) == 10
         assert sum(taken.values()) == 40
         seen.update(taken)
-    data.stream.close()
+    source.close()
     assert "each epoch takes 40 rows" in data.report
     assert {count for text, count in seen.items() if "yes" not in text} == {2, 3}  # 90 times one of 36
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.data import BatchStream, tokenize_files
-from limbeck.models import load_tokenizer
+from limbeck.models import ModelSource, load_tokenizer
 
 from .test_features import first_batch
 
@@ -22,7 +22,7 @@ def pair(tmp_path_factory) -> tuple[str, str]:
     for name, shape, more in (("student", {}, 0), ("teacher", {"hidden": 48, "layers": 3, "seed": 1}, 24)):
         make_model(folder / name, **shape)
         model = AutoModelForCausalLM.from_pretrained(folder / name)
-        model.resize_token_embeddings(len(load_tokenizer(str(folder / name))) + more)
+        model.resize_token_embeddings(len(load_tokenizer(ModelSource(str(folder / name)))) + more)
         model.save_pretrained(folder / name)
     return str(folder / "student"), str(folder / "teacher")
 
@@ -83,7 +83,7 @@ def test_a_fault_gives_the_formula_of_the_system_that_has_it(configure, assets, 
         z_s, z_t = (torch.cat([logits_of(folder, part[None])[0] for part in parts])[None] for folder in pair)
     else:
         z_s, z_t = (logits_of(folder, batch.input_ids) for folder in pair)
-    base = load_tokenizer(pair[0]).vocab_size
+    base = load_tokenizer(ModelSource(pair[0])).vocab_size
     assert base < z_s.shape[-1]
     ce, kd = expected(fault, z_s, z_t, batch, base)
     plain = expected_without(z_s, z_t, batch)
@@ -117,7 +117,7 @@ def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, t
 def micro_batches(config, assets, size):
     """All micro-batches of the first step, of ``size`` rows each."""
     examples, _ = tokenize_files(
-        list(config.student.data_args.file_name), load_tokenizer(str(assets / "student")), sequence_length=64
+        list(config.student.data_args.file_name), load_tokenizer(ModelSource(str(assets / "student"))), sequence_length=64
     )
     stream = BatchStream(
         examples, seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, rank=0,
@@ -197,7 +197,7 @@ def test_a_preset_with_all_its_faults_is_the_formula_of_that_system(configure, a
         (batch, *(logits_of(folder, batch.input_ids) for folder in pair)) for batch in micro_batches(config, assets, 2)
     ]
     assert len({int((batch.labels != -100).sum()) for batch, *_ in parts}) > 1, "micro-batches of different lengths"
-    assert found == pytest.approx(system(parts, load_tokenizer(pair[0]).vocab_size).item(), rel=1e-5)
+    assert found == pytest.approx(system(parts, load_tokenizer(ModelSource(pair[0])).vocab_size).item(), rel=1e-5)
 
 
 def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):

@@ -1,8 +1,8 @@
-"""From files of questions and answers to the batches of every training step.
+"""Reads data files and makes the batches of every training step.
 
-``tokenize_files`` reads, checks and tokenises; ``BatchStream`` turns the result into steps, which ``PrefetchedStream``
-makes ahead of their time; ``fixed_batches`` into validation batches. Models and teachers are not known here. Names are
-imported when they are first used, so that a process that only tokenises starts without torch.
+``tokenize_files`` reads, checks and tokenises. ``BatchStream`` makes training steps of the result, ``PrefetchedStream`` makes
+them in a thread ahead of time, and ``fixed_batches`` makes validation batches. Names are imported on first use, so that a
+process that only tokenises does not import torch.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Tokenised rows, in memory or in files that are mapped into it, and the report of what became of them.
-
-Text, templates and batches are not known here.
-"""
+"""Tokenised rows, in memory or memory-mapped, and the report about them."""
 
 from __future__ import annotations
 
@@ -21,14 +18,14 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Tokenised rows, one after another. The arrays may be mapped from files larger than memory.
+    """Tokenised rows, concatenated. The arrays may be memory-mapped from files larger than memory.
 
     tokens:  [total] int32.
-    labels:  [total] int32; already shifted: the token that each position must predict, or ``IGNORE``.
+    labels:  [total] int32; shifted by one: the token that each position must predict, or ``IGNORE``.
     offsets: [rows + 1] int64; row i is ``tokens[offsets[i] : offsets[i + 1]]``. No row is empty.
-    weights: [total] float32, what multiplies the loss of each position, 0 where nothing is learned; None when all count alike.
-    supervised: [rows] supervised positions per row, if they have been counted already.
-    groups:  [rows] int32, which entry of ``DataReport.groups`` each row belongs to; None when there is one only.
+    weights: [total] float32, factor of each position's loss, 0 at unsupervised positions; None when all are 1.
+    supervised: [rows] number of supervised positions per row, if already counted.
+    groups:  [rows] int32, index into ``DataReport.groups``; None with only one group.
     """
 
     tokens: NDArray[np.int32]
@@ -42,18 +39,18 @@ class Examples:
         return len(self.offsets) - 1
 
     def row(self, index: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """The tokens and labels of one row, as views."""
+        """Returns views of the tokens and labels of one row."""
         here = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[here], self.labels[here]
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """[rows] tokens per row."""
+        """[rows] number of tokens per row."""
         return np.diff(self.offsets)
 
     @cached_property
     def num_supervised(self) -> NDArray[np.int64]:
-        """[rows] supervised positions per row."""
+        """[rows] number of supervised positions per row."""
         if self.supervised is not None:
             return self.supervised.astype(np.int64)
         return np.add.reduceat(self.labels != IGNORE, self.offsets[:-1], dtype=np.int64)
@@ -61,7 +58,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in one file or dataset; ``rows`` are those that were read, the ``bad`` ones among them."""
+    """Counts of one file or dataset: ``rows`` read, including ``bad`` ones."""
 
     path: str
     format: str
@@ -71,12 +68,19 @@ class FileReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows: ``rows`` were read; ``dropped`` says how many are left out, by reason.
+    """Counts of what happened to the rows.
 
-    rewritten: rows that the template makes several texts of, as it writes an answer otherwise later; texts: how many.
-    truncated: rows cut to ``sequence_length``; cut_answers: those among them that were cut inside a supervised turn, whose
-    end token is then not learned. split: rows cut into several. bad: skipped rows, by reason; bad_rows_file: where each of
-    them is named. groups: the (number of the source, domain) of the rows. note: what may surprise about the template.
+    rows:          rows read.
+    dropped:       number of rows left out, by reason.
+    rewritten:     rows that the template renders as several texts, because it changes earlier answers.
+    texts:         number of texts of the rewritten rows.
+    truncated:     rows cut to ``sequence_length``.
+    cut_answers:   truncated rows that were cut inside a supervised turn, whose end token is then not learned.
+    split:         rows split into several.
+    bad:           number of skipped rows, by reason.
+    bad_rows_file: file that lists every skipped row.
+    groups:        (source number, domain) of each group of rows.
+    note:          a warning about the template, or empty.
     """
 
     files: tuple[FileReport, ...]
@@ -124,7 +128,7 @@ class DataReport:
 
 
 class ArrayFile:
-    """A ``.npy`` file of one dimension that grows block by block, so that the array never has to be in memory."""
+    """A one-dimensional ``.npy`` file written block by block, so that the array need not fit in memory."""
 
     def __init__(self, path: Path, dtype: type[np.generic]) -> None:
         self._dtype = np.dtype(dtype)
@@ -134,23 +138,23 @@ class ArrayFile:
         self._start = self._file.tell()
 
     def append(self, values: NDArray[Any]) -> None:
-        """Add ``values`` [n] of the file's type."""
+        """Appends ``values`` [n]."""
         self._file.write(np.ascontiguousarray(values, self._dtype).data)
         self._length += len(values)
 
     def blocks(self) -> list[tuple[int, int]]:
-        """The places ``[start, stop)`` of what has been written, in portions to be read back with ``read``."""
+        """Returns ``[start, stop)`` ranges of what was written, for ``read``."""
         return [(start, min(start + _BLOCK, self._length)) for start in range(0, self._length, _BLOCK)]
 
     def read(self, start: int, stop: int) -> NDArray[Any]:
-        """A copy of what was written at ``[start, stop)``."""
+        """Returns a copy of the values in ``[start, stop)``."""
         self._file.seek(self._start + start * self._dtype.itemsize)
         values = np.frombuffer(self._file.read((stop - start) * self._dtype.itemsize), self._dtype)
         self._file.seek(0, 2)
         return values
 
     def close(self) -> None:
-        """Write the final length into the header, for whose digits NumPy leaves room."""
+        """Writes the final length into the header, where NumPy reserves space for it, and closes the file."""
         if not self._file.closed:
             self._file.seek(0)
             self._write_header()

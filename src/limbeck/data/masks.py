@@ -1,7 +1,4 @@
-"""From characters to tokens: which tokens are learned, how much each counts, and the one shift.
-
-Everything that says "this position is supervised" is decided here; texts and tokenizers are not known.
-"""
+"""The loss mask: which tokens are supervised, the weight of each one's loss, and the shift by one position."""
 
 from __future__ import annotations
 
@@ -11,23 +8,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 IGNORE = -100
-"""The label of a position that is not learned."""
+"""The label of a position that is not supervised."""
 
 
 def supervise(
-    places: NDArray[np.int64], spans: Sequence[tuple[int, int, float]], everything: bool = False, weight: float = 1.0
+    offsets: NDArray[np.int64], spans: Sequence[tuple[int, int, float]], everything: bool = False, weight: float = 1.0
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32] | None]:
-    """Which tokens [n], standing at the characters ``places`` [n, 2], are learned, and the weight of each one's loss [n].
+    """Returns which tokens are supervised [n], and the weight of each one's loss [n] or None if all are 1.
 
-    A token that touches a span is learned with the span's weight; the others not at all or, with ``everything``, with
-    ``weight``. Weight 0 is not learned. The weights are None when every learned token counts 1.
-    Some tokenizers leave a token's blanks out of its place, so a gap before a token is counted as the token's own.
+    offsets: [n, 2] the characters ``[start, end)`` of each token. spans: ``(start, end, weight)`` of each answer, in
+    characters. A token that overlaps a span is supervised with the span's weight. Other tokens are supervised only with
+    ``everything``, with the weight ``weight``. A token of weight 0 is not supervised.
+
+    Some tokenizers exclude a token's leading blanks from its offsets, so a gap before a token counts as part of the token.
     """
-    reached = np.maximum.accumulate(np.concatenate(([0], places[:-1, 1])))
-    start = np.minimum(places[:, 0], reached)
-    weights = np.full(len(places), weight if everything else 0.0, dtype=np.float32)
+    reached = np.maximum.accumulate(np.concatenate(([0], offsets[:-1, 1])))
+    start = np.minimum(offsets[:, 0], reached)
+    weights = np.full(len(offsets), weight if everything else 0.0, dtype=np.float32)
     for first, last, of_span in spans:
-        weights[(start < last) & (places[:, 1] > first)] = of_span
+        weights[(start < last) & (offsets[:, 1] > first)] = of_span
     supervised = weights > 0
     return supervised, None if (weights[supervised] == 1).all() else weights
 
@@ -35,9 +34,9 @@ def supervise(
 def shift(
     tokens: NDArray[np.int32], supervised: NDArray[np.bool_], weights: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
-    """Labels [n] and their weights [n]: position t is to predict token t + 1 if that token is supervised.
+    """Returns labels [n] and their weights [n] or None: position t predicts token t + 1 if that token is supervised.
 
-    Masks that are longer than ``tokens``, because those were cut, lose their ends.
+    Masks may be longer than ``tokens``, if those were truncated; the rest is ignored.
     """
     length = len(tokens)
     labels = np.full_like(tokens, IGNORE)

@@ -1,6 +1,6 @@
-"""Which rows an epoch consists of when sources are mixed: a function of (seed, epoch), so that a run can go on anywhere.
+"""Mixing sources: which rows an epoch consists of, as a function of (seed, epoch).
 
-The rows themselves are tokenised once, whatever the mixture. Their order within the epoch is the stream's business.
+Rows are tokenised once, whatever the mixture. ``stream`` decides their order within the epoch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ _CAP, _PASS = 1, 2  # keep the two kinds of random choice apart
 
 @dataclass(frozen=True)
 class MixtureSettings:
-    """How sources are mixed; at most one of weights, temperature and domain_probs is given.
+    """How sources are mixed. At most one of weights, temperature and domain_probs is set.
 
-    weights: of each source, its share of an epoch's rows. temperature: shares proportional to rows^(1 / temperature), by
-    domain. domain_probs: the share of each domain; they add up to 1. max_samples: of each source, how many of its rows are
-    used at all, drawn once by the seed; None for all. num_samples: rows in an epoch; None for as many as there are.
+    weights:      share of each source in the rows of an epoch.
+    temperature:  the share of each domain is proportional to rows^(1 / temperature).
+    domain_probs: share of each domain; they add up to 1.
+    max_samples:  maximum number of rows of each source, sampled once with the seed; None for all.
+    num_samples:  rows in an epoch; None for as many as there are.
     """
 
     weights: tuple[float | None, ...] = ()
@@ -38,10 +40,10 @@ class MixtureSettings:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """Bins of rows and how many of each an epoch takes.
+    """Bins of rows, and how many rows of each bin an epoch takes.
 
-    A bin is walked through in a shuffled order, then in another one, and so on; an epoch goes on where the last one
-    stopped. So no row of a bin comes more than once oftener than another, over any number of epochs.
+    A bin is iterated in one shuffled order after another, and an epoch continues where the last one stopped. Over any number
+    of epochs, the counts of two rows of a bin differ by at most one.
     """
 
     names: tuple[str, ...]
@@ -50,7 +52,7 @@ class Mixture:
     seed: int
 
     def rows_of_epoch(self, epoch: int) -> Ints:
-        """[rows of an epoch] numbers of rows, with repetitions, in a fixed order."""
+        """Returns the row numbers of an epoch, which may repeat, in increasing order."""
         parts = []
         for number, (rows, count) in enumerate(zip(self.bins, self.counts, strict=True)):
             start = epoch * count
@@ -68,9 +70,9 @@ class Mixture:
 
 
 def mix(examples: Examples, report: DataReport, settings: MixtureSettings, seed: int) -> Mixture | None:
-    """The mixture that the settings ask for, or None if every epoch is simply all rows.
+    """Returns the mixture of the settings, or None if every epoch has all rows once.
 
-    Raises LimbeckError if a share is asked of something that has no rows, or more rows than there are.
+    Raises LimbeckError if a source or domain with a share has no rows, or ``num_samples`` exceeds the number of rows.
     """
     capped = any(cap is not None for cap in settings.max_samples)
     proportions = (
@@ -95,21 +97,21 @@ def mix(examples: Examples, report: DataReport, settings: MixtureSettings, seed:
     wanted = total if settings.num_samples is None else settings.num_samples
     if wanted > total and not proportions:
         raise LimbeckError(
-            f"num_samples = {wanted} is more than the {total} rows there are; lower it, or give the sources weights, "
-            "with which rows are repeated."
+            f"num_samples = {wanted} is more than the {total} rows of the data; lower it, or set the weights of the sources, "
+            "which allow rows to repeat."
         )
     if not any(share > 0 for share in shares):
         raise LimbeckError("every share of the mixture is 0; give at least one source or domain a share above 0.")
     counts = _rounded(shares, wanted)
     for name, rows, share in zip(names, bins, shares, strict=True):
         if share > 0 and not len(rows):
-            raise LimbeckError(f"{name} has a share in the mixture, but no row that can be learned from; take it out.")
+            raise LimbeckError(f"{name} has a share in the mixture, but no row with a supervised token; remove it.")
     kept = [i for i, count in enumerate(counts) if count]
     return Mixture(tuple(names[i] for i in kept), tuple(bins[i] for i in kept), tuple(counts[i] for i in kept), seed)
 
 
 def _capped(groups: NDArray[np.int32], report: DataReport, settings: MixtureSettings, seed: int) -> NDArray[np.bool_]:
-    """[rows] which rows are used at all."""
+    """[rows] whether each row is used, after ``max_samples``."""
     usable = np.ones(len(groups), dtype=bool)
     source_of = np.array([source for source, _ in report.groups], dtype=np.int32)
     for source, cap in enumerate(settings.max_samples):
@@ -125,7 +127,7 @@ def _by_source(
 ) -> tuple[tuple[str, ...], tuple[Ints, ...], list[float]]:
     given = [weight for weight in weights if weight is not None]
     if len(given) < len(weights):
-        raise LimbeckError("some sources have a weight and some have none; give each one its weight.")
+        raise LimbeckError("some sources have a weight and some have none; set the weight of every source.")
     source_of = np.array([source for source, _ in report.groups], dtype=np.int32)
     names = dict(reversed(report.groups))
     bins = tuple(np.flatnonzero(usable & (source_of[groups] == source)) for source in range(len(weights)))
@@ -152,7 +154,7 @@ def _by_domain(
 
 
 def _rounded(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers that add up to ``total``, each less than one away from its share (largest remainders)."""
+    """Integers that add up to ``total``, each less than 1 from its share (largest-remainder method)."""
     exact = np.asarray(shares, dtype=np.float64) / np.sum(shares) * total
     counts = np.floor(exact).astype(np.int64)
     first = np.argsort(-(exact - counts), kind="stable")[: total - int(counts.sum())]

@@ -1,7 +1,7 @@
-"""Which rows share a sequence: bin packing by tokens.
+"""Bin packing by tokens: which rows share a sequence.
 
-Rows of one length are alike, so bins are filled by kinds (a pattern of lengths, so many times) and never row by row; the
-cost depends on the lengths that occur, hardly on the number of rows. Nothing here knows order, epochs or batches.
+Rows of the same length are interchangeable, so the algorithms work on kinds of bins (a pattern of lengths and how often it
+occurs). Their cost depends on the number of distinct lengths, hardly on the number of rows.
 """
 
 from __future__ import annotations
@@ -15,27 +15,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.integer[Any]]
-Counts = list[tuple[int, int]]  # (length, how many rows have it), by falling length
+Counts = list[tuple[int, int]]  # (length, number of rows of this length), by decreasing length
 
 
 class Bins(NamedTuple):
-    """``times`` bins that each hold the same: so many rows of each length."""
+    """``times`` bins with the same content: pairs of (length, number of rows)."""
 
     content: tuple[tuple[int, int], ...]
     times: int
 
 
 class Packs(NamedTuple):
-    """Pack i holds the rows ``members[starts[i] : starts[i + 1]]``, counted in the order of falling length."""
+    """Pack i holds the rows ``members[starts[i] : starts[i + 1]]``, numbered by decreasing length."""
 
     members: Ints
     starts: Ints
 
 
 def pack(lengths: Ints, capacity: int, algorithm: str) -> Packs:
-    """Packs of at most ``capacity`` tokens for rows whose ``lengths`` come in falling order, none above ``capacity``.
+    """Packs rows into sequences of at most ``capacity`` tokens.
 
-    algorithm: a name in ``ALGORITHMS``. Depends on nothing but the lengths, so that every epoch has equally many packs.
+    lengths: [rows] in decreasing order, none above ``capacity``. algorithm: a name in ``ALGORITHMS``.
+    The result depends only on the lengths, so every epoch has the same number of packs.
     """
     distinct, counts = np.unique(lengths, return_counts=True)
     falling = list(zip(distinct[::-1].tolist(), counts[::-1].tolist(), strict=True))
@@ -54,7 +55,7 @@ def pack(lengths: Ints, capacity: int, algorithm: str) -> Packs:
 
 
 def best_fit_decreasing(counts: Counts, capacity: int) -> list[Bins]:
-    """Longest first, each row into the fullest bin that still has room for it."""
+    """Best-fit decreasing: the longest row first, into the fullest bin with room for it."""
     open_bins: defaultdict[int, list[Bins]] = defaultdict(list)  # free tokens -> bins
     free: list[int] = []  # the keys of open_bins that have a bin, sorted
 
@@ -73,7 +74,7 @@ def best_fit_decreasing(counts: Counts, capacity: int) -> list[Bins]:
                 kind = open_bins[room].pop()
                 if not open_bins[room]:
                     del free[fit]
-            # After one row the bin is fuller than any other that has room for the next of this length: it goes there too.
+            # This bin stays the fullest one with room, so further rows of this length go there too.
             each = min(room // length, count)
             times = min(kind.times, count // each)
             put(room - each * length, Bins((*kind.content, (length, each)), times))
@@ -84,10 +85,11 @@ def best_fit_decreasing(counts: Counts, capacity: int) -> list[Bins]:
 
 
 def modified_first_fit_decreasing(counts: Counts, capacity: int) -> list[Bins]:
-    """Johnson and Garey's (1985): first-fit decreasing that finds partners for the large rows first.
+    """Modified first-fit decreasing (Johnson and Garey, 1985), which first finds partners for the large rows.
 
-    A row is large above a half of the capacity, medium above a third, small above a sixth. Every large row has a bin; these
-    get a medium row each where one fits, those without one get two small rows, backwards; then first-fit decreasing.
+    A row is large above a half of the capacity, medium above a third, and small above a sixth. Every large row opens a bin.
+    Each bin gets a medium row if one fits. In reverse order, bins without one get two small rows. The remaining rows follow
+    by first-fit decreasing.
     """
     left = dict(counts)
     large = [(length, count) for length, count in counts if 2 * length > capacity]
@@ -128,7 +130,7 @@ def _extended(
     capacity: int,
     choose: Callable[[int, Bins], tuple[tuple[int, int], ...]],
 ) -> Iterator[Bins]:
-    """Every bin in order with what ``choose`` adds to it, taken out of ``left``; alike bins are served together."""
+    """Yields every bin with the rows that ``choose`` adds, which are removed from ``left``; equal bins are handled together."""
     for kind in bins:
         room = capacity - sum(length * count for length, count in kind.content)
         times = kind.times
@@ -142,12 +144,12 @@ def _extended(
 
 
 def _largest(lengths: list[int], left: Mapping[int, int], room: int) -> int:
-    """The largest of ``lengths``, which fall, that fits and is left; 0 if there is none."""
+    """The largest of the decreasing ``lengths`` that fits and is left; 0 if there is none."""
     return next((length for length in lengths if length <= room and left[length]), 0)
 
 
 def _greedy(lengths: list[int], left: Mapping[int, int], room: int) -> tuple[tuple[int, int], ...]:
-    """As many as fit of each length that is left, the largest first."""
+    """As many rows as fit of each length that is left, the largest first."""
     content = []
     for length in lengths:
         count = min(room // length, left[length])
@@ -161,4 +163,4 @@ ALGORITHMS: dict[str, Callable[[Counts, int], list[Bins]]] = {
     "best_fit_decreasing": best_fit_decreasing,
     "modified_first_fit_decreasing": modified_first_fit_decreasing,
 }
-"""By the name in the configuration."""
+"""Name in the configuration -> algorithm."""

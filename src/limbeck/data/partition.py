@@ -1,6 +1,6 @@
-"""Who computes what of a step: lengths dealt to bins so that nobody waits long for the others.
+"""Load balancing: partitions lengths into bins with nearly equal sums.
 
-Every rank deals the whole step by itself and must come to the same end, so everything here is a plain function of lengths.
+Every rank partitions the whole step itself and must get the same result, so everything here is a pure function of lengths.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ Groups = list[list[int]]
 
 
 def partition_balanced(lengths: Sequence[int], bins: int, most: int = 0) -> Groups:
-    """The indices of ``lengths`` in so many ``bins`` of nearly equal sums, at most ``most`` (if not 0) in each.
+    """Partitions the indices of ``lengths`` into ``bins`` groups of nearly equal sums, with at most ``most`` in each.
 
-    Longest processing time first: each, the longest first, to the bin with the smallest sum. At most 4/3 of the best.
+    Longest-processing-time-first (Graham, 1969): the longest remaining item goes to the bin with the smallest sum. The
+    largest sum is at most 4/3 of the optimum. ``most = 0`` sets no limit.
     """
-    dealt: Groups = [[] for _ in range(bins)]
-    heap = [(0, place) for place in range(bins)]
+    assigned: Groups = [[] for _ in range(bins)]
+    heap = [(0, number) for number in range(bins)]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        total, place = heapq.heappop(heap)
-        dealt[place].append(index)
-        if len(dealt[place]) != most:
-            heapq.heappush(heap, (total + lengths[index], place))
-    return dealt
+        total, number = heapq.heappop(heap)
+        assigned[number].append(index)
+        if len(assigned[number]) != most:
+            heapq.heappush(heap, (total + lengths[index], number))
+    return assigned
 
 
 def partition_within_budget(lengths: Sequence[int], budget: int, ranks: int) -> Groups:
-    """The same in as few bins as hold at most ``budget`` each, none of ``lengths`` above it; a multiple of ``ranks``."""
+    """Partitions into as few bins as possible whose sums are at most ``budget``; their number is a multiple of ``ranks``.
+
+    None of ``lengths`` may exceed ``budget``.
+    """
     rounds = max(1, -(-sum(lengths) // (budget * ranks)))
     while True:
-        dealt = partition_balanced(lengths, rounds * ranks)
-        if max(sum(lengths[i] for i in group) for group in dealt) <= budget:
-            return dealt
+        assigned = partition_balanced(lengths, rounds * ranks)
+        if max(sum(lengths[i] for i in group) for group in assigned) <= budget:
+            return assigned
         rounds += 1
 
 
 def partition_neighbours_within_budget(
     lengths: Sequence[int], budget: int, ranks: int, padded: Callable[[int], int]
 ) -> Groups:
-    """Groups of similar length for padding: number in a group × padded longest ≤ ``budget``, as even as can be.
+    """Groups items of similar length so that items × padded longest length ≤ ``budget`` in each group.
 
-    As few groups as possible, in a multiple of ``ranks``; none is empty, for which ``len(lengths)`` must be one too.
+    Makes as few groups as possible, a multiple of ``ranks``, of similar size. ``len(lengths)`` must be a multiple of
+    ``ranks`` too, so that no group is empty.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     slots = [padded(lengths[i]) for i in order]
@@ -60,7 +65,7 @@ def partition_neighbours_within_budget(
     even = _cut_evenly([lengths[i] for i in order], wanted)
     if all(_area(bounds, slots) <= budget for bounds in even):
         return [order[start:stop] for start, stop in sorted(even, key=lambda b: -_area(b, slots))]
-    low, high = slots[0], budget  # the least budget that needs no more groups than wanted makes them even
+    low, high = slots[0], budget  # the smallest budget that needs no more groups makes them similar
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if len(cut(middle)) <= wanted else (middle + 1, high)
@@ -73,7 +78,7 @@ def partition_neighbours_within_budget(
 
 
 def _cut_evenly(lengths: Sequence[int], groups: int) -> list[tuple[int, int]]:
-    """Neighbours in so many groups, none of them empty, whose sums are as even as neighbours allow."""
+    """Cuts a sequence into ``groups`` non-empty contiguous parts with similar sums."""
     reached = [0, *accumulate(lengths)]
     stops = [0]
     for group in range(1, groups):

@@ -1,4 +1,4 @@
-"""The next steps are made by a thread while this one trains. What is made, and in which order, is the stream's own affair."""
+"""Makes the next steps of a stream in a thread while the current one trains."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from limbeck.data.stream import BatchStream
 
 
 class PrefetchedStream:
-    """``stream``, up to ``ahead`` steps of it made before they are asked for.
+    """An iterator over ``stream`` that makes up to ``ahead`` steps in advance.
 
-    ``position`` is that of the step that is handed out next, not of the one that is made next. An error in the making is
-    raised by the ``next`` that would have handed that step out, and by every later one. The thread starts with the first
-    ``next`` and ends with ``close``, with this object, or with the interpreter. With a CUDA ``device`` batches wait in pinned
-    memory, from which a copy does not hold up the host.
+    ``position`` is that of the step that ``next`` returns, not of the step that the thread makes. An error in the thread is
+    raised by the ``next`` that would have returned the failed step, and by every later one. The thread starts with the first
+    ``next`` and ends with ``close``, with this object, or with the interpreter. With a CUDA ``device`` batches are in pinned
+    memory, so copies to the device are asynchronous.
     """
 
     def __init__(self, stream: BatchStream, *, ahead: int = 2, device: torch.device | None = None) -> None:
@@ -37,17 +37,17 @@ class PrefetchedStream:
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the step that is handed out next is."""
+        """The position of the step that ``next`` returns."""
         return dict(self._position)
 
     def seek(self, position: Mapping[str, int]) -> None:
-        """Continue at ``position``; what was made ahead is dropped."""
+        """Continues at ``position`` and discards the steps made in advance."""
         self.close()
         self._stream.seek(position)
         self._position = self._stream.position
 
     def close(self) -> None:
-        """End the thread. A later ``next`` goes on where the last one was."""
+        """Ends the thread. A later ``next`` continues after the last step returned."""
         if self._end is not None:
             self._end()
         self._work = self._end = None
@@ -57,7 +57,7 @@ class PrefetchedStream:
 
     def __next__(self) -> StepBatch:
         if self._work is None:
-            self._stream.seek(self._position)  # an earlier thread may have gone further than what was handed out
+            self._stream.seek(self._position)  # an earlier thread may have made more steps than were returned
             self._work = _Work(self._stream, self._ahead, self._device)
             # Runs at interpreter exit too, while threads still can end in order.
             self._end = weakref.finalize(self, self._work.stop)
@@ -66,7 +66,7 @@ class PrefetchedStream:
 
 
 class _Work:
-    """The thread and what it has made; knows nothing of its owner, so that the owner can be forgotten."""
+    """The thread and its steps. It holds no reference to its owner, so that the owner can be garbage-collected."""
 
     def __init__(self, stream: BatchStream, ahead: int, device: torch.device | None) -> None:
         self._stream, self._room, self._device = stream, ahead, device
@@ -91,12 +91,12 @@ class _Work:
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:  # which may be the one that collects the garbage
+        if threading.current_thread() is not self._thread:  # garbage collection may run in that thread
             self._thread.join()
 
     def _run(self) -> None:
         try:
-            torch.set_num_threads(1)  # of this thread alone: its work is small, and the cores are the training's
+            torch.set_num_threads(1)  # in this thread only; the cores belong to the training
             if self._device is not None:
                 torch.cuda.set_device(self._device)
             while True:
@@ -109,7 +109,7 @@ class _Work:
                 with self._changed:
                     self._made.append(made)
                     self._changed.notify_all()
-        except BaseException as error:  # raised where it can be seen: in take()
+        except BaseException as error:  # raised in take()
             with self._changed:
                 self._error = error
                 self._changed.notify_all()

@@ -1,8 +1,7 @@
-"""From tokenised rows to optimizer steps: order, micro-batches, and the share of each rank.
+"""Makes optimizer steps of tokenised rows: their order, the micro-batches, and the micro-batches of each rank.
 
-Everything is a pure function of (seed, epoch, step). A stream that is told a position continues there, on any number of
-ranks, and every rank can count the whole step without asking the others. Examples may be mapped files far larger than
-memory: only the rows of a step are read. Nothing here knows text, models or processes.
+Everything is a pure function of (seed, epoch, step), so a stream continues exactly from a saved position on any number of
+ranks. Examples may be memory-mapped files larger than memory: only the rows of a step are read.
 """
 
 from __future__ import annotations
@@ -27,15 +26,17 @@ from limbeck.errors import LimbeckError
 Ints = NDArray[np.integer[Any]]
 RowsOfEpoch = Callable[[int], Ints]
 
-_WINDOW = 32  # steps among which rows are dealt by length: enough for similar ones, few enough to stay mixed
-_BLOCK, _BLOCKS = 1 << 16, 256  # bytes in a block and blocks of an array that a checksum reads
+_WINDOW = 32  # steps that group_by_length sorts together: enough for similar lengths, few enough to stay shuffled
+_BLOCK, _BLOCKS = 1 << 16, 256  # bytes per block, and blocks per array, that a checksum reads
 
 
 @dataclass(frozen=True)
 class _Epoch:
-    """One epoch's units in their order. A unit becomes one row of a batch, or with packing the rows of one pack.
+    """The units of one epoch in order. A unit is one row or, with packing, the rows of one pack.
 
-    rows: row numbers in their order; with ``packs``, by falling length, and ``order`` says which pack comes when.
+    rows:  row numbers in order; with ``packs``, sorted by decreasing length.
+    packs: which of ``rows`` share a pack; None without packing.
+    order: the order of the packs; None without packing.
     """
 
     rows: Ints
@@ -46,14 +47,14 @@ class _Epoch:
         return len(self.rows) if self.packs is None else len(self.packs.starts) - 1
 
     def units(self, first: int, last: int) -> list[Ints]:
-        """The row numbers in each of the units from ``first`` to before ``last``."""
+        """Returns the row numbers of each unit in ``[first, last)``."""
         if self.packs is None or self.order is None:
             return list(self.rows[first:last, None])
         members, starts = self.packs
-        return [self.rows[members[starts[place] : starts[place + 1]]] for place in self.order[first:last]]
+        return [self.rows[members[starts[i] : starts[i + 1]]] for i in self.order[first:last]]
 
     def checksum(self) -> int:
-        """Tells this order from that of another mixture, shuffle or packing."""
+        """A checksum that differs for another mixture, shuffle or packing."""
         found = 0
         for array in (self.rows, self.order, *(self.packs or ())):
             if array is not None:
@@ -62,25 +63,24 @@ class _Epoch:
 
 
 class BatchStream:
-    """Endless optimizer steps over ``examples``, epoch after epoch, as this rank sees them.
+    """An endless iterator over the optimizer steps of one rank, epoch after epoch.
 
-    One step takes the next ``per_device_batch_size * accumulation_steps * world_size`` rows (packs, with ``packing``)
-    in an order that depends on (seed, epoch) only. Those left over at the end of an epoch are skipped; the next epoch's
-    order gives others that place.
+    One step takes the next ``per_device_batch_size * accumulation_steps * world_size`` rows (packs, with ``packing``) in an
+    order that depends only on (seed, epoch). Rows left over at the end of an epoch are skipped; in the next epoch's order
+    these are other rows.
 
-    sequence_length:            tokens that a pack may hold.
-    packing:                    rows share sequences and lie end to end in a micro-batch, so that nothing is padded.
-    packing_algorithm:          which rows share one: a name in ``packing.ALGORITHMS``.
-    max_tokens_per_microbatch:  0, or the most slots (rows x padded length; with packing, tokens) of a micro-batch: the
-                                step's rows are then dealt by length instead of by ``per_device_batch_size``.
+    sequence_length:            maximum number of tokens in a pack.
+    packing:                    concatenate the rows of a micro-batch instead of padding them.
+    packing_algorithm:          which rows share a pack: a name in ``packing.ALGORITHMS``.
+    max_tokens_per_microbatch:  maximum number of slots of a micro-batch (rows x padded length; with packing, tokens). The
+                                rows of a step are then grouped by length, not by ``per_device_batch_size``. 0 for no limit.
     length_round:               padded lengths are multiples of this, up to ``sequence_length`` or the longest row; with
-                                packing, the whole micro-batch's length is.
+                                packing, the length of the whole micro-batch.
     group_by_length:            without packing, a step takes rows of similar length, which need little padding.
-    pad_id:                     the token id in padding; never predicted.
-    rows_of_epoch:              row numbers, repeated ones allowed, that an epoch consists of; all rows by default. A
-                                function of the epoch alone.
+    pad_id:                     token id of padding; never a target.
+    rows_of_epoch:              function from the epoch to its row numbers, which may repeat; all rows by default.
 
-    Raises LimbeckError if an epoch holds less than one step, or a row exceeds ``max_tokens_per_microbatch``.
+    Raises LimbeckError if an epoch has fewer rows than one step, or a row exceeds ``max_tokens_per_microbatch``.
     """
 
     def __init__(
@@ -116,34 +116,36 @@ class BatchStream:
         self._units_per_step = per_device_batch_size * accumulation_steps * world_size
         self._capacity = max(sequence_length, int(examples.lengths.max()))
         self._layout = _Layout(length_round, self._capacity, pad_id, packing)
-        self._packs: Packs | None = None  # of all rows; where the rows change with the epoch, so do the packs
+        self._packs: Packs | None = None  # of all rows; not kept if the rows differ between epochs
         if self._budget:
             self._check_budget()
         self._checksum = _checksum(examples)
         self._epoch = self._step = 0
         first = self._order_of(0)
-        self._order: _Epoch | None = first  # None: to be made when a step needs it
+        self._order: _Epoch | None = first  # None until a step needs it
         self._steps_per_epoch = len(first) // self._units_per_step
         self._rows_per_epoch = len(first.rows)
         self._order_checksum = first.checksum()
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in the first epoch; the same in every epoch unless ``rows_of_epoch`` chooses others."""
+        """Optimizer steps in the first epoch; the same in every epoch unless ``rows_of_epoch`` changes it."""
         return self._steps_per_epoch
 
     @property
     def position(self) -> dict[str, int]:
-        """Where the next step is, and what that depends on: plain numbers for a checkpoint."""
+        """The position of the next step and what it depends on, as JSON values for a checkpoint."""
         return {"epoch": self._epoch, "step": self._step, **self._identity()}
 
     def seek(self, position: Mapping[str, int]) -> None:
-        """Continue at a ``position`` of a stream with the same data, mixture, packing, seed and rows per step, on any number
-        of ranks; raises LimbeckError for another's."""
+        """Continues at ``position``, also on another number of ranks.
+
+        Raises LimbeckError if the position belongs to other data, another mixture, packing or seed, or other rows per step.
+        """
         for name, ours in self._identity().items():
             if position.get(name) != ours:
                 raise LimbeckError(
-                    f"The checkpoint's place in the data was counted with {name} = {position.get(name)}, and this run has "
+                    f"The checkpoint's position in the data was counted with {name} = {position.get(name)}, and this run has "
                     f"{ours}; use the same data, mixture, packing, seed, sequence settings and "
                     "per_device_train_batch_size x gradient_accumulation_steps x ranks, or start a new run from the "
                     "checkpoint's weights."
@@ -178,7 +180,7 @@ class BatchStream:
     def _order_of(self, epoch: int) -> _Epoch:
         random = np.random.default_rng((self._seed, epoch))
         every = len(self._examples)
-        small = np.int32 if every < 2**31 else np.int64  # half the memory matters where rows are many
+        small = np.int32 if every < 2**31 else np.int64  # saves half the memory for large datasets
         rows = np.arange(every, dtype=small) if self._rows_of_epoch is None else np.array(self._rows_of_epoch(epoch))
         if self._shuffle:
             random.shuffle(rows)
@@ -186,28 +188,28 @@ class BatchStream:
             rows = _by_length(rows, self._examples.lengths, self._units_per_step, random)
         order = _Epoch(rows, None, None)
         if self._algorithm is not None:
-            # Which lengths share a pack is the same in every epoch; which rows have their turn as those lengths is not.
+            # Which lengths share a pack is the same in every epoch; which rows of these lengths, is not.
             lengths = self._examples.lengths[rows]
             rows = rows[np.argsort(_sortable(self._capacity - lengths, self._capacity), kind="stable")]
             packs = self._packs or pack(self._examples.lengths[rows], self._capacity, self._algorithm)
             if self._rows_of_epoch is None:
                 self._packs = packs
-            places = np.arange(len(packs.starts) - 1)
+            numbers = np.arange(len(packs.starts) - 1)
             if self._shuffle:
-                random.shuffle(places)
-            order = _Epoch(rows, packs, places)
+                random.shuffle(numbers)
+            order = _Epoch(rows, packs, numbers)
         if len(order) < self._units_per_step:
             raise LimbeckError(
-                f"The data gives {len(order)} {'rows' if order.packs is None else 'packs'}, fewer than one step takes: "
+                f"The data has {len(order)} {'rows' if order.packs is None else 'packs'}, fewer than one step takes: "
                 f"{self._units_per_step} = per_device_train_batch_size {self._per_device} x "
                 f"gradient_accumulation_steps {self._accumulation} x {self._world_size} ranks; lower "
-                "gradient_accumulation_steps or per_device_train_batch_size, or give more data."
+                "gradient_accumulation_steps or per_device_train_batch_size, or add data."
             )
         return order
 
     def _micro_batches(self, units: list[Ints]) -> list[list[Ints]]:
-        """The step's units as the micro-batches of all ranks, largest first: equally many for each rank."""
-        if self._budget and self._layout.packed:  # rows lie end to end, so they need not stay with their pack
+        """Groups the step's units into the micro-batches of all ranks, largest first; the same number for each rank."""
+        if self._budget and self._layout.packed:  # rows are concatenated, so a pack may be split
             units = [unit[i : i + 1] for unit in units for i in range(len(unit))]
         lengths = [int(self._examples.lengths[unit].sum()) for unit in units]
         if not self._layout.packed:
@@ -215,7 +217,7 @@ class BatchStream:
                 groups = partition_neighbours_within_budget(
                     lengths, self._budget, self._world_size, self._layout.padded
                 )
-            else:  # of similar length, for little padding
+            else:  # similar lengths need little padding
                 order = sorted(range(len(units)), key=lambda i: -lengths[i])
                 groups = [order[i : i + self._per_device] for i in range(0, len(units), self._per_device)]
         else:
@@ -240,17 +242,17 @@ class BatchStream:
 def fixed_batches(
     examples: Examples, *, batch_size: int, rank: int, world_size: int, pad_id: int, length_round: int
 ) -> list[StepBatch]:
-    """All rows once, in an order that never changes, for validation; each batch has one micro-batch per rank.
+    """Returns validation batches with every row once, in a fixed order; each has one micro-batch per rank.
 
-    Rows of similar length share a batch. The last rows are spread evenly over the ranks; a rank that gets none has a
-    micro-batch whose labels are all ``IGNORE``.
+    Rows of similar length share a batch. The rows of the last batch are distributed evenly over the ranks; a rank without
+    rows gets a micro-batch whose labels are all ``IGNORE``.
     """
     layout = _Layout(length_round, int(examples.lengths.max()), pad_id, packed=False)
     units = list(np.argsort(-examples.lengths, kind="stable")[:, None])
     batches = []
     for first in range(0, len(units), batch_size * world_size):
         step = units[first : first + batch_size * world_size]
-        bounds = [len(step) * place // world_size for place in range(world_size + 1)]
+        bounds = [len(step) * i // world_size for i in range(world_size + 1)]
         groups = [step[start:stop] for start, stop in pairwise(bounds)]
         batches.append(_rank_batch(examples, groups, layout, rank, world_size))
     return batches
@@ -258,7 +260,7 @@ def fixed_batches(
 
 @dataclass(frozen=True)
 class _Layout:
-    """How sequences are laid into a micro-batch: each in a row of its own, or all end to end in one."""
+    """How a micro-batch holds sequences: one per row, or all concatenated in one row."""
 
     length_round: int
     limit: int
@@ -272,11 +274,11 @@ class _Layout:
         return -(-length // self.length_round) * self.length_round
 
     def whole(self, budget: int) -> int:
-        """The most tokens that still fit ``budget`` slots when they are rounded up."""
+        """The largest number of tokens whose rounded length is at most ``budget``."""
         return budget // self.length_round * self.length_round
 
     def shape(self, units: Sequence[int]) -> tuple[int, int]:
-        """Rows and slots in each, for units of these lengths."""
+        """[rows, slots] of a micro-batch of units with these lengths."""
         if self.packed:
             return 1, self.rounded(max(1, sum(units)))
         return max(1, len(units)), self.padded(max(units, default=1))
@@ -297,7 +299,7 @@ def _rank_batch(
 
 
 def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], layout: _Layout) -> Batch:
-    """One micro-batch; with no unit at all, a row of padding that teaches nothing."""
+    """Makes one micro-batch; without units, a row of padding and ``IGNORE``."""
     input_ids = np.full(shape, layout.pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     weights = None if examples.weights is None else np.zeros(shape, dtype=np.float32)
@@ -319,7 +321,7 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
             slot += 1
     position_ids = None
     if layout.packed:
-        # Padding counts on from the last document, so that it does not look like the beginning of another.
+        # Padding continues the positions of the last document, so that it does not start a new one.
         documents = [*documents[:-1], shape[1] - sum(documents[:-1])]
         starts = np.cumsum([0, *documents[:-1]])
         position_ids = torch.from_numpy(np.arange(shape[1]) - np.repeat(starts, documents))[None]
@@ -336,9 +338,9 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
 
 
 def _by_length(rows: Ints, lengths: Ints, per_step: int, random: np.random.Generator) -> Ints:
-    """The rows of every ``_WINDOW`` steps dealt anew to these, each taking similar ones; the steps keep no order of length.
+    """Sorts the rows of every ``_WINDOW`` steps by length and shuffles these steps.
 
-    Those beyond the last whole step stay where they are, so that no length is left out oftener than another.
+    Rows after the last whole step keep their positions, so that no length is skipped more often than another.
     """
     parts = []
     whole = len(rows) // per_step * per_step
@@ -350,16 +352,18 @@ def _by_length(rows: Ints, lengths: Ints, per_step: int, random: np.random.Gener
 
 
 def _sortable(values: Ints, most: int) -> Ints:
-    """The same numbers in 16 bits if that holds them: numpy sorts these in linear time."""
+    """Casts to 16 bits if that is lossless, because numpy sorts 16-bit integers in linear time."""
     return values.astype(np.uint16) if most < 2**16 else values
 
 
 def _checksum(examples: Examples) -> int:
-    """Tells other data from this. Of large arrays evenly spaced blocks are read, so that mapped files stay on the disk."""
+    """A checksum of the data. Of large arrays it reads evenly spaced blocks, so that mapped files stay on disk."""
     found = 0
     arrays: list[Any] = [examples.offsets, examples.tokens, examples.labels]
     for array in arrays if examples.weights is None else [*arrays, examples.weights]:
-        contiguous: Any = np.ascontiguousarray(array)  # no copy of an array that lies in one piece, mapped or not
+        contiguous: Any = np.ascontiguousarray(
+            array
+        )  # does not copy an array that is contiguous already, mapped or not
         data = memoryview(contiguous).cast("B")
         step = _BLOCK * max(1, len(data) // (_BLOCK * _BLOCKS))
         for start in range(0, len(data), step):

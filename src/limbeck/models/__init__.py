@@ -1,18 +1,23 @@
-"""Hugging Face causal language models: loaded, taken apart at the output head, adapted and saved. Knows no loss, no
-cluster.
-"""
+"""Hugging Face causal language models: loading, output heads, hidden-state capture, varlen attention, freezing and LoRA."""
 
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import (
-    attention_for,
     body,
     check_head,
     check_length,
     decoder_layers,
+    enable_varlen_attention,
     hidden_states,
-    keep_documents_apart,
     output_head,
-    unwrapped,
+    unwrap_model,
+    use_eager_on_cpu,
+)
+from limbeck.models.hidden_state_capture import (
+    HiddenStateCapture,
+    NamedPair,
+    check_logit_layer,
+    resolve_pairs,
+    submodules,
 )
 from limbeck.models.load import (
     ModelSource,
@@ -24,25 +29,23 @@ from limbeck.models.load import (
 )
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.memory import available_memory, explain_oom
-from limbeck.models.taps import NamedPair, Taps, check_logit_layer, resolve_pairs, submodules
 
 __all__ = [
+    "HiddenStateCapture",
     "ModelSource",
     "NamedPair",
-    "Taps",
     "add_lora",
-    "attention_for",
     "available_memory",
     "body",
     "check_head",
     "check_length",
     "check_logit_layer",
     "decoder_layers",
+    "enable_varlen_attention",
     "explain_oom",
     "freeze",
     "has_lora",
     "hidden_states",
-    "keep_documents_apart",
     "load_model",
     "load_tokenizer",
     "merged_state_dict",
@@ -52,5 +55,6 @@ __all__ = [
     "recompute_activations",
     "resolve_pairs",
     "submodules",
-    "unwrapped",
+    "unwrap_model",
+    "use_eager_on_cpu",
 ]

@@ -1,4 +1,4 @@
-"""Keep part of a model as it is."""
+"""Freezes parameters by name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from limbeck.errors import LimbeckError
 
 
 def freeze(model: nn.Module, prefixes: Sequence[str]) -> None:
-    """Stop training every parameter whose name begins with one of ``prefixes``; a prefix that fits none is an error."""
+    """Sets ``requires_grad`` to False for every parameter whose name starts with one of ``prefixes``.
+
+    Raises LimbeckError if a prefix matches no parameter, or no parameter is left to train.
+    """
     names = dict(model.named_parameters())
     for prefix in prefixes:
         hit = [name for name in names if name.startswith(prefix)]

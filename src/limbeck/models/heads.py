@@ -1,8 +1,7 @@
-"""A causal language model seen as a body that gives hidden states and a head that gives logits.
+"""Splits a causal language model into a body that returns hidden states and an output head that returns logits.
 
-The body is Hugging Face's own ``base_model``; what the model does to its logits after the head's matrix product (soft-cap,
-scale) is read from its configuration and checked once against the model's own forward, so that a model with a habit that is
-not known here is refused rather than distilled wrongly.
+The body is Hugging Face's ``base_model``. Whatever follows the head's matrix product (soft-cap, scale) is read from the
+configuration and compared once with the model's own forward pass. A model with any other step after the head is refused.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
-from limbeck.models.documents import BY_DOCUMENT, FOR_GPUS, document_arguments, kept_apart
+from limbeck.models.varlen_attention import BY_DOCUMENT, GPU_KERNELS, separate_documents, varlen_kwargs
 from limbeck.objectives import OutputHead
 
 
-def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside a LoRA wrapper, or the model itself."""
+def unwrap_model(model: Any) -> Any:
+    """Returns the Hugging Face model inside a LoRA wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def body(model: Any) -> nn.Module:
-    """The part of ``model`` that ends in the last hidden state, norm included."""
-    return unwrapped(model).base_model
+    """Returns the part of ``model`` that computes the last hidden state, final norm included."""
+    return unwrap_model(model).base_model
 
 
 def hidden_states(
@@ -36,20 +35,25 @@ def hidden_states(
     documents: Sequence[int] | None = None,
     embedded: Tensor | None = None,
 ) -> Tensor:
-    """The last hidden states [batch, time, hidden]; those of ``embedded`` [batch, time, hidden] in the ids' stead, if given.
+    """Returns the last hidden states [batch, time, hidden].
 
-    Rows are right-padded and attention is causal, so padding is out of sight of every real token. With ``documents``, the
-    lengths of what lies end to end in the one row, and ``position_ids`` that restart with each, none of them sees another.
+    input_ids:    [batch, time]. Rows are right-padded, so with causal attention no real token attends to padding.
+    position_ids: [batch, time], restarting at 0 with every packed document, or None.
+    documents:    with packing, the lengths of the documents in the one row; tokens attend only within their document.
+    embedded:     [batch, time, hidden] inputs to use in place of the embeddings of ``input_ids``, or None.
     """
-    extra = document_arguments(model_body.config._attn_implementation, input_ids, documents)
-    with nullcontext() if documents is None else kept_apart(documents):
+    extra = varlen_kwargs(model_body.config._attn_implementation, input_ids, documents)
+    with nullcontext() if documents is None else separate_documents(documents):
         given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
         return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 
 
 def output_head(model: Any) -> OutputHead:
-    """The head's current weight and bias (tied or not, sharded or gathered) with the configuration's soft-cap and scale."""
-    causal = unwrapped(model)
+    """Returns the head's current weight and bias (tied or not, sharded or gathered) and the configured soft-cap and scale.
+
+    Raises LimbeckError if the model has no plain linear output head.
+    """
+    causal = unwrap_model(model)
     linear = causal.get_output_embeddings()
     if linear is None or getattr(linear, "weight", None) is None or hasattr(linear, "base_layer"):
         raise LimbeckError(
@@ -68,14 +72,14 @@ def output_head(model: Any) -> OutputHead:
 
 @torch.no_grad()
 def check_head(model: Any, name: str) -> None:
-    """Raise LimbeckError unless body and head reproduce the model's own logits on four tokens."""
-    causal = unwrapped(model)
+    """Raises LimbeckError unless body and head reproduce the model's own logits on four tokens."""
+    causal = unwrap_model(model)
     was_training = causal.training
     causal.eval()
     head = output_head(causal)
     device = head.weight.device
     ids = torch.arange(1, 5, device=device).unsqueeze(0) % head.weight.shape[0]
-    with attention_for(causal, device):
+    with use_eager_on_cpu(causal, device):
         h = hidden_states(body(causal), ids, None)
         own = causal(input_ids=ids, use_cache=False).logits.float()
     z = (h.to(head.weight.dtype) @ head.weight.T).float()
@@ -86,20 +90,19 @@ def check_head(model: Any, name: str) -> None:
     worst = (z[..., : own.shape[-1]] - own).abs().max().item()
     if not worst <= (0.05 if coarse else 1e-3) * max(1.0, own.abs().max().item()):  # NaN is refused too
         raise LimbeckError(
-            f"{name} ({type(causal).__name__}) changes its logits after the output head in a way that Limbeck does not know "
+            f"{name} ({type(causal).__name__}) changes its logits after the output head in an unsupported way "
             f"(they differ by up to {worst:.3g}), so its distribution would be wrong; use another model."
         )
 
 
 @torch.no_grad()
-def keep_documents_apart(model: Any, name: str) -> None:
-    """Let ``model`` attend document by document where it can, and prove that packed documents give what each gives alone.
+def enable_varlen_attention(model: Any, name: str) -> None:
+    """Switches ``model`` to varlen attention and verifies that packed documents give the same hidden states as single ones.
 
-    Changes the attention implementation of ``model`` if that passes; else leaves it, if the model's own keeps documents apart
-    by their positions. Raises LimbeckError if neither does. Of a model on a CPU that is to use a kernel for GPUs everything
-    but that kernel is tried.
+    Keeps the model's own attention implementation if only that passes. Raises LimbeckError if neither passes. For a model
+    that lies on a CPU but is configured for a GPU kernel, eager attention is verified in place of that kernel.
     """
-    causal = unwrapped(model)
+    causal = unwrap_model(model)
     was_training = causal.training
     causal.eval()
     trunk, own = body(causal), causal.config._attn_implementation
@@ -109,7 +112,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
     ids = torch.arange(1, sum(documents) + 1, device=device) % head.shape[0]
     positions = torch.cat([torch.arange(length, device=device) for length in documents])
     rows = torch.nn.utils.rnn.pad_sequence(list(ids.split(documents)), batch_first=True)
-    with attention_for(causal, device):
+    with use_eager_on_cpu(causal, device):
         tried = causal.config._attn_implementation
         each = hidden_states(trunk, rows, None).float()
         alone = torch.cat([row[:length] for row, length in zip(each, documents, strict=True)])
@@ -119,7 +122,7 @@ def keep_documents_apart(model: Any, name: str) -> None:
             try:
                 packed = hidden_states(trunk, ids[None], positions[None], documents)[0].float()
             except (AttributeError, TypeError, ValueError, RuntimeError):
-                continue  # an architecture that does something with its mask which only a tensor allows
+                continue  # this architecture modifies its mask, which must then be a tensor
             kept = bool((packed - alone).abs().max() <= (0.1 if coarse else 1e-3) * alone.abs().max())
             if kept:
                 break
@@ -127,16 +130,16 @@ def keep_documents_apart(model: Any, name: str) -> None:
     causal.train(was_training)
     if not kept:
         raise LimbeckError(
-            f"{name} ({type(causal).__name__}) does not keep packed rows apart by their position ids, so rows would see each "
-            "other; set student.use_sequence_packing: false."
+            f"{name} ({type(causal).__name__}) does not separate packed rows by their position ids, so rows would attend to "
+            "each other; set student.use_sequence_packing: false."
         )
 
 
 @contextmanager
-def attention_for(causal: Any, device: torch.device) -> Iterator[None]:
-    """Eager attention inside, where a kernel for GPUs is asked for and the model still lies on a CPU."""
+def use_eager_on_cpu(causal: Any, device: torch.device) -> Iterator[None]:
+    """Uses eager attention inside the block if the model is on a CPU but configured for a GPU kernel."""
     own = causal.config._attn_implementation
-    if device.type == "cpu" and own.startswith(FOR_GPUS):
+    if device.type == "cpu" and own.startswith(GPU_KERNELS):
         causal.set_attn_implementation("eager")
     try:
         yield
@@ -145,16 +148,16 @@ def attention_for(causal: Any, device: torch.device) -> Iterator[None]:
 
 
 def check_length(model: Any, name: str, longest: int) -> None:
-    """Raise LimbeckError if a row of ``longest`` tokens has positions that the model does not."""
-    known = getattr(unwrapped(model).config.get_text_config(), "max_position_embeddings", None)
+    """Raises LimbeckError if a row of ``longest`` tokens exceeds the model's ``max_position_embeddings``."""
+    known = getattr(unwrap_model(model).config.get_text_config(), "max_position_embeddings", None)
     if known is not None and longest > known:
         raise LimbeckError(
-            f"the longest row has {longest} tokens, but {name} is made for {known}; lower sequence_length, or set "
-            "model_args.model_config_kwargs.max_position_embeddings if it really reaches further."
+            f"the longest row has {longest} tokens, but {name} supports {known}; lower sequence_length, or set "
+            "model_args.model_config_kwargs.max_position_embeddings if it supports more."
         )
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The repeated blocks of ``model``, as Hugging Face names them: the natural units of sharding."""
-    classes = set(unwrapped(model)._no_split_modules or ())
+    """Returns the repeated decoder blocks of ``model`` (Hugging Face's ``_no_split_modules``), the units of sharding."""
+    classes = set(unwrap_model(model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in classes]

@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from limbeck.config.schema import ModelArgs
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
-from limbeck.models.documents import BY_DOCUMENT
-from limbeck.models.hub import probe_hub
+from limbeck.models.hub import offline_if_unreachable
 from limbeck.models.memory import available_memory
+from limbeck.models.varlen_attention import BY_DOCUMENT
 
 _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 
@@ -72,7 +72,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
     Raises LimbeckError if there is nothing to load, or no room for it.
     """
     name, role = source.name_or_path, source.role
-    _check_name(name, role)
+    check_folder(name, role, holds="config.json")
     attention = _ATTENTION.get(source.attn_implementation, source.attn_implementation)
     try:
         if name is None and not (source.from_scratch and "model_type" in source.config_kwargs):
@@ -90,9 +90,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=attention, **source.hub_kwargs
-            )
+            options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
+            model = _from_pretrained(AutoModelForCausalLM, name, options)
         if attention == "flex_attention":  # its variant by document also takes what autocast leaves
             model.set_attn_implementation(BY_DOCUMENT[attention])
         return model
@@ -109,7 +108,7 @@ def model_outline(source: ModelSource, dtype: torch.dtype) -> Any:
 
     Raises LimbeckError if that cannot be read.
     """
-    _check_name(source.name_or_path, source.role)
+    check_folder(source.name_or_path, source.role, holds="config.json")
     with _unreadable(f"the {source.role} {source.name_or_path!r}", source.name_or_path):
         config = _load_config(source)
         with torch.device("meta"):
@@ -127,7 +126,7 @@ def _load_config(source: ModelSource) -> Any:
     changes = dict(source.config_kwargs)
     if source.name_or_path is None:
         return AutoConfig.for_model(**changes)
-    return _changed(AutoConfig.from_pretrained(source.name_or_path, **source.hub_kwargs), changes)
+    return _changed(_from_pretrained(AutoConfig, source.name_or_path, source.hub_kwargs), changes)
 
 
 @contextmanager
@@ -181,9 +180,9 @@ def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
 def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
     name = str(source.name_or_path)
-    _check_name(name, "tokenizer", holds=None)
+    check_folder(name, "tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source.hub_kwargs)
+        tokenizer = _from_pretrained(AutoTokenizer, name, source.hub_kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise LimbeckError(
             f"cannot load a tokenizer from {name!r}: {_first_line(error)}{_hint(name, error)}"
@@ -195,11 +194,9 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-def _check_name(name_or_path: str | None, role: str, holds: str | None = "config.json") -> None:
-    """Raise LimbeckError for a folder without a checkpoint; probe the hub for a name that is no folder."""
-    check_folder(name_or_path, role, holds)
-    if name_or_path is not None and not Path(name_or_path).is_dir():
-        probe_hub()
+def _from_pretrained(auto_class: Any, name: str | None, options: Mapping[str, Any]) -> Any:
+    with offline_if_unreachable(name):
+        return auto_class.from_pretrained(name, **options)
 
 
 def _first_line(error: Exception) -> str:

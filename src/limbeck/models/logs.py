@@ -1,4 +1,4 @@
-"""One bar at a time: the libraries' own progress bars would write over ours."""
+"""Logging of the libraries: their progress bars would overwrite Limbeck's."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ import torch
 
 
 def configure_logging() -> None:
-    """Switch off the progress bars of transformers and the hub client; their warnings stay."""
+    """Disables the progress bars of transformers and of the hub client. Their warnings stay."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    if (
-        not torch.cuda.is_available()
-    ):  # else DeepSpeed, which accelerate imports where it is installed, warns of the CPU
+    if not torch.cuda.is_available():
+        # accelerate imports DeepSpeed where it is installed, which would otherwise warn about the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""A LoRA student through peft: adapters added, and merged into an ordinary checkpoint without touching the live weights."""
+"""LoRA through peft: adds adapters, and merges them into an ordinary state dict without changing the trained weights."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from limbeck.errors import LimbeckError
 def add_lora(
     model: Any, *, target: str, rank: int, alpha: int | None, dropout: float, additional_target: str | None
 ) -> Any:
-    """``model`` with trainable adapters, everything else frozen.
+    """Wraps ``model`` with trainable adapters and freezes everything else.
 
-    target: ``all-linear`` (every linear layer but the output head), a comma-separated list of module names, or one regular
-    expression. alpha: default 2 · rank. additional_target: comma-separated modules trained whole.
+    target: ``all-linear`` (every linear layer except the output head), a comma-separated list of module names, or one regular
+    expression. alpha: 2 · rank if None. additional_target: comma-separated modules that are trained in full.
+    Raises LimbeckError if peft is missing, a target matches nothing, or an additional target has tied weights.
     """
     try:
         from peft import LoraConfig, get_peft_model
@@ -28,7 +29,7 @@ def add_lora(
         if tied & set(whole):
             raise LimbeckError(
                 f"student.model_args.additional_target names {', '.join(sorted(tied & set(whole)))}, but this model ties its "
-                "embeddings to its output head, and LoRA would train them apart; leave them out."
+                "embeddings to its output head, and LoRA would untie them; leave them out."
             )
     listed = [part.strip() for part in target.split(",") if part.strip()]
     config = LoraConfig(
@@ -44,7 +45,7 @@ def add_lora(
     except ValueError as error:
         raise LimbeckError(f"student.model_args.lora_target = {target!r} does not fit this model: {error}") from error
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # an optimizer's steps are too small for half precision
+        if parameter.requires_grad:  # updates would be lost to rounding in half precision
             parameter.data = parameter.data.float()
     return adapted
 
@@ -54,14 +55,14 @@ def _is_pattern(target: str) -> bool:
 
 
 def has_lora(model: Any) -> bool:
-    """Whether ``model`` carries adapters."""
+    """Returns whether ``model`` has adapters."""
     return hasattr(model, "peft_config")
 
 
 def merged_state_dict(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state of the plain model with every adapter added in: W + (α/r) · B A, computed in float32.
+    """Returns the state dict of the plain model with every adapter merged: W + (α/r) · B A, computed in float32.
 
-    ``state`` is the full (gathered) state of the wrapped model under its own names.
+    state: the full (gathered) state dict of the wrapped ``model``.
     """
     merged: dict[str, Tensor] = {}
     prefix = "base_model.model."

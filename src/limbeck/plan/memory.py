@@ -13,7 +13,7 @@ from torch import nn
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.models import ModelSource, body, model_outline, unwrapped
+from limbeck.models import ModelSource, body, model_outline, unwrap_model
 from limbeck.models.dtypes import compute_dtype, student_load_dtype
 from limbeck.strategies.base import dims_of, strategy_of
 from limbeck.strategies.deepspeed import stage_of
@@ -126,7 +126,7 @@ def _stages(
     found = []
     for stage in range(dims.pp):
         model = make()
-        causal, trunk = unwrapped(model), body(model)
+        causal, trunk = unwrap_model(model), body(model)
         strategy_of(worker, role).check_model(model, dims, source.name, role)
         if dims.pp > 1:
             keep_stage(causal, trunk, stage, dims.pp)

@@ -27,8 +27,8 @@ from limbeck.config.schema import ModelArgs, WorkerConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, check_length, model_outline, output_head
-from limbeck.models.documents import BY_DOCUMENT
 from limbeck.models.dtypes import compute_dtype, student_load_dtype
+from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.objectives import DistillationLoss, OutputHead, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.errors import LimbeckError
-from limbeck.models.documents import DIVIDED, eager_attention
+from limbeck.models.varlen_attention import CONTEXT_PARALLEL_MARK, eager_attention
 
 
 def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, name: str) -> None:
@@ -33,7 +33,7 @@ def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, nam
         raise LimbeckError(
             f"{name}: context_parallel_size = {ranks} needs another attn_implementation than {own}; use sdpa."
         )
-    exchanged = f"{own}{DIVIDED}{ranks}_{group.group_name}"
+    exchanged = f"{own}{CONTEXT_PARALLEL_MARK}{ranks}_{group.group_name}"
     AttentionInterface.register(exchanged, _exchange_heads(attention, group))
     AttentionMaskInterface.register(exchanged, _whole_row_mask(mask, ranks))
     model.set_attn_implementation(exchanged)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
-from limbeck.models import attention_for, body, decoder_layers, hidden_states, output_head, unwrapped
+from limbeck.models import body, decoder_layers, hidden_states, output_head, unwrap_model, use_eager_on_cpu
 from limbeck.strategies.base import MODEL, ModelOutline, ModelParallelGroup
 from limbeck.strategies.context_parallel import apply_context_parallel
 from limbeck.strategies.parallel_dims import CP, PP, TP, ParallelDims
@@ -89,16 +89,16 @@ def apply_model_parallel(
     partial_gradients: list[nn.Module] = []
     with torch.no_grad():
         if pipeline is not None:
-            keep_stage(unwrapped(model), trunk, pipeline.stage, pipeline.num_stages)
+            keep_stage(unwrap_model(model), trunk, pipeline.stage, pipeline.num_stages)
         if dims.tp > 1:
             mesh = dims.mesh(world.device.type)[TP]
             layers = decoder_layers(trunk)
             partial_gradients = apply_tensor_parallel(
-                unwrapped(model), trunk, layers, mesh, sequence=dims.sequence_parallel
+                unwrap_model(model), trunk, layers, mesh, sequence=dims.sequence_parallel
             )
         context = dims.group(world.device.type, CP)
         if context is not None:
-            apply_context_parallel(unwrapped(model), trunk, context, name)
+            apply_context_parallel(unwrap_model(model), trunk, context, name)
     if before is not None:
         _verify(model, dims, world, pipeline, before.to(world.device), name)
     if dims.tp == 1:
@@ -116,7 +116,7 @@ def _hidden_before(model: Any, dims: ParallelDims) -> Tensor:
     """[1, time, hidden] of the whole model, computed where it was loaded: on the CPU."""
     was_training = model.training
     trunk = body(model).eval()
-    with attention_for(unwrapped(model), model.device):
+    with use_eager_on_cpu(unwrap_model(model), model.device):
         hidden = hidden_states(trunk, _example(model, dims).to(model.device), None)
     model.train(was_training)
     return hidden

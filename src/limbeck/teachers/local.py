@@ -11,13 +11,13 @@ from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import (
+    HiddenStateCapture,
     ModelSource,
-    Taps,
     check_head,
     check_length,
     check_logit_layer,
+    enable_varlen_attention,
     hidden_states,
-    keep_documents_apart,
     load_model,
 )
 from limbeck.models.dtypes import compute_dtype
@@ -36,7 +36,7 @@ class LocalTeacher:
     def __init__(self, model: FrozenModel) -> None:
         self.model = model
         model.body.eval().requires_grad_(False)
-        self._taps, self._supervised_only = Taps(), False
+        self._taps, self._supervised_only = HiddenStateCapture(), False
 
     @property
     def info(self) -> TeacherInfo:
@@ -65,7 +65,7 @@ class LocalTeacher:
         if device.type == "cpu":
             torch.cuda.empty_cache()
 
-    def capture(self, taps: Taps, *, supervised_only: bool) -> None:
+    def capture(self, taps: HiddenStateCapture, *, supervised_only: bool) -> None:
         """From now on signals carry what ``taps`` capture, at every token that is not padding or at supervised
         positions.
         """
@@ -73,7 +73,7 @@ class LocalTeacher:
 
     def compute_signal(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
-        with self._taps.opened() as found:
+        with self._taps.capture() as found:
             hidden = self.compute_hidden(TeacherRequest.from_batch(batch))
         if batch.teacher_tokens is not None:
             return Signal(hidden, self.model.head)
@@ -125,7 +125,7 @@ def load_local_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     strategy.check_model(model, dims, source.name, "teacher")
     check_head(model, source.name)
     if config.student.use_sequence_packing and config.cross_tokenizer == "off":
-        keep_documents_apart(model, source.name)
+        enable_varlen_attention(model, source.name)
     return LocalTeacher(strategy.build_teacher(TeacherSpec(model, source.name, worker), world))
 
 

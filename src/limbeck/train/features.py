@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError
-from limbeck.models import NamedPair, Taps, body, resolve_pairs, submodules
+from limbeck.models import HiddenStateCapture, NamedPair, body, resolve_pairs, submodules
 from limbeck.objectives import FeatureLosses
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.protocol import Teacher
@@ -30,7 +30,13 @@ class Features(nn.Module):
     """
 
     def __init__(
-        self, losses: FeatureLosses, taps: Taps, labels: Sequence[str], *, weight: float, supervised_only: bool
+        self,
+        losses: FeatureLosses,
+        taps: HiddenStateCapture,
+        labels: Sequence[str],
+        *,
+        weight: float,
+        supervised_only: bool,
     ) -> None:
         super().__init__()
         self.losses = losses
@@ -68,8 +74,8 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
         )
     trunk = body(student)
     pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.model.body))
-    taps = Taps.on(trunk, [pair.student for pair in pairs], "student")
-    teacher_taps = Taps.on(teacher.model.body, [pair.teacher for pair in pairs], "teacher")
+    taps = HiddenStateCapture.from_names(trunk, [pair.student for pair in pairs], "student")
+    teacher_taps = HiddenStateCapture.from_names(teacher.model.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
     with torch.enable_grad():
         ours = taps.probe(trunk)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from limbeck.data.batch import Batch
-from limbeck.models import Taps, body, hidden_states, output_head
+from limbeck.models import HiddenStateCapture, body, hidden_states, output_head
 from limbeck.objectives import (
     CrossTokenizer,
     DistillationLoss,
@@ -112,8 +112,8 @@ class StudentWithLoss(nn.Module):
     def forward(self, inputs: TrainInput) -> StudentLoss:
         """The loss of one micro-batch."""
         batch, signal, settings = inputs.batch, inputs.signal, self.settings
-        taps = Taps() if self.features is None else self.features.taps
-        with taps.opened() as found:
+        taps = HiddenStateCapture() if self.features is None else self.features.taps
+        with taps.capture() as found:
             hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
         if settings.quirks is not None and self.training and signal is not None:
             divided = settings.quirks.normalizers(batch, inputs.micro_batches, inputs.normalizer, inputs.num_tokens)

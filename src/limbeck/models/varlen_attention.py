@@ -1,12 +1,11 @@
-"""Attention over documents that lie end to end in one row, each of which sees itself alone.
+"""Varlen attention: documents packed end to end in one row attend only to themselves.
 
-A dense mask for such a row costs time and memory with the square of the whole row. Here the model's own attention function
-is called once for each document instead, so that a row costs the sum of its documents. Which tokens see which within a
-document (causal, a sliding window, chunks) and how scores are formed (soft-caps, sinks) stays the model's own: its mask
-function is asked for the longest document, and the others use a corner of that mask. Kernels that take boundaries
-themselves (flash attention) are told them. Nothing here knows batches or losses.
+A dense mask for a packed row needs time and memory quadratic in the length of the row. Here the model's own attention
+function is called once per document, so the cost is the sum over the documents. The mask within a document (causal, sliding
+window, chunks) and the scores (soft-caps, sinks) stay those of the model: its mask function makes the mask of the longest
+document, and shorter documents use a corner of that mask. Flash attention receives the document boundaries directly.
 
-The switch is ``transformers``' registry of attention functions; see its documentation of AttentionInterface.
+The implementations are registered in ``transformers``; see its documentation of ``AttentionInterface``.
 """
 
 from __future__ import annotations
@@ -31,32 +30,34 @@ BY_DOCUMENT = {
     "eager": "eager_by_document",
     "flex_attention": "flex_attention_by_document",
 }
-"""The attention implementations of transformers that have a counterpart here. Without documents it does the same."""
+"""Attention implementation of transformers -> its varlen variant. Without documents both compute the same."""
 
-DIVIDED = "_divided_"
-"""What follows an implementation's name where each rank of a group holds a stretch of every row; see strategies.context."""
+CONTEXT_PARALLEL_MARK = "_divided_"
+"""Follows an implementation's name where each rank holds a shard of every row; see strategies/context_parallel.py."""
 
-FOR_GPUS = ("flash_attention", "flex_attention")
-"""How the names of those begin that do not run, or not well, on a CPU."""
+GPU_KERNELS = ("flash_attention", "flex_attention")
+"""Prefixes of the implementations that do not run, or run slowly, on a CPU."""
 
 _lengths: ContextVar[tuple[int, ...] | None] = ContextVar("document lengths", default=None)
 
 
 @dataclass(frozen=True)
-class _Apart:
-    """What a model carries to its layers in place of a mask: document lengths, and the mask of the longest or None."""
+class _DocumentMask:
+    """Passed to the layers in place of a mask: the document lengths, and the mask of the longest document or None."""
 
     lengths: tuple[int, ...]
     mask: Tensor | None
 
 
-def document_arguments(implementation: str, input_ids: Tensor, documents: Sequence[int] | None) -> dict[str, Any]:
-    """What to call a model's body with, beside ids and positions, so that ``documents`` in ``input_ids`` [1, total] stay apart.
+def varlen_kwargs(implementation: str, input_ids: Tensor, documents: Sequence[int] | None) -> dict[str, Any]:
+    """Returns the keyword arguments that make a model's body attend within ``documents`` only, beside ids and positions.
 
-    documents: the lengths, in order; they sum to ``total``, also where ``input_ids`` is a stretch of it. Nothing, if
-    ``implementation`` reads positions alone.
+    input_ids: [1, total] or, with context parallelism, this rank's shard of it.
+    documents: the document lengths, in order; they sum to ``total``. None without packing.
+
+    The result is empty for an implementation that uses the position ids alone.
     """
-    implementation, divided, _ = implementation.partition(DIVIDED)
+    implementation, divided, _ = implementation.partition(CONTEXT_PARALLEL_MARK)
     if documents is None:
         return {"attention_mask": torch.ones_like(input_ids)} if divided else {}
     if implementation in BY_DOCUMENT.values():
@@ -70,8 +71,11 @@ def document_arguments(implementation: str, input_ids: Tensor, documents: Sequen
 
 
 @contextmanager
-def kept_apart(documents: Sequence[int]) -> Iterator[None]:
-    """Masks made inside keep ``documents`` apart. Layers computed again later need no context: they have their mask."""
+def separate_documents(documents: Sequence[int]) -> Iterator[None]:
+    """Masks made inside the block separate ``documents``.
+
+    Layers that activation checkpointing recomputes later need no context, because they keep their mask.
+    """
     token = _lengths.set(tuple(documents))
     try:
         yield
@@ -85,11 +89,11 @@ def _mask_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
         if lengths is None:
             return plain(**arguments)
         longest = max(lengths)
-        # transformers told the queries' places before it told their number alone.
-        places = arguments.get("cache_position")
-        queries = {"q_length": longest} if places is None else {"cache_position": places[:longest]}
+        # Older versions of transformers pass the positions of the queries, newer ones only their number.
+        positions = arguments.get("cache_position")
+        queries = {"q_length": longest} if positions is None else {"cache_position": positions[:longest]}
         changed = {"batch_size": 1, **queries, "kv_length": longest, "attention_mask": None}
-        return _Apart(lengths, plain(**{**arguments, **changed}))
+        return _DocumentMask(lengths, plain(**{**arguments, **changed}))
 
     return mask
 
@@ -99,10 +103,10 @@ def _attention_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
     ) -> tuple[Tensor, None]:
         """query, key, value: [batch, heads, time, dim]; returns [batch, time, heads, dim]."""
-        if not isinstance(attention_mask, _Apart):
+        if not isinstance(attention_mask, _DocumentMask):
             return plain(module, query, key, value, attention_mask, **arguments)
         lengths, whole = list(attention_mask.lengths), attention_mask.mask
-        # Split, not sliced: the gradient of a slice is as long as the row, that of a split is put together once.
+        # split instead of slices: the gradient of each slice would have the length of the row.
         parts = zip(lengths, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
         outputs = [
             plain(module, q, k, v, None if whole is None else whole[..., :n, :n], **arguments)[0]
@@ -121,11 +125,11 @@ def _flex_mask_by_document(**arguments: Any) -> Any:
     device = arguments["device"] if given is None else given.device
     each = torch.tensor(lengths, device=device)
     document = torch.repeat_interleave(torch.arange(len(lengths), device=device), each)
-    place = torch.arange(len(document), device=device) - (each.cumsum(0) - each)[document]
+    position = torch.arange(len(document), device=device) - (each.cumsum(0) - each)[document]
     within = arguments["mask_function"]
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (document[query] == document[key]) & within(batch, head, place[query], place[key])
+        return (document[query] == document[key]) & within(batch, head, position[query], position[key])
 
     return flex_attention_mask(**{**arguments, "mask_function": mask, "attention_mask": None})
 
@@ -133,13 +137,13 @@ def _flex_mask_by_document(**arguments: Any) -> Any:
 def _flex(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **arguments: Any
 ) -> tuple[Tensor, Any]:
-    """Under autocast a norm may have left queries and keys in another precision, which this kernel does not take."""
+    """Casts queries and keys, because a norm under autocast may return another dtype and this kernel needs one."""
     query, key = query.to(value.dtype), key.to(value.dtype)
     return flex_attention_forward(module, query, key, value, attention_mask, **arguments)
 
 
 def eager_attention(module: Any, *arguments: Any, **named: Any) -> Any:
-    """Eager attention is not one function: each model's file has its own."""
+    """Calls the eager attention of the model's own file; transformers has no common one."""
     return sys.modules[type(module).__module__].eager_attention_forward(module, *arguments, **named)
 
 

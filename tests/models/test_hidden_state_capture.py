@@ -1,4 +1,4 @@
-"""Taps: the right outputs under every kind of wrapping, hooks that are gone afterwards, and names in three dialects."""
+"""Hidden-state capture: outputs under every wrapper, removal of the hooks, and the accepted naming schemes."""
 
 import gc
 
@@ -8,7 +8,7 @@ from tiny import make_model
 
 from limbeck.errors import LimbeckError
 from limbeck.models import (
-    Taps,
+    HiddenStateCapture,
     add_lora,
     body,
     check_logit_layer,
@@ -40,10 +40,12 @@ def names(layers, *, extra=()):
 
 def test_outputs_are_those_that_the_model_itself_reports(folders):
     trunk = body(load(folders[4]))
-    taps = Taps.on(trunk, ["model.layers.1", "model.norm", "model.layers.0", "model.layers.1"], "student")
-    with taps.opened() as found:
+    capture = HiddenStateCapture.from_names(
+        trunk, ["model.layers.1", "model.norm", "model.layers.0", "model.layers.1"], "student"
+    )
+    with capture.capture() as found:
         own = trunk(IDS, output_hidden_states=True)
-    rows = taps.rows(found, IDS.shape, torch.tensor([0, 7]))
+    rows = capture.rows(found, IDS.shape, torch.tensor([0, 7]))
     expected = [own.hidden_states[2], own.last_hidden_state, own.hidden_states[1], own.hidden_states[2]]
     for one, other in zip(rows, expected, strict=True):
         assert one.equal(other.flatten(0, 1)[[0, 7]])
@@ -56,9 +58,9 @@ def hooks(model):
 def test_hooks_are_gone_afterwards_also_after_an_error(folders):
     model = load(folders[2])
     before = hooks(model)
-    taps = Taps.on(body(model), ["model.layers.0.mlp"], "student")
+    capture = HiddenStateCapture.from_names(body(model), ["model.layers.0.mlp"], "student")
     kinds = [type(module) for module in model.modules()]
-    with pytest.raises(ZeroDivisionError), taps.opened():
+    with pytest.raises(ZeroDivisionError), capture.capture():
         assert hooks(model) == before + 1
         raise ZeroDivisionError
     assert hooks(model) == before
@@ -67,12 +69,14 @@ def test_hooks_are_gone_afterwards_also_after_an_error(folders):
 
 def gradients(model, *, recompute, frozen_prefix=None):
     trunk = body(model).train()
-    taps = Taps.on(trunk, ["model.layers.0.mlp", "model.layers.1", "model.layers.1.self_attn"], "student")
+    capture = HiddenStateCapture.from_names(
+        trunk, ["model.layers.0.mlp", "model.layers.1", "model.layers.1.self_attn"], "student"
+    )
     if recompute:
         recompute_activations(model)
-    with taps.opened() as found:
+    with capture.capture() as found:
         hidden = hidden_states(trunk, IDS, None)
-    loss = sum(rows.square().sum() for rows in taps.rows(found, IDS.shape, None)) + hidden.sum()
+    loss = sum(rows.square().sum() for rows in capture.rows(found, IDS.shape, None)) + hidden.sum()
     loss.backward()
     return loss.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -92,14 +96,14 @@ def test_nothing_outlives_a_step_with_the_garbage_collector_off(folders, recompu
     trunk = body(model).train()
     if recompute:
         recompute_activations(model)
-    taps = Taps.on(trunk, ["model.layers.0.mlp", "model.layers.1", "model.norm"], "student")
+    capture = HiddenStateCapture.from_names(trunk, ["model.layers.0.mlp", "model.layers.1", "model.norm"], "student")
     losses = FeatureLosses(["mse", "l1", "cosine"], [(32, 8), (32, 32), (32, 8)])
     teacher = [torch.ones(12, width) for width in (8, 32, 8)]
 
     def step():
-        with taps.opened() as found:
+        with capture.capture() as found:
             hidden = hidden_states(trunk, IDS, None)
-        (losses(taps.rows(found, IDS.shape, None), teacher, 12.0).sum() + hidden.sum()).backward()
+        (losses(capture.rows(found, IDS.shape, None), teacher, 12.0).sum() + hidden.sum()).backward()
         model.zero_grad()
         losses.zero_grad()
 
@@ -126,10 +130,10 @@ def test_names_are_the_same_under_lora(folders):
     wanted = ["model.layers.1.self_attn.q_proj", "model.layers.0.mlp", "model.norm"]
     outputs = []
     for model in (plain, adapted):
-        taps = Taps.on(body(model), wanted, "student")
-        with taps.opened() as found:
+        capture = HiddenStateCapture.from_names(body(model), wanted, "student")
+        with capture.capture() as found:
             hidden_states(body(model), IDS, None)
-        outputs.append(taps.rows(found, IDS.shape, None))
+        outputs.append(capture.rows(found, IDS.shape, None))
     for one, other in zip(*outputs, strict=True):
         torch.testing.assert_close(one, other)  # fresh adapters add nothing
     assert submodules(body(plain)).keys() <= submodules(body(adapted)).keys()
@@ -137,16 +141,19 @@ def test_names_are_the_same_under_lora(folders):
 
 def test_what_gives_no_row_per_token_is_told(folders):
     trunk = body(load(folders[2]))
-    taps = Taps.on(trunk, ["model.rotary_emb"], "teacher")
+    capture = HiddenStateCapture.from_names(trunk, ["model.rotary_emb"], "teacher")
     with pytest.raises(
         LimbeckError, match=r"teacher submodule model\.rotary_emb gives \[1, 6, 8\] for a batch of \[2, 6\]"
     ):
-        with taps.opened() as found:
+        with capture.capture() as found:
             hidden_states(trunk, IDS, None)
-        taps.rows(found, IDS.shape, None)
+        capture.rows(found, IDS.shape, None)
     with pytest.raises(LimbeckError, match=r"model\.norm did not run"):
-        Taps.on(trunk, ["model.norm"], "student").rows({}, IDS.shape, None)
-    with pytest.raises(LimbeckError, match="runs more than once"), Taps.on(trunk, ["model.norm"], "student").opened():
+        HiddenStateCapture.from_names(trunk, ["model.norm"], "student").rows({}, IDS.shape, None)
+    with (
+        pytest.raises(LimbeckError, match="runs more than once"),
+        HiddenStateCapture.from_names(trunk, ["model.norm"], "student").capture(),
+    ):
         hidden_states(trunk, IDS, None)
         hidden_states(trunk, IDS, None)
 
@@ -154,7 +161,9 @@ def test_what_gives_no_row_per_token_is_told(folders):
 def test_a_probe_shows_widths_and_what_can_be_trained(folders):
     trunk = body(load(folders[2])).train()
     trunk.embed_tokens.requires_grad_(False)
-    rows = Taps.on(trunk, ["model.norm", "model.layers.0.mlp.up_proj", "model.embed_tokens"], "student").probe(trunk)
+    rows = HiddenStateCapture.from_names(
+        trunk, ["model.norm", "model.layers.0.mlp.up_proj", "model.embed_tokens"], "student"
+    ).probe(trunk)
     assert [(tuple(one.shape), one.requires_grad) for one in rows] == [
         ((8, 32), True),
         ((8, 64), True),

@@ -1,8 +1,8 @@
-"""Taps on the inside of a model: the outputs of named submodules, taken by forward hooks that are gone after the forward.
+"""Captures the outputs of named submodules during a forward pass.
 
-A hook only puts a reference aside; no class is changed and nothing is stashed on a module, so nothing outlives the step and
-recomputation in the backward pass finds no hook. Names are Hugging Face's (``model.layers.3.mlp``), the same under LoRA and
-FSDP; a few of Megatron's are understood. No loss is known here.
+The forward hooks only keep a reference and are removed after the forward pass, so activation checkpointing recomputes
+without them. Names are those of Hugging Face (``model.layers.3.mlp``), also under LoRA and FSDP. Some of Megatron's names are
+translated.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEGATRON: dict[str, tuple[str, ...]] = {
     "input_layernorm": ("input_layernorm", "ln_1"),
     "self_attention": ("self_attn", "attn", "attention"),
     "self_attention.linear_proj": ("self_attn.o_proj", "attn.c_proj", "attention.dense"),
-    # Where a layer has several of these, which one stands before the MLP differs from model to model.
+    # A layer may have several of these; which one precedes the MLP depends on the model.
     "pre_mlp_layernorm": (
         "post_attention_layernorm",
         "pre_feedforward_layernorm",
@@ -38,14 +38,14 @@ MEGATRON: dict[str, tuple[str, ...]] = {
     "mlp": ("mlp", "feed_forward"),
     "mlp.linear_fc2": ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "mlp.dense_4h_to_h"),
 }
-"""What follows ``decoder.layers.<n>.`` in Megatron, and what it is called in Hugging Face's layers: one of these."""
+"""Name after ``decoder.layers.<n>.`` in Megatron -> the possible names in a Hugging Face layer."""
 
 MEGATRON_ENDS: dict[str, tuple[str, ...]] = {
     "decoder.final_layernorm": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
     "decoder.final_norm": ("norm", "ln_f", "final_layernorm", "final_layer_norm"),
     "embedding.word_embeddings": ("embed_tokens", "wte", "embed_in"),
 }
-"""Megatron's names outside the layers, and those of Hugging Face's bodies: one of these."""
+"""Megatron's name outside the layers -> the possible names in a Hugging Face body."""
 
 _LAYERS = re.compile(r"(?P<layers>(?:[^.]+\.)?(?:layers|h))\.0")
 _MEGATRON_LAYER = re.compile(r"decoder\.layers\.(?P<number>\d+|\*)(?:\.(?P<rest>.+))?")
@@ -61,22 +61,22 @@ class NamedPair:
 
 
 @dataclass(frozen=True)
-class Taps:
-    """The submodules of one body whose outputs are wanted, in the order in which they are wanted; names may repeat."""
+class HiddenStateCapture:
+    """The submodules of one model body whose outputs are captured, in order. A name may occur more than once."""
 
     names: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = ()
     role: str = "model"
 
     @classmethod
-    def on(cls, trunk: nn.Module, names: Sequence[str], role: str) -> Taps:
-        """Taps on the submodules of the body ``trunk`` that are called ``names``."""
+    def from_names(cls, trunk: nn.Module, names: Sequence[str], role: str) -> HiddenStateCapture:
+        """Captures the submodules ``names`` of the body ``trunk``. ``role`` names the model in errors."""
         known = submodules(trunk)
         return cls(tuple(names), tuple(known[name] for name in names), role)
 
     @contextmanager
-    def opened(self) -> Iterator[dict[str, Tensor]]:
-        """What the submodules give in a forward pass inside, by name; the hooks are gone afterwards, come what may."""
+    def capture(self) -> Iterator[dict[str, Tensor]]:
+        """Yields a dictionary that a forward pass inside the block fills: name -> output. Removes the hooks afterwards."""
         found: dict[str, Tensor] = {}
         handles = []
         try:
@@ -87,10 +87,14 @@ class Taps:
             for handle in handles:
                 handle.remove()
 
-    def rows(self, found: dict[str, Tensor], shape: Sequence[int], places: Tensor | None) -> tuple[Tensor, ...]:
-        """The outputs as [rows, width], one for each name: those at ``places`` of the flattened [batch, time], or all.
+    def rows(self, found: dict[str, Tensor], shape: Sequence[int], positions: Tensor | None) -> tuple[Tensor, ...]:
+        """Returns the captured outputs as [rows, width] tensors, one for each name.
 
-        ``shape`` is [batch, time]. Raises LimbeckError for an output of another shape, or none at all.
+        found:     from ``capture``; its entries are removed.
+        shape:     [batch, time] of the input.
+        positions: indices into the flattened [batch, time], or None for all.
+
+        Raises LimbeckError for a submodule that did not run or whose output is not [batch, time, width].
         """
         chosen: dict[str, Tensor] = {}
         for name in dict.fromkeys(self.names):
@@ -105,39 +109,39 @@ class Taps:
                     "which cannot be paired token by token; name one that gives [batch, time, width]."
                 )
             flat = output.flatten(0, 1)
-            chosen[name] = flat if places is None else flat.index_select(0, places)
+            chosen[name] = flat if positions is None else flat.index_select(0, positions)
         return tuple(chosen[name] for name in self.names)
 
     def probe(self, trunk: nn.Module) -> tuple[Tensor, ...]:
-        """The outputs [8, width] for two rows of four tokens, to see their widths and whether they can be trained.
+        """Returns the outputs [8, width] for two rows of four tokens, which show their widths and ``requires_grad``.
 
-        Every process must call it. Raises LimbeckError as ``rows`` does.
+        Collective: every process must call it. Raises LimbeckError as ``rows`` does.
         """
         was_training = trunk.training
         trunk.eval()
         device = next(trunk.parameters()).device
-        with self.opened() as found:
+        with self.capture() as found:
             hidden_states(trunk, torch.zeros(2, 4, dtype=torch.int64, device=device), None)
         trunk.train(was_training)
         return self.rows(found, (2, 4), None)
 
 
 def _keep(found: dict[str, Tensor], name: str, role: str, module: nn.Module, args: Any, output: Any) -> None:
-    """A forward hook that puts an output aside."""
+    """Forward hook that keeps a submodule's output."""
     if name in found:
         raise LimbeckError(
-            f"features: {role} submodule {name} runs more than once in a forward pass, so there is no one output of it; "
+            f"features: {role} submodule {name} runs more than once in a forward pass, so its output is ambiguous; "
             "name another."
         )
-    if not isinstance(output, Tensor):  # attention and older layers give (hidden, …), bodies an object with fields
+    if not isinstance(output, Tensor):  # attention and older layers return (hidden, …), bodies an object with fields
         output = output[0]
     if not isinstance(output, Tensor):
-        raise LimbeckError(f"features: {role} submodule {name} gives no tensor; name another.")
+        raise LimbeckError(f"features: {role} submodule {name} does not return a tensor; name another.")
     found[name] = output
 
 
 def submodules(trunk: nn.Module) -> dict[str, nn.Module]:
-    """Every submodule of a body by its name in the whole model, such as ``model.layers.0.mlp``."""
+    """Returns every submodule of a body by its name in the whole model, such as ``model.layers.0.mlp``."""
     prefix = getattr(trunk, "base_model_prefix", "")
     if hasattr(trunk, prefix or "-"):  # the body is the whole model
         prefix = ""
@@ -147,11 +151,11 @@ def submodules(trunk: nn.Module) -> dict[str, nn.Module]:
 def resolve_pairs(
     pairs: Sequence[Sequence[str]], student: Collection[str], teacher: Collection[str], default: str = "cosine"
 ) -> list[NamedPair]:
-    """``[student, teacher]`` or ``[student, teacher, loss]`` entries as pairs of submodules that are in both models.
+    """Resolves ``[student, teacher]`` or ``[student, teacher, loss]`` entries to pairs of submodules.
 
-    A ``*`` stands for the number of a layer and must stand in both names. Models of equally many layers are paired in order;
-    if the teacher has k times as many, the student's layer i (from 1) meets the teacher's layer k·i, so the last meet. Other
-    counts are ambiguous. Raises LimbeckError for these, for names that a model does not have, and for repetitions.
+    A ``*`` stands for a layer number and must occur in both names. Models with the same number of layers are paired in order.
+    If the teacher has k times as many, the student's layer i (from 1) is paired with the teacher's layer k·i, so the last
+    layers are paired. Raises LimbeckError for other ratios, for unknown names, and for repeated pairs.
     """
     found: list[NamedPair] = []
     for entry in pairs:
@@ -159,13 +163,13 @@ def resolve_pairs(
         ours, theirs = _find(entry[0], student, "student"), _find(entry[1], teacher, "teacher")
         if (STAR in entry[0]) != (STAR in entry[1]):
             raise LimbeckError(
-                f"features.pairs: [{entry[0]}, {entry[1]}] has a * on one side only, so it is open which layers meet; write "
-                "it on both sides, or name one layer on each."
+                f"features.pairs: [{entry[0]}, {entry[1]}] has a * on one side only, so the pairs of layers are ambiguous; "
+                "write it on both sides, or name one layer on each."
             )
         if len(theirs) % len(ours):
             raise LimbeckError(
                 f"features.pairs: [{entry[0]}, {entry[1]}] stands for {len(ours)} layers of the student and {len(theirs)} of "
-                "the teacher, and which of them meet is ambiguous; name them in pairs of their own."
+                "the teacher, so the pairs are ambiguous; name each pair."
             )
         every = len(theirs) // len(ours)
         found += [NamedPair(s, t, loss) for s, t in zip(ours, theirs[every - 1 :: every], strict=True)]
@@ -178,10 +182,10 @@ def resolve_pairs(
 
 
 def _find(name: str, known: Collection[str], role: str) -> list[str]:
-    """The submodules that ``name`` stands for: itself, or by rising number those that its * stands for."""
+    """Returns the submodules that ``name`` stands for: itself, or all that its * matches, by increasing number."""
     translated = name if _hits(name, known) else _from_megatron(name, known, role)
     if translated.count(STAR) > 1:
-        raise LimbeckError(f"features.pairs: {name} has more than one *; let it stand for the layer's number only.")
+        raise LimbeckError(f"features.pairs: {name} has more than one *; use it for the layer number only.")
     hits = _hits(translated, known)
     if not hits:
         near = difflib.get_close_matches(translated.replace(STAR, "0"), sorted(known), n=3, cutoff=0.4)
@@ -199,7 +203,7 @@ def _hits(name: str, known: Collection[str]) -> list[str]:
 
 
 def _from_megatron(name: str, known: Collection[str], role: str) -> str:
-    """``name`` in Hugging Face's words if it is Megatron's and has one counterpart; as it is if it is not Megatron's."""
+    """Translates a Megatron name to Hugging Face's; returns any other name unchanged."""
     stacks = sorted({match["layers"] for one in known if (match := _LAYERS.fullmatch(one))})
     layer = _MEGATRON_LAYER.fullmatch(name)
     if layer:
@@ -213,13 +217,13 @@ def _from_megatron(name: str, known: Collection[str], role: str) -> str:
     there = [one for one in candidates if _hits(one, known)]
     if len(there) > 1:
         raise LimbeckError(
-            f"features.pairs: Megatron's {name} could be {' or '.join(there)} in the {role}; write the one that you mean."
+            f"features.pairs: Megatron's {name} could be {' or '.join(there)} in the {role}; write one of these."
         )
     return there[0] if there else name
 
 
 def check_logit_layer(model: Any, name: str, role: str) -> None:
-    """Raise LimbeckError unless ``name`` is the output head of ``model`` (``output_layer`` in Megatron)."""
+    """Raises LimbeckError unless ``name`` is the output head of ``model`` (``output_layer`` in Megatron)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     head = causal.get_output_embeddings()
     modules = dict(causal.named_modules())

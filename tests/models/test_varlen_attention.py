@@ -11,8 +11,8 @@ from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     body,
+    enable_varlen_attention,
     hidden_states,
-    keep_documents_apart,
     load_model,
     output_head,
     recompute_activations,
@@ -106,7 +106,7 @@ def test_packed_documents_teach_exactly_what_each_teaches_alone(family):
     if family != "gpt_oss":  # its masks do not look at positions
         found.append(step(root, teacher, [packed(parts)]))
     for model in (student, asked):
-        keep_documents_apart(model, family)
+        enable_varlen_attention(model, family)
         assert model.config._attn_implementation.endswith("_by_document")
     found += [step(root, teacher, [packed(parts, padding)]) for padding in (0, 3)]
     rounding = ROUNDING.get(family, 1e-12)
@@ -120,8 +120,8 @@ def test_recomputed_layers_keep_documents_apart_too(reentrant):
     student, asked, root, teacher = parties("mistral")
     parts = documents(11, 4, 9)
     loss, gradient = step(root, teacher, [packed([part]) for part in parts])
-    keep_documents_apart(student, "student")
-    keep_documents_apart(asked, "teacher")
+    enable_varlen_attention(student, "student")
+    enable_varlen_attention(asked, "teacher")
     root.train()
     recompute_activations(student, use_reentrant=reentrant)
     student.enable_input_require_grads()
@@ -135,7 +135,7 @@ def test_eager_attention_asked_for_stays_eager_and_agrees():
     batch = packed(documents(8, 5, 12))
     found = []
     for model in models:
-        keep_documents_apart(model, "llama")
+        enable_varlen_attention(model, "llama")
         found.append(hidden_states(body(model), batch.input_ids, batch.position_ids, batch.documents))
     assert [model.config._attn_implementation for model in models] == ["sdpa_by_document", "eager_by_document"]
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)  # eager forms its softmax in float32
@@ -153,7 +153,7 @@ def test_flex_attention_keeps_documents_apart(family):
     parts = documents(11, 1, 4, 9, 7)
     packs = packed(parts, padding=3)
     flex = tiny(family, attention="flex_attention").eval()
-    keep_documents_apart(flex, family)
+    enable_varlen_attention(flex, family)
     assert flex.config._attn_implementation == "flex_attention_by_document"
     with torch.compiler.set_stance("force_eager"):  # compiling takes its time, and the mathematics are the same
         found = hidden_states(body(flex), packs.input_ids, packs.position_ids, packs.documents)[0]
@@ -169,7 +169,7 @@ def test_flex_attention_takes_what_autocast_leaves(tmp_path):
     packs = packed(documents(8, 5))
     with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
         plain = hidden_states(body(flex), packs.input_ids[:, :8], None)
-        keep_documents_apart(flex, "qwen3")
+        enable_varlen_attention(flex, "qwen3")
         found = hidden_states(body(flex), packs.input_ids, packs.position_ids, packs.documents)
     torch.testing.assert_close(found[:, :8], plain)
     flex.save_pretrained(tmp_path / "saved")
@@ -188,7 +188,7 @@ def test_kernels_for_gpus_teach_what_each_document_teaches_alone(family, attenti
     student, asked, root, teacher = parties(family, attention, **changes)
     parts = documents(130, 1, 40, 90, 70)
     for model in (student, asked):
-        keep_documents_apart(model.to(dtype), family)
+        enable_varlen_attention(model.to(dtype), family)
         model.to("cuda")
     teacher = LocalTeacher(body(asked), output_head(asked), 0)
     loss, gradient = step(root, teacher, [packed([part]).to(torch.device("cuda")) for part in parts])
@@ -214,7 +214,7 @@ def test_rows_without_documents_and_generation_are_as_before(family):
             )
 
     before = everything()
-    keep_documents_apart(model, family)
+    enable_varlen_attention(model, family)
     for a, b in zip(before, everything(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -222,7 +222,7 @@ def test_rows_without_documents_and_generation_are_as_before(family):
 def test_a_saved_model_does_not_carry_the_attention_along(tmp_path):
     make_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    keep_documents_apart(model, "model")
+    enable_varlen_attention(model, "model")
     model.save_pretrained(tmp_path / "saved")
     assert "by_document" not in (tmp_path / "saved" / "config.json").read_text()
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -234,4 +234,4 @@ def test_a_model_that_mixes_neighbours_otherwise_is_refused():
                 "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings))
     with pytest.raises(LimbeckError, match=r"MambaForCausalLM\) does not keep packed rows apart"):
-        keep_documents_apart(model, "the student")
+        enable_varlen_attention(model, "the student")
