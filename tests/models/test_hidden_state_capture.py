@@ -9,6 +9,7 @@ from tiny import make_model
 from limbeck.errors import LimbeckError
 from limbeck.models import (
     HiddenStateCapture,
+    ModelSource,
     add_lora,
     body,
     check_logit_layer,
@@ -30,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 def load(folder):
-    return load_model(str(folder), dtype=torch.float32)
+    return load_model(ModelSource(str(folder)), torch.float32)
 
 
 def names(layers, *, extra=()):

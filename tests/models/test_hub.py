@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from tiny import make_model
 
 from limbeck.errors import LimbeckError
-from limbeck.models import hub, load_model, load_tokenizer, model_outline
+from limbeck.models import ModelSource, hub, load_model, load_tokenizer, model_outline
 
 
 @pytest.fixture
@@ -80,8 +80,8 @@ def test_a_cached_model_loads_at_once_without_the_hub(endpoint, closed_port, mon
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     endpoint(closed_port)
     begun = time.monotonic()
-    assert load_model("owner/model", dtype=torch.float32).config.model_type == "qwen2"
-    assert load_tokenizer("owner/model").eos_token
+    assert load_model(ModelSource("owner/model"), torch.float32).config.model_type == "qwen2"
+    assert load_tokenizer(ModelSource("owner/model")).eos_token
     assert time.monotonic() - begun < 10
 
 
@@ -90,5 +90,5 @@ def test_a_model_that_is_not_cached_is_one_sentence(endpoint, closed_port):
     with pytest.raises(
         LimbeckError, match=r"configuration of the teacher 'nobody/nothing': .*cached files\. .*network"
     ):
-        model_outline("nobody/nothing", dtype=torch.float32, role="teacher")
+        model_outline(ModelSource("nobody/nothing", "teacher"), torch.float32)
     assert not constants.is_offline_mode()

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
 from limbeck.models import (
+    ModelSource,
     body,
     enable_varlen_attention,
     hidden_states,
@@ -18,8 +19,9 @@ from limbeck.models import (
     recompute_activations,
 )
 from limbeck.objectives import Objective
+from limbeck.strategies.base import FrozenModel
 from limbeck.teachers import LocalTeacher
-from limbeck.train.student import StudentWithLoss
+from limbeck.train.student import LossSettings, StudentWithLoss, TrainInput
 
 VOCAB = 96
 FAMILIES = {
@@ -84,28 +86,28 @@ def step(student: StudentWithLoss, teacher: LocalTeacher, batches: list[Batch]) 
     count = sum(len(batch.supervised) for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = student(batch, teacher.signals(batch), count).loss
+        loss = student(TrainInput(batch, teacher.compute_signal(batch), count)).loss
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
 
 
 def parties(family: str, attention: str | None = None, **changes):
-    student, asked = (tiny(family, seed=seed, attention=attention, **changes) for seed in (0, 1))
-    teacher = LocalTeacher(body(asked), output_head(asked.requires_grad_(False)), 0)
-    root = StudentWithLoss(student, Objective.of("forward_kl", kd_weight=0.5), VOCAB)
-    return student, asked, root, teacher
+    student, teacher_model = (tiny(family, seed=seed, attention=attention, **changes) for seed in (0, 1))
+    teacher = LocalTeacher(FrozenModel(body(teacher_model), output_head(teacher_model.requires_grad_(False)), 0))
+    root = StudentWithLoss(student, LossSettings(Objective.of("forward_kl", kd_weight=0.5), VOCAB))
+    return student, teacher_model, root, teacher
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_documents_teach_exactly_what_each_teaches_alone(family):
-    student, asked, root, teacher = parties(family)
+    student, teacher_model, root, teacher = parties(family)
     parts = documents(11, 1, 4, 9, 7)
     loss, gradient = step(root, teacher, [packed([part]) for part in parts])
     found = []
     if family != "gpt_oss":  # its masks do not look at positions
         found.append(step(root, teacher, [packed(parts)]))
-    for model in (student, asked):
+    for model in (student, teacher_model):
         enable_varlen_attention(model, family)
         assert model.config._attn_implementation.endswith("_by_document")
     found += [step(root, teacher, [packed(parts, padding)]) for padding in (0, 3)]
@@ -117,11 +119,11 @@ def test_packed_documents_teach_exactly_what_each_teaches_alone(family):
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_recomputed_layers_keep_documents_apart_too(reentrant):
-    student, asked, root, teacher = parties("mistral")
+    student, teacher_model, root, teacher = parties("mistral")
     parts = documents(11, 4, 9)
     loss, gradient = step(root, teacher, [packed([part]) for part in parts])
     enable_varlen_attention(student, "student")
-    enable_varlen_attention(asked, "teacher")
+    enable_varlen_attention(teacher_model, "teacher")
     root.train()
     recompute_activations(student, use_reentrant=reentrant)
     student.enable_input_require_grads()
@@ -165,7 +167,7 @@ def test_flex_attention_keeps_documents_apart(family):
 @torch.no_grad()
 def test_flex_attention_takes_what_autocast_leaves(tmp_path):
     make_model(tmp_path / "model", kind="qwen3", head_dim=8)  # whose norms leave queries in float32
-    flex = load_model(str(tmp_path / "model"), dtype=torch.float32, attn_implementation="flex_attention").eval()
+    flex = load_model(ModelSource(str(tmp_path / "model"), attn_implementation="flex_attention"), torch.float32).eval()
     packs = packed(documents(8, 5))
     with torch.compiler.set_stance("force_eager"), torch.autocast("cpu", torch.bfloat16):
         plain = hidden_states(body(flex), packs.input_ids[:, :8], None)
@@ -185,12 +187,12 @@ def test_kernels_for_gpus_teach_what_each_document_teaches_alone(family, attenti
         pytest.importorskip("flash_attn")
     dtype = torch.bfloat16 if attention == "flash_attention_2" else torch.float32
     changes = {"head_dim": 16, "hidden_size": 64}  # the smallest that the kernels take
-    student, asked, root, teacher = parties(family, attention, **changes)
+    student, teacher_model, root, teacher = parties(family, attention, **changes)
     parts = documents(130, 1, 40, 90, 70)
-    for model in (student, asked):
+    for model in (student, teacher_model):
         enable_varlen_attention(model.to(dtype), family)
         model.to("cuda")
-    teacher = LocalTeacher(body(asked), output_head(asked), 0)
+    teacher = LocalTeacher(FrozenModel(body(teacher_model), output_head(teacher_model), 0))
     loss, gradient = step(root, teacher, [packed([part]).to(torch.device("cuda")) for part in parts])
     ours, our_gradient = step(root, teacher, [packed(parts, 3).to(torch.device("cuda"))])
     tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4

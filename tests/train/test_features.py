@@ -31,7 +31,9 @@ def wide(tmp_path_factory) -> str:
 
 def first_batch(config, assets, packing=False):
     examples, _ = tokenize_files(
-        list(config.student.data_args.file_name), load_tokenizer(ModelSource(str(assets / "student"))), sequence_length=64
+        list(config.student.data_args.file_name),
+        load_tokenizer(ModelSource(str(assets / "student"))),
+        sequence_length=64,
     )
     stream = BatchStream(
         examples, seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1, rank=0, world_size=1,

@@ -467,7 +467,7 @@ def test_edited_data_of_the_same_size_is_noticed_on_resume(configure, assets, tm
     changes = {"student.data_args.file_name": [str(copy)], "max_steps": 2, "eval_steps": 0}
     DistillPipeline(configure(**changes)).run()
     copy.write_text(copy.read_text().replace("It is", "It was"))
-    with pytest.raises(LimbeckError, match="place in the data"):
+    with pytest.raises(LimbeckError, match="position in the data"):
         DistillPipeline(configure(**{**changes, "max_steps": 4}, resume_from_checkpoint=True)).run()
 
 

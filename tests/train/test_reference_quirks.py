@@ -117,7 +117,9 @@ def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, t
 def micro_batches(config, assets, size):
     """All micro-batches of the first step, of ``size`` rows each."""
     examples, _ = tokenize_files(
-        list(config.student.data_args.file_name), load_tokenizer(ModelSource(str(assets / "student"))), sequence_length=64
+        list(config.student.data_args.file_name),
+        load_tokenizer(ModelSource(str(assets / "student"))),
+        sequence_length=64,
     )
     stream = BatchStream(
         examples, seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, rank=0,
