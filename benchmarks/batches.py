@@ -30,8 +30,9 @@ from limbeck.data import BatchStream, Examples, PrefetchedStream, tokenize_rows
 from limbeck.data.packing import ALGORITHMS, pack
 from limbeck.models import body, enable_varlen_attention, output_head
 from limbeck.objectives import Objective
+from limbeck.strategies.base import FrozenModel
 from limbeck.teachers import LocalTeacher
-from limbeck.train.student import StudentWithLoss
+from limbeck.train.student import LossSettings, StudentWithLoss, TrainInput
 
 LENGTH, VOCAB = 512, 8000
 TEACHER = {"num_hidden_layers": 6, "hidden_size": 384, "intermediate_size": 1024, "num_attention_heads": 6}
@@ -158,8 +159,8 @@ class Party:
             made.append(LlamaForCausalLM(config))
             enable_varlen_attention(made[-1], "the model")
         student, teacher = made
-        self.root = StudentWithLoss(student, Objective.of("forward_kl", kd_weight=0.5), VOCAB)
-        self.teacher = LocalTeacher(body(teacher), output_head(teacher.requires_grad_(False)), 0)
+        self.root = StudentWithLoss(student, LossSettings(Objective.of("forward_kl", kd_weight=0.5), VOCAB))
+        self.teacher = LocalTeacher(FrozenModel(body(teacher), output_head(teacher.requires_grad_(False)), 0))
         self.optimizer = torch.optim.AdamW(self.root.parameters(), lr=1e-4)
 
     def step(self, stream: PrefetchedStream) -> tuple[float, float, int, int]:
@@ -168,7 +169,7 @@ class Party:
         batch = next(stream)
         waited = time.perf_counter() - begun
         for micro in batch.micro_batches:
-            self.root(micro, self.teacher.signals(micro), batch.normalizer).loss.backward()
+            self.root(TrainInput(micro, self.teacher.compute_signal(micro), batch.normalizer)).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return time.perf_counter() - begun, waited, batch.num_tokens, batch.num_supervised

@@ -30,26 +30,26 @@ STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024
 
 
 class Side:
-    """One contestant's process; it takes one step per line that it is sent and answers with the seconds."""
+    """One program's process: it takes a step for each line that it receives and returns the seconds."""
 
     def __init__(self, name: str, python: str, folder: Path, dtype: str, steps: int) -> None:
         self.name = name
         command = [python, str(HERE / "step_sides.py"), name, str(folder), dtype, str(steps)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.answer()
+        self.receive()
 
-    def answer(self) -> dict:
+    def receive(self) -> dict:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
         raise SystemExit(f"{self.name} stopped; its messages are above")
 
-    def ask(self, what: str = "step") -> dict:
+    def request(self, what: str = "step") -> dict:
         assert self.process.stdin is not None
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
-        return self.answer()
+        return self.receive()
 
 
 def prepare(folder: Path) -> None:
@@ -86,17 +86,17 @@ def compare(dtype: str, rounds: int, warmup: int) -> None:
         ours = Side("limbeck", sys.executable, folder, dtype, steps)
         theirs = Side("trl", python_of("trl", TRL), folder, dtype, steps)
         for _ in range(warmup):
-            ours.ask(), theirs.ask()
+            ours.request(), theirs.request()
         seconds: dict[str, list[float]] = {"limbeck": [], "trl": []}
         parts: list[float] = []
         waited: list[float] = []
         for _ in range(rounds):
-            ours_now = ours.ask()
+            ours_now = ours.request()
             seconds["limbeck"].append(ours_now["seconds"])
             waited.append(ours_now["data"])
-            seconds["trl"].append(theirs.ask()["seconds"])
-            parts.append(ours.ask("parts")["seconds"])
-        growth = {side.name: side.ask("memory")["growth_mb"] for side in (ours, theirs)}
+            seconds["trl"].append(theirs.request()["seconds"])
+            parts.append(ours.request("parts")["seconds"])
+        growth = {side.name: side.request("memory")["growth_mb"] for side in (ours, theirs)}
     middle = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{dtype}: {ROWS} × {TIME} tokens, vocabulary {VOCAB}, median of {rounds} interleaved steps")
     for name in ("limbeck", "trl"):

@@ -1,4 +1,4 @@
-"""The two contestants of step.py. Each waits for a line on stdin, takes one training step, and prints the seconds."""
+"""The two programs that step.py compares. Each reads a line, takes one training step, and prints the seconds."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def say(**values: float) -> None:
+def send(**values: float) -> None:
     print("@" + json.dumps(values), flush=True)
 
 
 def turns():
-    """Yield "step" when one is asked for; answers other questions itself once ``parts`` is set."""
+    """Yield each request but ``memory``, which is handled here."""
     before = resident_mb()
-    say(ready=1)
+    send(ready=1)
     for line in sys.stdin:
         if line.strip() == "memory":
-            say(growth_mb=peak_mb() - before)
+            send(growth_mb=peak_mb() - before)
         else:
             yield line.strip()
 
@@ -38,41 +38,45 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
     import torch
 
     from limbeck.config import DistillConfig
-    from limbeck.pipeline import distill as pipeline
+    from limbeck.strategies.base import MicroBatches
+    from limbeck.train import loop
+    from limbeck.train.build.run import Run
+    from limbeck.train.student import TrainInput
 
-    asked = None
-    step = pipeline._Run._train_step
+    requests = None
+    step = loop.train_step
 
-    def parts(run: pipeline._Run) -> float:
+    def parts(run: Run) -> float:
         """The same work as a step, each part timed alone, with nothing around it."""
-        batch = next(run.data.stream)
+        batch = run.source.next(0)
         (micro,) = batch.micro_batches
         begun = time.perf_counter()
-        signals = run.teacher.signals(micro)
+        signal = run.teacher.request(micro, run.signal_spec)(micro)
         seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        loss = run.engine(micro, signals, batch.normalizer)
-        run.engine.backward(loss.loss, last=True)
+        inputs = TrainInput(micro, signal, batch.normalizer)
+        for _ in run.engine.forward_backward(MicroBatches(1, lambda: iter([inputs]))):
+            pass
         seconds += time.perf_counter() - begun
         begun = time.perf_counter()
         run.engine.step()
         return seconds + time.perf_counter() - begun
 
-    def timed(run: pipeline._Run) -> None:
-        nonlocal asked
-        asked = asked or turns()
-        for what in asked:
+    def timed(run: Run) -> None:
+        nonlocal requests
+        requests = requests or turns()
+        for what in requests:
             if what == "parts":
-                say(seconds=parts(run))
+                send(seconds=parts(run))
                 continue
             waited, begun = run.metrics.timer._seconds["data"], time.perf_counter()
             step(run)
             seconds = time.perf_counter() - begun
-            say(seconds=seconds, data=run.metrics.timer._seconds["data"] - waited)
+            send(seconds=seconds, data=run.metrics.timer._seconds["data"] - waited)
             return
         sys.exit()
 
-    pipeline._Run._train_step = timed
+    loop.train_step = timed
     training = {"per_device_train_batch_size": 4, "learning_rate": 1e-4}
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
@@ -86,7 +90,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
         teacher={"model_args": {"dtype": dtype}},
     )  # fmt: skip
     torch.set_num_threads(os.cpu_count() or 1)
-    pipeline.DistillPipeline(config).run()
+    loop.DistillPipeline(config).run()
 
 
 def trl(folder: Path, dtype: str, steps: int) -> None:
@@ -110,16 +114,16 @@ def trl(folder: Path, dtype: str, steps: int) -> None:
             ]  # fmt: skip
 
     class ColocatedOffload(TrainerCallback):
-        asked = None
+        requests = None
 
         def on_step_begin(self, *args, **kwargs):
-            self.asked = self.asked or turns()
-            if next(self.asked, None) is None:
+            self.requests = self.requests or turns()
+            if next(self.requests, None) is None:
                 sys.exit()
             self.begun = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
-            say(seconds=time.perf_counter() - self.begun)
+            send(seconds=time.perf_counter() - self.begun)
 
     config = GKDConfig(
         output_dir=str(folder / "trl"), lmbda=0.0, beta=0.0, bf16=dtype == "bf16", use_cpu=True, gradient_checkpointing=False,

@@ -1,0 +1,71 @@
+"""The protocol of generators: engines that write completions for prompts with the student's current weights.
+
+Implementations are registered in ``limbeck.registry.GENERATORS`` and used by step sources; the loss is not known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue. row_id: number of the dataset row, from which, with seed and step, all randomness is
+    derived.
+    """
+
+    token_ids: tuple[int, ...]
+    row_id: int
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How completions are sampled.
+
+    max_tokens: of a completion. n: completions per prompt. temperature: divides the logits; 0 is greedy. top_k: 0
+    samples from the whole vocabulary. seed: of this step.
+    """
+
+    max_tokens: int
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was written for a prompt.
+
+    token_ids: without the prompt's. log_probs: of each token under the sampling distribution, or None. finished: an end
+    token was written. version: of the weights that wrote it.
+    """
+
+    prompt: Prompt
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] | None = None
+    finished: bool = True
+    version: int = 0
+
+
+class Generator(Protocol):
+    """Writes completions. Every rank calls every method in the same order."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """``sampling.n`` completions for each prompt, in order."""
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Load the student's weights: Hugging Face names and full tensors, one at a time, with a tied head under its
+        own name too.
+        """
+
+    def offload(self) -> None:
+        """Free the device between rollouts."""
+
+    def reload(self) -> None:
+        """The inverse of ``offload``."""
