@@ -1,4 +1,6 @@
-"""Where log lines go. A tracker takes a step and a flat dict of numbers; ``register_tracker`` adds one under a name."""
+"""Where metrics are written. A tracker takes a step and a flat dict of numbers; ``limbeck.registry.TRACKERS`` names
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from limbeck.errors import LimbeckError
+from limbeck.registry import TRACKERS
 
 
 class Tracker(Protocol):
-    """Something that keeps numbers."""
+    """Records metrics."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep ``values`` of optimizer step ``step``."""
+        """Record ``values`` of optimizer step ``step``."""
 
     def close(self) -> None:
-        """Everything logged is safe when this returns."""
+        """Everything logged is stored when this returns."""
 
 
 class MetricsFile:
@@ -28,7 +31,7 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a", encoding="utf-8")
         if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a line that a kill cut short must not swallow the next one
+            self._file.write("\n")  # a line that a kill cut short must not be joined with the next one
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
@@ -39,7 +42,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """TensorBoard event files; ``tracker_kwargs.log_dir`` overrules the run's logging folder."""
+    """TensorBoard event files; ``log_dir_override`` replaces the run's logging folder."""
 
     def __init__(self, log_dir: Path, log_dir_override: str | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -54,35 +57,32 @@ class TensorBoard:
         self._writer.close()
 
 
-_TRACKERS: dict[str, Callable[[Path, dict[str, Any]], Tracker | None]] = {}
-
-
-def register_tracker(name: str, make: Callable[[Path, dict[str, Any]], Tracker | None]) -> None:
-    """Make ``track_with: name`` call ``make(logging folder, tracker_kwargs)``."""
-    _TRACKERS[name] = make
-
-
-def _tensorboard(log_dir: Path, kwargs: dict[str, Any]) -> Tracker:
+def make_tensorboard(log_dir: Path, kwargs: dict[str, Any]) -> Tracker:
+    """The TensorBoard tracker; ``log_dir`` among ``kwargs`` replaces the run's logging folder."""
     unknown = set(kwargs) - {"log_dir"}
     if unknown:
         raise LimbeckError(f"tracker_kwargs.{min(unknown)} is not known to TensorBoard; the only key is log_dir.")
     return TensorBoard(log_dir, kwargs.get("log_dir"))
 
 
-register_tracker("tensorboard", _tensorboard)
-register_tracker("stdout", lambda log_dir, kwargs: None)  # the console prints every line anyway
-register_tracker("none", lambda log_dir, kwargs: None)
+def make_nothing(log_dir: Path, kwargs: dict[str, Any]) -> None:
+    """No tracker: ``metrics.jsonl`` is written and the console prints every line anyway."""
+
+
+def register_tracker(name: str, make: Callable[[Path, dict[str, Any]], Tracker | None]) -> None:
+    """Make ``track_with: name`` call ``make(logging folder, tracker_kwargs)``."""
+    TRACKERS.register(name)(make)
 
 
 def check_tracker(name: str) -> None:
-    """Raise LimbeckError for a tracker that nobody registered."""
-    if name not in _TRACKERS:
+    """Raise LimbeckError for a tracker that is not registered."""
+    if name not in TRACKERS:
         raise LimbeckError(
-            f"track_with = {name!r} is not known; use one of {', '.join(sorted(_TRACKERS))}, "
-            "or register one in a file that plugins names."
+            f"track_with = {name!r} {TRACKERS.explain_unknown(name)}, or register one in a file that plugins names."
         )
 
 
 def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
-    """The tracker called ``name``, or None for one that keeps nothing."""
-    return _TRACKERS[name](log_dir, kwargs)
+    """The tracker ``name``, or None for one that keeps nothing."""
+    tracker: Tracker | None = TRACKERS.get(name)(log_dir, kwargs)
+    return tracker
