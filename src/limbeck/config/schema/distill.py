@@ -188,6 +188,15 @@ class DistillConfig(Section):
         "loss to the divergence and both to the cross-entropy; distill_loss_weight: 1 leaves the cross-entropy out.",
     )
 
+    step_source: Annotated[str, registered(STEP_SOURCES)] = Field(
+        default="dataset",
+        description="Where the batches of a training step come from: dataset (the training data), or a source that a "
+        "plug-in "
+        "registers.",
+    )
+    step_source_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of a step source that a plug-in registers."
+    )
     max_steps: int | None = Field(
         default=None,
         ge=1,
@@ -231,16 +240,6 @@ class DistillConfig(Section):
         default_factory=dict,
         description="Arguments of the tracker. tensorboard reads `log_dir`, the folder of its event files (by default "
         "logging_dir).",
-    )
-
-    step_source: Annotated[str, registered(STEP_SOURCES)] = Field(
-        default="dataset",
-        description="Where the batches of a training step come from: dataset (the training data), or a source that a "
-        "plug-in "
-        "registers.",
-    )
-    step_source_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of a step source that a plug-in registers."
     )
 
     system_envs: Environment = Field(
