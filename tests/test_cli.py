@@ -1,4 +1,4 @@
-"""The command line: fast to answer, exact about mistakes, and the same function behind every front door."""
+"""The command line: its commands, its error messages and the launcher script."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ def test_train_then_report(run_file, tmp_path, capsys):
     assert "<svg" in (out / "report.html").read_text()
 
 
-def test_a_mistake_is_sentences_on_stderr_and_status_two(run_file, capsys):
+def test_a_mistake_is_printed_to_stderr_with_status_two(run_file, capsys):
     assert main(["train", str(run_file), "student.training_args.learning_rat=1"]) == 2
     text = capsys.readouterr().err
     assert "student.training_args.learning_rat" in text
@@ -61,7 +61,7 @@ def test_a_mistake_is_sentences_on_stderr_and_status_two(run_file, capsys):
     assert "Traceback" not in text
 
 
-def test_data_show_prints_a_row_as_it_is_learnt(run_file, capsys):
+def test_data_show_prints_the_tokens_of_a_row(run_file, capsys):
     assert main(["data", "show", str(run_file), "--row", "3", "--ids", "student.data_args.default_system=Brief"]) == 0
     text = capsys.readouterr().out
     assert "rows.jsonl:4 (question/answer), weight 1" in text
@@ -75,7 +75,7 @@ def test_data_show_prints_a_row_as_it_is_learnt(run_file, capsys):
         main(["data", "show", str(run_file), "--rwo", "3"])
 
 
-def test_data_cache_is_what_training_finds(run_file, tmp_path, capsys):
+def test_training_reads_what_data_cache_writes(run_file, tmp_path, capsys):
     place = f"student.data_args.cache_path={tmp_path / 'tokens'}"
     assert main(["data", "cache", str(run_file), place]) == 0
     text = capsys.readouterr().out
@@ -86,7 +86,7 @@ def test_data_cache_is_what_training_finds(run_file, tmp_path, capsys):
     assert before and sorted((tmp_path / "tokens").rglob("*")) == before
 
 
-def test_both_data_commands_take_sources_and_formats_as_training_does(run_file, tmp_path, capsys):
+def test_data_commands_read_sources_and_formats(run_file, tmp_path, capsys):
     rows, chat = tmp_path / "rows.jsonl", tmp_path / "chat.jsonl"
     rows.write_text('{"frage": "two?", "antwort": "three"}\n')
     chat.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
@@ -112,12 +112,12 @@ def test_both_data_commands_take_sources_and_formats_as_training_does(run_file, 
     ("kwargs", "sentence"),
     [("{t_start: 2}", "taid needs 0 <= t_start <= t_end <= 1, got 2.0"), ("{t_start: x}", "must be numbers for taid")],
 )
-def test_config_asks_the_divergence_what_its_numbers_mean(run_file, capsys, kwargs, sentence):
+def test_config_checks_the_parameters_of_the_divergence(run_file, capsys, kwargs, sentence):
     assert main(["config", str(run_file), "kd_objective=taid", f"kd_objective_kwargs={kwargs}"]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_config_prints_what_would_run(run_file, capsys):
+def test_config_prints_the_whole_configuration(run_file, capsys):
     assert main(["config", str(run_file), "kd_temperature=2"]) == 0
     text = capsys.readouterr().out
     values = yaml.safe_load(text)
@@ -128,7 +128,35 @@ def test_config_prints_what_would_run(run_file, capsys):
     assert "student.training_args.learning_rate" in capsys.readouterr().out
 
 
-def test_the_launcher_of_the_reference_is_the_same_door(run_file, tmp_path):
+def test_config_prints_the_dialect(run_file, capsys):
+    assert main(["config", str(run_file)]) == 0
+    assert capsys.readouterr().out.startswith("# dialect: limbeck\n")
+    assert main(["config", str(run_file), "rpc_timeout=60"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("# dialect: roll\n")
+    assert "note: These settings of ROLL have no effect in Limbeck: rpc_timeout (command line)." in printed.err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["train"], ["config"], ["plan"], ["data", "show"], ["data", "cache"], ["cluster", "check"], ["serve-teacher"]],
+)
+def test_every_command_with_a_configuration_takes_a_dialect(run_file, capsys, command):
+    assert main([*command, "--dialect", "rol", str(run_file), "seed=3"]) == 2
+    assert capsys.readouterr().err == "limbeck: dialect rol is not known; use one of limbeck, roll.\n"
+    assert main([*command, str(run_file), "--dialect", "limbeck", "rpc_timeout=60"]) == 2
+    assert "command line: rpc_timeout is not a key" in capsys.readouterr().err
+
+
+def test_processes_started_for_several_devices_use_the_same_dialect(run_file, monkeypatch):
+    started = []
+    monkeypatch.setattr("limbeck.cli._launch", lambda ranks, file, overrides: started.append((ranks, overrides)) or 0)
+    devices = "student.device_mapping=[0,1]"
+    assert main(["train", str(run_file), devices, "--dialect", "roll"]) == 0
+    assert started == [(2, ["--dialect", "roll", devices])]
+
+
+def test_the_launcher_script_trains_like_the_command(run_file, tmp_path):
     done = subprocess.run(
         [
             sys.executable, str(ROOT / "examples" / "start_distill_pipeline.py"), "--config_path", run_file.parent.name,
@@ -144,16 +172,16 @@ def test_the_launcher_of_the_reference_is_the_same_door(run_file, tmp_path):
     ("devices", "allowed", "visible"),
     [([3], None, "3"), ([0, 1], "4,5,6,7", "4,5"), ([2], "GPU-a,GPU-b,GPU-c", "GPU-c")],
 )
-def test_devices_are_counted_inside_what_a_scheduler_allows(devices, allowed, visible):
+def test_devices_are_counted_within_cuda_visible_devices(devices, allowed, visible):
     assert _visible(devices, allowed) == visible
 
 
-def test_a_device_beyond_what_a_scheduler_allows_is_refused():
+def test_a_device_outside_cuda_visible_devices_is_an_error():
     with pytest.raises(LimbeckError, match="leaves only 2"):
         _visible([2], "0,1")
 
 
-def test_the_demo_runs_and_refuses_a_folder_that_is_not_its_own(tmp_path, monkeypatch, capsys):
+def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypatch, capsys):
     import limbeck.demo.run as demo
 
     small = demo.Sizes(

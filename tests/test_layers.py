@@ -7,7 +7,7 @@ import limbeck
 
 SOURCE = Path(limbeck.__file__).parent
 LAYERS = (
-    ("errors", "interrupt", "registry", "plugins", "folders"),
+    ("errors", "interrupt", "registry", "folders"),
     ("config",),
     ("objectives",),
     ("data",),

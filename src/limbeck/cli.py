@@ -1,4 +1,4 @@
-"""The command ``limbeck``. Parses words and calls one function; heavy imports wait until a command needs them."""
+"""The command ``limbeck``. Each command parses its arguments and calls one function, which imports what it needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from limbeck.errors import LimbeckError, Stopped
 
 if TYPE_CHECKING:
-    from limbeck.config import DistillConfig
+    from limbeck.config import DistillConfig, LoadedConfig
 
 USER_MISTAKE = 2
 _STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -27,11 +27,11 @@ _STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; a user's mistake is one sentence on stderr and status 2."""
+    """Run a command and return its exit status. A LimbeckError is printed to stderr without a traceback; its status is 2."""
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
-    if rest and hasattr(args, "overrides") and all(_is_override(word) for word in rest):
-        args.overrides = [*args.overrides, *rest]  # argparse takes no key=value or ~key behind an option
+    if rest and hasattr(args, "overrides") and all(_is_override(argument) for argument in rest):
+        args.overrides = [*args.overrides, *rest]  # argparse accepts no positional arguments after an option
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
@@ -48,85 +48,92 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _is_override(word: str) -> bool:
-    return word.startswith("~") or ("=" in word and not word.startswith("-"))
+def _is_override(argument: str) -> bool:
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="limbeck", description="Distil a large language model into a small one.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="distil a student as a YAML file says")
-    train.add_argument("config", type=Path, help="YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
-    train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides))
+    train = commands.add_parser("train", help="distil a student as a configuration describes")
+    _add_config_arguments(train)
+    train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides, args.dialect))
 
-    serve = commands.add_parser("serve-teacher", help="keep a teacher for several runs, until Ctrl-C")
-    serve.add_argument("config", type=Path, help="YAML file of one of the runs")
-    serve.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
-    serve.add_argument("--name", help="what runs call it by; default teacher.service, else teacher")
+    serve = commands.add_parser("serve-teacher", help="keep a teacher loaded for several runs, until Ctrl-C")
+    _add_config_arguments(serve, "YAML file of one of the runs")
+    serve.add_argument(
+        "--name", help="the name that runs set as teacher.service; default teacher.service, else teacher"
+    )
     serve.set_defaults(run=_serve_teacher)
 
-    cluster = commands.add_parser("cluster", help="see whether a run fits the machines, before anything is loaded")
+    cluster = commands.add_parser("cluster", help="commands for Ray clusters")
     checks = cluster.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    check = checks.add_parser("check", help="placement, package versions, model memory and layouts of a configuration")
-    check.add_argument("config", type=Path, help="YAML file")
-    check.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    check = checks.add_parser("check", help="check whether a run fits the cluster, before anything is loaded")
+    _add_config_arguments(check)
     check.set_defaults(run=_cluster_check)
 
-    config = commands.add_parser(
-        "config", help="print a configuration with every default and where each value came from"
-    )
-    config.add_argument("config", type=Path, nargs="?", help="YAML file")
-    config.add_argument("overrides", nargs="*", metavar="key=value")
-    config.add_argument("--schema", action="store_true", help="document every key instead")
+    config = commands.add_parser("config", help="print a configuration with all defaults and the origin of each value")
+    _add_config_arguments(config, optional=True)
+    config.add_argument("--schema", action="store_true", help="print the documentation of every key instead")
     config.set_defaults(run=_config)
 
-    data = commands.add_parser("data", help="see what is learned of a row, or tokenise ahead of time")
-    doings = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    show = doings.add_parser("show", help="print a row token by token, as the student and as the teacher see it")
-    show.add_argument("config", type=Path, help="YAML file")
-    show.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
-    show.add_argument("--row", type=int, default=0, metavar="N", help="which row of the training files, from 0")
-    show.add_argument("--file", metavar="FILE", help="look into this file instead of the training files")
+    data = commands.add_parser("data", help="inspect or tokenize the training data")
+    data_commands = data.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    show = data_commands.add_parser("show", help="print a row token by token, as the student and the teacher read it")
+    _add_config_arguments(show)
+    show.add_argument("--row", type=int, default=0, metavar="N", help="index of the row in the training files, from 0")
+    show.add_argument("--file", metavar="FILE", help="read the row from this file instead of the training files")
     show.add_argument("--ids", action="store_true", help="print token ids too")
     show.set_defaults(run=_data_show)
-    cache = doings.add_parser("cache", help="read, check and tokenise the data now, so that training starts at once")
-    cache.add_argument("config", type=Path, help="YAML file")
-    cache.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
+    cache = data_commands.add_parser("cache", help="read, check and tokenize the data before training")
+    _add_config_arguments(cache)
     cache.set_defaults(run=_data_cache)
 
-    plan = commands.add_parser("plan", help="tell memory, traffic and time of a run on GPUs that are not here")
-    plan.add_argument("config", type=Path, help="YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="settings that overrule the file")
-    plan.add_argument("--nodes", type=int, default=1, metavar="N")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M")
-    plan.add_argument("--gpu", default="H100", help="such as H100, H200, A100, L40S or B200")
-    plan.add_argument("--json", action="store_true", help="print bytes, FLOPs and seconds for machines")
+    plan = commands.add_parser("plan", help="estimate memory, traffic and time of a run on GPUs")
+    _add_config_arguments(plan)
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines; default 1")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="GPUs of each machine; default 8")
+    plan.add_argument("--gpu", default="H100", help="type of GPU, such as H100, H200, A100, L40S or B200")
+    plan.add_argument("--json", action="store_true", help="print JSON with bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
-    demo = commands.add_parser("demo", help="see a student get better than training without a teacher makes it")
-    demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="folder for everything it makes")
+    demo = commands.add_parser("demo", help="compare training with and without a teacher on a small example")
+    demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="output folder")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    report = commands.add_parser("report", help="draw a run as one HTML page")
+    report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
-        "runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several are compared"
+        "runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several runs are compared"
     )
-    report.add_argument("--output", type=Path, help="the page; default RUN/report.html")
+    report.add_argument("--output", type=Path, help="file to write; default RUN/report.html")
     report.set_defaults(run=_report)
     return parser
 
 
-def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
+def _add_config_arguments(
+    parser: argparse.ArgumentParser, description: str = "YAML file", *, optional: bool = False
+) -> None:
+    """The arguments that choose a configuration; ``_load`` reads them."""
+    if optional:
+        parser.add_argument("config", type=Path, nargs="?", help=description)
+    else:
+        parser.add_argument("config", type=Path, help=description)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
+    parser.add_argument(
+        "--dialect", metavar="NAME", help="format of the file, such as limbeck or roll; default: recognised"
+    )
+
+
+def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
     """Run the pipeline that a YAML file describes; the one function behind every front door. Returns the exit status.
 
     A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun already has.
     """
     from limbeck.config import load_config
 
-    loaded = load_config(config_file, overrides)
+    loaded = load_config(config_file, overrides, dialect)
     config = loaded.config
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not os.environ.get(_STARTED_HERE):
@@ -148,7 +155,8 @@ def train_from_config(config_file: Path, overrides: Sequence[str]) -> int:
     if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
         return _train_on_cluster(config)
     if len(devices) > 1 and not launched:
-        return _launch(len(devices), config_file, overrides)
+        options = [] if dialect is None else ["--dialect", dialect]
+        return _launch(len(devices), config_file, [*options, *overrides])
     if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -169,7 +177,7 @@ def _train_on_cluster(config: DistillConfig) -> int:
 
 
 def _serve_teacher(args: argparse.Namespace) -> int:
-    config = _settled(args)
+    config = _load_and_print_notices(args)
 
     from limbeck.teachers.service import serve_teacher
 
@@ -178,7 +186,7 @@ def _serve_teacher(args: argparse.Namespace) -> int:
 
 
 def _cluster_check(args: argparse.Namespace) -> int:
-    config = _settled(args)
+    config = _load_and_print_notices(args)
 
     from limbeck.launch.preflight import check_cluster
 
@@ -191,14 +199,19 @@ def _cluster_check(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settled(args: argparse.Namespace) -> DistillConfig:
-    """The configuration that the command line names; its notices are printed, its environment is set."""
+def _load(args: argparse.Namespace) -> LoadedConfig:
+    """Load the configuration that the command line names and set its environment variables."""
     from limbeck.config import load_config
 
-    loaded = load_config(args.config, args.overrides)
+    loaded = load_config(args.config, args.overrides, args.dialect)
+    os.environ.update(loaded.config.environment)
+    return loaded
+
+
+def _load_and_print_notices(args: argparse.Namespace) -> DistillConfig:
+    loaded = _load(args)
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
-    os.environ.update(loaded.config.environment)
     return loaded.config
 
 
@@ -268,20 +281,21 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from limbeck.config import load_config, render_config, render_schema
+    from limbeck.config import render_config, render_schema
 
     if args.schema:
         print(render_schema())
         return 0
     if args.config is None:
         raise LimbeckError("limbeck config needs a YAML file, or --schema.")
-    loaded = load_config(args.config, args.overrides)
-    if loaded.config.kd_objective_kwargs:  # whose meaning only the divergence itself knows
+    loaded = _load(args)
+    if loaded.config.kd_objective_kwargs:  # only the divergence can check them
         import torch
 
         from limbeck.train.build.objective import make_objective
 
         make_objective(loaded.config, torch.device("cpu"))
+    print(f"# dialect: {loaded.dialect}")
     print(render_config(loaded), end="")
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
@@ -289,10 +303,7 @@ def _config(args: argparse.Namespace) -> int:
 
 
 def _data_show(args: argparse.Namespace) -> int:
-    from limbeck.config import load_config
-
-    config = load_config(args.config, args.overrides).config
-    os.environ.update(config.environment)
+    config = _load(args).config
 
     from rich.console import Console
 
@@ -309,7 +320,7 @@ def _data_show(args: argparse.Namespace) -> int:
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
     sources = [named_source(config, args.file)] if args.file else training_sources(config)
     if args.row < 0:
-        raise LimbeckError(f"--row {args.row} is no row; rows are counted from 0.")
+        raise LimbeckError(f"--row {args.row} is not a row index; rows are counted from 0.")
     found = find_row(sources, args.row, encoder)
     teacher = translator = None
     if config.has_teacher and config.cross_tokenizer == "off":
@@ -321,7 +332,7 @@ def _data_show(args: argparse.Namespace) -> int:
 
 
 def _data_cache(args: argparse.Namespace) -> int:
-    config = _settled(args)
+    config = _load_and_print_notices(args)
 
     from limbeck.data import mix
     from limbeck.train.build.data import (
@@ -344,10 +355,7 @@ def _data_cache(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from limbeck.config import load_config
-
-    config = load_config(args.config, args.overrides).config
-    os.environ.update(config.environment)
+    config = _load(args).config
 
     from rich.console import Console
 

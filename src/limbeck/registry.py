@@ -119,5 +119,11 @@ TRACKERS: Registry[Any] = Registry(
 )
 """``track_with`` to a function ``(log_dir, tracker_kwargs) -> limbeck.train.trackers.Tracker | None``."""
 
-DIALECTS: Registry[Any] = Registry("dialect", {})
-"""Name of a foreign configuration format to ``limbeck.config.dialects.base.Dialect``."""
+DIALECTS: Registry[Any] = Registry(
+    "dialect",
+    {
+        "limbeck": "limbeck.config.dialects.native:DIALECT",
+        "roll": "limbeck.config.dialects.roll:DIALECT",
+    },
+)
+"""``--dialect`` to ``limbeck.config.dialects.base.Dialect``."""

@@ -1,4 +1,4 @@
-"""A YAML file written on the spot, and the shortest configuration that is complete."""
+"""Fixtures that write and load a YAML file, and the shortest complete configuration."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
 def load(write: Callable[..., Path]) -> Callable[..., LoadedConfig]:
     """Load the minimal configuration, or the YAML that is given, with overrides."""
 
-    def load(*overrides: str, yaml: str = MINIMAL) -> LoadedConfig:
-        return load_config(write(yaml), overrides)
+    def load(*overrides: str, yaml: str = MINIMAL, dialect: str | None = None) -> LoadedConfig:
+        return load_config(write(yaml), overrides, dialect)
 
     return load
 

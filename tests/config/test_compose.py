@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from limbeck.config import LoadedConfig, load_config, load_mapping
 from limbeck.errors import LimbeckError
 
-ModelMemory = Callable[..., LoadedConfig]
+Load = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
 PROPERTY = {"suppress_health_check": [HealthCheck.function_scoped_fixture], "deadline": None, "max_examples": 25}
 
 
-def test_overrides_set_keys_that_the_file_does_not_mention(load: ModelMemory) -> None:
+def test_overrides_set_keys_that_the_file_does_not_mention(load: Load) -> None:
     loaded = load("seed=7", "+max_steps=3", "++student.training_args.learning_rate=1e-5", "teacher_pretrain=other")
     assert loaded.config.seed == 7
     assert loaded.config.max_steps == 3
@@ -26,24 +26,24 @@ def test_overrides_set_keys_that_the_file_does_not_mention(load: ModelMemory) ->
     assert loaded.origins["seed"] == "command line"
 
 
-def test_a_tilde_takes_a_key_out(load: ModelMemory) -> None:
+def test_a_tilde_removes_a_key(load: Load) -> None:
     loaded = load("~teacher_pretrain", "distill_loss_weight=0")
     assert not loaded.config.has_teacher
     assert loaded.origins["teacher_pretrain"] == "default"
 
 
-def test_a_tilde_as_a_value_is_nothing(load: ModelMemory) -> None:
+def test_a_tilde_as_a_value_is_null(load: Load) -> None:
     assert load("checkpoint_config.best_metric=~").config.checkpoint_config.best_metric is None
 
 
 @pytest.mark.parametrize("devices", ["list(range(0,4))", "range(4)", "0,1,2,3", "[0,1,2,3]", "'[0, 1, 2, 3]'"])
-def test_a_device_mapping_can_be_typed_as_it_is_written_in_a_file(load: ModelMemory, devices: str) -> None:
+def test_a_device_mapping_has_the_same_forms_on_the_command_line(load: Load, devices: str) -> None:
     assert load(f"student.device_mapping={devices}").config.device_mapping == [0, 1, 2, 3]
 
 
 @settings(**PROPERTY)  # type: ignore[arg-type]
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(len))
-def test_any_text_on_the_command_line_arrives_as_it_was_typed(load: ModelMemory, text: str) -> None:
+def test_text_on_the_command_line_is_unchanged(load: Load, text: str) -> None:
     from hypothesis import assume
 
     assume(not any(mark in text for mark in ("${", "~", "'", '"')) and "\\" not in text)
@@ -52,11 +52,11 @@ def test_any_text_on_the_command_line_arrives_as_it_was_typed(load: ModelMemory,
 
 
 @pytest.mark.parametrize("text", ["it's", 'say "x"', "a\\'b", "a=b", "数据.json", "(x", "a\\"])
-def test_quotes_and_backslashes_on_the_command_line_are_text(load: ModelMemory, text: str) -> None:
+def test_quotes_and_backslashes_on_the_command_line_are_text(load: Load, text: str) -> None:
     assert load(f"exp_name={text} !").config.exp_name == f"{text} !"
 
 
-def test_numbers_may_be_written_in_scientific_notation(load: ModelMemory) -> None:
+def test_numbers_may_be_written_in_scientific_notation(load: Load) -> None:
     yaml = """
     student_pretrain: s
     teacher_pretrain: t
@@ -95,7 +95,7 @@ def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mi
     [
         ("seed=many", "seed = many is not a whole number."),
         ("seed=1.5", "seed = 1.5 is not a whole number."),
-        ("seed=true", "seed = true is a switch (true or false) where a value belongs."),
+        ("seed=true", "seed = true is true or false, which this key does not accept."),
         ("seed=null", "seed = null is not a whole number."),
         ("kd_temperature=hot", "kd_temperature = hot is not a number."),
         ("kd_temperature=0", "kd_temperature = 0 must be greater than 0."),
@@ -121,7 +121,7 @@ def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mi
         ("student.device_mapping=8", "student.device_mapping = 8 is one number, which could mean the device 8 or 8"),
     ],
 )
-def test_a_wrong_value_is_told_with_what_would_be_right(mistakes: Mistakes, override: str, sentence: str) -> None:
+def test_an_invalid_value_is_reported_with_the_allowed_values(mistakes: Mistakes, override: str, sentence: str) -> None:
     (line,) = mistakes(override)
     assert line.startswith(f"command line: {sentence}")
 
@@ -137,7 +137,7 @@ def test_a_wrong_value_in_a_file_is_shown_by_line(mistakes: Mistakes) -> None:
     assert mistakes(yaml=yaml) == ["run.yaml:5: student.data_args.file_name[1] = ['b'] is not text."]
 
 
-def test_an_objective_that_is_misspelled_is_told_the_nearest(mistakes: Mistakes) -> None:
+def test_a_misspelled_objective_is_reported_with_the_nearest(mistakes: Mistakes) -> None:
     (line,) = mistakes("kd_objective=foward_kl")
     assert line.startswith("command line: kd_objective = foward_kl is not one of")
     assert line.endswith("did you mean forward_kl?")
@@ -155,22 +155,22 @@ def test_an_objective_that_is_misspelled_is_told_the_nearest(mistakes: Mistakes)
         ("x: 1\nexp_name: !!python/object/apply:os.system [ls]\n", 2, "not YAML"),
         ("x: 1\nexp_name: ${nowhere}\n", 2, "cannot be resolved"),
         ("x: 1\nexp_name: ${oops\n", 2, "cannot be composed"),
-        ("x: 1\nexp_name: ???\n", 2, "to be filled in"),
+        ("x: 1\nexp_name: ???\n", 2, "a missing value"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_told_by_line(mistakes: Mistakes, text: str, line: int, word: str) -> None:
+def test_a_file_that_cannot_be_read_is_reported_by_line(mistakes: Mistakes, text: str, line: int, word: str) -> None:
     (sentence,) = mistakes(yaml=text)
     assert sentence.startswith(f"run.yaml:{line}: ")
     assert word in sentence
 
 
-def test_a_file_that_is_not_text_is_told(tmp_path: Path) -> None:
+def test_a_binary_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(LimbeckError, match="not UTF-8"):
         load_config(tmp_path / "run.yaml")
 
 
-def test_a_path_that_leads_nowhere_is_told(write: Callable[..., Path]) -> None:
+def test_a_path_without_a_configuration_is_an_error(write: Callable[..., Path]) -> None:
     path = write("seed: 1")
     with pytest.raises(LimbeckError, match=r"is a folder; name a file in it: run\.yaml"):
         load_config(path.parent)
@@ -181,7 +181,7 @@ def test_a_path_that_leads_nowhere_is_told(write: Callable[..., Path]) -> None:
 
 
 @pytest.mark.parametrize("override", ["seed", "--seed=1", "=1", "a b=1", "student.data_args.file_name[0]=x"])
-def test_an_override_that_is_none_is_told(mistakes: Mistakes, override: str) -> None:
+def test_an_argument_that_is_not_an_override_is_an_error(mistakes: Mistakes, override: str) -> None:
     assert mistakes(override) == [f"command line: {override} is not an override; write key=value, such as seed=7."]
 
 
@@ -192,7 +192,7 @@ def test_the_suffix_may_be_left_out_and_names_may_be_odd(write: Callable[..., Pa
     assert load_config(path.with_suffix("")).config == load_config(path).config
 
 
-def test_defaults_compose_files_and_each_key_knows_its_own(write: Callable[..., Path]) -> None:
+def test_keys_of_composed_files_have_their_own_origin(write: Callable[..., Path]) -> None:
     write("seed: 5\nkd_temperature: 3\n", "shared/base.yaml")
     write("training_args: {learning_rate: 0.5}\n", "runs/student/fast.yaml")
     write("training_args: {learning_rate: 0.1}\n", "runs/student/slow.yaml")
@@ -238,7 +238,7 @@ def test_a_mistake_in_a_file_named_by_defaults_is_shown_there(write: Callable[..
         load_config(path)
 
 
-def test_a_top_level_key_that_something_refers_to_is_a_variable(load: ModelMemory) -> None:
+def test_a_top_level_key_that_something_refers_to_is_a_variable(load: Load) -> None:
     yaml = """
     family: Qwen/Qwen2.5
     student_pretrain: ${family}-0.5B
@@ -248,7 +248,7 @@ def test_a_top_level_key_that_something_refers_to_is_a_variable(load: ModelMemor
     assert load(yaml=yaml).config.student_pretrain == "Qwen/Qwen2.5-0.5B"
 
 
-def test_merged_keys_keep_the_lines_of_their_anchor(load: ModelMemory) -> None:
+def test_merged_keys_keep_the_lines_of_their_anchor(load: Load) -> None:
     yaml = """
     common: &common
       dtype: fp32
@@ -268,8 +268,8 @@ def test_merged_keys_keep_the_lines_of_their_anchor(load: ModelMemory) -> None:
     assert loaded.origins["student.model_args.revision"] == "run.yaml:10"
 
 
-def test_every_value_has_exactly_one_origin(load: ModelMemory) -> None:
-    from limbeck.config.places import leaves
+def test_every_value_has_exactly_one_origin(load: Load) -> None:
+    from limbeck.config.locations import leaves
 
     loaded = load("system_envs.A=1")
     assert loaded.origins.keys() == dict(leaves(loaded.config.model_dump())).keys()
@@ -280,13 +280,13 @@ def test_every_value_has_exactly_one_origin(load: ModelMemory) -> None:
     assert loaded.origins["seed"] == "default"
 
 
-def test_a_key_without_effect_is_told(load: ModelMemory) -> None:
+def test_a_key_without_effect_causes_a_notice(load: Load) -> None:
     (notice,) = load("skew_lambda=0.3").notices
     assert notice.startswith("command line: skew_lambda has no effect")
     assert load("skew_lambda=0.3", "kd_objective=skewed_reverse_kl").notices == []
 
 
-def test_an_application_run_by_hydra_keeps_its_own(load: ModelMemory, tmp_path: Path) -> None:
+def test_the_hydra_state_of_the_application_is_restored(load: Load, tmp_path: Path) -> None:
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer" / "app.yaml").write_text("x: 1\n")
     with initialize_config_dir(str(tmp_path / "outer"), version_base=None):

@@ -9,7 +9,7 @@ import pytest
 
 from limbeck.config import LoadedConfig
 
-ModelMemory = Callable[..., LoadedConfig]
+Load = Callable[..., LoadedConfig]
 SOURCES = """
 student_pretrain: small
 teacher_pretrain: large
@@ -21,7 +21,7 @@ student:
 """
 
 
-def test_names_and_entries_become_sources(load: ModelMemory) -> None:
+def test_names_and_entries_become_sources(load: Load) -> None:
     first, second = load(yaml=SOURCES).config.data_sources
     assert (first.path, first.weight, first.max_samples, first.format, first.domain) == (
         ["a.jsonl"],
@@ -42,19 +42,17 @@ def test_names_and_entries_become_sources(load: ModelMemory) -> None:
         (("hub: owner/name, ", ""), "entry 1"),
         (("path: a.jsonl", "path: a.jsonl, revision: x"), "has config or revision, which only a hub dataset has"),
         (("weight: 2", "weight: -2"), "entry 0: weight"),
-        (("sources:", "file_name: b.jsonl\n    sources:"), "name the data twice; give only one"),
-        (("sources:", "mixing_temperature: 2\n    sources:"), "is one of several shares"),
+        (("sources:", "file_name: b.jsonl\n    sources:"), "both set the training data; keep one"),
+        (("sources:", "mixing_temperature: 2\n    sources:"), "and other keys set shares of the data"),
     ],
 )
-def test_a_source_that_cannot_be_meant_is_told(
-    mistakes: Callable[..., list[str]], change: tuple[str, str], words: str
-) -> None:
+def test_an_invalid_source_is_an_error(mistakes: Callable[..., list[str]], change: tuple[str, str], words: str) -> None:
     (line,) = mistakes(yaml=SOURCES.replace(*change))
     assert words in line
     assert "run.yaml:" in line
 
 
-def test_data_is_looked_for_beside_the_configuration_first(load: ModelMemory, tmp_path: Path) -> None:
+def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path: Path) -> None:
     for name in ("data/train.jsonl", "part-1.jsonl", "corpus.bin"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")

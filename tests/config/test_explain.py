@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from limbeck.config import LoadedConfig, load_config, load_mapping, render_config, to_dict
 
-ModelMemory = Callable[..., LoadedConfig]
+Load = Callable[..., LoadedConfig]
 
 TEXT = st.text(alphabet=st.characters(exclude_categories=("Cs",)), min_size=1, max_size=30).filter(lambda t: t != "???")
 NAMES = st.text(alphabet="abcdefgh_XYZ019-", min_size=1, max_size=8)
@@ -70,18 +70,18 @@ def test_what_is_shown_loads_back_to_the_same_configuration(tmp_path: Path, valu
     assert load_config(path).config == loaded.config
 
 
-def test_what_is_shown_is_plain_yaml_with_every_key(load: ModelMemory) -> None:
+def test_what_is_shown_is_plain_yaml_with_every_key(load: Load) -> None:
     loaded = load("student.training_args.learning_rate=1e-5")
     assert yaml.safe_load(render_config(loaded)) == to_dict(loaded.config)
 
 
-def test_every_line_with_a_value_ends_in_its_origin(load: ModelMemory) -> None:
+def test_every_line_with_a_value_ends_in_its_origin(load: Load) -> None:
     lines = render_config(load("seed=3")).splitlines()
     assert "seed: 3" in next(line for line in lines if line.endswith("# command line"))
     assert any(line.startswith("student_pretrain: small") and line.endswith("# run.yaml:1") for line in lines)
     assert all("  # " in line or line.endswith(":") for line in lines)
 
 
-def test_the_dictionary_of_a_configuration_is_json(load: ModelMemory) -> None:
+def test_the_dictionary_of_a_configuration_is_json(load: Load) -> None:
     config = load().config
     assert json.loads(json.dumps(to_dict(config))) == to_dict(config)

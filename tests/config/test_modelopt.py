@@ -1,4 +1,4 @@
-"""ModelOpt's distillation YAML loads as it is, inline or as a file, and what contradicts or is unknown is told."""
+"""``distillation_config``: ModelOpt's YAML as a section or a file, and errors in it."""
 
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ def run(tmp_path: Path):
     return build
 
 
-def test_the_documented_file_loads_as_it_is(run) -> None:
+def test_the_documented_file_loads_unchanged(run) -> None:
     loaded = load_config(run(DOCUMENTED))
     config = loaded.config
     assert config.features.pairs == [
@@ -54,7 +54,7 @@ def test_the_documented_file_loads_as_it_is(run) -> None:
     assert (config.distill_loss_weight, config.kd_temperature, config.logits_topk) == (1.0, 2.0, 0)
     assert not config.temperature_squared
     assert loaded.notices == [
-        "distillation_config.kd_loss_scale has no effect: it is read with skip_lm_loss: false only."
+        "distillation_config.kd_loss_scale has no effect: it is only read with skip_lm_loss: false."
     ]
     assert loaded.origins["kd_temperature"].startswith(
         "derived from distillation_config.logit_kl_temperature (kd.yaml:"
@@ -77,7 +77,7 @@ def test_an_empty_section_is_modelopts_default() -> None:
     assert inline(logit_kl_topk=16).config.logits_topk == 16
 
 
-def test_our_keys_win_where_modelopt_says_nothing() -> None:
+def test_limbecks_keys_replace_modelopts_defaults() -> None:
     keys = {"features": {"mask": "tokens", "projection": "per_pair"}, "loss_balance": "weighted"}
     pairs = {"intermediate_layer_pairs": [["a", "b"]]}
     config = load_mapping({**BASE, **keys, "kd_temperature": 3, "distillation_config": pairs}).config
@@ -89,7 +89,7 @@ def test_our_keys_win_where_modelopt_says_nothing() -> None:
     ("keys", "sentence"),
     [
         ({"logit_kl_temp": 2}, "distillation_config.logit_kl_temp is not a key of ModelOpt"),
-        ({"criterion": {"a": 1}}, "set by a program"),
+        ({"criterion": {"a": 1}}, "can only be set in Python"),
         ({"skip_lm_loss": "no"}, "must be true or false"),
         ({"skip_lm_loss": False, "kd_loss_scale": 0}, "must be a number above 0"),
         ({"intermediate_layer_pairs": [["a"]]}, "is not a pair"),
@@ -99,12 +99,12 @@ def test_our_keys_win_where_modelopt_says_nothing() -> None:
         ({"logit_kl_temperature": 0}, "kd_temperature = 0 must be greater than 0"),
     ],
 )
-def test_mistakes_are_told(keys: dict[str, Any], sentence: str) -> None:
+def test_mistakes_are_reported(keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(LimbeckError, match=sentence):
         inline(**keys)
 
 
-def test_a_mistake_in_its_file_is_told_with_file_and_line(run) -> None:
+def test_a_mistake_in_its_file_is_reported_with_file_and_line(run) -> None:
     with pytest.raises(LimbeckError, match=r"kd\.yaml:2: distillation_config\.nonsense"):
         load_config(run("skip_lm_loss: true\nnonsense: 1\n"))
     with pytest.raises(LimbeckError, match=r"kd\.yaml.*is not YAML"):
@@ -127,7 +127,7 @@ def test_a_mistake_in_its_file_is_told_with_file_and_line(run) -> None:
         ({"features": {"pair": []}}, "did you mean pairs"),
     ],
 )
-def test_features_that_contradict_are_told(keys: dict[str, Any], sentence: str) -> None:
+def test_contradictory_features_are_an_error(keys: dict[str, Any], sentence: str) -> None:
     with pytest.raises(LimbeckError, match=sentence):
         load_mapping({**BASE, **keys})
 
@@ -138,9 +138,9 @@ def test_reentrant_recomputation_hides_features() -> None:
         load_mapping({**BASE, "student": student, "features": {"pairs": [["a", "b"]]}})
 
 
-def test_settings_that_change_nothing_are_noticed() -> None:
+def test_settings_without_effect_cause_a_notice() -> None:
     assert any(
         "features.weight has no effect" in one for one in load_mapping({**BASE, "features": {"weight": 2}}).notices
     )
     keys = {"features": {"pairs": [["a", "b"]], "weight": 2}, "loss_balance": "modelopt"}
-    assert any("yields to loss_balance" in one for one in load_mapping({**BASE, **keys}).notices)
+    assert any("is not read with loss_balance" in one for one in load_mapping({**BASE, **keys}).notices)

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 
 from limbeck.config import LoadedConfig, load_config, render_config
-from limbeck.config.roll import ONLY_WHEN_OFF, SECTIONS
+from limbeck.config.dialects.roll import DIALECT
+from limbeck.config.dialects.roll_table import ONLY_WHEN_OFF
+from limbeck.config.translation import SECTIONS
 from limbeck.errors import LimbeckError
 
-ModelMemory = Callable[..., LoadedConfig]
+Load = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
 
 IN_THE_WILD = """
@@ -109,7 +111,7 @@ validation:
 """
 
 
-def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: ModelMemory) -> None:
+def test_a_configuration_for_roll_loads_unchanged(load: Load) -> None:
     loaded = load(yaml=IN_THE_WILD)
     config, student = loaded.config, loaded.config.student
     assert config.student_pretrain == "Qwen/Qwen2.5-7B"
@@ -129,7 +131,7 @@ def test_a_configuration_as_roll_users_write_it_runs_unchanged(load: ModelMemory
     assert student.data_args.file_name == ["data/train.json", "/abs/more.json"]
 
 
-def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: ModelMemory) -> None:
+def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: Load) -> None:
     mixed = """
     student_pretrain: small
     teacher_pretrain: large
@@ -145,7 +147,7 @@ def test_the_tag_column_names_the_domains_where_domains_are_mixed(load: ModelMem
     )
 
 
-def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: ModelMemory) -> None:
+def test_ignored_keys_are_listed_in_one_notice_with_their_lines(load: Load) -> None:
     loaded = load(yaml=IN_THE_WILD)
     notice, other = loaded.notices
     assert "logits_transfer_backend has no effect" in other and loaded.config.offloads_colocated
@@ -165,7 +167,7 @@ def test_keys_without_meaning_are_listed_in_one_notice_with_their_lines(load: Mo
     assert "exp_name" not in notice and "worker_cls" not in notice
 
 
-def test_a_moved_key_tells_where_it_came_from(load: ModelMemory) -> None:
+def test_a_moved_key_has_the_original_key_as_its_origin(load: Load) -> None:
     yaml = IN_THE_WILD.replace("max_grad_norm: 1.0\nquestion", "question")
     origins = load("student.training_args.max_grad_norm=0.5", yaml=yaml).origins
     assert origins["max_grad_norm"] == "derived from student.training_args.max_grad_norm (command line)"
@@ -173,13 +175,13 @@ def test_a_moved_key_tells_where_it_came_from(load: ModelMemory) -> None:
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, role: str) -> None:
+def test_the_error_for_megatron_names_a_supported_strategy(mistakes: Mistakes, role: str) -> None:
     suffix = {"student": "train", "teacher": "infer"}[role]
     (line,) = mistakes(
         f"{role}.strategy_args.strategy_name=megatron_{suffix}",
         f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=2",
     )
-    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not built yet; use fsdp2_{suffix}" in line
+    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not supported yet; use fsdp2_{suffix}" in line
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -194,19 +196,19 @@ def test_megatron_is_told_what_runs_the_same_configuration(mistakes: Mistakes, r
         ("strategy_args.strategy_config.pipeline_parallel_size", "pipeline_model_parallel_size"),
     ],
 )
-def test_every_name_of_a_parallel_size_is_the_same_size(load: ModelMemory, role: str, key: str, ours: str) -> None:
+def test_all_names_of_a_parallel_size_are_accepted(load: Load, role: str, key: str, ours: str) -> None:
     config = load(f"{role}.{key}=2").config
     assert getattr(getattr(config, role).strategy_args.strategy_config, ours) == 2
 
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_a_server_as_teacher_is_not_built_yet(mistakes: Mistakes, engine: str) -> None:
+def test_an_inference_engine_as_teacher_is_an_error(mistakes: Mistakes, engine: str) -> None:
     (line,) = mistakes(f"teacher.strategy_args.strategy_name={engine}")
-    assert "is not built yet; use fsdp2_infer or hf_infer" in line
+    assert "is not supported yet; use fsdp2_infer or hf_infer" in line
 
 
 @pytest.mark.parametrize("key", sorted(ONLY_WHEN_OFF["strategy_config"]))
-def test_what_would_change_a_result_is_refused_with_its_line(mistakes: Mistakes, key: str) -> None:
+def test_a_setting_that_would_change_a_result_is_an_error(mistakes: Mistakes, key: str) -> None:
     (line,) = mistakes(f"student.strategy_args.strategy_config.{key}=7")
     assert line.startswith(f"command line: student.strategy_args.strategy_config.{key} = 7 ")
 
@@ -214,56 +216,58 @@ def test_what_would_change_a_result_is_refused_with_its_line(mistakes: Mistakes,
 @pytest.mark.parametrize(
     ("kind", "key", "off"), [(kind, key, off) for kind, keys in ONLY_WHEN_OFF.items() for key, (off, _) in keys.items()]
 )
-def test_what_is_switched_off_passes(kind: str, key: str, off: tuple[object, ...]) -> None:
-    from limbeck.config.roll import translate
-
+def test_a_disabled_setting_is_accepted(kind: str, key: str, off: tuple[object, ...]) -> None:
     for value in off:
         values: dict[str, object] = {key: value}
         for part in reversed(SECTIONS[kind][0].split(".") if SECTIONS[kind][0] else []):
             values = {part: values}
-        assert translate(values).contradictions == []
+        assert DIALECT.translate(values, {}).contradictions == []
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("student.router_replay.mode=R3", "student.router_replay = {'mode': 'R3'} is not built yet"),
-        ("student.mtp_training_mode=joint", "student.mtp_training_mode = joint (multi-token prediction) is not built"),
-        ("student.apply_loss_scale=false", "student.apply_loss_scale = false would weigh"),
-        ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker names worker code of your own"),
-        ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not built yet"),
-        ("student.strategy_args.ep_size=2", "student.strategy_args.ep_size = 2 is not built yet"),
+        ("student.router_replay.mode=R3", "student.router_replay = {'mode': 'R3'} is not supported yet"),
+        (
+            "student.mtp_training_mode=joint",
+            "student.mtp_training_mode = joint (multi-token prediction) is not supported",
+        ),
+        ("student.apply_loss_scale=false", "student.apply_loss_scale = false would average"),
+        ("student.worker_cls=my.Worker", "student.worker_cls = my.Worker is a worker class of your own"),
+        ("student.model_args.model_type=trl", "student.model_args.model_type = trl is not supported"),
+        ("student.strategy_args.ep_size=2", "student.strategy_args.ep_size = 2 is not supported yet"),
         (
             "student.training_args.fp16=true",
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
         ),
         ("student.training_args.seed=1", "student.training_args.seed = 1 contradicts seed = 42"),
         ("student.training_args.max_steps=9", "student.training_args.max_steps = 9 contradicts max_steps = null"),
-        ("model_download_type=MODELSCOPE", "model_download_type = MODELSCOPE is not built yet"),
-        ("checkpoint_config.type=oss", "checkpoint_config.type = oss is not built yet; use file_system"),
+        ("model_download_type=MODELSCOPE", "model_download_type = MODELSCOPE is not supported yet"),
+        ("checkpoint_config.type=oss", "checkpoint_config.type = oss is not supported yet; use file_system"),
         ("response_length=long", "response_length = long and prompt_length = 1024 must be whole numbers"),
     ],
 )
-def test_a_foreign_key_that_asks_for_more_is_refused(mistakes: Mistakes, override: str, sentence: str) -> None:
+def test_an_unsupported_setting_is_an_error(mistakes: Mistakes, override: str, sentence: str) -> None:
     (line,) = mistakes(override)
     assert line.startswith(f"command line: {sentence}")
 
 
-def test_a_key_given_in_both_places_must_agree(mistakes: Mistakes, load: ModelMemory) -> None:
+def test_a_key_given_in_both_places_must_agree(mistakes: Mistakes, load: Load) -> None:
     assert load("max_grad_norm=2", "student.training_args.max_grad_norm=2").config.max_grad_norm == 2
     (line,) = mistakes("max_grad_norm=2", "student.training_args.max_grad_norm=3")
     assert "student.training_args.max_grad_norm = 3 contradicts max_grad_norm = 2" in line
 
 
-def test_a_typo_in_a_section_that_the_teacher_ignores_is_still_told(mistakes: Mistakes) -> None:
+def test_a_typo_in_an_ignored_section_is_an_error(mistakes: Mistakes) -> None:
     (line,) = mistakes("teacher.training_args.per_device_batch=3")
     assert "did you mean per_device_train_batch_size, a key of student.training_args?" in line
 
 
-def test_a_temperature_that_roll_would_multiply_is_told(load: ModelMemory) -> None:
-    (notice,) = load("kd_temperature=2", "teacher_temperature=1").notices
+def test_a_temperature_that_roll_multiplies_causes_a_notice(load: Load) -> None:
+    temperatures = ["kd_temperature=2", "teacher_temperature=1", "logits_topk=64"]
+    (notice,) = load(*temperatures, dialect="roll").notices
     assert "temperature_convention: roll" in notice
-    assert load("kd_temperature=2", "teacher_temperature=1", "temperature_convention=roll").notices == []
+    assert load(*temperatures, "temperature_convention=roll", dialect="roll").notices == []
 
 
 BLOCK = """
@@ -287,8 +291,8 @@ BLOCK = """
 
 
 @pytest.mark.parametrize(("stage", "teacher"), [(1, "hf_infer"), (2, "hf_infer"), (3, "deepspeed_infer")])
-def test_a_zero_block_is_passed_on_without_what_the_run_decides(
-    load: ModelMemory, tmp_path: Path, stage: int, teacher: str
+def test_a_zero_block_is_passed_on_without_the_values_of_other_keys(
+    load: Load, tmp_path: Path, stage: int, teacher: str
 ) -> None:
     loaded = load(yaml=BLOCK.format(stage=stage))
     made = loaded.config.student.strategy_args
@@ -308,7 +312,7 @@ def test_a_zero_block_is_passed_on_without_what_the_run_decides(
     assert load_config(again).config == loaded.config
 
 
-def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: ModelMemory) -> None:
+def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: Load) -> None:
     loaded = load(yaml=BLOCK.format(stage=0))
     made = loaded.config.student.strategy_args
     assert (made.strategy_name, made.strategy_config.replicate) == ("fsdp2_train", True)
@@ -324,20 +328,20 @@ def test_zero_stage_0_is_a_copy_on_every_rank_and_needs_no_deepspeed(load: Model
             "zero_quantized_weights is not among the keys",
         ),
         ("{zero_optimization: {stage: 2, offload_param: {device: cpu}}}", "offload_param = cpu needs ZeRO stage 3"),
-        ("{zero_optimization: {stage: 3, offload_param: {device: disk}}}", "= disk is not a place to offload to"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: disk}}}", "= disk is not an offload device"),
         ("{zero_optimization: {stage: 3, offload_param: {device: nvme}}}", "offload_param = nvme needs nvme_path"),
         ("{zero_optimization: 3}", "zero_optimization = 3 must be a section"),
         ("{fp16: {enabled: true}}", "fp16.enabled = true contradicts model_args.dtype = bf16"),
         ("{bf16: {enabled: false}}", "bf16.enabled = false contradicts model_args.dtype = bf16"),
-        ("{train_micro_batch_size_per_gpu: 4}", "is student.training_args.per_device_train_batch_size here"),
-        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0 is max_grad_norm here"),
+        ("{train_micro_batch_size_per_gpu: 4}", "is student.training_args.per_device_train_batch_size in Limbeck"),
+        ("{gradient_clipping: 1.0}", "gradient_clipping = 1.0 is max_grad_norm in Limbeck"),
         ("{optimizer: {type: Adam}}", "is AdamW with student.training_args.learning_rate"),
         ("{scheduler: {type: WarmupLR}}", "is student.training_args.lr_scheduler_type"),
         ("{deepspeed: {elasticity: {}}}", "strategy_config.deepspeed.elasticity is not among the keys"),
         ("{zero_optimization: {stage: 3}, fsdp_size: 2}", "fsdp_size is not read by deepspeed_train"),
     ],
 )
-def test_a_deepspeed_block_that_asks_for_more_is_refused(mistakes: Mistakes, block: str, sentence: str) -> None:
+def test_an_unsupported_deepspeed_setting_is_an_error(mistakes: Mistakes, block: str, sentence: str) -> None:
     name = "student.strategy_args.strategy_name=deepspeed_train"
     (line,) = mistakes(name, f"student.strategy_args.strategy_config={block}")
     assert sentence in line
@@ -345,14 +349,14 @@ def test_a_deepspeed_block_that_asks_for_more_is_refused(mistakes: Mistakes, blo
 
 def test_a_deepspeed_block_needs_deepspeed(mistakes: Mistakes) -> None:
     (line,) = mistakes("student.strategy_args.strategy_config={deepspeed: {zero_optimization: {stage: 3}}}")
-    assert "strategy_config.deepspeed is read by strategy_name: deepspeed_train only" in line
+    assert "strategy_config.deepspeed is only read by strategy_name: deepspeed_train" in line
     (line,) = mistakes("teacher.strategy_args.strategy_name=deepspeed_train")
-    assert "does not fit: the teacher is never trained; use fsdp2_infer" in line
+    assert "is not a strategy for the teacher, whose strategies end in _infer; use fsdp2_infer" in line
 
 
-def test_a_worker_that_answers_several_questions_at_once_is_refused(load: ModelMemory) -> None:
+def test_concurrent_requests_to_a_worker_are_an_error(load: Load) -> None:
     changed = IN_THE_WILD.replace("  router_replay:", "  max_concurrency: 4\n  router_replay:")
     with pytest.raises(
-        LimbeckError, match=r"run.yaml:\d+: student.max_concurrency = 4 is not honoured: a worker answers"
+        LimbeckError, match=r"run.yaml:\d+: student.max_concurrency = 4 is not supported: a worker processes"
     ):
         load(yaml=changed)

@@ -1,4 +1,4 @@
-"""What a teacher elsewhere sends, how, and when it has the devices: what the keys decide and what they refuse."""
+"""Signals and transport of a teacher in other processes, and offloading."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ teacher: {device_mapping: [1]}
         (["teacher.signal=logits"], "logits"),
     ],
 )
-def test_what_a_teacher_elsewhere_sends_follows_from_the_objective(load, changes, signal):
+def test_the_signal_of_a_teacher_in_other_processes_follows_from_the_objective(load, changes, signal):
     assert load(*changes, yaml=APART).config.teacher_signal == signal
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (["teacher.signal=top_k"], "teacher.signal = top_k needs the number of tokens; set logits_topk"),
+        (["teacher.signal=top_k"], "teacher.signal = top_k needs a number of tokens; set logits_topk"),
         (
             ["teacher.signal=logits", "cross_tokenizer=hybrid"],
-            "teacher.signal = logits does not go with cross_tokenizer, which needs hidden states; use hidden_states",
+            "teacher.signal = logits cannot be combined with cross_tokenizer, which needs hidden states; use hidden_states",
         ),
         (["logits_transfer_backend=gloo", "teacher.service=judge"], "a teacher.service outlives runs; use ray"),
         (["logits_transfer_backend=nccl"], "logits_transfer_backend"),
@@ -47,7 +47,7 @@ def test_signals_that_cannot_be_sent_are_refused(load, changes, sentence):
         load(*changes, yaml=APART)
 
 
-def test_turns_need_devices_that_both_roles_have(load):
+def test_offloading_needs_devices_that_both_roles_share(load):
     assert not load("is_offload_states=true", yaml=APART).config.offloads_colocated
     both = ["is_offload_states=true", "teacher.device_mapping=[0]"]
     assert load(*both, yaml=APART).config.offloads_colocated
@@ -55,3 +55,35 @@ def test_turns_need_devices_that_both_roles_have(load):
     assert not load(
         *both, "teacher.strategy_args.strategy_name=deepspeed_infer", stage, yaml=APART
     ).config.offloads_colocated
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["teacher.source=model"], "teacher.source = model contradicts teacher.service or teacher.device_mapping"),
+        (
+            ["teacher.source=ray", "teacher.device_mapping=[0]"],
+            "teacher.source = ray needs a teacher in other processes",
+        ),
+        (["teacher.source_kwargs={url: x}"], "teacher.source_kwargs.url is not read by teacher.source = auto"),
+        (["step_source_kwargs={a: 1}"], "step_source_kwargs.a is not read by step_source = dataset"),
+    ],
+)
+def test_sources_that_contradict_the_devices_are_an_error(load, changes, sentence):
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        load(*changes, yaml=APART)
+
+
+def test_the_default_teacher_source_follows_from_the_devices(load):
+    assert load(yaml=APART).config.teacher_source == "ray"
+    assert load("teacher.device_mapping=[0]", yaml=APART).config.teacher_source == "model"
+
+
+def test_the_former_name_of_offload_interval_is_accepted(load):
+    keys = ["is_offload_states=true", "teacher.device_mapping=[0]"]
+    loaded = load(*keys, "steps_per_turn=3", yaml=APART)
+    assert loaded.config.offload_interval == 3
+    assert loaded.origins["offload_interval"] == "derived from steps_per_turn (command line)"
+    assert loaded.notices == []
+    with pytest.raises(LimbeckError, match="steps_per_turn = 3 contradicts offload_interval = 4"):
+        load(*keys, "steps_per_turn=3", "offload_interval=4", yaml=APART)

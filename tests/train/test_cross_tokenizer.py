@@ -115,7 +115,7 @@ def test_another_tokenizer_is_refused_until_it_is_asked_for(configure, cross):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"logits_topk": 8}, "logits_topk does not go with cross_tokenizer"),
+        ({"logits_topk": 8}, "logits_topk cannot be combined with cross_tokenizer"),
         ({"teacher_pretrain": None, "distill_loss_weight": 0.0}, "needs the teacher's tokenizer; set teacher_pretrain"),
     ],
 )

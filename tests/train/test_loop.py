@@ -504,7 +504,7 @@ def test_a_new_run_never_mixes_with_an_earlier_one(configure):
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
-    with pytest.raises(LimbeckError, match="track_with = 'wand' is not a known tracker"):
+    with pytest.raises(LimbeckError, match="track_with = wand is not a known tracker"):
         DistillPipeline(configure(track_with="wand", student_pretrain="/nowhere")).run()
 
 

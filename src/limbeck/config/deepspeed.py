@@ -1,19 +1,16 @@
-"""What of a DeepSpeed configuration is passed on to DeepSpeed, and what the run itself decides.
-
-Only the JSON-like block itself is known here, not where it came from.
-"""
+"""Which keys of a DeepSpeed configuration are passed to DeepSpeed, and which ones other keys of the run decide."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from limbeck.config.mistakes import shown
 from limbeck.config.schema import Contradiction
+from limbeck.config.validation_errors import format_value
 
 
 def words(text: str) -> frozenset[str]:
-    """The words of a table cell that would be a column of quoted strings otherwise."""
+    """The words of ``text`` as a set: a shorter way to write a set of keys."""
     return frozenset(text.split())
 
 
@@ -25,7 +22,7 @@ SET_ELSEWHERE = {
     "optimizer": "is AdamW with student.training_args.learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon",
     "scheduler": "is student.training_args.lr_scheduler_type with its warmup_steps and lr_scheduler_kwargs",
 }
-"""Keys that must be `auto`, with where their value is set."""
+"""Keys that must be `auto` or absent, with the end of the error message: which key of the run decides the value."""
 
 PASSED = words(
     """zero_optimization bf16 fp16 communication_data_type prescale_gradients gradient_predivide_factor
@@ -33,7 +30,7 @@ PASSED = words(
     dump_state tensorboard csv_monitor"""
 )
 NO_MEANING = words("zero_allow_untested_optimizer activation_checkpointing")
-"""Always allowed, and student.model_args.disable_gradient_checkpointing."""
+"""Ignored: untested optimizers are always allowed; student.model_args.disable_gradient_checkpointing decides the other."""
 
 ZERO_PASSED = words(
     """stage offload_optimizer offload_param allgather_partitions allgather_bucket_size overlap_comm reduce_scatter
@@ -47,20 +44,20 @@ ZERO_NO_MEANING = words(
     """load_from_fp32_weights elastic_checkpoint gather_16bit_weights_on_model_save
     stage3_gather_16bit_weights_on_model_save stage3_gather_fp16_weights_on_model_save"""
 )
-"""Steer DeepSpeed's own checkpoints, which are not written: a checkpoint is whole and the same for every strategy."""
+"""Ignored: options of DeepSpeed's own checkpoint format, which Limbeck does not write."""
 
 OFFLOAD_STAGES = {"offload_optimizer": (1, 2, 3), "offload_param": (3,)}
 
 
 def stage_of(block: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a block; {} (no optimisation) is stage 0, as it is to DeepSpeed, and so is what is no stage."""
+    """The ZeRO stage of a block; 0 if the block has none or an invalid one."""
     optimization = block.get("zero_optimization")
     stage = optimization.get("stage", 0) if isinstance(optimization, Mapping) else 0
     return stage if type(stage) is int and 0 <= stage <= 3 else 0
 
 
 def passed_on(block: Mapping[str, Any]) -> dict[str, Any]:
-    """What DeepSpeed is to read of a block: known keys with a value of their own, without those that are `auto`."""
+    """The part of a block that is passed to DeepSpeed: supported keys whose value is not `auto`."""
 
     def kept(values: Mapping[str, Any], known: frozenset[str]) -> dict[str, Any]:
         return {key: value for key, value in values.items() if key in known and value not in ("auto", None)}
@@ -75,25 +72,27 @@ def passed_on(block: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def contradictions(block: Mapping[str, Any], path: str, dtype: object) -> Iterator[Contradiction]:
-    """What a DeepSpeed block at `path` asks for that does not run here; `dtype` is the model's."""
+    """Keys of the DeepSpeed block at `path` that are not supported or contradict the run; `dtype` is the model's."""
     for key, value in block.items():
         if key in SET_ELSEWHERE:
             if value not in ("auto", None):
                 yield Contradiction(
-                    f"{path}.{key}", f"= {shown(value)} {SET_ELSEWHERE[key]} here; set it there, and auto here"
+                    f"{path}.{key}",
+                    f"= {format_value(value)} {SET_ELSEWHERE[key]} in Limbeck; set it there, and write auto here",
                 )
         elif key in ("fp16", "bf16", "zero_optimization") and not isinstance(value, (Mapping, type(None))):
-            yield Contradiction(f"{path}.{key}", f"= {shown(value)} must be a section of keys, as DeepSpeed has it")
+            yield Contradiction(f"{path}.{key}", f"= {format_value(value)} must be a section of keys")
         elif key in ("fp16", "bf16"):
             enabled = (value or {}).get("enabled", "auto")
             if isinstance(enabled, bool) and enabled != (dtype == key):
                 yield Contradiction(
-                    f"{path}.{key}.enabled", f"= {shown(enabled)} contradicts model_args.dtype = {dtype}; write auto"
+                    f"{path}.{key}.enabled",
+                    f"= {format_value(enabled)} contradicts model_args.dtype = {dtype}; write auto",
                 )
         elif key == "zero_optimization":
             yield from _zero_contradictions(value or {}, f"{path}.{key}")
         elif key not in PASSED and key not in NO_MEANING:
-            yield Contradiction(f"{path}.{key}", "is not among the keys that are passed on to DeepSpeed; take it out")
+            yield Contradiction(f"{path}.{key}", "is not among the keys that Limbeck passes to DeepSpeed; remove it")
 
 
 def _zero_contradictions(optimization: Mapping[str, Any], path: str) -> Iterator[Contradiction]:
@@ -101,11 +100,11 @@ def _zero_contradictions(optimization: Mapping[str, Any], path: str) -> Iterator
     for key, value in optimization.items():
         if key == "stage":
             if type(value) is not int or not 0 <= value <= 3:
-                yield Contradiction(f"{path}.stage", f"= {shown(value)} is not a ZeRO stage; use 0, 1, 2 or 3")
+                yield Contradiction(f"{path}.stage", f"= {format_value(value)} is not a ZeRO stage; use 0, 1, 2 or 3")
         elif key in OFFLOAD_STAGES:
             yield from _offload_contradictions(value, f"{path}.{key}", stage, OFFLOAD_STAGES[key])
         elif key not in ZERO_PASSED and key not in ZERO_NO_MEANING:
-            yield Contradiction(f"{path}.{key}", "is not among the keys that are passed on to DeepSpeed; take it out")
+            yield Contradiction(f"{path}.{key}", "is not among the keys that Limbeck passes to DeepSpeed; remove it")
 
 
 def _offload_contradictions(
@@ -115,9 +114,11 @@ def _offload_contradictions(
     if device in (None, "none"):
         return
     if not isinstance(value, Mapping):
-        yield Contradiction(path, f"= {shown(value)} must be a section; write {{device: cpu}}")
+        yield Contradiction(path, f"= {format_value(value)} must be a section; write {{device: cpu}}")
     elif device not in ("cpu", "nvme"):
-        yield Contradiction(f"{path}.device", f"= {shown(device)} is not a place to offload to; use cpu, nvme or none")
+        yield Contradiction(
+            f"{path}.device", f"= {format_value(device)} is not an offload device; use cpu, nvme or none"
+        )
     elif stage not in stages:
         named = "stage 3" if stages == (3,) else "stage 1, 2 or 3"
         yield Contradiction(path, f"= {device} needs ZeRO {named}, and this is stage {stage}; change one of them")

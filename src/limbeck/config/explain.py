@@ -1,7 +1,4 @@
-"""Shows a configuration: every value with where it came from, and every key with what it means.
-
-Nothing is loaded or checked here.
-"""
+"""Renders a configuration with the origin of each value, and the schema as a table of all keys."""
 
 from __future__ import annotations
 
@@ -11,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from limbeck.config.compose import LoadedConfig
-from limbeck.config.mistakes import expected
+from limbeck.config.load import LoadedConfig
 from limbeck.config.schema import DistillConfig, walk_keys
+from limbeck.config.validation_errors import describe_type
 
 _PLAIN = re.compile(r"(?:\.{0,2}/)?[A-Za-z][\w./-]*")
 _SWITCHES = frozenset({"true", "false", "yes", "no", "on", "off", "y", "n", "null"})
@@ -25,7 +22,7 @@ def to_dict(config: DistillConfig) -> dict[str, Any]:
 
 
 def render_config(loaded: LoadedConfig) -> str:
-    """The whole configuration as YAML, each value with its origin behind it; `load_config` reads it back unchanged."""
+    """The whole configuration as YAML with the origin of each value as a comment; `load_config` reads it back unchanged."""
     lines = list(_lines(to_dict(loaded.config), loaded.origins))
     width = min(max(len(text) for text, _ in lines), 60)
     return "".join(f"{text:<{width}}  # {origin}\n" if origin else f"{text}\n" for text, origin in lines)
@@ -36,7 +33,7 @@ def render_schema() -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for path, field in walk_keys(DistillConfig):
         default = _flow(field.get_default(call_default_factory=True))
-        cells = (f"`{path}`", expected(field.annotation), f"`{default}`", field.description or "")
+        cells = (f"`{path}`", describe_type(field.annotation), f"`{default}`", field.description or "")
         rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows) + "\n"
 
@@ -66,7 +63,7 @@ def _flow(value: Any) -> str:
 
 
 def _text(text: str) -> str:
-    """Text as YAML: bare where no reader of YAML takes it for something else, in double quotes otherwise."""
+    """Text as YAML, in double quotes unless every YAML parser reads it as text without them."""
     if _PLAIN.fullmatch(text) and text.lower() not in _SWITCHES:
         return text
     return yaml.safe_dump(text, default_style='"', width=float("inf"), allow_unicode=True).strip()

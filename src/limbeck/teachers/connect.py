@@ -7,11 +7,6 @@ from limbeck.teachers.protocol import Teacher, TeacherContext
 
 
 def connect_teacher(context: TeacherContext) -> Teacher:
-    """The teacher that ``teacher.source`` selects; ``auto``: Ray workers if the run has any, else a model in this
-    process.
-    """
-    source = context.config.teacher.source
-    if source == "auto":
-        source = "ray" if context.workers else "model"
-    teacher: Teacher = TEACHERS.get(source)(context)
+    """The teacher that ``teacher.source`` selects."""
+    teacher: Teacher = TEACHERS.get(context.config.teacher_source)(context)
     return teacher

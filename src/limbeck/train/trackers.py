@@ -74,14 +74,6 @@ def register_tracker(name: str, make: Callable[[Path, dict[str, Any]], Tracker |
     TRACKERS.register(name)(make)
 
 
-def check_tracker(name: str) -> None:
-    """Raise LimbeckError for a tracker that is not registered."""
-    if name not in TRACKERS:
-        raise LimbeckError(
-            f"track_with = {name!r} {TRACKERS.explain_unknown(name)}, or register one in a file that plugins names."
-        )
-
-
 def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
     """The tracker ``name``, or None for one that keeps nothing."""
     tracker: Tracker | None = TRACKERS.get(name)(log_dir, kwargs)

@@ -1,13 +1,18 @@
-"""Every key that a run understands, with its type, its default, its meaning and the combinations that contradict.
+"""Every key of a configuration with its type, default and description, and the rules between keys.
 
-The names are those of ROLL's distillation pipeline wherever it has one; spellings that only ROLL knows are translated
-before they reach this package (`roll.py`). Nothing here reads files or knows how any key is carried out.
+Keys are named after those of ROLL's distillation pipeline where it has them.
 """
 
 from limbeck.config.schema.base import Contradiction, ContradictionError, Section, walk_keys
 from limbeck.config.schema.data import DataArgs, SourceArgs
 from limbeck.config.schema.distill import DistillConfig
-from limbeck.config.schema.models import ModelArgs, StrategyArgs, StrategyConfig, StudentModelArgs
+from limbeck.config.schema.models import (
+    ModelArgs,
+    StrategyArgs,
+    StrategyConfig,
+    StudentModelArgs,
+    reads_deepspeed_block,
+)
 from limbeck.config.schema.objective import FAULTS, FEATURE_LOSSES, OBJECTIVES
 from limbeck.config.schema.rules import unread_keys
 from limbeck.config.schema.training import TRACKER_KWARGS, TrainingArgs
@@ -33,6 +38,7 @@ __all__ = [
     "TeacherConfig",
     "TrainingArgs",
     "WorkerConfig",
+    "reads_deepspeed_block",
     "unread_keys",
     "walk_keys",
 ]

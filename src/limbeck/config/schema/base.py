@@ -1,4 +1,4 @@
-"""What the sections of the schema have in common: how keys are read, and how a contradiction is told."""
+"""The base class of the schema's sections, and the types that several sections use."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+
+from limbeck.registry import Registry
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
 class Contradiction:
-    """One key whose value does not fit the rest: its dotted path, and a sentence's end ("needs a teacher; set ...")."""
+    """An error about one key: its dotted path, and the rest of the sentence ("needs a teacher; set ...")."""
 
     path: str
     sentence: str
 
 
 class ContradictionError(ValueError):
-    """All contradictions of one configuration, so that a user meets them in one go."""
+    """All contradictions of one configuration, so that they are reported together."""
 
     def __init__(self, contradictions: list[Contradiction]) -> None:
         super().__init__("; ".join(f"{found.path} {found.sentence}" for found in contradictions))
@@ -29,7 +31,7 @@ class ContradictionError(ValueError):
 
 
 class Section(BaseModel):
-    """A block of keys. Unknown keys are errors, values are frozen, and NaN is not a number that anybody meant."""
+    """A block of keys. Unknown keys, infinite numbers and NaN are errors; values are frozen."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -42,14 +44,14 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _mean_what_yaml_says(cls, value: object, info: ValidationInfo) -> object:
+    def _normalise_yaml_value(cls, value: object, info: ValidationInfo) -> object:
         annotation = cls.model_fields[str(info.field_name)].annotation
         is_section = isinstance(annotation, type) and issubclass(annotation, Section)
         if value is None and (is_section or get_origin(annotation) is dict):
             return {}  # `strategy_config: ~`, or a key with nothing after its colon
         # Python counts True as 1, so `learning_rate: true` would otherwise train with a rate of 1.
         if isinstance(value, bool) and annotation is not bool and bool not in get_args(annotation):
-            raise ValueError("is a switch (true or false) where a value belongs")
+            raise ValueError("is true or false, which this key does not accept")
         return value
 
 
@@ -71,6 +73,17 @@ def walk_keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, F
             yield from walk_keys(inner, f"{prefix}{name}.")
 
 
+def registered(registry: Registry[Any], *also: str) -> AfterValidator:
+    """A validator for a name that must be in ``registry`` or in ``also``."""
+
+    def check(name: str) -> str:
+        if name in registry or name in also:
+            return name
+        raise ValueError(registry.explain_unknown(name))
+
+    return AfterValidator(check)
+
+
 def _one_or_many(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -84,7 +97,7 @@ def _comma_list(value: object) -> object:
 def _environment_text(value: object) -> object:
     if not isinstance(value, dict):
         return value
-    # An environment holds text only; RAY_PROFILING: 0 can mean nothing but "0", whereas true could be "true" or "1".
+    # The number 0 can only mean "0"; true could mean "true" or "1", so it must be written as text.
     return {
         str(name): str(text) if isinstance(text, (int, float)) and not isinstance(text, bool) else text
         for name, text in value.items()

@@ -1,150 +1,163 @@
-"""Which checkpoint student and teacher are, how it is loaded, and how it is spread over the ranks."""
+"""Checkpoints of student and teacher: how they are loaded and distributed over the ranks."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from limbeck.config.schema.base import CommaList, Dtype, Section
+from limbeck.config.schema.base import CommaList, Dtype, Section, registered
+from limbeck.registry import STRATEGIES
 
 
 class ModelArgs(Section):
-    """Which checkpoint, and how it is loaded."""
+    """A checkpoint and how it is loaded."""
 
     model_name_or_path: str | None = Field(
         default=None,
-        description="Folder or Hugging Face id of the checkpoint; unset, `student_pretrain` or `teacher_pretrain`.",
+        description="Folder or Hugging Face id of the checkpoint. If unset, `student_pretrain` or `teacher_pretrain`.",
     )
     revision: str | None = Field(
-        default=None, description="Branch, tag or commit on the Hugging Face hub; unset, the repository's main branch."
+        default=None, description="Branch, tag or commit on the Hugging Face hub. If unset, the main branch."
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="Allow the checkpoint to bring and run its own Python code. Only for sources you trust.",
+        description="Run Python code that comes with the checkpoint. Set it only for sources you trust.",
     )
     model_config_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Values that replace those of the checkpoint's config.json; with from_scratch and no checkpoint, "
-        "the whole of it (with `model_type`).",
+        description="Values that replace those in the checkpoint's config.json. With from_scratch and no checkpoint, "
+        "the whole model configuration, including `model_type`.",
     )
     from_scratch: bool = Field(
         default=False,
-        description="Build the architecture with fresh random weights instead of loading the checkpoint's.",
+        description="Initialise the model with random weights instead of loading the checkpoint's.",
     )
     dtype: Dtype = Field(
         default="bf16",
-        description="Number format in which the model computes: fp32, bf16 or fp16 (torch's names work).",
+        description="Data type of the model's computation: fp32, bf16 or fp16. PyTorch's names, such as bfloat16, are "
+        "accepted.",
     )
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
         default="auto",
-        description="Attention kernel; auto lets transformers choose, fa2 is short for flash_attention_2. The flash and "
-        "flex ones train on GPUs only.",
+        description="Attention implementation; auto lets transformers choose, fa2 is short for flash_attention_2. "
+        "flash_attention_2 and flex_attention need GPUs.",
     )
 
     @property
     def names_a_model(self) -> bool:
-        """Whether there is a model to load or, from scratch, to make."""
+        """Whether there is a model to load or to initialise."""
         return self.model_name_or_path is not None or (self.from_scratch and "model_type" in self.model_config_kwargs)
 
 
 class StudentModelArgs(ModelArgs):
-    """Which checkpoint the student starts from, and which of its parameters are trained."""
+    """The checkpoint that the student starts from, and which of its parameters are trained."""
 
     disable_gradient_checkpointing: bool | None = Field(
         default=None,
-        description="True keeps all activations (faster); false recomputes them (far less memory); unset, they are "
-        "recomputed on GPUs and kept on CPUs.",
+        description="true keeps all activations (faster); false recomputes them in the backward pass (less memory). If "
+        "unset, they are recomputed on GPUs and kept on CPUs.",
     )
     gradient_checkpointing_use_reentrant: bool | None = Field(
-        default=None, description="Which of torch's two checkpointing variants to use; unset, the non-reentrant one."
+        default=None, description="Use PyTorch's reentrant gradient checkpointing. If unset, the non-reentrant variant."
     )
     freeze_module_prefix: CommaList | None = Field(
-        default=None, description="Name prefixes of student parameters that are not trained, separated by commas."
+        default=None, description="Name prefixes of the parameters that are not trained, separated by commas."
     )
     lora_target: CommaList | None = Field(
         default=None,
-        description="Train LoRA adapters on these modules: names separated by commas, a regular expression, or "
-        "all-linear.",
+        description="Modules that get LoRA adapters: names separated by commas, a regular expression, or all-linear. "
+        "If "
+        "unset, LoRA is not used.",
     )
     lora_rank: int = Field(default=8, ge=1, description="Rank of the LoRA adapters.")
     lora_alpha: int | None = Field(
-        default=None, ge=1, description="Scale of the LoRA adapters (alpha / rank is applied); unset, 2 x lora_rank."
+        default=None, ge=1, description="LoRA alpha: adapters are scaled by alpha / rank. If unset, 2 x lora_rank."
     )
     lora_dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout probability in front of the LoRA adapters."
+        default=0.0, ge=0, lt=1, description="Dropout probability of the input of the LoRA adapters."
     )
     additional_target: CommaList | None = Field(
         default=None,
-        description="Modules trained in full beside LoRA, separated by commas, such as embed_tokens,lm_head.",
+        description="Modules that are trained in full in addition to LoRA, separated by commas, such as "
+        "embed_tokens,lm_head.",
     )
 
 
 class StrategyConfig(Section):
-    """How a strategy spreads a model over the ranks; none of these keys changes what is computed beyond rounding."""
+    """Options of a strategy. They change results by rounding only."""
 
     fsdp_size: int | None = Field(
         default=None,
         ge=2,
-        description="Ranks that share one copy of the model, such groups being replicas of each other; unset, or when "
-        "there are no more ranks than this, all ranks share one copy.",
+        description="Number of ranks that shard one copy of the model; each such group holds a replica. If unset, or "
+        "at "
+        "least the number of ranks, all ranks shard one copy.",
     )
     tensor_model_parallel_size: int = Field(
         default=1,
         ge=1,
-        description="Neighbouring ranks among which every matrix is sliced; they work on the same rows (tensor parallelism).",
+        description="Tensor parallel size: number of neighbouring ranks that split every weight matrix.",
     )
     context_parallel_size: int = Field(
         default=1,
         ge=1,
-        description="Ranks among which the time of every row is divided (Ulysses context parallelism).",
+        description="Context parallel size (Ulysses): number of ranks that split every sequence.",
     )
     pipeline_model_parallel_size: int = Field(
         default=1,
         ge=1,
-        description="Ranks among which the layers are divided, one stretch of them after the other (pipeline parallelism).",
+        description="Pipeline parallel size: number of ranks that split the layers into consecutive stages.",
     )
     sequence_parallel: bool = Field(
         default=False,
-        description="Between their slices the ranks of tensor_model_parallel_size divide the time of every row, so that norms "
-        "and residuals are kept once among them (sequence parallelism); without tensor parallelism it does nothing.",
+        description="Split the sequence dimension of norms and residuals over the tensor parallel ranks. It has no "
+        "effect "
+        "without tensor parallelism.",
     )
     replicate: bool = Field(
         default=False,
-        description="Keep a whole copy of the model on every rank instead of sharding it (as ZeRO stage 0).",
+        description="Keep a whole copy of the model on every rank instead of sharding it, like ZeRO stage 0.",
     )
     reshard_after_forward: bool | None = Field(
         default=None,
-        description="Free gathered parameters after the forward pass (less memory, one more gather); unset, true.",
+        description="Free gathered parameters after the forward pass (less memory, one more all-gather). If unset, "
+        "true.",
     )
     param_dtype: Dtype | None = Field(
-        default=None, description="Number format of the gathered parameters and of compute; unset, `model_args.dtype`."
+        default=None,
+        description="Data type of the gathered parameters and of the computation. If unset, `model_args.dtype`.",
     )
-    reduce_dtype: Dtype = Field(
-        default="fp32", description="Number format in which gradients are summed over the ranks."
-    )
+    reduce_dtype: Dtype = Field(default="fp32", description="Data type in which gradients are reduced over the ranks.")
     deepspeed: dict[str, Any] = Field(
         default_factory=dict,
-        description="DeepSpeed's own configuration (zero_optimization and what stands beside it), for deepspeed_train and "
-        "deepspeed_infer; its keys may also stand in strategy_config itself. What the run decides stays auto.",
+        description="DeepSpeed configuration, such as zero_optimization, for deepspeed_train and deepspeed_infer. Its "
+        "keys may also be written directly in strategy_config. Values that other keys of the run set must be auto.",
     )
 
     @property
     def ranks_of_a_model(self) -> int:
-        """Neighbouring ranks that work on the same rows with one model."""
+        """Number of ranks of one model-parallel copy of the model."""
         return self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
 
 
-class StrategyArgs(Section):
-    """How one model is spread over the ranks."""
+def reads_deepspeed_block(strategy_name: object) -> bool:
+    """Whether a strategy reads ``strategy_config.deepspeed``: its name starts with ``deepspeed_``."""
+    return isinstance(strategy_name, str) and strategy_name.startswith("deepspeed_")
 
-    strategy_name: Literal["hf_infer", "fsdp2_train", "fsdp2_infer", "deepspeed_train", "deepspeed_infer"] | None = (
-        Field(
-            default=None,
-            description="fsdp2_train or deepspeed_train for the student; fsdp2_infer, deepspeed_infer or hf_infer (a whole "
-            "copy on each rank) for the teacher; unset, whole on a single rank and FSDP2 on several.",
-        )
+
+class StrategyArgs(Section):
+    """How a model is distributed over the ranks."""
+
+    strategy_name: Annotated[str, registered(STRATEGIES)] | None = Field(
+        default=None,
+        description="Strategy that distributes the model: fsdp2_train or deepspeed_train for the student; fsdp2_infer, "
+        "deepspeed_infer or hf_infer (a whole copy on each rank) for the teacher; or one that a plug-in registers. If "
+        "unset, one rank holds the whole model and several ranks use FSDP2.",
     )
-    strategy_config: StrategyConfig = Field(
-        default_factory=StrategyConfig, description="Details of the strategy; see the keys below it."
-    )
+    strategy_config: StrategyConfig = Field(default_factory=StrategyConfig, description="Options of the strategy.")
+
+    @property
+    def reads_deepspeed_block(self) -> bool:
+        """Whether the strategy reads ``strategy_config.deepspeed``."""
+        return reads_deepspeed_block(self.strategy_name)

@@ -1,4 +1,4 @@
-"""What the student is compared with the teacher by."""
+"""Divergences, and the comparison of intermediate features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAULTS = (
     "mean_over_vocabulary",
     "mean_of_micro_batches",
 )
-"""What other systems do wrong and ``objective_faults`` does again; see docs/objectives.md."""
+"""Quirks of other systems that ``objective_faults`` reproduces; see docs/objectives.md."""
 
 
 OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
@@ -44,7 +44,7 @@ OBJECTIVE_KEYS: dict[str, tuple[str, ...]] = {
     "skew_lambda": ("skewed_forward_kl", "skewed_reverse_kl"),
     "js_beta": ("js_divergence",),
 }
-"""Which objectives read which of the keys that shape one."""
+"""Top-level keys that only some objectives read."""
 
 OBJECTIVE_KWARGS: dict[str, tuple[str, ...]] = {
     "adaptive_kl": ("head",),
@@ -53,7 +53,7 @@ OBJECTIVE_KWARGS: dict[str, tuple[str, ...]] = {
     "alpha_beta": ("alpha", "beta"),
     "taid": ("t_start", "t_end", "rate", "momentum"),
 }
-"""Per objective of the package, the kd_objective_kwargs that it reads; one that is not listed reads none."""
+"""The kd_objective_kwargs that each built-in objective reads; one that is not listed reads none."""
 
 
 FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
@@ -61,7 +61,7 @@ FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 
 def _known_objective(name: str) -> str:
     if name not in OBJECTIVES:
-        # Only a name that does not come with the package is worth the time that importing torch takes.
+        # Importing torch takes seconds, so only names that are not built in are looked up.
         from limbeck.objectives.divergences import names
 
         if name not in names():
@@ -77,13 +77,13 @@ def _feature_pair(entry: list[str]) -> list[str]:
     if len(entry) == 3 and entry[2] not in FEATURE_LOSSES:
         near = difflib.get_close_matches(entry[2], FEATURE_LOSSES, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"has a loss that is none of {', '.join(FEATURE_LOSSES)}{hint}")
+        raise ValueError(f"has an unknown loss; use one of {', '.join(FEATURE_LOSSES)}{hint}")
     return entry
 
 
 def _two_names(names: list[str]) -> list[str]:
     if len(names) != 2 or not all(names):
-        raise ValueError("must name two output heads: [the student's, the teacher's]")
+        raise ValueError("must name two output heads: [student's, teacher's]")
     return names
 
 
@@ -93,27 +93,24 @@ TwoNames = Annotated[list[str], AfterValidator(_two_names)]
 
 
 class FeaturesConfig(Section):
-    """Which inner states of student and teacher are compared beside their logits."""
+    """Intermediate features of student and teacher that enter the loss."""
 
     pairs: list[FeaturePair] = Field(
         default_factory=list,
-        description="Submodules whose outputs are compared: a list of [student, teacher] (cosine) or [student, teacher, "
-        f"loss], loss being one of {', '.join(FEATURE_LOSSES)}; a * in both names stands for the number of a layer.",
+        description="Submodules whose outputs are compared: a list of [student, teacher] (cosine loss) or [student, teacher, "
+        f"loss] with one of {', '.join(FEATURE_LOSSES)}. A * in both names stands for every layer number.",
     )
-    weight: float = Field(
-        default=1.0, gt=0, description="What multiplies the mean of the pairs' losses before it joins the loss."
-    )
+    weight: float = Field(default=1.0, gt=0, description="Factor of the mean loss of the pairs.")
     projection: Literal["per_pair", "shared"] = Field(
         default="per_pair",
-        description="Where a pair's widths differ, a linear projection is trained: one for each such pair, or one shared "
-        "by all of them.",
+        description="Pairs of different widths get a trained linear projection: one for each pair, or one shared by all.",
     )
     mask: Literal["tokens", "supervised"] = Field(
         default="tokens",
-        description="Where features are compared: at every token that is not padding, or at supervised positions only.",
+        description="Positions at which features are compared: all tokens except padding, or only supervised tokens.",
     )
     logit_layers: TwoNames | None = Field(
         default=None,
-        description="ModelOpt's names of the output heads of student and teacher, checked against the models; unset, they "
-        "are found.",
+        description="Names of the output heads of student and teacher in ModelOpt's configuration, checked against the "
+        "models. If unset, they are detected.",
     )

@@ -1,4 +1,4 @@
-"""Keys that contradict each other, and keys that change nothing beside the others."""
+"""Rules between keys: combinations that are errors, and keys that have no effect in a combination."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from typing import TYPE_CHECKING
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
-from limbeck.config.schema.training import REQUIRED_SCHEDULER_KWARGS, SCHEDULER_KWARGS, TRACKER_KWARGS
+from limbeck.config.schema.training import (
+    REQUIRED_SCHEDULER_KWARGS,
+    SCHEDULER_KWARGS,
+    STEP_SOURCE_KWARGS,
+    TRACKER_KWARGS,
+)
+from limbeck.config.schema.workers import TEACHER_SOURCE_KWARGS
+from limbeck.registry import STRATEGIES
 
 if TYPE_CHECKING:
-    from limbeck.config.schema.distill import DistillConfig
+    from limbeck.config.schema.run_fields import RunFields
 
 
-def contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
@@ -22,28 +29,30 @@ def contradictions(config: DistillConfig) -> Iterator[Contradiction]:
     yield from _transport_contradictions(config)
 
 
-def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, teacher = config.student.model_args, config.teacher.model_args
     if not student.names_a_model:
-        yield Contradiction("student_pretrain", "is not set; name the student's checkpoint, a folder or a hub id")
+        yield Contradiction(
+            "student_pretrain", "is not set; set it to the folder or hub id of the student's checkpoint"
+        )
     elif config.tokenizer_name_or_path is None:
-        yield Contradiction("tokenizer", "is not set, and there is no checkpoint to take one from; name one")
+        yield Contradiction("tokenizer", "is not set, and there is no checkpoint with a tokenizer; set it")
     if not teacher.names_a_model and config.distill_loss_weight > 0:
         yield Contradiction(
             "teacher_pretrain",
-            f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; name its "
-            "checkpoint, or set distill_loss_weight: 0 to train on the answers alone",
+            f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; set it to "
+            "a checkpoint, or set distill_loss_weight: 0 to train without a teacher",
         )
     if config.features.pairs and not teacher.names_a_model:
-        yield Contradiction("features.pairs", "need a teacher to compare with; name one with teacher_pretrain")
+        yield Contradiction("features.pairs", "need a teacher; set teacher_pretrain")
     if config.features.pairs and student.gradient_checkpointing_use_reentrant:
         yield Contradiction(
             "student.model_args.gradient_checkpointing_use_reentrant",
-            "= true hides the layers' insides from features.pairs; set it to false",
+            "= true hides submodules from features.pairs; set it to false",
         )
     if config.loss_balance == "modelopt" and config.distill_loss_weight == 0:
         yield Contradiction(
-            "loss_balance", "= modelopt scales to the divergence of the logits; set distill_loss_weight above 0"
+            "loss_balance", "= modelopt scales by the divergence of the logits; set distill_loss_weight above 0"
         )
     if config.objective_faults:
         others = {
@@ -53,10 +62,12 @@ def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
             "distill_loss_weight = 0": config.distill_loss_weight == 0,
         }
         for other in (name for name, given in others.items() if given):
-            yield Contradiction("objective_faults", f"do not go with {other}; remove one of them")
+            yield Contradiction("objective_faults", f"cannot be combined with {other}; remove one of them")
         both = [name for name in ("unshifted_mask", "every_token") if name in config.objective_faults]
         if len(both) == 2:
-            yield Contradiction("objective_faults", f"has both {' and '.join(both)}, which contradict; keep one")
+            yield Contradiction(
+                "objective_faults", f"has both {' and '.join(both)}, which contradict each other; keep one"
+            )
     for role, pretrain, model_args in (
         ("student", config.student_pretrain, student),
         ("teacher", config.teacher_pretrain, teacher),
@@ -65,12 +76,12 @@ def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"{role}_pretrain",
                 f"= {pretrain} is not {role}.model_args.model_name_or_path = {model_args.model_name_or_path}; "
-                "they mean the same, so give only one",
+                "both set the same checkpoint, so keep one",
             )
     if student.lora_target is None and student.additional_target is not None:
         yield Contradiction(
             "student.model_args.additional_target",
-            "names modules to train beside LoRA; set student.model_args.lora_target too",
+            "is only read with LoRA; set student.model_args.lora_target too",
         )
 
     if config.cross_tokenizer != "off":
@@ -80,39 +91,39 @@ def _model_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
             )
         if config.logits_topk:
             yield Contradiction(
-                "logits_topk", "does not go with cross_tokenizer, which compares whole vocabularies; set it to 0"
+                "logits_topk", "cannot be combined with cross_tokenizer, which compares whole vocabularies; set it to 0"
             )
         if config.features.pairs:
             yield Contradiction(
-                "features.pairs", "compare states token by token, which cross_tokenizer has no pairs of; remove one"
+                "features.pairs", "compare features token by token, which cross_tokenizer does not align; remove one"
             )
         if config.loss_balance != "weighted":
             yield Contradiction(
-                "loss_balance", f"= {config.loss_balance} does not go with cross_tokenizer; use weighted"
+                "loss_balance", f"= {config.loss_balance} cannot be combined with cross_tokenizer; use weighted"
             )
 
 
-def _objective_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
-    if config.kd_objective not in OBJECTIVES:  # a plugin's, which says itself what it takes
+def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    if config.kd_objective not in OBJECTIVES:  # from a plug-in, which checks its own parameters
         return
     readable = OBJECTIVE_KWARGS.get(config.kd_objective, ())
     own = next((key for key, objectives in OBJECTIVE_KEYS.items() if config.kd_objective in objectives), None)
     for key in config.kd_objective_kwargs:
         if key not in readable:
-            hint = f"; its number is the key {own}" if own else ""
+            hint = f"; its parameter is the key {own}" if own else ""
             yield Contradiction(
                 f"kd_objective_kwargs.{key}",
-                f"means nothing to kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
+                f"is not read by kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
 
 
-def _training_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, training = config.student, config.student.training_args
     data = student.data_args
     if not data.file_name and not data.sources:
-        yield Contradiction("student.data_args.file_name", "is not set; name the file or files to learn from")
+        yield Contradiction("student.data_args.file_name", "is not set; set it to the training files")
     if data.file_name and data.sources:
-        yield Contradiction("student.data_args.sources", "and file_name name the data twice; give only one")
+        yield Contradiction("student.data_args.sources", "and file_name both set the training data; keep one")
     mixing = {
         "sources": any(entry.get("weight") is not None for entry in data.sources or ()),
         "mixing_temperature": data.mixing_temperature is not None,
@@ -122,23 +133,24 @@ def _training_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
         names = [name if name != "sources" else "the weights of sources" for name, given in mixing.items() if given]
         yield Contradiction(
             f"student.data_args.{next(name for name, given in reversed(mixing.items()) if given)}",
-            f"is one of several shares ({' and '.join(names)}); give only one of them",
+            f"and other keys set shares of the data ({' and '.join(names)}); keep one of them",
         )
     if student.data_args.eval_file_name and config.validation and config.validation.data_args.file_name:
         yield Contradiction(
-            "student.data_args.eval_file_name", "and validation.data_args.file_name mean the same; give only one"
+            "student.data_args.eval_file_name",
+            "and validation.data_args.file_name both set the validation files; keep one",
         )
     if student.use_dynamic_batching_in_train:
         if student.max_tokens_per_microbatch_in_train == 0:
             yield Contradiction(
                 "student.use_dynamic_batching_in_train",
-                "needs student.max_tokens_per_microbatch_in_train, the tokens that one micro-batch may hold",
+                "needs student.max_tokens_per_microbatch_in_train, the maximum number of tokens of a micro-batch",
             )
         elif student.max_tokens_per_microbatch_in_train < config.sequence_length:
             yield Contradiction(
                 "student.max_tokens_per_microbatch_in_train",
                 f"= {student.max_tokens_per_microbatch_in_train} cannot hold one row of sequence_length = "
-                f"{config.sequence_length} tokens; raise the one or lower the other",
+                f"{config.sequence_length} tokens; raise it or lower sequence_length",
             )
     scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
     needed = REQUIRED_SCHEDULER_KWARGS.get(scheduler, ())
@@ -152,57 +164,64 @@ def _training_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
         if key not in readable:
             yield Contradiction(
                 f"student.training_args.lr_scheduler_kwargs.{key}",
-                f"means nothing to lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
+                f"is not read by lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
             )
-    if config.track_with in TRACKER_KWARGS:
-        known = TRACKER_KWARGS[config.track_with]
-        for key in config.tracker_kwargs:
-            if key not in known:
+    for path, name, given, known in (
+        ("track_with", config.track_with, config.tracker_kwargs, TRACKER_KWARGS),
+        ("step_source", config.step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
+        ("teacher.source", config.teacher.source, config.teacher.source_kwargs, TEACHER_SOURCE_KWARGS),
+    ):
+        prefix = "tracker_kwargs" if path == "track_with" else f"{path}_kwargs"
+        for key in given if name in known else ():  # one from a plug-in checks its own arguments
+            if key not in known[name]:
                 yield Contradiction(
-                    f"tracker_kwargs.{key}",
-                    f"means nothing to track_with = {config.track_with}, which reads {', '.join(known) or 'none'}",
+                    f"{prefix}.{key}", f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}"
                 )
 
 
-def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, teacher = config.student, config.teacher
-    for role, strategy, wrong, right in (
-        ("student", student.strategy_args, ("hf_infer", "fsdp2_infer", "deepspeed_infer"), "fsdp2_train"),
-        ("teacher", teacher.strategy_args, ("fsdp2_train", "deepspeed_train"), "fsdp2_infer"),
+    for role, strategy, suffix in (
+        ("student", student.strategy_args, "_train"),
+        ("teacher", teacher.strategy_args, "_infer"),
     ):
-        path = f"{role}.strategy_args.strategy_name"
-        if strategy.strategy_name in wrong:
-            trained = "is trained" if role == "student" else "is never trained"
-            yield Contradiction(path, f"= {strategy.strategy_name} does not fit: the {role} {trained}; use {right}")
-        yield from _foreign_strategy_keys(strategy, role)
+        name = strategy.strategy_name
+        if name is not None and not name.endswith(suffix):
+            counterpart = name.rpartition("_")[0] + suffix
+            yield Contradiction(
+                f"{role}.strategy_args.strategy_name",
+                f"= {name} is not a strategy for the {role}, whose strategies end in {suffix}; "
+                f"use {counterpart if counterpart in STRATEGIES else f'fsdp2{suffix}'}",
+            )
+        else:
+            yield from _foreign_strategy_keys(strategy, role)
         if strategy.strategy_config.replicate and strategy.strategy_config.fsdp_size is not None:
             yield Contradiction(
-                f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size beside it; give only one"
+                f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size in the same section; keep one"
             )
     if config.num_gpus_per_node is not None and config.device_mapping:
-        there = config.num_nodes * config.num_gpus_per_node
+        available = config.num_nodes * config.num_gpus_per_node
         for role, mapping in (("student", config.student.device_mapping), ("teacher", teacher.device_mapping)):
-            if role == "teacher" and teacher.service is not None:  # whose own affair it is
+            if role == "teacher" and teacher.service is not None:  # the mapping belongs to the service
                 continue
-            if mapping and max(mapping) >= there:
+            if mapping and max(mapping) >= available:
                 yield Contradiction(
                     "num_gpus_per_node",
-                    f"= {config.num_gpus_per_node} on {config.num_nodes} machine(s) makes {there} devices, but "
-                    f"{role}.device_mapping names device {max(mapping)} (they are numbered from 0); correct one of them",
+                    f"= {config.num_gpus_per_node} on {config.num_nodes} machine(s) is {available} devices, but "
+                    f"{role}.device_mapping has device {max(mapping)} (counted from 0); correct one of them",
                 )
     if config.num_gpus_per_node is None and config.num_nodes > 1 and config.device_mapping:
         yield Contradiction(
-            "num_nodes", f"= {config.num_nodes} does not say which device is where; set num_gpus_per_node too"
+            "num_nodes",
+            f"= {config.num_nodes} does not determine the machine of each device; set num_gpus_per_node too",
         )
     if teacher.service is not None and not config.has_teacher:
-        yield Contradiction(
-            "teacher.service", "needs to know which checkpoint it is to serve; set teacher_pretrain to that"
-        )
+        yield Contradiction("teacher.service", "needs the checkpoint of the service; set teacher_pretrain")
     if config.needs_worker_groups and config.features.pairs:
         yield Contradiction(
             "features.pairs",
-            "needs the teacher's inner states, which are not sent between worker groups; give teacher.device_mapping "
-            "the student's devices, and no teacher.service or is_offload_states",
+            "needs the teacher's hidden layers, which are not sent between worker groups; set teacher.device_mapping to "
+            "the student's devices, and remove teacher.service and is_offload_states",
         )
     environments = (
         ("system_envs", config.system_envs),
@@ -220,77 +239,92 @@ def _placement_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
                 )
 
 
-def _transport_contradictions(config: DistillConfig) -> Iterator[Contradiction]:
+def _transport_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    source = config.teacher.source
+    if source == "ray" and config.default_teacher_source != "ray":
+        yield Contradiction(
+            "teacher.source",
+            "= ray needs a teacher in other processes; set teacher.device_mapping to devices that the student does not have, "
+            "or set teacher.service",
+        )
+    elif source not in ("auto", "ray") and config.needs_worker_groups:
+        yield Contradiction(
+            "teacher.source",
+            f"= {source} contradicts teacher.service or teacher.device_mapping, which place the teacher in Ray workers; "
+            "remove one of them",
+        )
     signal = config.teacher.signal
     if signal == "top_k" and not config.logits_topk:
-        yield Contradiction("teacher.signal", "= top_k needs the number of tokens; set logits_topk")
+        yield Contradiction("teacher.signal", "= top_k needs a number of tokens; set logits_topk")
     if signal in ("top_k", "logits"):
         needing = {"cross_tokenizer": config.cross_tokenizer != "off", "objective_faults": config.objective_faults}
         for key in (key for key, given in needing.items() if given):
             yield Contradiction(
-                "teacher.signal", f"= {signal} does not go with {key}, which needs hidden states; use hidden_states"
+                "teacher.signal",
+                f"= {signal} cannot be combined with {key}, which needs hidden states; use hidden_states",
             )
 
     backend = config.logits_transfer_backend
     if config.transfers_directly and config.teacher.service is not None:
         yield Contradiction(
             "logits_transfer_backend",
-            f"= {backend} ties teacher and student workers to each other, and a teacher.service outlives runs; use ray",
+            f"= {backend} connects workers for the duration of one run, and a teacher.service outlives runs; use ray",
         )
 
 
-def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
-    """Keys that change nothing in this combination, each with the reason; whoever set one will want to know."""
+def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
+    """Keys that have no effect in this combination, with the reason. Setting one causes a notice."""
     for key, objectives in OBJECTIVE_KEYS.items():
         if config.kd_objective not in objectives:
-            yield key, f"shapes {' and '.join(objectives)} only, and kd_objective is {config.kd_objective}"
+            yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {config.kd_objective}"
     if config.cross_tokenizer == "off":
         for key in ("rest_weight", "merge", "tokens"):
-            yield f"cross_tokenizer_{key}", "is read with cross_tokenizer only"
+            yield f"cross_tokenizer_{key}", "is only read with cross_tokenizer"
     else:
         yield "compile_loss", "is not read with cross_tokenizer, whose loss is not compiled"
     if config.cross_tokenizer == "uld":
         for key in ("kd_objective", "cross_tokenizer_rest_weight"):
-            yield key, "is not read with cross_tokenizer: uld, which sorts everything"
+            yield key, "is not read with cross_tokenizer: uld, which compares sorted probabilities only"
     if not config.needs_worker_groups:
         for key in ("teacher.signal", "logits_transfer_backend"):
-            yield key, "is read with worker groups only; a teacher in the student's processes sends nothing"
+            yield key, "is only read with worker groups; this teacher is in the student's processes"
     if not config.offloads_colocated:
         yield (
             "is_offload_states",
-            "is for roles whose device_mappings have devices in common, and not for DeepSpeed, which has an offload of its own",
+            "is only read if the device_mappings of both roles have common devices, and not with DeepSpeed, which has its "
+            "own offloading",
         )
-        yield "offload_interval", "is read with is_offload_states only"
+        yield "offload_interval", "is only read with is_offload_states"
     elif config.logits_transfer_backend not in ("auto", "ray"):
-        yield "logits_transfer_backend", "is not read with is_offload_states: answers wait in the machine's memory"
+        yield "logits_transfer_backend", "is not read with is_offload_states, which keeps signals in host memory"
     if not config.needs_worker_groups and config.num_nodes == 1:
         for key in ("max_restarts", "student.backend_timeout", "teacher.backend_timeout"):
-            yield key, "is read with worker groups only: where student and teacher have different devices"
+            yield key, "is only read with worker groups, where student and teacher have different devices"
     if not config.device_mapping:
         for key in ("num_gpus_per_node", "num_nodes"):
-            yield key, "is read with device_mapping only; without one there is one process, or torchrun's"
+            yield key, "is only read with device_mapping; without one, the launcher decides the number of processes"
     if config.objective_faults:
         yield "compile_loss", "is not read with objective_faults, whose loss is not compiled"
     if config.logits_topk == 0:
-        yield "logits_topk_tail", "is read with logits_topk only"
+        yield "logits_topk_tail", "is only read with logits_topk"
     if not config.features.pairs:
         for key in ("weight", "projection", "mask"):
-            yield f"features.{key}", "is read with features.pairs only"
+            yield f"features.{key}", "is only read with features.pairs"
     elif config.loss_balance == "modelopt":
-        yield "features.weight", "yields to loss_balance: modelopt"
+        yield "features.weight", "is not read with loss_balance: modelopt"
     student = config.student
     if not student.use_dynamic_batching_in_train:
-        yield "student.max_tokens_per_microbatch_in_train", "is read with use_dynamic_batching_in_train: true only"
+        yield "student.max_tokens_per_microbatch_in_train", "is only read with use_dynamic_batching_in_train: true"
     if not student.use_sequence_packing:
-        yield "student.packing_algorithm", "is read with use_sequence_packing: true only"
+        yield "student.packing_algorithm", "is only read with use_sequence_packing: true"
     else:
         yield "student.training_args.group_by_length", "is not read with use_sequence_packing, which pads nothing"
     if student.model_args.lora_target is None:
         for key in ("lora_rank", "lora_alpha", "lora_dropout"):
-            yield f"student.model_args.{key}", "is read with lora_target only"
+            yield f"student.model_args.{key}", "is only read with lora_target"
     if student.model_args.disable_gradient_checkpointing:
         key = "student.model_args.gradient_checkpointing_use_reentrant"
-        yield key, "is read with disable_gradient_checkpointing: false only"
+        yield key, "is only read with disable_gradient_checkpointing: false"
     if student.training_args.lr_scheduler_type == "constant":
         for key in ("warmup_steps", "warmup_ratio"):
             yield (
@@ -298,28 +332,26 @@ def unread_keys(config: DistillConfig) -> Iterator[tuple[str, str]]:
                 "is not read by lr_scheduler_type: constant; use constant_with_warmup",
             )
     elif student.training_args.warmup_steps > 0:
-        yield "student.training_args.warmup_ratio", "yields to warmup_steps"
+        yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
     if config.distill_on_prompt:
-        yield "student.data_args.train_on", "chooses among answers, and distill_on_prompt: true learns every token"
+        yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     if not config.validation_files:
-        yield "eval_steps", "measures nothing, as no validation files are named"
+        yield "eval_steps", "is only read with validation files"
 
 
 def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
-    """Keys of DeepSpeed beside another strategy's name, and the reverse."""
+    """DeepSpeed keys with another strategy, and other keys with DeepSpeed."""
     given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
-    if not (strategy.strategy_name or "").startswith("deepspeed"):
+    if not strategy.reads_deepspeed_block:
         if given.deepspeed:
             which = "deepspeed_train" if role == "student" else "deepspeed_infer"
-            yield Contradiction(
-                f"{path}.deepspeed", f"is read by strategy_name: {which} only; set that, or take it out"
-            )
+            yield Contradiction(f"{path}.deepspeed", f"is only read by strategy_name: {which}; set that, or remove it")
         return
     for key, field in type(given).model_fields.items():
         if key != "deepspeed" and getattr(given, key) != field.get_default(call_default_factory=True):
-            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; take it out")
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     optimization = given.deepspeed.get("zero_optimization")
-    stages = (1, 2, 3) if strategy.strategy_name == "deepspeed_train" else (3,)
+    stages = (1, 2, 3) if role == "student" else (3,)
     if not isinstance(optimization, Mapping) or optimization.get("stage") not in stages:
         yield Contradiction(
             f"{path}.deepspeed",

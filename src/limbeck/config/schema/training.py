@@ -1,4 +1,4 @@
-"""How long, how fast and in what portions the student is trained, and what is kept of it."""
+"""The student's optimizer, schedule and batch sizes, and its checkpoints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
         "num_cycles",
     ),
 }
-"""Per scheduler, the lr_scheduler_kwargs that it reads; a scheduler that is not listed reads none."""
+"""The lr_scheduler_kwargs that each scheduler reads; a scheduler that is not listed reads none."""
 
 
 REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
@@ -46,66 +46,76 @@ REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
 }
-"""Per scheduler, the lr_scheduler_kwargs of which one must be given."""
+"""Schedulers that need at least one of these lr_scheduler_kwargs."""
 
 
 TRACKER_KWARGS: dict[str, tuple[str, ...]] = {"tensorboard": ("log_dir",), "stdout": (), "none": ()}
-"""Per tracker of the package, the tracker_kwargs that it reads."""
+"""The tracker_kwargs that each built-in tracker reads."""
+
+
+STEP_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"dataset": ()}
+"""The step_source_kwargs that each built-in step source reads."""
 
 
 class TrainingArgs(Section):
-    """How long, how fast, and in what portions the student is trained."""
+    """The student's optimizer, schedule and batch sizes."""
 
     num_train_epochs: float | None = Field(
         default=None,
         gt=0,
-        description="Passes over the data, fractions allowed; unset, `max_steps` decides, or one pass if that is "
+        description="Number of epochs; fractions are allowed. If unset, `max_steps` decides, or one epoch if that is "
         "unset too.",
     )
     learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Scheduler = Field(
-        default="linear", description="Shape of the learning rate over the run, by its name in transformers."
+        default="linear", description="Learning rate schedule, by its name in transformers."
     )
     lr_scheduler_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Values that the scheduler's shape needs, such as `min_lr` or `num_decay_steps`.",
+        description="Arguments of the schedule, such as `min_lr` or `num_decay_steps`.",
     )
     warmup_steps: int = Field(
         default=0,
         ge=0,
-        description="Optimizer steps over which the rate rises from 0; above 0 it wins over warmup_ratio.",
+        description="Number of optimizer steps over which the learning rate rises from 0. Above 0, it takes precedence "
+        "over warmup_ratio.",
     )
-    warmup_ratio: float = Field(default=0.0, ge=0, le=1, description="Warm-up as a share of all optimizer steps.")
-    weight_decay: float = Field(default=0.0, ge=0, description="AdamW's decoupled weight decay.")
-    adam_beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's decay of the gradient's running mean.")
-    adam_beta2: float = Field(default=0.999, ge=0, lt=1, description="AdamW's decay of the squared gradient's mean.")
-    adam_epsilon: float = Field(default=1e-8, gt=0, description="AdamW's guard against division by zero.")
+    warmup_ratio: float = Field(
+        default=0.0, ge=0, le=1, description="Warm-up steps as a fraction of all optimizer steps."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    adam_beta1: float = Field(
+        default=0.9, ge=0, lt=1, description="Decay rate of AdamW's running mean of the gradient."
+    )
+    adam_beta2: float = Field(
+        default=0.999, ge=0, lt=1, description="Decay rate of AdamW's running mean of the squared gradient."
+    )
+    adam_epsilon: float = Field(default=1e-8, gt=0, description="Term added to AdamW's denominator.")
     per_device_train_batch_size: int = Field(
         default=8,
         ge=1,
-        description="Rows in one micro-batch of one rank. With packing: rows of `sequence_length` tokens.",
+        description="Rows in one micro-batch of one rank. With packing, packs of `sequence_length` tokens.",
     )
     gradient_accumulation_steps: int = Field(
-        default=1, ge=1, description="Micro-batches of each rank that are summed into one optimizer step."
+        default=1, ge=1, description="Number of micro-batches of each rank per optimizer step."
     )
     group_by_length: bool = Field(
         default=False,
-        description="Without packing: a step takes rows of similar length, which need less padding; the steps themselves come "
-        "in any order.",
+        description="Put rows of similar length into the same step to reduce padding. It has no effect with packing.",
     )
-    data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data; unset, `seed`.")
+    data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data. If unset, `seed`.")
 
 
 class CheckpointConfig(Section):
-    """Where checkpoints go and which of them counts as the best."""
+    """Checkpoint folder, and the choice of the best checkpoint."""
 
     output_dir: str | None = Field(
         default=None,
-        description="Folder of the checkpoints, written straight into it; unset, the top-level `output_dir`.",
+        description="Folder of the checkpoints. If unset, the top-level `output_dir`.",
     )
     best_metric: str | None = Field(
         default="val/loss",
-        description="Metric that chooses the best checkpoint, such as val/loss; `null` chooses none.",
+        description="Metric that selects the best checkpoint, such as val/loss; `null` selects none.",
     )
     best_mode: Literal["min", "max"] = Field(
         default="min", description="Whether the smallest or the largest value of best_metric is the best."

@@ -1,4 +1,4 @@
-"""The two roles: the student, which is trained, and the teacher, which answers."""
+"""The two roles: the student, which is trained, and the teacher."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from limbeck.config.device_mapping import parse_device_mapping
-from limbeck.config.schema.base import Environment, Section
+from limbeck.config.schema.base import Environment, Section, registered
 from limbeck.config.schema.data import DataArgs
 from limbeck.config.schema.models import ModelArgs, StrategyArgs, StudentModelArgs
 from limbeck.config.schema.training import TrainingArgs
+from limbeck.registry import TEACHERS
 
 SERVICE_NAME = r"^[A-Za-z0-9._-]+$"
-"""What a teacher service can be called."""
+"""Allowed names of a teacher service."""
+
+
+TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"auto": (), "model": (), "ray": ()}
+"""The teacher.source_kwargs that each built-in teacher source reads."""
 
 
 Packing = Literal["best_fit_decreasing", "modified_first_fit_decreasing"]
@@ -23,45 +28,58 @@ Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
 
 
 class WorkerConfig(Section):
-    """What student and teacher have in common."""
+    """The keys that student and teacher share."""
 
-    model_args: ModelArgs = Field(default_factory=ModelArgs, description="Which checkpoint, and how it is loaded.")
-    strategy_args: StrategyArgs = Field(default_factory=StrategyArgs, description="How it is spread over the ranks.")
+    model_args: ModelArgs = Field(default_factory=ModelArgs, description="The checkpoint and how it is loaded.")
+    strategy_args: StrategyArgs = Field(
+        default_factory=StrategyArgs, description="How the model is distributed over the ranks."
+    )
     device_mapping: Devices = Field(
         default=None,
-        description="Device numbers, one rank each: [0, 1], list(range(0, 8)), range(8) or 0,1,2. Named for one role they "
-        "are shared by both; where student and teacher differ, Ray places a group of workers for each. Without GPUs they "
-        "count CPU slots. Unset, the launcher decides.",
+        description="Device numbers, one rank each: [0, 1], list(range(0, 8)), range(8) or 0,1,2. If only one role has "
+        "a "
+        "mapping, both roles share its devices. If the mappings differ, Ray places a worker group for each role. On "
+        "machines without GPUs they are CPU slots. If unset, the launcher decides.",
     )
     system_envs: Environment = Field(
         default_factory=dict,
-        description="Environment variables for this role's processes, which are the other role's too unless the two have "
+        description="Environment variables of this role's processes. Both roles share their processes unless they have "
         "different devices.",
     )
     backend_timeout: float = Field(
         default=30,
         gt=0,
-        description="Minutes that a rank of a worker group waits for another, or for the teacher's answer, before it counts "
-        "as hung.",
+        description="Minutes that a rank of a worker group waits for another rank or for the teacher before it reports "
+        "an "
+        "error.",
     )
 
 
 class TeacherConfig(WorkerConfig):
-    """The model that answers. It reads the student's batches, so it has no data and no batch sizes of its own."""
+    """The teacher. It reads the student's batches, so it has no data and no batch sizes of its own."""
 
     service: str | None = Field(
         default=None,
         pattern=SERVICE_NAME,
-        description="Ask the teacher that `limbeck serve-teacher` keeps under this name on the Ray of RAY_ADDRESS, instead of "
-        "loading one; teacher.device_mapping is then the service's alone.",
+        description="Name of a running `limbeck serve-teacher` on the Ray cluster at RAY_ADDRESS, which is used "
+        "instead of "
+        "loading the teacher. teacher.device_mapping then belongs to the service.",
     )
-    source: str = Field(default="auto", description="Which implementation provides the teacher.")
-    source_kwargs: dict[str, Any] = Field(default_factory=dict, description="Settings of teacher.source.")
+    source: Annotated[str, registered(TEACHERS, "auto")] = Field(
+        default="auto",
+        description="Where the teacher's signals come from: model (a model in the student's processes), ray (Ray "
+        "workers), "
+        "or a source that a plug-in registers. auto is ray with a teacher.service or devices of the teacher's own, else "
+        "model.",
+    )
+    source_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Arguments of a teacher source that a plug-in registers."
+    )
     signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
         default="auto",
-        description="What a teacher in other processes sends of each supervised position: hidden_states (with the output "
-        "head, sent once, the whole distribution), top_k (the logits_topk most likely tokens) or logits (all of them); auto: "
-        "top_k with logits_topk, else hidden_states.",
+        description="What a teacher in other processes sends for each supervised token: hidden_states (the exact "
+        "distribution; the output head is sent once), top_k (the logits_topk most likely tokens) or logits (the whole "
+        "vocabulary). auto is top_k with logits_topk, else hidden_states.",
     )
 
 
@@ -70,32 +88,34 @@ class StudentConfig(WorkerConfig):
 
     model_args: StudentModelArgs = Field(
         default_factory=StudentModelArgs,
-        description="Which checkpoint it starts from, and which parameters are trained.",
+        description="The checkpoint that the student starts from, and which parameters are trained.",
     )
     training_args: TrainingArgs = Field(
-        default_factory=TrainingArgs, description="How long, how fast, and in what portions."
+        default_factory=TrainingArgs, description="Optimizer, schedule and batch sizes."
     )
-    data_args: DataArgs = Field(default_factory=DataArgs, description="Which files it learns from.")
+    data_args: DataArgs = Field(default_factory=DataArgs, description="Training data.")
     infer_batch_size: int = Field(
         default=16, ge=1, description="Rows in one micro-batch of one rank during validation."
     )
     use_sequence_packing: bool = Field(
         default=False,
-        description="Put several short rows into one, without letting them see each other, to avoid padding.",
+        description="Pack several rows into one sequence to avoid padding. Rows of a pack do not attend to each other.",
     )
     packing_algorithm: Packing = Field(
         default="best_fit_decreasing",
-        description="Which rows share a pack: best_fit_decreasing or modified_first_fit_decreasing; both by tokens.",
+        description="Algorithm that assigns rows to packs by their number of tokens.",
     )
     use_dynamic_batching_in_train: bool = Field(
         default=False,
-        description="Cut micro-batches by tokens (`max_tokens_per_microbatch_in_train`) instead of by rows.",
+        description="Limit micro-batches by tokens (`max_tokens_per_microbatch_in_train`) instead of by rows.",
     )
     max_tokens_per_microbatch_in_train: int = Field(
-        default=0, ge=0, description="Tokens, padding included, that a dynamic micro-batch may hold on one rank."
+        default=0,
+        ge=0,
+        description="Maximum number of tokens, including padding, in a dynamic micro-batch of one rank.",
     )
     sequence_length_round_in_train: int = Field(
         default=4,
         ge=1,
-        description="Rows are padded to a multiple of this many tokens; with packing, the whole micro-batch is.",
+        description="Rows are padded to a multiple of this number of tokens; with packing, micro-batches are.",
     )

@@ -1,13 +1,13 @@
-"""``objective_preset``: the objective of another system in our keys, for those who want its numbers.
+"""``objective_preset``: the objective of another system as Limbeck's keys, to reproduce its loss values.
 
-A preset stands below what is written: any of its keys that the configuration sets keeps the configuration's value.
+A key that the configuration sets takes precedence over the preset.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from limbeck.config.roll import Translation
+from limbeck.config.translation import Translation
 
 KEY = "objective_preset"
 
@@ -56,14 +56,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-_OF_THE_DIVERGENCE = ("kd_objective_kwargs", "js_beta")  # which mean nothing to another
+_DIVERGENCE_KEYS = ("kd_objective_kwargs", "js_beta")  # other divergences do not read them
 
 
-def apply(result: Translation) -> None:
-    """Fill in the preset that the configuration names; an unknown name is left for the schema to refuse."""
-    name = result.values.get(KEY)
+def apply(translation: Translation) -> None:
+    """Fill in the keys of the preset that the configuration names. The schema refuses an unknown name."""
+    name = translation.values.get(KEY)
     preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
-    other = result.values.get("kd_objective") not in (None, preset.get("kd_objective"))
+    other_divergence = translation.values.get("kd_objective") not in (None, preset.get("kd_objective"))
     for key, value in preset.items():
-        if result.values.get(key) is None and not (other and key in _OF_THE_DIVERGENCE):
-            result.put(key, value, KEY)
+        if translation.values.get(key) is None and not (other_divergence and key in _DIVERGENCE_KEYS):
+            translation.put(key, value, KEY)

@@ -1,7 +1,4 @@
-"""Turns what is wrong with a configuration into sentences: which key, which value, what would be right.
-
-How a mistake was found, and in which file, is not known here.
-"""
+"""Turns pydantic's validation errors into error messages: which key, which value, which values are allowed."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from limbeck.config.places import leaves
+from limbeck.config.locations import leaves
 from limbeck.config.schema import Contradiction, ContradictionError, DistillConfig, walk_keys
 
 _BOUNDS = {
@@ -26,8 +23,8 @@ _BOUNDS = {
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def contradictions(error: ValidationError) -> list[Contradiction]:
-    """Everything that pydantic found, one entry a key."""
+def explain(error: ValidationError) -> list[Contradiction]:
+    """All errors that pydantic found, one per key."""
     known = dict(walk_keys(DistillConfig))
     found: dict[str, Contradiction] = {}
     for details in error.errors():
@@ -39,12 +36,12 @@ def contradictions(error: ValidationError) -> list[Contradiction]:
         else:
             path, field = _locate(details["loc"], known)
             if path not in found:
-                found[path] = Contradiction(path, _wrong_value(details, _type_at(path, field, known)))
+                found[path] = Contradiction(path, _invalid_value(details, _type_at(path, field, known)))
     return list(found.values())
 
 
 def _locate(loc: tuple[int | str, ...], known: Mapping[str, FieldInfo]) -> tuple[str, FieldInfo | None]:
-    """The key path of an error, without the marks that pydantic leaves for the members of a union."""
+    """The key path and the field of an error, without the parts that pydantic adds for the members of a union."""
     path, field = "", None
     for part in loc:
         if field is not None and get_origin(field.annotation) is not dict and not isinstance(part, int):
@@ -55,7 +52,7 @@ def _locate(loc: tuple[int | str, ...], known: Mapping[str, FieldInfo]) -> tuple
 
 
 def _type_at(path: str, field: FieldInfo | None, known: Mapping[str, FieldInfo]) -> Any:
-    """The type that belongs at `path`: the field's, or that of the items if `path` is inside its list or section."""
+    """The type of the value at `path`: the field's, or that of its items if `path` is inside a list or dictionary."""
     annotation = None if field is None else field.annotation
     if path in known:
         return annotation
@@ -69,11 +66,11 @@ def _type_at(path: str, field: FieldInfo | None, known: Mapping[str, FieldInfo])
 def _unknown(details: ErrorDetails, known: Mapping[str, FieldInfo]) -> list[Contradiction]:
     path, value = ".".join(str(part) for part in details["loc"]), details["input"]
     paths = [inner for inner, _ in leaves(value, f"{path}.")] if isinstance(value, Mapping) and value else [path]
-    return [Contradiction(inner, unknown_key(inner, known)) for inner in paths]
+    return [Contradiction(inner, explain_unknown_key(inner, known)) for inner in paths]
 
 
-def unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
-    """A sentence's end about a key that is not in `known`: where it belongs, or which one is nearest."""
+def explain_unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
+    """The end of the error message for a key that is not in `known`: the section it belongs to, or the nearest key."""
     section, _, leaf = path.rpartition(".")
     elsewhere: dict[str, list[str]] = {}
     for candidate in known:
@@ -81,7 +78,7 @@ def unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
     if path in {candidate.rpartition(".")[0] for candidate in known}:
         return "is a section, not a key with a value"
     if section in known:
-        return f"cannot stand below {section}, which holds one value"
+        return f"is below {section}, which is not a section but holds one value"
     if leaf in elsewhere:
         return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
     siblings = [name for name, paths in elsewhere.items() if any(p.rpartition(".")[0] == section for p in paths)]
@@ -102,8 +99,8 @@ def _sections(paths: list[str]) -> str:
     return " and of ".join(names)
 
 
-def _wrong_value(details: ErrorDetails, annotation: Any) -> str:
-    kind, value = details["type"], shown(details["input"])
+def _invalid_value(details: ErrorDetails, annotation: Any) -> str:
+    kind, value = details["type"], format_value(details["input"])
     if kind == "value_error":
         return f"= {value} {details['ctx']['error']}"
     if kind in _BOUNDS:
@@ -115,7 +112,7 @@ def _wrong_value(details: ErrorDetails, annotation: Any) -> str:
         return f"= {value} must be a finite number"
     if annotation is None:
         return f"= {value} is not a section; write its keys below it as `key: value` lines"
-    sentence = f"= {value} is not {expected(annotation)}"
+    sentence = f"= {value} is not {describe_type(annotation)}"
     if kind == "literal_error":
         allowed = [choice for choice in _choices(annotation) if isinstance(choice, str)]
         near = difflib.get_close_matches(str(details["input"]), allowed, n=1, cutoff=0.6)
@@ -125,21 +122,21 @@ def _wrong_value(details: ErrorDetails, annotation: Any) -> str:
     return sentence
 
 
-def expected(annotation: Any) -> str:
-    """The values that a type allows, in words."""
+def describe_type(annotation: Any) -> str:
+    """The values that a type allows, in words, such as "a whole number"."""
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
-        members = [expected(member) for member in get_args(annotation) if member is not type(None)]
+        members = [describe_type(member) for member in get_args(annotation) if member is not type(None)]
         return " or ".join(dict.fromkeys(members))
     if origin is Literal:
-        choices = [shown(choice) for choice in get_args(annotation)]
+        choices = [format_value(choice) for choice in get_args(annotation)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if origin is list:
-        return f"a list of {expected(get_args(annotation)[0])} values"
+        return f"a list of {describe_type(get_args(annotation)[0])} values"
     if origin is dict:
         return "a section of `key: value` lines"
     if get_origin(annotation) is not None and get_args(annotation):
-        return expected(get_args(annotation)[0])
+        return describe_type(get_args(annotation)[0])
     return _TYPES[annotation]
 
 
@@ -149,8 +146,8 @@ def _choices(annotation: Any) -> list[Any]:
     return [choice for member in get_args(annotation) for choice in _choices(member)]
 
 
-def shown(value: object) -> str:
-    """A value as YAML would write it, cut to a readable length."""
+def format_value(value: object) -> str:
+    """A value as YAML writes it, at most 80 characters long."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     text = value if isinstance(value, str) and value else repr(value)

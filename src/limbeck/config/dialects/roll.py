@@ -1,0 +1,231 @@
+"""The dialect of ROLL's distillation pipeline. Limbeck's keys are named after ROLL's, so most of them need no translation.
+
+A key of ``roll_table.py`` is moved, respelled, or ignored because it does not change a result. A setting that would change
+a result and is not supported is an error. The schema checks all other keys.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from limbeck.config.dialects import native
+from limbeck.config.dialects.base import Source
+from limbeck.config.dialects.roll_table import (
+    DEFAULT_PROMPT_LENGTH,
+    MOVED,
+    NO_MEANING,
+    ONLY_WHEN_OFF,
+    SAME_AS,
+    SPELLINGS,
+    STRATEGIES_INSTEAD,
+    TEMPLATES,
+    UNREAD_BY_TEACHER,
+)
+from limbeck.config.locations import SourceLocation
+from limbeck.config.schema import DistillConfig, StudentConfig, TeacherConfig, reads_deepspeed_block
+from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
+from limbeck.errors import LimbeckError
+from limbeck.registry import STRATEGIES
+
+
+class RollDialect:
+    """A YAML file of ROLL's distillation pipeline."""
+
+    name = "roll"
+    system = "ROLL"
+
+    def recognises(self, source: Source) -> bool:
+        """Whether the file has a key or a value that ROLL's schema has and Limbeck's does not."""
+        return isinstance(source, Mapping) and next(_foreign_settings(Translation(dict(source))), None) is not None
+
+    def translate(self, source: Source, locations: dict[str, SourceLocation]) -> Translation:
+        if not isinstance(source, Mapping):
+            raise LimbeckError("the dialect roll reads YAML files, not arguments; use --dialect with another name.")
+        result = Translation(copy.deepcopy(dict(source)))
+        _ignore_validation_settings(result)
+        _refuse_strategies(result)
+        native.normalise(result)
+        native.respell(result, SPELLINGS)
+        _drop_precision_flags(result)
+        _rename_domain_column(result)
+        _drop_ignored_keys(result)
+        for foreign, ours in MOVED.items():
+            result.move(foreign, ours)
+        _drop_repetitions(result)
+        _sum_lengths(result)
+        _join_dataset_dir(result)
+        _rename_template(result)
+        _drop_unread_teacher_keys(result)
+        _add_notices(result)
+        return result
+
+
+DIALECT = RollDialect()
+
+
+def _foreign_settings(result: Translation) -> Iterator[str]:
+    """Paths of the settings that only ROLL's schema has."""
+    yield from (path for path in (*MOVED, *SAME_AS) if result.get(path) is not None)
+    yield from (key for key in ("prompt_length", "response_length") if key in result.values)
+    for kind in NO_MEANING.keys() | ONLY_WHEN_OFF.keys() | SPELLINGS.keys() | {"training_args"}:
+        known = NO_MEANING.get(kind, frozenset()) | ONLY_WHEN_OFF.get(kind, {}).keys()
+        known |= {"bf16", "fp16"} if kind in ("training_args", "strategy_config") else set()
+        for path, section in result.sections(kind):
+            beside = result.get(path.removesuffix("strategy_config.") + "strategy_name")
+            if kind == "strategy_config" and reads_deepspeed_block(beside):
+                continue  # the keys are DeepSpeed's
+            yield from (f"{path}{key}" for key in section if key in known)
+            for key, values in SPELLINGS.get(kind, {}).items():
+                if key in section and native.respelled(section[key], values) is not section[key]:
+                    yield f"{path}{key}"
+    for path, section in result.sections("strategy_args"):
+        if section.get("strategy_name") in STRATEGIES_INSTEAD and section["strategy_name"] not in STRATEGIES:
+            yield f"{path}strategy_name"
+    data_args = result.section("student.data_args") or {}
+    if "dataset_dir" in data_args:
+        yield "student.data_args.dataset_dir"
+    if isinstance(data_args.get("template"), str) and data_args["template"] in TEMPLATES:
+        yield "student.data_args.template"
+    validation = result.section("validation") or {}
+    yield from (f"validation.{key}" for key in validation if key != "data_args")
+    yield from (
+        f"validation.data_args.{key}" for key in result.section("validation.data_args") or {} if key != "file_name"
+    )
+    for part, keys in UNREAD_BY_TEACHER.items():
+        yield from (f"teacher.{part}.{key}" for key in result.section(f"teacher.{part}") or {} if key in keys)
+    student_keys = StudentConfig.model_fields.keys() - TeacherConfig.model_fields.keys()
+    yield from (f"teacher.{key}" for key in result.section("teacher") or {} if key in student_keys)
+
+
+def _ignore_validation_settings(result: Translation) -> None:
+    for path, kept in (("validation", "data_args"), ("validation.data_args", "file_name")):
+        result.ignore(path, (result.section(path) or {}).keys() - {kept})
+
+
+def _refuse_strategies(result: Translation) -> None:
+    for path, section in result.sections("strategy_args"):
+        name = section.get("strategy_name")
+        if isinstance(name, str) and name in STRATEGIES_INSTEAD and name not in STRATEGIES:
+            result.refuse(f"{path}strategy_name", f"= {name} is not supported yet; {STRATEGIES_INSTEAD[name]}")
+            # Errors about the settings of an unsupported strategy would hide the one that matters.
+            del section["strategy_name"]
+            section.pop("strategy_config", None)
+
+
+def _drop_precision_flags(result: Translation) -> None:
+    for kind in ("training_args", "strategy_config"):
+        for path, section in result.sections(kind):
+            role = path.partition(".")[0]
+            dtype = native.dtype_of(result, role)
+            for key in ("bf16", "fp16"):
+                if section.pop(key, None) is True and dtype != key:
+                    result.refuse(
+                        f"{path}{key}", f"= true contradicts {role}.model_args.dtype = {dtype}; keep the latter only"
+                    )
+
+
+def _drop_ignored_keys(result: Translation) -> None:
+    for kind in NO_MEANING.keys() | ONLY_WHEN_OFF.keys():
+        for path, section in result.sections(kind):
+            for key in list(section):
+                if key in NO_MEANING.get(kind, ()):
+                    del section[key]
+                    result.ignored.append(f"{path}{key}")
+                elif key in ONLY_WHEN_OFF.get(kind, {}):
+                    value = section.pop(key)
+                    supported, sentence = ONLY_WHEN_OFF[kind][key]
+                    if not any(type(value) is type(off) and value == off for off in supported):
+                        result.refuse(f"{path}{key}", f"= {format_value(value)} {sentence}")
+
+
+def _drop_repetitions(result: Translation) -> None:
+    for foreign, ours in SAME_AS.items():
+        value = result.pop(foreign)
+        effective = result.values.get(ours, DistillConfig.model_fields[ours].default)
+        if value not in (None, -1, effective):
+            result.refuse(
+                foreign,
+                f"= {format_value(value)} contradicts {ours} = {format_value(effective)}; "
+                f"set only {ours}, at the top level",
+            )
+
+
+def _sum_lengths(result: Translation) -> None:
+    prompt, response = result.pop("prompt_length"), result.pop("response_length")
+    if result.values.get("sequence_length") is not None or response is None:
+        given = (("prompt_length", prompt), ("response_length", response))
+        result.ignored.extend(key for key, length in given if length is not None)
+        return
+    prompt = DEFAULT_PROMPT_LENGTH if prompt is None else prompt
+    if type(prompt) is int and type(response) is int:
+        result.put("sequence_length", prompt + response, "prompt_length + response_length")
+    else:
+        result.refuse("response_length", f"= {response} and prompt_length = {prompt} must be whole numbers of tokens")
+
+
+def _rename_domain_column(result: Translation) -> None:
+    """``tag`` is the column of the domains; ROLL reads it only if domains are mixed."""
+    data_args = result.section("student.data_args") or {}
+    if (
+        data_args.get("domain_interleave_probs")
+        and "domain_key" not in data_args
+        and isinstance(data_args.get("tag"), str)
+    ):
+        result.put("student.data_args.domain_key", result.pop("student.data_args.tag"), "student.data_args.tag")
+
+
+def _join_dataset_dir(result: Translation) -> None:
+    folder = result.pop("student.data_args.dataset_dir")
+    data_args = result.section("student.data_args") or {}
+    for key in ("file_name", "eval_file_name"):
+        files = data_args.get(key)
+        files = [files] if isinstance(files, str) else files
+        if isinstance(folder, str) and isinstance(files, list) and all(isinstance(file, str) for file in files):
+            joined = [str(Path(folder) / file) for file in files]
+            result.put(f"student.data_args.{key}", joined, "student.data_args.dataset_dir")
+
+
+def _rename_template(result: Translation) -> None:
+    data_args = result.section("student.data_args") or {}
+    name = data_args.get("template")
+    if name == "longCOT_qwen2.5" and data_args.get("default_system") is None:
+        result.notices.append(
+            "student.data_args.template: longCOT_qwen2.5 adds a system message in Limbeck's wording, which is not ROLL's; "
+            "set student.data_args.default_system to use ROLL's."
+        )
+    if isinstance(name, str) and name in TEMPLATES:
+        data_args["template"], kwargs = TEMPLATES[name]
+        if kwargs and isinstance(given := data_args.get("template_kwargs") or {}, dict):
+            result.put("student.data_args.template_kwargs", {**kwargs, **given}, "student.data_args.template")
+
+
+def _drop_unread_teacher_keys(result: Translation) -> None:
+    teacher = result.section("teacher") or {}
+    for part, keys in UNREAD_BY_TEACHER.items():
+        result.ignore(f"teacher.{part}", keys)
+        if part not in TeacherConfig.model_fields and not teacher.get(part, True):
+            del teacher[part]
+    sections = UNREAD_BY_TEACHER.keys()
+    result.ignore("teacher", StudentConfig.model_fields.keys() - TeacherConfig.model_fields.keys() - sections)
+
+
+def _add_notices(result: Translation) -> None:
+    """Notices about defaults that differ from ROLL's. A preset or a ModelOpt section sets them on purpose."""
+    values = result.values
+    if values.get("objective_preset") is not None or values.get("distillation_config") is not None:
+        return
+    if values.get("logits_topk") is None and values.get("distill_loss_weight") != 0:
+        result.notices.append(
+            "logits_topk is not set: Limbeck compares the whole vocabulary, ROLL the teacher's 64 most likely tokens; "
+            "objective_preset: roll sets ROLL's values."
+        )
+    divisor = values.get("teacher_temperature")
+    multiplied = divisor is not None and values.get("kd_temperature") not in (None, 1)
+    if multiplied and values.get("temperature_convention") is None:
+        result.notices.append(
+            f"teacher_temperature: Limbeck divides the teacher's logits by {format_value(divisor)}; ROLL also divides them "
+            "by kd_temperature, as temperature_convention: roll does."
+        )
