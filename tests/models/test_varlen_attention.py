@@ -233,5 +233,5 @@ def test_a_model_that_mixes_neighbours_otherwise_is_refused():
     settings = {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "pad_token_id": 0,
                 "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings))
-    with pytest.raises(LimbeckError, match=r"MambaForCausalLM\) does not keep packed rows apart"):
+    with pytest.raises(LimbeckError, match=r"MambaForCausalLM\) does not separate packed rows"):
         enable_varlen_attention(model, "the student")
