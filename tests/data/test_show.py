@@ -76,7 +76,7 @@ def test_a_row_is_printed_with_its_place_and_kinds(chat_file, tokenizer):
 def test_a_teacher_that_reads_or_writes_differently_is_told(chat_file, tokenizer, native_tokenizer, build_tokenizer):
     text = printed(chat_file, tokenizer, native_tokenizer)
     assert "reads the same tokens" in text
-    assert "the teacher's own writes another text from character 1 on" in text
+    assert "the teacher's own renders another text from character 1 on" in text
     text = printed(chat_file, tokenizer, build_tokenizer(special=["<|im_end|>", "<|im_start|>", "<|endoftext|>"]))
     assert "tokens differently:" in text
     assert "The tokenizers of student" in text
@@ -91,7 +91,8 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
     text = show([Source.named(path)], 0, tokenizer, translator=translator, template="base", ids=True)
     _, teacher = text.split("\nteacher: ")
     (count, aligned, learned, facing) = re.match(
-        r"(\d+) tokens of \S+; (\d+) of the student's (\d+) learned tokens face (\d+) of them, in \d+ spans", teacher
+        r"(\d+) tokens of \S+; (\d+) of the student's (\d+) learned tokens are aligned with (\d+) of them, in \d+ spans",
+        teacher,
     ).groups()
     assert aligned == learned == re.search(r"student, text: \d+ tokens, (\d+) learned", text)[1]
     shown = re.findall(r":(\d+)(?=[│\n]|$)", teacher)
@@ -99,7 +100,7 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
     assert int(count) == len(shown)
     compared = teacher[teacher.index("compared") :]
     assert len(re.findall(r":\d+(?=[│\n]|$)", compared)) == int(facing)
-    assert re.search(r"span +\S+ faces \S+│\S+", teacher)
+    assert re.search(r"span +\S+ = \S+│\S+", teacher)
     assert "text 2 of" in show(
         [Source.named(path)], 0, tokenizer, translator=translator, template="base", sequence_length=12, overlong="split"
     )

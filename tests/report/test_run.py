@@ -75,7 +75,7 @@ def test_a_missing_file_is_named(tmp_path, missing):
 def test_a_torn_run_json_is_named(tmp_path):
     write(tmp_path, [training(1, 3.0)])
     (tmp_path / "run.json").write_text('{"exp_name": "ni')
-    with pytest.raises(LimbeckError, match=r"run\.json holds no JSON object"):
+    with pytest.raises(LimbeckError, match=r"run\.json contains no JSON object"):
         load_run(tmp_path)
 
 
@@ -83,5 +83,5 @@ def test_a_torn_run_json_is_named(tmp_path):
 def test_metrics_without_a_measurement_are_refused(tmp_path, content):
     write(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(LimbeckError, match="holds no measurement"):
+    with pytest.raises(LimbeckError, match="contains no measurement"):
         load_run(tmp_path)
