@@ -21,7 +21,7 @@ CHAT = [
 
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("kind", [{}, {"trim_offsets": True}, {"metaspace": True}])
-def test_what_is_shown_is_what_is_learnt(build_tokenizer, kind, everything):
+def test_the_shown_tokens_are_those_of_training(build_tokenizer, kind, everything):
     tokenizer = build_tokenizer(**kind)
     encoder = make_encoder(tokenizer, TokenizeSettings(template="chatml", distill_on_prompt=everything))
     _, (rendered,) = encoder.texts_of(Record({"messages": CHAT}, "chat.jsonl", 1), "messages")
@@ -73,7 +73,7 @@ def test_a_row_is_printed_with_its_place_and_kinds(chat_file, tokenizer):
     assert "none learned, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=5)
 
 
-def test_a_teacher_that_reads_or_writes_differently_is_told(chat_file, tokenizer, native_tokenizer, build_tokenizer):
+def test_differences_of_the_teacher_are_shown(chat_file, tokenizer, native_tokenizer, build_tokenizer):
     text = printed(chat_file, tokenizer, native_tokenizer)
     assert "reads the same tokens" in text
     assert "the teacher's own renders another text from character 1 on" in text
@@ -112,10 +112,10 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
 
 def test_a_template_that_the_tokenizer_spells_out_is_noted(chat_file, build_tokenizer):
     text = show([Source.named(chat_file)], 0, build_tokenizer(special=["<|endoftext|>"]), template="chatml")
-    assert "note      the tokenizer has no token for <|im_start|> and <|im_end|>, which template: chatml writes" in text
+    assert "note      the tokenizer has no token for <|im_start|> and <|im_end|>, which template: chatml uses" in text
 
 
-def test_what_becomes_of_a_long_row_is_told(chat_file, tokenizer):
+def test_the_handling_of_a_long_row_is_shown(chat_file, tokenizer):
     whole = printed(chat_file, tokenizer, None)
     assert ", in " not in whole
     assert "more than 20, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=20, overlong="drop")
@@ -160,6 +160,6 @@ def test_a_pretokenised_row_is_shown_in_words(tmp_path, tokenizer, write_corpus)
     assert "three" in text.replace("│", "")
 
 
-def test_a_row_that_is_not_there_is_told(chat_file, tokenizer):
+def test_a_row_that_does_not_exist_raises_an_error(chat_file, tokenizer):
     with pytest.raises(LimbeckError, match="--row 3 does not exist: the data has 3 rows"):
         show([Source.named(chat_file)], 3, tokenizer)
