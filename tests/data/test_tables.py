@@ -146,7 +146,7 @@ def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, writ
         list(inputs_of(Source(path=(str(tmp_path / "corpus"),)))[0].read())
     for broken, words in (
         (index[:60], "cut off"),
-        (b"other" + index, "not an index"),
+        (b"other" + index, "not a Megatron index"),
         (index[:9] + b"\7" + index[10:], "version 7"),
     ):
         (tmp_path / "corpus.idx").write_bytes(broken)

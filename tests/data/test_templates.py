@@ -324,7 +324,7 @@ def test_a_row_without_supervised_answers_is_still_a_text(tokenizer):
     assert texts(silent, "chatml", tokenizer)[0][1] == []
     hides = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert rendered(silent, hides, tokenizer) == ("q?", [])
-    with pytest.raises(LimbeckError, match="place of the answer is unknown"):
+    with pytest.raises(LimbeckError, match="start of the answer is unknown"):
         rendered(QA, hides, tokenizer)
 
 
