@@ -57,14 +57,14 @@ class Conversation:
     tools:    tool definitions for the template.
     weight:   factor of the loss of every supervised token of the row.
     plain:    plain text in one message: rendered without a template, and every token is supervised.
-    asks:     a prompt: the template's generation prompt follows, and nothing is supervised.
+    is_prompt: a prompt: the template's generation prompt follows, and nothing is supervised.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     plain: bool = False
-    asks: bool = False
+    is_prompt: bool = False
 
 
 ToConversation = Callable[[Record], Conversation]
@@ -127,7 +127,7 @@ def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
                 _asked(record, messages if form.columns else _with_system(record, messages), form),
                 _tools(record),
                 weight,
-                asks=True,
+                is_prompt=True,
             )
         if form.plain:
             return Conversation(messages, weight=weight, plain=True)

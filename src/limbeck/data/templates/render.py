@@ -55,7 +55,7 @@ def render(
     """Returns the texts of a conversation, in order: one, unless the template changes a supervised answer in later turns.
 
     Each answer is supervised in exactly one text; other texts may contain it as context. If the template does not end the last
-    answer of a text, EOS is appended, so that the student learns to stop. A conversation that ``asks``, or has no answer, is
+    answer of a text, EOS is appended, so that the student learns to stop. A prompt, or a conversation without an answer, is
     rendered as a prompt. ``where`` names the row in errors.
 
     Raises LimbeckError if the template fails, ignores tools or reasoning of the row, or does not show where an answer begins.
@@ -65,7 +65,7 @@ def render(
     messages = [_readable(message) for message in conversation.messages]
     weights = _answer_weights(messages, conversation.weight, template.last_only)
     messages, added = _with_surroundings(messages, template)
-    answers = [(turn + added, weight) for turn, weight in weights if not conversation.asks]
+    answers = [(turn + added, weight) for turn, weight in weights if not conversation.is_prompt]
     jinja = template.with_tools if conversation.tools and template.with_tools else template.jinja
     _check_room(conversation, messages, [turn for turn, weight in answers if weight], template.name, jinja, where)
     write = _writer(
