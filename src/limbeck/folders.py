@@ -1,4 +1,4 @@
-"""Names of checkpoints: a folder here, or a name on the hub."""
+"""Checks names of checkpoints: local folders, or names on the hub."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from limbeck.errors import LimbeckError
 
 
 def check_folder(name: str | None, role: str, holds: str | None = None) -> None:
-    """Raise LimbeckError if ``name`` can only be a folder and there is none, or the folder does not have the file ``holds``.
+    """Raises LimbeckError if ``name`` can only be a folder that does not exist, or is a folder without the file ``holds``.
 
-    A hub name is ``name`` or ``owner/name``; whether it is there, the hub knows.
+    ``name`` and ``owner/name`` may be hub names, which are not checked here.
     """
     if name is None:
         return

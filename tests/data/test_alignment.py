@@ -194,7 +194,7 @@ def test_an_invented_blank_is_no_text(small, pieces):
     assert b"".join(TokenText(pieces).pieces(ids)) == b"and</s>and"
 
 
-def test_a_beginning_on_one_side_alone_moves_nothing(small, large):
+def test_a_bos_token_of_one_tokenizer_does_not_change_the_alignment(small, large):
     bare = byte_level(600, corpus=CORPUS[::-1] * 2, special=("<pad>", "<s>", "</s>"), eos="</s>")
     batch = batch_of(small, "What is two and three?", "今天我们", learn_from=3)
     with_bos, without = (Translator(small, teacher).translate(batch).teacher_tokens for teacher in (large, bare))
@@ -284,7 +284,7 @@ def test_a_teacher_that_normalises_is_aligned_by_its_offsets(small, normal, text
             assert plain(piece) == yours[number].decode().replace(" ", "")
 
 
-def test_what_the_teacher_does_not_know_is_not_compared(small):
+def test_unknown_tokens_of_the_teacher_are_not_compared(small):
     """A teacher without single bytes says <unk> for a character: its probability is not that of the text."""
     backend = Tokenizer(models.BPE(unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -345,7 +345,7 @@ def test_packed_documents_are_rows_of_the_teacher(small, large):
     assert all(tuple(part) in answers for part in parts)
 
 
-def test_a_batch_without_anything_to_learn_is_still_a_row_for_the_teacher(small, large):
+def test_a_batch_without_supervised_tokens_still_has_a_teacher_row(small, large):
     empty = Batch.of(torch.zeros(1, 4, dtype=torch.int64), torch.full((1, 4), IGNORE), None, 0)
     view = Translator(small, large).translate(empty).teacher_tokens
     assert view.input_ids.shape == (1, 1)
@@ -389,13 +389,13 @@ def test_equal_tokenizers_pair_every_token_with_itself(pieces, large):
         assert not len(vocabularies.student_rest) and not len(vocabularies.teacher_rest)
 
 
-def test_what_cannot_be_aligned_is_told(small, large):
+def test_unsupported_tokenizers_raise_errors(small, large):
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "two": 1, "##s": 2, "</s>": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     odd = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="</s>", pad_token="</s>")
-    with pytest.raises(LimbeckError, match="neither stand for bytes nor write blanks as ▁"):
+    with pytest.raises(LimbeckError, match="are neither bytes nor write blanks as ▁"):
         Translator(odd, small)
-    with pytest.raises(LimbeckError, match=r"gives token id \d+, but the teacher knows only 300 tokens"):
+    with pytest.raises(LimbeckError, match=r"gives token id \d+, but the teacher has only 300 tokens"):
         Translator(small, large, teacher_size=300).translate(batch_of(small, "".join(CORPUS)))
 
 

@@ -59,7 +59,7 @@ def test_every_bad_row_is_listed_with_its_place_and_counted_by_its_reason(tmp_pa
             tokenize_files([path], tokenizer)
 
 
-def test_a_row_of_another_shape_is_a_bad_row(tmp_path, tokenizer):
+def test_a_row_of_another_format_is_a_bad_row(tmp_path, tokenizer):
     rows = [GOOD, {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}]
     _, report = tokenize_rows(rows, tokenizer, on_bad_row="skip")
     assert dict(report.bad) == {"missing key": 1}

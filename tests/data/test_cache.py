@@ -70,7 +70,7 @@ def begin(*processes):
         assert one.stdout.readline() == "started\n"
 
 
-def test_of_two_processes_that_start_at_once_one_works_and_both_get_the_same(tmp_path, tokenizer):
+def test_two_processes_that_start_together_make_the_entry_once(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     write(tmp_path / "a.jsonl", 3000)
     both = [process(tmp_path, 0.2) for _ in range(2)]
@@ -81,7 +81,7 @@ def test_of_two_processes_that_start_at_once_one_works_and_both_get_the_same(tmp
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
-def test_what_a_killed_process_left_is_cleared_by_the_next(tmp_path, tokenizer):
+def test_the_next_process_removes_what_a_killed_process_left(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path, cache = write(tmp_path / "a.jsonl", 3000), tmp_path / "cache"
     victim = process(tmp_path, 60)
@@ -119,7 +119,7 @@ def test_a_file_changed_a_moment_ago_is_hashed_again(tmp_path, monkeypatch, toke
     assert not (tmp_path / "cache" / "hashes").exists()
 
 
-def test_who_waited_for_a_maker_that_failed_makes_the_entry_alone(tmp_path):
+def test_a_process_that_waited_for_a_failed_one_makes_the_entry(tmp_path):
     folder, made = tmp_path / "entry", []
     waiting, inside, done = threading.Event(), threading.Event(), threading.Event()
 

@@ -51,7 +51,7 @@ def share(*pairs, **more):
          [("user", "u"), ("assistant", "a")]),
     ],
 )  # fmt: skip
-def test_each_shape_is_recognised_and_read(row, name, expected):
+def test_each_format_is_detected_and_read(row, name, expected):
     assert detect(Record(row, "f", 1), KEYS) == name
     assert said(row) == expected
     assert conversation(row).plain == (name == "text")
@@ -151,7 +151,7 @@ def test_weights_of_rows_and_turns_are_read(share):
         ({3: "q", None: "a"}, r'has no "question" \(it has 3, None\)'),
     ],
 )
-def test_what_cannot_be_meant_is_refused(row, words):
+def test_invalid_rows_raise_errors(row, words):
     with pytest.raises(LimbeckError, match=f"f.jsonl:7.*{words}"):
         conversation(row)
 
@@ -161,9 +161,9 @@ def test_prompts_without_answers_are_recognised():
         conversation({"prompt": "p", "id": 3})
 
 
-def test_a_column_setting_is_refused_for_shapes_that_have_no_columns():
+def test_column_settings_raise_an_error_for_formats_without_columns():
     keys = RowKeys("question", "answer", prompt="hint")
     for name in FORMATS:
         if name != "question_answer":
-            with pytest.raises(LimbeckError, match="prompt_key: hint has no meaning"):
+            with pytest.raises(LimbeckError, match="prompt_key: hint does not apply"):
                 check_columns(name, keys, "f.jsonl")

@@ -92,7 +92,7 @@ def test_a_number_of_samples_is_drawn_without_repetition_and_goes_on_in_the_next
         mix(examples, report, MixtureSettings(num_samples=11), 0)
 
 
-def test_a_share_of_nothing_and_a_forgotten_weight_are_refused():
+def test_an_empty_share_and_a_missing_weight_raise_errors():
     examples, report = data(10)
     with pytest.raises(LimbeckError, match="source 1 has a share in the mixture, but no row"):
         mix(examples, report, MixtureSettings(weights=(1, 1)), 0)

@@ -65,7 +65,7 @@ def test_what_was_made_ahead_is_not_lost_by_a_stop_nor_handed_out_after_a_seek()
     other.close()
 
 
-def test_an_error_comes_when_its_step_is_asked_for_and_again_after_that():
+def test_an_error_is_raised_by_the_next_call_of_its_step_and_by_later_ones():
     def rows(epoch):
         if epoch == 1:
             raise LimbeckError("the second epoch is broken.")

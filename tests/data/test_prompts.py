@@ -24,7 +24,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize("case", ROWS)
-def test_a_prompt_is_what_inference_would_ask(native_tokenizer, case):
+def test_a_prompt_equals_the_prompt_at_inference(native_tokenizer, case):
     row, messages = ROWS[case]
     examples, report = tokenize_rows(
         [row, row], native_tokenizer, prompts=True, distill_on_prompt=True, weight_key=None
@@ -52,18 +52,18 @@ def test_prompts_are_cached_apart_from_what_is_learned(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "row", [{"text": "running"}, {"messages": [{"role": "assistant", "content": "12"}]}, {"messages": ASKED[:1]}]
 )
-def test_a_row_that_asks_nothing_is_a_bad_row(tokenizer, row):
-    with pytest.raises(LimbeckError, match="rows:0 asks nothing; a prompt needs a user's turn"):
+def test_a_prompt_without_a_user_turn_is_a_bad_row(tokenizer, row):
+    with pytest.raises(LimbeckError, match="rows:0 has no user turn, which a prompt needs"):
         tokenize_rows([row], tokenizer, prompts=True)
 
 
-def test_text_in_tokens_asks_nothing(tmp_path, tokenizer, write_corpus):
+def test_a_pretokenised_document_is_not_a_prompt(tmp_path, tokenizer, write_corpus):
     write_corpus(tmp_path / "corpus", [[5, 6, 7]])
-    with pytest.raises(LimbeckError, match=r"corpus\.bin \(row 0\) is text in tokens, which asks nothing"):
+    with pytest.raises(LimbeckError, match=r"corpus\.bin \(row 0\) is pretokenised text, which has no question"):
         tokenize_files([tmp_path / "corpus"], tokenizer, prompts=True)
 
 
-def test_prompts_are_refused_where_they_are_to_be_learned(tokenizer):
+def test_prompts_without_answers_are_refused_in_training(tokenizer):
     with pytest.raises(
         LimbeckError, match=r"rows:0 is a prompt without an answer \(it has prompt\); a student that writes"
     ):

@@ -85,15 +85,15 @@ SHARE = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "val
         (SHARE, {"conversations": [{"from": "human", "content": "u"}]}, ["conversations[0]", '"value"']),
     ],
 )
-def test_a_bad_row_is_told_with_its_place(first, row, words):
+def test_a_bad_row_is_reported_with_its_location(first, row, words):
     with pytest.raises(LimbeckError) as caught:
         read(row, first=first)
     for word in ["f.jsonl:7", *words]:
         assert word in str(caught.value)
 
 
-def test_a_configured_column_must_exist_and_have_a_meaning():
+def test_a_configured_column_must_exist_and_apply_to_the_format():
     with pytest.raises(LimbeckError, match=r'f\.jsonl:7 has no "hint".*prompt_key'):
         read(QA, RowKeys("question", "answer", prompt="hint"))
-    with pytest.raises(LimbeckError, match="system_key: sys has no meaning"):
+    with pytest.raises(LimbeckError, match="system_key: sys does not apply"):
         read(CHAT, RowKeys("question", "answer", system="sys"))

@@ -21,7 +21,7 @@ CHAT = [
 
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("kind", [{}, {"trim_offsets": True}, {"metaspace": True}])
-def test_what_is_shown_is_what_is_learnt(build_tokenizer, kind, everything):
+def test_the_shown_tokens_are_those_of_training(build_tokenizer, kind, everything):
     tokenizer = build_tokenizer(**kind)
     encoder = make_encoder(tokenizer, TokenizeSettings(template="chatml", distill_on_prompt=everything))
     _, (rendered,) = encoder.texts_of(Record({"messages": CHAT}, "chat.jsonl", 1), "messages")
@@ -73,10 +73,10 @@ def test_a_row_is_printed_with_its_place_and_kinds(chat_file, tokenizer):
     assert "none learned, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=5)
 
 
-def test_a_teacher_that_reads_or_writes_differently_is_told(chat_file, tokenizer, native_tokenizer, build_tokenizer):
+def test_differences_of_the_teacher_are_shown(chat_file, tokenizer, native_tokenizer, build_tokenizer):
     text = printed(chat_file, tokenizer, native_tokenizer)
     assert "reads the same tokens" in text
-    assert "the teacher's own writes another text from character 1 on" in text
+    assert "the teacher's own renders another text from character 1 on" in text
     text = printed(chat_file, tokenizer, build_tokenizer(special=["<|im_end|>", "<|im_start|>", "<|endoftext|>"]))
     assert "tokens differently:" in text
     assert "The tokenizers of student" in text
@@ -91,7 +91,8 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
     text = show([Source.named(path)], 0, tokenizer, translator=translator, template="base", ids=True)
     _, teacher = text.split("\nteacher: ")
     (count, aligned, learned, facing) = re.match(
-        r"(\d+) tokens of \S+; (\d+) of the student's (\d+) learned tokens face (\d+) of them, in \d+ spans", teacher
+        r"(\d+) tokens of \S+; (\d+) of the student's (\d+) learned tokens are aligned with (\d+) of them, in \d+ spans",
+        teacher,
     ).groups()
     assert aligned == learned == re.search(r"student, text: \d+ tokens, (\d+) learned", text)[1]
     shown = re.findall(r":(\d+)(?=[│\n]|$)", teacher)
@@ -99,7 +100,7 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
     assert int(count) == len(shown)
     compared = teacher[teacher.index("compared") :]
     assert len(re.findall(r":\d+(?=[│\n]|$)", compared)) == int(facing)
-    assert re.search(r"span +\S+ faces \S+│\S+", teacher)
+    assert re.search(r"span +\S+ = \S+│\S+", teacher)
     assert "text 2 of" in show(
         [Source.named(path)], 0, tokenizer, translator=translator, template="base", sequence_length=12, overlong="split"
     )
@@ -111,10 +112,10 @@ def test_a_teacher_with_another_tokenizer_is_shown_with_its_own_tokens(tmp_path,
 
 def test_a_template_that_the_tokenizer_spells_out_is_noted(chat_file, build_tokenizer):
     text = show([Source.named(chat_file)], 0, build_tokenizer(special=["<|endoftext|>"]), template="chatml")
-    assert "note      the tokenizer has no token for <|im_start|> and <|im_end|>, which template: chatml writes" in text
+    assert "note      the tokenizer has no token for <|im_start|> and <|im_end|>, which template: chatml uses" in text
 
 
-def test_what_becomes_of_a_long_row_is_told(chat_file, tokenizer):
+def test_the_handling_of_a_long_row_is_shown(chat_file, tokenizer):
     whole = printed(chat_file, tokenizer, None)
     assert ", in " not in whole
     assert "more than 20, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=20, overlong="drop")
@@ -159,6 +160,6 @@ def test_a_pretokenised_row_is_shown_in_words(tmp_path, tokenizer, write_corpus)
     assert "three" in text.replace("│", "")
 
 
-def test_a_row_that_is_not_there_is_told(chat_file, tokenizer):
+def test_a_row_that_does_not_exist_raises_an_error(chat_file, tokenizer):
     with pytest.raises(LimbeckError, match="--row 3 does not exist: the data has 3 rows"):
         show([Source.named(chat_file)], 3, tokenizer)

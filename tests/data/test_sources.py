@@ -55,7 +55,7 @@ def test_an_empty_list_has_no_rows(tmp_path, read_records):
         ("rows.json", b'{\n"data": []\n}', [":1", "JSON list"]),
     ],
 )
-def test_a_mistake_is_told_with_its_line(tmp_path, name, content, words, read_records):
+def test_an_error_is_reported_with_its_line(tmp_path, name, content, words, read_records):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(LimbeckError) as caught:
@@ -78,7 +78,7 @@ def test_a_file_whose_name_looks_like_a_glob_is_that_file(tmp_path):
     assert [path.name for path in expand([tmp_path / "part[1].jsonl"])] == ["part[1].jsonl"]
 
 
-def test_a_missing_file_is_told_with_its_neighbours(tmp_path):
+def test_a_missing_file_is_reported_with_similar_names(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(LimbeckError, match=r"trian\.jsonl does not exist.*did you mean .*train\.jsonl"):
         expand([tmp_path / "trian.jsonl"])
@@ -90,7 +90,7 @@ def test_folders_other_formats_and_empty_patterns_are_refused(tmp_path):
     (tmp_path / "train.xlsx").write_text("")
     with pytest.raises(LimbeckError, match=r"is a folder.*\*\.jsonl"):
         expand([tmp_path])
-    with pytest.raises(LimbeckError, match=r"train\.xlsx is not of a known kind \(\.json, \.jsonl"):
+    with pytest.raises(LimbeckError, match=r"train\.xlsx has an unknown file type \(\.json, \.jsonl"):
         expand([tmp_path / "train.xlsx"])
     with pytest.raises(LimbeckError, match="No file matches"):
         expand([tmp_path / "*.jsonl"])
@@ -102,5 +102,5 @@ def test_a_quote_that_swallows_rows_is_an_error_also_when_bad_rows_are_skipped(t
     path = tmp_path / "rows.csv"
     path.write_text('question,answer\nq,a\nq,"open\n' + "q,a\n" * 20)
     for how in ("error", "skip"):
-        with pytest.raises(LimbeckError, match=r"rows\.csv:3 opens a quote that nothing closes"):
+        with pytest.raises(LimbeckError, match=r"rows\.csv:3 opens a quote that is never closed"):
             tokenize_files([path], tokenizer, template="base", on_bad_row=how)

@@ -298,7 +298,7 @@ def test_validation_sees_every_row_once_and_ranks_stay_in_step(lengths, world_si
             check_counts(part)
 
 
-def test_a_validation_rank_without_rows_gets_a_batch_that_teaches_nothing():
+def test_a_validation_rank_without_rows_gets_an_unsupervised_batch():
     part = [
         fixed_batches(make([5]), batch_size=2, rank=rank, world_size=2, pad_id=PAD, length_round=4)[0]
         for rank in range(2)

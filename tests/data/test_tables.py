@@ -90,14 +90,14 @@ def test_a_csv_row_of_the_wrong_width_or_encoding_is_named_by_its_line(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "file.arrow", "a.jsonl.gz", "a.jsonl.zst"])
-def test_a_file_that_was_cut_off_is_told(tmp_path, name, read_records):
+def test_a_truncated_file_raises_an_error(tmp_path, name, read_records):
     path = write(tmp_path / name)
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(LimbeckError, match=f"{name} cannot be read"):
         list(read_records(path))
 
 
-def test_a_missing_split_is_told_with_those_there_are(tmp_path):
+def test_a_missing_split_is_reported_with_the_existing_ones(tmp_path):
     folder = write(tmp_path / "splits")
     assert len(list(inputs_of(Source(path=(str(folder),), split="test"))[0].read())) == 5
     with pytest.raises(LimbeckError, match="no split valid; it holds train, test"):
@@ -146,7 +146,7 @@ def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, writ
         list(inputs_of(Source(path=(str(tmp_path / "corpus"),)))[0].read())
     for broken, words in (
         (index[:60], "cut off"),
-        (b"other" + index, "not an index"),
+        (b"other" + index, "not a Megatron index"),
         (index[:9] + b"\7" + index[10:], "version 7"),
     ):
         (tmp_path / "corpus.idx").write_bytes(broken)

@@ -60,7 +60,7 @@ def test_without_a_template_the_tokenizers_own_is_used_if_there_is_one(tokenizer
     assert learnt == [f"yes{END}", f"no{END}"]
 
 
-def test_an_answer_that_nothing_ends_gets_eos(tokenizer):
+def test_eos_is_appended_to_an_answer_without_an_end_token(tokenizer):
     jinja = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     jinja += "{% if add_generation_prompt %}assistant: {% endif %}"
     assert rendered(QA, jinja, tokenizer) == (f"user: q?\nassistant: yes{END}", [f"yes{END}"])
@@ -72,7 +72,7 @@ def test_an_unknown_end_marker_is_followed_by_eos(build_tokenizer):
     assert text.endswith(learnt[0])
 
 
-def test_turns_after_the_last_answer_are_kept_but_not_learnt(tokenizer):
+def test_turns_after_the_last_answer_are_kept_but_not_supervised(tokenizer):
     text, learnt = rendered([*QA, {"role": "user", "content": "thanks"}], "base", tokenizer)
     assert (text, learnt) == (f"q?\nyes{END}thanks", [f"yes{END}"])
 
@@ -113,7 +113,7 @@ def test_template_kwargs_reach_the_template(tokenizer):
 
 
 @pytest.mark.parametrize("template", ["chatml", "gemma", "llama3", "mistral", "qwen2_5", "qwen3"])
-def test_markers_that_the_tokenizer_lacks_are_told(build_tokenizer, template):
+def test_markers_without_a_token_are_reported(build_tokenizer, template):
     note = resolve_template(template, build_tokenizer(special=["<|endoftext|>"])).note
     written = re.search("no token for (.*), which", note)[1].split(" and ")
     assert all(marker in NAMED[template] for marker in written)
@@ -121,7 +121,7 @@ def test_markers_that_the_tokenizer_lacks_are_told(build_tokenizer, template):
     assert not resolve_template("base", build_tokenizer(special=["<|endoftext|>"])).note
 
 
-def test_an_answer_that_is_rewritten_later_is_learnt_in_a_text_of_its_own(tokenizer):
+def test_an_answer_that_changes_later_is_supervised_in_its_own_text(tokenizer):
     only_last = (
         "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
@@ -147,7 +147,7 @@ def test_qwen3_shows_each_answer_the_history_that_inference_would_show(tokenizer
     assert texts([QA[0], {**apart[0], "weight": 0}, LONG[3], apart[1]], "qwen3", tokenizer) == split[1:]
 
 
-def test_what_a_prompt_opens_the_answer_goes_on_from(tokenizer):
+def test_an_answer_continues_after_the_opening_in_the_prompt(tokenizer):
     jinja = (
         "{% for m in messages %}{% set c = m.content.split('</think>')[-1] %}[{{ m.role }}]{{ c }}"
         "{{ eos_token if m.role == 'assistant' }}{% endfor %}{% if add_generation_prompt %}[assistant]<think>\n{% endif %}"
@@ -167,7 +167,7 @@ def test_what_a_prompt_opens_the_answer_goes_on_from(tokenizer):
     )
 
 
-def test_thinking_behind_a_prompt_that_forbids_it_is_refused(tokenizer):
+def test_thinking_after_a_prompt_that_disables_it_is_refused(tokenizer):
     thinks = [QA[0], {"role": "assistant", "content": "<think>hm</think>yes"}]
     with pytest.raises(LimbeckError, match=r"turn 1 .* differently in a prompt"):
         texts(thinks, "qwen3", tokenizer, {"enable_thinking": False})
@@ -177,7 +177,7 @@ def test_thinking_behind_a_prompt_that_forbids_it_is_refused(tokenizer):
     assert rendered(QA, "qwen3", tokenizer) == (text, [f"{empty}yes<|im_end|>"])
 
 
-def test_thinking_that_a_template_always_cuts_is_learnt_all_the_same(tokenizer):
+def test_thinking_that_a_template_always_removes_is_still_supervised(tokenizer):
     jinja = NAMED["chatml"].replace("message.content", "message.content.split('</think>')[-1]")
     one = {"role": "assistant", "content": "<think>hm</think>yes"}
     two = {"role": "assistant", "content": "<think>oh</think>no"}
@@ -235,7 +235,7 @@ WITH_TOOLS = [
 
 
 @pytest.mark.parametrize("template", ["qwen2_5", "qwen3"])
-def test_tools_and_calls_are_written_and_results_are_never_learnt(tokenizer, template):
+def test_tools_and_calls_are_rendered_and_results_are_not_supervised(tokenizer, template):
     out = texts(Conversation(WITH_TOOLS, tools=[TOOL]), template, tokenizer)
     call = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     think = "<think>\n\n</think>\n\n" if template == "qwen3" else ""
@@ -254,13 +254,15 @@ def test_tools_and_calls_are_written_and_results_are_never_learnt(tokenizer, tem
     )  # Qwen3 drops the empty thinking block of a call in the history
 
 
-def test_what_a_template_has_no_place_for_is_refused(tokenizer):
+def test_a_row_with_keys_that_the_template_ignores_is_refused(tokenizer):
     for conversation, what in (
         (Conversation(QA, tools=[TOOL]), "tools"),
         (Conversation(WITH_TOOLS), "tool_calls"),
         (Conversation([QA[0], {**QA[1], "reasoning_content": "hm"}]), "reasoning_content"),
     ):
-        with pytest.raises(LimbeckError, match=rf"f\.jsonl:1 has {what}, .*chatml.* has no place"):
+        with pytest.raises(
+            LimbeckError, match=rf"f\.jsonl:1 has {what}, which the chat template .*chatml.* does not render"
+        ):
             texts(conversation, "chatml", tokenizer)
     with pytest.raises(LimbeckError, match="no tool turns"):
         texts([*QA, {"role": "tool", "content": "3"}, LONG[4]], "gemma", tokenizer)
@@ -282,7 +284,7 @@ def test_qwen_names_mean_the_tokenizers_own_template_where_that_is_one(tokenizer
     assert resolve_template("qwen3", native_tokenizer).jinja.endswith(NAMED["qwen3"])
 
 
-def test_the_long_cot_recipe_asks_for_thoughts_and_a_boxed_answer(tokenizer):
+def test_the_long_cot_recipe_requests_thoughts_and_a_boxed_answer(tokenizer):
     own = tokenizer_with(tokenizer, NAMED["chatml"])
     text, _ = rendered(QA, "longCOT_qwen2.5", own)
     assert "<|begin_of_thought|>" in text.split("<|im_end|>")[0]
@@ -311,18 +313,18 @@ def test_a_prompt_file_takes_the_first_question_in(tmp_path, tokenizer):
             texts(QA, "base", tokenizer, prompt_file=str(path))
 
 
-def test_running_text_is_learnt_from_bos_to_eos(tokenizer, native_tokenizer):
+def test_plain_text_is_supervised_from_bos_to_eos(tokenizer, native_tokenizer):
     text = Conversation([{"role": "user", "content": "Once."}], plain=True)
     assert texts(text, None, native_tokenizer) == [(f"<s>Once.{END}", [f"<s>Once.{END}"])]
     assert texts(text, "chatml", tokenizer) == [(f"Once.{END}", [f"Once.{END}"])]
 
 
-def test_a_row_of_which_nothing_is_learnt_is_still_a_text(tokenizer):
+def test_a_row_without_supervised_answers_is_still_a_text(tokenizer):
     silent = [QA[0], {**QA[1], "weight": 0}]
     assert texts(silent, "chatml", tokenizer)[0][1] == []
     hides = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
     assert rendered(silent, hides, tokenizer) == ("q?", [])
-    with pytest.raises(LimbeckError, match="place of the answer is unknown"):
+    with pytest.raises(LimbeckError, match="start of the answer is unknown"):
         rendered(QA, hides, tokenizer)
 
 
@@ -418,7 +420,7 @@ def test_templates_are_rendered_in_a_sandbox(tokenizer):
         rendered(QA, "{{ messages.__class__.__mro__ }}", tokenizer)
 
 
-def test_unknown_and_missing_templates_are_told_with_the_choice(tokenizer, build_tokenizer):
+def test_unknown_templates_are_reported_with_the_known_ones(tokenizer, build_tokenizer):
     with pytest.raises(LimbeckError, match="vicuna is unknown; use native, base, chatml, empty"):
         resolve_template("vicuna", tokenizer)
     with pytest.raises(LimbeckError, match="set template: base or template: chatml"):

@@ -83,7 +83,7 @@ def test_every_assistant_turn_is_supervised_and_nothing_else(tokenizer):
     assert report.files[0].format == "messages"
 
 
-def test_the_end_is_learnt_although_it_is_also_the_padding_token(tokenizer):
+def test_the_end_token_is_supervised_although_it_is_also_the_padding_token(tokenizer):
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     examples, _ = tokenize_rows(ROWS, tokenizer)
     for i in range(len(examples)):
@@ -130,13 +130,13 @@ def test_weights_of_turns_reach_the_examples_through_the_cache_too(tmp_path, tok
     assert tokenize_files([path], tokenizer, template="chatml", cache_dir=tmp_path / "cache")[0].weights is None
 
 
-def test_a_turn_of_weight_zero_is_not_learnt_although_prompts_are(tokenizer):
+def test_a_turn_of_weight_zero_is_not_supervised_even_with_prompts(tokenizer):
     examples, _ = tokenize_rows([{"messages": CHAT}], tokenizer, template="empty", distill_on_prompt=True)
     tokens, labels = examples.row(0)
     assert learnt(tokenizer, labels) == tokenizer.decode(tokens[1:]).replace("three" + END, "")
 
 
-def test_only_the_last_answer_may_be_learnt(tokenizer):
+def test_train_on_last_supervises_only_the_last_answer(tokenizer):
     rows = [{"messages": [{key: turn[key] for key in ("role", "content")} for turn in CHAT]}]
     examples, _ = tokenize_rows(rows, tokenizer, template="chatml", train_on="last")
     assert learnt(tokenizer, examples.row(0)[1]) == "five<|im_end|>"
@@ -177,7 +177,7 @@ def test_long_rows_are_cut_and_rows_without_answer_dropped_and_both_counted(toke
         assert words in str(report)
 
 
-def test_data_with_nothing_to_learn_is_refused(tokenizer):
+def test_data_without_supervised_tokens_is_refused(tokenizer):
     with pytest.raises(LimbeckError, match="raise sequence_length"):
         tokenize_rows(ROWS, tokenizer, sequence_length=3)
     with pytest.raises(LimbeckError, match="rows holds no rows"):
@@ -266,7 +266,7 @@ def test_a_changed_byte_or_tokenizer_misses_the_cache(tmp_path, build_tokenizer)
     assert "Eve" in build_tokenizer().decode(examples.row(0)[0])
 
 
-def test_a_damaged_cache_is_told(tmp_path, tokenizer):
+def test_a_damaged_cache_raises_an_error(tmp_path, tokenizer):
     path, cache = write(tmp_path / "train.jsonl", ROWS), tmp_path / "cache"
     tokenize_files([path], tokenizer, cache_dir=cache)
     (folder,) = cache.iterdir()
@@ -275,13 +275,13 @@ def test_a_damaged_cache_is_told(tmp_path, tokenizer):
         tokenize_files([path], tokenizer, cache_dir=cache)
 
 
-def test_a_cache_that_cannot_be_written_is_told(tmp_path, tokenizer):
+def test_a_cache_that_cannot_be_written_raises_an_error(tmp_path, tokenizer):
     path = write(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(LimbeckError, match="cannot be kept in"):
         tokenize_files([path], tokenizer, cache_dir=path)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path, tokenizer):
+def test_a_full_disk_raises_an_error_and_leaves_no_files(tmp_path, tokenizer):
     resource = pytest.importorskip("resource")
     path, cache = write(tmp_path / "train.jsonl", ROWS), tmp_path / "cache"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -350,7 +350,7 @@ def test_weights_of_rows_multiply_what_is_learned(tokenizer):
     rows = [{**row, "weight": 0.5} if i == 3 else {**row, "weight": 0} if i == 5 else row for i, row in enumerate(ROWS)]
     examples, report = tokenize_rows(rows, tokenizer)
     assert len(examples) == 7
-    assert report.dropped == {"no token to learn": 1}
+    assert report.dropped == {"no supervised token": 1}
     for i in range(7):
         weights = examples.weights[examples.offsets[i] : examples.offsets[i + 1]]
         assert weights.tolist() == [(0.5 if i == 3 else 1) * (label != IGNORE) for label in examples.row(i)[1]]

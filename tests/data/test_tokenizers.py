@@ -16,7 +16,7 @@ def test_another_choice_of_eos_among_the_same_ids_passes(build_tokenizer):
     check_same_tokenizer(build_tokenizer(), build_tokenizer(eos_token="<|im_end|>"))
 
 
-def test_swapped_special_tokens_are_told_with_examples(build_tokenizer):
+def test_swapped_special_tokens_are_reported_with_examples(build_tokenizer):
     student = build_tokenizer(name_or_path="small")
     teacher = build_tokenizer(name_or_path="large", special=["<s>", "<|endoftext|>", "<|im_end|>", "<|im_start|>"])
     with pytest.raises(LimbeckError) as caught:
@@ -56,8 +56,8 @@ def changed(tokenizer, change):
         (lambda content: content["pre_tokenizer"].update(add_prefix_space=True), "pre-tokenizer"),
     ],
 )
-def test_the_same_ids_cut_otherwise_are_refused(build_tokenizer, change, words):
-    with pytest.raises(LimbeckError, match=rf"have the same ids, but cut text differently \(their {words} differ\)"):
+def test_tokenizers_that_split_text_differently_are_refused(build_tokenizer, change, words):
+    with pytest.raises(LimbeckError, match=rf"have the same ids, but split text differently \(their {words} differ\)"):
         check_same_tokenizer(build_tokenizer(), changed(build_tokenizer(), change))
 
 

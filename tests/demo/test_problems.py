@@ -50,7 +50,7 @@ def test_no_hole_is_left_in_a_text():
     assert not any(re.search(r"[{}]", problem.question + problem.answer) for problem in generate(500, seed=3))
 
 
-def test_the_same_seed_tells_the_same_problems_and_another_tells_others():
+def test_problems_depend_on_the_seed_only():
     assert generate(50, seed=4) == generate(50, seed=4)
     assert generate(50, seed=4) != generate(50, seed=5)
 
@@ -66,7 +66,7 @@ def test_questions_are_distinct_and_never_among_the_excluded():
     assert held_out.isdisjoint(training)
 
 
-def test_slips_go_into_about_their_share_of_answers_and_the_chain_goes_on_from_them():
+def test_slips_occur_at_about_their_share_and_later_steps_continue_from_them():
     wrong = 0
     for problem in generate(2000, seed=10, slips=0.3):
         lines = LINE.findall(problem.answer)

@@ -56,7 +56,7 @@ def hooks(model):
     return sum(len(module._forward_hooks) for module in model.modules())
 
 
-def test_hooks_are_gone_afterwards_also_after_an_error(folders):
+def test_hooks_are_removed_also_after_an_error(folders):
     model = load(folders[2])
     before = hooks(model)
     capture = HiddenStateCapture.from_names(body(model), ["model.layers.0.mlp"], "student")
@@ -140,7 +140,7 @@ def test_names_are_the_same_under_lora(folders):
     assert submodules(body(plain)).keys() <= submodules(body(adapted)).keys()
 
 
-def test_what_gives_no_row_per_token_is_told(folders):
+def test_a_submodule_without_one_output_per_token_raises_an_error(folders):
     trunk = body(load(folders[2]))
     capture = HiddenStateCapture.from_names(trunk, ["model.rotary_emb"], "teacher")
     with pytest.raises(
@@ -213,12 +213,12 @@ def test_stars_pair_layers_in_order_and_the_last_with_the_last():
         ),
     ],
 )
-def test_what_cannot_be_paired_is_told(entry, counts, sentence):
+def test_invalid_pairs_raise_errors(entry, counts, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         pairs_of(entry, student=counts[0], teacher=counts[1])
 
 
-def test_the_same_pair_twice_is_told_but_two_losses_are_not():
+def test_a_repeated_pair_raises_an_error_but_two_losses_do_not():
     with pytest.raises(LimbeckError, match="paired twice with cosine"):
         pairs_of(["model.layers.*", "model.layers.*"], ["model.layers.1", "model.layers.1"])
     assert len(pairs_of(["model.norm", "model.norm"], ["model.norm", "model.norm", "mse"])) == 2
@@ -247,7 +247,7 @@ def test_a_star_works_in_megatrons_names():
     )
 
 
-def test_megatrons_name_with_two_counterparts_is_told():
+def test_an_ambiguous_megatron_name_raises_an_error():
     sandwich = names(2, extra=(".pre_feedforward_layernorm", ".post_feedforward_layernorm"))
     with pytest.raises(LimbeckError, match=r"could be .* or .* in the student"):
         resolve_pairs([["decoder.layers.0.pre_mlp_layernorm", "model.norm"]], sandwich, names(2))

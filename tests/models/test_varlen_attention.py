@@ -100,7 +100,7 @@ def parties(family: str, attention: str | None = None, **changes):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_documents_teach_exactly_what_each_teaches_alone(family):
+def test_packed_documents_give_the_gradients_of_single_documents(family):
     student, teacher_model, root, teacher = parties(family)
     parts = documents(11, 1, 4, 9, 7)
     loss, gradient = step(root, teacher, [packed([part]) for part in parts])
@@ -132,7 +132,7 @@ def test_recomputed_layers_keep_documents_apart_too(reentrant):
     torch.testing.assert_close(our_gradient, gradient, rtol=1e-7, atol=1e-9)
 
 
-def test_eager_attention_asked_for_stays_eager_and_agrees():
+def test_configured_eager_attention_stays_eager():
     models = [tiny("llama", attention=kind) for kind in ("sdpa", "eager")]
     batch = packed(documents(8, 5, 12))
     found = []
@@ -182,7 +182,7 @@ def test_flex_attention_takes_what_autocast_leaves(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen2_window", "qwen3", "llama", "mistral", "gemma2"])
-def test_kernels_for_gpus_teach_what_each_document_teaches_alone(family, attention):
+def test_gpu_kernels_give_the_gradients_of_single_documents(family, attention):
     if attention == "flash_attention_2":
         pytest.importorskip("flash_attn")
     dtype = torch.bfloat16 if attention == "flash_attention_2" else torch.float32
@@ -231,9 +231,9 @@ def test_a_saved_model_does_not_carry_the_attention_along(tmp_path):
     assert again.config._attn_implementation == "sdpa"
 
 
-def test_a_model_that_mixes_neighbours_otherwise_is_refused():
+def test_a_recurrent_model_is_refused():
     settings = {"vocab_size": VOCAB, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1, "pad_token_id": 0,
                 "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **settings))
-    with pytest.raises(LimbeckError, match=r"MambaForCausalLM\) does not keep packed rows apart"):
+    with pytest.raises(LimbeckError, match=r"MambaForCausalLM\) does not separate packed rows"):
         enable_varlen_attention(model, "the student")

@@ -47,18 +47,18 @@ def test_steps_that_only_the_abandoned_attempt_reached_are_dropped(tmp_path):
     assert run.curve("train/loss").steps.tolist() == [1, 2, 3, 4]
 
 
-def test_a_half_written_last_line_is_left_out_and_said(tmp_path):
+def test_an_incomplete_last_line_is_skipped_with_a_notice(tmp_path):
     run = load_run(write(tmp_path, [training(1, 3.0)], tail='{"step": 2, "train/lo'))
     assert run.curve("train/loss").steps.tolist() == [1]
     assert "line 2" in run.notices[0]
 
 
-def test_a_run_resumed_after_a_half_written_line_loses_that_line_only(tmp_path):
+def test_a_run_resumed_after_an_incomplete_line_loses_only_that_line(tmp_path):
     write(tmp_path, [training(1, 3.0)], tail='{"step": 2, "tr\n' + json.dumps(training(2, 2.0)) + "\n")
     assert load_run(tmp_path).curve("train/loss").values.tolist() == [3.0, 2.0]
 
 
-def test_a_loss_that_is_not_finite_leaves_the_curve_and_is_said(tmp_path):
+def test_a_non_finite_loss_is_left_out_of_the_curve_with_a_notice(tmp_path):
     run = load_run(write(tmp_path, [training(1, 3.0), training(2, float("nan")), training(3, float("inf"))]))
     assert run.curve("train/loss").steps.tolist() == [1]
     assert "2 logged steps, first at step 2" in run.notices[0]
@@ -75,7 +75,7 @@ def test_a_missing_file_is_named(tmp_path, missing):
 def test_a_torn_run_json_is_named(tmp_path):
     write(tmp_path, [training(1, 3.0)])
     (tmp_path / "run.json").write_text('{"exp_name": "ni')
-    with pytest.raises(LimbeckError, match=r"run\.json holds no JSON object"):
+    with pytest.raises(LimbeckError, match=r"run\.json contains no JSON object"):
         load_run(tmp_path)
 
 
@@ -83,5 +83,5 @@ def test_a_torn_run_json_is_named(tmp_path):
 def test_metrics_without_a_measurement_are_refused(tmp_path, content):
     write(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(LimbeckError, match="holds no measurement"):
+    with pytest.raises(LimbeckError, match="contains no measurement"):
         load_run(tmp_path)

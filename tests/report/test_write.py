@@ -74,7 +74,7 @@ def test_a_run_shows_its_facts_its_curves_its_data_and_its_configuration(tmp_pat
     assert "&quot;seed&quot;: 42" in html[html.index("<details") :]
 
 
-def test_the_page_is_balanced_and_asks_nothing_from_outside(tmp_path):
+def test_the_page_is_balanced_and_self_contained(tmp_path):
     html = report(tmp_path, [make(tmp_path / "a"), make(tmp_path / "b", "plain", distilled=False)])
     balance = Balance()
     balance.feed(html)
@@ -82,7 +82,7 @@ def test_the_page_is_balanced_and_asks_nothing_from_outside(tmp_path):
     assert not re.search(r"https?:|//|@import|url\(|<script|<link|<iframe|<img|\bsrc=|\bhref=", html)
 
 
-def test_every_chart_is_well_formed_and_says_in_words_what_it_shows(tmp_path):
+def test_every_chart_is_well_formed_and_has_a_text_description(tmp_path):
     html = report(tmp_path, [make(tmp_path / "run", steps=200)])
     charts = [ElementTree.fromstring(found) for found in re.findall(r"<svg.*?</svg>", html, re.DOTALL)]
     assert len(charts) == 9
@@ -107,7 +107,7 @@ def test_a_run_keeps_its_colour_where_another_has_no_such_curve(tmp_path):
     assert 'class="line s1"' not in figure
 
 
-def test_runs_of_one_name_are_told_apart(tmp_path):
+def test_runs_with_the_same_name_are_numbered(tmp_path):
     html = report(tmp_path, [make(tmp_path / "a", "night"), make(tmp_path / "b", "night")])
     assert "night (1) <b>" in html
     assert "night (2) <b>" in html
@@ -171,8 +171,8 @@ def test_the_page_of_a_long_run_stays_small(tmp_path):
 def test_notices_about_the_folder_are_shown(tmp_path):
     run = make(tmp_path / "run")
     (tmp_path / "run" / "metrics.jsonl").open("a").write('{"step"')
-    assert "half-written" not in report(tmp_path, [run])
-    assert "half-written" in report(tmp_path, [load_run(tmp_path / "run")])
+    assert "incomplete" not in report(tmp_path, [run])
+    assert "incomplete" in report(tmp_path, [load_run(tmp_path / "run")])
 
 
 @settings(max_examples=50, deadline=None)

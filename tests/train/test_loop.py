@@ -429,7 +429,7 @@ def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(configure, assets
     make_model(tmp_path / "recurrent", kind="mamba", state_size=4)
     changes = {"student.use_sequence_packing": True, "student.training_args.per_device_train_batch_size": 2}
     student = {"student_pretrain": str(tmp_path / "recurrent"), "tokenizer": str(assets / "teacher")}
-    with pytest.raises(LimbeckError, match="does not keep packed rows apart"):
+    with pytest.raises(LimbeckError, match="does not separate packed rows"):
         DistillPipeline(configure(**changes, **student)).run()
 
 

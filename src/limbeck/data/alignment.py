@@ -1,12 +1,10 @@
-"""One text, cut by two tokenizers: what the teacher reads for a batch of the student's, and which tokens face which.
+"""Aligns the tokens of a student and a teacher with different tokenizers.
 
-The rule: the teacher reads the very bytes that the student's tokens stand for, cut by its own tokenizer. Only tokens that
-cannot have the same bytes are translated: the end token into the teacher's end token, further special tokens by a given
-table, and the beginning token, which is the teacher's own or none. Both sequences are then places in one text, and a *span*
-is the shortest stretch at whose ends both have a boundary.
+The teacher reads the bytes of the student's tokens, tokenised by its own tokenizer. Only special tokens are translated: EOS
+to the teacher's EOS, BOS to the teacher's BOS or nothing, and others by a given table. Both token sequences then have
+boundaries in the same text, and a *span* is the shortest part of the text at whose ends both have a boundary.
 
-Models and losses are not known here, and nothing but the student's ids is needed, so a text that a student has just written
-is treated like one from a file.
+Only the student's ids are needed, so generated text is handled like text from a file.
 """
 
 from __future__ import annotations
@@ -31,24 +29,24 @@ if TYPE_CHECKING:
 Ints = NDArray[np.int64]
 
 UNKNOWN = -1
-"""The end of a token that is not a boundary of the text, or of which nobody knows where it is."""
+"""The end of a token that is not a boundary of the text, or whose position is unknown."""
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def common_spans(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
-    """The shortest spans whose ends are boundaries of both: [S, 2] and [S, 2] tokens ``[first, stop)`` of either side.
+    """Returns the shortest spans between common boundaries: tokens ``[first, stop)`` of the student and of the teacher, [S, 2].
 
-    student_ends [n], teacher_ends [m]: where each token ends in the common text, never falling, ``UNKNOWN`` for a token that
-    ends at no boundary. A token without any length belongs to the span after it. What follows the last common boundary is in
-    no span.
+    student_ends [n], teacher_ends [m]: end of each token in the common text, non-decreasing; ``UNKNOWN`` for a token that
+    does not end at a boundary. An empty token belongs to the span after it. Tokens after the last common boundary are in no
+    span.
     """
-    places, stops = [], []
+    boundaries, stops = [], []
     for ends in (student_ends, teacher_ends):
         known, first = np.unique(ends, return_index=True)
-        places.append(known[known != UNKNOWN])
+        boundaries.append(known[known != UNKNOWN])
         stops.append(first[known != UNKNOWN] + 1)
-    _, mine, theirs = np.intersect1d(places[0], places[1], assume_unique=True, return_indices=True)
+    _, mine, theirs = np.intersect1d(boundaries[0], boundaries[1], assume_unique=True, return_indices=True)
     return _between(stops[0][mine]), _between(stops[1][theirs])
 
 
@@ -57,27 +55,27 @@ def _between(stops: Ints) -> Ints:
 
 
 def ends_from_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> Ints:
-    """Where each token ends, in UTF-8 bytes of ``text``, from the characters that it covers [n, 2].
+    """Returns the end of each token in UTF-8 bytes of ``text``, from the characters ``[start, end)`` it covers [n, 2].
 
-    Several tokens that cover parts of one character say so by overlapping; only the last of them ends at a boundary. What no
-    token covers was dropped or merged by a normaliser, so there is no boundary before it either, unless it is blanks, which
-    some tokenizers leave out of the token behind them.
+    Tokens that cover parts of one character overlap; only the last of them ends at a boundary. Text that no token covers was
+    removed or merged by a normaliser, so there is no boundary before it, unless it is blank: some tokenizers exclude blanks
+    from the offsets of the following token.
     """
     if not len(offsets):
         return np.empty(0, dtype=np.int64)
-    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    covered = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
     bytes_before = np.cumsum([0, *(len(character.encode()) for character in text)], dtype=np.int64)
-    reached = np.maximum.accumulate(places[:, 1])
-    later = np.append(np.minimum.accumulate(places[::-1, 0])[::-1][1:], len(text))
+    reached = np.maximum.accumulate(covered[:, 1])
+    later = np.append(np.minimum.accumulate(covered[::-1, 0])[::-1][1:], len(text))
     gaps = [text[end:start].strip(" ") != "" for end, start in zip(reached.tolist(), later.tolist(), strict=True)]
     return np.where((later >= reached) & ~np.array(gaps), bytes_before[reached], UNKNOWN)
 
 
 class TokenText:
-    """The bytes that every token of a tokenizer stands for.
+    """The bytes of every token of a tokenizer.
 
-    Byte-level tokenizers (GPT-2, Llama 3, Qwen) and those that write a blank as ▁ (Llama 2, Gemma, Mistral, T5), with or
-    without single-byte tokens, are known.
+    Supports byte-level tokenizers (GPT-2, Llama 3, Qwen) and tokenizers that write a blank as ▁ (Llama 2, Gemma, Mistral, T5),
+    with or without byte fallback. ``known`` is False for any other.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -85,7 +83,7 @@ class TokenText:
         self.name = tokenizer.name_or_path or type(tokenizer).__name__
         if not tokenizer.is_fast:
             raise LimbeckError(
-                f"The tokenizer {self.name} is not a fast one, so its tokens cannot be placed in the text; use a checkpoint "
+                f"The tokenizer {self.name} is not a fast one, so the text of its tokens is unknown; use a checkpoint "
                 "that holds a tokenizer.json."
             )
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -98,11 +96,11 @@ class TokenText:
         self.unknown = tokenizer.unk_token_id
         vocabulary = tokenizer.get_vocab()
         self.bytes: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
-        self.fallback: set[int] = set()  # tokens that stand for one byte of something that has no token
+        self.fallback: set[int] = set()  # byte-fallback tokens
         for token, index in vocabulary.items():
             self.bytes[index] = self._bytes_of(token, index)
-        self._blank_at_start = self._invents_a_blank("")
-        self._blank_after_token = tokenizer.eos_token is not None and self._invents_a_blank(tokenizer.eos_token)
+        self._blank_at_start = self._adds_a_blank("")
+        self._blank_after_token = tokenizer.eos_token is not None and self._adds_a_blank(tokenizer.eos_token)
 
     def _bytes_of(self, token: str, index: int) -> bytes:
         if index == self.unknown and index not in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id):
@@ -119,12 +117,12 @@ class TokenText:
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
 
-    def _invents_a_blank(self, before: str) -> bool:
+    def _adds_a_blank(self, before: str) -> bool:
         ids = self.tokenizer(before + "x", add_special_tokens=False)["input_ids"]
         return b"".join(self.bytes[index] or b"" for index in ids).removeprefix(before.encode()).startswith(b" ")
 
     def pieces(self, ids: Sequence[int]) -> list[bytes]:
-        """The bytes of each token of a sequence; a blank that the tokenizer puts before a text is none of the text."""
+        """Returns the bytes of each token of a sequence, without a blank that the tokenizer adds before a text."""
         pieces, fresh = [], self._blank_at_start
         for index in ids:
             piece = (self.bytes[index] if index < len(self.bytes) else None) or b""
@@ -137,7 +135,7 @@ class TokenText:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's alphabet: every byte has a printable character, its own if it is printable, else one above 255."""
+    """GPT-2's byte alphabet: a printable byte is its own character, any other a character above 255."""
     shown = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -148,15 +146,18 @@ _BYTE_OF = _byte_characters()
 
 @dataclass(frozen=True)
 class _Reading:
-    """What the teacher reads of one document, and the place in the common text of every byte's end [bytes + 1]."""
+    """A document as text for the teacher, and positions in the common text.
+
+    positions: [bytes + 1] position of the end of every byte. student_ends: [tokens] position of the end of every student token.
+    """
 
     text: str
-    places: Ints
+    positions: Ints
     student_ends: Ints
 
 
 class Translator:
-    """Gives a batch of the student's what the teacher needs to answer it."""
+    """Adds the teacher's tokens to a batch of the student."""
 
     def __init__(
         self,
@@ -167,17 +168,18 @@ class Translator:
         teacher_length: int | None = None,
         teacher_size: int | None = None,
     ) -> None:
-        """tokens: special tokens of the student and the teacher's token for each; end tokens go without saying.
+        """
+        tokens:         special tokens of the student -> tokens of the teacher; EOS is always included.
+        teacher_length: maximum number of tokens that the teacher reads; later tokens are in no span.
+        teacher_size:   vocabulary size of the teacher.
 
-        teacher_length: the most tokens that the teacher reads; later ones are in no span. teacher_size: the tokens that it
-        knows. Raises LimbeckError for a student's tokenizer whose tokens do not say their bytes, and for names in ``tokens``
-        that are no special tokens.
+        Raises LimbeckError for an unsupported student tokenizer, and for names in ``tokens`` that are not special tokens.
         """
         self.student, self.teacher = TokenText(student), TokenText(teacher)
         if not self.student.known:
             raise LimbeckError(
-                f"cross_tokenizer: the tokens of {self.student.name} neither stand for bytes nor write blanks as ▁, so the "
-                "text behind them is unknown; use a student with a byte-level or SentencePiece tokenizer."
+                f"cross_tokenizer: the tokens of {self.student.name} are neither bytes nor write blanks as ▁, so their "
+                "text is unknown; use a student with a byte-level or SentencePiece tokenizer."
             )
         self.teacher_length, self.teacher_size = teacher_length, teacher_size
         self._twins = {student.eos_token_id: teacher.eos_token_id}
@@ -186,9 +188,9 @@ class Translator:
         self._begin = _bos(teacher)
 
     def vocabularies(self, student_size: int, teacher_size: int) -> Vocabularies:
-        """Which tokens are the same: equal bytes, the end tokens, and those of the table. Raises LimbeckError for no one."""
+        """Returns the pairs of equal tokens: same bytes, EOS, and those of the table. Raises LimbeckError if there are none."""
         pairs: dict[int, int] = {}
-        for ours, theirs in self._twins.items():  # of several that are read as one token, the first is its equal
+        for ours, theirs in self._twins.items():  # if several map to the same token, the first is paired with it
             if ours < student_size and theirs < teacher_size and theirs not in pairs.values():
                 pairs[ours] = theirs
         taken = set(pairs.values())
@@ -213,7 +215,7 @@ class Translator:
 
     @staticmethod
     def _groups(text: TokenText, size: int, without: Iterable[int]) -> dict[tuple[bool, bytes], list[int]]:
-        """The ids that stand for the same bytes, the ordinary ones first."""
+        """Groups ids by their bytes, byte-fallback tokens last."""
         without = set(without)
         groups = defaultdict(list)
         for index, piece in enumerate(text.bytes[:size]):
@@ -224,43 +226,43 @@ class Translator:
         return groups
 
     def translate(self, batch: Batch) -> Batch:
-        """The batch with its ``translation``. Every document becomes a row of the teacher's, cut behind its last span."""
+        """Returns the batch with its ``teacher_tokens``. Every document becomes one row, cut after its last span."""
         time = batch.labels.shape[1]
         labels = batch.labels.numpy()
         ids = batch.input_ids.numpy()
         documents = list(_documents(batch))
         readings = [self._read(ids[row, first:stop]) for row, first, stop in documents]
-        answers = self._tokenize([reading.text for reading in readings])
+        tokenised = self._tokenize([reading.text for reading in readings])
 
         order = np.cumsum(labels.reshape(-1) != IGNORE) - 1
         student_span = np.full(len(batch.supervised), -1, dtype=np.int64)
         teacher_span: list[Ints] = []
         rows: list[Ints] = []
-        places: list[Ints] = []
+        positions: list[Ints] = []
         targets: list[Ints] = []
         count = 0
-        for (row, first, stop), reading, (teacher_ids, teacher_ends) in zip(documents, readings, answers, strict=True):
+        for (row, first, stop), reading, (teacher_ids, teacher_ends) in zip(
+            documents, readings, tokenised, strict=True
+        ):
             ours = ids[row, first:stop]
-            known = np.where(teacher_ends >= 0, reading.places[teacher_ends], UNKNOWN)
+            known = np.where(teacher_ends >= 0, reading.positions[teacher_ends], UNKNOWN)
             mine, theirs = common_spans(reading.student_ends, known)
             learned = np.concatenate(([False], labels[row, first : stop - 1] != IGNORE))
             if self.student.unknown is not None:
                 learned &= (ours != self.student.unknown) | np.isin(ours, list(self._twins))
-            # The first token of a row follows nothing, so nobody predicts it.
-            asked = np.arange(len(teacher_ids)) > 0
+            # No position predicts the first token of a row.
+            predicted = np.arange(len(teacher_ids)) > 0
             if self.teacher.unknown is not None:
-                asked &= (teacher_ids != self.teacher.unknown) | np.isin(teacher_ids, list(self._twins.values()))
-            keep = _all_within(learned, mine) & _all_within(asked, theirs)
+                predicted &= (teacher_ids != self.teacher.unknown) | np.isin(teacher_ids, list(self._twins.values()))
+            keep = _all_within(learned, mine) & _all_within(predicted, theirs)
             mine, theirs = mine[keep], theirs[keep]
             numbers = np.arange(count, count + len(mine))
             at = _members(mine) + row * time + first - 1
             student_span[order[at]] = np.repeat(numbers, mine[:, 1] - mine[:, 0])
             members = _members(theirs)
-            rows.append(
-                teacher_ids[: members[-1] if len(members) else 1]
-            )  # what is behind the last question is not read
+            rows.append(teacher_ids[: members[-1] if len(members) else 1])  # later tokens are not needed
             teacher_span.append(np.repeat(numbers, theirs[:, 1] - theirs[:, 0]))
-            places.append(members - 1)
+            positions.append(members - 1)
             targets.append(teacher_ids[members])
             count += len(mine)
 
@@ -268,11 +270,11 @@ class Translator:
         input_ids = np.zeros((max(1, len(rows)), longest), dtype=np.int64)
         for i, tokens in enumerate(rows):
             input_ids[i, : len(tokens)] = tokens
-            places[i] += i * longest
+            positions[i] += i * longest
         spans = Spans.of(student_span, _joined(teacher_span), _weights(batch, student_span, count))
         teacher_tokens = TeacherTokens(
             input_ids=torch.from_numpy(input_ids),
-            supervised=torch.from_numpy(_joined(places)),
+            supervised=torch.from_numpy(_joined(positions)),
             labels=torch.from_numpy(_joined(targets)),
             spans=spans,
             aligned_tokens=int((student_span >= 0).sum()),
@@ -281,30 +283,30 @@ class Translator:
         return replace(batch, teacher_tokens=teacher_tokens)
 
     def _read(self, ids: Ints) -> _Reading:
-        text, places, ends, here = bytearray(), [0], [], 0
+        text, positions, ends, here = bytearray(), [0], [], 0
         student_bos = self.student.tokenizer.bos_token_id
         for i, (index, piece) in enumerate(zip(ids.tolist(), self.student.pieces(ids.tolist()), strict=True)):
             twin = self._twins.get(index)
             if i == 0 and index == student_bos:
-                pass  # the teacher begins in its own way
+                pass  # the teacher has its own BOS or none
             elif twin is not None:
                 content = self.teacher.bytes[twin] or b""
                 text += content
                 here += 1
-                places += [UNKNOWN] * (len(content) - 1) + [here]
+                positions += [UNKNOWN] * (len(content) - 1) + [here]
             else:
                 text += piece
-                places += range(here + 1, here + len(piece) + 1)
+                positions += range(here + 1, here + len(piece) + 1)
                 here += len(piece)
             ends.append(here)
         try:
             whole = text.decode()
-        except UnicodeDecodeError as error:  # a row that is cut within a character, or a student that wrote no text
+        except UnicodeDecodeError as error:  # a row truncated inside a character, or generated bytes that are not UTF-8
             whole = text[: error.start].decode()
-        return _Reading(whole, np.asarray(places, dtype=np.int64), np.asarray(ends, dtype=np.int64))
+        return _Reading(whole, np.asarray(positions, dtype=np.int64), np.asarray(ends, dtype=np.int64))
 
     def _tokenize(self, texts: Sequence[str]) -> list[tuple[Ints, Ints]]:
-        """For each text the teacher's ids, with its beginning token, and where each ends in bytes of the text."""
+        """Returns, for each text, the teacher's ids including BOS, and the end of each in bytes of the text."""
         if not texts:
             return []
         encoded = self.teacher.tokenizer(
@@ -316,22 +318,22 @@ class Translator:
             truncation=False,
             verbose=False,
         )
-        answers = []
+        results = []
         for text, ids, offsets in zip(texts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             pieces = self.teacher.pieces(ids)
             if b"".join(pieces) == text.encode():
                 ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-            else:  # a normaliser has changed the text; the tokenizer still knows where its tokens come from
+            else:  # a normaliser has changed the text; the offsets still refer to the original
                 ends = ends_from_offsets(text, offsets)
             if self.teacher_size is not None and max(ids, default=0) >= self.teacher_size:
                 raise LimbeckError(
-                    f"the teacher's tokenizer {self.teacher.name} gives token id {max(ids)}, but the teacher knows only "
+                    f"the teacher's tokenizer {self.teacher.name} gives token id {max(ids)}, but the teacher has only "
                     f"{self.teacher_size} tokens; use the tokenizer that it was trained with."
                 )
             begin = [] if self._begin is None else [self._begin]
             whole = np.asarray([*begin, *ids], dtype=np.int64)[: self.teacher_length]
-            answers.append((whole, np.concatenate([np.zeros(len(begin), dtype=np.int64), ends])[: self.teacher_length]))
-        return answers
+            results.append((whole, np.concatenate([np.zeros(len(begin), dtype=np.int64), ends])[: self.teacher_length]))
+        return results
 
 
 def _id_of(tokenizer: PreTrainedTokenizerBase, token: str, role: str) -> int:
@@ -345,13 +347,13 @@ def _id_of(tokenizer: PreTrainedTokenizerBase, token: str, role: str) -> int:
 
 
 def _bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that a text begins with, if the tokenizer puts one."""
+    """BOS, if the tokenizer adds it to a text."""
     begin = tokenizer.bos_token_id
     return begin if begin is not None and tokenizer("")["input_ids"][:1] == [begin] else None
 
 
 def _documents(batch: Batch) -> Iterable[tuple[int, int, int]]:
-    """(row, first, stop) of every document with something to learn, up to its last supervised token."""
+    """Yields (row, first, stop) of every document with a supervised token, up to the last of these."""
     labels = batch.labels.numpy()
     for row in range(labels.shape[0]):
         begins = np.array([0])
@@ -364,20 +366,20 @@ def _documents(batch: Batch) -> Iterable[tuple[int, int, int]]:
 
 
 def _all_within(good: NDArray[np.bool_], spans: Ints) -> NDArray[np.bool_]:
-    """Which spans [S, 2] have nothing but good tokens."""
+    """Returns which spans [S, 2] contain only tokens that are ``good``."""
     before = np.concatenate(([0], np.cumsum(~good)))
     return before[spans[:, 1]] == before[spans[:, 0]]
 
 
 def _members(spans: Ints) -> Ints:
-    """The tokens of all spans [S, 2], one after another."""
+    """Returns the tokens of all spans [S, 2], concatenated."""
     lengths = spans[:, 1] - spans[:, 0]
     skipped = spans[:, 0] - (np.cumsum(lengths) - lengths)
     return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(skipped, lengths)
 
 
 def _weights(batch: Batch, student_span: Ints, count: int) -> NDArray[np.float32]:
-    """[count] the mean weight of each span's tokens."""
+    """Returns the mean weight of each span's tokens, [count]."""
     if batch.weights is None:
         return np.ones(count, dtype=np.float32)
     inside = student_span >= 0

@@ -1,7 +1,7 @@
-"""Tokenised data kept on disk under a hash of everything it depends on.
+"""Cache of tokenised data on disk, under a hash of everything that it depends on.
 
-An entry is written under another name and renamed, so one that is there is whole. Of several processes that want the same
-entry one makes it, and the others wait.
+An entry is written under a temporary name and renamed, so an existing entry is complete. If several processes need the same
+entry, one makes it and the others wait.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from limbeck.data.sources import Input, Source
 
 VERSION = 4
-"""Raise it whenever the same input would give other arrays or another report."""
+"""Increase it whenever the same input gives other arrays or another report."""
 
 ARRAYS = ("tokens", "labels", "offsets", "supervised")
 OPTIONAL_ARRAYS = ("weights", "groups")
 _REMEMBERED = 1 << 26
-"""Bytes from which on a file's hash is remembered; reading less again takes no time."""
+"""File size in bytes above which a file's hash is kept; smaller files are hashed again each time."""
 
 
 def cache_key(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, cache_dir: Path) -> str:
-    """The hash of the files' bytes, what is read from them and how, the tokenizer, the template and the settings."""
+    """Returns the hash of the files' bytes, how they are read, the tokenizer, the template and the settings."""
     contents = [
         [
             source.format,
@@ -49,7 +49,7 @@ def cache_key(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encode
     ]
     tokenizer = encoder.tokenizer
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    del backend["truncation"], backend["padding"]  # traces of earlier calls
+    del backend["truncation"], backend["padding"]  # set by earlier calls
     settings = {**asdict(encoder.settings), "template": asdict(encoder.template), "workers": None}
     everything = [VERSION, contents, backend, tokenizer.special_tokens_map, settings]
     return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()
@@ -57,10 +57,10 @@ def cache_key(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encode
 
 @contextmanager
 def entry(folder: Path) -> Iterator[Path | None]:
-    """A new folder to write the entry ``folder`` into, or None if it is there already, perhaps by now.
+    """Yields a new folder to write the entry into, or None if ``folder`` exists, possibly after waiting for its maker.
 
-    Leaving the block without an error puts the entry in place; an error leaves nothing behind. Raises LimbeckError if
-    the disk refuses.
+    If the block ends without an error, the folder is renamed to ``folder``; otherwise it is removed. Raises LimbeckError if
+    the disk cannot be written.
     """
     if folder.exists():
         yield None
@@ -72,7 +72,7 @@ def entry(folder: Path) -> Iterator[Path | None]:
             if folder.exists():
                 yield None
                 return
-            if alone:  # then what lies here was left by a process that was killed
+            if alone:  # then other temporary folders were left by a process that was killed
                 for left in folder.parent.glob(f"{folder.name}.*"):
                     if left.is_dir():
                         shutil.rmtree(left, ignore_errors=True)
@@ -81,7 +81,7 @@ def entry(folder: Path) -> Iterator[Path | None]:
             try:
                 unfinished.rename(folder)
             except OSError:
-                if not folder.exists():  # it exists if another process was first, with the same content
+                if not folder.exists():  # another process made the same entry first
                     raise
     except OSError as error:
         raise LimbeckError(
@@ -93,7 +93,7 @@ def entry(folder: Path) -> Iterator[Path | None]:
 
 
 def load(folder: Path, names: Sequence[str]) -> tuple[Examples, DataReport]:
-    """An entry, its arrays mapped into memory; ``names`` are those of the inputs, which may have moved."""
+    """Loads an entry with memory-mapped arrays. ``names`` are the current names of the inputs, which may have moved."""
     try:
         arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS}
         optional = {name: folder / f"{name}.npy" for name in OPTIONAL_ARRAYS}
@@ -113,13 +113,13 @@ def _mapped(path: Path) -> Any:
 
 
 def _sha256(path: Path, cache_dir: Path) -> str:
-    """The hash of a file's content. For a large one it is remembered by path, size and time of the last change."""
+    """Returns the hash of a file's content. That of a large file is kept by path, size and modification time."""
     try:
         facts = path.stat()
         place = str(path.resolve())
         known = [place, facts.st_size, facts.st_mtime_ns]
         memo = cache_dir / "hashes" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()}.json"
-        # A file changed a moment ago may change again within the same tick of its clock.
+        # A file that was just modified may change again without a new modification time.
         remember = facts.st_size >= _REMEMBERED and time.time() - facts.st_mtime > 2
         if remember:
             with suppress(OSError, ValueError):
@@ -133,7 +133,7 @@ def _sha256(path: Path, cache_dir: Path) -> str:
     except OSError as error:
         raise LimbeckError(f"{path} cannot be read ({error}).") from error
     if remember:
-        with suppress(OSError):  # only time is lost
+        with suppress(OSError):  # without it the file is hashed again
             memo.parent.mkdir(parents=True, exist_ok=True)
             written = memo.with_name(f"{memo.name}.{uuid.uuid4().hex}")
             written.write_text(json.dumps([*known, hashed.hexdigest()]), encoding="utf-8")
@@ -143,7 +143,7 @@ def _sha256(path: Path, cache_dir: Path) -> str:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of an entry; False where the system or the disk has no locks, and every process works for itself."""
+    """Holds the lock of an entry. Yields False if the system or the disk has no locks; then every process makes the entry."""
     try:
         import fcntl
     except ImportError:
@@ -156,7 +156,7 @@ def _locked(path: Path) -> Iterator[bool]:
             except OSError:
                 yield False
                 return
-            if not _is_still(path, file):  # who held it took it away, so it keeps nobody else out
+            if not _is_still(path, file):  # its last holder deleted the file, so this lock excludes no other process
                 continue
             try:
                 yield True
@@ -166,7 +166,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 def _is_still(path: Path, file: IO[str]) -> bool:
-    """Whether the open ``file`` is the one that ``path`` names."""
+    """Returns whether ``path`` still names the open ``file``."""
     try:
         return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -1,7 +1,4 @@
-"""From rows to token ids and shifted labels: the work that every process of a tokenisation does alike.
-
-Files, caches and processes are not known here.
-"""
+"""Encodes rows into token ids and shifted labels. Every tokenising process does this work."""
 
 from __future__ import annotations
 
@@ -25,22 +22,26 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TOKENS = "tokens"
-"""The format of rows that are token ids already."""
+"""The format of pretokenised rows."""
 
 OVERLONG = ("truncate", "drop", "split")
 
 
 @dataclass(frozen=True)
 class TokenizeSettings:
-    """What the tokens of a row depend on, beside the row and the tokenizer.
+    """How rows are tokenised.
 
-    template, template_kwargs, default_system, prompt_file, train_on: see ``templates.resolve_template``. question_key,
-    answer_key, prompt_key, system_key: columns of a question-and-answer row. weight_key: the column that multiplies a row's
-    loss. domain_key: the column that says to which domain a row belongs. sequence_length: tokens that a row may have.
-    overlong: what happens to longer ones: ``truncate`` (cut from the right), ``drop``, or ``split`` (into consecutive rows
-    of that length). on_bad_row: ``error`` or ``skip``. distill_on_prompt: learn every token. prompts: write each row up to its
-    last answer and ask for that, for a model that is to write it; nothing is learned, and longer rows are dropped. workers:
-    processes; None for as many as the data is worth.
+    template, template_kwargs, default_system, prompt_file, train_on: see ``templates.resolve_template``.
+    question_key, answer_key, prompt_key, system_key: columns of a question-and-answer row.
+    weight_key:        column with the factor of a row's loss.
+    domain_key:        column with the domain of a row.
+    sequence_length:   maximum number of tokens in a row.
+    overlong:          handling of longer rows: ``truncate`` (from the right), ``drop``, or ``split`` (into consecutive rows).
+    on_bad_row:        ``error`` or ``skip``.
+    distill_on_prompt: supervise every token.
+    prompts:           render each row up to its last answer, followed by the generation prompt. Nothing is supervised, and
+                       longer rows are dropped.
+    workers:           number of processes; None chooses it by the size of the data.
     """
 
     template: str | None = None
@@ -78,10 +79,10 @@ class TokenizeSettings:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A batch of rows as tokens: the fields of ``Examples`` that it adds, and what is to be counted.
+    """An encoded batch of rows: its part of ``Examples``, and counts for the report.
 
-    lengths, supervised: [rows]. domains: of each row, if a column names it. bad: rows that cannot be used, in order.
-    counts: rows read, rewritten, texts of these, truncated, cut_answers, split; dropped: by reason.
+    lengths, supervised: [rows]. domains: of each row, if a column names it. bad: unusable rows, in order. counts: see the
+    fields of ``DataReport``. dropped: number of rows, by reason.
     """
 
     tokens: NDArray[np.int32]
@@ -97,14 +98,14 @@ class Encoded:
 
 @dataclass
 class Encoder:
-    """Turns batches of items into tokens; the same in every process."""
+    """Encodes batches of items; every process holds a copy."""
 
     tokenizer: PreTrainedTokenizerBase
     template: Template
     settings: TokenizeSettings
 
     def encode(self, items: Sequence[Item], form: str) -> Encoded:
-        """The tokens of ``items``, whose rows have the shape ``form``. Bad rows are returned, not raised."""
+        """Encodes ``items``, whose rows have the format ``form``. Bad rows are returned, not raised."""
         batch = _Batch(self.settings)
         texts: list[Rendered] = []
         domains: list[str] = []  # of each text
@@ -114,7 +115,7 @@ class Encoder:
             elif isinstance(item, Document):
                 try:
                     if self.settings.prompts:
-                        raise RowError("no question", f"{item.where} is text in tokens, which asks nothing.")
+                        raise RowError("no question", f"{item.where} is pretokenised text, which has no question.")
                     ids = document_ids(item)
                 except RowError as error:
                     batch.bad.append(BadRow(item.file, 0, item.number, error.kind, str(error)))
@@ -130,7 +131,10 @@ class Encoder:
         return batch.done()
 
     def texts_of(self, record: Record, form: str) -> tuple[Conversation, tuple[Rendered, ...]]:
-        """A row of the shape ``form`` as a conversation, and the texts it is written as; raises LimbeckError for a bad one."""
+        """Returns the conversation and the rendered texts of a row with the format ``form``.
+
+        Raises LimbeckError for a bad row.
+        """
         conversation = reader(form, self.settings.keys, self.settings.prompts)(record)
         texts = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, record.where)
         for one in texts:
@@ -141,7 +145,7 @@ class Encoder:
         return conversation, texts
 
     def domain_of(self, record: Record) -> str:
-        """What the row says in the column of domains; empty if there is no such column."""
+        """Returns the value of the row's ``domain_key`` column; empty if none is configured."""
         key = self.settings.domain_key
         if key is None:
             return ""
@@ -151,7 +155,7 @@ class Encoder:
         return str(value)
 
     def _texts(self, item: Record | Line, form: str, batch: _Batch) -> tuple[tuple[Rendered, ...], str]:
-        """The texts of an item and its domain; no text for a bad row, which the batch is told."""
+        """Returns the texts of an item and its domain. A bad row has no text and is added to ``batch.bad``."""
         number = item.number if isinstance(item, Record) else None
         where = place(item.file, item.line, number)
         try:
@@ -163,9 +167,9 @@ class Encoder:
         except LimbeckError as error:
             batch.bad.append(BadRow(item.file, item.line, number, "refused by the template", str(error)))
         except (ArithmeticError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            # Whatever a chat template does with a row of an unforeseen shape; the row is at fault, not the run.
-            said = " ".join(str(error).split()) or type(error).__name__
-            reason = f"{where}: the chat template ({self.template.name}) cannot render this row: {said}"
+            # A chat template may raise any of these for a row that it does not expect.
+            message = " ".join(str(error).split()) or type(error).__name__
+            reason = f"{where}: the chat template ({self.template.name}) cannot render this row: {message}"
             batch.bad.append(BadRow(item.file, item.line, number, "refused by the template", reason))
         else:
             if len(texts) > 1:
@@ -176,26 +180,26 @@ class Encoder:
     def _encode(
         self, rendered: Sequence[Rendered]
     ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_], NDArray[np.float32] | None]]:
-        """Token ids [n], which of them are supervised [n], and their weights [n] or None, for each text."""
+        """Yields, for each text, token ids [n], which of them are supervised [n], and their weights [n] or None."""
         backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()  # traces of earlier calls
+        backend.no_truncation()  # earlier calls may have enabled these
         backend.no_padding()
         encodings = backend.encode_batch([r.text for r in rendered], add_special_tokens=False)
         encodings.reverse()
         everything = self.settings.distill_on_prompt and not self.settings.prompts
         for r in rendered:
-            encoding = encodings.pop()  # freed one by one: an encoding holds many times its text
+            encoding = encodings.pop()  # freed one by one, because an encoding is many times larger than its text
             ids = np.array(encoding.ids, dtype=np.int32)
-            places = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-            yield ids, *supervise(places, r.spans, everything, r.weight)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            yield ids, *supervise(offsets, r.spans, everything, r.weight)
 
 
 def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings) -> Encoder:
-    """The encoder that the settings ask for; raises LimbeckError for a template or tokenizer that cannot be used."""
+    """Returns the encoder of the settings. Raises LimbeckError for an unusable template or tokenizer."""
     if not tokenizer.is_fast:
         raise LimbeckError(
-            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the place of "
-            "an answer among its tokens is unknown; use a checkpoint that holds a tokenizer.json."
+            f"The tokenizer {tokenizer.name_or_path} ({type(tokenizer).__name__}) is not a fast one, so the tokens "
+            "of an answer are unknown; use a checkpoint that holds a tokenizer.json."
         )
     template = resolve_template(
         settings.template,
@@ -209,7 +213,7 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
 
 
 def document_ids(document: Document) -> NDArray[np.int32]:
-    """[n] the tokens of a document; raises RowError if one is no token id."""
+    """Returns the token ids [n] of a document. Raises RowError for a number outside of the range of token ids."""
     ids = document.ids
     if len(ids) and (ids.min() < 0 or ids.max() >= 2**31):
         wrong = ids.min() if ids.min() < 0 else ids.max()
@@ -221,7 +225,7 @@ def document_ids(document: Document) -> NDArray[np.int32]:
 
 
 class _Batch:
-    """The rows of a batch as they are found, cut, split or dropped as the settings say."""
+    """Collects the rows of a batch, truncated, split or dropped as the settings require."""
 
     def __init__(self, settings: TokenizeSettings) -> None:
         self._limit = settings.sequence_length
@@ -240,20 +244,20 @@ class _Batch:
         weights: NDArray[np.float32] | None,
         domain: str,
     ) -> None:
-        """One row, before it is cut."""
+        """Adds one row of any length."""
         limit, overlong = self._limit, len(ids) > self._limit
         if overlong and (self._prompts or self._overlong == "drop"):
             self.dropped[f"longer than {limit} tokens"] += 1
             return
         if overlong and self._overlong == "truncate":
-            # The cut is inside a turn if it separates two neighbours that are both learned.
+            # The cut is inside a turn if the tokens on both sides of it are supervised.
             inside = bool(supervised[limit] and supervised[limit - 1])
             ids = ids[:limit]
         labels, weights = shift(ids, supervised, weights)
         count = int(np.count_nonzero(labels != IGNORE))
         if not count and not self._prompts:
             cut = overlong and self._overlong == "truncate"
-            self.dropped[f"no supervised token in the first {limit}" if cut else "no token to learn"] += 1
+            self.dropped[f"no supervised token in the first {limit}" if cut else "no supervised token"] += 1
             return
         if not overlong or self._overlong == "truncate":
             if overlong:
@@ -264,7 +268,7 @@ class _Batch:
         self.counts["split"] += 1
         for start in range(0, len(ids), limit):
             part = slice(start, start + limit)
-            # The last position of a piece still knows what comes next, so no target is lost between two pieces.
+            # Labels are shifted before the split, so the last position of a piece keeps its target.
             here = int(np.count_nonzero(labels[part] != IGNORE))
             if here:
                 self._keep(ids[part], labels[part], None if weights is None else weights[part], here, domain)

@@ -108,7 +108,9 @@ class DataReport:
         dropped = "; ".join(f"{count:,} dropped: {reason}" for reason, count in self.dropped.items()) or "none dropped"
         texts = ""
         if self.rewritten:
-            texts = f" ({self.rewritten:,} rows are written as {self.texts:,} texts, which show each answer as it was asked)"
+            texts = (
+                f" ({self.rewritten:,} rows are written as {self.texts:,} texts, which show each answer as generated)"
+            )
         cut = f"{self.truncated:,} rows truncated to {self.sequence_length} tokens"
         if self.cut_answers:
             cut += f" ({self.cut_answers:,} of them inside an answer, so its end is not learned)"

@@ -1,7 +1,4 @@
-"""From a row of any known shape to a conversation: a list of ``{"role", "content"}`` messages.
-
-Which shapes are known stands in ``FORMATS``. How a conversation becomes text is not known here.
-"""
+"""Converts a row of any format in ``FORMATS`` to a conversation: a list of ``{"role", "content"}`` messages."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from limbeck.data.sources import Record, RowError
 from limbeck.errors import LimbeckError
 
 Message = dict[str, Any]
-"""``role`` and ``content`` are strings; further keys (``reasoning_content``, …) go to the template as they are."""
+"""``role`` and ``content`` are strings; other keys (``reasoning_content``, …) are passed to the template."""
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _SPEAKERS = {
@@ -39,8 +36,10 @@ _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "targ
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Which keys of a row hold what: question, answer, and the optional columns ``prompt`` and ``system`` of a
-    question-and-answer row; in rows of every shape ``weight``, and ``domain``, by which rows are mixed."""
+    """The keys of a row.
+
+    question, answer, prompt, system: of a question-and-answer row. weight, domain: of a row of any format.
+    """
 
     question: str
     answer: str
@@ -52,19 +51,20 @@ class RowKeys:
 
 @dataclass(frozen=True)
 class Conversation:
-    """One row as it will be rendered.
+    """One row before rendering.
 
-    messages: the turns, in order; an assistant turn's ``weight`` (0: not learned) multiplies the loss of its tokens.
-    tools: what the template is told of tools. weight: multiplies the loss of every supervised token of the row.
-    plain: running text in one message: no template, every token is learned. asks: a prompt to be answered: the template's
-    generation prompt follows, and nothing is learned.
+    messages: the turns, in order; an assistant turn's ``weight`` multiplies the loss of its tokens (0: not supervised).
+    tools:    tool definitions for the template.
+    weight:   factor of the loss of every supervised token of the row.
+    plain:    plain text in one message: rendered without a template, and every token is supervised.
+    is_prompt: a prompt: the template's generation prompt follows, and nothing is supervised.
     """
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None = None
     weight: float = 1.0
     plain: bool = False
-    asks: bool = False
+    is_prompt: bool = False
 
 
 ToConversation = Callable[[Record], Conversation]
@@ -72,9 +72,13 @@ ToConversation = Callable[[Record], Conversation]
 
 @dataclass(frozen=True)
 class Format:
-    """A shape of rows: how to speak of it, by which keys it is known, and how its messages are read.
+    """A row format.
 
-    columns: whether ``prompt_key`` and ``system_key`` have a meaning; other shapes have a system message of their own.
+    shown:   its name in reports.
+    marks:   the keys by which it is detected.
+    read:    returns the messages of a row.
+    columns: whether ``prompt_key`` and ``system_key`` apply; other formats contain their own system message.
+    plain:   whether rows are plain text.
     """
 
     shown: str
@@ -85,9 +89,9 @@ class Format:
 
 
 def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
-    """The name in ``FORMATS`` of a source's shape, detected from its first row.
+    """Detects the format of a source from its first row and returns its name in ``FORMATS``.
 
-    Raises LimbeckError for prompts without answers, unless ``prompts`` are what is wanted.
+    Raises LimbeckError for a prompt without an answer, unless ``prompts`` is set.
     """
     there = {*first.row, *(_answer_keys(keys).values() if prompts else ())}
     if keys.question in there and keys.answer in there:
@@ -104,16 +108,15 @@ def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
 
 
 def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
-    """The function that reads every row of the shape ``name``; with ``prompts`` as far as its last answer, if it has one.
+    """Returns the function that reads rows of the format ``name``; with ``prompts``, up to the last answer.
 
-    It raises RowError, with the row's place, for a row that lacks its keys, holds something that is not text, or has no
-    answer to learn from.
+    The function raises RowError, with the row's location, for a row with missing keys, non-text values, or no answer.
     """
     form = FORMATS[name]
     answer = _answer_keys(keys).get(name) if prompts else None
 
     def read(record: Record) -> Conversation:
-        if answer is not None:  # whatever stands there is not read
+        if answer is not None:  # its value is not used
             record = record._replace(row={**record.row, answer: "…"})
         messages = form.read(record, keys)
         weight = (
@@ -124,7 +127,7 @@ def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
                 _asked(record, messages if form.columns else _with_system(record, messages), form),
                 _tools(record),
                 weight,
-                asks=True,
+                is_prompt=True,
             )
         if form.plain:
             return Conversation(messages, weight=weight, plain=True)
@@ -136,31 +139,31 @@ def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
 
 
 def _answer_keys(keys: RowKeys) -> dict[str, str]:
-    """Where a row of each shape that has a column for it keeps its answer."""
+    """Format -> the column of the answer, for formats that have one."""
     return {"question_answer": keys.answer, "prompt_completion": "completion", "instruction": "output"}
 
 
 def _asked(record: Record, messages: list[Message], form: Format) -> list[Message]:
-    """The turns before the answer that a conversation ends with."""
+    """Returns the turns before a final answer."""
     turns = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
     if form.plain or not any(message["role"] == "user" for message in turns):
-        raise RowError("no question", f"{record.where} asks nothing; a prompt needs a user's turn.")
+        raise RowError("no question", f"{record.where} has no user turn, which a prompt needs.")
     return turns
 
 
 def shown_format(name: str, keys: RowKeys) -> str:
-    """How to speak of a shape."""
+    """Returns the name of a format in reports."""
     return FORMATS[name].shown.format(question=keys.question, answer=keys.answer)
 
 
 def check_columns(name: str, keys: RowKeys, source: str) -> None:
-    """Raise LimbeckError for a configured column that rows of this shape do not have."""
+    """Raises LimbeckError for a configured column that does not apply to this format."""
     if FORMATS[name].columns:
         return
     for setting, key in (("prompt_key", keys.prompt), ("system_key", keys.system)):
         if key is not None:
             raise LimbeckError(
-                f'{source} has rows of the shape "{FORMATS[name].shown}", for which {setting}: {key} has no meaning; '
+                f'{source} has rows of the format "{FORMATS[name].shown}", to which {setting}: {key} does not apply; '
                 "put that text into the conversation's turns, or remove the setting."
             )
 
@@ -224,11 +227,11 @@ FORMATS: dict[str, Format] = {
     "instruction": Format("instruction/input/output", ("instruction", "output"), _instruction),
     "text": Format("text", ("text",), _running_text, plain=True),
 }
-"""The shapes by name, in the order in which they are tried on a source's first row."""
+"""Name -> format, in the order in which they are detected."""
 
 
 def _turns(record: Record, key: str) -> list[Message]:
-    """The messages of a list of turns, each ``{"role", "content"}`` or ``{"from", "value"}``."""
+    """Returns the messages of a list of turns, each ``{"role", "content"}`` or ``{"from", "value"}``."""
     turns = _given(record, key)
     if isinstance(turns, str):  # a column of a table that holds JSON
         turns = _parsed(turns)
@@ -238,7 +241,7 @@ def _turns(record: Record, key: str) -> list[Message]:
 
 
 def _message(item: dict[str, Any], where: str) -> Message:
-    # A table fills what a turn does not have with nulls.
+    # Tables store missing keys as nulls.
     item = {name: value for name, value in item.items() if value is not None}
     share = "from" in item and "role" not in item
     speaker = _member(item, "from" if share or ("role" not in item and "value" in item) else "role", where)
@@ -272,7 +275,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
 
 
 def _joined(content: Any) -> Any:
-    """The text of a content that is given in parts, if all of them are text."""
+    """Joins a content given in parts, if all of them are text."""
     if not isinstance(content, list):
         return content
     texts = [part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content]
@@ -280,7 +283,7 @@ def _joined(content: Any) -> Any:
 
 
 def _calls(text: Any, where: str) -> list[Any]:
-    """ShareGPT writes a call as JSON in the turn's text: one object, or a list of them."""
+    """Parses ShareGPT tool calls, which are JSON in the turn's text: one object or a list."""
     found = _parsed(_checked_text(text, f'{where}: "value"'))
     found = found if isinstance(found, list) else [found]
     if not found or not all(isinstance(call, dict) and "name" in call for call in found):
@@ -289,7 +292,7 @@ def _calls(text: Any, where: str) -> list[Any]:
 
 
 def _checked_calls(calls: Any, where: str) -> list[Any]:
-    """Tool calls with their arguments as objects, which is what chat templates read."""
+    """Returns tool calls with their arguments as objects, which chat templates expect."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise RowError("bad tool call", f'{where}: "tool_calls" must be a list of objects.')
     checked = []
@@ -304,7 +307,7 @@ def _checked_calls(calls: Any, where: str) -> list[Any]:
 
 
 def _parsed(text: str) -> Any:
-    """What a JSON text means; None if it is not JSON."""
+    """Parses JSON; None if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -325,7 +328,7 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
 
 
 def _with_system(record: Record, messages: list[Message]) -> list[Message]:
-    """The row's own ``system`` field as its first turn, unless the conversation already begins with it."""
+    """Prepends the row's ``system`` field, unless the conversation already begins with it."""
     system = record.row.get("system")
     system = "" if system is None else _checked_text(system, f'{record.where}: "system"')
     if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
@@ -338,7 +341,7 @@ def _with_answers(record: Record, messages: list[Message]) -> list[Message]:
     if not answers:
         raise RowError(
             "no assistant turn",
-            f"{record.where}: the conversation has no assistant turn, so there is nothing to learn from it.",
+            f"{record.where}: the conversation has no assistant turn, so nothing would be supervised.",
         )
     if answers[0] == 0:
         raise RowError(
@@ -355,8 +358,8 @@ def _with_answers(record: Record, messages: list[Message]) -> list[Message]:
 
 
 def _weight(value: Any, what: str) -> float:
-    """A weight of the loss; 1 if none is given."""
-    if value is None or value == "":  # an empty cell is how a table leaves a number out
+    """Returns a loss weight; 1 if missing."""
+    if value is None or value == "":  # an empty cell of a CSV table
         return 1.0
     try:
         weight = math.nan if isinstance(value, bool) else float(value)
@@ -372,7 +375,7 @@ def _given(record: Record, key: str) -> Any:
         raise RowError(
             "missing key",
             f'{record.where} has no "{key}" (it has {_listed(record.row)}) although the source\'s first row does; '
-            "keep one shape per file.",
+            "keep one format per file.",
         )
     return record.row[key]
 
@@ -405,7 +408,7 @@ def _text(record: Record, key: str, setting: str) -> str:
 
 
 def _optional_text(record: Record, key: str | None, setting: str) -> str:
-    """The text of a column that may be empty or null in a row, but must exist once it is configured."""
+    """Returns the text of an optional column, which may be empty or null but must exist."""
     if key is None:
         return ""
     if key not in record.row:
@@ -421,14 +424,14 @@ def _checked_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise RowError("wrong type", f"{what} must be a string, but is a {type(value).__name__}.")
     if "\0" in value:
-        raise RowError("NUL character", f"{what} holds a NUL character, which no text has; the file may be damaged.")
+        raise RowError("NUL character", f"{what} contains a NUL character; the file may be damaged.")
     if not value.isascii():
         check_characters(value, what)
     return value
 
 
 def check_characters(text: str, what: str) -> None:
-    """Raise RowError for half a surrogate pair, which JSON can spell and no tokenizer can read."""
+    """Raises RowError for an unpaired surrogate, which JSON allows and tokenizers do not."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,6 +1,6 @@
-"""One row on the screen, token by token: what is prompt, what is learned, what is masked, and what is cut off.
+"""Prints one row token by token: prompt, learned, masked and cut tokens.
 
-The row goes through the same readers, rendering and masks as in training. Configurations are not known here.
+The row is read, rendered and masked as in training.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ _STYLES = {
 }  # fmt: skip
 _MEANINGS = {
     "prompt": "read, not learned",
-    "learned": "predicted, and part of the loss",
+    "learned": "predicted, part of the loss",
     "masked": "an answer of weight 0: read, not learned",
     "cut": "beyond sequence_length: never read",
 }
-_OF_TRANSLATION = {"read": "read by the teacher", "compared": "faces the student's tokens of the same text"}
+_TEACHER_MEANINGS = {"read": "read by the teacher", "compared": "aligned with the student's tokens of the same text"}
 _INDENT = 10
-_MOST_SPANS = 8
+_MAX_SPANS = 8
 
 
 @dataclass(frozen=True)
 class ShownToken:
-    """A token, what becomes of it (a key of the legend), and the weight of its loss."""
+    """A token, its kind (a key of the legend), and the weight of its loss."""
 
     id: int
     text: str
@@ -56,7 +56,7 @@ class ShownToken:
 
 @dataclass(frozen=True)
 class FoundRow:
-    """A row of the data: what was read, the shape of the rows of its file, and its domain if that has a name."""
+    """A row of the data, the format of its file, and its domain if it has a name."""
 
     item: Record | Document
     form: str
@@ -64,9 +64,9 @@ class FoundRow:
 
 
 def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRow:
-    """Row ``index`` (from 0) of the sources, counted through them in order, bad ones too.
+    """Returns row ``index`` (from 0) of the sources, counted in order and including bad rows.
 
-    Raises LimbeckError if there are fewer rows, or if that one cannot be read.
+    Raises LimbeckError if there are fewer rows, or if that row cannot be read.
     """
     seen = 0
     for source in sources:
@@ -86,29 +86,29 @@ def find_row(sources: Sequence[Source], index: int, encoder: Encoder) -> FoundRo
 
 
 def tokens_of(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
-    """The tokens of one text as training would see them. The first is always prompt, as nothing stands before it."""
+    """Returns the tokens of one text as in training. The first is always prompt, because no position predicts it."""
     tokenizer, settings = encoder.tokenizer, encoder.settings
     encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    places = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
-    supervised, weights = supervise(places, rendered.spans, settings.distill_on_prompt, rendered.weight)
-    answers, _ = supervise(places, [(start, end, 1.0) for start, end, _ in rendered.spans])
+    offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+    supervised, weights = supervise(offsets, rendered.spans, settings.distill_on_prompt, rendered.weight)
+    answers, _ = supervise(offsets, [(start, end, 1.0) for start, end, _ in rendered.spans])
     special = _special_ids(tokenizer)
     shown, reached = [], 0
-    for at, (token, (start, end)) in enumerate(zip(encoded["input_ids"], places.tolist(), strict=True)):
+    for at, (token, (start, end)) in enumerate(zip(encoded["input_ids"], offsets.tolist(), strict=True)):
         kind = "learned" if at and supervised[at] else "masked" if at and answers[at] else "prompt"
         if _is_cut(at, settings):
             kind = "cut"
         weight = float(1.0 if weights is None else weights[at]) if kind == "learned" else 0.0
         text = rendered.text[min(start, reached) : end]
         if "\ufffd" in tokenizer.decode([token]):
-            text = "\ufffd"  # a part of a character
+            text = "\ufffd"  # part of a character
         shown.append(ShownToken(token, text, kind, token in special, weight))
         reached = max(reached, end)
     return shown
 
 
 def tokens_of_document(document: Document, encoder: Encoder) -> list[ShownToken]:
-    """The tokens of a pretokenised row, in the tokenizer's words; all but the first are learned."""
+    """Returns the decoded tokens of a pretokenised row; all except the first are learned."""
     special, known = _special_ids(encoder.tokenizer), set(encoder.tokenizer.get_vocab().values())
     shown = []
     for at, token in enumerate(document_ids(document).tolist()):
@@ -127,9 +127,9 @@ def print_row(
     translator: Translator | None = None,
     ids: bool = False,
 ) -> None:
-    """Print a row as the student learns it and, as far as that differs, as the teacher reads it.
+    """Prints a row as the student learns it and, where it differs, as the teacher reads it.
 
-    teacher: its tokenizer, if it is to be the student's. translator: instead of it, for a teacher with another one.
+    teacher: the teacher's tokenizer, if it must equal the student's. translator: for a teacher with another tokenizer.
     """
     if isinstance(found.item, Document):
         texts, template, weight = None, "not used on tokens", 1.0
@@ -146,10 +146,10 @@ def print_row(
     if texts is not None and encoder.template.note:
         _line(console, f"note      {encoder.template.note}", "yellow")
     legend = Text("legend    ")
-    meanings = {**_MEANINGS, **(_OF_TRANSLATION if translator is not None else {})}
+    meanings = {**_MEANINGS, **(_TEACHER_MEANINGS if translator is not None else {})}
     for kind, meaning in meanings.items():
         legend.append(kind, _STYLES[kind]).append(f": {meaning}; ")
-    console.print(legend.append("‹special›", "bold").append(", tokens parted by │"), soft_wrap=True)
+    console.print(legend.append("‹special›", "bold").append(", tokens separated by │"), soft_wrap=True)
     for number, tokens in enumerate(of_texts, 1):
         of_several = f" {number} of {len(of_texts)}" if len(of_texts) > 1 else ""
         _line(console, f"\nstudent, text{of_several}: {len(tokens):,} tokens, {_fate(tokens, encoder.settings)}")
@@ -169,7 +169,7 @@ def _is_cut(at: int, settings: TokenizeSettings) -> bool:
 
 
 def _fate(tokens: Sequence[ShownToken], settings: TokenizeSettings) -> str:
-    """What becomes of a text in training."""
+    """Returns how a text is used in training."""
     learned, limit = sum(token.kind == "learned" for token in tokens), settings.sequence_length
     if len(tokens) > limit and settings.overlong == "drop":
         return f"more than {limit:,}, so it is dropped"
@@ -205,7 +205,7 @@ def _print_tokens(console: Console, tokens: Sequence[ShownToken], ids: bool) -> 
 def _print_teacher(
     console: Console, tokens: Sequence[ShownToken], student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
 ) -> None:
-    """The same ids in the teacher's words, if those are others."""
+    """Prints the ids that the teacher decodes to other tokens."""
     known = set(teacher.get_vocab().values())
     read = {token.id: teacher.decode([token.id]) if token.id in known else "(unknown)" for token in tokens}
     differing = {index: word for index, word in read.items() if word != student.decode([index])}
@@ -219,7 +219,7 @@ def _print_teacher(
 
 
 def _print_translations(console: Console, found: FoundRow, encoder: Encoder, translator: Translator, ids: bool) -> None:
-    """What a teacher with another tokenizer reads of the row, and which of its tokens face the student's."""
+    """Prints the tokens of a teacher with another tokenizer, and their alignment with the student's."""
     import torch
 
     from limbeck.data.batch import Batch
@@ -233,13 +233,13 @@ def _print_translations(console: Console, found: FoundRow, encoder: Encoder, tra
         batch = translator.translate(Batch.of(row[None], labels[None], None, len(row)))
         view = batch.teacher_tokens
         assert view is not None
-        read = [*view.input_ids[0].tolist(), *view.labels[-1:].tolist()]  # the last one is only asked for
+        read = [*view.input_ids[0].tolist(), *view.labels[-1:].tolist()]  # the last one is only predicted
         compared = set((view.supervised + 1).tolist())
         _line(
             console,
             f"\nteacher{f', text {number} of {texts}' if texts > 1 else ''}: {len(read):,} tokens of {teacher.name}; "
-            f"{view.aligned_tokens:,} of the student's {len(batch.supervised):,} learned tokens face {len(compared):,} "
-            f"of them, in {len(view.spans):,} spans",
+            f"{view.aligned_tokens:,} of the student's {len(batch.supervised):,} learned tokens are aligned with "
+            f"{len(compared):,} of them, in {len(view.spans):,} spans",
         )
         words = _words(teacher, read)
         shown = [
@@ -259,10 +259,10 @@ def _print_translations(console: Console, found: FoundRow, encoder: Encoder, tra
             spans.teacher_first, spans.teacher_rest, spans.teacher_rest_span, view.supervised, words
         )
         several = [(mine, its) for mine, its in zip(ours, theirs, strict=True) if len(mine) > 1 or len(its) > 1]
-        for mine, its in several[:_MOST_SPANS]:
-            _line(console, f"{'span':{_INDENT}}{_visible('│'.join(mine))} faces {_visible('│'.join(its))}")
-        if len(several) > _MOST_SPANS:
-            _line(console, f"{'':{_INDENT}}… and {len(several) - _MOST_SPANS:,} more spans of several tokens")
+        for mine, its in several[:_MAX_SPANS]:
+            _line(console, f"{'span':{_INDENT}}{_visible('│'.join(mine))} = {_visible('│'.join(its))}")
+        if len(several) > _MAX_SPANS:
+            _line(console, f"{'':{_INDENT}}… and {len(several) - _MAX_SPANS:,} more spans of several tokens")
 
 
 def _words(text: TokenText, ids: Sequence[int]) -> list[str]:
@@ -270,20 +270,20 @@ def _words(text: TokenText, ids: Sequence[int]) -> list[str]:
 
 
 def _words_of_spans(
-    first: Tensor, rest: Tensor, rest_span: Tensor, places: Tensor, words: Sequence[str]
+    first: Tensor, rest: Tensor, rest_span: Tensor, positions: Tensor, words: Sequence[str]
 ) -> list[list[str]]:
-    """The words of each span's tokens: ``places`` are where they are predicted, one before they stand."""
-    spans = [[words[place + 1]] for place in places[first].tolist()]
-    for place, span in zip(places[rest].tolist(), rest_span.tolist(), strict=True):
+    """Returns the text of each span's tokens. ``positions`` predict the tokens, so they are one before them."""
+    spans = [[words[position + 1]] for position in positions[first].tolist()]
+    for position, span in zip(positions[rest].tolist(), rest_span.tolist(), strict=True):
         if span < len(spans):
-            spans[span].append(words[place + 1])
+            spans[span].append(words[position + 1])
     return spans
 
 
 def _print_same_tokenizer(console: Console, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     try:
         check_same_tokenizer(student, teacher)
-        _line(console, "\ntokenizer the teacher's agrees with the student's")
+        _line(console, "\ntokenizer the teacher's equals the student's")
     except LimbeckError as error:
         _line(console, f"\ntokenizer {error}", "red")
 
@@ -296,7 +296,7 @@ def _print_same_template(
     encoder: Encoder,
     teacher: PreTrainedTokenizerBase,
 ) -> None:
-    """Whether the teacher's own template would have written the same."""
+    """Prints whether the teacher's own template renders the same text."""
     if not teacher.chat_template:
         return
     template = encoder.template
@@ -305,15 +305,15 @@ def _print_same_template(
         native = replace(native, system=template.system, question=template.question, last_only=template.last_only)
         own = render(conversation, native, teacher, encoder.settings.template_kwargs, where)
     except LimbeckError as error:
-        _line(console, f"template  the teacher's own is of no use for this row: {error}", "yellow")
+        _line(console, f"template  the teacher's own cannot render this row: {error}", "yellow")
         return
     ours, theirs = "".join(one.text for one in texts), "".join(one.text for one in own)
     if ours == theirs:
-        _line(console, "template  the teacher's own writes the same text")
+        _line(console, "template  the teacher's own renders the same text")
         return
     at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
     begin = max(0, at - 20)
-    _line(console, f"template  the teacher's own writes another text from character {at} on:", "yellow")
+    _line(console, f"template  the teacher's own renders another text from character {at} on:", "yellow")
     _line(console, f"          here    …{_visible(ours[begin : at + 40])}")
     _line(console, f"          its own …{_visible(theirs[begin : at + 40])}")
 

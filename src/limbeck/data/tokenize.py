@@ -1,7 +1,7 @@
-"""From files to token ids and shifted labels, kept on disk so that the second run starts at once.
+"""Reads and tokenises files into token ids and shifted labels, with a cache on disk.
 
-Reading, tokenising in several processes, and writing go on side by side, a few batches of rows at a time; nothing is held as a
-whole. Batches of training and their order are not known here.
+Reading, tokenising in several processes, and writing overlap, a few batches of rows at a time, so memory use does not depend
+on the size of the data.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int], None]
 
-_BATCH_ROWS = 1024  # rows tokenised together: enough to use every core, little enough to forget
+_BATCH_ROWS = 1024  # rows tokenised together
 _BATCH_SIZE = 1 << 21  # characters tokenised together, at least one row
-_WORTH_WORKERS = 1 << 25  # bytes of data from which on starting processes pays
-_MOST_WORKERS = 8
+_PARALLEL_SIZE = 1 << 25  # bytes of data above which several processes are faster
+_MAX_WORKERS = 8
 _PEEKED = 1000
 
 
 class _Batch(NamedTuple):
-    """Rows of one input, and which one."""
+    """Rows of one input. source, file: the numbers of the source and of the input."""
 
     items: list[Item]
     form: str
@@ -57,14 +57,19 @@ def tokenize_files(
     settings: TokenizeSettings | None = None,
     **changes: Any,
 ) -> tuple[Examples, DataReport]:
-    """Read, check, render and tokenise every row of ``files``; ``changes`` are fields of ``settings``.
+    """Reads, checks, renders and tokenises every row of ``files``.
 
-    A row is supervised on its assistant turns, each with the token that ends it, or, with ``distill_on_prompt``, on
-    every token. A row with nothing supervised is dropped. With ``prompts`` nothing is supervised: each row is the prompt that
-    asks for its last answer, which it need not have. With ``cache_dir`` the result is kept there under a hash of
-    everything it depends on, and mapped into memory. ``progress`` is told the number of rows done.
+    files:     names, globs or ``Source`` objects.
+    cache_dir: folder in which the result is kept under a hash of everything it depends on, and memory-mapped; None keeps the
+               result in memory.
+    progress:  called with the number of rows done so far.
+    settings:  see ``TokenizeSettings``; ``changes`` replaces single fields.
 
-    Raises LimbeckError for anything wrong in any row, before a single row is trained on, unless ``on_bad_row`` is ``skip``.
+    A row is supervised on its assistant turns and the tokens that end them or, with ``distill_on_prompt``, on every token. A
+    row without a supervised token is dropped. With ``prompts`` nothing is supervised: each row is the prompt of its last
+    answer, which may be missing.
+
+    Raises LimbeckError for the first row with an error, unless ``on_bad_row`` is ``skip``.
     """
     encoder = make_encoder(tokenizer, replace(settings or TokenizeSettings(), **changes))
     named = [one if isinstance(one, Source) else Source.named(one) for one in files]
@@ -85,7 +90,7 @@ def tokenize_rows(
     progress: Progress | None = None,
     **changes: Any,
 ) -> tuple[Examples, DataReport]:
-    """The same for rows in memory, in this process; errors name a row as ``rows:<index>``."""
+    """Like ``tokenize_files`` for rows in memory. Runs in this process; errors name a row as ``rows:<index>``."""
     encoder = make_encoder(tokenizer, TokenizeSettings(**{"workers": 1, **changes}))
     records = Input("rows", (), "", lambda: (Record(row, "rows", index) for index, row in enumerate(rows)))
     return _tokenize([(Source(), [records])], encoder, progress, None).in_memory()
@@ -119,11 +124,11 @@ def _worker_count(sources: Sequence[tuple[Source, Sequence[Input]]], settings: T
         return settings.workers
     size = sum(file.stat().st_size for _, inputs in sources for one in inputs for file in one.files)
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, _MOST_WORKERS) if size >= _WORTH_WORKERS else 1
+    return min(usable, _MAX_WORKERS) if size >= _PARALLEL_SIZE else 1
 
 
 def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, tally: _Tally) -> Iterator[_Batch]:
-    """All rows in portions, each of one input."""
+    """Yields all rows in batches, each of one input."""
     file = 0
     for number, (source, inputs) in enumerate(sources):
         for one in inputs:
@@ -143,7 +148,7 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
 
 
 def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[str, Iterator[Item]]:
-    """The shape of an input's rows, by the source's setting or the first row that can be read, and all its rows."""
+    """Returns the format of an input, from the source's setting or the first readable row, and all its rows."""
     items = one.read()
     peeked: list[Item] = []
     form = source.format
@@ -159,7 +164,7 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
                 break
             except RowError:
                 pass
-            except LimbeckError as error:  # a prompt alone: a bad row among others, unless all are
+            except LimbeckError as error:  # a prompt without an answer: a bad row, unless every row is one
                 if settings.on_bad_row == "error":
                     raise
                 without_answer = without_answer or error
@@ -178,7 +183,7 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
 
 
 def _size(item: Item) -> int:
-    """About how many characters of text an item holds."""
+    """Approximate number of characters in an item."""
     if isinstance(item, Line):
         return len(item.raw)
     if isinstance(item, Document):
@@ -187,7 +192,7 @@ def _size(item: Item) -> int:
 
 
 def _characters(value: Any, levels: int = 6) -> int:
-    """About how much text a value holds; what lies deeper than that is counted by its parts alone."""
+    """Approximate number of characters in a value; below ``levels``, only the number of parts counts."""
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, (dict, list)):
@@ -198,7 +203,7 @@ def _characters(value: Any, levels: int = 6) -> int:
 
 
 class _Tally:
-    """Collects what comes out of the batches: the arrays, in memory or in ``folder``, and the report."""
+    """Collects the encoded batches: the arrays, in memory or in ``folder``, and the report."""
 
     def __init__(
         self, sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, folder: Path | None
@@ -239,7 +244,7 @@ class _Tally:
             return
         if encoded.weights is not None and not self._weighted:
             self._weighted = True
-            self._weigh_what_came_before()
+            self._write_earlier_weights()
         if self._weighted:
             plain = (encoded.labels != IGNORE).astype(np.float32)
             self._put("weights", plain if encoded.weights is None else encoded.weights)
@@ -254,14 +259,14 @@ class _Tally:
         self._largest = max(self._largest, int(encoded.tokens.max()))
 
     def in_memory(self) -> tuple[Examples, DataReport]:
-        """What was collected without a folder."""
+        """Returns the result that was collected in memory."""
         report, needed = self._report(), self._needed()
         return Examples(
             **{name: np.concatenate(parts) for name, parts in self._arrays.items() if name in needed}
         ), report
 
     def on_disk(self) -> None:
-        """Complete the folder, so that ``cache.load`` can map it."""
+        """Completes the folder for ``cache.load``."""
         assert self._folder is not None
         report = self._report()
         for name in self._files.keys() - self._needed():
@@ -276,12 +281,10 @@ class _Tally:
         if not self._tokens:
             bad = [f"{count:,} bad rows: {kind}" for kind, count in self._bad.items()]
             advice = (
-                "set on_bad_row: error to be told of the first"
-                if bad
-                else "raise sequence_length, or give rows with answers"
+                "set on_bad_row: error to see the first" if bad else "raise sequence_length, or give rows with answers"
             )
             raise LimbeckError(
-                f"None of the {self.rows} rows of {', '.join(file.path for file in files)} can be learnt from "
+                f"None of the {self.rows} rows of {', '.join(file.path for file in files)} has a supervised token "
                 f"({'; '.join([*self._dropped, *bad]) or 'there are none'}); {advice}."
             )
         return DataReport(
@@ -309,7 +312,7 @@ class _Tally:
                 file.close()
 
     def _needed(self) -> set[str]:
-        """The arrays that say something: which group a row is of does not where there is one only."""
+        """The arrays to keep; ``groups`` is left out if there is only one group."""
         return {*cache.ARRAYS, *cache.OPTIONAL_ARRAYS} - ({"groups"} if len(self._group_numbers) == 1 else set())
 
     def _put(self, name: str, values: NDArray[Any]) -> None:
@@ -320,8 +323,8 @@ class _Tally:
             self._files[name] = ArrayFile(self._folder / f"{name}.npy", values.dtype.type)
         self._files[name].append(values)
 
-    def _weigh_what_came_before(self) -> None:
-        """The first weight that is not 1 may come late; until then every supervised position weighed 1."""
+    def _write_earlier_weights(self) -> None:
+        """Writes the weights of earlier rows, which were all 1, when the first other weight occurs."""
         if self._folder is None:
             earlier: Iterable[NDArray[Any]] = list(self._arrays.get("labels", ()))
         elif "labels" in self._files:

@@ -1,7 +1,4 @@
-"""May a student learn from this teacher position by position?
-
-Only if both cut text alike and mean the same token by the same id.
-"""
+"""Checks that student and teacher have the same tokenizer, so that they can be compared position by position."""
 
 from __future__ import annotations
 
@@ -22,15 +19,15 @@ _CUTS = {
     "byte fallback": ("model", "byte_fallback"),
     "treatment of whole words": ("model", "ignore_merges"),
 }
-"""What decides, beside the vocabulary, how a text is cut into tokens, and where a tokenizer.json has it."""
+"""The parts of a tokenizer.json that, beside the vocabulary, determine how text is split into tokens."""
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise LimbeckError unless both tokenizers map the same ids to the same tokens, special ones included, and cut alike.
+    """Raises LimbeckError unless both tokenizers have the same tokens under the same ids and split text in the same way.
 
-    Names, files and padding do not matter. Nor does which token is EOS: a base model and its chat sibling disagree on
-    that and still share every id. A token added behind the vocabulary of one side alone does not change how ordinary text
-    is cut, so it passes; data that holds it is refused later, by its id.
+    Names, files and padding do not matter, nor does which token is EOS: a base model and its chat model differ in it and
+    share every id. A token that only one side has after its vocabulary is allowed, because it does not change how ordinary
+    text is split. Data that contains it is refused later, by its id.
     """
     ours, theirs = _by_id(student), _by_id(teacher)
     added = student.added_tokens_decoder.keys() ^ teacher.added_tokens_decoder.keys()
@@ -43,20 +40,18 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         )
         raise LimbeckError(
             f"{names} differ in {len(differing)} of {len(ours.keys() | theirs.keys())} ids ({examples}); "
-            "choose a teacher that shares the student's tokenizer, or set cross_tokenizer: hybrid to compare their words by "
-            "the text that they stand for."
+            "choose a teacher with the student's tokenizer, or set cross_tokenizer: hybrid to compare tokens by their text."
         )
     others = _other_cuts(student, teacher)
     if others:
         raise LimbeckError(
-            f"{names} have the same ids, but cut text differently (their {' and '.join(others)} differ); "
-            "choose a teacher that shares the student's tokenizer, or set cross_tokenizer: hybrid to compare their words by "
-            "the text that they stand for."
+            f"{names} have the same ids, but split text differently (their {' and '.join(others)} differ); "
+            "choose a teacher with the student's tokenizer, or set cross_tokenizer: hybrid to compare tokens by their text."
         )
 
 
 def _other_cuts(student: Any, teacher: Any) -> list[str]:
-    """What the two have different of that which decides how text is cut; nothing for a slow tokenizer, which cannot say."""
+    """Returns the parts in ``_CUTS`` that differ; empty if one tokenizer is slow and has no tokenizer.json."""
     if not (student.is_fast and teacher.is_fast):
         return []
     ours, theirs = (json.loads(one.backend_tokenizer.to_str()) for one in (student, teacher))
@@ -67,7 +62,7 @@ def _at(content: dict[str, Any], path: tuple[str, ...]) -> Any:
     found: Any = content
     for key in path:
         found = found.get(key) if isinstance(found, dict) else None
-    # Left out, null, false and empty are ways to say the same.
+    # A missing key, null, false and an empty value mean the same.
     if path[-1] == "merges":
         return [merge.split(" ") if isinstance(merge, str) else merge for merge in found or []]
     return found or None

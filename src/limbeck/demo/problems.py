@@ -1,8 +1,7 @@
-"""Grade-school word problems with worked answers, made from a seed.
+"""Generates grade-school word problems with worked answers from a seed.
 
-A story is a text with holes and a chain of one to three operations. Numbers are drawn until every operation stays
-inside what a child computes by heart (``_easy``, results from 2 to 99), so each answer is right by construction and its
-chain can be checked line by line. Nothing here knows a tokenizer or a model.
+A story is a text with placeholders and one to three operations. Numbers are drawn until every operation is easy (``_easy``,
+results from 2 to 99), so each answer is correct by construction and can be checked step by step.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class _Story:
-    """A text with holes for names, things and the numbers a to d; its steps call their results x, y and z in turn.
+    """A text with placeholders for names, things and the numbers a to d. Its steps name their results x, y and z.
 
-    Numbers go up to 19, those named in ``large`` up to 99.
+    Numbers are at most 19, those named in ``large`` at most 99.
     """
 
     text: str
@@ -115,24 +114,23 @@ _THINGS = ("apples", "books", "cards", "coins", "cups", "eggs", "hats", "pens", 
 
 
 def generate(count: int, seed: int, *, exclude: Collection[str] = (), slips: float = 0.0) -> list[Problem]:
-    """``count`` problems with distinct questions, none of them in ``exclude``: a function of its arguments alone.
+    """Returns ``count`` problems with distinct questions; a pure function of its arguments.
 
-    Pass the held-out questions as ``exclude`` when making training problems; two seeds alone do not keep sets apart.
-    slips: the share of answers with one result that is off by one or two, from which the chain then goes on, as in
-    answers that people write; 0 makes every answer right.
+    exclude: questions that must not occur. Pass the held-out questions here: two seeds alone do not give disjoint sets.
+    slips:   share of answers with one result that is wrong by one or two, from which the following steps continue.
     """
     rng = random.Random(seed)
     excluded = frozenset(exclude)
     problems: dict[str, Problem] = {}
     while len(problems) < count:
-        problem = _tell(rng.choice(_STORIES), rng, slips)
+        problem = _make_problem(rng.choice(_STORIES), rng, slips)
         if problem.question not in excluded:
             problems.setdefault(problem.question, problem)
     return list(problems.values())
 
 
 def write_jsonl(problems: Iterable[Problem], path: str | Path) -> None:
-    """One ``{"question": ..., "answer": ...}`` a line; folders on the way to ``path`` are made."""
+    """Writes one ``{"question": ..., "answer": ...}`` per line. Creates missing folders."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({"question": problem.question, "answer": problem.answer}) for problem in problems)
@@ -140,29 +138,29 @@ def write_jsonl(problems: Iterable[Problem], path: str | Path) -> None:
 
 
 def final_answer(text: str) -> int | None:
-    """The number after the first ``####`` (a model may ramble on after it), or None where there is none."""
+    """Returns the number after the first ``####``, or None. Later text is ignored, because a model may continue."""
     found = re.search(r"####\s*(-?\d+)", text)
     return int(found[1]) if found else None
 
 
-def _tell(story: _Story, rng: random.Random, slips: float) -> Problem:
+def _make_problem(story: _Story, rng: random.Random, slips: float) -> Problem:
     name, friend = rng.sample(_NAMES, 2)
     words = {"name": name, "friend": friend, "things": rng.choice(_THINGS)}
     letters = [letter for letter in "abcd" if f"{{{letter}}}" in story.text]
     slip = {rng.randrange(len(story.steps)): rng.choice((-2, -1, 1, 2))} if rng.random() < slips else {}
     while True:
         numbers = {letter: rng.randint(2, 99 if letter in story.large else 19) for letter in letters}
-        chain = _work(story.steps, numbers, slip)
+        chain = _solve(story.steps, numbers, slip)
         if chain is not None:
             break
     lines, final = chain
     return Problem(story.text.format(**words, **numbers), f"{' '.join(lines).format(**words)} #### {final}")
 
 
-def _work(steps: tuple[str, ...], numbers: dict[str, int], slip: dict[int, int]) -> tuple[list[str], int] | None:
-    """The worked lines and the last result, or None when a step is not easy for these numbers.
+def _solve(steps: tuple[str, ...], numbers: dict[str, int], slip: dict[int, int]) -> tuple[list[str], int] | None:
+    """Returns the worked lines and the last result, or None if a step is not easy for these numbers.
 
-    slip: what is added to the result of a step, by the step's index.
+    slip: step index -> number added to its result.
     """
     known = dict(numbers)
     lines: list[str] = []
@@ -183,7 +181,7 @@ def _compute(a: int, operator: str, b: int) -> int:
 
 
 def _easy(a: int, operator: str, b: int) -> bool:
-    """Whether a product or quotient, which then leaves no rest, is in the times table up to 9 × 9."""
+    """Returns whether a product or exact quotient is in the times table up to 9 × 9; sums are always easy."""
     if operator == "/":
         return a % b == 0 and max(a // b, b) <= 9
     return operator != "*" or max(a, b) <= 9

@@ -1,9 +1,8 @@
-"""``limbeck demo``: what distillation does, on this machine, in minutes.
+"""``limbeck demo``: shows the effect of distillation in minutes on a CPU.
 
-A teacher learns arithmetic word problems from many clean examples. A smaller student gets a small file in which some answers
-contain a slip, as files do, and is trained twice from the same weights, on the same batches, for the same steps: on the
-file's answers alone, and distilled. Both are then measured on problems that nobody has seen. Everything goes through the
-same pipeline that a user runs; nothing is tuned after the fact and whatever comes out is printed.
+A teacher trains on many clean arithmetic word problems. A smaller student has a small file in which some answers are wrong. It
+is trained twice from the same weights, on the same batches, for the same number of steps: with cross-entropy only, and
+distilled. Both are measured on unseen problems. All runs use the ordinary pipeline with fixed settings.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ TEMPLATE = "{% for m in messages %}{{ m['content'] + (eos_token if m['role'] == 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large everything is: chosen so that the whole takes less than five minutes on two cores."""
+    """Sizes of the demo, chosen so that it takes less than five minutes on two cores."""
 
     teacher_problems: int = 20_000
     student_problems: int = 1_000
@@ -45,7 +44,7 @@ class Sizes:
 
 
 def run_demo(folder: Path, *, seed: int = 0, sizes: Sizes | None = None) -> Path:
-    """Run the demonstration in ``folder``, print its table and return the path of its report."""
+    """Runs the demo in ``folder``, prints its table and returns the path of its report."""
     from rich.console import Console
 
     configure_logging()
@@ -91,7 +90,7 @@ class _Trained:
 def _clear(folder: Path) -> None:
     marker = folder / ".limbeck-demo"
     if folder.exists() and any(folder.iterdir()) and not marker.exists():
-        raise LimbeckError(f"{folder} holds something that is not a demo; choose an empty folder with --output.")
+        raise LimbeckError(f"{folder} contains files that are not from a demo; choose an empty folder with --output.")
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "data").mkdir(parents=True)
     marker.touch()
@@ -160,7 +159,7 @@ def _train(
     rate: float = 3e-3,
     teacher: _Trained | None = None,
 ) -> _Trained:
-    """One run of the ordinary pipeline; weight 0 is cross-entropy alone, with the teacher, if given, only measured against."""
+    """One run of the ordinary pipeline. With weight 0, only cross-entropy is trained, and a teacher is used in validation."""
     steps = sizes.student_steps if steps is None else steps
     config = DistillConfig.model_validate(
         {
@@ -204,7 +203,7 @@ def _train(
 
 
 def _write_answers(student: Path, problems: Iterable[Problem], batch: int = 125) -> list[str]:
-    """The model's own greedy answers."""
+    """Returns the model's greedy answers."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,7 +253,7 @@ def _table(runs: dict[str, _Trained], written: dict[str, list[str]], held_out: l
 
 
 def _samples(written: dict[str, list[str]], held_out: list[Problem]) -> list[Sample]:
-    """Four held-out problems drawn at random, not chosen by who got them right."""
+    """Returns four held-out problems, drawn at random."""
     chosen = random.Random(0).sample(range(len(held_out)), 4)
     return [
         Sample(
@@ -273,16 +272,16 @@ def _samples(written: dict[str, list[str]], held_out: list[Problem]) -> list[Sam
 def _summary(sizes: Sizes) -> str:
     return (
         f"The teacher learned from {sizes.teacher_problems:,} clean problems. The student, a fraction of its size, has "
-        f"{sizes.student_problems:,}, and in {sizes.slips:.0%} of them the worked answer contains a slip. Trained on the file "
-        f"alone it learns the slips too; distilled, the teacher's distribution tells it how sure to be of each token. Both "
-        f"students start from the same weights and see the same batches for {sizes.student_steps} steps."
+        f"{sizes.student_problems:,}, and in {sizes.slips:.0%} of them the worked answer contains an error. With "
+        f"cross-entropy only, the student learns these errors too; distilled, it also learns from the teacher's distribution. "
+        f"Both students start from the same weights and train on the same batches for {sizes.student_steps} steps."
     )
 
 
 def _print_table(console: Any, table: ResultTable) -> None:
     from rich.table import Table
 
-    drawn = Table(title="On problems that nobody has seen", title_justify="left")
+    drawn = Table(title="On unseen problems", title_justify="left")
     drawn.add_column("")
     for column in table.columns:
         drawn.add_column(column, justify="right")

@@ -1,4 +1,4 @@
-"""Pictures of what happened: a run folder, or several side by side, as one HTML file that needs nothing else."""
+"""Reports: one run folder, or several compared, as one self-contained HTML file."""
 
 from limbeck.report.charts import Level
 from limbeck.report.results import Answer, ResultRow, ResultTable, Sample

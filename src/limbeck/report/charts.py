@@ -1,6 +1,6 @@
 """Curves as SVG text. Colours are classes (``s1`` to ``s6``) that the page's style sheet fills, for light and for dark.
 
-Nothing here knows a run; see ``curves.py`` for how long curves are shortened before they are drawn.
+See ``curves.py`` for how long curves are shortened before they are drawn.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 from limbeck.report.curves import Curve, averages, extremes
 
 SERIES = 6
-"""How many series have a colour of their own; later ones begin again at the first."""
+"""Number of series colours; later series reuse them from the first."""
 
 _WIDTH, _HEIGHT = 520, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 500, 8, 204
-_ZEROS = re.compile(r"(\.\d*?)0+(?=\D|$)")  # what a tick such as 0.500 or 20.0% carries after its last digit
-_FEW = 40  # points so few that each gets a dot
+_ZEROS = re.compile(r"(\.\d*?)0+(?=\D|$)")  # trailing zeros of a tick such as 0.500 or 20.0%
+_FEW = 40  # up to this number of points, each is drawn as a dot
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Axis:
 
 
 def number(value: float) -> str:
-    """A number for people, to three digits where it is small: 1.72M, 43,100, 0.0820, 5.00e-05."""
+    """Formats a number, with three digits if it is small: 1.72M, 43,100, 0.0820, 5.00e-05."""
     size = abs(value)
     if not math.isfinite(value):
         return "not finite"
@@ -77,7 +77,7 @@ def number(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage: 0.0817 is 8.2%."""
+    """Formats a share as a percentage: 0.0817 is 8.2%."""
     return f"{value:.1%}"
 
 
@@ -90,10 +90,10 @@ def line_chart(
     log: bool = False,
     from_zero: bool = False,
 ) -> str:
-    """Curves over steps, as one ``<svg>``. Long ones are a pale band of their extremes under a line of their means.
+    """Draws curves over steps as one ``<svg>``. A long curve is a line of means over a pale band of extremes.
 
-    An empty curve draws nothing but keeps its place, so that a run has one colour in all charts; one must have points.
-    ``log`` asks for a logarithmic axis, which is used where the values span more than a factor of ten.
+    An empty curve is not drawn but keeps its colour, so that a run has the same colour in all charts. At least one curve must
+    have points. ``log`` uses a logarithmic axis if the values span more than a factor of ten.
     """
     values = np.concatenate([curve.values for curve in curves] + [np.array([level.value for level in levels])])
     low, high = float(values.min()), float(values.max())
@@ -126,7 +126,7 @@ def line_chart(
 
 
 def area_chart(title: str, curves: Sequence[Curve], *, show: Callable[[float], str] = number) -> str:
-    """Curves over the same steps, stacked on each other, as one ``<svg>``; empty ones keep their colour, as above."""
+    """Draws stacked curves over the same steps as one ``<svg>``; empty curves keep their colour."""
     short = [(index, averages(curve)) for index, curve in enumerate(curves) if len(curve)]
     tops = np.cumsum([curve.values for _, curve in short], axis=0)
     x, y = _x_axis(curves), _Axis(0.0, float(tops.max()) * 1.06 or 1.0, _BOTTOM, _TOP)

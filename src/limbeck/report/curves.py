@@ -1,4 +1,4 @@
-"""A measured quantity over steps, and how a long one is made short. Nothing here knows what is measured or drawn."""
+"""A measured quantity over steps, and how to shorten a long one."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ class Curve:
         return len(self.steps)
 
     def at(self, steps: np.ndarray) -> Curve:
-        """Only the points at ``steps``."""
+        """Returns only the points at ``steps``."""
         kept = np.isin(self.steps, steps)
         return Curve(self.label, self.steps[kept], self.values[kept])
 
 
 def extremes(curve: Curve, limit: int = 600) -> Curve:
-    """At most ``limit`` of the curve's points: the lowest and the highest of every stretch, so no spike is lost."""
+    """Returns at most ``limit`` points: the minimum and maximum of each section, so that no spike is lost."""
     if len(curve) <= limit:
         return curve
-    stretches = np.array_split(np.arange(len(curve)), limit // 2)
-    lowest = [stretch[curve.values[stretch].argmin()] for stretch in stretches]
-    highest = [stretch[curve.values[stretch].argmax()] for stretch in stretches]
+    sections = np.array_split(np.arange(len(curve)), limit // 2)
+    lowest = [section[curve.values[section].argmin()] for section in sections]
+    highest = [section[curve.values[section].argmax()] for section in sections]
     kept = np.unique(lowest + highest)
     return Curve(curve.label, curve.steps[kept], curve.values[kept])
 
 
 def averages(curve: Curve, limit: int = 100) -> Curve:
-    """At most ``limit`` points, each the mean step and the mean value of one stretch."""
+    """Returns at most ``limit`` points, each the mean step and mean value of one section."""
     if len(curve) <= limit:
         return curve
-    stretches = np.array_split(np.arange(len(curve)), limit)
-    steps = np.array([curve.steps[stretch].mean() for stretch in stretches])
-    values = np.array([curve.values[stretch].mean() for stretch in stretches])
+    sections = np.array_split(np.arange(len(curve)), limit)
+    steps = np.array([curve.steps[section].mean() for section in sections])
+    values = np.array([curve.values[section].mean() for section in sections])
     return Curve(curve.label, steps, values)

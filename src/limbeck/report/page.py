@@ -1,7 +1,7 @@
-"""The frame of every report: one HTML document with its style sheet inside, light or dark as the reader's system is.
+"""The HTML document of every report, with an inline style sheet that follows the system's light or dark scheme.
 
-Series colours are told apart in both schemes and by readers who confuse red and green (blue, orange, teal, violet,
-rose, ochre); text keeps a contrast of at least 4.5 to 1.
+Series colours are distinguishable in both schemes and with red-green colour blindness (blue, orange, teal, violet, rose,
+ochre). Text has a contrast of at least 4.5 to 1.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ footer {
 
 
 def page(title: str, body: str, *, series: int) -> str:
-    """A whole HTML document around ``body``, which is HTML already; ``title`` is text."""
+    """Returns the HTML document around ``body``, which is HTML; ``title`` is plain text."""
     colours = "\n".join(
         f"svg .s{n} {{ stroke: var(--s{n}); }} svg .dot.s{n}, svg .area.s{n} {{ fill: var(--s{n}); }} "
         f"i.s{n} {{ background: var(--s{n}); }}"

@@ -1,6 +1,6 @@
-"""The outcome that a report opens with: a table of measures, and what each model wrote for some questions.
+"""The results at the top of a report: a table of metrics, and the answers of each model to some questions.
 
-Whoever evaluates the models fills these in; here they only become HTML.
+The evaluation code fills these in; this module renders them as HTML.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from limbeck.report.charts import number, percent
 
 @dataclass(frozen=True)
 class ResultRow:
-    """One measure: ``values`` [columns] in the table's order, None where it was not measured."""
+    """One metric: ``values`` [columns] in the order of the table, None where it was not measured."""
 
     label: str
     values: tuple[float | None, ...]
@@ -26,7 +26,7 @@ class ResultRow:
 
 @dataclass(frozen=True)
 class ResultTable:
-    """The outcome side by side. The best value of each row is marked; ``reference`` (a column) does not compete."""
+    """Metrics by model. The best value of each row is marked; the column ``reference`` is excluded."""
 
     columns: tuple[str, ...]
     rows: tuple[ResultRow, ...]
@@ -35,7 +35,7 @@ class ResultTable:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model called ``name`` wrote, and whether it counts as right."""
+    """The answer of the model ``name``, and whether it is correct."""
 
     name: str
     text: str
@@ -44,7 +44,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sample:
-    """A question, the answer that was expected, and what each model wrote."""
+    """A question, the expected answer, and the answers of the models."""
 
     question: str
     expected: str
@@ -52,7 +52,7 @@ class Sample:
 
 
 def table_html(table: ResultTable) -> str:
-    """The table in a card."""
+    """Renders the table in a card."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in ("", *table.columns))
     body = "".join(f"<tr>{''.join(_cells(row, table))}</tr>" for row in table.rows)
     return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
@@ -79,7 +79,7 @@ def _cells(row: ResultRow, table: ResultTable) -> Iterator[str]:
 
 
 def sample_html(sample: Sample) -> str:
-    """One question in a card, the expected answer first."""
+    """Renders one question in a card, with the expected answer first."""
     lines = [f"<div><dt>Expected</dt><dd>{escape(sample.expected)}</dd></div>"]
     for answer in sample.answers:
         verdict = "right" if answer.correct else "wrong"

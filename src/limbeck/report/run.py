@@ -1,7 +1,4 @@
-"""What a run folder says: the facts in ``run.json`` and the measurements in ``metrics.jsonl``.
-
-Reading is all that happens here; what is worth showing is decided in ``write.py``.
-"""
+"""Reads a run folder: the facts in ``run.json`` and the measurements in ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -20,11 +17,11 @@ from limbeck.report.curves import Curve
 
 @dataclass(frozen=True)
 class Run:
-    """One training run as its folder tells it.
+    """One training run.
 
     facts:   ``run.json``: exp_name, student, teacher, limbeck_version, parameters, config, data.
     rows:    measurements by step, in increasing order; training and validation of one step share a row.
-    notices: sentences about the folder that a reader of the report should know.
+    notices: warnings about the folder, for the report.
     """
 
     name: str
@@ -33,23 +30,23 @@ class Run:
     notices: tuple[str, ...] = ()
 
     def curve(self, key: str, label: str = "") -> Curve:
-        """The finite values of ``key`` over steps; empty when it was never measured."""
+        """Returns the finite values of ``key`` over steps; empty if it was never measured."""
         points = [(step, row[key]) for step, row in self.rows.items() if math.isfinite(row.get(key, math.nan))]
         steps, values = zip(*points, strict=True) if points else ((), ())
         return Curve(label or key, np.array(steps, dtype=float), np.array(values, dtype=float))
 
 
 def load_run(folder: str | Path) -> Run:
-    """The run in ``folder``. A file that is missing or says nothing raises ``LimbeckError``.
+    """Reads the run in ``folder``. Raises LimbeckError if a file is missing or has no content.
 
-    A killed run leaves a half-written line in ``metrics.jsonl``: it is left out, with a notice. A resumed run repeats
-    steps: from the step where it set in again, its lines replace those of the first attempt.
+    A killed run may leave an incomplete line in ``metrics.jsonl``, which is skipped with a notice. A resumed run repeats
+    steps; its lines replace those of the first attempt.
     """
     folder = Path(folder)
     facts = _object(_read(folder / "run.json"))
     if facts is None:
         raise LimbeckError(
-            f"{folder / 'run.json'} holds no JSON object; restore it, or give the folder of another run."
+            f"{folder / 'run.json'} contains no JSON object; restore it, or use the folder of another run."
         )
     path = folder / "metrics.jsonl"
     rows: dict[int, dict[str, float]] = {}
@@ -68,7 +65,7 @@ def load_run(folder: str | Path) -> Run:
         measured = {key: float(value) for key, value in line.items() if isinstance(value, (int, float))}
         rows.setdefault(step, {}).update(measured)
     if not rows:
-        raise LimbeckError(f"{path} holds no measurement; wait for the first logged step, or give another folder.")
+        raise LimbeckError(f"{path} contains no measurement; wait for the first logged step, or use another folder.")
     rows = dict(sorted(rows.items()))
     return Run(str(facts.get("exp_name") or folder.name), facts, rows, tuple(_notices(rows, torn)))
 
@@ -76,7 +73,7 @@ def load_run(folder: str | Path) -> Run:
 def _notices(rows: Mapping[int, Mapping[str, float]], torn: list[int]) -> Iterator[str]:
     if torn:
         where = ", ".join(map(str, torn[:5])) + (", ..." if len(torn) > 5 else "")
-        yield f"metrics.jsonl has {len(torn)} half-written or unreadable lines (line {where}); they are left out."
+        yield f"metrics.jsonl has {len(torn)} incomplete or unreadable lines (line {where}); they are skipped."
     for key in ("train/loss", "val/loss"):
         lost = [step for step, row in rows.items() if not math.isfinite(row.get(key, 0.0))]
         if lost:
@@ -88,8 +85,8 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise LimbeckError(
-            f"{path} cannot be read ({error.strerror}); give the output_dir of a run: "
-            "a folder that holds run.json and metrics.jsonl."
+            f"{path} cannot be read ({error.strerror}); use the output_dir of a run: "
+            "a folder with run.json and metrics.jsonl."
         ) from error
 
 

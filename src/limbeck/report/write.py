@@ -1,7 +1,7 @@
-"""What a report says, and in which order: the result first, then the curves, then how it was done.
+"""Writes a report: the results first, then the curves, then data and configuration.
 
-One run shows its own quantities together (loss, cross-entropy, distillation); several runs are laid over each other,
-one quantity a chart. All text from outside is escaped here, on its way into the page.
+A report of one run shows related quantities in one chart (loss, cross-entropy, distillation). A report of several runs shows
+one quantity per chart, with one curve per run. All text from outside is escaped here.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ _LEARNING = (
     ),
     _Panel(
         "Agreement",
-        "How often student and teacher hold the same token most likely.",
+        "How often student and teacher have the same most likely token.",
         (("train/top1_agreement", "training"), ("val/top1_agreement", "validation")),
         show=percent,
     ),
     _Panel(
         "Entropy",
-        "Nats per token; how undecided each model is.",
+        "Nats per token; the uncertainty of each model.",
         (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher")),
     ),
     _Panel("Gradient norm", "Before clipping.", (("student/grad_norm", "gradient norm"),), log=True),
-    _Panel("Learning rate", "As the schedule sets it.", (("student/lr", "learning rate"),), from_zero=True),
+    _Panel("Learning rate", "Set by the schedule.", (("student/lr", "learning rate"),), from_zero=True),
 )
 _WORKING = (
     _Panel("Throughput", "Tokens per second.", (("train/tokens_per_second", "tokens per second"),), from_zero=True),
-    _Panel("Padding", "Share of a batch without text.", (("train/padding_share", "padding"),), percent, False, True),
+    _Panel("Padding", "Share of padding in a batch.", (("train/padding_share", "padding"),), percent, False, True),
 )
-_WEIGHTED = ("val/loss", "train/loss")  # sums whose weights may differ between runs: not laid over each other
+_WEIGHTED = ("val/loss", "train/loss")  # sums whose weights may differ between runs, so they are not compared
 _TIMES = tuple((f"time/{part}", part) for part in ("data", "teacher", "student", "optimizer"))
 _SECRET = re.compile(r"secret|password|credential|api_?key|(^|_)token$", re.IGNORECASE)
 
@@ -84,11 +84,11 @@ def write_report(
     samples: Sequence[Sample] = (),
     levels: Sequence[Level] = (),
 ) -> Path:
-    """Write one HTML file that loads nothing from outside, and return its path; folders on the way are made.
+    """Writes one self-contained HTML file and returns its path. Creates missing folders.
 
-    levels: values drawn as dashed lines across the charts of their key, such as the teacher's ``val/ce``.
+    levels: values drawn as dashed lines in the charts of their key, such as the teacher's ``val/ce``.
     """
-    runs = _told_apart(runs)
+    runs = _with_distinct_names(runs)
     version = next((run.facts["limbeck_version"] for run in runs if "limbeck_version" in run.facts), None)
     parts = [
         f'<header><div class="eyebrow">{escape(f"Limbeck {version}" if version else "Limbeck")}</div>'
@@ -103,8 +103,8 @@ def write_report(
         _section("Time and throughput", _grid([*_charts(_WORKING, runs, levels), *_times(runs)])),
         _section("Runs", [_comparison(runs)]) if len(runs) > 1 else "",
         _section("Data and configuration", (_origin(run, runs) for run in runs)),
-        "<footer>Beside each name stands its last value. Where a curve is long, the bold line is the mean of "
-        "neighbouring steps and the pale one behind it shows their extremes.</footer>",
+        "<footer>The value next to each name is its last value. For a long curve, the bold line is the mean of "
+        "neighbouring steps, and the pale line shows their extremes.</footer>",
     ]
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -112,11 +112,11 @@ def write_report(
     return target
 
 
-def _told_apart(runs: Sequence[Run]) -> Sequence[Run]:
-    """The same runs, numbered where two have one name."""
+def _with_distinct_names(runs: Sequence[Run]) -> Sequence[Run]:
+    """Numbers the runs if two have the same name."""
     if len({run.name for run in runs}) == len(runs):
         return runs
-    return [replace(run, name=f"{run.name} ({place})") for place, run in enumerate(runs, start=1)]
+    return [replace(run, name=f"{run.name} ({index})") for index, run in enumerate(runs, start=1)]
 
 
 def _section(title: str, parts: Iterable[str]) -> str:
@@ -138,7 +138,7 @@ class _Fact:
 
 
 def _facts(run: Run) -> list[_Fact]:
-    """The same facts in the same order for every run; a dash where the folder does not say."""
+    """The same facts in the same order for every run; a dash for an unknown value."""
     loss, ce, validation = run.curve("train/loss"), run.curve("train/train_student_loss"), run.curve("val/loss")
     tokens, speed = run.curve("train/tokens"), run.curve("train/tokens_per_second")
     memory, seconds = run.curve("system/peak_memory_gb"), run.curve("time/step")
@@ -250,7 +250,7 @@ def _figure(title: str, caption: str, entries: Iterable[tuple[int, str, str]], d
 
 
 def _origin(run: Run, runs: Sequence[Run]) -> str:
-    """Where the run's data came from, and its whole configuration folded away."""
+    """The run's data and, collapsed, its resolved configuration."""
     data = run.facts.get("data")
     config = json.dumps(_without_secrets(run.facts.get("config", {})), indent=2, ensure_ascii=False)
     return (
@@ -261,7 +261,7 @@ def _origin(run: Run, runs: Sequence[Run]) -> str:
 
 
 def _without_secrets(value: Any) -> Any:
-    """The same configuration with keys and passwords left out: a report is made to be passed on."""
+    """Removes keys and passwords from a configuration, because reports are shared."""
     if isinstance(value, dict):
         return {
             key: "(left out)" if _SECRET.search(str(key)) and inner else _without_secrets(inner)

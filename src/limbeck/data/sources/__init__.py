@@ -1,6 +1,6 @@
-"""From what a configuration names to the rows in it, each with the place it came from.
+"""Reads rows from the files and datasets of a configuration, each with its location.
 
-A source yields rows as they stand in the file. What their keys mean is decided in ``rows``.
+Rows are yielded as they are in the file; ``rows`` interprets their keys.
 """
 
 from limbeck.data.sources.find import Input, Source, expand, inputs_of

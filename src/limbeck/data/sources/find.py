@@ -1,7 +1,4 @@
-"""From names to inputs: which files a name stands for, and which reader reads them.
-
-The reader is chosen by the file's suffix, never by guessing at its content.
-"""
+"""Resolves names to files and their readers. The reader is chosen by the file's suffix, not by its content."""
 
 from __future__ import annotations
 
@@ -41,10 +38,14 @@ _HUB = "hub:"
 
 @dataclass(frozen=True)
 class Source:
-    """One source as a configuration names it: files by ``path`` (names and globs), or a dataset of the hub.
+    """One source of a configuration.
 
-    config, split, revision: of a hub dataset; ``split`` also of a folder saved by ``datasets``. format: the shape of its
-    rows; None to judge by the first one. domain: the name under which it is mixed with others; None for its own name.
+    path:             names and globs of files.
+    hub:              name of a hub dataset, in place of ``path``.
+    config, revision: of the hub dataset.
+    split:            of the hub dataset, or of a folder saved by ``datasets``.
+    format:           format of its rows; None to detect it from the first row.
+    domain:           name under which it is mixed with other sources; None for its own name.
     """
 
     path: tuple[str, ...] = ()
@@ -57,21 +58,21 @@ class Source:
 
     @property
     def name(self) -> str:
-        """How to speak of it."""
+        """Its name in reports."""
         return self.domain or self.hub or ", ".join(self.path)
 
     @classmethod
     def named(cls, name: str | Path) -> Source:
-        """The source that one name of ``file_name`` stands for: ``hub:owner/name``, or files."""
+        """Returns the source of one name in ``file_name``: ``hub:owner/name``, or files."""
         text = str(name)
         return cls(hub=text[len(_HUB) :]) if text.startswith(_HUB) else cls(path=(text,))
 
 
 @dataclass(frozen=True)
 class Input:
-    """One file, folder or dataset that is read from front to back.
+    """One file, folder or dataset that is read from start to end.
 
-    name: for people. files: whose bytes it depends on. detail: what else it depends on. read: its rows.
+    name: for messages. files, detail: the files and other facts that its content depends on, for the cache. read: yields rows.
     """
 
     name: str
@@ -81,7 +82,7 @@ class Input:
 
 
 def inputs_of(source: Source) -> list[Input]:
-    """What a source stands for, in a stable order. Raises LimbeckError for whatever is missing or of no known kind."""
+    """Returns the inputs of a source in a fixed order. Raises LimbeckError for a missing file or an unknown file type."""
     if source.hub is not None:
         split = source.split or "train"
         dataset = load_hub(source.hub, source.config, split, source.revision)
@@ -105,9 +106,9 @@ def inputs_of(source: Source) -> list[Input]:
 
 
 def expand(files: Sequence[str | Path]) -> list[Path]:
-    """The existing files that the given names and globs (``*``, ``?``, ``[…]``, ``**``) stand for, in a stable order.
+    """Returns the files that names and globs (``*``, ``?``, ``[…]``, ``**``) match, in a fixed order.
 
-    Raises LimbeckError when a name matches nothing, or is of no known kind.
+    Raises LimbeckError if a name matches nothing or has an unknown file type.
     """
     paths: list[Path] = []
     for name in files:
@@ -116,7 +117,7 @@ def expand(files: Sequence[str | Path]) -> list[Path]:
             paths.append(_checked(path))
             continue
         matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))  # noqa: PTH207  Path.glob takes no absolute pattern
-        # A pattern for a corpus matches both halves of each pair; one stands for both.
+        # A pattern matches both files of a Megatron corpus; keep one of them.
         matches = [match for match in matches if not (match.suffix == ".idx" and match.with_suffix(".bin") in matches)]
         if not matches:
             raise LimbeckError(f"No file matches {name}; check the pattern, which is relative to {Path.cwd()}.")
@@ -132,7 +133,7 @@ def _chained(files: Sequence[Path]) -> Iterator[Item]:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that tells the reader, behind which one may stand that tells the packing."""
+    """Returns the suffix that determines the reader, without the suffix of a compression."""
     suffixes = path.suffixes
     if suffixes and suffixes[-1] in _PACKED:
         return suffixes[-2] if len(suffixes) > 1 and suffixes[-2] in _PACKABLE else ""
@@ -144,7 +145,7 @@ def _is_megatron(path: Path) -> bool:
 
 
 def _pair(path: Path) -> tuple[Path, Path]:
-    """Index and tokens of the corpus that ``path`` names, by either half or by what both names begin with."""
+    """Returns the index and token files of a Megatron corpus named by either file or by their common prefix."""
     stem = path.name[:-4] if path.suffix in (".bin", ".idx") else path.name
     return path.with_name(stem + ".idx"), path.with_name(stem + ".bin")
 
@@ -170,7 +171,7 @@ def _checked(path: Path) -> Path:
         raise LimbeckError(f"{path} may not be read by this user; change its permissions.")
     if _suffix(path) not in _READERS:
         raise LimbeckError(
-            f"{path} is not of a known kind ({', '.join(_READERS)}, the first four also with {' or '.join(_PACKED)}, or a "
+            f"{path} has an unknown file type ({', '.join(_READERS)}, the first four also with {' or '.join(_PACKED)}, or a "
             ".bin/.idx pair); convert it to one JSON object per line."
         )
     return path

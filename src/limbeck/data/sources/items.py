@@ -1,7 +1,4 @@
-"""What a source yields, row by row: a record, a line not yet decoded, ready-made tokens, or a row that cannot be read.
-
-How files are opened is not known here.
-"""
+"""The items that a source yields: a record, an undecoded line, a pretokenised document, or an unreadable row."""
 
 from __future__ import annotations
 
@@ -14,11 +11,11 @@ from numpy.typing import NDArray
 from limbeck.errors import LimbeckError
 
 MAX_ROW = 1 << 24
-"""Bytes of the longest row that is read. More is no row but a file in the wrong place, and would be read into memory whole."""
+"""Maximum size of a row in bytes. A larger one is probably a wrong file, and would be read into memory as a whole."""
 
 
 class RowError(LimbeckError):
-    """What is wrong with one row. ``kind`` is the reason in a few words, by which such rows are counted."""
+    """An error in one row. ``kind`` is a short reason by which such rows are counted."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -26,9 +23,9 @@ class RowError(LimbeckError):
 
 
 class Record(NamedTuple):
-    """One row and where it was read, so that whatever is wrong with it can be named.
+    """One row and its location.
 
-    line: from 1, or 0 where the file has no lines. number: the row's, in its list or table, from 0.
+    line: from 1; 0 if the file has no lines. number: of the row in its list or table, from 0.
     """
 
     row: dict[str, Any]
@@ -38,12 +35,12 @@ class Record(NamedTuple):
 
     @property
     def where(self) -> str:
-        """``file:line``, the form that editors and terminals turn into a link, or the row's number where that says more."""
+        """``file:line``, which editors and terminals turn into a link, with the row number if there is one."""
         return place(self.file, self.line, self.number)
 
 
 class Line(NamedTuple):
-    """One line of a JSONL file, decoded later, possibly by another process."""
+    """One line of a JSONL file, to be decoded later, possibly in another process."""
 
     raw: bytes
     file: str
@@ -51,7 +48,7 @@ class Line(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A document that is already tokens: ``ids`` [n] of any integer type."""
+    """A pretokenised document: ``ids`` [n] of any integer type."""
 
     ids: NDArray[np.integer[Any]]
     file: str
@@ -59,12 +56,12 @@ class Document(NamedTuple):
 
     @property
     def where(self) -> str:
-        """The file and the document's number in it."""
+        """The file and the number of the document."""
         return place(self.file, 0, self.number)
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be used: where it is, the reason in a few words, and as a sentence."""
+    """An unusable row: its location, a short reason (``kind``), and the full message (``reason``)."""
 
     file: str
     line: int
@@ -77,14 +74,14 @@ Item: TypeAlias = Record | Line | Document | BadRow
 
 
 def place(file: str, line: int, number: int | None) -> str:
-    """A row's place in words."""
+    """Formats the location of a row."""
     if number is None:
         return f"{file}:{line}"
     return f"{file}:{line} (row {number})" if line else f"{file} (row {number})"
 
 
 def decoded(item: Record | Line) -> Record:
-    """The record in a line. Raises RowError for one that is not UTF-8, not JSON, or not an object."""
+    """Decodes a line to a record. Raises RowError if it is not UTF-8, not JSON, or not an object."""
     if isinstance(item, Record):
         return item
     where = f"{item.file}:{item.line}"
@@ -105,7 +102,7 @@ def decoded(item: Record | Line) -> Record:
 
 
 def not_utf8(where: str, byte: int, file: str) -> str:
-    """The sentence for a byte that begins no character."""
+    """The message for a byte that is not valid UTF-8."""
     return (
         f"{where} is not UTF-8 (byte 0x{byte:02x}); convert the file, "
         f"for example: iconv -f <its encoding> -t utf-8 {file}"
@@ -113,12 +110,12 @@ def not_utf8(where: str, byte: int, file: str) -> str:
 
 
 def too_long(where: str) -> str:
-    """The sentence for a row beyond ``MAX_ROW``."""
-    return f"{where} is longer than {MAX_ROW >> 20} MiB; a row is one document, so split it into several."
+    """The message for a row larger than ``MAX_ROW``."""
+    return f"{where} is longer than {MAX_ROW >> 20} MiB; split it into several rows."
 
 
 def object_of(row: Any, where: str) -> dict[str, Any]:
-    """``row`` if it is a JSON object; raises RowError otherwise."""
+    """Returns ``row`` if it is a JSON object; raises RowError otherwise."""
     if not isinstance(row, dict):
         raise RowError(
             "not an object",

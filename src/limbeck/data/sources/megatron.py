@@ -1,8 +1,8 @@
-"""Documents from Megatron's pretokenised corpora: a ``.bin`` with the tokens of all of them, an ``.idx`` that says where.
+"""Reads documents from Megatron's pretokenised corpora: a ``.bin`` file of tokens and an ``.idx`` file of their positions.
 
-The format is the one of ``MMapIndexedDataset``: a magic word, a version (1), the number type, the number of sequences and
-of document boundaries; then the length (int32) and byte offset (int64) of every sequence and the first sequence (int64) of
-every document. Which tokenizer made the tokens is not written in it.
+The format is ``MMapIndexedDataset``: a magic word, a version (1), the number type, the number of sequences and of document
+boundaries; then the length (int32) and byte offset (int64) of every sequence, and the first sequence (int64) of every
+document. It does not record the tokenizer.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np
 
 
 def read_megatron(index: Path, tokens: Path) -> Iterator[Item]:
-    """The documents of a corpus; raises LimbeckError if the two files are not of that format or do not agree."""
+    """Yields the documents of a corpus. Raises LimbeckError if the files have another format or do not match."""
     try:
         with index.open("rb") as file:
             magic, header = file.read(len(_MAGIC)), file.read(_HEADER.size)
         if magic != _MAGIC or len(header) < _HEADER.size:
-            raise LimbeckError(f"{index} is not an index of Megatron's format; name the .bin/.idx pair of a corpus.")
+            raise LimbeckError(f"{index} is not a Megatron index; name the .bin/.idx pair of a corpus.")
         version, code, sequences, boundaries = _HEADER.unpack(header)
         if version != 1 or code not in _DTYPES:
             raise LimbeckError(
-                f"{index} has version {version} and number type {code}; version 1 with whole numbers is read."
+                f"{index} has version {version} and number type {code}; only version 1 with integers is supported."
             )
         start = len(_MAGIC) + _HEADER.size
         if index.stat().st_size < start + sequences * 12 + boundaries * 8:
@@ -47,9 +47,9 @@ def read_megatron(index: Path, tokens: Path) -> Iterator[Item]:
     if sequences and (
         sizes.min() < 0 or offsets.min() < 0 or (offsets + sizes.astype(np.int64) * dtype.itemsize).max() > len(data)
     ):
-        raise LimbeckError(f"{tokens} is shorter than {index} says; the pair does not belong together.")
+        raise LimbeckError(f"{tokens} is shorter than {index} requires; the two files do not belong together.")
     if boundaries and (documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any()):
-        raise LimbeckError(f"{index} names documents that are not there; write the index again.")
+        raise LimbeckError(f"{index} contains invalid document boundaries; create the index again.")
     for number in range(max(boundaries - 1, 0)):
         parts = [
             np.frombuffer(data, dtype, int(sizes[i]), int(offsets[i]))

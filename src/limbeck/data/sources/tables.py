@@ -1,4 +1,4 @@
-"""Rows from Parquet and Arrow files, and from folders and hub datasets of the ``datasets`` library.
+"""Reads rows from Parquet and Arrow files, and from folders and hub datasets of the ``datasets`` library.
 
 Tables are read in slices, so a file may be larger than memory.
 """
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS = 512
-"""Rows turned into Python objects together."""
+"""Rows converted to Python objects at once."""
 
 
 def read_parquet(path: Path) -> Iterator[Item]:
-    """The rows of a Parquet file."""
+    """Yields the rows of a Parquet file."""
     with _pyarrow(path):
         from pyarrow import parquet
 
@@ -31,7 +31,7 @@ def read_parquet(path: Path) -> Iterator[Item]:
 
 
 def read_arrow(path: Path) -> Iterator[Item]:
-    """The rows of an Arrow IPC file or stream."""
+    """Yields the rows of an Arrow IPC file or stream."""
     with _pyarrow(path):
         import pyarrow as pa
 
@@ -46,9 +46,9 @@ def read_arrow(path: Path) -> Iterator[Item]:
 
 
 def saved_files(folder: Path, split: str | None) -> list[Path]:
-    """The Arrow files of a folder written by ``save_to_disk``; of one split, if the folder holds several.
+    """Returns the Arrow files of a folder written by ``save_to_disk``; of one split, if the folder has several.
 
-    Raises LimbeckError if the folder is not of that kind, or the split is not in it.
+    Raises LimbeckError if the folder was not written by ``save_to_disk``, or does not have the split.
     """
     splits = folder / "dataset_dict.json"
     if splits.is_file():
@@ -69,12 +69,12 @@ def saved_files(folder: Path, split: str | None) -> list[Path]:
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether ``datasets`` wrote this folder with ``save_to_disk``."""
+    """Returns whether ``datasets`` wrote this folder with ``save_to_disk``."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
 def load_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
-    """A ``datasets.Dataset`` from the hub (or its cache, or a local folder laid out like a hub repository)."""
+    """Loads a ``datasets.Dataset`` from the hub, its cache, or a local folder with the layout of a hub repository."""
     try:
         import datasets
     except ImportError as error:
@@ -83,7 +83,7 @@ def load_hub(name: str, config: str | None, split: str, revision: str | None) ->
         ) from error
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen kinds; each says what it missed
+    except Exception as error:  # the library raises many different types
         named = ", ".join(f"{key} {value}" for key, value in (("config", config), ("revision", revision)) if value)
         raise LimbeckError(
             f"the hub dataset {name} (split {split}{', ' + named if named else ''}) cannot be loaded: "
@@ -92,13 +92,13 @@ def load_hub(name: str, config: str | None, split: str, revision: str | None) ->
 
 
 def read_dataset(dataset: Any, name: str) -> Iterator[Item]:
-    """The rows of a ``datasets.Dataset``."""
+    """Yields the rows of a ``datasets.Dataset``."""
     tables = dataset.with_format("arrow").iter(batch_size=_ROWS)
     yield from rows_of((batch for table in tables for batch in table.to_batches()), name)
 
 
 def rows_of(batches: Iterable[pyarrow.RecordBatch], name: str) -> Iterator[Item]:
-    """Rows, numbered from 0. A row that is no Python object (text that is not UTF-8) is bad; the others are not harmed."""
+    """Yields rows, numbered from 0. Only a row that cannot be converted (text that is not UTF-8) is bad."""
     index = 0
     for batch in batches:
         for start in range(0, batch.num_rows, _ROWS):

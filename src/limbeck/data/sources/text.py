@@ -1,6 +1,6 @@
-"""Rows from text files: JSONL, one JSON list, CSV and TSV, each also compressed with gzip or zstandard.
+"""Reads rows from text files: JSONL, one JSON list, CSV and TSV, optionally compressed with gzip or zstandard.
 
-Files are read from front to back; no more than a row and a buffer of them is ever in memory.
+Files are read from start to end; only one row and a buffer are in memory.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BLOCK = 1 << 20
 
 
 def read_json(path: Path) -> Iterator[Item]:
-    """A JSON list of objects; a file whose first character is not ``[`` is read line by line, as JSONL."""
+    """Yields the rows of a JSON list of objects. A file that does not begin with ``[`` is read as JSONL."""
     with _opened(path) as file:
         while (head := file.read(1)) and head in b" \t\r\n" + _BOM:
             pass
@@ -46,7 +46,7 @@ def read_json(path: Path) -> Iterator[Item]:
 
 
 def read_lines(path: Path) -> Iterator[Item]:
-    """One JSON object per line; blank lines are passed over."""
+    """Yields one JSON object per line and skips blank lines."""
     with _opened(path) as file:
         number = 0
         while raw := file.readline(MAX_ROW + 1):
@@ -62,10 +62,10 @@ def read_lines(path: Path) -> Iterator[Item]:
 
 
 def read_csv(path: Path, delimiter: str) -> Iterator[Item]:
-    """A table whose first row names the columns; every value is text."""
+    """Yields the rows of a table whose first row names the columns. Every value is text."""
     csv.field_size_limit(MAX_ROW)
     with _opened(path) as file:
-        # A byte that is not UTF-8 becomes half a surrogate pair, which is found in its row instead of ending the reading.
+        # Invalid UTF-8 becomes a surrogate, so that only its row is bad.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
         rows = csv.reader(text, delimiter=delimiter, strict=True)
         names: list[str] | None = None
@@ -75,10 +75,10 @@ def read_csv(path: Path, delimiter: str) -> Iterator[Item]:
             try:
                 values = next(rows, None)
             except csv.Error as error:
-                if "unexpected end of data" in str(error):  # a quote that has swallowed every row behind it
+                if "unexpected end of data" in str(error):  # an unclosed quote that includes all following rows
                     raise LimbeckError(
-                        f"{path}:{begun} opens a quote that nothing closes, so the rows behind it cannot be told apart; "
-                        "close it, or double a quote that is meant as a character."
+                        f"{path}:{begun} opens a quote that is never closed, so the rows after it cannot be separated; "
+                        "close it, or double a quote that is a character of the text."
                     ) from error
                 if names is None:
                     raise LimbeckError(f"{path}:{rows.line_num} is not a CSV header ({error}); correct it.") from error
@@ -121,7 +121,7 @@ def _clean(values: list[str]) -> bool:
 
 
 def _read_list(path: Path) -> Iterator[Item]:
-    """Decode item by item, so that every row knows its line and a mistake is found in its row."""
+    """Decodes a JSON list item by item, so that errors name the row and its line."""
     with _opened(path) as file:
         window = _Window(file, path)
         window.skip_blank()
@@ -155,7 +155,7 @@ def _read_list(path: Path) -> Iterator[Item]:
 
 
 class _Window:
-    """The part of a text file from the row in work onwards, as far as it has been read."""
+    """A buffer of a text file that begins at the current row."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -164,7 +164,7 @@ class _Window:
         self._json = json.JSONDecoder()
         self._text = ""
         self._whole = False
-        self._counted = 0  # newlines before this place are in _line
+        self._counted = 0  # newlines before this index are counted in _line
         self._line = 1
         self._lines_read = 1
         self.at = 0
@@ -191,7 +191,7 @@ class _Window:
             self._more()
 
     def decode(self, index: int, line: int) -> Any:
-        """The JSON value that begins here. A mistake in it ends the reading: where the next row begins is unknown."""
+        """Decodes the JSON value at the current index. Invalid JSON ends the file, because the next row cannot be found."""
         while True:
             try:
                 row, end = self._json.raw_decode(self._text, self.at)
@@ -214,13 +214,13 @@ class _Window:
             self._more()
 
     def _may_go_on(self, error: Exception) -> bool:
-        """Whether the mistake may only be that the rest of the row has not been read yet."""
+        """Returns whether the rest of the row may simply not have been read yet."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.msg.startswith("Unterminated string") or error.pos + 16 >= len(self._text)
 
     def _more(self) -> None:
-        """Read on, by at least as much as the row in work has, so that a long row is not decoded too often."""
+        """Reads at least as much as the current row has, so that a long row is decoded only a few times."""
         _ = self.line
         self._text, self.at, self._counted = self._text[self.at :], 0, 0
         raw = self._file.read(max(_BLOCK, len(self._text)))
@@ -228,7 +228,7 @@ class _Window:
         try:
             self._text += self._decoder.decode(raw, final=self._whole)
         except UnicodeDecodeError as error:
-            # The decoder's own text may begin with bytes kept from the last block; none of them is a newline.
+            # The decoder's input may begin with bytes of the previous block; none of them is a newline.
             line = self._lines_read + error.object.count(b"\n", 0, error.start)
             raise LimbeckError(not_utf8(f"{self._path}:{line}", error.object[error.start], str(self._path))) from error
         self._lines_read += raw.count(b"\n")
@@ -236,14 +236,16 @@ class _Window:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The bytes of a file, unpacked by its last suffix; whatever ends the reading early is told by the file's name."""
+    """Opens a file, decompressed according to its last suffix. Errors name the file."""
     damaged: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error)
     try:
         if path.suffix == ".zst":
             try:
                 import zstandard
             except ImportError as error:
-                raise LimbeckError(f"{path} needs zstandard to be unpacked; pip install 'limbeck[data]'.") from error
+                raise LimbeckError(
+                    f"{path} needs zstandard to be decompressed; pip install 'limbeck[data]'."
+                ) from error
             damaged = (*damaged, zstandard.ZstdError)
             with path.open("rb") as packed:
                 yield cast(BinaryIO, io.BufferedReader(_Unpacked(packed, zstandard.ZstdDecompressor()), _BLOCK))
@@ -258,9 +260,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a zstandard file of any number of frames.
+    """The content of a zstandard file with any number of frames.
 
-    The library's own reader takes a file that was cut off for a whole one.
+    The library's own reader does not detect a truncated file.
     """
 
     def __init__(self, packed: BinaryIO, decompressor: Any) -> None:

@@ -1,7 +1,4 @@
-"""From a conversation to text, and which characters of the text the student learns.
-
-``resolve_template`` turns a setting into a ``Template``; ``render`` writes conversations with it. Tokens are not known here.
-"""
+"""Chat templates: ``resolve_template`` returns the ``Template`` of a setting, and ``render`` renders conversations with it."""
 
 from limbeck.data.templates.named import NAMED
 from limbeck.data.templates.render import Rendered, check_template_kwargs, render

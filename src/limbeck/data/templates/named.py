@@ -1,7 +1,7 @@
-"""The chat templates that have a name here, as Jinja.
+"""The named chat templates, as Jinja.
 
-Each writes the layout that its family of models was trained on, without BOS, which the tokenizer decides. The layouts are
-facts of the families (their model cards and tokenizers); the Jinja is ours. How any of it is rendered is not known here.
+Each renders the format that its model family was trained on (from model cards and tokenizers), without BOS, which depends on
+the tokenizer.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _QWEN2_5 = (
 """
 )
 
-# Thinking is shown in the turns behind the last question only: that is how the model meets its own history.
+# Thinking is rendered only after the last question, as in the model's own template.
 _QWEN3 = (
     _QWEN_TOOLS
     + """\
@@ -109,7 +109,7 @@ _LLAMA3 = """\
 {%- if add_generation_prompt -%}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' -}}{%- endif -%}
 """
 
-# Gemma has no system turn: what it says stands at the head of the first user turn.
+# Gemma has no system turn: the system message is placed before the first user turn.
 _GEMMA = """\
 {%- set first = messages[0] -%}
 {%- set system = first.content | trim + '\\n\\n' if first.role in ('system', 'developer') else '' -%}
@@ -125,7 +125,7 @@ _GEMMA = """\
 {%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
 """
 
-# The system message goes before the *last* question, so with one, every earlier answer was given in a context of its own.
+# The system message is placed before the *last* question, so earlier answers have another context.
 _MISTRAL = """\
 {%- set first = messages[0] -%}
 {%- set system = first.content + '\\n\\n' if first.role in ('system', 'developer') else '' -%}
@@ -165,7 +165,7 @@ NAMED = {
     "qwen2_5": _QWEN2_5,
     "qwen3": _QWEN3,
 }
-"""Name -> Jinja."""
+"""Name -> Jinja source."""
 
 _CHATML = ("<|im_start|>", "<|im_end|>")
 
@@ -177,16 +177,16 @@ MARKERS = {
     "qwen2_5": _CHATML,
     "qwen3": _CHATML,
 }
-"""What a named template writes and its family's tokenizers have a token of its own for."""
+"""Name -> markers for which the tokenizers of that family have special tokens."""
 
-QWEN = {"qwen2_5": "You are Qwen", "qwen3": "<think>"}  # with what a tokenizer of that family has in its own template
-"""Names that mean the tokenizer's own template where that is one of Qwen's, as the finer points differ between its models."""
+QWEN = {"qwen2_5": "You are Qwen", "qwen3": "<think>"}  # text that identifies the family's own template
+"""Names that select the tokenizer's own template if it is a Qwen template, because details differ between Qwen models."""
 
 LONG_COT = ("longCOT_qwen2.5", "longcot_V3")
-"""Names that mean the tokenizer's own template, and something around it that makes the model think at length."""
+"""Names that select the tokenizer's own template with additions for long chains of thought."""
 
 LONG_COT_QUESTION = ("Return your final response within \\boxed{}. ", "")
-"""What longCOT_qwen2.5 puts before and after the question."""
+"""Text of longCOT_qwen2.5 before and after the question."""
 
 LONG_COT_SYSTEM = (
     "Think about the question for as long as it needs, step by step, before you commit to an answer: explore, summarise what "
@@ -194,7 +194,7 @@ LONG_COT_SYSTEM = (
     "steps separated by blank lines, between <|begin_of_thought|> and <|end_of_thought|>. The second is the solution alone, "
     "exact, clear and brief, with the steps that lead to the result, between <|begin_of_solution|> and <|end_of_solution|>."
 )
-"""The system message of longCOT_qwen2.5 unless one is given. It asks for the format of that recipe in words of its own."""
+"""Default system message of longCOT_qwen2.5. It describes the format of that recipe in our own words."""
 
 LONG_COT_OPENING = "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
-"""What longcot_V3 puts behind the generation prompt: the answer goes on from there."""
+"""Text of longcot_V3 after the generation prompt; the answer continues from it."""

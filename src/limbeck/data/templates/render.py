@@ -1,8 +1,8 @@
-"""Writing a conversation with a template, every answer in the context in which it would have been generated.
+"""Renders a conversation with a template, with every answer in the context in which it would be generated.
 
-An answer to learn begins where the template's own generation prompt ends. Many templates show an answer otherwise once it
-is history (Qwen3 drops its thinking), and no single text then holds every answer in its place: such a conversation becomes
-several texts, each of which is what the model reads and writes at inference. Tokens are not known here.
+A supervised answer begins where the template's generation prompt ends. Many templates change an answer once other turns
+follow (Qwen3 removes its thinking), so a single text cannot contain every answer as generated. Such a conversation becomes
+several texts, each as the model reads and writes it at inference.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ _RESERVED = (
     "conversation", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "messages", "tools",
     "documents",
 )  # fmt: skip
-_MARK = "\ue000the answer\ue001"  # private characters, which no text holds and no template changes
+_MARK = "\ue000the answer\ue001"  # private-use characters, which texts do not contain and templates do not change
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Write = Callable[[Sequence[Message], bool], str]
-"""(messages, whether a generation prompt follows) -> text."""
+"""(messages, add_generation_prompt) -> text."""
 
 
 @dataclass(frozen=True)
 class Rendered:
     """One text to train on.
 
-    spans: the ``[start, end)`` characters of the answers, in order, each with the token that ends it, and the weight of
-    their loss; weight 0 is not learned. weight: that of all other characters, where prompts are learned too.
+    spans:  ``(start, end, weight)`` of each answer including its end token, in characters and in order. Weight 0: not
+            supervised.
+    weight: weight of all other characters, if prompts are supervised too.
     """
 
     text: str
@@ -51,19 +52,20 @@ def render(
     template_kwargs: Mapping[str, Any],
     where: str,
 ) -> tuple[Rendered, ...]:
-    """The texts of a conversation, in order: one, unless the template rewrites an answer that is learned once others follow.
+    """Returns the texts of a conversation, in order: one, unless the template changes a supervised answer in later turns.
 
-    Together they hold each answer to learn exactly once as learned; further texts show it as context at most. If nothing
-    in the template ends the last answer of a text, the EOS token is appended, because a student that never saw an end
-    does not stop. A conversation that asks, or has no answers, is written as a prompt. ``where`` names the row in errors.
-    Raises LimbeckError if the template fails, leaves out something to learn, or gives an answer no certain place.
+    Each answer is supervised in exactly one text; other texts may contain it as context. If the template does not end the last
+    answer of a text, EOS is appended, so that the student learns to stop. A prompt, or a conversation without an answer, is
+    rendered as a prompt. ``where`` names the row in errors.
+
+    Raises LimbeckError if the template fails, ignores tools or reasoning of the row, or does not show where an answer begins.
     """
     if conversation.plain:
         return (_running_text(conversation, template, tokenizer),)
     messages = [_readable(message) for message in conversation.messages]
     weights = _answer_weights(messages, conversation.weight, template.last_only)
     messages, added = _with_surroundings(messages, template)
-    answers = [(turn + added, weight) for turn, weight in weights if not conversation.asks]
+    answers = [(turn + added, weight) for turn, weight in weights if not conversation.is_prompt]
     jinja = template.with_tools if conversation.tools and template.with_tools else template.jinja
     _check_room(conversation, messages, [turn for turn, weight in answers if weight], template.name, jinja, where)
     write = _writer(
@@ -75,14 +77,14 @@ def render(
     texts: list[tuple[str, list[tuple[int, int, float]]]] = []
     if messages[-1]["role"] != "assistant":
         texts.append((write(messages, False).rstrip(), []))
-    # From the last answer to the first: an answer joins a text that begins exactly as it was generated, or opens its own.
+    # From the last answer to the first: an answer joins a text that begins as it was generated, or starts a new text.
     for turn, weight in reversed(answers):
         if weight:
             start, text = _answer(write, messages, turn, template.name, where)
         elif (found := _as_written(write, messages, turn)) is not None:
             start, text = found
         else:
-            continue  # only context, wherever it stands
+            continue  # unsupervised and changed later: only context
         home = next((spans for known, spans in texts if known.startswith(text)), None)
         if home is None:
             home = []
@@ -90,17 +92,14 @@ def render(
             texts.append((ended, home))
             text = ended
         home.append((start, len(text), weight))
-    # Where nothing is learned the row is still one text, so that it is counted, and its prompt can be learned.
+    # A row without supervised answers is still one text: it is counted, and its prompt may be supervised.
     whole = [(write(messages, False).rstrip(), [])] if not texts else texts[:1]
     learned = [(text, spans) for text, spans in texts if any(weight for _, _, weight in spans)] or whole
     return tuple(Rendered(text, tuple(reversed(spans)), conversation.weight) for text, spans in reversed(learned))
 
 
 def check_template_kwargs(template_kwargs: Mapping[str, Any], template: Template) -> None:
-    """Raise LimbeckError for a key that would replace an argument of the rendering itself, or that the template never reads.
-
-    Also for a template that is no Jinja.
-    """
+    """Raises LimbeckError for a reserved key, a key that the template does not use, and a template that is not valid Jinja."""
     from jinja2 import TemplateError, meta
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -130,21 +129,21 @@ def _running_text(conversation: Conversation, template: Template, tokenizer: Pre
     text = conversation.messages[0]["content"]
     if tokenizer.eos_token is None:
         raise LimbeckError(
-            f"The tokenizer {tokenizer.name_or_path} has no eos_token, so the end of a text could not be learned; set it."
+            f"The tokenizer {tokenizer.name_or_path} has no eos_token, so the student could not learn to stop; set it."
         )
     text = template.bos + text.removeprefix(template.bos).removesuffix(tokenizer.eos_token) + tokenizer.eos_token
     return Rendered(text, ((0, len(text), conversation.weight),), conversation.weight)
 
 
 def _readable(message: Message) -> Message:
-    """A message as templates expect it: no nulls, and reasoning under every name that a template may ask for."""
+    """Returns a message without nulls, with its reasoning under every name that templates use."""
     message = {key: _plain(value) for key, value in message.items() if value is not None}
     reasoning = next((message[key] for key in _REASONING if key in message), None)
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: Any) -> Any:
-    """The value in JSON's own types: whatever else it may be, a template must not get hold of its methods."""
+    """Converts a value to JSON types, so that a template cannot call methods of other objects."""
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
@@ -155,7 +154,7 @@ def _plain(value: Any) -> Any:
 
 
 def _answer_weights(messages: Sequence[Message], row_weight: float, last_only: bool) -> list[tuple[int, float]]:
-    """The answers that are not mere context, each with the weight of its loss: the row's, times the turn's ``weight``."""
+    """Returns (turn, weight) of the answers: the row's weight times the turn's."""
     weights = [
         (turn, row_weight * message.get("weight", 1.0))
         for turn, message in enumerate(messages)
@@ -165,7 +164,7 @@ def _answer_weights(messages: Sequence[Message], row_weight: float, last_only: b
 
 
 def _with_surroundings(messages: Sequence[Message], template: Template) -> tuple[list[Message], int]:
-    """The messages with the default system message and the words around the first question; how many were put in front."""
+    """Adds the default system message and the text around the first question; also returns the number of added messages."""
     before, after = template.question
     result = list(messages)
     first = next((turn for turn, message in enumerate(messages) if message["role"] == "user"), None)
@@ -179,7 +178,7 @@ def _with_surroundings(messages: Sequence[Message], template: Template) -> tuple
 def _check_room(
     conversation: Conversation, messages: Sequence[Message], learned: Sequence[int], name: str, jinja: str, where: str
 ) -> None:
-    """Refuse a template that has no place for what the row brings: it would be left out without a word."""
+    """Raises LimbeckError if the row has tools, tool calls or reasoning that the template does not render."""
     missing = None
     if conversation.tools and "tools" not in jinja:
         missing = "tools"
@@ -191,15 +190,15 @@ def _check_room(
         missing = "reasoning_content"
     if missing:
         raise LimbeckError(
-            f"{where} has {missing}, for which the chat template ({name}) has no place; "
-            "choose a template that has (template: native, or qwen3), or write it into the contents."
+            f"{where} has {missing}, which the chat template ({name}) does not render; "
+            "choose a template that does (template: native, or qwen3), or write it into the contents."
         )
 
 
 def _writer(
     jinja: str, name: str, tools: list[dict[str, Any]] | None, variables: Mapping[str, Any], where: str
 ) -> Write:
-    # The same sandbox, compiled once, that apply_chat_template resolves anew on each call; a test holds the two equal.
+    # The sandbox of apply_chat_template, without its overhead on each call; a test compares the two.
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     def write(messages: Sequence[Message], prompt: bool) -> str:
@@ -207,29 +206,29 @@ def _writer(
             return _compile_jinja_template(jinja).render(
                 messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **variables
             )
-        except Exception as error:  # a template is a program of somebody else's: any of its mistakes may come out
+        except Exception as error:  # a template is a program and may raise anything
             raise LimbeckError(f"{where}: the chat template ({name}) cannot render this row: {error}") from error
 
     return write
 
 
 def _as_written(write: Write, messages: Sequence[Message], turn: int) -> tuple[int, str] | None:
-    """Where the answer of ``turn`` begins, and the text up to its end; None if the template's prompt is not its beginning."""
+    """Returns the start of the answer of ``turn`` and the text up to its end, or None without a matching prompt."""
     prompt = write(messages[:turn], True)
     text = write(messages[: turn + 1], False).rstrip()
     if not text.startswith(prompt) or len(text) == len(prompt):
         return None
     content = messages[turn].get("content") or ""
     if "</think>" in content and _squeezed(content) not in _squeezed(text[len(prompt) :]):
-        return None  # the template shows answers without their thinking, even the last one
+        return None  # the template removes thinking even from the last answer
     return len(prompt), text
 
 
 def _answer(write: Write, messages: Sequence[Message], turn: int, name: str, where: str) -> tuple[int, str]:
-    """The same for an answer that must have a place.
+    """Like ``_as_written`` for a supervised answer; raises LimbeckError if its start cannot be found.
 
-    If the prompt itself opens the answer (``<think>``), the answer is what goes on from there: its content, without
-    the opening if it repeats that, and whatever the template puts behind a content.
+    If the prompt itself opens the answer (``<think>``), the answer is the rest: its content, without the opening if it
+    repeats it, and what the template adds after a content.
     """
     found = _as_written(write, messages, turn)
     if found is not None:
@@ -241,9 +240,9 @@ def _answer(write: Write, messages: Sequence[Message], turn: int, name: str, whe
     closed = re.search(r"</(\w+)>$", prompt.rstrip())
     if not mark or not prompt.startswith(before) or (closed and closed[0] in content):
         raise LimbeckError(
-            f"{where}: the chat template ({name}) writes turn {turn} (the assistant's) differently in a prompt and behind "
-            "it, so the place of the answer is unknown; set template: chatml, or make the two agree (an answer with "
-            "thinking, for example, behind a prompt that forbids it)."
+            f"{where}: the chat template ({name}) renders turn {turn} (the assistant's) differently in a prompt and after "
+            "it, so the start of the answer is unknown; set template: chatml, or make the two agree (an answer with "
+            "thinking, for example, after a prompt that disables it)."
         )
     tag = re.search(r"<(\w+)>$", opening)
     if tag and f"</{tag[1]}>" not in content:

@@ -1,4 +1,4 @@
-"""Which template a setting stands for, and what else is put around a conversation before it is written."""
+"""Resolves a template setting, and the text that is added around a conversation."""
 
 from __future__ import annotations
 
@@ -24,12 +24,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Template:
-    """A chat template and what goes with it.
+    """A chat template and its settings.
 
-    name: how to speak of it. jinja: its source; with_tools: its source for rows that bring tools, if that is another.
-    ends: the special tokens that may end an answer. bos: what begins a text that no template writes.
-    system: the system message of conversations without one. question: what stands before and after the first question.
-    last_only: only the last answer is learned. note: what may surprise about it with this tokenizer; empty if nothing.
+    name:       its name in messages.
+    jinja:      its source.
+    with_tools: its source for rows with tools, if different.
+    ends:       special tokens that may end an answer.
+    bos:        text at the start of plain text.
+    system:     system message of conversations without one.
+    question:   text before and after the first question.
+    last_only:  supervise only the last answer.
+    note:       a warning about this template with this tokenizer, or empty.
     """
 
     name: str
@@ -51,13 +56,16 @@ def resolve_template(
     prompt_file: str | None = None,
     train_on: str = "all",
 ) -> Template:
-    """The template that a setting stands for.
+    """Returns the template of a setting.
 
-    None is the tokenizer's own, or ``base`` if it has none; ``native`` is the tokenizer's own; a name in ``NAMED`` or
-    ``LONG_COT``; a ``.jinja`` file; or Jinja source itself. A named template begins with BOS exactly if the tokenizer puts
-    one; all others write it themselves, as chat templates do. ``default_system`` is the system message of conversations
-    without one; ``prompt_file`` a text with one ``{}`` for the question; ``train_on`` is "all" answers or the "last".
-    Raises LimbeckError for anything else.
+    template:       None for the tokenizer's own, or ``base`` if it has none; ``native`` for the tokenizer's own; a name in
+                    ``NAMED`` or ``LONG_COT``; a ``.jinja`` file; or Jinja source. A named template begins with BOS if the
+                    tokenizer adds BOS; all others write it themselves.
+    default_system: system message of conversations without one.
+    prompt_file:    text file with one ``{}`` for the question.
+    train_on:       "all" answers or the "last".
+
+    Raises LimbeckError for any other template, and for a file that cannot be read.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     ends = tuple(sorted(special | {tokenizer.eos_token} - {None}))
@@ -73,7 +81,7 @@ def resolve_template(
 
 
 def _source(template: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str | None]:
-    """Name, Jinja, and Jinja for rows with tools (None: the same)."""
+    """Returns name, Jinja source, and Jinja source for rows with tools (None: the same)."""
     if template is None:
         template = "native" if tokenizer.chat_template else "base"
     if template == "native" or template in LONG_COT:
@@ -104,7 +112,7 @@ def _native(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | N
     except ValueError as error:  # several templates, none called "default"
         raise LimbeckError(f"template: {name} is ambiguous ({error}); give the path of a .jinja file.") from error
     if name == "longcot_V3":
-        # Jinja drops one line break at the end of a source; it must not come back because something follows now.
+        # Jinja removes one newline at the end of a source; remove it here too, because text is appended.
         jinja, with_tools = (source.removesuffix("\n") + LONG_COT_OPENING for source in (jinja, with_tools))
     return jinja, None if with_tools == jinja else with_tools
 
@@ -114,16 +122,14 @@ def _note_on_markers(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     if not lacking:
         return ""
     return (
-        f"the tokenizer has no token for {' and '.join(lacking)}, which template: {name} writes, so each becomes several "
-        "tokens of ordinary text; a template of the tokenizer's own family avoids that."
+        f"the tokenizer has no token for {' and '.join(lacking)}, which template: {name} uses, so each becomes several "
+        "tokens of ordinary text; use a template of the tokenizer's family to avoid that."
     )
 
 
 def _around_the_question(path: Path) -> tuple[str, str]:
-    """What a prompt file puts before and after the question. Braces that are meant are doubled, as in format strings."""
-    advice = (
-        f"prompt_file: {path} must hold the question's place, {{}}, exactly once, and {{{{ }}}} for braces that stay"
-    )
+    """Returns the text of a prompt file before and after the question. Literal braces are doubled, as in format strings."""
+    advice = f"prompt_file: {path} must contain {{}} for the question exactly once, and {{{{ }}}} for literal braces"
     parts = [""]
     try:
         for text, field, specification, conversion in Formatter().parse(_read(path, "prompt_file")):
