@@ -192,7 +192,7 @@ class StudentWithLoss(nn.Module):
             weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
-            across=self.across,
+            reducer=self.across,
             compiled=self.compiled,
         )
 
