@@ -64,7 +64,7 @@ def check_certain_teacher() -> None:
                 (torch.float64, slice(None), None),
                 (torch.float32, parallel.columns, parallel),
             ):
-                hidden = z.to(dtype).requires_grad_()
+                hidden = z.to(dtype, copy=True).detach().requires_grad_()
                 signal = Logits(t.to(dtype)[:, columns])
                 head = eye.to(dtype)[columns]
                 loss = fused_linear_distillation(

@@ -199,7 +199,7 @@ def test_an_excluded_token_is_ignored_or_refused(name, excluded):
     calls.append(lambda: divergence(name)(hidden if b_s is None else hidden + b_s, z_t).mean())
     if name in infinite:
         for call in calls:
-            with pytest.raises(LimbeckError, match="infinite: the .* excludes token 4 .* and the .* does not"):
+            with pytest.raises(LimbeckError, match=r"infinite: the .* excludes token 4 .* and the .* does not"):
                 call()
         return
     keep = [0, 1, 2, 3, 5] if excluded == "both" else slice(None)
