@@ -159,7 +159,7 @@ def main() -> None:
                 f"  {name:32} {theirs:8.2f} ms  growth {growth:5.2f} GB  "
                 f"Limbeck takes {took / theirs:4.2f} of it  goal kept: {kept}"
             )
-        for why in sorted(kernels._told):
+        for why in sorted(kernels.fallback_reasons):
             print(f"  NOT the kernel everywhere: {why}")
         print(flush=True)
 

@@ -80,6 +80,16 @@ def _origin(implementation: Any) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
+_DIVERGENCES = (
+    *("adaptive_kl", "alpha_beta", "cross_entropy", "forward_kl", "js_divergence", "mixed_kl", "reverse_kl"),
+    *("skewed_forward_kl", "skewed_reverse_kl", "symmetric_kl", "taid", "tvd"),
+)
+
+DIVERGENCES: Registry[Any] = Registry(
+    "divergence", {name: f"limbeck.objectives.divergences:{name}" for name in _DIVERGENCES}
+)
+"""``kd_objective`` to a function ``(**parameters) -> limbeck.objectives.divergences.DivergenceFn``."""
+
 STRATEGIES: Registry[Any] = Registry(
     "strategy",
     {

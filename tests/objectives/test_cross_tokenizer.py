@@ -396,7 +396,7 @@ def test_what_needs_one_vocabulary_is_refused():
     spans = Spans.of(np.array([0]), np.array([0]), np.ones(1, dtype=np.float32))
     arguments = (torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, 2), torch.zeros(3, 2), ids(0), ids(0), spans)
     for objective in (Objective.of(topk=2), Objective.of("k1")):
-        with pytest.raises(LimbeckError, match="whole distributions are compared"):
+        with pytest.raises(LimbeckError, match="compares whole distributions"):
             cross_tokenizer_distillation(*arguments, cross=CrossTokenizer(same(3)), objective=objective)
     with pytest.raises(LimbeckError, match="the student's vocabulary of 4 does not fit the 3 rows"):
         cross_tokenizer_distillation(*arguments, cross=CrossTokenizer(same(4)), objective=Objective.of())

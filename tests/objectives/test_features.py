@@ -105,7 +105,7 @@ def test_projections_are_a_function_of_the_seed():
 
 
 @pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2, 3), (2, 4)), ((2, 2, 3), (2, 2, 3))])
-def test_rows_that_do_not_match_are_told(shapes):
+def test_rows_that_do_not_match_are_refused(shapes):
     with pytest.raises(LimbeckError, match="cannot be compared"):
         feature_loss("mse", *(torch.ones(shape) for shape in shapes))
     with pytest.raises(LimbeckError, match="not a feature loss"):

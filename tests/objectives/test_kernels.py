@@ -13,13 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_fused import problem, reference
 
-from limbeck.objectives import Logits, Objective, OutputHead, fused, fused_linear_distillation, kernels, names, register
-from limbeck.objectives.divergences import formulas
-from limbeck.objectives.elementwise import Rows, Spec, elementwise_pass
+from limbeck.objectives import (
+    Logits,
+    Objective,
+    OutputHead,
+    compilation,
+    fused_autograd,
+    fused_linear_distillation,
+    kernels,
+    make_divergence,
+    names,
+    register,
+)
+from limbeck.objectives.elementwise import ElementwiseSpec, TileInputs, elementwise_pass
 from limbeck.objectives.kernels.source import Untranslatable, translate
+from limbeck.objectives.output_head import LogitTransform
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
-ELEMENTWISE = [name for name in names() if not getattr(formulas(name), "needs_vocab_reduction", False)]
+ELEMENTWISE = [name for name in names() if not getattr(make_divergence(name), "needs_vocab_reduction", False)]
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,9 +64,10 @@ def test_all_of_this_file_holds_in_the_interpreter():
 
 
 @pytest.fixture(autouse=True)
-def _untold(monkeypatch):
-    monkeypatch.setattr(kernels, "_told", set())
-    monkeypatch.setattr(fused._Compiled, "failed", True)  # what falls back runs as it stands, for speed
+def _no_fallback_yet(monkeypatch):
+    monkeypatch.setattr(kernels, "fallback_reasons", set())
+    monkeypatch.setattr(kernels, "_build_failed", False)
+    monkeypatch.setattr(compilation.CompiledPass, "failed", True)  # the fallback is not compiled, which saves time
 
 
 def to(device, head, dtype=torch.float32):
@@ -178,20 +190,15 @@ def test_impossible_and_vanishing_tokens_stay_finite(device, name):
     assert torch.isfinite(head.weight.grad).all()
 
 
-def spec_of(terms, dtype, **changes):
-    fields = {
-        "terms": terms, "sampled": False, "kd_weight": 0.4, "temperature": 1.0, "teacher_temperature": 1.0,
-        "squared": False, "topk": 0, "tail": "drop", "scale": 1.0, "softcap": None, "teacher_scale": 1.0,
-        "teacher_softcap": None, "wants_grad": True, "dtype": dtype,
-    }  # fmt: skip
-    return Spec(**{**fields, **changes})
+def spec_of(divergence_fn, dtype, kd_weight=0.4):
+    return ElementwiseSpec(Objective(divergence_fn, kd_weight), LogitTransform(), LogitTransform(), True, dtype)
 
 
 def tile(z, t, dtype, device):
     n = len(z)
     ones = torch.ones(n, 1, dtype=dtype, device=device)
     target = torch.zeros(n, dtype=torch.long, device=device)
-    return Rows(z.to(dtype), None, t.to(dtype), None, None, None, target, ones, torch.tensor(0.5).to(ones))
+    return TileInputs(z.to(dtype), None, t.to(dtype), None, None, None, target, ones, torch.tensor(0.5).to(ones))
 
 
 def assert_pass_equals(device, terms, vocab=2100, **changes):
@@ -229,7 +236,7 @@ def test_small_numbers_keep_their_digits(device, function):
 
 
 def test_columns_behind_a_row_are_its_own_padding_or_untouched(device):
-    terms, z, t = formulas("reverse_kl"), torch.randn(2, 37), torch.randn(2, 37)
+    terms, z, t = make_divergence("reverse_kl"), torch.randn(2, 37), torch.randn(2, 37)
     exact = tile(z, t, torch.float64, "cpu")
     elementwise_pass(spec_of(terms, torch.float64))(*exact)
     for width in (40, 48, 60):
@@ -243,14 +250,18 @@ def test_columns_behind_a_row_are_its_own_padding_or_untouched(device):
 
 
 def test_parameters_are_compiled_in_and_the_same_ones_only_once():
-    assert translate(formulas("js_divergence", beta=0.3)) is translate(formulas("js_divergence", beta=0.3))
-    assert translate(formulas("js_divergence", beta=0.3)) is not translate(formulas("js_divergence", beta=0.4))
+    assert translate(make_divergence("js_divergence", beta=0.3)) is translate(
+        make_divergence("js_divergence", beta=0.3)
+    )
+    assert translate(make_divergence("js_divergence", beta=0.3)) is not translate(
+        make_divergence("js_divergence", beta=0.4)
+    )
 
 
 def test_the_weights_sum_is_known_where_it_follows_from_the_formula():
-    assert translate(formulas("forward_kl")).mass == -1
-    assert translate(formulas("js_divergence")).mass is None
-    assert translate(lambda p, q, log_p, log_q: (p, 3 * (q - 2 * p))).mass == -3
+    assert translate(make_divergence("forward_kl")).weight_sum == -1
+    assert translate(make_divergence("js_divergence")).weight_sum is None
+    assert translate(lambda p, q, log_p, log_q: (p, 3 * (q - 2 * p))).weight_sum == -3
 
 
 def test_a_function_whose_numbers_change_is_translated_again_and_given_up_if_it_goes_on():
@@ -258,9 +269,9 @@ def test_a_function_whose_numbers_change_is_translated_again_and_given_up_if_it_
     terms = lambda p, q, log_p, log_q: (p * at["t"], q * at["t"])  # noqa: E731
     for t in (0.1, 0.2, 0.3, 0.4):
         at["t"] = t
-        assert translate(terms).mass == t
+        assert translate(terms).weight_sum == t
     at["t"] = 0.1
-    assert translate(terms).mass == 0.1
+    assert translate(terms).weight_sum == 0.1
     at["t"] = 0.5
     with pytest.raises(Untranslatable, match="change from call to call"):
         translate(terms)
@@ -283,8 +294,8 @@ OWN = torch.tensor(0.3)
         lambda p, q, log_p, log_q: (p * 1e-40, q),
         lambda p, q, log_p, log_q: (p[:, :1], q),
         lambda p, q, log_p, log_q: p,
-        formulas("adaptive_kl"),
-        formulas("taid"),
+        make_divergence("adaptive_kl"),
+        make_divergence("taid"),
     ],
 )
 def test_what_is_not_elementwise_is_refused(terms):
@@ -307,25 +318,25 @@ def centred():
     del _REGISTRY["centred_chi"]
 
 
-def test_a_refused_formula_is_told_of_once_and_computed_all_the_same(device, centred):
+def test_an_untranslatable_divergence_warns_once_and_runs_in_pytorch(device, centred):
     given = problem(2, 6, 40, 0, 0, bias=False, softcap=None, scale=1.0)
-    with pytest.warns(UserWarning, match=r"no kernel, because .*amax") as told:
+    with pytest.warns(UserWarning, match=r"no kernel, because .*amax") as caught:
         for _ in range(2):
             out, _ = run(device, *given, objective=centred, uses=False)
-    assert sum("kernel" in str(one.message) for one in told) == 1
+    assert sum("kernel" in str(one.message) for one in caught) == 1
     close(out.loss, fused_linear_distillation(*given, objective=centred).loss)
 
 
-def test_a_kernel_that_cannot_be_built_is_told_of_once_and_replaced(device, monkeypatch):
+def test_a_kernel_that_cannot_be_built_warns_once_and_is_not_tried_again(device, monkeypatch):
     def fail(*_):
         raise OSError("there is no C compiler")
 
     given = problem(2, 6, 40, 0, 0, bias=False, softcap=None, scale=1.0)
     monkeypatch.setattr(kernels, "launch", fail)
-    with pytest.warns(UserWarning, match="there is no C compiler") as told:
+    with pytest.warns(UserWarning, match="there is no C compiler") as caught:
         for uses in (True, False):  # it is not tried again
             out, _ = run(device, *given, uses=uses)
-    assert sum("kernel" in str(one.message) for one in told) == 1
+    assert sum("kernel" in str(one.message) for one in caught) == 1
     close(out.loss, fused_linear_distillation(*given).loss)
 
 
@@ -352,7 +363,7 @@ def test_a_bfloat16_head_summed_in_its_own_precision_stays_close(monkeypatch):
     halves = problem(7, 64, 300, 0, 0, bias=False, softcap=None, scale=1.0, dtype=torch.bfloat16)
     errors = []
     for chunks in (0, 8):
-        monkeypatch.setattr(fused, "_NARROW_CHUNKS", {"cpu": chunks})
+        monkeypatch.setattr(fused_autograd, "_NARROW_CHUNKS", {"cpu": chunks})
         loss = fused_linear_distillation(*halves, chunk_size=8).loss / 3
         ours = torch.autograd.grad(loss, halves[1].weight)[0]
         assert ours.dtype is torch.bfloat16
@@ -363,23 +374,24 @@ def test_a_bfloat16_head_summed_in_its_own_precision_stays_close(monkeypatch):
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from limbeck.objectives.divergences import formulas
+from limbeck.objectives.divergences import make_divergence
 from limbeck.objectives.kernels import BLOCK, WARPS
-from limbeck.objectives.kernels.fused_kernel import sweep
+from limbeck.objectives.kernels.fused_kernel import fused_loss_kernel
 from limbeck.objectives.kernels.source import translate
 
 for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", None)):
     constants = {
-        "t_bias": None, "terms": translate(formulas(name)).terms, "z_scale": 0.5, "z_cap": cap, "t_scale": 1.0,
-        "t_cap": None, "TEMPERED": True, "GRADIENT": True, "MASS_KNOWN": False, "STATS": 7, "BLOCK": BLOCK,
+        "t_bias": None, "divergence_fn": translate(make_divergence(name)).divergence_fn, "z_scale": 0.5, "z_cap": cap,
+        "t_scale": 1.0, "t_cap": None, "TEMPERED": True, "GRADIENT": True, "WEIGHT_SUM_KNOWN": False, "STATS": 7,
+        "BLOCK": BLOCK,
     }
     kinds = {"z": "*bf16", "t": "*bf16", "target": "*i64", "z_bias": "*fp32", "weight": "*fp32", "factor": "*fp32",
-             "stats": "*fp32", **dict.fromkeys(("rate", "t_rate", "hard", "soft", "mass"), "fp32")}
-    whole = [sweep.arg_names.index(x) for x in ("z", "t", "z_stride", "t_stride", "z_edge", "t_edge")]
+             "stats": "*fp32", **dict.fromkeys(("rate", "t_rate", "ce_scale", "kd_scale", "weight_sum"), "fp32")}
+    whole = [fused_loss_kernel.arg_names.index(x) for x in ("z", "t", "z_stride", "t_stride", "z_readable", "t_readable")]
     source = ASTSource(
-        sweep,
-        {x: "constexpr" if x in constants else kinds.get(x, "i32") for x in sweep.arg_names},
-        {(sweep.arg_names.index(x),): value for x, value in constants.items()},
+        fused_loss_kernel,
+        {x: "constexpr" if x in constants else kinds.get(x, "i32") for x in fused_loss_kernel.arg_names},
+        {(fused_loss_kernel.arg_names.index(x),): value for x, value in constants.items()},
         {(i,): [["tt.divisibility", 16]] for i in whole},
     )
     options = {"num_warps": WARPS, "enable_fp_fusion": True}

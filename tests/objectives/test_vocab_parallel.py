@@ -10,7 +10,7 @@ import pytest
 
 @pytest.mark.parametrize(("ranks", "vocab"), [(2, 13), (4, 11)])
 def test_every_divergence_and_tail_is_the_same_on_any_number_of_ranks(ranks, vocab):
-    script = Path(__file__).with_name("vocab_parallel_ranks.py")
+    script = Path(__file__).with_name("run_vocab_parallel.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", str(script)]
     done = subprocess.run(
         [*command, str(vocab)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200

@@ -1,16 +1,13 @@
-"""Divergences and the fused head-and-loss. Knows tensors; knows no model, file or process."""
+"""Distillation losses on tensors: divergences, the fused output head and loss, features, cross-tokenizer loss."""
 
+from limbeck.objectives.compilation import compiler_found
 from limbeck.objectives.cross_tokenizer import CrossTokenizer, cross_tokenizer_distillation
-from limbeck.objectives.divergences import divergence, names, needs_vocab_reduction, register
+from limbeck.objectives.divergences import divergence, make_divergence, names, needs_vocab_reduction, register
 from limbeck.objectives.features import FeatureLosses, feature_loss, modelopt_balance
-from limbeck.objectives.fused import (
-    DistillationLoss,
-    Objective,
-    OutputHead,
-    compiler_found,
-    fused_linear_distillation,
-)
-from limbeck.objectives.payloads import TAILS, Logits, Sampled, TopK
+from limbeck.objectives.fused import fused_linear_distillation
+from limbeck.objectives.objective import DistillationLoss, Objective
+from limbeck.objectives.output_head import OutputHead
+from limbeck.objectives.payloads import TAILS, Logits, Sampled, SignalPayload, TopK
 from limbeck.objectives.spans import Spans, Vocabularies
 from limbeck.objectives.taid import TaidSchedule
 from limbeck.objectives.teacher_outputs import compute_logits, compute_topk
@@ -25,6 +22,7 @@ __all__ = [
     "Objective",
     "OutputHead",
     "Sampled",
+    "SignalPayload",
     "Spans",
     "TaidSchedule",
     "TopK",
@@ -38,6 +36,7 @@ __all__ = [
     "divergence",
     "feature_loss",
     "fused_linear_distillation",
+    "make_divergence",
     "modelopt_balance",
     "names",
     "needs_vocab_reduction",

@@ -1,4 +1,4 @@
-"""A chunk of positions and its share of a head: how large it is, the memory that it takes, and the products over it.
+"""Chunks of positions: their size, their buffers, and the matrix products with the output head.
 
 Shapes: n positions of a chunk, V vocabulary, H hidden size.
 """
@@ -14,23 +14,23 @@ from limbeck.objectives.divergences import LOWEST
 from limbeck.objectives.kernels import ROUND
 
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
-_WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes so many rows at once: products like them large
-_TILE_ELEMENTS = 1 << 19  # with some eight float32 temporaries this is 16 MiB: about the cache of two cores
-_TEMPORARIES = 8  # of a tile's size in float32, on a GPU: 5 to 13 that stand side by side, half of that compiled
-_COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code adds two to four times as much
-_EVEN_ROWS = 128  # a GPU's matrix product is cut into pieces of so many rows; fewer in the last are waste
-_STRIP = 1024  # rows of a head that a CPU multiplies at once
+_WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes 1024 rows at once: large products are faster
+_TILE_ELEMENTS = 1 << 19  # with about eight float32 temporaries 16 MiB, about the cache of two cores
+_TEMPORARIES = 8  # float32 temporaries of a tile on a GPU: 5 to 13 at a time, half of that compiled
+_COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code allocates two to four times as much on top
+_EVEN_ROWS = 128  # rows of a tile of a GPU's matrix product; a partial tile takes the time of a whole one
+_STRIP = 1024  # rows of the head in one product on a CPU
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """The precision of products: autocast's where it is on, else the wider of the two."""
+    """The precision of matrix products: that of autocast if it is enabled, else the wider of the two dtypes."""
     if torch.is_autocast_enabled(hidden.device.type):
         return torch.get_autocast_dtype(hidden.device.type)
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
 def default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_t: Tensor | None) -> int:
-    """Positions whose logits are held at once, of ``count``: as many as the memory allowed for them takes, in even shares."""
+    """How many of ``count`` positions form a chunk: as many as fit in the memory limit, in chunks of equal size."""
     per_row = vocab * (w_s.element_size() + (0 if w_t is None else w_t.element_size()))
     if device.type == "cpu" and _WHOLE_ROWS * per_row <= _WHOLE_BYTES:
         return _WHOLE_ROWS
@@ -42,8 +42,10 @@ def default_chunk(device: torch.device, vocab: int, count: int, w_s: Tensor, w_t
 
 
 def tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None, device: torch.device) -> int:
-    """Rows of a chunk that an elementwise pass, no GPU kernel, takes at once: on a CPU so few that what it makes stays in the
-    cache, on a GPU so few that it makes no more than about what the chunk takes."""
+    """How many rows of a chunk the elementwise pass processes at once, unless it is a GPU kernel.
+
+    On a CPU its temporaries fit in the cache. On a GPU they take about as much memory as the chunk.
+    """
     if device.type != "cpu":
         return -(-len(z_s) // _TEMPORARIES)
     if not compiled:
@@ -53,24 +55,24 @@ def tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None, device: torch.dev
 
 
 def row_width(vocab: int, device: torch.device) -> int:
-    """The numbers from one row of a buffer to the next."""
+    """The row stride of a buffer, in elements."""
     return vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
 
 
 def make_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, vocab] of memory; on a GPU each row begins at a round address, where products and kernels read fastest."""
+    """An uninitialized buffer [rows, vocab]. On a GPU its rows are aligned, as products and kernels read them fastest."""
     return torch.empty(rows, row_width(vocab, device), dtype=dtype, device=device)[:, :vocab]
 
 
 def shared_bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
-    """The bias of the shared vocabulary's tokens."""
+    """The bias [V] of the shared vocabulary in ``dtype``, with −∞ replaced by a finite number."""
     return None if bias is None else bias[:vocab].to(dtype).clamp_min(LOWEST)
 
 
 def head_product(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """h [n, H] · weightᵀ [H, V] → out [n, V].
+    """Write h [n, H] · weightᵀ [H, V] to out [n, V].
 
-    With few rows the BLAS of a CPU is some 20 % faster on strips of the head that stay in its cache.
+    For few rows, the BLAS of a CPU is about 20 % faster on strips of the head that fit in its cache.
     """
     if h.device.type != "cpu" or h.dtype is not torch.float32:
         return torch.mm(h, weight.t(), out=out)
@@ -80,7 +82,7 @@ def head_product(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
-    """d_weight [V, H] += dzᵀ h, summed in d_weight's precision, without a second buffer of the head's size."""
+    """d_weight [V, H] += dz [n, V]ᵀ h [n, H], in the precision of d_weight, without a second buffer of the head's size."""
     if dz.dtype == d_weight.dtype:
         d_weight.addmm_(dz.t(), h)
         return
@@ -93,7 +95,7 @@ def add_product(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
 
 
 def rescale(grad: Tensor, scale: Tensor) -> None:
-    """grad *= scale, where a scale of more digits than grad keeps them."""
+    """grad *= scale, computed in the dtype of scale."""
     if grad.dtype == scale.dtype:
         grad.mul_(scale)
         return
@@ -102,7 +104,7 @@ def rescale(grad: Tensor, scale: Tensor) -> None:
 
 
 def narrowed(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient in its parameter's dtype; a narrower one is written over the sums, which are the largest tensor around."""
+    """Convert a gradient to its parameter's dtype. A narrower one reuses the memory of ``grad``, which can be very large."""
     if dtype.itemsize >= grad.element_size():
         return grad.to(dtype)
     wide = grad.view(-1)
@@ -114,21 +116,21 @@ def narrowed(grad: Tensor, dtype: torch.dtype) -> Tensor:
 
 @cache
 def keep_freed_tiles() -> None:
-    """Let glibc hand a tile's temporaries to the next tile: fresh pages cost as much as the arithmetic.
+    """Make glibc reuse the memory of a tile's temporaries: fresh pages take as much time as the arithmetic.
 
-    Its threshold for giving memory back rises to twice the largest block below 32 MiB that was ever freed (mallopt(3)).
+    Freeing one block just below 32 MiB raises glibc's threshold for returning memory to the system (see mallopt(3)).
     """
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
 
 
 @cache
 def _adds_wider(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether this machine adds a product of narrow matrices to a wide one in place, without rounding between."""
+    """Whether ``addmm`` of narrow matrices can add to a wide one in place, without rounding the product first."""
     if device.type != "cuda":
         return False
     total, ones = torch.ones(16, 16, dtype=wide, device=device), torch.ones(16, 16, dtype=narrow, device=device)
     try:
         torch.addmm(total, ones, ones, out_dtype=wide, out=total)
-    except (RuntimeError, TypeError):  # PyTorch before it took a wider sum, or a GPU without
+    except (RuntimeError, TypeError):  # an older PyTorch, or a GPU without support
         return False
     return bool((total == 17).all())

@@ -1,26 +1,26 @@
-"""Distillation between two vocabularies: one text, cut by two tokenizers, compared span by span.
+"""Distillation between models with different tokenizers: their distributions are compared span by span.
 
-A *span* is a stretch of text at whose both ends both tokenizers have a boundary. At its first position each model has one
-distribution over its own tokens; the chain rule carries it to what both models speak of, the span's text. With q_i the
+A *span* is a stretch of text at whose both ends both tokenizers have a token boundary. At the first position of a span each
+model has one distribution over its own tokens. The chain rule extends it to the text of the span. With q_i the student's
 distribution at the span's i-th token s_i, the student's row is
 
     Q(span) = Π q_i(s_i)      Q(s_1) = q_1(s_1) − Q(span)      Q(v) = q_1(v) for every other token v
 
-which sums to 1: *the span is written*, or it is begun and left, or another token comes first. The teacher's row P is made
-alike from its own tokens. If one model writes the span with a single token that the other one has as well, that token counts
-as writing the span there too.
+It sums to 1. Its entries are: the span is written; the span is begun but not completed; another token comes first. The
+teacher's row P is formed in the same way from its own tokens. If one model writes the span with a single token that the other
+vocabulary has too, that token counts as writing the span on the other side.
 
-    hybrid   D(P, Q) over the span and the tokens that both vocabularies have, both sides renormalised over these, plus
-             rest_weight · Σ |sort P − sort Q| over the tokens that one side alone has
-    uld      Σ |sort P − sort Q| over everything (Universal Logit Distillation, arXiv 2402.12030)
+    hybrid   D(P, Q) over the span and the common tokens, both sides renormalized over these, plus
+             rest_weight · Σ |sort P − sort Q| over the tokens of one vocabulary only
+    uld      Σ |sort P − sort Q| over all entries (Universal Logit Distillation, arXiv 2402.12030)
 
-    loss = [ (1 − w) Σ u CE  +  w Σ u_g (that) ] / normalizer
+    loss = [ (1 − w) Σ u CE  +  w Σ u_g (hybrid or uld) ] / normalizer
 
-D is renormalised because a token that the teacher alone has says nothing of one that the student alone has: both sides'
-mass outside the common tokens could only be made equal by raising tokens that nobody asked for.
+D is renormalized because the tokens of one vocabulary only have no counterpart. Without it, the gradient would raise tokens of
+the student alone until their total matches the teacher's.
 
-With equal vocabularies every span is one token and hybrid is the ordinary loss. Logits are never held whole: positions are
-walked in chunks, and gradients are formed where the logits are, as in ``fused``.
+With equal vocabularies every span is one token, and hybrid equals the loss of ``fused``. Positions are processed in chunks and
+gradients are formed in the forward pass, as there.
 
 Shapes: N supervised positions of the student, M of the teacher, S spans, V and V' the vocabularies, n rows of a chunk.
 """
@@ -33,41 +33,44 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives.checks import check_tokens, check_width
+from limbeck.objectives.checks import check_chunk_size, check_tokens, check_width
 from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
 from limbeck.objectives.divergences import DivergenceFn, evaluate
-from limbeck.objectives.elementwise import _logits
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead
+from limbeck.objectives.first_order import first_order_only
+from limbeck.objectives.objective import DistillationLoss, Objective, resolve_normalizer
+from limbeck.objectives.output_head import OutputHead, as_output_head
 from limbeck.objectives.spans import Spans, Vocabularies
 
 KINDS = ("uld", "hybrid")
 MERGES = ("span", "gold")
 
-_NOTHING = (
-    -100.0
-)  # the log-probability of a token whose mass has gone to the span: e⁻¹⁰⁰, so that no divergence is infinite
-_CHUNK_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}  # fewer rows, and the products wait for the head's memory
-_COPIES = 8  # of a chunk's rows that are alive at once
+_MOVED_TO_SPAN = -100.0  # log-probability of a token whose mass is the span's: e⁻¹⁰⁰ keeps every divergence finite
+_CHUNK_BYTES = {"cpu": 512 << 20, "cuda": 2 << 30}  # with fewer rows, reading the head limits the products
+_COPIES = 8  # tensors of a chunk's size that are alive at once
 
 
 @dataclass(frozen=True)
 class CrossTokenizer:
-    """How two vocabularies are compared; the module says what the words mean.
+    """How two vocabularies are compared. The docstring of the module defines the terms.
 
-    rest_weight: multiplies the sorted difference in ``hybrid``. merge: ``span``, or ``gold``: every token's probability at
-    the first position is multiplied by that of the span's later tokens, Q(v) = q_1(v) · Π_{i>1} q_i(s_i), and there is no
-    entry for the span. Such a row sums to that product and not to 1; this is TRL's GOLD, for comparison.
-    Raises LimbeckError for names that are not known.
+    Args:
+        vocabularies: which tokens the two have in common.
+        kind: ``hybrid`` or ``uld``.
+        rest_weight: multiplies the sorted difference in ``hybrid``, 0 or more.
+        merge: ``span``, or ``gold`` for the rows of TRL's GOLD. There, every probability at the first position is multiplied by
+            those of the span's later tokens, Q(v) = q_1(v) · Π_{i>1} q_i(s_i), and there is no entry for the span. Such a row
+            sums to that product, not to 1.
+
+    Raises LimbeckError for an unknown name or a negative ``rest_weight``.
     """
 
     vocabularies: Vocabularies
     kind: str = "hybrid"
     rest_weight: float = 1.0
     merge: str = "span"
-    _where: dict[torch.device, Vocabularies] = field(default_factory=dict, compare=False, repr=False)
+    _on_device: dict[torch.device, Vocabularies] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, known in (("kind", KINDS), ("merge", MERGES)):
@@ -76,11 +79,11 @@ class CrossTokenizer:
         if not self.rest_weight >= 0:
             raise LimbeckError(f"cross_tokenizer's rest_weight must be 0 or more, got {self.rest_weight}.")
 
-    def on(self, device: torch.device) -> Vocabularies:
-        """The vocabularies on ``device``, copied once."""
-        if device not in self._where:
-            self._where[device] = self.vocabularies.to(device)
-        return self._where[device]
+    def vocabularies_on(self, device: torch.device) -> Vocabularies:
+        """Return the vocabularies on ``device``. They are copied once."""
+        if device not in self._on_device:
+            self._on_device[device] = self.vocabularies.to(device)
+        return self._on_device[device]
 
 
 @torch.compiler.disable
@@ -99,27 +102,41 @@ def cross_tokenizer_distillation(
     normalizer: float | Tensor | None = None,
     chunk_size: int | None = None,
 ) -> DistillationLoss:
-    """Cross-entropy and distillation between models whose tokenizers differ, from the last hidden states.
+    """Compute cross-entropy and distillation loss between models with different tokenizers, from the last hidden states.
 
-    student_hidden [N, Hs], labels [N]: the student's supervised positions and the token that each must predict.
-    teacher_hidden [M, Ht], teacher_labels [M]: the teacher's positions that predict the tokens of the spans. Heads are weight
-    matrices or ``OutputHead``. weights [N]: u, what multiplies each position's cross-entropy; default 1.
-    normalizer: what both sums are divided by; default N (then ``spans.weight`` of N / S makes the second one a mean over
-    spans). chunk_size: positions per chunk; default as many as fit in 512 MiB with their temporaries on a CPU, 2 GiB on a GPU.
+    Args:
+        student_hidden: [N, Hs], at the student's supervised positions.
+        student_head: [V, Hs] or an ``OutputHead``.
+        teacher_hidden: [M, Ht], at the teacher's positions that predict the tokens of the spans.
+        teacher_head: [V', Ht] or an ``OutputHead``.
+        labels: [N] int64, the token that each position of the student must predict.
+        teacher_labels: [M] int64, the same for the teacher.
+        spans: which positions form which span.
+        cross: how the vocabularies are compared.
+        objective: the divergence, temperatures and kd_weight.
+        weights: [N], u, multiplies the cross-entropy of each position, default 1.
+        normalizer: divides both sums, default N. ``spans.weight`` = N / S makes the second sum a mean over spans. A tensor of 0
+            gives loss 0 and zero gradients.
+        chunk_size: positions per chunk. The default fits in 512 MiB with temporaries on a CPU, and in 2 GiB on a GPU.
 
-    Returns a ``DistillationLoss``; entropies and agreement are those of the rows P and Q, summed like the divergence. Half
-    precision is multiplied in half precision, everything else is float32, float64 stays float64. Raises LimbeckError for
-    an objective that needs equal vocabularies (top-k, or estimators on sampled tokens).
+    Returns:
+        A ``DistillationLoss``. Entropies and agreement are those of the rows P and Q, summed like the divergence.
+
+    Raises:
+        LimbeckError: for shapes that do not fit, for an objective that needs equal vocabularies (top-k, estimators on sampled
+            tokens), on a CPU for tokens outside the vocabularies, and in a backward pass with ``create_graph=True``.
+
+    Half-precision inputs are multiplied in half precision. Everything else is computed in float32, or in float64 for float64
+    inputs.
     """
     if not isinstance(objective, Objective):
         raise LimbeckError(f"objective must be an Objective, such as Objective.of('forward_kl'), got {objective!r}.")
     if objective.sampled or objective.topk:
         raise LimbeckError(
-            "across tokenizers whole distributions are compared; use a divergence, without logits_topk, not an estimator on "
+            "a cross-tokenizer loss compares whole distributions; use a divergence without logits_topk, not an estimator on "
             "sampled tokens."
         )
-    student = student_head if isinstance(student_head, OutputHead) else OutputHead(student_head)
-    teacher = teacher_head if isinstance(teacher_head, OutputHead) else OutputHead(teacher_head)
+    student, teacher = as_output_head("student", student_head), as_output_head("teacher", teacher_head)
     sizes = cross.vocabularies.student_size, cross.vocabularies.teacher_size
     for role, head, size in (("student", student, sizes[0]), ("teacher", teacher, sizes[1])):
         if not 0 < size <= head.weight.shape[0]:
@@ -129,9 +146,9 @@ def cross_tokenizer_distillation(
     check_width("student", student_hidden, student)
     check_width("teacher", teacher_hidden, teacher)
     _check_positions(student_hidden, labels, weights, teacher_hidden, teacher_labels, spans, sizes)
-    if chunk_size is not None and chunk_size < 1:
-        raise LimbeckError(f"chunk_size must be 1 or more positions, got {chunk_size}; leave it out to have it chosen.")
-    job = _Job(
+    check_chunk_size(chunk_size)
+    dtype = compute_dtype(student_hidden, student.weight)
+    options = _CrossTokenizerOptions(
         objective=objective,
         cross=cross,
         spans=spans,
@@ -141,12 +158,18 @@ def cross_tokenizer_distillation(
         labels=labels,
         teacher_labels=teacher_labels,
         weights=weights,
-        normalizer=max(labels.numel(), 1) if normalizer is None else normalizer,
-        dtype=compute_dtype(student_hidden, student.weight),
+        normalizer=resolve_normalizer(
+            normalizer,
+            None,
+            labels.numel(),
+            torch.float64 if dtype is torch.float64 else torch.float32,
+            student_hidden.device,
+        ),
+        dtype=dtype,
         chunk_size=chunk_size,
         wants_grad=torch.is_grad_enabled(),
     )
-    loss, stats = _CrossLoss.apply(student_hidden, student.weight, student.bias, job)
+    loss, stats = _CrossTokenizerLoss.apply(student_hidden, student.weight, student.bias, options)
     return DistillationLoss(loss, *torch.cat([stats, stats.new_zeros(2)]).unbind())  # there is no top-k
 
 
@@ -159,7 +182,7 @@ def _check_positions(
     spans: Spans,
     sizes: tuple[int, int],
 ) -> None:
-    """A position that is one off would train the student wrongly without a word."""
+    """Raise LimbeckError unless labels, weights and spans fit the hidden states."""
     for name, given, rows in (
         ("labels", labels, student),
         ("teacher_labels", teacher_labels, teacher),
@@ -182,7 +205,9 @@ def _check_positions(
 
 
 @dataclass(frozen=True)
-class _Job:
+class _CrossTokenizerOptions:
+    """The arguments that are not differentiated, after checks and defaults."""
+
     objective: Objective
     cross: CrossTokenizer
     spans: Spans
@@ -199,164 +224,179 @@ class _Job:
 
     @property
     def accumulate(self) -> torch.dtype:
-        """The precision of everything but the products."""
+        """The precision of everything but the matrix products."""
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
 
-class _CrossLoss(torch.autograd.Function):
-    """As in ``fused``: gradients are formed in the forward pass, handed over once, and formed again for a second backward."""
+class _CrossTokenizerLoss(torch.autograd.Function):
+    """As ``FusedHeadLoss``: the forward pass forms the gradients, and the first backward returns them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> tuple[Tensor, Tensor]:
-        needs = tuple(job.wants_grad and need for need in ctx.needs_input_grad[:3])
-        loss, stats, grads = _Walk(hidden, weight, bias, job, needs).run()
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, options: _CrossTokenizerOptions
+    ) -> tuple[Tensor, Tensor]:
+        needs = tuple(options.wants_grad and need for need in ctx.needs_input_grad[:3])
+        loss, stats, grads = _ChunkedLoss(hidden, weight, bias, options, needs).run()
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.job, ctx.needs, ctx.grads = job, needs, grads
+        ctx.options, ctx.needs, ctx.grads = options, needs, grads
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             hidden, weight, bias = ctx.saved_tensors
-            grads = _Walk(hidden, weight, bias, ctx.job, ctx.needs).run()[2]
-        scale = outputs[0] / ctx.job.normalizer
+            grads = _ChunkedLoss(hidden, weight, bias, ctx.options, ctx.needs).run()[2]
+        scale = outputs[0] / ctx.options.normalizer
         inputs = zip(grads, ctx.saved_tensors, strict=True)
         return (*(None if grad is None else grad.mul_(scale).to(like.dtype) for grad, like in inputs), None)
 
 
-class _Walk:
-    """One pass over all positions. The sums are kept undivided; the normalizer comes last."""
+class _ChunkedLoss:
+    """Loss and gradients, chunk by chunk. Gradients are not yet divided by the normalizer."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job, needs: tuple[bool, ...]) -> None:
-        self.job, self.hidden, self.needs = job, hidden, needs
-        self.vocabularies = job.cross.on(hidden.device)
-        vs, vt, like = job.cross.vocabularies.student_size, job.cross.vocabularies.teacher_size, job.accumulate
-        self.w_s, self.b_s = weight[:vs].to(job.dtype), shared_bias(bias, vs, like)
-        self.w_t, self.b_t = job.teacher.weight[:vt], shared_bias(job.teacher.bias, vt, like)
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        options: _CrossTokenizerOptions,
+        needs: tuple[bool, ...],
+    ) -> None:
+        self.options, self.hidden, self.needs = options, hidden, needs
+        self.vocabularies = options.cross.vocabularies_on(hidden.device)
+        vs, vt, like = (
+            options.cross.vocabularies.student_size,
+            options.cross.vocabularies.teacher_size,
+            options.accumulate,
+        )
+        self.w_s, self.b_s = weight[:vs].to(options.dtype), shared_bias(bias, vs, like)
+        self.w_t, self.b_t = options.teacher.weight[:vt], shared_bias(options.teacher.bias, vt, like)
         per_row = _COPIES * (vs + vt) * torch.finfo(like).bits // 8
         budget = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
-        self.chunk = max(1, job.chunk_size or budget // per_row)
+        self.chunk = max(1, options.chunk_size or budget // per_row)
         zeros = lambda shape: torch.zeros(shape, dtype=like, device=hidden.device)  # noqa: E731
         self.d_hidden = zeros(hidden.shape) if needs[0] else None
         self.d_weight = zeros(weight.shape) if needs[1] else None
         self.d_bias = zeros(weight.shape[:1]) if needs[2] else None
         self.stats = zeros(5)  # kd, ce, both entropies, agreement
-        count = len(job.spans) + 1  # and one for positions in no span
+        count = len(options.spans) + 1  # the last is for positions in no span
         self.later_s, self.later_t, self.slope = zeros(count), zeros(count), zeros(count)
         self.several_s, self.several_t = zeros(count), zeros(count)
 
     def run(self) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        objective = self.job.objective
+        objective = self.options.objective
         with torch.autocast(self.hidden.device.type, enabled=False), torch.no_grad():
-            self._teachers_later_tokens()
-            self._students_later_tokens()
-            self._spans()
+            self._teacher_later_tokens()
+            self._student_later_tokens()
+            self._compare_spans()
             if any(self.needs):
-                self._students_later_gradients()
-        stats = self.stats / self.job.normalizer
+                self._student_later_gradients()
+        stats = self.stats / self.options.normalizer
         w, squared = objective.kd_weight, objective.temperature**2 if objective.squared else 1.0
         loss = (1 - w) * stats[1] + w * squared * stats[0]
         return loss, stats, (self.d_hidden, self.d_weight, self.d_bias)
 
-    # Pass 1: of a span's later tokens only their summed log-probability is needed.
+    # Pass 1: a span's later tokens contribute only their summed log-probability.
 
-    def _teachers_later_tokens(self) -> None:
-        spans, tau = self.job.spans, self.job.objective.teacher_temperature
+    def _teacher_later_tokens(self) -> None:
+        spans, tau = self.options.spans, self.options.objective.teacher_temperature
         for part in self._chunks(spans.teacher_rest):
             index, owner = spans.teacher_rest[part], spans.teacher_rest_span[part]
             log_p = (self._teacher_logits(index) / tau).log_softmax(-1)
-            said = log_p.gather(-1, self.job.teacher_labels[index, None]).squeeze(-1)
-            self.later_t.index_add_(0, owner, said)
-            self.several_t.index_add_(0, owner, torch.ones_like(said))
+            log_prob = log_p.gather(-1, self.options.teacher_labels[index, None]).squeeze(-1)
+            self.later_t.index_add_(0, owner, log_prob)
+            self.several_t.index_add_(0, owner, torch.ones_like(log_prob))
 
-    def _students_later_tokens(self) -> None:
-        spans = self.job.spans
+    def _student_later_tokens(self) -> None:
+        spans = self.options.spans
         for part in self._chunks(spans.student_rest):
             index, owner = spans.student_rest[part], spans.student_rest_span[part]
-            ce, said = self._at_target(self._student_logits(self._product(index)), index)
+            ce, log_prob = self._at_target(self._student_logits(self._product(index)), index)
             self.stats[1] += ce.sum()
-            self.later_s.index_add_(0, owner, said)
-            self.several_s.index_add_(0, owner, torch.ones_like(said))
+            self.later_s.index_add_(0, owner, log_prob)
+            self.several_s.index_add_(0, owner, torch.ones_like(log_prob))
 
-    # Pass 2: the first positions, whose whole distributions are compared.
+    # Pass 2: compare the whole distributions at the first positions.
 
-    def _spans(self) -> None:
-        job, spans, objective = self.job, self.job.spans, self.job.objective
+    def _compare_spans(self) -> None:
+        options, spans, objective = self.options, self.options.spans, self.options.objective
         squared = objective.temperature**2 if objective.squared else 1.0
         for part in self._chunks(spans.weight):
             first_s, first_t = spans.student_first[part], spans.teacher_first[part]
             z = self._product(first_s).requires_grad_(any(self.needs))
             later = self.later_s[:-1][part].clone().requires_grad_(any(self.needs))
             log_p = (self._teacher_logits(first_t) / objective.teacher_temperature).log_softmax(-1)
-            weight = spans.weight[part].to(job.accumulate)
+            weight = spans.weight[part].to(options.accumulate)
             with torch.set_grad_enabled(any(self.needs)):
                 logits = self._student_logits(z)
                 ce, _ = self._at_target(logits, first_s)
-                teacher_row = (job.teacher_labels[first_t], self.later_t[:-1][part], self.several_t[:-1][part] > 0)
-                student_row = (job.labels[first_s], later, self.several_s[:-1][part] > 0)
+                teacher_row = (options.teacher_labels[first_t], self.later_t[:-1][part], self.several_t[:-1][part] > 0)
+                student_row = (options.labels[first_s], later, self.several_s[:-1][part] > 0)
                 value, others = compare(
                     (logits / objective.temperature).log_softmax(-1),
                     *student_row,
                     log_p,
                     *teacher_row,
-                    job.cross,
+                    options.cross,
                     self.vocabularies,
-                    objective.terms,
+                    objective.divergence_fn,
                 )
                 kd = (value * weight).sum()
                 total = (1 - objective.kd_weight) * ce.sum() + objective.kd_weight * squared * kd
             self.stats += torch.stack([kd.detach(), ce.detach().sum(), *(others * weight).sum(-1)])
             if any(self.needs):
                 dz, slope = torch.autograd.grad(total, [z, later], allow_unused=True)
-                self._leave(dz, first_s)
+                self._backpropagate(dz, first_s)
                 if slope is not None:
                     self.slope[:-1][part] = slope
 
-    # Pass 3: what the spans' values ask of their later tokens.
+    # Pass 3: the gradients for the spans' later tokens.
 
-    def _students_later_gradients(self) -> None:
-        spans, w = self.job.spans, self.job.objective.kd_weight
+    def _student_later_gradients(self) -> None:
+        spans, w = self.options.spans, self.options.objective.kd_weight
         for part in self._chunks(spans.student_rest):
             index = spans.student_rest[part]
             z = self._product(index).requires_grad_()
             with torch.enable_grad():
-                ce, said = self._at_target(self._student_logits(z), index)
-                total = (1 - w) * ce.sum() + (said * self.slope[spans.student_rest_span[part]]).sum()
-            self._leave(torch.autograd.grad(total, z)[0], index)
+                ce, log_prob = self._at_target(self._student_logits(z), index)
+                total = (1 - w) * ce.sum() + (log_prob * self.slope[spans.student_rest_span[part]]).sum()
+            self._backpropagate(torch.autograd.grad(total, z)[0], index)
 
     def _chunks(self, rows: Tensor) -> Iterator[slice]:
         for start in range(0, rows.shape[0], self.chunk):
             yield slice(start, start + self.chunk)
 
     def _product(self, index: Tensor) -> Tensor:
-        return (self.hidden[index].to(self.job.dtype) @ self.w_s.t()).to(self.job.accumulate)
+        return (self.hidden[index].to(self.options.dtype) @ self.w_s.t()).to(self.options.accumulate)
 
     def _student_logits(self, z: Tensor) -> Tensor:
-        return _logits(z, self.b_s, self.job.student.scale, self.job.student.softcap, self.job.accumulate)
+        return self.options.student.transform(z, self.b_s, self.options.accumulate)
 
     def _teacher_logits(self, index: Tensor) -> Tensor:
-        z = self.job.teacher_hidden[index].to(self.w_t.dtype) @ self.w_t.t()
-        return _logits(z, self.b_t, self.job.teacher.scale, self.job.teacher.softcap, self.job.accumulate)
+        z = self.options.teacher_hidden[index].to(self.w_t.dtype) @ self.w_t.t()
+        return self.options.teacher.transform(z, self.b_t, self.options.accumulate)
 
     def _at_target(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Weighted cross-entropy [n] and the tempered log-probability [n] of the written tokens."""
-        target, tau = self.job.labels[index, None], self.job.objective.temperature
+        """Weighted cross-entropy [n] and tempered log-probability [n] of the labels."""
+        target, tau = self.options.labels[index, None], self.options.objective.temperature
         plain = logits.log_softmax(-1).gather(-1, target).squeeze(-1)
-        said = plain if tau == 1.0 else (logits / tau).log_softmax(-1).gather(-1, target).squeeze(-1)
-        return (-plain if self.job.weights is None else -plain * self.job.weights[index].to(plain.dtype)), said
+        log_prob = plain if tau == 1.0 else (logits / tau).log_softmax(-1).gather(-1, target).squeeze(-1)
+        return (
+            -plain if self.options.weights is None else -plain * self.options.weights[index].to(plain.dtype)
+        ), log_prob
 
-    def _leave(self, dz: Tensor, index: Tensor) -> None:
-        """Carry the gradient for a chunk's products on to the hidden states, the head and the bias."""
+    def _backpropagate(self, dz: Tensor, index: Tensor) -> None:
+        """Add the gradient dz [n, V] of a chunk's products to those of the hidden states, the head and the bias."""
         if self.d_bias is not None:
             self.d_bias[: dz.shape[1]] += dz.sum(0)
-        dz = dz.to(self.job.dtype)
+        dz = dz.to(self.options.dtype)
         if self.d_hidden is not None:
             self.d_hidden[index] = (dz @ self.w_s).to(self.d_hidden.dtype)
         if self.d_weight is not None:
-            add_product(self.d_weight[: dz.shape[1]], dz, self.hidden[index].to(self.job.dtype))
+            add_product(self.d_weight[: dz.shape[1]], dz, self.hidden[index].to(self.options.dtype))
 
 
 def compare(
@@ -370,12 +410,13 @@ def compare(
     teacher_several: Tensor,
     cross: CrossTokenizer,
     vocabularies: Vocabularies,
-    terms: DivergenceFn,
+    divergence_fn: DivergenceFn,
 ) -> tuple[Tensor, Tensor]:
-    """The value [n] at n spans, which backpropagates to log_q and student_later, and both entropies and agreement [3, n].
+    """Return the value [n] at n spans, and student entropy, teacher entropy and agreement [3, n].
 
-    log_q [n, V], log_p [n, V']: the distributions at the first positions. token [n]: the span's first; later [n]: the summed
-    log-probability of the others, 0 if there are none; several [n] bool: whether there are.
+    The value backpropagates to log_q and student_later. log_q [n, V], log_p [n, V']: the distributions at the first positions.
+    token [n]: the span's first token. later [n]: the summed log-probability of its later tokens, 0 without any. several [n]
+    bool: whether there are later tokens.
     """
     if cross.merge == "gold":
         rows_q, rows_p = log_q + student_later.unsqueeze(-1), log_p + teacher_later.unsqueeze(-1)
@@ -404,42 +445,42 @@ def compare(
     rest_p = rows_p.index_select(-1, vocabularies.teacher_rest + shift)
     if cross.merge == "span":
         common_q, common_p = common_q.log_softmax(-1), common_p.log_softmax(-1)
-    value = _Value.apply(common_q, common_p, terms)
+    value = _SpanDivergence.apply(common_q, common_p, divergence_fn)
     if cross.rest_weight and rest_q.shape[1] + rest_p.shape[1]:
         value = value + cross.rest_weight * _sorted_difference(rest_q.exp(), rest_p.exp())
     return value, others
 
 
 def span_row(log_q: Tensor, token: Tensor, later: Tensor, several: Tensor, also: Tensor | None = None) -> Tensor:
-    """log Q [n, 1 + V]: in column 0 the span is written, in column 1 + v token v comes first and the span is not written.
+    """Return log Q [n, 1 + V]. Column 0: the span is written. Column 1 + v: token v comes first and the span is not written.
 
-    log_q [n, V]; token, later, several [n] as in ``compare``; also [n]: a token that writes the whole span by itself, or −1.
+    log_q [n, V]; token, later, several [n]: as in ``compare``. also [n]: another token that writes the whole span, or −1.
     """
     token, later, several = token.unsqueeze(-1), later.unsqueeze(-1), several.unsqueeze(-1)
     first = log_q.gather(-1, token)
     whole = first + later
-    # 1 − Π is at least the rounding error of Π, so that a student that is sure of the rest keeps a finite divergence.
+    # 1 − Π is at least the rounding error of Π, so that the divergence stays finite if Π rounds to 1.
     left = first + torch.log(-torch.expm1(later.clamp_max(-torch.finfo(log_q.dtype).eps)))
-    nothing = torch.full_like(left, _NOTHING)
-    left = torch.where(several, left, nothing)
+    moved = torch.full_like(left, _MOVED_TO_SPAN)
+    left = torch.where(several, left, moved)
     rows = log_q.scatter(-1, token, left)
     if also is not None:
         known = also.unsqueeze(-1) >= 0
-        place = torch.where(known, also.unsqueeze(-1), token)
-        whole = torch.where(known, torch.logaddexp(whole, log_q.gather(-1, place)), whole)
-        rows = rows.scatter(-1, place, torch.where(known, nothing, left))
+        column = torch.where(known, also.unsqueeze(-1), token)
+        whole = torch.where(known, torch.logaddexp(whole, log_q.gather(-1, column)), whole)
+        rows = rows.scatter(-1, column, torch.where(known, moved, left))
     return torch.cat([whole, rows], -1)
 
 
 def _also(twin: Tensor, other_several: Tensor, token: Tensor) -> Tensor:
-    """The twin [n] of the other side's token where that one is the whole span and is not the token written here, else −1."""
+    """The own id [n] of the other side's token, where that is the whole span and differs from the own first token, else −1."""
     return torch.where(other_several | (twin == token), -1, twin)
 
 
 def _agreement(
     rows_q: Tensor, rows_p: Tensor, token_q: Tensor, token_p: Tensor, cross: CrossTokenizer, vocabularies: Vocabularies
 ) -> Tensor:
-    """Whether both rows' most likely entry is the same: the span, or one token that both have."""
+    """1 where the most likely entries of both rows are the same: the span, or a common token."""
     best_q, best_p = rows_q.argmax(-1), rows_p.argmax(-1)
     if cross.merge == "gold":
         same_span = (best_q == token_q) & (best_p == token_p)
@@ -451,24 +492,24 @@ def _agreement(
 
 
 def _sorted_difference(q: Tensor, p: Tensor) -> Tensor:
-    """Σ |sort↓ q − sort↓ p| [n], the shorter one continued with zeros."""
+    """Σ |sort↓ q − sort↓ p| [n]. The shorter row is padded with zeros."""
     q, p = q.sort(-1, descending=True).values, p.sort(-1, descending=True).values
     both = min(q.shape[-1], p.shape[-1])
     difference = (q[:, :both] - p[:, :both]).abs().sum(-1)
     return difference + q[:, both:].sum(-1) + p[:, both:].sum(-1)
 
 
-class _Value(torch.autograd.Function):
+class _SpanDivergence(torch.autograd.Function):
     """A registered divergence of log-probabilities [n, C]; its weight w = q · ∂D/∂q is the gradient for log q."""
 
     @staticmethod
-    def forward(ctx: Any, log_q: Tensor, log_p: Tensor, terms: DivergenceFn) -> Tensor:
-        value, weight = evaluate(terms, log_p.exp(), log_q.exp(), log_p, log_q)
+    def forward(ctx: Any, log_q: Tensor, log_p: Tensor, divergence_fn: DivergenceFn) -> Tensor:
+        value, weight = evaluate(divergence_fn, log_p.exp(), log_q.exp(), log_p, log_q)
         ctx.save_for_backward(weight)
         return value.sum(-1)
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
         return weight * grads[0].unsqueeze(-1), None, None

@@ -1,14 +1,13 @@
-"""What happens to a tile of logits: both log-sum-exps, value, diagnostics, and the gradient written over the student's logits.
+"""The elementwise pass of the loss: softmax statistics, divergence, diagnostics, and the gradient written over the logits.
 
-One function of tensors for every divergence, head and signal. It runs as it stands or compiled, and on a slice of the
-vocabulary when ``VocabReducer`` sums over the ranks that hold the others.
+One function of tensors serves every divergence, head and signal. It runs plain or compiled. With a ``VocabReducer`` it runs on
+the vocabulary slice of one rank.
 
-Shapes: n rows, V columns of the vocabulary (or of this rank's slice), k columns of a sparse signal.
+Shapes: n rows of a tile, V columns of the vocabulary (or of this rank's slice), k columns of a sparse signal.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,41 +16,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from limbeck.objectives.divergences import LOWEST, DivergenceFn, evaluate
+from limbeck.objectives.divergences import EXCLUDED, LOWEST, evaluate
+from limbeck.objectives.objective import Objective
+from limbeck.objectives.output_head import LogitTransform
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 
 STATS = ("kd", "ce", "student_entropy", "teacher_entropy", "top1_agreement", "topk_mass", "topk_overlap")
-ZERO_TAIL = -100.0  # NeMo-RL's log-probability of what the teacher left out
+ZERO_TAIL = -100.0  # NeMo-RL's log-probability of tokens outside the teacher's top-k
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Everything about the pass that is not a tensor; see ``Objective`` and ``OutputHead`` for the fields' meaning."""
+class ElementwiseSpec:
+    """The configuration of an elementwise pass: everything that is not a tensor.
 
-    terms: DivergenceFn
-    sampled: bool
-    kd_weight: float
-    temperature: float
-    teacher_temperature: float
-    squared: bool
-    topk: int
-    tail: str
-    scale: float
-    softcap: float | None
-    teacher_scale: float
-    teacher_softcap: float | None
+    objective: its ``topk`` is 0 if that covers the vocabulary. student, teacher: the elementwise parts of both heads. dtype:
+    the precision of the pass. retempered: the temperature to which a sparse signal has been brought, divided by its own.
+    """
+
+    objective: Objective
+    student: LogitTransform
+    teacher: LogitTransform
     wants_grad: bool
     dtype: torch.dtype
     retempered: float = 1.0
-    """The temperature that a sparse signal has been brought to, divided by its own."""
 
 
-class Rows(NamedTuple):
-    """The tensors of a tile. z [n, V]: the student's products, overwritten by their gradient. bias [V] or None.
+class TileInputs(NamedTuple):
+    """The tensors of one tile.
 
-    teacher [n, V], teacher_bias [V]: the same for the teacher. log_probs [n, k] and indices [n, k]: a sparse signal;
-    log_probs [n, 1] without indices: of the labels alone. target [n]. weight [n, 1]: what multiplies each row's loss.
-    factor: the 0-dimensional share of 1/normalizer that goes into the gradient.
+    z: [n, V], the student's products h Wᵀ; overwritten with their gradient. bias: [V] or None.
+    teacher, teacher_bias: [n, V] and [V], the same for the teacher, or None.
+    log_probs, indices: [n, k], a sparse signal, or None. log_probs [n, 1] without indices: those of the labels.
+    target: [n], the labels. weight: [n, 1], the weights of the rows. factor: 0-dim, multiplies the gradient.
     """
 
     z: Tensor
@@ -69,19 +65,22 @@ Pass = Callable[..., "tuple[Tensor, Tensor | None]"]
 
 
 @lru_cache(maxsize=32)
-def elementwise_pass(spec: Spec, across: VocabReducer = NO_SHARDING, compiled: bool = False) -> Pass:
-    """The function (*Rows) → (stats [len(STATS)], gradient of the bias [V] or None) for ``spec``."""
+def elementwise_pass(spec: ElementwiseSpec, reducer: VocabReducer = NO_SHARDING, compiled: bool = False) -> Pass:
+    """Return the function (*TileInputs) → (stats [len(STATS)], gradient of the bias [V] or None) for ``spec``."""
 
     def run(*tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return _run(Rows(*tensors), spec, across)  # type: ignore[arg-type]
+        return _process_tile(TileInputs(*tensors), spec, reducer)  # type: ignore[arg-type]
 
     return torch.compile(run) if compiled else run
 
 
 class SoftmaxStats(NamedTuple):
-    """Both models at n rows. highest, log_total [n, 1]: of the student's logits, and of these ÷ τ_s less ``highest``; the same
-    for the teacher with τ_t. q1, q [n, V]: the student's distribution without and with τ_s. p, log_p: None unless the teacher
-    is known on every column."""
+    """Softmax statistics of both models.
+
+    highest, log_total: [n, 1], the student's largest logit and log Σ exp((z − highest) / τ_s). q1, q: [n, V], the student's
+    distribution without and with τ_s. log_q1_target: [n, 1], at the labels. highest_t, log_total_t: the teacher's, with τ_t.
+    p, log_p, agreement: None unless the teacher is known on every column.
+    """
 
     highest: Tensor
     log_total: Tensor
@@ -97,7 +96,10 @@ class SoftmaxStats(NamedTuple):
 
 
 class DivergenceGrad(NamedTuple):
-    """What the divergence gives: [n, 1] each, and its gradient as q · per_row + dense [n, V] + scattered [n, k] to columns."""
+    """Value and diagnostics of the divergence, [n, 1] each, and its gradient for the student's logits.
+
+    The gradient is q · per_row + dense, with ``scattered`` [n, k] added at ``columns`` [n, k]. per_row: [n, 1]. dense: [n, V].
+    """
 
     value: Tensor
     entropy_q: Tensor
@@ -111,71 +113,76 @@ class DivergenceGrad(NamedTuple):
     scattered: Tensor | None = None
 
 
-def _run(rows: Rows, spec: Spec, across: VocabReducer) -> tuple[Tensor, Tensor | None]:
-    s = _logits(rows.z, rows.bias, spec.scale, spec.softcap, spec.dtype)
-    t = None
-    if rows.teacher is not None:
-        t = _logits(rows.teacher, rows.teacher_bias, spec.teacher_scale, spec.teacher_softcap, spec.dtype)
-    seen = _normalised(s, t, rows, spec, across)
-    if spec.sampled:
-        found = _of_the_drawn(seen, rows, spec, across)
-    elif rows.indices is not None or (spec.topk and t is not None):
-        found = _of_the_likeliest(s, t, seen, rows, spec, across)
+def _process_tile(tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer) -> tuple[Tensor, Tensor | None]:
+    objective = spec.objective
+    s = spec.student(tile.z, tile.bias, spec.dtype)
+    t = None if tile.teacher is None else spec.teacher(tile.teacher, tile.teacher_bias, spec.dtype)
+    softmax = _softmax_stats(s, t, tile, spec, reducer)
+    if objective.sampled:
+        result = _sampled_divergence(softmax, tile, spec, reducer)
+    elif tile.indices is not None or (objective.topk and t is not None):
+        result = _topk_divergence(s, t, softmax, tile, spec, reducer)
     else:
-        found = _of_all(seen, spec, across)
-    stats = [found.value, -seen.log_q1_target, *found[1:6]]
-    stats_sum = (torch.cat(stats, -1) * rows.weight).sum(0)
+        result = _dense_divergence(softmax, spec, reducer)
+    stats = [result.value, -softmax.log_q1_target, *result[1:6]]
+    stats_sum = (torch.cat(stats, -1) * tile.weight).sum(0)
     if not spec.wants_grad:
         return stats_sum, None
 
-    w, tau = spec.kd_weight, spec.temperature
-    k = rows.factor * rows.weight * spec.scale
-    hard, c = (1 - w) * k, w * (tau if spec.squared else 1 / tau) * k
-    if w == 0:  # a teacher may be there for the diagnostics alone
-        found = found._replace(per_row=None, dense=None, columns=None)
-    if found.per_row is None:
-        gradient = seen.q1 * hard
+    w, tau = objective.kd_weight, objective.temperature
+    k = tile.factor * tile.weight * spec.student.scale
+    ce_scale, kd_scale = (1 - w) * k, w * (tau if objective.squared else 1 / tau) * k
+    if w == 0:  # there may be a teacher for the diagnostics only
+        result = result._replace(per_row=None, dense=None, columns=None)
+    if result.per_row is None:
+        gradient = softmax.q1 * ce_scale
     elif tau == 1.0:
-        gradient = seen.q1 * (hard + found.per_row * c)
+        gradient = softmax.q1 * (ce_scale + result.per_row * kd_scale)
     else:
-        gradient = seen.q1 * hard + seen.q * (found.per_row * c)
-    if found.dense is not None:
-        gradient = gradient + found.dense * c
-    if found.columns is not None and found.scattered is not None:
-        across.scatter_add_(gradient, found.columns, found.scattered * c)
+        gradient = softmax.q1 * ce_scale + softmax.q * (result.per_row * kd_scale)
+    if result.dense is not None:
+        gradient = gradient + result.dense * kd_scale
+    if result.columns is not None and result.scattered is not None:
+        reducer.scatter_add_(gradient, result.columns, result.scattered * kd_scale)
     if w < 1:
-        across.scatter_add_(gradient, rows.target.unsqueeze(-1), -hard)
-    if spec.softcap is not None:
-        gradient = gradient * (1 - (s / spec.softcap) ** 2)
-    rows.z.copy_(gradient)
-    return stats_sum, None if rows.bias is None else gradient.sum(0)
+        reducer.scatter_add_(gradient, tile.target.unsqueeze(-1), -ce_scale)
+    if spec.student.softcap is not None:
+        gradient = gradient * (1 - (s / spec.student.softcap) ** 2)
+    tile.z.copy_(gradient)
+    return stats_sum, None if tile.bias is None else gradient.sum(0)
 
 
-def _normalised(s: Tensor, t: Tensor | None, rows: Rows, spec: Spec, across: VocabReducer) -> SoftmaxStats:
-    """Two reductions give every normaliser: the maxima, then the sums of exponentials."""
-    tau, tau_t = spec.temperature, spec.teacher_temperature
+def _softmax_stats(
+    s: Tensor, t: Tensor | None, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
+) -> SoftmaxStats:
+    """Two reductions over the vocabulary give all statistics: the maxima, then the sums of exponentials."""
+    tau, tau_t = spec.objective.temperature, spec.objective.teacher_temperature
     highest, highest_t = s.amax(-1, keepdim=True), None
     if t is None:
-        highest = across.max(highest)
+        highest = reducer.max(highest)
     else:
-        highest, highest_t = across.max(torch.cat([highest, t.amax(-1, keepdim=True)], -1)).split(1, -1)
+        highest, highest_t = reducer.max(torch.cat([highest, t.amax(-1, keepdim=True)], -1)).split(1, -1)
     shifted = s - highest
     tempered = shifted if tau == 1.0 else shifted / tau
     exp1 = shifted.exp()
     exp = exp1 if tau == 1.0 else tempered.exp()
-    sums = [across.share(s, rows.target.unsqueeze(-1)), exp1.sum(-1, keepdim=True), exp.sum(-1, keepdim=True)]
+    sums = [
+        reducer.gather_local(s, tile.target.unsqueeze(-1)),
+        exp1.sum(-1, keepdim=True),
+        exp.sum(-1, keepdim=True),
+    ]
     if t is None or highest_t is None:
-        at_target, total1, total = across.sum(torch.cat(sums, -1)).split(1, -1)
-        return _seen(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
+        at_target, total1, total = reducer.sum(torch.cat(sums, -1)).split(1, -1)
+        return _student_stats(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
     shifted_t = t - highest_t
     tempered_t = shifted_t if tau_t == 1.0 else shifted_t / tau_t
     exp_t = tempered_t.exp()
-    # Neither is above 0, so the sum is 0 exactly where both models have their most likely token.
+    # Both terms are at most 0, so the sum is 0 exactly at a column that is the most likely one of both models.
     agree = ((shifted + shifted_t).amax(-1, keepdim=True) == 0).to(spec.dtype)
     sums += [exp_t.sum(-1, keepdim=True), agree]
-    at_target, total1, total, total_t, agree = across.sum(torch.cat(sums, -1)).split(1, -1)
-    seen = _seen(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
-    return seen._replace(
+    at_target, total1, total, total_t, agree = reducer.sum(torch.cat(sums, -1)).split(1, -1)
+    stats = _student_stats(highest, exp1 / total1, at_target - highest - total1.log(), tempered, exp, total, tau)
+    return stats._replace(
         highest_t=highest_t,
         log_total_t=total_t.log(),
         p=exp_t / total_t,
@@ -184,116 +191,157 @@ def _normalised(s: Tensor, t: Tensor | None, rows: Rows, spec: Spec, across: Voc
     )
 
 
-def _seen(
+def _student_stats(
     highest: Tensor, q1: Tensor, log_q1_target: Tensor, tempered: Tensor, exp: Tensor, total: Tensor, tau: float
 ) -> SoftmaxStats:
     q = q1 if tau == 1.0 else exp / total
     return SoftmaxStats(highest, total.log(), q1, q, tempered - total.log(), log_q1_target)
 
 
-def _of_all(seen: SoftmaxStats, spec: Spec, across: VocabReducer) -> DivergenceGrad:
-    """The divergence over the whole vocabulary; without a teacher nothing but the student's entropy."""
-    zero = torch.zeros_like(seen.log_q1_target)
-    if seen.p is None or seen.log_p is None:
-        return DivergenceGrad(zero, _entropy(seen, across), zero, zero, zero, zero)
-    value, dense = evaluate(spec.terms, seen.p, seen.q, seen.log_p, seen.log_q, across)
+def _dense_divergence(softmax: SoftmaxStats, spec: ElementwiseSpec, reducer: VocabReducer) -> DivergenceGrad:
+    """The divergence over the whole vocabulary. Without a teacher only the student's entropy."""
+    zero = torch.zeros_like(softmax.log_q1_target)
+    if softmax.p is None or softmax.log_p is None:
+        return DivergenceGrad(zero, _student_entropy(softmax, reducer), zero, zero, zero, zero)
+    value, dense = evaluate(spec.objective.divergence_fn, softmax.p, softmax.q, softmax.log_p, softmax.log_q, reducer)
     parts = torch.stack(
-        [value.sum(-1), dense.sum(-1), (seen.q * seen.log_q).sum(-1), (seen.p * seen.log_p).sum(-1)], -1
+        [value.sum(-1), dense.sum(-1), (softmax.q * softmax.log_q).sum(-1), (softmax.p * softmax.log_p).sum(-1)], -1
     )
-    value, total, minus_q, minus_p = across.sum(parts).split(1, -1)
-    agreement = zero if seen.agreement is None else seen.agreement
+    value, total, minus_q, minus_p = reducer.sum(parts).split(1, -1)
+    agreement = zero if softmax.agreement is None else softmax.agreement
     return DivergenceGrad(value, -minus_q, -minus_p, agreement, zero, zero, -total, dense)
 
 
-def _of_the_drawn(seen: SoftmaxStats, rows: Rows, spec: Spec, across: VocabReducer) -> DivergenceGrad:
-    """An estimator of the divergence from the label alone."""
-    zero, columns = torch.zeros_like(seen.log_q1_target), rows.target.unsqueeze(-1)
-    log_p = rows.log_probs if seen.log_p is None else across.pick(seen.log_p, columns)
+def _sampled_divergence(
+    softmax: SoftmaxStats, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
+) -> DivergenceGrad:
+    """An estimator of the divergence from the sampled token."""
+    zero, columns = torch.zeros_like(softmax.log_q1_target), tile.target.unsqueeze(-1)
+    log_p = tile.log_probs if softmax.log_p is None else reducer.gather(softmax.log_p, columns)
     if log_p is None:
-        return _of_all(seen, spec, across)
-    log_q = seen.log_q1_target if spec.temperature == 1.0 else across.pick(seen.log_q, columns)
-    value, slope = spec.terms(log_p, log_q)
-    agreement = zero if seen.agreement is None else seen.agreement
-    return DivergenceGrad(value, _entropy(seen, across), zero, agreement, zero, zero, -slope, None, columns, slope)
+        return _dense_divergence(softmax, spec, reducer)
+    log_q = softmax.log_q1_target if spec.objective.temperature == 1.0 else reducer.gather(softmax.log_q, columns)
+    value, slope = spec.objective.divergence_fn(log_p, log_q)
+    agreement = zero if softmax.agreement is None else softmax.agreement
+    entropy = _student_entropy(softmax, reducer)
+    return DivergenceGrad(value, entropy, zero, agreement, zero, zero, -slope, None, columns, slope)
 
 
-def _of_the_likeliest(
-    s: Tensor, t: Tensor | None, seen: SoftmaxStats, rows: Rows, spec: Spec, across: VocabReducer
+def _topk_divergence(
+    s: Tensor, t: Tensor | None, softmax: SoftmaxStats, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
 ) -> DivergenceGrad:
-    """The divergence over the teacher's k most likely tokens, which it has sent or which its logits show, and their tail."""
-    if rows.indices is not None and rows.log_probs is not None:
-        columns, log_p = rows.indices, rows.log_probs
-        ((best, _),) = across.topk(columns.shape[-1], s)
-        s_k = across.pick(s, columns)
-        agreement = (s_k.gather(-1, log_p.argmax(-1, keepdim=True)) >= seen.highest).to(spec.dtype)
+    """The divergence over the teacher's k most likely tokens and a tail. The k come from a signal or from its logits."""
+    objective = spec.objective
+    if tile.indices is not None and tile.log_probs is not None:
+        columns, log_p = tile.indices, tile.log_probs
+        used = log_p > EXCLUDED
+        ((best, _),) = reducer.topk(columns.shape[-1], s)
     else:
-        assert t is not None and seen.highest_t is not None and seen.log_total_t is not None
-        (t_k, columns), (best, _) = across.topk(spec.topk, t, s)
-        log_p = (t_k - seen.highest_t) / spec.teacher_temperature - seen.log_total_t
-        s_k = across.pick(s, columns)
-        agreement = torch.zeros_like(seen.highest) if seen.agreement is None else seen.agreement
-    mass = (log_p * spec.retempered).exp().sum(-1, keepdim=True)  # known at the signal's own temperature alone
-    overlap = (s_k >= best.amin(-1, keepdim=True)).to(spec.dtype).mean(-1, keepdim=True)
-    if spec.tail in ("uniform", "zero"):
-        log_p, p = _filled(log_p, columns, seen.log_q, spec.tail, across)
-        found = _of_all(seen._replace(p=p, log_p=log_p), spec, across)
+        assert t is not None and softmax.highest_t is not None and softmax.log_total_t is not None
+        (t_k, columns), (best, _) = reducer.topk(objective.topk, t, s)
+        used = t_k > EXCLUDED
+        log_p = (t_k - softmax.highest_t) / objective.teacher_temperature - softmax.log_total_t
+    log_p = log_p.masked_fill(~used, LOWEST)
+    sent = reducer.scatter_add_(torch.zeros_like(softmax.q), columns, used.to(spec.dtype)) > 0
+    outside = reducer.width(s) - used.sum(-1, keepdim=True)
+    # One reduction for the student's logits at the columns and both models' mass outside of them.
+    parts = [reducer.gather_local(s, columns)]
+    if objective.tail == "bucket":
+        parts.append(softmax.q.masked_fill(sent, 0).sum(-1, keepdim=True))
+    if objective.tail in ("bucket", "uniform") and softmax.p is not None:
+        parts.append(softmax.p.masked_fill(sent, 0).sum(-1, keepdim=True))
+    s_k, *rests = reducer.sum(torch.cat(parts, -1)).split([x.shape[-1] for x in parts], -1)
+    if softmax.agreement is not None:
+        agreement = softmax.agreement
     else:
-        log_q = (s_k - seen.highest) / spec.temperature - seen.log_total
-        found = _sparse(log_p, log_q, seen.p, seen.q, columns, spec, across)
-    return found._replace(agreement=agreement, mass=mass, overlap=overlap)
+        agreement = (s_k.gather(-1, log_p.argmax(-1, keepdim=True)) >= softmax.highest).to(spec.dtype)
 
-
-def _entropy(seen: SoftmaxStats, across: VocabReducer) -> Tensor:
-    return -across.sum((seen.q * seen.log_q).sum(-1, keepdim=True))
-
-
-def _logits(z: Tensor, bias: Tensor | None, scale: float, softcap: float | None, dtype: torch.dtype) -> Tensor:
-    z = z.to(dtype)
-    if bias is not None:
-        z = z + bias
-    if scale != 1.0:
-        z = z * scale
-    return z if softcap is None else softcap * torch.tanh(z / softcap)
-
-
-def _filled(log_p_k: Tensor, columns: Tensor, like: Tensor, tail: str, across: VocabReducer) -> tuple[Tensor, Tensor]:
-    """log p and p on every column from the k that are known."""
-    known = across.scatter_add_(torch.zeros_like(like), columns, torch.ones_like(log_p_k)) > 0
-    outside = across.width(like) - columns.shape[-1]
-    if tail == "zero":
-        log_p_k = log_p_k.log_softmax(-1)
-        fill = torch.full_like(log_p_k[:, :1], ZERO_TAIL)
+    if objective.tail in ("uniform", "zero"):
+        rest_p = None if objective.tail == "zero" else _teacher_rest(log_p, outside, rests[-1] if rests else None)
+        log_p_all = _fill_tail(log_p, used, columns, sent, rest_p, outside, reducer)
+        result = _dense_divergence(softmax._replace(p=log_p_all.exp(), log_p=log_p_all), spec, reducer)
     else:
-        left = (-torch.expm1(log_p_k.logsumexp(-1, keepdim=True))).clamp_min(0)
-        fill = torch.where(left > 0, left.log() - math.log(max(outside, 1)), LOWEST)
-    log_p = torch.where(known, across.scatter_add_(torch.zeros_like(like), columns, log_p_k), fill)
-    return log_p, log_p.exp()
+        log_q = (s_k - softmax.highest) / objective.temperature - softmax.log_total
+        log_q = log_q.masked_fill(~used, LOWEST)
+        if objective.tail == "bucket":
+            rest_q = rests[0].clamp_min(torch.finfo(spec.dtype).tiny)
+            rest_p = _teacher_rest(log_p, outside, rests[1] if len(rests) > 1 else None)
+            result = _bucket_divergence(log_p, log_q, rest_p, rest_q, softmax.q.masked_fill(sent, 0), columns, spec)
+        else:
+            result = _sparse_divergence(log_p, log_q, columns, spec)
+    mass = (log_p * spec.retempered).exp().sum(-1, keepdim=True)  # known at the signal's own temperature only
+    overlap = ((s_k >= best.amin(-1, keepdim=True)) & used).to(spec.dtype).mean(-1, keepdim=True)
+    return result._replace(agreement=agreement, mass=mass, overlap=overlap)
 
 
-def _sparse(
-    log_p: Tensor, log_q: Tensor, p_all: Tensor | None, q_all: Tensor, columns: Tensor, spec: Spec, across: VocabReducer
-) -> DivergenceGrad:
-    """The divergence on k known columns, with a tail that is not spread over the others."""
-    if spec.tail == "renormalize":
+def _student_entropy(softmax: SoftmaxStats, reducer: VocabReducer) -> Tensor:
+    return -reducer.sum((softmax.q * softmax.log_q).sum(-1, keepdim=True))
+
+
+def _teacher_rest(log_p: Tensor, outside: Tensor, rest: Tensor | None) -> Tensor:
+    """The teacher's mass [n, 1] on the ``outside`` tokens, above 0 so that its logarithm is finite.
+
+    It is ``rest`` if every column is known. From the k alone it is 1 − P, of which rounding leaves nothing below eps: less than
+    eps counts as eps, unless the k are the whole vocabulary.
+    """
+    tiny = torch.finfo(log_p.dtype).tiny
+    if rest is not None:
+        return rest.clamp_min(tiny)
+    least = torch.full_like(log_p[:, :1], tiny).masked_fill(outside > 0, torch.finfo(log_p.dtype).eps)
+    return torch.maximum(-torch.expm1(log_p.logsumexp(-1, keepdim=True)), least)
+
+
+def _fill_tail(
+    log_p: Tensor,
+    used: Tensor,
+    columns: Tensor,
+    sent: Tensor,
+    rest_p: Tensor | None,
+    outside: Tensor,
+    reducer: VocabReducer,
+) -> Tensor:
+    """log p [n, V] from its k entries: ``rest_p`` [n, 1] is spread over the rest, or the rest has ``ZERO_TAIL`` if None."""
+    if rest_p is None:
+        log_p = log_p.log_softmax(-1)
+        fill = torch.full_like(log_p[:, :1], ZERO_TAIL)
+    else:
+        fill = rest_p.log() - outside.clamp_min(1).double().log().to(log_p.dtype)
+    zeros = torch.zeros(sent.shape, dtype=log_p.dtype, device=log_p.device)
+    return torch.where(sent, reducer.scatter_add_(zeros, columns, log_p.masked_fill(~used, 0)), fill)
+
+
+def _sparse_divergence(log_p: Tensor, log_q: Tensor, columns: Tensor, spec: ElementwiseSpec) -> DivergenceGrad:
+    """The divergence on k columns only: the tails ``renormalize`` and ``drop``."""
+    renormalize = spec.objective.tail == "renormalize"
+    if renormalize:
         log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
-    elif spec.tail == "bucket":
-        known = across.scatter_add_(torch.zeros_like(q_all), columns, torch.ones_like(log_q)) > 0
-        rests = [x.masked_fill(known, 0).sum(-1, keepdim=True) for x in (q_all, p_all) if x is not None]
-        rest_q, *given = across.sum(torch.cat(rests, -1)).split(1, -1)
-        rest_p = given[0] if given else -torch.expm1(log_p.logsumexp(-1, keepdim=True))
-        tiny = torch.finfo(q_all.dtype).tiny
-        rest_q, rest_p = rest_q.clamp_min(tiny), rest_p.clamp_min(tiny)
-        log_p, log_q = torch.cat([log_p, rest_p.log()], -1), torch.cat([log_q, rest_q.log()], -1)
-    p, q = log_p.exp(), log_q.exp()
-    value, weight = evaluate(spec.terms, p, q, log_p, log_q)
+    value, weight, entropies = _evaluate_columns(log_p, log_q, spec)
     total = weight.sum(-1, keepdim=True)
-    per_row: Tensor | None = -total
-    dense, scattered = None, weight
-    if spec.tail == "renormalize":
-        per_row, scattered = None, weight - q * total
-    elif spec.tail == "bucket":
-        # Every token of the bucket has ∂D/∂q of the bucket, which has no bound: its share of the bucket comes first.
-        dense, scattered = q_all.masked_fill(known, 0) / rest_q * weight[..., -1:], weight[..., :-1]
-    value, minus_q, minus_p = (x.sum(-1, keepdim=True) for x in (value, q * log_q, p * log_p))
+    per_row, scattered = (None, weight - log_q.exp() * total) if renormalize else (-total, weight)
     none = torch.zeros_like(value)
-    return DivergenceGrad(value, -minus_q, -minus_p, none, none, none, per_row, dense, columns, scattered)
+    return DivergenceGrad(value, *entropies, none, none, none, per_row, None, columns, scattered)
+
+
+def _bucket_divergence(
+    log_p: Tensor, log_q: Tensor, rest_p: Tensor, rest_q: Tensor, q_rest: Tensor, columns: Tensor, spec: ElementwiseSpec
+) -> DivergenceGrad:
+    """The divergence on k columns and one further token of the masses rest_p and rest_q [n, 1], the tail ``bucket``.
+
+    q_rest: [n, V], q with zeros at the k columns.
+    """
+    log_p, log_q = torch.cat([log_p, rest_p.log()], -1), torch.cat([log_q, rest_q.log()], -1)
+    value, weight, entropies = _evaluate_columns(log_p, log_q, spec)
+    # Each token of the bucket has the bucket's ∂D/∂q, which is unbounded: form the token's share of the bucket first.
+    dense, scattered = q_rest / rest_q * weight[..., -1:], weight[..., :-1]
+    none = torch.zeros_like(value)
+    return DivergenceGrad(value, *entropies, none, none, none, -weight.sum(-1, keepdim=True), dense, columns, scattered)
+
+
+def _evaluate_columns(
+    log_p: Tensor, log_q: Tensor, spec: ElementwiseSpec
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Value [n, 1], gradient weight [n, k], and both entropies [n, 1] (student, teacher) on k columns."""
+    p, q = log_p.exp(), log_q.exp()
+    value, weight = evaluate(spec.objective.divergence_fn, p, q, log_p, log_q)
+    value, minus_q, minus_p = (x.sum(-1, keepdim=True) for x in (value, q * log_q, p * log_p))
+    return value, weight, (-minus_q, -minus_p)

@@ -1,11 +1,11 @@
-"""Intermediate features: how far the student's inner states are from the teacher's, pair by pair.
+"""Losses on intermediate features: distances between the outputs of student and teacher submodules.
 
-    pair = Σ_rows w · ℓ(P s, t) / normalizer        ℓ: cosine, mse, l1 or smooth_l1;  P: a projection where widths differ
+    loss of a pair = Σ_rows w · ℓ(P s, t) / normalizer        ℓ: cosine, mse, l1 or smooth_l1;  P: a projection if widths differ
 
-Value and gradient of ℓ are formed together, tile by tile in float32, so what is kept for the backward pass is one tensor of
-the student's size and precision. Nothing here knows where the rows come from, which tokens they stand for, or a model.
+Value and gradient of ℓ are computed together, tile by tile in float32. The backward pass therefore keeps one tensor of the
+student's size and precision.
 
-Shapes: N rows (tokens), Hs and Ht the widths of student and teacher.
+Shapes: N rows (tokens), Hs and Ht the widths of student and teacher, H their common width after the projection.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.first_order import first_order_only
+from limbeck.objectives.objective import resolve_normalizer
 
-_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # one megabyte of float32 stays in a core's cache
-_NO_DIRECTION = 1e-8  # a vector shorter than this points nowhere
+_TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}  # 1 MiB of float32 fits a core's cache
+_NO_DIRECTION = 1e-8  # a shorter vector counts as zero
 
 
 class Pointwise(NamedTuple):
-    """ℓ for each row, and ``slope · factor``, its gradient for the first argument.
+    """ℓ of each row, and its gradient for the first argument, ``slope · factor``.
 
-    value: [N]. slope: [N, H], of the order of 1, so that half precision can hold it. factor: what is left of the gradient, a
-    number or [N, 1].
+    value: [N]. slope: [N, H], of order 1, so that half precision represents it well. factor: a number or [N, 1].
     """
 
     value: Tensor
@@ -36,7 +36,7 @@ class Pointwise(NamedTuple):
 
 
 def _cosine(x: Tensor, y: Tensor) -> Pointwise:
-    """1 − cos(x, y); a row without a direction has value 1 and no gradient."""
+    """1 − cos(x, y). A zero vector has value 1 and no gradient."""
     length_x = x.square().sum(-1, keepdim=True).sqrt()
     length_y = y.square().sum(-1, keepdim=True).sqrt()
     x, y = x / length_x.clamp_min(_NO_DIRECTION), y / length_y.clamp_min(_NO_DIRECTION)
@@ -70,14 +70,15 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Pointwise]] = {
     "l1": _l1,
     "smooth_l1": _smooth_l1,
 }
-"""By name. All are symmetric in their arguments, which is what gives the second one its gradient."""
+"""The losses by name. All are symmetric, so the gradient of the second argument is that of the swapped call."""
 
 
 def feature_loss(name: str, student: Tensor, teacher: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Σ over rows of ``weights`` · ℓ(student, teacher), a scalar in float32 (float64 for float64 inputs).
+    """Return Σ over rows of ``weights`` · ℓ(student, teacher), a 0-dim float32 tensor (float64 for float64 inputs).
 
-    student, teacher: [N, H]; weights: [N] or None for 1. Gradients reach whichever of student and teacher requires them.
-    Raises LimbeckError for an unknown name and for shapes that cannot be compared.
+    name: cosine, mse, l1 or smooth_l1. student, teacher: [N, H]. weights: [N], or None for 1. Gradients reach student and
+    teacher where required. Raises LimbeckError for an unknown name, for shapes that do not fit, and in a backward pass with
+    ``create_graph=True``.
     """
     if name not in LOSSES:
         raise LimbeckError(f"{name!r} is not a feature loss; use one of {', '.join(LOSSES)}.")
@@ -88,10 +89,10 @@ def feature_loss(name: str, student: Tensor, teacher: Tensor, weights: Tensor | 
         )
     if weights is not None and weights.shape != student.shape[:1]:
         raise LimbeckError(f"the weights of {len(student)} tokens must be [{len(student)}], got {list(weights.shape)}.")
-    return _SumOfRows.apply(student, teacher, weights, LOSSES[name])
+    return _FeatureLoss.apply(student, teacher, weights, LOSSES[name])
 
 
-class _SumOfRows(torch.autograd.Function):
+class _FeatureLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weights: Tensor | None, pointwise: Callable[..., Pointwise]
@@ -108,22 +109,22 @@ class _SumOfRows(torch.autograd.Function):
             tile = slice(low, low + step)
             s, t = student[tile].to(dtype), teacher[tile].to(dtype)
             weight = None if weights is None else weights[tile].to(dtype)
-            for place, (one, other) in enumerate(((s, t), (t, s))):
-                into = slopes[place]
-                if place == 1 and into is None:
+            for side, (one, other) in enumerate(((s, t), (t, s))):
+                slope_out = slopes[side]
+                if side == 1 and slope_out is None:
                     continue
                 value, slope, factor = pointwise(one, other)
-                if place == 0:
+                if side == 0:
                     total += (value if weight is None else value * weight).sum()
-                rest = factors[place]
-                if into is not None and rest is not None:
-                    into[tile] = slope
-                    rest[tile] = factor if weight is None else factor * weight.unsqueeze(-1)
+                factor_out = factors[side]
+                if slope_out is not None and factor_out is not None:
+                    slope_out[tile] = slope
+                    factor_out[tile] = factor if weight is None else factor * weight.unsqueeze(-1)
         ctx.save_for_backward(*slopes, *factors)
         return total
 
     @staticmethod
-    @once_differentiable
+    @first_order_only
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
         pairs = zip(ctx.saved_tensors[:2], ctx.saved_tensors[2:], strict=True)
         return (
@@ -134,10 +135,15 @@ class _SumOfRows(torch.autograd.Function):
 
 
 class FeatureLosses(nn.Module):
-    """The losses of all pairs, with the projections that they need: Linear(Hs → Ht), trained with the student.
+    """The losses of all pairs, and a trainable projection Linear(Hs → Ht) for pairs of different widths.
 
-    losses: a name for each pair. widths: (Hs, Ht) for each pair; equal widths get no projection. shared: one projection for
-    all pairs that need one, which must then agree in their widths. Biases start at 0, weights from ``seed``.
+    Args:
+        losses: the name of each pair's loss.
+        widths: (Hs, Ht) of each pair. Equal widths have no projection.
+        shared: use one projection for all pairs of different widths, which must have the same two widths.
+        seed: of the Xavier-uniform initialization of the weights. Biases start at 0.
+
+    Raises LimbeckError for an unknown name, or for ``shared`` with several pairs of widths.
     """
 
     def __init__(
@@ -174,24 +180,29 @@ class FeatureLosses(nn.Module):
         normalizer: float | Tensor,
         weights: Tensor | None = None,
     ) -> Tensor:
-        """[pairs]: each pair's loss ÷ normalizer. student[i] is [N, Hs], teacher[i] [N, Ht]; weights [N] or None."""
+        """Return [pairs], the loss of each pair divided by ``normalizer``.
+
+        student[i]: [N, Hs]. teacher[i]: [N, Ht]. weights: [N] or None. A normalizer tensor of 0 gives losses of 0. Raises
+        LimbeckError for a normalizer that is negative, or the number 0.
+        """
         sums = []
-        for name, place, s, t in zip(self.losses, self._projection_of, student, teacher, strict=True):
-            projected = s if place is None else self.projections[place](s)
+        for name, number, s, t in zip(self.losses, self._projection_of, student, teacher, strict=True):
+            projected = s if number is None else self.projections[number](s)
             sums.append(feature_loss(name, projected, t, weights))
-        return torch.stack(sums) / normalizer
+        losses = torch.stack(sums)
+        return losses / resolve_normalizer(normalizer, None, 0, losses.dtype, losses.device)
 
 
 def modelopt_balance(kd: Tensor, features: Tensor, ce: Tensor | None, scale: float) -> Tensor:
-    """The total of ModelOpt's ``LogitsAndIntermediatesLossBalancer``, made of device tensors only, without a host sync.
+    """Return the total loss of ModelOpt's ``LogitsAndIntermediatesLossBalancer``, without a sync.
 
-    kd: the logits' divergence; features: [pairs], perhaps none; ce: cross-entropy, or None to leave it out. Every ratio is
-    taken as a constant:
+    kd: 0-dim, the divergence of the logits. features: [pairs], which may be empty. ce: 0-dim, the cross-entropy, or None to
+    leave it out. Ratios are constants for the gradient:
 
         I = mean features,  KD = kd + I · (kd / I)        total = KD                             without ce
                                                           total = ce + scale · KD · (ce / KD)    with ce
 
-    A ratio whose parts are not both above 0 is left out: as there, an I of 0 adds nothing and KD stays as it is.
+    A ratio whose parts are not both positive is left out: with I = 0, KD is kd.
     """
     if features.numel():
         mean = features.mean()

@@ -1,6 +1,6 @@
-"""What a teacher can say of a position when it does not send hidden states, and what is assumed of the tokens it left out.
+"""Teacher signals other than hidden states: top-k log-probabilities, whole logits, log-probabilities of sampled tokens.
 
-Shapes: N positions, V vocabulary, k tokens kept. Log-probabilities are normalised over the whole vocabulary.
+Shapes: N positions, V vocabulary, k tokens kept. Log-probabilities are normalized over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -12,19 +12,30 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 
 TAILS = ("renormalize", "bucket", "drop", "uniform", "zero")
-"""What becomes of the tokens outside the teacher's k (P, Q: both models' mass on the k):
+"""How the tokens outside the teacher's k are treated. P and Q are the probabilities of the k under teacher and student.
 
-renormalize: both distributions are renormalised over the k; the rest is invisible (ROLL, NeMo-RL, ModelOpt on Megatron).
-bucket: the rest is one further token with the masses 1 − P and 1 − Q; a lower bound of the forward KL (TRL, verl, and
-DistillKit's "symmetric_uniform"). drop: the sum stops after the k; may be negative. uniform: the teacher's 1 − P is spread
-evenly over the rest. zero: the teacher is renormalised over the k and has e⁻¹⁰⁰ elsewhere, the student keeps its whole
-distribution (NeMo-RL's zero_outside_topk).
+- renormalize: both distributions are renormalized over the k. The rest is ignored (ROLL, NeMo-RL, ModelOpt on Megatron).
+- bucket: the rest is one further token with the probabilities 1 − P and 1 − Q. A lower bound of the forward KL (TRL, verl,
+  and DistillKit's "symmetric_uniform").
+- drop: the sum stops after the k. It may be negative.
+- uniform: the teacher's 1 − P is spread evenly over the rest.
+- zero: the teacher is renormalized over the k and has e⁻¹⁰⁰ elsewhere. The student keeps its whole distribution (NeMo-RL's
+  zero_outside_topk).
 """
 
 
 @dataclass(frozen=True)
 class TopK:
-    """log_probs [N, k] of the tokens indices [N, k], at the teacher's ``temperature``; −∞ is a token of probability 0."""
+    """Log-probabilities of the teacher's k most likely tokens at each position.
+
+    Args:
+        log_probs: [N, k], at ``temperature``. −∞ marks an unused entry of a position with fewer than k tokens. The loss treats
+            its token like the tokens outside the k.
+        indices: [N, k], the tokens, as integers. The index of an unused entry must be in the vocabulary and has no effect.
+        temperature: by which the teacher's logits were divided.
+
+    Raises LimbeckError for shapes, dtypes or a temperature that do not fit.
+    """
 
     log_probs: Tensor
     indices: Tensor
@@ -42,10 +53,10 @@ class TopK:
             raise LimbeckError(f"TopK's temperature must be above 0, got {self.temperature}.")
 
     def at(self, temperature: float, tail: str) -> Tensor:
-        """The log-probabilities [N, k] at another temperature, up to a constant per row.
+        """Return the log-probabilities [N, k] at another temperature, up to a constant per row.
 
-        Σ over the whole vocabulary is then unknown, so only ``tail="renormalize"`` and ``"zero"`` can follow a change;
-        others raise LimbeckError.
+        The sum over the whole vocabulary is unknown there. Raises LimbeckError if the temperature changes and ``tail`` needs
+        that sum, which is the case for all but ``renormalize`` and ``zero``.
         """
         if temperature == self.temperature:
             return self.log_probs
@@ -60,7 +71,7 @@ class TopK:
 
 @dataclass(frozen=True)
 class Logits:
-    """The teacher's whole logits [N, V]; −∞ is a token of probability 0."""
+    """The teacher's logits [N, V]. −∞ excludes a token: its probability is 0. Raises LimbeckError for another shape."""
 
     logits: Tensor
 
@@ -70,8 +81,13 @@ class Logits:
 
 @dataclass(frozen=True)
 class Sampled:
-    """log_probs [N] of the tokens in the labels, which the student has drawn, at the teacher's ``temperature``; for the
-    objectives k1, k2 and k3. One log-probability cannot be brought to another temperature, so the objective's must be the same.
+    """The teacher's log-probabilities of the tokens in ``labels``, which the student has sampled; for k1, k2 and k3.
+
+    Args:
+        log_probs: [N], at ``temperature``.
+        temperature: must equal the objective's, because a single log-probability cannot be brought to another one.
+
+    Raises LimbeckError for another shape.
     """
 
     log_probs: Tensor
@@ -81,9 +97,9 @@ class Sampled:
         _check_dims("Sampled", "log_probs [N]", self.log_probs, 1)
 
 
-def _check_dims(kind: str, wanted: str, tensor: Tensor, dims: int) -> None:
+def _check_dims(kind: str, expected: str, tensor: Tensor, dims: int) -> None:
     if tensor.dim() != dims:
-        raise LimbeckError(f"{kind} takes {wanted}, got {list(tensor.shape)}.")
+        raise LimbeckError(f"{kind} takes {expected}, got {list(tensor.shape)}.")
 
 
-Signal = TopK | Logits | Sampled
+SignalPayload = TopK | Logits | Sampled

@@ -1,7 +1,8 @@
-"""Estimators of the reverse KL from the one token that the student has drawn (Schulman, 2020).
+"""Estimators of the reverse KL from one token sampled from the student (Schulman, 2020, "Approximating KL divergence").
 
-With r = log p − log q at that token: k1 = −r, k2 = r²/2, k3 = eʳ − 1 − r. In expectation over the student's draws k1 and k3
-are the reverse KL; of the gradients only k2's is, which is why k2 is the one to minimise (k1's has expectation 0).
+With r = log p − log q at that token: k1 = −r, k2 = r²/2, k3 = eʳ − 1 − r. The expectation of k1 and of k3 over the student's
+samples is the reverse KL. Only the expected gradient of k2 is that of the reverse KL, so minimize k2. The expected gradient of
+k1 is 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 Estimator = Callable[[Tensor, Tensor], "tuple[Tensor, Tensor]"]
-"""(log p, log q) of the drawn tokens, each [rows, 1] → (value, ∂value/∂log q)."""
+"""(log p, log q) of the sampled tokens, each [rows, 1] → (value, ∂value/∂log q)."""
 
 
 def k1(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

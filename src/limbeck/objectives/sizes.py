@@ -1,7 +1,7 @@
-"""The fused loss in sizes: the buffers and gradients that it would hold, the FLOPs that it would spend, and no arithmetic.
+"""Memory and FLOPs of the fused loss, for tensors that have shapes but no values (fake tensors).
 
-For planning on tensors that have shapes and no numbers. What is kept here in step with ``fused`` is the order in which that
-one makes its buffers; their shapes come from its own functions.
+``FusedSizes`` allocates the buffers and gradients of ``fused_autograd`` in the same order, with the same functions, and
+computes nothing.
 """
 
 from __future__ import annotations
@@ -12,17 +12,21 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, row_width, shared_bias, tile_rows
-from limbeck.objectives.elementwise import STATS, Rows, elementwise_pass
-from limbeck.objectives.fused import DistillationLoss, Objective, OutputHead, _Job, _said, _sums_dtype
-from limbeck.objectives.payloads import Signal
+from limbeck.objectives.elementwise import STATS, TileInputs, elementwise_pass
+from limbeck.objectives.fused_autograd import FusedOptions, grad_dtype, signal_rows
+from limbeck.objectives.objective import DistillationLoss, Objective
+from limbeck.objectives.output_head import OutputHead
+from limbeck.objectives.payloads import SignalPayload
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabParallel
 
 
 class FusedSizes:
-    """To be called as ``fused_linear_distillation`` is, wherever the tensors lie, as if they lay on ``device``.
+    """A stand-in for ``fused_linear_distillation`` that measures, for tensors on any device, a run on ``device``.
 
-    flops: of all products so far. moved: bytes that the elementwise passes would have read and written. chunk: rows that have
-    logits at once.
+    Attributes:
+        flops: of all matrix products so far.
+        moved: bytes that the elementwise passes read and write.
+        chunk: positions whose logits are held at once.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -39,33 +43,28 @@ class FusedSizes:
         *,
         objective: Objective,
         vocab_size: int,
-        teacher: Signal | None = None,
-        across: VocabParallel | None = None,
+        teacher: SignalPayload | None = None,
+        reducer: VocabParallel | None = None,
         compiled: bool | None = None,
         **_: Any,
     ) -> DistillationLoss:
-        """A loss of no value whose backward pass hands over gradients of the right sizes."""
-        job = _Job(
+        """Return a loss of 0 whose backward pass returns gradients of the right sizes."""
+        options = FusedOptions(
             objective,
-            vocab_size if across is None else across.size,
+            vocab_size if reducer is None else reducer.size,
             compute_dtype(student_hidden, student_head.weight),
-            None,
-            1.0,
-            True,
-            student_head.scale,
-            student_head.softcap,
+            student_head.transform,
             teacher_head,
             teacher,
-            None,
-            NO_SHARDING if across is None else across,
-            bool(compiled),
+            reducer=NO_SHARDING if reducer is None else reducer,
+            compiled=bool(compiled),
         )
         inputs = (student_hidden, student_head.weight, student_head.bias, teacher_hidden)
-        loss = _Held.apply(*inputs, labels, job, self)
+        loss = _AllocateOnly.apply(*inputs, labels, options, self)
         return DistillationLoss(loss, *(loss.detach() for _ in STATS))
 
 
-class _Held(torch.autograd.Function):
+class _AllocateOnly(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -74,38 +73,38 @@ class _Held(torch.autograd.Function):
         bias: Tensor | None,
         teacher_hidden: Tensor | None,
         labels: Tensor,
-        job: _Job,
+        options: FusedOptions,
         sizes: FusedSizes,
     ) -> Tensor:
-        device, vocab, count, accumulate = sizes.device, job.vocab, len(hidden), job.accumulate
-        w_s, b_s = weight[:vocab].to(job.dtype), shared_bias(bias, vocab, accumulate)
-        w_t = None if job.teacher is None else job.teacher.weight[:vocab]
-        b_t = None if job.teacher is None else shared_bias(job.teacher.bias, vocab, accumulate)
+        device, vocab, count, accumulate = sizes.device, options.vocab, len(hidden), options.accumulate
+        w_s, b_s = weight[:vocab].to(options.dtype), shared_bias(bias, vocab, accumulate)
+        w_t = None if options.teacher is None else options.teacher.weight[:vocab]
+        b_t = None if options.teacher is None else shared_bias(options.teacher.bias, vocab, accumulate)
         chunk = max(1, min(default_chunk(device, vocab, count, w_s, w_t), count))
         wide = row_width(vocab, device)
-        z_s = hidden.new_empty(chunk, wide, dtype=job.dtype)[:, :vocab]
+        z_s = hidden.new_empty(chunk, wide, dtype=options.dtype)[:, :vocab]
         z_t = None if w_t is None else hidden.new_empty(chunk, wide, dtype=w_t.dtype)[:, :vocab]
-        h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=job.dtype)
-        sums = _sums_dtype(job, weight, -(-count // chunk), device)
+        h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=options.dtype)
+        sums = grad_dtype(options, weight, -(-count // chunk), device)
         needs = ctx.needs_input_grad
         grads = tuple(
             torch.zeros_like(like, dtype=dtype) if need and like is not None else None
             for need, like, dtype in zip(needs, (hidden, weight, bias), (sums, sums, accumulate), strict=False)
         )
-        spec, index = job.spec(any(needs)), torch.arange(chunk)
-        log_probs, columns, z_t = _said(job, index, z_t)
-        sparse = columns is not None or (spec.topk > 0 and z_t is not None)
-        # Compiled, a pass goes over the logits in place, unless it looks for the most likely or writes here and there: then it
-        # makes about half of what it makes uncompiled, which is what is counted.
-        if not job.compiled or sparse:
-            tile = tile_rows(job.compiled, z_s, z_t, device)
+        spec, index = options.spec(any(needs)), torch.arange(chunk)
+        log_probs, columns, z_t = signal_rows(options, index, z_t)
+        sparse = columns is not None or (spec.objective.topk > 0 and z_t is not None)
+        # A compiled pass works in place, unless it needs a top-k or scatters. Then it allocates about half of what the plain
+        # pass does; the plain pass is what is counted.
+        if not options.compiled or sparse:
+            tile = tile_rows(options.compiled, z_s, z_t, device)
             teacher, log_probs, columns = (None if x is None else x[:tile] for x in (z_t, log_probs, columns))
             ones = torch.ones(len(z_s[:tile]), 1, dtype=accumulate)
-            tensors = Rows(z_s[:tile], b_s, teacher, b_t, log_probs, columns, labels[:tile], ones, torch.ones(()))
-            elementwise_pass(spec, job.across)(*tensors)
+            tensors = TileInputs(z_s[:tile], b_s, teacher, b_t, log_probs, columns, labels[:tile], ones, torch.ones(()))
+            elementwise_pass(spec, options.reducer)(*tensors)
         if grads[0] is not None:
             grads[0][:chunk] = torch.empty_like(h_s).to(sums)
-            grads = (job.across.sum(grads[0]), *grads[1:])
+            grads = (options.reducer.sum(grads[0]), *grads[1:])
         teacher_width = 0 if w_t is None else w_t.shape[1]
         sizes.chunk = chunk
         sizes.flops += 2 * count * vocab * (hidden.shape[1] * (1 + needs[0] + needs[1]) + teacher_width)

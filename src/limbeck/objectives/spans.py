@@ -1,4 +1,4 @@
-"""What two tokenizers have in common: tokens that are the same, and the spans at whose both ends both have a boundary."""
+"""What two tokenizers have in common: tokens of the same text, and spans of text at whose both ends both have a boundary."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Vocabularies:
-    """Which tokens of two vocabularies are the same.
+    """Which tokens two vocabularies have in common. All tensors are int64 token ids.
 
-    student_size V, teacher_size V': columns beyond do not exist. student_common [C] and teacher_common [C]: the ids of tokens
-    that both have, pairwise. student_rest, teacher_rest: ids that one side alone has. An id in neither (an unpaired special
-    token) is compared with nothing.
+    Args:
+        student_size: V. Columns of the student's head from V on are ignored.
+        teacher_size: V', the same for the teacher.
+        student_common, teacher_common: [C], the common tokens, pairwise.
+        student_rest, teacher_rest: the tokens of one vocabulary only. A token in neither list (a special token without a
+            counterpart) is not compared.
     """
 
     student_size: int
@@ -29,17 +32,17 @@ class Vocabularies:
     teacher_rest: Tensor
 
     def to(self, device: torch.device) -> Vocabularies:
-        """The same on ``device``."""
+        """Return a copy on ``device``."""
         return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     @cached_property
     def teacher_of(self) -> Tensor:
-        """[V] the teacher's id of each token of the student, −1 where there is none."""
+        """[V], the teacher's id of each token of the student, or −1."""
         return self._lookup(self.student_size, self.student_common, self.teacher_common)
 
     @cached_property
     def student_of(self) -> Tensor:
-        """[V'] the other way."""
+        """[V'], the student's id of each token of the teacher, or −1."""
         return self._lookup(self.teacher_size, self.teacher_common, self.student_common)
 
     @staticmethod
@@ -54,11 +57,13 @@ _TENSORS = ("student_common", "teacher_common", "student_rest", "teacher_rest")
 
 @dataclass(frozen=True)
 class Spans:
-    """Which supervised positions make up which span, on both sides.
+    """Which supervised positions form which span, for S spans, N positions of the student and M of the teacher.
 
-    student_first [S], teacher_first [S]: the position that predicts a span's first token. student_rest [N − S]: all other
-    positions of the student, with the span that each belongs to, or S for none, in student_rest_span. teacher_rest [M − S],
-    teacher_rest_span: the same. weight [S] float32: u_g, what multiplies each span's divergence.
+    Args:
+        student_first, teacher_first: [S], the position that predicts the first token of each span.
+        student_rest, teacher_rest: [N − S] and [M − S], all other positions.
+        student_rest_span, teacher_rest_span: the span of each of these, or S for none.
+        weight: [S] float32, u_g, multiplies the divergence of each span.
     """
 
     student_first: Tensor
@@ -71,14 +76,14 @@ class Spans:
 
     @classmethod
     def of(cls, student: NDArray[np.int64], teacher: NDArray[np.int64], weight: NDArray[np.float32]) -> Spans:
-        """From the span of each position of the student [N] and the teacher [M] (−1: none), numbered from 0 in order."""
+        """Build from the span of each position, student [N] and teacher [M], numbered from 0 in order; −1 for no span."""
         return cls(*_split(student, len(weight)), *_split(teacher, len(weight)), torch.from_numpy(weight))
 
     def __len__(self) -> int:
         return self.weight.numel()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Spans:
-        """The same with every tensor changed."""
+        """Return a copy with ``change`` applied to every tensor."""
         return Spans(*(change(getattr(self, f.name)) for f in fields(self)))
 
 

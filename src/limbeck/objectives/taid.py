@@ -1,4 +1,4 @@
-"""TAID's schedule: how far the target has moved from the student to the teacher (arXiv 2501.16937, algorithm 1)."""
+"""TAID's schedule for t, which moves the target from the student to the teacher (arXiv 2501.16937, algorithm 1)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from limbeck.errors import LimbeckError
 
 
 class TaidSchedule:
-    """t of the divergence ``taid``, a tensor on the loss's device that is changed in place and never read on the host.
+    """The parameter t of the divergence ``taid``: a tensor on ``device`` that ``update`` changes in place, without a sync.
 
-    After a step with divergence J_n, at the share ``progress`` of the run:
+    After a step with divergence J_n, at the fraction ``progress`` of the run:
 
-        δ = (J_{n−1} − J_n) / J_{n−1},  m ← β m + (1 − β) δ,  t ← min(t_end, max(t_start + (t_end − t_start) progress, t + α σ(m) (1 − t)))
+        δ = (J_{n−1} − J_n) / J_{n−1}
+        m ← β m + (1 − β) δ
+        t ← min(t_end, max(t_start + (t_end − t_start) · progress, t + α σ(m) (1 − t)))
 
-    with α = ``rate`` and β = ``momentum``.
-    """  # noqa: E501
+    with α = ``rate`` and β = ``momentum``. Raises LimbeckError for parameters outside their range.
+    """
 
     def __init__(
         self,
@@ -36,9 +38,9 @@ class TaidSchedule:
         )
 
     def update(self, divergence: Tensor, progress: float) -> None:
-        """Move t after an optimizer step whose mean divergence over the global batch was ``divergence``."""
+        """Update t after an optimizer step. divergence: 0-dim, the mean over the global batch. progress: in [0, 1]."""
         now = divergence.detach().to(self.t.dtype)
-        now = torch.where(torch.isfinite(now), now, self._previous)  # a step that failed says nothing
+        now = torch.where(torch.isfinite(now), now, self._previous)  # a step with an overflow is skipped
         change = torch.where(self._previous > 0, (self._previous - now) / self._previous, 0)
         first = torch.isinf(self._previous)
         mean = self._momentum * self._mean + (1 - self._momentum) * change
@@ -49,10 +51,10 @@ class TaidSchedule:
         self._previous.copy_(now)
 
     def state(self) -> dict[str, float]:
-        """Three numbers for a checkpoint."""
+        """Return the state for a checkpoint: three numbers."""
         return {"t": self.t.item(), "mean": self._mean.item(), "previous": self._previous.item()}
 
     def load_state(self, state: dict[str, float]) -> None:
-        """Continue where ``state`` was taken."""
+        """Restore what ``state`` returned."""
         for name, tensor in (("t", self.t), ("mean", self._mean), ("previous", self._previous)):
             tensor.fill_(state[name])

@@ -1,7 +1,7 @@
-"""Hidden states and a head turned into what a teacher can say instead: its most likely tokens, or its whole logits.
+"""Signals from a teacher's hidden states: top-k log-probabilities, or whole logits.
 
-Positions are walked in chunks as in ``fused``, so that for the most likely tokens the logits are never held whole. The numbers
-are those that the loss would find for itself from the hidden states.
+Positions are processed in chunks, as in the fused loss, so that top-k needs no whole logits. The numbers are those that the
+loss computes itself from the hidden states.
 
 Shapes: N positions, V vocabulary, H hidden size, k tokens kept.
 """
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.chunks import default_chunk, head_product, make_buffer, shared_bias
-from limbeck.objectives.elementwise import _logits
-from limbeck.objectives.fused import OutputHead
+from limbeck.objectives.divergences import EXCLUDED
+from limbeck.objectives.output_head import OutputHead
 from limbeck.objectives.payloads import Logits, TopK
 
 
@@ -30,10 +30,12 @@ def compute_topk(
     temperature: float = 1.0,
     chunk_size: int | None = None,
 ) -> TopK:
-    """The k most likely tokens at each position of hidden [N, H], with their log-probabilities at ``temperature``.
+    """Return the k most likely tokens at each position of hidden [N, H], with their log-probabilities at ``temperature``.
 
-    vocab_size: rows of the head that count, default all; the log-probabilities are normalised over these. chunk_size: positions
-    whose logits are held at once, default as many as in the loss. With k above vocab_size all tokens are kept.
+    vocab_size: the rows of the head that are used, default all. Log-probabilities are normalized over them. chunk_size:
+    positions whose logits are held at once, with the default of the loss. If k exceeds ``vocab_size``, all tokens are kept.
+    A token that the head's bias excludes (−∞) has log-probability −∞. Raises LimbeckError for a k, temperature or
+    ``vocab_size`` outside its range.
     """
     vocab = len(head.weight) if vocab_size is None else vocab_size
     if k < 1 or not temperature > 0:
@@ -49,7 +51,7 @@ def compute_topk(
         values, indices[part] = logits.topk(kept, dim=-1)
         highest = values[:, :1].clone()
         total = logits.sub_(highest).div_(temperature).exp_().sum(-1, keepdim=True)
-        log_probs[part] = (values - highest) / temperature - total.log()
+        log_probs[part] = ((values - highest) / temperature - total.log()).masked_fill(values <= EXCLUDED, -torch.inf)
     return TopK(log_probs, indices, temperature)
 
 
@@ -57,7 +59,7 @@ def compute_topk(
 def compute_logits(
     hidden: Tensor, head: OutputHead, *, vocab_size: int | None = None, chunk_size: int | None = None
 ) -> Logits:
-    """All logits [N, V] of hidden [N, H], in the head's precision; the arguments are those of ``compute_topk``."""
+    """Return the logits [N, V] of hidden [N, H] in the head's precision. Arguments as in ``compute_topk``."""
     vocab = len(head.weight) if vocab_size is None else vocab_size
     everything = torch.empty(len(hidden), vocab, dtype=head.weight.dtype, device=hidden.device)
     for part, logits in _chunks(hidden, head, vocab, chunk_size):
@@ -66,7 +68,7 @@ def compute_logits(
 
 
 def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
-    """The logits of some positions after others, which the caller may write over."""
+    """Yield the logits of one chunk after another. The caller may overwrite them."""
     weight = head.weight[:vocab]
     bias = shared_bias(head.bias, vocab, _precise(head))
     rows = max(1, min(chunk or default_chunk(hidden.device, vocab, len(hidden), weight, None), len(hidden)))
@@ -74,7 +76,7 @@ def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> 
     for low in range(0, len(hidden), rows):
         part = slice(low, min(low + rows, len(hidden)))
         product = head_product(hidden[part].to(weight.dtype), weight, z[: part.stop - low])
-        yield part, _logits(product, bias, head.scale, head.softcap, _precise(head))
+        yield part, head.transform(product, bias, _precise(head))
 
 
 def _precise(head: OutputHead) -> torch.dtype:

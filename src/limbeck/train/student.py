@@ -186,7 +186,7 @@ class StudentWithLoss(nn.Module):
             weights=batch.weights,
             normalizer=normalizer,
             all_supervised=True,
-            across=self.vocab_parallel,
+            reducer=self.vocab_parallel,
             compiled=self.settings.compiled,
         )
 

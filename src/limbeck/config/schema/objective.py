@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from limbeck.config.schema.base import Section
+from limbeck.registry import DIVERGENCES
 
 OBJECTIVES = (
     "forward_kl",
@@ -61,13 +62,11 @@ FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 
 def _known_objective(name: str) -> str:
     if name not in OBJECTIVES:
-        # Importing torch takes seconds, so only names that are not built in are looked up.
-        from limbeck.objectives.divergences import names
-
-        if name not in names():
-            near = difflib.get_close_matches(name, names(), n=1)
+        names = DIVERGENCES.names()
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"is not one of {', '.join(names())}{hint}")
+            raise ValueError(f"is not one of {', '.join(names)}{hint}")
     return name
 
 

@@ -1,7 +1,7 @@
-"""The pass over a tile of logits (``rows``) as a Triton kernel, for the dense case: whole vocabularies on both sides.
+"""The elementwise pass as a Triton kernel, for whole vocabularies on both sides.
 
-``kernel_pass`` says whether there is one; where there is none, ``rows`` does the same work by other means. Knows the pass's
-arguments and nothing of chunks or heads.
+``kernel_pass`` returns the kernel for a configuration, or None. Then the pass runs in PyTorch, with the same results up to
+rounding.
 """
 
 from __future__ import annotations
@@ -16,97 +16,104 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from limbeck.objectives.elementwise import STATS, Pass, Rows, Spec
-from limbeck.objectives.kernels.source import Translation, Untranslatable, translate
+from limbeck.objectives.elementwise import STATS, ElementwiseSpec, Pass, TileInputs
+from limbeck.objectives.kernels.source import KernelSource, Untranslatable, translate
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 BLOCK, WARPS = 2048, 8  # eight logits per thread: one load of 16 bytes in half precision
-ROUND = 16  # elements; Triton reads whole vectors only where it can tell that a row ends at a multiple of this
+ROUND = 16  # elements; Triton uses vector loads only if row strides are known to be multiples of this
 
-_told: set[str] = set()
+fallback_reasons: set[str] = set()
+"""Why a kernel was not used, one sentence per reason, for reports. Each reason is warned about once."""
+_build_failed = False
 
 
 def kernel_pass(
-    spec: Spec, across: VocabReducer, device: torch.device
-) -> Callable[..., tuple[Tensor, Tensor | None]] | None:
-    """A function (plain pass, ``Rows``) → (stats, bias's gradient), or None where there is no kernel for ``spec``.
+    spec: ElementwiseSpec, reducer: VocabReducer, device: torch.device
+) -> Callable[[Pass, TileInputs], tuple[Tensor, Tensor | None]] | None:
+    """Return a function (plain pass, tile) → (stats, gradient of the bias) that launches the kernel, or None.
 
-    DivergenceFn that Triton cannot express, and kernels that cannot be built on this machine, are told of once. The bias's
-    gradient sums what was stored, in float32.
+    Warns once if Triton cannot express the divergence, and once if the kernel cannot be built; the plain pass then runs. The
+    gradient of the bias is the float32 sum of the gradients as stored.
     """
-    if not _usable(device) or across is not NO_SHARDING or spec.dtype is not torch.float32 or spec.sampled or spec.topk:
+    objective = spec.objective
+    if not _usable(device) or reducer is not NO_SHARDING or spec.dtype is not torch.float32:
+        return None
+    if objective.sampled or objective.topk:
         return None
     try:
-        translation = translate(spec.terms)
+        source = translate(objective.divergence_fn)
     except Untranslatable as why:
-        _tell(f"This divergence has no kernel, because {why}")
+        _warn_once(f"This divergence has no kernel, because {why}")
         return None
 
-    def run(plain: Pass, rows: Rows) -> tuple[Tensor, Tensor | None]:
-        if "build" in _told:
-            return plain(*rows)
+    def run(plain: Pass, tile: TileInputs) -> tuple[Tensor, Tensor | None]:
+        global _build_failed
+        if _build_failed:
+            return plain(*tile)
         try:
-            return launch(rows, spec, translation)
+            return launch(tile, spec, source)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, an unknown device: nothing has been written yet
-            _told.add("build")
-            _tell(f"The kernel of the loss cannot be built here ({type(error).__name__}: {str(error)[:200]})")
-            return plain(*rows)
+            _build_failed = True
+            _warn_once(f"The kernel of the loss cannot be built here ({type(error).__name__}: {str(error)[:200]})")
+            return plain(*tile)
 
     return run
 
 
-def launch(rows: Rows, spec: Spec, translation: Translation) -> tuple[Tensor, Tensor | None]:
-    """Run the kernel on a tile; see ``rows.elementwise_pass`` for what comes back."""
-    from limbeck.objectives.kernels.fused_kernel import sweep
+def launch(tile: TileInputs, spec: ElementwiseSpec, source: KernelSource) -> tuple[Tensor, Tensor | None]:
+    """Run the kernel on a tile. Returns what ``elementwise.elementwise_pass`` returns."""
+    from limbeck.objectives.kernels.fused_kernel import fused_loss_kernel
 
-    n, vocab = rows.z.shape
-    stats = torch.zeros(n, len(STATS), dtype=torch.float32, device=rows.z.device)
-    w, tau = spec.kd_weight, spec.temperature
-    known = w == 0 or translation.mass is not None
-    with torch.cuda.device(rows.z.device) if rows.z.is_cuda else nullcontext():
-        sweep[(n,)](
-            rows.z,
-            rows.bias,
-            rows.teacher,
-            rows.teacher_bias,
-            rows.target,
-            rows.weight,
-            rows.factor,
+    objective = spec.objective
+    n, vocab = tile.z.shape
+    stats = torch.zeros(n, len(STATS), dtype=torch.float32, device=tile.z.device)
+    w, tau = objective.kd_weight, objective.temperature
+    known = w == 0 or source.weight_sum is not None
+    with torch.cuda.device(tile.z.device) if tile.z.is_cuda else nullcontext():
+        fused_loss_kernel[(n,)](
+            tile.z,
+            tile.bias,
+            tile.teacher,
+            tile.teacher_bias,
+            tile.target,
+            tile.weight,
+            tile.factor,
             stats,
             vocab,
-            rows.z.stride(0),
-            0 if rows.teacher is None else rows.teacher.stride(0),
-            _edge(rows.z),
-            0 if rows.teacher is None else _edge(rows.teacher),
+            tile.z.stride(0),
+            0 if tile.teacher is None else tile.teacher.stride(0),
+            _readable_width(tile.z),
+            0 if tile.teacher is None else _readable_width(tile.teacher),
             1 / tau,
-            1 / spec.teacher_temperature,
-            (1 - w) * spec.scale,
-            w * (tau if spec.squared else 1 / tau) * spec.scale,
-            float(translation.mass or 0.0) if w else 0.0,
-            terms=translation.terms,
-            z_scale=spec.scale,
-            z_cap=spec.softcap,
-            t_scale=spec.teacher_scale,
-            t_cap=spec.teacher_softcap,
+            1 / objective.teacher_temperature,
+            (1 - w) * spec.student.scale,
+            w * (tau if objective.squared else 1 / tau) * spec.student.scale,
+            float(source.weight_sum or 0.0) if w else 0.0,
+            divergence_fn=source.divergence_fn,
+            z_scale=spec.student.scale,
+            z_cap=spec.student.softcap,
+            t_scale=spec.teacher.scale,
+            t_cap=spec.teacher.softcap,
             TEMPERED=tau != 1,
             GRADIENT=spec.wants_grad,
-            MASS_KNOWN=known,
+            WEIGHT_SUM_KNOWN=known,
             STATS=len(STATS),
             BLOCK=min(BLOCK, 1 << (vocab - 1).bit_length()),
             num_warps=WARPS,
             enable_fp_fusion=True,
         )
-    bias = rows.z.sum(0, dtype=torch.float32) if spec.wants_grad and rows.bias is not None else None
+    bias = tile.z.sum(0, dtype=torch.float32) if spec.wants_grad and tile.bias is not None else None
     return stats.sum(0), bias
 
 
-def _edge(x: Tensor) -> int:
-    """How many columns of a row may be read and, in the student's, overwritten: rounded up where rows and memory allow."""
+def _readable_width(x: Tensor) -> int:
+    """How many columns of a row the kernel may read and overwrite: V rounded up, if every row has memory of its own there."""
     n, vocab = x.shape
     rounded = -(-vocab // ROUND) * ROUND
     memory = int(x.untyped_storage().nbytes()) // x.element_size() - int(x.storage_offset())
@@ -119,11 +126,11 @@ def _installed() -> bool:
 
 
 def _usable(device: torch.device) -> bool:
-    """On a GPU, and on a CPU in Triton's interpreter, which is for tests."""
+    """On a GPU. On a CPU only in Triton's interpreter, for tests."""
     return _installed() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def _tell(what: str) -> None:
-    if what not in _told:
-        _told.add(what)
-        warnings.warn(f"{what}; it runs in PyTorch's own operations, with the same results.", stacklevel=4)
+def _warn_once(reason: str) -> None:
+    if reason not in fallback_reasons:
+        fallback_reasons.add(reason)
+        warnings.warn(f"{reason}; it runs in PyTorch's own operations, with the same results.", stacklevel=4)

@@ -1,12 +1,14 @@
-"""The pass over a row of logits as one Triton program: both log-sum-exps, value, diagnostics, the gradient written in place.
+"""The elementwise pass over a row of logits as one Triton program: value, diagnostics, and the gradient written in place.
 
-A row is read two or three times: for the normalisers; for Σw, unless it is known beforehand or no gradient is wanted; for
-everything else. The sweeps alternate in direction, so that each begins where the last left the cache warm. Sums are kept per
-lane and meet at a sweep's end. One program per row is enough even for few rows: the product that made them reads the whole
-head then and takes longer.
+The program reads a row two or three times: for both log-sum-exps; for Σw, if a gradient is needed and the sum is not known; for
+everything else. Consecutive passes run in opposite directions, so that each begins with columns that are still cached. Sums are
+kept per lane and reduced at the end of a pass. One program per row is enough even for few rows: the matrix product before it
+reads the whole head and takes longer.
 
-Only what Triton's compiler and its interpreter both know is used. Imported where a kernel is wanted, because Triton is not
-everywhere. V columns; everything inside is float32.
+Only operations that Triton's compiler and its interpreter both support are used. Import this module only where a kernel is
+used: Triton is not installed everywhere. Everything is computed in float32.
+
+Shapes: n rows, V columns. z is the student's side, t the teacher's.
 """
 
 import triton
@@ -14,29 +16,29 @@ import triton.language as tl
 from triton import knobs
 from triton.language.extra import libdevice
 
-HARDWARE: tl.constexpr = tl.constexpr(not knobs.runtime.interpret)  # its own logarithm, which the interpreter lacks
+HARDWARE: tl.constexpr = tl.constexpr(not knobs.runtime.interpret)  # libdevice functions, which the interpreter lacks
 
 
 @triton.jit
 def exp(x):
-    """In the unit that the hardware has, 2ˣ; what is below float32's normal numbers is 0."""
+    """eˣ by the hardware's 2ˣ. Results below float32's normal numbers are 0."""
     return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x): near 0 as 2 artanh(x / (2 + x)), where 1 + x would have lost the digits of x."""
+    """log(1 + x). Near 0 it is 2 artanh(x / (2 + x)), because 1 + x loses the digits of x."""
     s = x / (2.0 + x)
     y = s * s
     near = 2.0 * s * (1.0 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7))))
-    # The hardware's is off by 2⁻²² at most, which is little against log 1.25.
+    # The hardware's error is at most 2⁻²², small against log 1.25.
     far = libdevice.fast_logf(1.0 + x) if HARDWARE else tl.log(1.0 + x)
     return tl.where(tl.abs(x) < 0.25, near, far)
 
 
 @triton.jit
 def expm1(x):
-    """eˣ − 1: near 0 as (u − 1) · x / log u, in which errors of u = eˣ cancel."""
+    """eˣ − 1. Near 0 it is (u − 1) · x / log u with u = eˣ, in which the errors of u cancel."""
     u = exp(x)
     d = u - 1.0
     log_u = tl.log(u)
@@ -46,7 +48,7 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
-    """By its series near 0, where the quotient of exponentials would lose digits."""
+    """tanh x. Near 0 by its series, because the quotient of exponentials loses digits."""
     y = x * x
     series = x * (1.0 + y * (-1.0 / 3 + y * (2.0 / 15 + y * (-17.0 / 315 + y * (62.0 / 2835)))))
     e = exp(-2.0 * tl.abs(x))
@@ -55,9 +57,9 @@ def tanh(x):
 
 
 @triton.jit
-def _logits(row, bias, at, vocab, edge, scale: tl.constexpr, cap: tl.constexpr):
-    """Logits at the columns ``at``, −∞ from ``vocab`` on; ``edge`` is how far the row may be read."""
-    x = tl.load(row + at, mask=at < edge, other=0.0).to(tl.float32)
+def load_logits(row, bias, at, vocab, readable, scale: tl.constexpr, cap: tl.constexpr):
+    """Logits at the columns ``at``, −∞ from ``vocab`` on. ``readable``: the columns of the row that may be read."""
+    x = tl.load(row + at, mask=at < readable, other=0.0).to(tl.float32)
     if bias is not None:
         x += tl.load(bias + at, mask=at < vocab, other=0.0).to(tl.float32)
     if scale != 1.0:
@@ -68,21 +70,21 @@ def _logits(row, bias, at, vocab, edge, scale: tl.constexpr, cap: tl.constexpr):
 
 
 @triton.jit
-def _add(total, highest, x, rate):
-    """Σ exp(rate · (x − highest)) per lane, with one more x; ``highest`` is still the one without it."""
+def add_exp(total, highest, x, rate):
+    """Online softmax sum: Σ exp(rate · (x − highest)) per lane after one more x. ``highest`` is the maximum before it."""
     e = exp(-tl.abs(x - highest) * rate)
     return tl.where(x > highest, total * e + 1.0, total + e)
 
 
 @triton.jit
-def _meet(total, highest, top, rate):
-    """The sum over all lanes, relative to the row's highest."""
+def reduce_lanes(total, highest, top, rate):
+    """The sum over all lanes, relative to the row's maximum ``top``."""
     return tl.sum(total * exp((highest - top) * rate), 0)
 
 
 @triton.jit
-def sweep(
-    z,  # [n, V] the student's products, and then their gradient
+def fused_loss_kernel(
+    z,  # [n, V] the student's products, overwritten with their gradient
     z_bias,  # [V] float32 or None
     t,  # [n, V] the teacher's products or None
     t_bias,
@@ -93,21 +95,21 @@ def sweep(
     vocab,
     z_stride,
     t_stride,
-    z_edge,  # vocab, or as far behind it as the row's memory goes on: round numbers read fastest
-    t_edge,
+    z_readable,  # readable columns of a row: V or a round number above, which reads fastest
+    t_readable,
     rate,  # 1/τ_s
     t_rate,
-    hard,  # (1 − w) · scale
-    soft,  # w · τ_s or w / τ_s, · scale
-    mass,  # Σw where it is known
-    terms: tl.constexpr,
+    ce_scale,  # (1 − w) · scale
+    kd_scale,  # w · τ_s or w / τ_s, · scale
+    weight_sum,  # Σw if it is known
+    divergence_fn: tl.constexpr,
     z_scale: tl.constexpr,
     z_cap: tl.constexpr,
     t_scale: tl.constexpr,
     t_cap: tl.constexpr,
     TEMPERED: tl.constexpr,
     GRADIENT: tl.constexpr,
-    MASS_KNOWN: tl.constexpr,
+    WEIGHT_SUM_KNOWN: tl.constexpr,
     STATS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,76 +120,76 @@ def sweep(
     lanes = tl.arange(0, BLOCK)
     zero = tl.zeros((BLOCK,), tl.float32)
     blocks = tl.cdiv(vocab, BLOCK)
-    aim = tl.load(target + row)
+    label = tl.load(target + row)
     u = tl.load(weight + row)
-    at_target = tl.sum(_logits(z, z_bias, aim + tl.zeros((1,), tl.int32), vocab, z_edge, z_scale, z_cap), 0)
+    at_target = tl.sum(load_logits(z, z_bias, label + tl.zeros((1,), tl.int32), vocab, z_readable, z_scale, z_cap), 0)
 
-    # Both normalisers. No lane begins at −∞, because −∞ − −∞ is no number.
+    # Both log-sum-exps. Maxima start at a finite number, because −∞ − −∞ is NaN.
     z_high, t_high = zero - 3e38, zero - 3e38
     z_sum, tempered_sum, t_sum = zero, zero, zero
     for i in range(blocks):
         at = i * BLOCK + lanes
-        s = _logits(z, z_bias, at, vocab, z_edge, z_scale, z_cap)
-        z_sum = _add(z_sum, z_high, s, 1.0)
+        s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
+        z_sum = add_exp(z_sum, z_high, s, 1.0)
         if TEMPERED:
-            tempered_sum = _add(tempered_sum, z_high, s, rate)
+            tempered_sum = add_exp(tempered_sum, z_high, s, rate)
         z_high = tl.maximum(z_high, s)
         if t is not None:
-            teacher = _logits(t, t_bias, at, vocab, t_edge, t_scale, t_cap)
-            t_sum = _add(t_sum, t_high, teacher, t_rate)
+            teacher = load_logits(t, t_bias, at, vocab, t_readable, t_scale, t_cap)
+            t_sum = add_exp(t_sum, t_high, teacher, t_rate)
             t_high = tl.maximum(t_high, teacher)
     top = tl.max(z_high, 0)
-    log_z = tl.log(_meet(z_sum, z_high, top, 1.0))
+    log_z = tl.log(reduce_lanes(z_sum, z_high, top, 1.0))
     log_tempered = log_z
     if TEMPERED:
-        log_tempered = tl.log(_meet(tempered_sum, z_high, top, rate))
+        log_tempered = tl.log(reduce_lanes(tempered_sum, z_high, top, rate))
     t_top = tl.max(t_high, 0)
     log_t = 0.0
     if t is not None:
-        log_t = tl.log(_meet(t_sum, t_high, t_top, t_rate))
+        log_t = tl.log(reduce_lanes(t_sum, t_high, t_top, t_rate))
 
-    THREE: tl.constexpr = GRADIENT and t is not None and not MASS_KNOWN
-    if THREE:
+    THREE_PASSES: tl.constexpr = GRADIENT and t is not None and not WEIGHT_SUM_KNOWN
+    if THREE_PASSES:
         weights = zero
         for i in range(blocks):
             at = (blocks - 1 - i) * BLOCK + lanes
-            s = _logits(z, z_bias, at, vocab, z_edge, z_scale, z_cap)
+            s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
             log_q = (s - top) * rate - log_tempered
-            log_p = (_logits(t, t_bias, at, vocab, t_edge, t_scale, t_cap) - t_top) * t_rate - log_t
-            _, w = terms(exp(log_p), exp(log_q), log_p, log_q)
+            log_p = (load_logits(t, t_bias, at, vocab, t_readable, t_scale, t_cap) - t_top) * t_rate - log_t
+            _, w = divergence_fn(exp(log_p), exp(log_q), log_p, log_q)
             weights += tl.where(at < vocab, w, 0.0)
-        mass = tl.sum(weights, 0)
+        weight_sum = tl.sum(weights, 0)
 
     k = tl.load(factor) * u
-    hard_k, soft_k = hard * k, soft * k
+    ce_k, kd_k = ce_scale * k, kd_scale * k
     values, z_entropy, t_entropy, agree = zero, zero, zero, zero
     for i in range(blocks):
-        at = (i if THREE else blocks - 1 - i) * BLOCK + lanes
+        at = (i if THREE_PASSES else blocks - 1 - i) * BLOCK + lanes
         inside = at < vocab
-        s = _logits(z, z_bias, at, vocab, z_edge, z_scale, z_cap)
+        s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
         log_q = (s - top) * rate - log_tempered
         q = exp(log_q)
         z_entropy -= q * tl.where(inside, log_q, 0.0)
         w = zero
         if t is not None:
-            teacher = _logits(t, t_bias, at, vocab, t_edge, t_scale, t_cap)
+            teacher = load_logits(t, t_bias, at, vocab, t_readable, t_scale, t_cap)
             log_p = (teacher - t_top) * t_rate - log_t
             p = exp(log_p)
             t_entropy -= p * tl.where(inside, log_p, 0.0)
             agree = tl.where((s == top) & (teacher == t_top), 1.0, agree)
-            value, w = terms(p, q, log_p, log_q)
+            value, w = divergence_fn(p, q, log_p, log_q)
             values += tl.where(inside, value, 0.0)
         if GRADIENT:
             q_1 = q
             if TEMPERED:
                 q_1 = exp(s - top - log_z)
-            gradient = q_1 * hard_k
+            gradient = q_1 * ce_k
             if t is not None:
-                gradient += (w - q * mass) * soft_k
-            gradient -= tl.where(at == aim, hard_k, 0.0)
+                gradient += (w - q * weight_sum) * kd_k
+            gradient -= tl.where(at == label, ce_k, 0.0)
             if z_cap is not None:
                 gradient *= 1.0 - (s / z_cap) * (s / z_cap)
-            tl.store(z + at, tl.where(inside, gradient, 0.0).to(z.dtype.element_ty), mask=at < z_edge)
+            tl.store(z + at, tl.where(inside, gradient, 0.0).to(z.dtype.element_ty), mask=at < z_readable)
 
     stats += row * STATS
     tl.store(stats, tl.sum(values, 0) * u)

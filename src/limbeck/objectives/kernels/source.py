@@ -1,8 +1,7 @@
-"""A divergence's two formulas as Triton source, so that a new divergence needs no kernel of its own.
+"""Translation of a divergence's two formulas into Triton source, so that a new divergence needs no kernel.
 
-The Python function is traced on a few numbers; what it did to them, one elementwise operation after another, is written down
-again. Anything that is not elementwise, not float32, or dependent on shapes or data is refused with ``Untranslatable``, never
-approximated.
+The Python function is traced on small tensors, and its elementwise operations are written out as Triton code. A function that
+is not elementwise, not float32, or depends on shapes or data raises ``Untranslatable``. Nothing is approximated.
 """
 
 from __future__ import annotations
@@ -24,77 +23,82 @@ from torch import Tensor, fx
 from limbeck.objectives.divergences import DivergenceFn
 
 INPUTS = ("p", "q", "log_p", "log_q")
-_CHANGES = 4  # versions of one function before its numbers count as moving
+_MAX_VERSIONS = 4  # of one function; one whose numbers change more often is not translated
 
 
 class Untranslatable(Exception):
-    """Why a formula has no kernel, as half a sentence."""
+    """A function has no kernel. The message is a clause that completes "because"."""
 
 
 @dataclass(frozen=True)
-class Translation:
-    """``terms``: a Triton function (p, q, log p, log q) → (value, w). mass: Σw over a row where w is a·p + b·q, else None."""
+class KernelSource:
+    """A translated divergence.
 
-    terms: Any
-    mass: float | None
-
-
-def translate(terms: DivergenceFn) -> Translation:
-    """The formulas as a Triton function; raises Untranslatable.
-
-    Numbers inside a formula are compiled in. They are looked at again on each call, so that a function whose numbers have
-    changed since is translated anew.
+    divergence_fn: a Triton function (p, q, log p, log q) → (value, w). weight_sum: Σw over a row if w is a·p + b·q, else None.
     """
-    if getattr(terms, "needs_vocab_reduction", False):
+
+    divergence_fn: Any
+    weight_sum: float | None
+
+
+def translate(divergence_fn: DivergenceFn) -> KernelSource:
+    """Return the divergence as a Triton function. Raises Untranslatable.
+
+    Numbers in the formulas become constants of the kernel. Each call compares the function's results on fixed inputs with those
+    of earlier calls, and translates it again if its numbers have changed.
+    """
+    if getattr(divergence_fn, "needs_vocab_reduction", False):
         raise Untranslatable("its tokens depend on one another")
-    key, seen = _key(terms), _fingerprint(terms)
-    versions = _versions(key)
-    if seen not in versions:
-        if len(versions) == _CHANGES:
+    key, results = _key(divergence_fn), _results(divergence_fn)
+    versions = _versions_of(key)
+    if results not in versions:
+        if len(versions) == _MAX_VERSIONS:
             raise Untranslatable("its numbers change from call to call")
-        versions[seen] = _translated(terms)
-    result = versions[seen]
+        versions[results] = _translate(divergence_fn)
+    result = versions[results]
     if isinstance(result, Untranslatable):
         raise result
     return result
 
 
 @lru_cache(maxsize=64)
-def _versions(key: Any) -> dict[Any, Translation | Untranslatable]:
+def _versions_of(key: Any) -> dict[Any, KernelSource | Untranslatable]:
     return {}
 
 
-def _key(terms: DivergenceFn) -> Any:
-    """Equal for two functions of the same code and the same plain numbers; ``formulas`` makes a new one on each call."""
-    if not isinstance(terms, FunctionType) or terms.__defaults__ or terms.__kwdefaults__:
-        return terms
-    cells = [cell.cell_contents for cell in terms.__closure__ or ()]
+def _key(divergence_fn: DivergenceFn) -> Any:
+    """A key that is equal for functions of the same code and numbers: ``make_divergence`` returns a new one on each call."""
+    if not isinstance(divergence_fn, FunctionType) or divergence_fn.__defaults__ or divergence_fn.__kwdefaults__:
+        return divergence_fn
+    cells = [cell.cell_contents for cell in divergence_fn.__closure__ or ()]
     if all(isinstance(x, float | int | str | None) for x in cells):
-        return terms.__code__, tuple((type(x), x) for x in cells)
-    return terms
+        return divergence_fn.__code__, tuple((type(x), x) for x in cells)
+    return divergence_fn
 
 
-def _fingerprint(terms: DivergenceFn) -> Any:
+def _results(divergence_fn: DivergenceFn) -> Any:
     log_p = torch.linspace(0, 120, 61).neg()
     log_q = log_p.roll(23)
     try:
-        return tuple(x.numpy().tobytes() for x in terms(log_p.exp()[None], log_q.exp()[None], log_p[None], log_q[None]))
-    except Exception as error:  # whatever a user's function may raise: the ordinary pass will raise it again
+        return tuple(
+            x.numpy().tobytes() for x in divergence_fn(log_p.exp()[None], log_q.exp()[None], log_p[None], log_q[None])
+        )
+    except Exception as error:  # of a user's function; the plain pass raises it again
         raise Untranslatable(f"it fails on plain numbers ({type(error).__name__}: {error})") from error
 
 
-def _translated(terms: DivergenceFn) -> Translation | Untranslatable:
+def _translate(divergence_fn: DivergenceFn) -> KernelSource | Untranslatable:
     try:
-        text, mass = source(terms, (2, 5))
-        if source(terms, (3, 7))[0] != text:
+        text, mass = source(divergence_fn, (2, 5))
+        if source(divergence_fn, (3, 7))[0] != text:
             raise Untranslatable("it depends on the number of rows or tokens")
-        return Translation(_load(text).terms, mass)
+        return KernelSource(_load(text).divergence_fn, mass)
     except Untranslatable as why:
         return why
 
 
-def source(terms: DivergenceFn, shape: tuple[int, int]) -> tuple[str, float | None]:
-    """The Triton module's text, and Σw where it is known, as traced on tensors of ``shape``."""
+def source(divergence_fn: DivergenceFn, shape: tuple[int, int]) -> tuple[str, float | None]:
+    """Return the text of the Triton module, and Σw if it is known, as traced on tensors of ``shape``."""
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -102,14 +106,14 @@ def source(terms: DivergenceFn, shape: tuple[int, int]) -> tuple[str, float | No
     logs = [torch.rand(shape).log_softmax(-1) for _ in range(2)]
     try:
         with torch.no_grad():
-            graph = make_fx(terms, decomposition_table=table)(*(x.exp() for x in logs), *logs).graph
-    except Exception as error:  # tracing fails in many ways, all of which mean: not elementwise
+            graph = make_fx(divergence_fn, decomposition_table=table)(*(x.exp() for x in logs), *logs).graph
+    except Exception as error:  # tracing fails in many ways; each means that the function is not elementwise
         first = str(error).strip().split("\n")[0]
         raise Untranslatable(f"it cannot be traced ({type(error).__name__}: {first})") from error
     return _Writer(shape).write(graph)
 
 
-# Written for arguments that are float32; {0} is the first. A comparison's result is a mask.
+# Templates for float32 arguments. Comparisons give masks.
 _FLOATS = {
     "add": "{0} + {1}",
     "sub": "{0} - {1}",
@@ -160,12 +164,12 @@ _SAME = ("alias", "detach", "clone", "lift_fresh_copy", "_to_copy")
 
 
 class _Writer:
-    """Walks a traced graph and writes one line for each of its operations."""
+    """Writes one line of Triton for each operation of a traced graph."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
         self._shape = shape
         self._names: dict[fx.Node, str] = {}
-        self._shares: dict[fx.Node, tuple[float, float]] = {}  # a, b of a node that is a·p + b·q
+        self._coefficients: dict[fx.Node, tuple[float, float]] = {}  # a, b of a node that is a·p + b·q
         self._lines: list[str] = []
 
     def write(self, graph: fx.Graph) -> tuple[str, float | None]:
@@ -174,27 +178,29 @@ class _Writer:
             if node.op == "placeholder":
                 self._names[node] = next(inputs)
                 if self._names[node] in ("p", "q"):
-                    self._shares[node] = (1.0, 0.0) if self._names[node] == "p" else (0.0, 1.0)
+                    self._coefficients[node] = (1.0, 0.0) if self._names[node] == "p" else (0.0, 1.0)
             elif node.op == "call_function":
                 self._call(node)
             elif node.op == "output":
                 value, weight = self._outputs(node)
-                shares = self._shares.get(weight)
+                coefficients = self._coefficients.get(weight)
                 body = "\n".join(f"    {line}" for line in self._lines)
                 text = f"{_HEADER}{body}\n    return {self._names[value]}, {self._names[weight]}\n"
-                return text, None if shares is None else sum(shares)
+                return text, None if coefficients is None else sum(coefficients)
             else:
                 raise Untranslatable("it holds a tensor of its own")
         raise Untranslatable("it returns nothing")
 
     def _outputs(self, node: fx.Node) -> tuple[fx.Node, fx.Node]:
-        said: Any = node.args[0]
-        if not (isinstance(said, tuple | list) and len(said) == 2 and all(isinstance(x, fx.Node) for x in said)):
+        outputs: Any = node.args[0]
+        if not (
+            isinstance(outputs, tuple | list) and len(outputs) == 2 and all(isinstance(x, fx.Node) for x in outputs)
+        ):
             raise Untranslatable("it does not return two tensors")
-        for one in said:
-            if _meta(one).dtype is not torch.float32 or tuple(_meta(one).shape) != self._shape:
+        for output in outputs:
+            if _meta(output).dtype is not torch.float32 or tuple(_meta(output).shape) != self._shape:
                 raise Untranslatable("its results are not float32 of the inputs' shape")
-        return said[0], said[1]
+        return outputs[0], outputs[1]
 
     def _call(self, node: fx.Node) -> None:
         name = str(node.target).removeprefix("aten.").split(".")[0]
@@ -230,7 +236,7 @@ class _Writer:
             raise Untranslatable(f"{node.target} has no counterpart")
         self._names[node] = f"v{len(self._names)}"
         self._lines.append(f"{self._names[node]} = {text}")
-        self._share(node, name)
+        self._record_coefficients(node, name)
 
     def _float(self, x: Any) -> str:
         if not isinstance(x, fx.Node):
@@ -276,29 +282,29 @@ class _Writer:
             return product if exponent > 0 else f"1.0 / ({product})"
         return f"exp({_number(exponent)} * tl.log({x}))"
 
-    def _share(self, node: fx.Node, name: str) -> None:
-        """Note a and b where the result is a·p + b·q."""
-        known = [self._shares.get(x) for x in node.args if isinstance(x, fx.Node)]
+    def _record_coefficients(self, node: fx.Node, name: str) -> None:
+        """Record a and b if the result is a·p + b·q."""
+        known = [self._coefficients.get(x) for x in node.args if isinstance(x, fx.Node)]
         numbers: list[Any] = [x for x in node.args if not isinstance(x, fx.Node)]
         if any(x is None for x in known) or node.kwargs:
             return
         if name in ("add", "sub") and len(known) == 2:
             combine = operator.add if name == "add" else operator.sub
-            self._shares[node] = tuple(map(combine, *known))  # type: ignore[arg-type]
+            self._coefficients[node] = tuple(map(combine, *known))  # type: ignore[arg-type]
         elif name == "neg" or (name == "mul" and len(known) == len(numbers) == 1):
             (a, b), by = known[0] or (0.0, 0.0), float(numbers[0]) if numbers else -1.0
-            self._shares[node] = (a * by, b * by)
+            self._coefficients[node] = (a * by, b * by)
 
 
 def _meta(node: fx.Node) -> Tensor:
-    said = node.meta.get("val")
-    if not isinstance(said, Tensor):
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
         raise Untranslatable(f"{node.target} makes no tensor")
-    return said
+    return value
 
 
 def _number(x: Any) -> str:
-    """A Python number as Triton reads it, which takes what float32 cannot hold for float64."""
+    """A Python number as a Triton literal. Numbers that float32 cannot hold are refused: Triton would use float64."""
     if isinstance(x, bool) or not isinstance(x, int | float):
         raise Untranslatable(f"{x!r} is not a number")
     x = float(x)
@@ -316,12 +322,12 @@ from limbeck.objectives.kernels.fused_kernel import exp, expm1, log1p, tanh
 
 
 @triton.jit
-def terms(p, q, log_p, log_q):
+def divergence_fn(p, q, log_p, log_q):
 """
 
 
 class _Loader(importlib.abc.InspectLoader):
-    """A module from text. Triton asks ``inspect`` for a function's source, which asks the loader: no file is needed."""
+    """Loads a module from text. Triton gets a function's source from ``inspect``, which gets it from the loader."""
 
     def __init__(self, text: str, file: str) -> None:
         self._text, self._file = text, file

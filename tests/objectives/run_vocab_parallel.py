@@ -34,10 +34,10 @@ def coupled_of_a_user():
     """Σ (p − q)² / 2 Σ p², for which p² is summed over the ranks; what is summed stays what it was."""
 
     @needs_vocab_reduction
-    def terms(p, q, log_p, log_q, across=NO_SHARDING):
+    def terms(p, q, log_p, log_q, reducer=NO_SHARDING):
         part = (p * p).sum(-1, keepdim=True)
-        across.sum(part)
-        total = across.sum(part)
+        reducer.sum(part)
+        total = reducer.sum(part)
         return (q - p) ** 2 / (2 * total), q * (q - p) / total
 
     return terms
@@ -50,6 +50,32 @@ def counted(calls: list[str]) -> None:
         setattr(dist, name, lambda *a, plain=plain, name=name, **k: (calls.append(name), plain(*a, **k))[1])
 
 
+def check_certain_teacher() -> None:
+    """In float32 the teacher's mass outside its top-k comes from the ranks' slices, not from 1 − P, which is 0 here."""
+    g = torch.Generator().manual_seed(1)
+    z, t, labels = torch.randn(3, 500, generator=g), torch.randn(3, 500, generator=g), torch.zeros(3, dtype=torch.long)
+    t[0, 0] = 22.0
+    parallel, eye = VocabParallel(500), torch.eye(500)
+    for name in ("reverse_kl", "adaptive_kl"):
+        for tail in ("uniform", "bucket"):
+            objective = Objective.of(name, kd_weight=1.0, topk=64, tail=tail)
+            found = []
+            for dtype, columns, reducer in (
+                (torch.float64, slice(None), None),
+                (torch.float32, parallel.columns, parallel),
+            ):
+                hidden = z.to(dtype, copy=True).detach().requires_grad_()
+                signal = Logits(t.to(dtype)[:, columns])
+                head = eye.to(dtype)[columns]
+                loss = fused_linear_distillation(
+                    hidden, head, None, None, labels, teacher=signal, objective=objective, reducer=reducer
+                ).loss
+                loss.backward()
+                found.append((loss.double(), hidden.grad.double()))
+            torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+
+
 def main(vocab: int) -> None:
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -59,8 +85,8 @@ def main(vocab: int) -> None:
     labels = torch.randint(0, vocab, (9,), generator=g)
     labels[2] = -100
     weights = torch.rand(9, generator=g, dtype=torch.float64)
-    across = VocabParallel(vocab)
-    mine = across.columns
+    reducer = VocabParallel(vocab)
+    mine = reducer.columns
 
     # The teacher's head comes split over another number of ranks: here the first rank holds all of it.
     held = w_t if rank == 0 else w_t[:0]
@@ -74,11 +100,11 @@ def main(vocab: int) -> None:
     for name, topk, tail, tau in cases:
         objective = Objective.of(name, kd_weight=0.6, temperature=tau, teacher_temperature=1.5, topk=topk, tail=tail)
 
-        def run(columns, head_t, across, objective=objective, compiled=None):
+        def run(columns, head_t, reducer, objective=objective, compiled=None):
             leaves = [x.clone().requires_grad_() for x in (h_s, w_s[columns], b_s[columns])]
             head = OutputHead(leaves[1], leaves[2], softcap=8.0)
             out = fused_linear_distillation(
-                leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, across=across,
+                leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, reducer=reducer,
                 compiled=compiled,
             )  # fmt: skip
             out.loss.backward()
@@ -87,7 +113,7 @@ def main(vocab: int) -> None:
         whole, (dh, dw, db) = run(slice(None), w_t, None)
         compiled = ranks == 2 and compiler_found() and (name, topk, tau) == ("forward_kl", 0, 2.0)
         calls.clear()
-        part, (dh_p, dw_p, db_p) = run(mine, slice_t, across, compiled=compiled)
+        part, (dh_p, dw_p, db_p) = run(mine, slice_t, reducer, compiled=compiled)
         # 8 positions, 4 a chunk, and the hidden states'
         assert len(calls) <= 5 * 2 + 1, f"{name} {topk} {tail}: {calls}"
         for one, other in ((dh_p, dh), (dw_p, dw[mine]), (db_p, db[mine]), *zip(part, whole, strict=True)):
@@ -99,7 +125,7 @@ def main(vocab: int) -> None:
         (Logits(h_t @ w_t.T), Logits((h_t @ w_t.T)[:, mine])),
     ):
         whole = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=signal)
-        part = fused_linear_distillation(h_s, w_s[mine], None, None, labels, teacher=local, across=across)
+        part = fused_linear_distillation(h_s, w_s[mine], None, None, labels, teacher=local, reducer=reducer)
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-11)
     for unsliced in (
         {"student_head": w_s, "teacher": Logits((h_t @ w_t.T)[:, mine])},
@@ -107,7 +133,7 @@ def main(vocab: int) -> None:
         {"student_head": w_s[mine], "teacher_hidden": h_t, "teacher_head": w_t},
         {"student_head": w_s[mine], "teacher": local, "vocab_size": vocab - 1},
     ):
-        taken = {"teacher_hidden": None, "teacher_head": None, "labels": labels, "across": across, **unsliced}
+        taken = {"teacher_hidden": None, "teacher_head": None, "labels": labels, "reducer": reducer, **unsliced}
         try:
             fused_linear_distillation(h_s, **taken)
         except LimbeckError:
@@ -123,11 +149,12 @@ def main(vocab: int) -> None:
     one = fused_linear_distillation(*halves, labels, objective="js_divergence", vocab_size=vocab)
     h, w = halves[0].clone().requires_grad_(), halves[1][held].clone().requires_grad_()
     two = fused_linear_distillation(
-        h, w, halves[2], halves[3][held], labels, objective="js_divergence", across=parallel
+        h, w, halves[2], halves[3][held], labels, objective="js_divergence", reducer=parallel
     )
     two.loss.backward()
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
     assert torch.isfinite(h.grad).all() and torch.isfinite(w.grad).all()
+    check_certain_teacher()
     print(f"rank {rank} of {ranks} agrees")
     dist.destroy_process_group()
 

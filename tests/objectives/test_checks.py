@@ -1,4 +1,4 @@
-"""What a caller may get wrong, or ask at the edge: a sentence or the right number, never another objective."""
+"""Invalid arguments raise a LimbeckError that names them, and edge cases have the right value."""
 
 import inspect
 
@@ -8,7 +8,17 @@ import torch
 from limbeck import divergence, fused_linear_distillation
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.errors import LimbeckError
-from limbeck.objectives import Logits, Objective, OutputHead, Sampled, TopK, compute_topk, divergences, feature_loss
+from limbeck.objectives import (
+    FeatureLosses,
+    Logits,
+    Objective,
+    OutputHead,
+    Sampled,
+    TopK,
+    compute_topk,
+    divergences,
+    feature_loss,
+)
 from limbeck.objectives.taid import TaidSchedule
 
 
@@ -36,7 +46,7 @@ def test_a_name_that_is_taken_is_refused(registry, name):
         (None, "must return a function of p, q, log_p and"),
     ],
 )
-def test_formulas_that_are_none_are_refused_before_they_are_used(registry, terms, sentence):
+def test_functions_that_are_not_a_divergence_are_refused_before_they_are_used(registry, terms, sentence):
     def mine():
         return terms
 
@@ -59,13 +69,16 @@ def test_the_closed_form_of_half_precision_is_that_of_its_numbers_in_float64(nam
 
 
 def test_a_second_derivative_is_refused():
+    """``once_differentiable`` would return a gradient without a graph here, so that second-order terms vanish from a sum."""
     hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
     labels = torch.randint(0, 20, (4,))
     fused = fused_linear_distillation(hidden, head, torch.randn(4, 8), torch.randn(20, 8), labels, chunk_size=2).loss
-    for loss in (fused, divergence("forward_kl")(hidden @ head.T, torch.randn(4, 20)).sum()):
-        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
-            torch.autograd.grad(gradient.square().sum(), hidden)
+    closed = divergence("forward_kl")(hidden @ head.T, torch.randn(4, 20)).sum()
+    features = feature_loss("mse", hidden, torch.randn(4, 8))
+    for loss in (fused, closed, features):
+        with pytest.raises(LimbeckError, match="first-order gradients only"):
+            torch.autograd.grad(loss, hidden, create_graph=True, retain_graph=True)
+        torch.autograd.grad(loss, hidden)
 
 
 HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
@@ -92,10 +105,14 @@ HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
         (lambda: _top([[0, 1]], [[3.0, 2.0]]), "sum to a probability above 1; give log_softmax"),
         (lambda: _top([[0, 1]], [[-1.0, -2.0]], topk=1), "topk=1 contradicts the teacher's 2 tokens"),
         (lambda: Objective.of(kd_weight="0.5"), "kd_weight must be a number, got '0.5'"),
-        (lambda: _loss(teacher_head=torch.nn.Linear(8, 20)), "teacher_head must be .*got Linear; of a layer"),
+        (lambda: _loss(teacher_head=torch.nn.Linear(8, 20)), "teacher_head must be .*got Linear; for a layer"),
         (lambda: compute_topk(WIDE, OutputHead(HEAD), 0), "compute_topk needs k of 1 or more"),
         (lambda: compute_topk(WIDE, OutputHead(HEAD), 2, vocab_size=21), "not between 1 and the 20 rows"),
         (lambda: _loss(normalizer=0), "normalizer must be above 0, got 0"),
+        (lambda: _loss(normalizer=torch.tensor(-1.0)), "normalizer must not be negative, got -1"),
+        (lambda: _loss(normalizer=torch.ones(4)), r"must be one number, got a tensor of shape \[4\]"),
+        (lambda: _loss(weights=torch.tensor([1.0, -1.0, -1.0, 0.5])), "weights must sum to more than 0, got -0.5"),
+        (lambda: _loss(weights=torch.tensor([1.0, -1.0, 1.0, -1.0])), "weights must sum to more than 0, got 0"),
         (lambda: divergence("forward_kl")(torch.zeros(3, 4), torch.zeros(1, 4)), "logits of the same positions"),
         (lambda: divergence("alpha_beta", alpha=1.0, beta=1e-4), "loses its digits with an exponent below 0.01"),
         (lambda: feature_loss("mse", torch.zeros(4, 3), torch.zeros(4, 3), torch.ones(4, 1)), r"must be \[4\], got"),
@@ -116,7 +133,99 @@ def _top(indices, log_probs, topk=0):
     return _loss(teacher_hidden=None, teacher_head=None, teacher=signal, objective=Objective.of(topk=topk))
 
 
-def test_a_teacher_that_weighs_nothing_pulls_on_nothing():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("zero", [torch.tensor(0), torch.tensor(0.0), torch.tensor(0.0, dtype=torch.bfloat16)])
+def test_a_global_batch_without_supervised_tokens_has_no_loss_and_no_gradients(dtype, zero):
+    hidden, head = (torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((4, 8), (20, 8)))
+    labels = torch.full((4,), -100)
+    out = fused_linear_distillation(hidden, head, hidden.detach(), head.detach(), labels, normalizer=zero)
+    out.loss.backward()
+    assert all(x.item() == 0 for x in out)
+    assert not hidden.grad.any() and not head.grad.any()
+    pairs = FeatureLosses(["mse"], [(8, 8)])
+    assert pairs([hidden[:0]], [hidden[:0]], zero).item() == 0
+
+
+def test_weights_of_zero_have_no_loss_and_no_gradients():
+    hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
+    labels = torch.randint(0, 20, (4,))
+    loss = fused_linear_distillation(hidden, head, hidden.detach(), head, labels, weights=torch.zeros(4)).loss
+    loss.backward()
+    assert loss.item() == 0 and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.int64, torch.float32])
+def test_a_normalizer_of_any_dtype_divides_the_gradient_as_its_number_does(kind, dtype):
+    """1/7 in bfloat16 has three significant digits."""
+    hidden, head = torch.randn(7, 8, dtype=dtype, requires_grad=True), torch.randn(20, 8, dtype=dtype)
+    labels, teacher = torch.randint(0, 20, (7,)), torch.randn(7, 8, dtype=dtype)
+    grads = [
+        torch.autograd.grad(
+            fused_linear_distillation(hidden, head, teacher, head, labels, normalizer=normalizer).loss, hidden
+        )[0]
+        for normalizer in (7, torch.tensor(7, dtype=kind))
+    ]
+    assert torch.equal(*grads)
+
+
+INF = torch.inf
+INFINITE_WITHOUT_TEACHER = ("reverse_kl", "mixed_kl", "symmetric_kl", "adaptive_kl")
+INFINITE_WITHOUT_STUDENT = ("forward_kl", "cross_entropy", "mixed_kl", "symmetric_kl", "adaptive_kl")
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("excluded", ["teacher", "student", "both"])
+def test_an_excluded_token_is_ignored_or_refused(name, excluded):
+    """A token of probability 0 on both sides contributes nothing. On one side the divergence is finite or infinite."""
+    g = torch.Generator().manual_seed(0)
+    z, t = (torch.randn(3, 6, generator=g, dtype=torch.float64) for _ in range(2))
+    bias = torch.zeros(6, dtype=torch.float64)
+    bias[4] = -INF
+    b_s, b_t = (bias if excluded in (side, "both") else None for side in ("student", "teacher"))
+    eye, labels = torch.eye(6, dtype=torch.float64), torch.zeros(3, dtype=torch.long)
+    infinite = {"teacher": INFINITE_WITHOUT_TEACHER, "student": INFINITE_WITHOUT_STUDENT, "both": ()}[excluded]
+    z_s, z_t = (x if b is None else x + b for x, b in ((z, b_s), (t, b_t)))
+    hidden = z.clone().requires_grad_()
+    signals = ((t, OutputHead(eye, b_t), None), (None, None, Logits(z_t)))
+    calls = [
+        lambda h=h, head=head, signal=signal: (
+            fused_linear_distillation(
+                hidden, OutputHead(eye, b_s), h, head, labels, teacher=signal, objective=name, kd_weight=1.0
+            ).loss
+        )
+        for h, head, signal in signals
+    ]
+    calls.append(lambda: divergence(name)(hidden if b_s is None else hidden + b_s, z_t).mean())
+    if name in infinite:
+        for call in calls:
+            with pytest.raises(LimbeckError, match=r"infinite: the .* excludes token 4 .* and the .* does not"):
+                call()
+        return
+    keep = [0, 1, 2, 3, 5] if excluded == "both" else slice(None)
+    low = -800.0  # its exponential is 0 in float64 after the softmax, and its product with that is 0
+    expected = divergence(name)(z_s[:, keep].clamp_min(low), z_t[:, keep].clamp_min(low)).mean()
+    for call in calls:
+        loss = call()
+        torch.testing.assert_close(loss, expected)
+        assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
+
+
+def test_a_label_that_the_student_excludes_is_refused():
+    head = OutputHead(HEAD, torch.zeros(20).index_fill(0, torch.tensor(3), -INF))
+    labels = torch.tensor([0, 3, 1, 1])
+    with pytest.raises(LimbeckError, match="cross-entropy is infinite: label 3"):
+        fused_linear_distillation(WIDE, head, None, None, labels, kd_weight=0.0)
+    with pytest.raises(LimbeckError, match="divergence is infinite: the student excludes token 3"):
+        teacher = TopK(torch.full((4, 2), 0.4).log(), torch.tensor([[3, 5]] * 4))
+        fused_linear_distillation(WIDE, head, None, None, labels, teacher=teacher, kd_weight=1.0)
+    with pytest.raises(LimbeckError, match="log-probability of a sampled token is not finite"):
+        fused_linear_distillation(
+            WIDE, HEAD, None, None, labels, teacher=Sampled(torch.full((4,), -INF)), objective="k2"
+        )
+
+
+def test_a_teacher_of_weight_zero_has_no_gradient():
     hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(20, 8)
     labels, broken = torch.randint(0, 20, (4,)), torch.full((4, 8), torch.nan)
     with_it = fused_linear_distillation(hidden, head, broken, head, labels, kd_weight=0.0).loss

@@ -1,4 +1,4 @@
-"""What a teacher sends instead of hidden states gives the loss that its definition on whole logits gives."""
+"""Top-k, logits and sampled signals give the loss of their definition on whole logits."""
 
 import math
 from functools import partial
@@ -67,7 +67,7 @@ def seen(z_s, z_t, k, tail, tau, tau_t):
     stored=st.booleans(),
     chunk=st.sampled_from([None, 3]),
 )
-def test_the_teachers_likeliest_tokens_mean_what_the_tail_says(name, tail, seed, k, w, tau, tau_t, stored, chunk):
+def test_each_tail_is_the_divergence_of_its_definition(name, tail, seed, k, w, tau, tau_t, stored, chunk):
     h_s, w_s, z_t, labels = problem(seed)
     objective = Objective.of(name, kd_weight=w, temperature=tau, teacher_temperature=tau_t, topk=k, tail=tail)
     if stored:
@@ -179,16 +179,96 @@ def test_a_student_that_is_surer_than_the_teacher_keeps_the_digits_of_a_buckets_
 
 
 @pytest.mark.parametrize("tail", TAILS)
-def test_impossible_tokens_among_the_stored_stay_finite(tail):
-    """A server that has fewer than k tokens fills up with −∞."""
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "js_divergence", "taid", "alpha_beta"])
+@pytest.mark.parametrize("padding", [9, 4])
+def test_unused_entries_of_a_top_k_change_nothing(name, tail, padding):
+    """A server that returns fewer than k tokens pads with −∞; the padding index may repeat a token."""
     h_s, w_s, _, labels = problem(13)
-    log_probs = torch.tensor([0.7, 0.2, 0.0], dtype=torch.float64).log().expand(7, 3)
-    for name in ("forward_kl", "reverse_kl", "js_divergence"):
-        out = fused_linear_distillation(
-            h_s, w_s, None, None, labels, teacher=TopK(log_probs, torch.tensor([[4, 1, 9]]).expand(7, 3)),
-            objective=Objective.of(name, topk=3, tail=tail),
-        )  # fmt: skip
-        assert torch.isfinite(torch.cat([torch.autograd.grad(out.loss, h_s)[0].flatten(), torch.stack(out)])).all()
+    log_probs = torch.tensor([0.7, 0.2], dtype=torch.float64).log().expand(7, 2)
+    indices = torch.tensor([[4, 1]]).expand(7, 2)
+    padded = TopK(
+        torch.nn.functional.pad(log_probs, (0, 1), value=-torch.inf),
+        torch.nn.functional.pad(indices, (0, 1), value=padding),
+    )
+    objective = Objective.of(name, topk=3, tail=tail, temperature=1.0, teacher_temperature=1.0)
+    short, long = (
+        fused_linear_distillation(h_s, w_s, None, None, labels, teacher=teacher, objective=objective)
+        for teacher in (TopK(log_probs, indices), padded)
+    )
+    torch.testing.assert_close(long.loss, short.loss, rtol=1e-12, atol=1e-14)
+    grads = [torch.autograd.grad(out.loss, h_s)[0] for out in (short, long)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-14)
+
+
+def test_a_top_k_beyond_the_tokens_that_the_teacher_allows_has_unused_entries():
+    h_s, w_s, z_t, labels = problem(13)
+    z_t[:, 3:] = -torch.inf
+    head = OutputHead(torch.eye(12, dtype=torch.float64), torch.zeros(12, dtype=torch.float64))
+    head.bias[3:] = -torch.inf
+    objective = Objective.of("reverse_kl", topk=5, kd_weight=1.0)
+    few = Objective.of("reverse_kl", topk=3, kd_weight=1.0)
+    expected = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=few).loss
+    hidden = z_t.nan_to_num(neginf=0.0)
+    for more in (
+        {"teacher": Logits(z_t), "teacher_hidden": None, "teacher_head": None},
+        {"teacher": compute_topk(hidden, head, 5), "teacher_hidden": None, "teacher_head": None},
+        {"teacher_hidden": hidden, "teacher_head": head},
+    ):
+        loss = fused_linear_distillation(h_s, w_s, labels=labels, objective=objective, **more).loss
+        torch.testing.assert_close(loss, expected)
+
+
+SURE = ("forward_kl", "reverse_kl", "mixed_kl", "symmetric_kl", "adaptive_kl", "js_divergence")
+
+
+@pytest.mark.parametrize("tail", ["uniform", "bucket"])
+@pytest.mark.parametrize("name", [*SURE, "alpha_beta"])
+def test_a_teacher_that_is_nearly_certain_keeps_the_digits_of_its_tail(name, tail):
+    """In float32, P rounds to 1 here, and 1 − P is 0 although the rest has a mass of 1e-8."""
+    g = torch.Generator().manual_seed(1)
+    z, t = torch.randn(3, 500, generator=g), torch.randn(3, 500, generator=g)
+    t[0, 0] = 22.0
+    parameters = {"alpha": 0.0, "beta": 1.0} if name == "alpha_beta" else None
+    objective = Objective.of(name, kd_weight=1.0, topk=64, tail=tail, parameters=parameters)
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        hidden, eye = z.to(dtype).requires_grad_(), torch.eye(500, dtype=dtype)
+        loss = fused_linear_distillation(
+            hidden, eye, None, None, torch.zeros(3, dtype=torch.long), teacher=Logits(t.to(dtype)), objective=objective
+        ).loss
+        found.append((loss.double(), torch.autograd.grad(loss, hidden)[0].double()))
+    q, p = seen(z.double(), t.double(), 64, tail, 1.0, 1.0)
+    closed = divergence(name, **(parameters or {}))(q, p).mean()
+    torch.testing.assert_close(found[0][0], closed, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(found[1][0], closed, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("tail", ["uniform", "bucket"])
+@pytest.mark.parametrize("name", SURE)
+def test_a_stored_top_k_that_sums_to_one_has_a_tail_of_rounding_size(name, tail):
+    """A float32 signal cannot hold a rest below eps, so eps is what the rest counts as: finite, and near the truth."""
+    g = torch.Generator().manual_seed(1)
+    z, t = torch.randn(3, 500, generator=g), torch.randn(3, 500, generator=g)
+    t[:, 0] = 40.0
+    signal = TopK(*t.log_softmax(-1).topk(64))
+    objective = Objective.of(name, kd_weight=1.0, topk=64, tail=tail)
+    hidden = z.clone().requires_grad_()
+    loss = fused_linear_distillation(
+        hidden, torch.eye(500), None, None, torch.zeros(3, dtype=torch.long), teacher=signal, objective=objective
+    ).loss
+    log_p = signal.log_probs.double()
+    rest = torch.full((3, 1), torch.finfo(torch.float32).eps, dtype=torch.float64)
+    log_q = z.double().log_softmax(-1)
+    q_k = log_q.gather(-1, signal.indices)
+    if tail == "uniform":
+        p = (rest / 436).log().expand(3, 500).scatter(-1, signal.indices, log_p)
+        q = log_q
+    else:
+        q = torch.cat([q_k, (1 - q_k.exp().sum(-1, keepdim=True)).log()], -1)
+        p = torch.cat([log_p, rest.log()], -1)
+    torch.testing.assert_close(loss.double(), divergence(name)(q, p).mean(), rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(torch.autograd.grad(loss, hidden)[0]).all()
 
 
 @pytest.mark.parametrize("name", NEVER_NEGATIVE)
@@ -303,11 +383,10 @@ def test_entropies_and_agreement_are_those_of_what_is_seen():
 
 
 @pytest.mark.parametrize("name", names())
-def test_vanishing_and_impossible_tokens_stay_finite(name):
-    head = torch.eye(4)
+def test_vanishing_tokens_stay_finite(name):
     hidden = torch.tensor([[0.0, -300.0, 5.0, 80.0]], requires_grad=True)
-    said = Logits(torch.tensor([[0.0, 200.0, -200.0, -torch.inf]]))
-    out = fused_linear_distillation(hidden, head, None, None, torch.tensor([1]), teacher=said, objective=name)
+    signal = Logits(torch.tensor([[0.0, 200.0, -200.0, -300.0]]))
+    out = fused_linear_distillation(hidden, torch.eye(4), None, None, torch.tensor([1]), teacher=signal, objective=name)
     out.loss.backward()
     assert torch.isfinite(out.loss) and torch.isfinite(hidden.grad).all()
 
@@ -358,7 +437,7 @@ class Largest(TorchDispatchMode):
     biased=st.booleans(),
     chunk=st.sampled_from([None, 3]),
 )
-def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k, tail, tau_t, softcap, biased, chunk):
+def test_a_signal_gives_the_loss_of_the_hidden_states(dtype, seed, k, tail, tau_t, softcap, biased, chunk):
     generator = torch.Generator().manual_seed(seed)
     h_s, w_s, h_t, w_t = (
         torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -383,7 +462,7 @@ def test_what_a_teacher_says_gives_the_loss_of_its_hidden_states(dtype, seed, k,
             torch.testing.assert_close(getattr(of_said, name), value, **tight, msg=name)
 
 
-def test_the_likeliest_tokens_are_found_without_the_whole_logits():
+def test_compute_topk_needs_no_whole_logits():
     head = OutputHead(torch.randn(4000, 8))
     with Largest() as largest:
         compute_topk(torch.randn(500, 8), head, 4, chunk_size=50)
@@ -402,5 +481,5 @@ def test_signals_that_do_not_fit_are_refused():
         fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Sampled(z_t[:, 0]))
     with pytest.raises(LimbeckError, match="no tail called 'head'"):
         Objective.of(topk=3, tail="head")
-    with pytest.raises(LimbeckError, match="looks at the drawn token alone"):
+    with pytest.raises(LimbeckError, match="uses the sampled token only"):
         Objective.of("k2", topk=3)
