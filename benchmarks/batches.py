@@ -26,7 +26,7 @@ from side import python_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from limbeck.data import BatchStream, Examples, PrefetchedStream, tokenize_rows
+from limbeck.data import BatchStream, Examples, PrefetchedStream, StreamSettings, tokenize_rows
 from limbeck.data.packing import ALGORITHMS, pack
 from limbeck.models import body, enable_varlen_attention, output_head
 from limbeck.objectives import Objective
@@ -69,7 +69,7 @@ def stream_of(examples: Examples, rank: int = 0, world: int = 1, **changes) -> B
         "seed": 0, "sequence_length": LENGTH, "per_device_batch_size": 8, "accumulation_steps": 1, "packing": True,
         "max_tokens_per_microbatch": 0, "length_round": 4, "pad_id": 0, **changes,
     }  # fmt: skip
-    return BatchStream(examples, rank=rank, world_size=world, **settings)
+    return BatchStream(examples, StreamSettings(**settings), rank, world)
 
 
 def shares(examples: Examples, with_trl: bool) -> None:

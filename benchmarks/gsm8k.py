@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 
 from limbeck import DistillConfig, DistillPipeline
-from limbeck.data import BatchStream, tokenize_files
+from limbeck.data import BatchStream, StreamSettings, tokenize_files
 from limbeck.train.loop import RunResult
 
 
@@ -60,9 +60,9 @@ def small_file(folder: Path, train: Path, packs: int) -> Path:
         target.write_text("".join(lines[:middle]))
         examples, _ = tokenize_files([target], tokenizer, sequence_length=256, distill_on_prompt=True)
         stream = BatchStream(
-            examples, seed=0, sequence_length=256, per_device_batch_size=1, accumulation_steps=1, rank=0, world_size=1,
-            packing=True, max_tokens_per_microbatch=0, length_round=1, pad_id=0,
-        )  # fmt: skip
+            examples,
+            StreamSettings(sequence_length=256, per_device_batch_size=1, pad_id=0, packing=True, length_round=1),
+        )
         low, high = (middle, high) if stream.steps_per_epoch <= packs else (low, middle - 1)
     target.write_text("".join(lines[:low]))
     return target

@@ -13,8 +13,8 @@ class ShortestFirst(DatasetSource):
 
     def __init__(self, config, world, data):
         order = np.argsort(data.examples.lengths, kind="stable")
-        options = {**data.stream_options, "shuffle": False, "rows_of_epoch": lambda epoch: order}
-        super().__init__(config, world, replace(data, stream_options=options))
+        settings = replace(data.stream_settings, shuffle=False, rows_of_epoch=lambda epoch: order)
+        super().__init__(config, world, replace(data, stream_settings=settings))
 
 
 STEP_SOURCES.register("shortest_first")(ShortestFirst)

@@ -4,7 +4,7 @@ import torch
 
 from limbeck.errors import LimbeckError
 from limbeck.models import output_head
-from limbeck.registry import STRATEGIES
+from limbeck.registry import OFFLOADS, STRATEGIES
 from limbeck.strategies.base import Placement
 from limbeck.strategies.model_parallel import outline_of
 from limbeck.strategies.parallel_dims import ParallelDims
@@ -12,8 +12,6 @@ from limbeck.strategies.torch_engine import TorchEngine
 
 
 class SgdStrategy:
-    can_offload = True
-
     def dims(self, worker, ranks, role):
         return ParallelDims(dp_replicate=ranks)
 
@@ -32,4 +30,4 @@ class SgdStrategy:
         return TorchEngine(root, optimizer, world, max_norm=spec.config.max_grad_norm)
 
 
-STRATEGIES.register("sgd_train")(SgdStrategy())
+STRATEGIES.register("sgd_train", OFFLOADS)(SgdStrategy())

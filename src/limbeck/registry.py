@@ -23,15 +23,19 @@ class Registry(Generic[T]):
     Args:
         kind: what an entry is called in error messages, such as ``"strategy"``.
         builtin: name to ``"module:attribute"``; imported by ``get``.
+        traits: name to facts about a built-in implementation that are needed before it is imported.
     """
 
-    def __init__(self, kind: str, builtin: Mapping[str, str]) -> None:
+    def __init__(
+        self, kind: str, builtin: Mapping[str, str], traits: Mapping[str, frozenset[str]] | None = None
+    ) -> None:
         self.kind = kind
         self._builtin = dict(builtin)
         self._registered: dict[str, T] = {}
+        self._traits = dict(traits or {})
 
-    def register(self, name: str) -> Callable[[T], T]:
-        """Decorator that registers an implementation under ``name``.
+    def register(self, name: str, *traits: str) -> Callable[[T], T]:
+        """Decorator that registers an implementation under ``name``, with its ``traits``.
 
         Raises:
             LimbeckError: if another implementation has the name.
@@ -42,6 +46,7 @@ class Registry(Generic[T]):
             if name in self._builtin or (known is not None and _origin(known) != _origin(implementation)):
                 raise LimbeckError(f"a {self.kind} named {name} exists already; register yours under another name.")
             self._registered[name] = implementation
+            self._traits[name] = frozenset(traits)
             return implementation
 
         return decorate
@@ -52,6 +57,10 @@ class Registry(Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._builtin or name in self._registered
+
+    def has_trait(self, name: object, trait: str) -> bool:
+        """Whether the implementation ``name`` has ``trait``; False for an unknown name."""
+        return isinstance(name, str) and trait in self._traits.get(name, ())
 
     def explain_unknown(self, name: str) -> str:
         """The end of a sentence about an unknown name: "is not a known strategy; did you mean …?"."""
@@ -90,6 +99,12 @@ DIVERGENCES: Registry[Any] = Registry(
 )
 """``kd_objective`` to a function ``(**parameters) -> limbeck.objectives.divergences.DivergenceFn``."""
 
+OFFLOADS = "offloads"
+"""Trait of a strategy whose engines and frozen models move to host memory and back between steps."""
+
+READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
+"""Trait of a strategy that reads ``strategy_config.deepspeed``."""
+
 STRATEGIES: Registry[Any] = Registry(
     "strategy",
     {
@@ -98,6 +113,10 @@ STRATEGIES: Registry[Any] = Registry(
         "fsdp2_infer": "limbeck.strategies.fsdp2:STRATEGY",
         "deepspeed_train": "limbeck.strategies.deepspeed:STRATEGY",
         "deepspeed_infer": "limbeck.strategies.deepspeed:STRATEGY",
+    },
+    {
+        **dict.fromkeys(("hf_infer", "fsdp2_train", "fsdp2_infer"), frozenset({OFFLOADS})),
+        **dict.fromkeys(("deepspeed_train", "deepspeed_infer"), frozenset({READS_DEEPSPEED_BLOCK})),
     },
 )
 """``strategy_name`` to ``limbeck.strategies.base.Strategy``. A name ends in ``_train`` or ``_infer``."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.data import BatchStream, Translator, fixed_batches, tokenize_rows
+from limbeck.data import BatchStream, StreamSettings, Translator, fixed_batches, tokenize_rows
 from limbeck.data.alignment import UNKNOWN, TokenText, common_spans, ends_from_offsets
 from limbeck.data.batch import IGNORE, Batch
 from limbeck.errors import LimbeckError
@@ -324,10 +324,12 @@ def test_packed_documents_are_rows_of_the_teacher(small, large):
     rows = [{"question": "What is two and three?", "answer": "five " + "indeed " * i} for i in range(8)]
     examples, _ = tokenize_rows(rows, small, template="base", sequence_length=96)
     options = {
-        "seed": 1, "sequence_length": 96, "accumulation_steps": 1, "rank": 0, "world_size": 1,
+        "seed": 1, "sequence_length": 96, "accumulation_steps": 1,
         "max_tokens_per_microbatch": 0, "length_round": 4, "pad_id": 0,
     }  # fmt: skip
-    packed = next(BatchStream(examples, packing=True, per_device_batch_size=2, **options)).micro_batches[0]
+    packed = next(
+        BatchStream(examples, StreamSettings(packing=True, per_device_batch_size=2, **options))
+    ).micro_batches[0]
     translator = Translator(small, large)
     view = translator.translate(packed).teacher_tokens
     documents = int((packed.position_ids == 0).sum())

@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import torch
 
-from limbeck.data import BatchStream, Examples, PrefetchedStream
+from limbeck.data import BatchStream, Examples, PrefetchedStream, StreamSettings
 from limbeck.errors import LimbeckError
 
 
 def plain(rows_of_epoch=None, **changes):
     tokens = np.arange(400, dtype=np.int32)
     examples = Examples(tokens, tokens, np.arange(0, 401, 5, dtype=np.int64))
-    options = {"seed": 3, "sequence_length": 20, "per_device_batch_size": 2, "accumulation_steps": 2, "rank": 0,
-               "world_size": 1, "packing": True, "max_tokens_per_microbatch": 0, "length_round": 1, "pad_id": 0}  # fmt: skip
-    return BatchStream(examples, rows_of_epoch=rows_of_epoch, **{**options, **changes})
+    options = {"seed": 3, "sequence_length": 20, "per_device_batch_size": 2, "accumulation_steps": 2, "packing": True, "max_tokens_per_microbatch": 0, "length_round": 1, "pad_id": 0}  # fmt: skip
+    return BatchStream(examples, StreamSettings(rows_of_epoch=rows_of_epoch, **{**options, **changes}))
 
 
 def ids(step):

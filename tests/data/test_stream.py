@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.data import IGNORE, Batch, BatchStream, Examples, StepCounts, fixed_batches
+from limbeck.data import IGNORE, Batch, BatchStream, Examples, StepCounts, StreamSettings, fixed_batches
 from limbeck.errors import LimbeckError
 
 PAD = 0
@@ -41,7 +41,7 @@ def stream(examples, rank=0, world_size=1, **changes):
         "length_round": 4,
         "pad_id": PAD,
     }
-    return BatchStream(examples, rank=rank, world_size=world_size, **{**options, **changes})
+    return BatchStream(examples, StreamSettings(**{**options, **changes}), rank, world_size)
 
 
 def documents(batch):

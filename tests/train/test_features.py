@@ -12,7 +12,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
-from limbeck.data import BatchStream, tokenize_files
+from limbeck.data import BatchStream, StreamSettings, tokenize_files
 from limbeck.models import ModelSource, load_tokenizer
 
 PAIRS = [
@@ -36,8 +36,8 @@ def first_batch(config, assets, packing=False):
         sequence_length=64,
     )
     stream = BatchStream(
-        examples, seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1, rank=0, world_size=1,
-        packing=packing, max_tokens_per_microbatch=0, length_round=4, pad_id=0,
+        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1,
+        packing=packing, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
     )  # fmt: skip
     return next(stream).micro_batches[0]
 

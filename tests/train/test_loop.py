@@ -61,11 +61,11 @@ def test_first_loss_is_that_of_the_models_own_logits(configure, assets):
     result = DistillPipeline(config.model_copy(update={"validation": None})).run()
 
     student, teacher = (AutoModelForCausalLM.from_pretrained(assets / name) for name in ("student", "teacher"))
-    from limbeck.data import BatchStream
+    from limbeck.data import BatchStream, StreamSettings
 
     stream = BatchStream(
-        examples, seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1, rank=0, world_size=1,
-        packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0,
+        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1,
+        packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
     )  # fmt: skip
     (batch,) = next(stream).micro_batches
     keep = batch.labels != -100

@@ -7,7 +7,7 @@ from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
-from limbeck.data import BatchStream, tokenize_files
+from limbeck.data import BatchStream, StreamSettings, tokenize_files
 from limbeck.models import ModelSource, load_tokenizer
 
 from .test_features import first_batch
@@ -122,8 +122,7 @@ def micro_batches(config, assets, size):
         sequence_length=64,
     )
     stream = BatchStream(
-        examples, seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, rank=0,
-        world_size=1, packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0,
+        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
     )  # fmt: skip
     return next(stream).micro_batches
 

@@ -62,14 +62,14 @@ class _Epoch:
         return found
 
 
-class BatchStream:
-    """An endless iterator over the optimizer steps of one rank, epoch after epoch.
+@dataclass(frozen=True)
+class StreamSettings:
+    """How rows become optimizer steps.
 
-    One step takes the next ``per_device_batch_size * accumulation_steps * world_size`` rows (packs, with ``packing``) in an
-    order that depends only on (seed, epoch). Rows left over at the end of an epoch are skipped; in the next epoch's order
-    these are other rows.
-
+    seed:                       of the order of the rows.
     sequence_length:            maximum number of tokens in a pack.
+    per_device_batch_size:      rows of a micro-batch; with ``packing``, packs.
+    accumulation_steps:         micro-batches of a rank in a step.
     packing:                    concatenate the rows of a micro-batch instead of padding them.
     packing_algorithm:          which rows share a pack: a name in ``packing.ALGORITHMS``.
     max_tokens_per_microbatch:  maximum number of slots of a micro-batch (rows x padded length; with packing, tokens). The
@@ -78,44 +78,44 @@ class BatchStream:
                                 packing, the length of the whole micro-batch.
     group_by_length:            without packing, a step takes rows of similar length, which need little padding.
     pad_id:                     token id of padding; never a target.
+    shuffle:                    False keeps the order of the rows.
     rows_of_epoch:              function from the epoch to its row numbers, which may repeat; all rows by default.
+    """
+
+    sequence_length: int
+    per_device_batch_size: int
+    pad_id: int
+    seed: int = 0
+    accumulation_steps: int = 1
+    packing: bool = False
+    packing_algorithm: str = "best_fit_decreasing"
+    max_tokens_per_microbatch: int = 0
+    length_round: int = 4
+    group_by_length: bool = False
+    shuffle: bool = True
+    rows_of_epoch: RowsOfEpoch | None = None
+
+
+class BatchStream:
+    """An endless iterator over the optimizer steps of one rank, epoch after epoch.
+
+    One step takes the next ``per_device_batch_size * accumulation_steps * world_size`` rows (packs, with ``packing``) in an
+    order that depends only on (seed, epoch). Rows left over at the end of an epoch are skipped; in the next epoch's order
+    these are other rows.
 
     Raises LimbeckError if an epoch has fewer rows than one step, or a row exceeds ``max_tokens_per_microbatch``.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        *,
-        seed: int,
-        sequence_length: int,
-        per_device_batch_size: int,
-        accumulation_steps: int,
-        rank: int,
-        world_size: int,
-        packing: bool,
-        max_tokens_per_microbatch: int,
-        length_round: int,
-        pad_id: int,
-        packing_algorithm: str = "best_fit_decreasing",
-        group_by_length: bool = False,
-        shuffle: bool = True,
-        rows_of_epoch: RowsOfEpoch | None = None,
-    ) -> None:
+    def __init__(self, examples: Examples, settings: StreamSettings, rank: int = 0, world_size: int = 1) -> None:
         self._examples = examples
-        self._seed = seed
+        self._settings = settings
         self._rank = rank
         self._world_size = world_size
-        self._per_device = per_device_batch_size
-        self._accumulation = accumulation_steps
-        self._budget = max_tokens_per_microbatch
-        self._algorithm = packing_algorithm if packing else None
-        self._group_by_length = group_by_length and not packing
-        self._shuffle = shuffle
-        self._rows_of_epoch = rows_of_epoch
-        self._units_per_step = per_device_batch_size * accumulation_steps * world_size
-        self._capacity = max(sequence_length, int(examples.lengths.max()))
-        self._layout = _Layout(length_round, self._capacity, pad_id, packing)
+        self._budget = settings.max_tokens_per_microbatch
+        self._algorithm = settings.packing_algorithm if settings.packing else None
+        self._units_per_step = settings.per_device_batch_size * settings.accumulation_steps * world_size
+        self._capacity = max(settings.sequence_length, int(examples.lengths.max()))
+        self._layout = _Layout(settings.length_round, self._capacity, settings.pad_id, settings.packing)
         self._packs: Packs | None = None  # of all rows; not kept if the rows differ between epochs
         if self._budget:
             self._check_budget()
@@ -169,7 +169,7 @@ class BatchStream:
 
     def _identity(self) -> dict[str, int]:
         return {
-            "seed": self._seed,
+            "seed": self._settings.seed,
             "rows": self._rows_per_epoch,
             "rows_per_step": self._units_per_step,
             "steps_per_epoch": self._steps_per_epoch,
@@ -178,13 +178,17 @@ class BatchStream:
         }
 
     def _order_of(self, epoch: int) -> _Epoch:
-        random = np.random.default_rng((self._seed, epoch))
+        random = np.random.default_rng((self._settings.seed, epoch))
         every = len(self._examples)
         small = np.int32 if every < 2**31 else np.int64  # saves half the memory for large datasets
-        rows = np.arange(every, dtype=small) if self._rows_of_epoch is None else np.array(self._rows_of_epoch(epoch))
-        if self._shuffle:
+        rows = (
+            np.arange(every, dtype=small)
+            if self._settings.rows_of_epoch is None
+            else np.array(self._settings.rows_of_epoch(epoch))
+        )
+        if self._settings.shuffle:
             random.shuffle(rows)
-        if self._group_by_length:
+        if self._settings.group_by_length and not self._settings.packing:
             rows = _by_length(rows, self._examples.lengths, self._units_per_step, random)
         order = _Epoch(rows, None, None)
         if self._algorithm is not None:
@@ -192,17 +196,17 @@ class BatchStream:
             lengths = self._examples.lengths[rows]
             rows = rows[np.argsort(_sortable(self._capacity - lengths, self._capacity), kind="stable")]
             packs = self._packs or pack(self._examples.lengths[rows], self._capacity, self._algorithm)
-            if self._rows_of_epoch is None:
+            if self._settings.rows_of_epoch is None:
                 self._packs = packs
             numbers = np.arange(len(packs.starts) - 1)
-            if self._shuffle:
+            if self._settings.shuffle:
                 random.shuffle(numbers)
             order = _Epoch(rows, packs, numbers)
         if len(order) < self._units_per_step:
             raise LimbeckError(
                 f"The data has {len(order)} {'rows' if order.packs is None else 'packs'}, fewer than one step takes: "
-                f"{self._units_per_step} = per_device_train_batch_size {self._per_device} x "
-                f"gradient_accumulation_steps {self._accumulation} x {self._world_size} ranks; lower "
+                f"{self._units_per_step} = per_device_train_batch_size {self._settings.per_device_batch_size} x "
+                f"gradient_accumulation_steps {self._settings.accumulation_steps} x {self._world_size} ranks; lower "
                 "gradient_accumulation_steps or per_device_train_batch_size, or add data."
             )
         return order
@@ -219,12 +223,19 @@ class BatchStream:
                 )
             else:  # similar lengths need little padding
                 order = sorted(range(len(units)), key=lambda i: -lengths[i])
-                groups = [order[i : i + self._per_device] for i in range(0, len(units), self._per_device)]
+                groups = [
+                    order[i : i + self._settings.per_device_batch_size]
+                    for i in range(0, len(units), self._settings.per_device_batch_size)
+                ]
         else:
             if self._budget:
                 groups = partition_within_budget(lengths, self._layout.whole(self._budget), self._world_size)
             else:
-                groups = partition_balanced(lengths, self._accumulation * self._world_size, most=self._per_device)
+                groups = partition_balanced(
+                    lengths,
+                    self._settings.accumulation_steps * self._world_size,
+                    most=self._settings.per_device_batch_size,
+                )
             groups.sort(key=lambda group: -sum(lengths[i] for i in group))
         return [[units[i] for i in group] for group in groups]
 

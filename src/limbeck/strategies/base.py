@@ -207,9 +207,6 @@ class FrozenModel:
 class Strategy(Protocol):
     """A way to distribute models over the ranks. One object serves all runs; it keeps no state."""
 
-    can_offload: bool
-    """Whether its engines and frozen models move to host memory and back between steps."""
-
     def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
         """How ``ranks`` ranks divide the model; raises LimbeckError if the configured sizes do not divide them."""
 

@@ -84,8 +84,6 @@ def make_adamw(
 class DeepSpeedStrategy:
     """Hands models to DeepSpeed, which shards and steps them."""
 
-    can_offload = False  # DeepSpeed has an offload of its own
-
     def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
         return ParallelDims.from_config(worker.strategy_args.strategy_config, ranks, role)
 

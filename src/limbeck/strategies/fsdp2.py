@@ -39,7 +39,6 @@ M = TypeVar("M", bound=nn.Module)
 class Fsdp2Strategy:
     """Shards models with ``fully_shard``, also what tensor, context and pipeline parallelism leave to a rank."""
 
-    can_offload = True
     shards = True
 
     def dims(self, worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:

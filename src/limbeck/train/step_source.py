@@ -55,7 +55,9 @@ class DatasetSource:
     max_lookahead = 1
 
     def __init__(self, config: DistillConfig, world: World, data: Data) -> None:
-        self._stream = PrefetchedStream(BatchStream(data.examples, **data.stream_options), device=world.device)
+        self._stream = PrefetchedStream(
+            BatchStream(data.examples, data.stream_settings, world.data_rank, world.dims.data_size), device=world.device
+        )
         self.steps_per_epoch: int | None = self._stream.steps_per_epoch
 
     def next(self, step: int) -> StepBatch:

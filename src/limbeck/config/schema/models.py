@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from limbeck.config.schema.base import CommaList, Dtype, Section, registered
-from limbeck.registry import STRATEGIES
+from limbeck.registry import OFFLOADS, READS_DEEPSPEED_BLOCK, STRATEGIES
 
 
 class ModelArgs(Section):
@@ -142,8 +142,8 @@ class StrategyConfig(Section):
 
 
 def reads_deepspeed_block(strategy_name: object) -> bool:
-    """Whether a strategy reads ``strategy_config.deepspeed``: its name starts with ``deepspeed_``."""
-    return isinstance(strategy_name, str) and strategy_name.startswith("deepspeed_")
+    """Whether a strategy reads ``strategy_config.deepspeed``."""
+    return STRATEGIES.has_trait(strategy_name, READS_DEEPSPEED_BLOCK)
 
 
 class StrategyArgs(Section):
@@ -161,3 +161,8 @@ class StrategyArgs(Section):
     def reads_deepspeed_block(self) -> bool:
         """Whether the strategy reads ``strategy_config.deepspeed``."""
         return reads_deepspeed_block(self.strategy_name)
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the strategy moves models to host memory and back between steps; the default strategy does."""
+        return self.strategy_name is None or STRATEGIES.has_trait(self.strategy_name, OFFLOADS)

@@ -388,8 +388,8 @@ class RunFields(Section):
         """Whether student and teacher share devices and the inactive one is offloaded."""
         shared = set(self.student.device_mapping or ()) & set(self.teacher.device_mapping or ())
         can = shared and self.has_teacher and self.teacher.service is None
-        by_deepspeed = any(role.strategy_args.reads_deepspeed_block for role in (self.student, self.teacher))
-        return bool(self.is_offload_states and can and not by_deepspeed)
+        offload = all(role.strategy_args.offloads for role in (self.student, self.teacher))
+        return bool(self.is_offload_states and can and offload)
 
     @property
     def transfers_directly(self) -> bool:

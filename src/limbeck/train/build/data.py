@@ -14,6 +14,7 @@ from limbeck.data import (
     DataReport,
     Examples,
     StepBatch,
+    StreamSettings,
     MixtureSettings,
     Source,
     TokenizeSettings,
@@ -37,14 +38,14 @@ Progress = Callable[[int], None]
 class Data:
     """Tokenizer, training rows and validation batches of one rank, with the report on the rows.
 
-    examples: the tokenised training rows; stream_options: keyword arguments of the ``BatchStream`` over them.
+    examples: the tokenised training rows; stream_settings: how they become steps.
     supervised_tokens: in one epoch. largest_token: the highest token id that occurs; longest_row: in tokens;
     num_tokens: ids that the tokenizer has. translator: adds the tokens of a teacher with another tokenizer.
     """
 
     tokenizer: Any
     examples: Examples
-    stream_options: dict[str, Any]
+    stream_settings: StreamSettings
     validation: list[StepBatch]
     report: str
     largest_token: int
@@ -104,21 +105,18 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     if train.weights is not None:
         column = config.student.data_args.weight_key
         text += f"\nweights: rows or turns count differently, by the column {column!r} or a turn's own weight"
-    chosen: dict[str, Any] = {"rows_of_epoch": mixture.rows_of_epoch} if mixture else {}
-    options = dict(
+    settings = StreamSettings(
         seed=config.data_seed,
         sequence_length=config.sequence_length,
         per_device_batch_size=training.per_device_train_batch_size,
         accumulation_steps=training.gradient_accumulation_steps,
-        rank=world.data_rank,
-        world_size=world.dims.data_size,
         packing=config.student.use_sequence_packing,
         group_by_length=training.group_by_length,
         packing_algorithm=config.student.packing_algorithm,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         length_round=config.student.sequence_length_round_in_train,
         pad_id=tokenizer.pad_token_id,
-        **chosen,
+        rows_of_epoch=mixture.rows_of_epoch if mixture else None,
     )
     validation: list[StepBatch] = []
     largest, longest = report.largest_token, int(train.lengths.max())
@@ -140,7 +138,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     supervised = report.supervised_tokens
     return Data(
-        tokenizer, train, options, validation, text, largest, longest, num_tokens, supervised, translator
+        tokenizer, train, settings, validation, text, largest, longest, num_tokens, supervised, translator
     )
 
 
