@@ -1,0 +1,223 @@
+"""Builds everything that a run consists of, in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from math import ceil, isfinite
+from pathlib import Path
+from typing import Any
+
+from limbeck.config import DistillConfig
+from limbeck.data.batch import Batch, StepBatch
+from limbeck.errors import LimbeckError
+from limbeck.objectives import TaidSchedule
+from limbeck.registry import STEP_SOURCES
+from limbeck.strategies.base import Engine, dims_of, strategy_of
+from limbeck.strategies.optimizer import make_scheduler
+from limbeck.strategies.world import World
+from limbeck.teachers.connect import connect_teacher
+from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
+from limbeck.teachers.signals import SignalSpec
+from limbeck.train.build.counts import reduce_counts
+from limbeck.train.build.data import Data, Progress, make_data
+from limbeck.train.build.objective import make_objective, signal_spec
+from limbeck.train.build.sources import refuse_missing_files
+from limbeck.train.build.student import Student, build_student
+from limbeck.train.build.teacher_tokens import add_teacher_tokens
+from limbeck.train.colocated_offload import ColocatedOffload
+from limbeck.train.console import RunConsole
+from limbeck.train.metrics import StepMetrics, check_best_metric
+from limbeck.train.request_pipeline import RequestPipeline
+from limbeck.train.saving import Saver, find_checkpoint, shareable
+from limbeck.train.step_source import StepSource
+from limbeck.train.student import LossSettings
+from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
+
+
+@dataclass
+class Run:
+    """The state of a run on one rank.
+
+    distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps taken. latest: the
+    last value of every metric.
+    """
+
+    config: DistillConfig
+    world: World
+    data: Data
+    source: StepSource
+    requests: RequestPipeline
+    teacher: Teacher | None
+    student: Student
+    scheduler: Any
+    saver: Saver
+    metrics: StepMetrics
+    signal_spec: SignalSpec
+    taid: TaidSchedule | None
+    colocated: ColocatedOffload | None
+    distils: bool
+    total_steps: int
+    step: int = 0
+    resumed_from: Path | None = None
+    trackers: list[Tracker] = field(default_factory=list)
+    latest: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def engine(self) -> Engine:
+        """What trains the student."""
+        return self.student.engine
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return float(self.scheduler.get_last_lr()[0])
+
+    @property
+    def feature_labels(self) -> tuple[str, ...]:
+        """Names of the compared pairs of intermediate features."""
+        features = self.student.settings.features
+        return features.labels if features else ()
+
+    def compared_batch(self, batch: Batch) -> Batch:
+        """The batch with the positions at which the divergence is taken; other than the supervised ones under a quirk only."""
+        quirks = self.student.settings.quirks
+        return batch if quirks is None else quirks.compared_batch(batch)
+
+    def log(self, console: RunConsole, line: dict[str, float]) -> None:
+        """Show and track one line of metrics. Raises LimbeckError if the loss is not finite."""
+        broken = [name for name in ("train/loss", "val/loss") if not isfinite(line.get(name, 0.0))]
+        if broken:
+            raise LimbeckError(
+                f"{broken[0]} is {line[broken[0]]} at step {self.step}: the run has diverged; lower "
+                "student.training_args.learning_rate, or clip with max_grad_norm (checkpoints so far are as they were)."
+            )
+        if "train/loss" in line and self.teacher is not None:
+            line = line | self.teacher.metrics()
+        line = {name: value for name, value in line.items() if isfinite(value)}  # JSON has no infinity
+        self.latest |= line
+        if "train/loss" in line:
+            console.log(self.step, line)
+        else:
+            console.print("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
+        for tracker in self.trackers:
+            tracker.log(self.step, line)
+
+
+def build_run(
+    config: DistillConfig,
+    world: World,
+    workers: Sequence[Any] = (),
+    in_step: bool = False,
+    progress: Progress | None = None,
+) -> Run:
+    """Load and connect everything on one rank of ``world``, and resume if configured.
+
+    Args:
+        workers: Ray actors of the teacher, if it has processes of its own; in_step: whether these run every pass together.
+        progress: called with the number of rows tokenised so far.
+    """
+    if config.has_teacher and not workers:
+        dims = dims_of(config.teacher, world.size, "teacher")
+        strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
+    check_best_metric(config.checkpoint_config.best_metric, has_teacher=config.has_teacher)
+    refuse_missing_files(config)
+    resume = find_checkpoint(config)
+    objective, taid = make_objective(config, world.device)
+    data = make_data(config, world, progress)
+    source: StepSource = STEP_SOURCES.get(config.step_source)(config, world, data)
+    total_steps = _total_steps(config, source)
+    teacher = None
+    if config.has_teacher:
+        shares_tokenizer = data.translator is None
+        context = TeacherContext(
+            config, world, data.longest_row, data.largest_token, shares_tokenizer, workers, in_step
+        )
+        teacher = connect_teacher(context)
+    tokens = data.supervised_tokens / (source.steps_per_epoch or 1) * total_steps
+    student = build_student(config, world, data, teacher, LossSettings(objective, 0), tokens)
+    spec = signal_spec(config, student.settings.vocab_size)
+    distils = config.distill_loss_weight > 0 or student.settings.features is not None
+    colocated = None
+    if config.offloads_colocated and teacher is not None:
+        colocated = ColocatedOffload(student.engine, teacher, world)
+
+    def prepare(batch: StepBatch) -> StepBatch:
+        (batch,) = reduce_counts([batch], world)
+        if data.translator is None or not distils:
+            return batch
+        return add_teacher_tokens([batch], data.translator, world)[0]
+
+    def request(batch: Batch) -> SignalFuture | None:
+        return None if teacher is None or not distils else teacher.request(run.compared_batch(batch), spec)
+
+    turn = colocated.teacher_turn if colocated is not None and distils else None
+    training = config.student.training_args
+    run = Run(
+        config=config,
+        world=world,
+        data=data,
+        source=source,
+        requests=RequestPipeline(source, prepare, request, turn, config.offload_interval),
+        teacher=teacher,
+        student=student,
+        scheduler=make_scheduler(student.engine.optimizer, training, total_steps),
+        saver=Saver(config, world, student, data.tokenizer, taid),
+        metrics=StepMetrics(world, student.settings.features.labels if student.settings.features else ()),
+        signal_spec=spec,
+        taid=taid,
+        colocated=colocated,
+        distils=distils,
+        total_steps=total_steps,
+        resumed_from=resume,
+    )
+    if resume is not None:
+        run.step, position = run.saver.restore(resume)
+        source.load_state_dict(position)
+        _set_scheduler_step(run.scheduler, run.step)
+    run.trackers = _open_trackers(run)
+    return run
+
+
+def _total_steps(config: DistillConfig, source: StepSource) -> int:
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        if source.steps_per_epoch is None:
+            raise LimbeckError(f"step_source = {config.step_source} has no epochs; set max_steps.")
+        limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
+    return min(limits)
+
+
+def _set_scheduler_step(scheduler: Any, step: int) -> None:
+    """The rate is a function of the step, so a longer or another schedule is entered at the right place."""
+    scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step - 1, "_step_count": step})
+    scheduler.step()
+
+
+def _open_trackers(run: Run) -> list[Tracker]:
+    if not run.world.is_main:
+        return []
+    config, output_dir = run.config, Path(run.config.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    parameters = {"student": run.student.num_parameters}
+    if run.teacher is not None:
+        parameters["teacher"] = run.teacher.info.num_parameters
+    facts = {
+        "exp_name": config.exp_name,
+        "student": config.student.model_args.model_name_or_path,
+        "teacher": config.teacher.model_args.model_name_or_path,
+        "limbeck_version": version("limbeck"),
+        "parameters": parameters,
+        "ranks": run.world.size,
+        "device": str(run.world.device),
+        "config": shareable(config),
+        "data": run.data.report,
+    }
+    (output_dir / "run.json").write_text(json.dumps(facts, indent=1))
+    earlier = output_dir / "metrics.jsonl"
+    if run.resumed_from is None and earlier.exists():
+        earlier.replace(earlier.with_name("metrics.previous.jsonl"))
+    other = make_tracker(config.track_with, config.log_dir, dict(config.tracker_kwargs))
+    return [MetricsFile(output_dir / "metrics.jsonl"), *([other] if other else [])]

@@ -1,0 +1,208 @@
+"""Builds the student of a run: loads and checks the model, adds adapters, and gives it to its strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.config import DistillConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import (
+    ModelSource,
+    add_lora,
+    check_head,
+    check_length,
+    check_logit_layer,
+    freeze,
+    enable_varlen_attention,
+    load_model,
+    output_head,
+    recompute_activations,
+)
+from limbeck.models.dtypes import student_load_dtype
+from limbeck.objectives import CrossTokenizer, VocabParallel
+from limbeck.strategies.base import Engine, Placement, StudentSpec, dims_of, strategy_of
+from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.strategies.world import World
+from limbeck.teachers.local import check_tokens
+from limbeck.teachers.protocol import Teacher
+from limbeck.train.build.data import Data
+from limbeck.train.build.objective import compile_loss
+from limbeck.train.features import make_features
+from limbeck.train.reference_quirks import ReferenceQuirks
+from limbeck.train.student import LossSettings, StudentStage, StudentWithLoss
+
+_SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size"
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student in its engine.
+
+    model: the Hugging Face model, for its configuration and for saving; on several ranks a part of it. num_parameters: of the whole
+    model without feature projections.
+    """
+
+    engine: Engine
+    model: Any
+    settings: LossSettings
+    num_parameters: int
+
+
+def build_student(
+    config: DistillConfig, world: World, data: Data, teacher: Teacher | None, settings: LossSettings, tokens: float
+) -> Student:
+    """Load the student and distribute it over ``world``.
+
+    The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head are not part of the loss.
+
+    Args:
+        settings: of the loss, without what depends on the models (vocabulary, features, another tokenizer).
+        tokens: supervised tokens of the whole run, which decide whether the loss is compiled.
+    """
+    worker, args = config.student, config.student.model_args
+    source = ModelSource.from_args(args, "student")
+    strategy = strategy_of(worker, "student")
+    model = load_model(source, student_load_dtype(args), config.seed)
+    strategy.check_model(model, world.dims, source.name, "student")
+    check_length(model, source.name, data.longest_row)
+    check_head(model, source.name)
+    if worker.use_sequence_packing:
+        enable_varlen_attention(model, source.name)
+    if config.features.logit_layers:
+        check_logit_layer(model, config.features.logit_layers[0], "student")
+    vocab = min(data.num_tokens, output_head(model).weight.shape[0])
+    check_tokens("student", min(vocab, model.get_input_embeddings().weight.shape[0]), data.largest_token)
+    cross = None
+    if teacher is not None and data.translator is not None:
+        known = len(data.translator.teacher.bytes)  # rows that pad the head have no token
+        cross = CrossTokenizer(
+            data.translator.vocabularies(vocab, min(known, teacher.info.vocab_size)),
+            config.cross_tokenizer,
+            config.cross_tokenizer_rest_weight,
+            config.cross_tokenizer_merge,
+        )
+    elif teacher is not None:
+        vocab = min(vocab, teacher.info.vocab_size)
+    settings = replace(
+        settings,
+        vocab_size=vocab,
+        compiled=compile_loss(config, tokens, vocab),
+        cross=cross,
+        quirks=ReferenceQuirks.from_names(config.objective_faults, int(data.tokenizer.vocab_size)),
+    )
+    return distribute_student(config, world, model, teacher, settings)
+
+
+def distribute_student(
+    config: DistillConfig,
+    world: World,
+    model: Any,
+    teacher: Teacher | None,
+    settings: LossSettings,
+    *,
+    verify: bool = True,
+) -> Student:
+    """A loaded and checked ``model`` with adapters, frozen parts and features, distributed by its strategy.
+
+    verify: see ``StudentSpec``.
+    """
+    args = config.student.model_args
+    model = prepare_student(config, model)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    if recomputes_activations(config, world.device.type):
+        recompute_activations(model, use_reentrant=bool(args.gradient_checkpointing_use_reentrant))
+        if args.lora_target:
+            model.enable_input_require_grads()
+    settings = replace(settings, features=make_features(config, model, teacher), balance=config.loss_balance)
+
+    def make_root(placement: Placement) -> nn.Module:
+        parallel = None
+        if placement.vocab_group is not None:
+            parallel = VocabParallel(settings.vocab_size, placement.vocab_group, placement.head_rows)
+        if placement.pipeline is None:
+            return StudentWithLoss(model, settings, parallel)
+        return StudentStage(model, settings, placement.pipeline, parallel)
+
+    name = str(args.model_name_or_path or "the student")
+    spec = StudentSpec(model, name, config, make_root, verify)
+    engine = strategy_of(config.student, "student").build_student(spec, world)
+    return Student(engine, model, settings, size)
+
+
+def prepare_student(config: DistillConfig, model: Any) -> Any:
+    """``model`` with LoRA adapters or frozen parameters, as configured."""
+    args = config.student.model_args
+    if args.freeze_module_prefix and args.lora_target:
+        raise LimbeckError(
+            "student.model_args.freeze_module_prefix and lora_target contradict: LoRA freezes everything but its adapters; "
+            "give only one."
+        )
+    if args.lora_target:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            model = add_lora(
+                model,
+                target=args.lora_target,
+                rank=args.lora_rank,
+                alpha=args.lora_alpha,
+                dropout=args.lora_dropout,
+                additional_target=args.additional_target,
+            )
+    if args.freeze_module_prefix:
+        freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
+    return model
+
+
+def recomputes_activations(config: DistillConfig, device_type: str) -> bool:
+    """Whether activation checkpointing is on: by default on GPUs, where memory runs out first."""
+    disabled = config.student.model_args.disable_gradient_checkpointing
+    return device_type == "cuda" if disabled is None else not disabled
+
+
+def resolve_parallelism(
+    config: DistillConfig, world: World, *, teacher_here: bool = True, device_type: str | None = None
+) -> World:
+    """``world`` with the student's dimensions.
+
+    Args:
+        teacher_here: the student's own processes hold the teacher.
+        device_type: of the devices that the run will use; by default the world's.
+
+    Raises:
+        LimbeckError: for what cannot run, before anything is loaded.
+    """
+    device_type = device_type or world.device.type
+    dims = dims_of(config.student, world.size, "student")
+    strategy_of(config.student, "student").check(config, dims, "student", device_type)
+    if config.has_teacher and teacher_here:
+        _check_colocated(config, dims, dims_of(config.teacher, world.size, "teacher"))
+    key = "student.strategy_args.strategy_config"
+    if config.cross_tokenizer != "off" and dims.model_parallel_size > 1:
+        raise LimbeckError(
+            f"{key}: a {_SIZES} above 1 with cross_tokenizer is not built yet; set all to 1 (the teacher's may stay)."
+        )
+    if config.objective_faults and dims.model_parallel_size > 1:
+        raise LimbeckError(f"{key}: a {_SIZES} above 1 with objective_faults is not built; set all to 1.")
+    if config.student.model_args.attn_implementation == "flex_attention" and device_type == "cpu":
+        raise LimbeckError(
+            "student.model_args.attn_implementation = flex_attention has no backward pass on a CPU; use sdpa or auto."
+        )
+    return replace(world, dims=dims)
+
+
+def _check_colocated(config: DistillConfig, student: ParallelDims, teacher: ParallelDims) -> None:
+    larger, smaller = (
+        pick(student.model_parallel_size, teacher.model_parallel_size) for pick in (max, min)
+    )
+    if larger % smaller:
+        raise LimbeckError(
+            f"{student.model_parallel_size} ranks hold one student and {teacher.model_parallel_size} one teacher "
+            "(tensor_model_parallel_size × context_parallel_size × pipeline_model_parallel_size); one of these numbers must "
+            "divide the other."
+        )
+    if config.features.pairs and larger > 1:
+        raise LimbeckError(f"features.pairs with a {_SIZES} above 1 is not built yet; take one of them out.")
