@@ -13,13 +13,26 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import nested
 from tiny import make_data, make_model
 
+from limbeck import registry
 from limbeck.config import DistillConfig, load_mapping
 
 
 @pytest.fixture(autouse=True)
-def _alone(tmp_path, monkeypatch):
+def _isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("LIMBECK_CACHE", str(tmp_path / "token-cache"))
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _only_built_in_extensions(monkeypatch):
+    """Forget what plug-in files have registered, and run them again in the next test."""
+    for found in vars(registry).values():
+        if isinstance(found, registry.Registry):
+            monkeypatch.setattr(found, "_registered", dict(found._registered))
+            monkeypatch.setattr(found, "_traits", dict(found._traits))
+    yield
+    for name in [name for name in sys.modules if name.startswith("limbeck_plugin_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(scope="session")

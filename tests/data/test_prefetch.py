@@ -21,7 +21,8 @@ from limbeck.errors import LimbeckError
 def plain(rows_of_epoch=None, **changes):
     tokens = np.arange(400, dtype=np.int32)
     examples = Examples(tokens, tokens, np.arange(0, 401, 5, dtype=np.int64))
-    options = {"seed": 3, "sequence_length": 20, "per_device_batch_size": 2, "accumulation_steps": 2, "packing": True, "max_tokens_per_microbatch": 0, "length_round": 1, "pad_id": 0}  # fmt: skip
+    options = {"seed": 3, "sequence_length": 20, "per_device_batch_size": 2, "accumulation_steps": 2, "packing": True,
+               "length_round": 1, "pad_id": 0}  # fmt: skip
     return BatchStream(examples, StreamSettings(rows_of_epoch=rows_of_epoch, **{**options, **changes}))
 
 

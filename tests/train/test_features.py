@@ -36,9 +36,9 @@ def first_batch(config, assets, packing=False):
         sequence_length=64,
     )
     stream = BatchStream(
-        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1,
-        packing=packing, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
-    )  # fmt: skip
+        examples,
+        StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, pad_id=0, packing=packing),
+    )
     return next(stream).micro_batches[0]
 
 

@@ -64,9 +64,9 @@ def test_first_loss_is_that_of_the_models_own_logits(configure, assets):
     from limbeck.data import BatchStream, StreamSettings
 
     stream = BatchStream(
-        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, accumulation_steps=1,
-        packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
-    )  # fmt: skip
+        examples,
+        StreamSettings(seed=42, sequence_length=64, per_device_batch_size=8, pad_id=0),
+    )
     (batch,) = next(stream).micro_batches
     keep = batch.labels != -100
     with torch.no_grad():

@@ -122,8 +122,9 @@ def micro_batches(config, assets, size):
         sequence_length=64,
     )
     stream = BatchStream(
-        examples, StreamSettings(seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, packing=False, max_tokens_per_microbatch=0, length_round=4, pad_id=0),
-    )  # fmt: skip
+        examples,
+        StreamSettings(seed=42, sequence_length=64, per_device_batch_size=size, accumulation_steps=8 // size, pad_id=0),
+    )
     return next(stream).micro_batches
 
 

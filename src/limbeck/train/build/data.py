@@ -13,10 +13,10 @@ from limbeck.config.schema import WorkerConfig
 from limbeck.data import (
     DataReport,
     Examples,
-    StepBatch,
-    StreamSettings,
     MixtureSettings,
     Source,
+    StepBatch,
+    StreamSettings,
     TokenizeSettings,
     Translator,
     check_same_tokenizer,
@@ -25,11 +25,11 @@ from limbeck.data import (
     tokenize_files,
 )
 from limbeck.models import ModelSource, load_tokenizer, model_limits
-from limbeck.train.console import row_counter
+from limbeck.strategies.world import World
+from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.sources import training_sources, validation_sources
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
-from limbeck.train.build.counts import reduce_counts
-from limbeck.strategies.world import World
+from limbeck.train.console import row_counter
 
 Progress = Callable[[int], None]
 
@@ -38,9 +38,9 @@ Progress = Callable[[int], None]
 class Data:
     """Tokenizer, training rows and validation batches of one rank, with the report on the rows.
 
-    examples: the tokenised training rows; stream_settings: how they become steps.
-    supervised_tokens: in one epoch. largest_token: the highest token id that occurs; longest_row: in tokens;
-    num_tokens: ids that the tokenizer has. translator: adds the tokens of a teacher with another tokenizer.
+    examples: the tokenised training rows; stream_settings: how they become steps. supervised_tokens: in one epoch.
+    largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
+    translator: adds the tokens of a teacher with another tokenizer.
     """
 
     tokenizer: Any
@@ -137,9 +137,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         longest = max(longest, int(held_out[0].lengths.max()))
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     supervised = report.supervised_tokens
-    return Data(
-        tokenizer, train, settings, validation, text, largest, longest, num_tokens, supervised, translator
-    )
+    return Data(tokenizer, train, settings, validation, text, largest, longest, num_tokens, supervised, translator)
 
 
 def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:

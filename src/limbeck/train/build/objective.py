@@ -49,8 +49,9 @@ def signal_spec(config: DistillConfig, vocab: int) -> SignalSpec:
 
 
 def compile_loss(config: DistillConfig, supervised_tokens: float, vocab: int) -> bool:
-    """Whether to compile the loss of a run over ``supervised_tokens``: a function of configuration and data only, so that a resumed
-    run decides the same."""
+    """Whether to compile the loss of a run over ``supervised_tokens``: a function of configuration and data only, so
+    that a resumed run decides the same.
+    """
     if config.compile_loss == "auto":
         return supervised_tokens * vocab >= _WORTH_COMPILING and compiler_found()
     return config.compile_loss

@@ -41,8 +41,8 @@ from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
 class Run:
     """The state of a run on one rank.
 
-    distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps taken. latest: the
-    last value of every metric.
+    distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
+    taken. latest: the last value of every metric.
     """
 
     config: DistillConfig
@@ -82,7 +82,9 @@ class Run:
         return features.labels if features else ()
 
     def compared_batch(self, batch: Batch) -> Batch:
-        """The batch with the positions at which the divergence is taken; other than the supervised ones under a quirk only."""
+        """The batch with the positions at which the divergence is taken; other than the supervised ones under a quirk
+        only.
+        """
         quirks = self.student.settings.quirks
         return batch if quirks is None else quirks.compared_batch(batch)
 
@@ -116,7 +118,8 @@ def build_run(
     """Load and connect everything on one rank of ``world``, and resume if configured.
 
     Args:
-        workers: Ray actors of the teacher, if it has processes of its own; in_step: whether these run every pass together.
+        workers: Ray actors of the teacher, if it has processes of its own; in_step: whether these run every pass
+        together.
         progress: called with the number of rows tokenised so far.
     """
     if config.has_teacher and not workers:

@@ -1,4 +1,6 @@
-"""The files that a configuration names. Light to import: whoever only starts processes looks here whether they are there."""
+"""The files that a configuration names. Light to import: whoever only starts processes looks here whether they are
+there.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def validation_sources(config: DistillConfig) -> list[Source]:
 
 
 def missing_files(config: DistillConfig) -> list[str]:
-    """A sentence for every file or folder on this machine that a run needs and that is not there; the hub is not asked."""
+    """A sentence for every file or folder on this machine that a run needs and that is not there; the hub is not
+    asked.
+    """
     looks: list[Callable[[], object]] = [
         *(
             partial(check_folder, worker.model_args.model_name_or_path, role, "config.json")

@@ -16,8 +16,8 @@ from limbeck.models import (
     check_head,
     check_length,
     check_logit_layer,
-    freeze,
     enable_varlen_attention,
+    freeze,
     load_model,
     output_head,
     recompute_activations,
@@ -42,8 +42,8 @@ _SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_pa
 class Student:
     """A student in its engine.
 
-    model: the Hugging Face model, for its configuration and for saving; on several ranks a part of it. num_parameters: of the whole
-    model without feature projections.
+    model: the Hugging Face model, for its configuration and for saving; on several ranks a part of it. num_parameters:
+    of the whole model without feature projections.
     """
 
     engine: Engine
@@ -57,7 +57,8 @@ def build_student(
 ) -> Student:
     """Load the student and distribute it over ``world``.
 
-    The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head are not part of the loss.
+    The shared vocabulary is what the tokenizer and both output heads have in common: rows that pad a head are not part
+    of the loss.
 
     Args:
         settings: of the loss, without what depends on the models (vocabulary, features, another tokenizer).
@@ -195,9 +196,7 @@ def resolve_parallelism(
 
 
 def _check_colocated(config: DistillConfig, student: ParallelDims, teacher: ParallelDims) -> None:
-    larger, smaller = (
-        pick(student.model_parallel_size, teacher.model_parallel_size) for pick in (max, min)
-    )
+    larger, smaller = (pick(student.model_parallel_size, teacher.model_parallel_size) for pick in (max, min))
     if larger % smaller:
         raise LimbeckError(
             f"{student.model_parallel_size} ranks hold one student and {teacher.model_parallel_size} one teacher "

@@ -36,4 +36,6 @@ def add_teacher_tokens(batches: Sequence[StepBatch], translator: Translator, wor
 def _weighted(micro: Batch, factor: float) -> Batch:
     assert micro.teacher_tokens is not None
     spans = micro.teacher_tokens.spans
-    return replace(micro, teacher_tokens=replace(micro.teacher_tokens, spans=replace(spans, weight=spans.weight * factor)))
+    return replace(
+        micro, teacher_tokens=replace(micro.teacher_tokens, spans=replace(spans, weight=spans.weight * factor))
+    )
