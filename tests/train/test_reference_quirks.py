@@ -216,7 +216,7 @@ def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):
     ("changes", "said"),
     [
         ({"objective_faults": ["unshifted_mask", "every_token"]}, "which contradict"),
-        ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "do not go with loss_balance"),
+        ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "cannot be combined with loss_balance"),
         ({"objective_faults": ["shifted_mask"]}, "objective_faults"),
     ],
 )
