@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -98,7 +99,9 @@ def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
-    assert ("is_offload_states" in changes) == any("take turns" in line for line in lines)
+    assert ("is_offload_states" in changes) == any(
+        "each is offloaded while the other computes" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +179,9 @@ def test_an_unresponsive_teacher_is_named(configure, monkeypatch):
 
     result = run_on_ray(configure(**groups(2, 1), **LONG), log)
     assert result.step == 60
-    assert any("No step for 3 s: no response from teacher-0, which may be computing, or without" in line for line in lines)
+    assert any(
+        "No step for 3 s: no response from teacher-0, which may be computing, or without" in line for line in lines
+    )
 
 
 def test_restarts_are_bounded_and_the_error_names_the_logs(configure, tmp_path):
@@ -186,6 +191,63 @@ def test_restarts_are_bounded_and_the_error_names_the_logs(configure, tmp_path):
 
     with pytest.raises(LimbeckError, match="after 0 of 0 restarts; see the workers' logs"):
         run_on_ray(configure(**groups(1, 1), max_restarts=0), log)
+
+
+SLOW_TEMPLATE = (
+    "{% for i in range(3000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SLOW_SOURCE = """
+import time
+from pathlib import Path
+from limbeck.registry import STEP_SOURCES
+from limbeck.train.step_source import DatasetSource
+
+@STEP_SOURCES.register("slow")
+class SlowSource(DatasetSource):
+    def __init__(self, *arguments):
+        Path(__file__).with_suffix(".started").touch()
+        time.sleep(12)
+        super().__init__(*arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory):
+    """A plug-in with a step source that takes 12 s to load."""
+    plugin = tmp_path_factory.mktemp("plugins") / "slow_source.py"
+    plugin.write_text(SLOW_SOURCE)
+    return plugin
+
+
+@pytest.mark.parametrize("slow", ["tokenisation", "loading"])
+def test_a_run_may_tokenise_and_load_for_longer_than_backend_timeout(configure, slow_source, slow):
+    seconds = 6
+    if slow == "tokenisation":
+        changes = {"student.data_args.template": SLOW_TEMPLATE, "student.data_args.preprocessing_num_workers": 1}
+    else:
+        changes = {"plugins": [str(slow_source)], "step_source": "slow"}
+    changes |= {"max_steps": 3, "save_steps": 0, "eval_steps": 0, "max_restarts": 0}
+    begun = time.monotonic()
+    result = run_on_ray(configure(**groups(2, 1), **changes, **{"student.backend_timeout": seconds / 60}))
+    assert result.step == 3
+    assert time.monotonic() - begun > 2 * seconds
+
+
+def test_a_student_that_hangs_before_its_first_step_is_named(configure, slow_source):
+    changes = {"plugins": [str(slow_source)], "step_source": "slow", "max_restarts": 0, "student.backend_timeout": 0.1}
+    started = slow_source.with_suffix(".started")
+    started.unlink(missing_ok=True)
+
+    def stop() -> None:
+        while not started.exists():
+            time.sleep(0.1)
+        os.kill(processes("StudentWorker")[-1], signal.SIGSTOP)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(LimbeckError, match=r"student-\d does not respond, after 0 of 0 restarts"):
+        run_on_ray(configure(**groups(2, 1), **changes))
 
 
 HUGE = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200}
