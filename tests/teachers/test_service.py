@@ -173,7 +173,9 @@ def test_a_service_starts_a_ray_and_prints_its_address_if_there_is_none(settings
                 break
         output = train.communicate(timeout=90)[0]
     assert train.returncode == 2, output
-    assert re.search(r"teacher service judge( has ended)?; start it again\. The run goes on from its last", output), output
+    assert re.search(r"teacher service judge( has ended)?; start it again\. The run goes on from its last", output), (
+        output
+    )
     assert "(restart 1 of" not in output
     assert len(metrics(tmp_path / "out", "train/loss")) >= 5
 

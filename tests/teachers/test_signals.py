@@ -3,13 +3,20 @@
 Two student ranks and two teacher ranks are started once and run all cases.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import metrics, rows
 
 from limbeck import DistillPipeline
+from limbeck.data.batch import Batch
+from limbeck.data.masks import IGNORE
+from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.teachers import RemoteTeacher, SignalSpec, TeacherInfo
+from limbeck.teachers.remote import Route
 from limbeck.train.colocated_offload import ColocatedOffload
 
 pytest.importorskip("ray")
@@ -35,12 +42,20 @@ def groups(assets, tmp_path_factory):
     from limbeck.cluster.session import ray_session
     from limbeck.config import DistillConfig
     from limbeck.launch.workers import StudentWorker
+    from limbeck.teachers.channels.ray_object_store import RayChannel
     from limbeck.teachers.server import TeacherWorker
 
     class Student(StudentWorker):
         def train(self, values, teachers):
             self.config = DistillConfig.model_validate(values)
             self.run(teachers, False)
+
+        def request(self, teachers, batch, spec):
+            """The signal for ``batch``, which both ranks share as one tensor-parallel student does."""
+            world = replace(self.world, dims=ParallelDims(tp=2))
+            channels = [RayChannel(actor, f"teacher-{rank}", 60) for rank, actor in enumerate(teachers)]
+            teacher = RemoteTeacher(channels, Route((0,)), TeacherInfo(0, 0), world)
+            return teacher.request(batch, spec)(batch)
 
     class Teacher(TeacherWorker):
         def __init__(self, *arguments):
@@ -115,6 +130,28 @@ def test_signals_and_transports_give_the_losses_of_one_process(
     # Three steps on each share of the data, and validation in portions of 16 rows.
     micro_batches = 2 if changes is STAGES else 1
     assert sum(map(len, teacher.call("drain"))) == requests * (3 * micro_batches + 96 // 16 // requests)
+
+
+def test_a_signal_of_any_number_of_tensors_reaches_every_rank(groups):
+    @dataclass(frozen=True)
+    class Three(SignalSpec):
+        def encode(self, hidden, head, chunk=None):
+            return {"hidden": hidden, "norms": hidden.norm(dim=-1).bfloat16(), "argmax": hidden.argmax(-1)}
+
+        def decode(self, tensors, head):
+            return dict(tensors)
+
+    student, teacher = groups
+    labels = torch.full((2, 6), IGNORE)
+    labels.view(-1)[[1, 2, 7, 9, 10]] = 5
+    batch = Batch.of(torch.arange(5, 17).view(2, 6), labels, None, num_tokens=12)
+    first, second = student.call("request", teacher.actors, batch, Three("three"))
+    assert sum(map(len, teacher.call("drain"))) == 1
+    assert list(first) == ["hidden", "norms", "argmax"] and first["hidden"].shape == (5, 48)
+    assert first["norms"].dtype == torch.bfloat16
+    assert torch.equal(first["norms"], first["hidden"].norm(dim=-1).bfloat16())
+    assert torch.equal(first["argmax"], first["hidden"].argmax(-1))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_the_colocated_teacher_computes_several_steps_before_it_is_offloaded(configure, groups, tmp_path):

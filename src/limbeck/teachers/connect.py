@@ -1,4 +1,4 @@
-"""Connects a run to its teacher, whatever that is."""
+"""Selects the implementation of a run's teacher."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from limbeck.teachers.protocol import Teacher, TeacherContext
 
 
 def connect_teacher(context: TeacherContext) -> Teacher:
-    """The teacher that ``teacher.source`` selects; ``auto``: Ray workers if the run has any, else a model in this
-    process.
+    """The teacher that ``teacher.source`` selects. ``auto`` is ``ray`` if the run has workers for the teacher, else
+    ``model`` (in this process).
+
+    Raises LimbeckError if no source is registered under that name.
     """
     source = context.config.teacher.source
     if source == "auto":
