@@ -42,6 +42,10 @@ def _ray():
         yield
 
 
+def teacher_size(key: str) -> dict:
+    return {f"teacher.strategy_args.strategy_config.{key}": 2}
+
+
 def run_on_ray(config, log=lambda line: None):
     from limbeck.launch.on_ray import run_on_ray
 
@@ -77,7 +81,6 @@ TENSOR_PARALLEL = {
     "student.strategy_args.strategy_config.tensor_model_parallel_size": 2,
     "student.training_args.adam_epsilon": 1e-4,  # else rounding near a gradient of 0 grows to whole steps
 }
-CONTEXT_PARALLEL = {"teacher.strategy_args.strategy_config.context_parallel_size": 2}
 ZERO = {
     f"{role}.strategy_args.{key}": value
     for role, name, stage in (("student", "deepspeed_train", 2), ("teacher", "deepspeed_infer", 3))
@@ -106,14 +109,20 @@ def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 2, **TENSOR_PARALLEL, **CONTEXT_PARALLEL, **rows(8)), groups(2, 2, **ZERO)],
-    ids=["tp2-to-cp2", "zero"],
+    [
+        groups(2, 2, **TENSOR_PARALLEL, **teacher_size("context_parallel_size"), **rows(8)),
+        groups(1, 2, **teacher_size("tensor_model_parallel_size"), **{"student.use_sequence_packing": True}),
+        groups(1, 2, **teacher_size("pipeline_model_parallel_size")),
+        groups(2, 2, **ZERO),
+    ],
+    ids=["tp2-to-cp2", "packed-to-tp2", "to-pp2", "zero"],
 )
 def test_each_group_may_use_its_own_parallelism(configure, tmp_path, changes):
     if changes.keys() & ZERO.keys():
         pytest.importorskip("deepspeed")
     short = {"max_steps": 4, "eval_steps": 0, "save_steps": 0}
-    alone = {key: value for key, value in changes.items() if key == "student.training_args.adam_epsilon"}
+    kept = ("student.training_args.adam_epsilon", "student.use_sequence_packing")
+    alone = {key: value for key, value in changes.items() if key in kept}
     DistillPipeline(configure(**short, **alone, output_dir=str(tmp_path / "one"))).run()
     run_on_ray(configure(**short, **changes))
     for key in ("train/loss", "student/grad_norm", "val/loss"):

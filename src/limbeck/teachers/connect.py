@@ -1,4 +1,4 @@
-"""Selects the implementation of a run's teacher."""
+"""Connects a run to its teacher, whatever that is."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from limbeck.teachers.protocol import Teacher, TeacherContext
 
 
 def connect_teacher(context: TeacherContext) -> Teacher:
-    """The teacher that ``teacher.source`` selects. ``auto`` is ``ray`` if the run has workers for the teacher, else
-    ``model`` (in this process).
-
-    Raises LimbeckError if no source is registered under that name.
+    """The teacher that ``teacher.source`` selects; ``auto``: Ray workers if the run has any, else a model in this
+    process.
     """
     source = context.config.teacher.source
     if source == "auto":
