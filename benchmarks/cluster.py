@@ -41,7 +41,7 @@ from limbeck.launch.workers import StudentWorker
 from limbeck.models.logs import configure_logging
 from limbeck.objectives import OutputHead
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.teachers import Signal, SignalFuture, SignalSpec, Teacher, TeacherContext, TeacherRequest
+from limbeck.teachers import Signal, SignalFuture, SignalSpec, Teacher, TeacherRequest
 from limbeck.teachers.channels.ray_object_store import RayChannel
 from limbeck.teachers.server import TeacherWorker
 
@@ -78,16 +78,13 @@ class Student(StudentWorker):
     """A student rank that trains a few steps at a time."""
 
     def build(self, teachers: list[Any]) -> None:
-        from limbeck.registry import TEACHERS  # the worker's own, not a copy that travels with this class
-        from limbeck.train.build.run import build_run
+        from limbeck.train.build import run
 
-        def connect(context: TeacherContext) -> SwitchedTeacher:
-            return SwitchedTeacher(TEACHERS.get("ray")(context))
-
-        TEACHERS.register("switched")(connect)
+        connect = run.connect_teacher
+        run.connect_teacher = lambda context: SwitchedTeacher(connect(context))
         configure_logging()
         keep_freed_pages()
-        self.training = build_run(self.config, self.world, teachers)
+        self.training = run.build_run(self.config, self.world, teachers)
 
     def steps(self, mode: str, count: int) -> float:
         """Seconds per step of ``count``, after one that is not counted, whose request was sent in the previous mode."""
@@ -117,7 +114,7 @@ def configure(folder: Path, students: int) -> DistillConfig:
             "training_args": {"per_device_train_batch_size": ROWS, "learning_rate": 1e-4},
             "data_args": {"file_name": [str(folder / "data.jsonl")], "cache_path": str(folder / "cache")},
         },
-        teacher={"device_mapping": [students], "model_args": {"dtype": "fp32"}, "source": "switched"},
+        teacher={"device_mapping": [students], "model_args": {"dtype": "fp32"}},
     )  # fmt: skip
 
 
