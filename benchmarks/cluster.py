@@ -1,14 +1,15 @@
-"""Worker groups beside their parts measured alone: steps, bytes, the wire, and the start.
+"""Worker groups compared with their parts alone: steps, bytes, transport, and start.
 
     python benchmarks/cluster.py                  # all four
     python benchmarks/cluster.py steps wire       # some of them
-    python benchmarks/cluster.py steps --core 0.5 # each worker has half a core for itself (Linux, as root)
+    python benchmarks/cluster.py steps --core 0.5 # each worker has half a core to itself (Linux, as root)
+    python benchmarks/cluster.py wire --quick     # a small form of the same, whose figures mean nothing
 
-steps   real workers take turns, a few steps at a time: the teacher asked a step ahead, as a run does it; asked only when its
-        answer is wanted; the student with answers that it has already; the teacher with nobody else at work. One thread each.
+steps   step time of real workers in four modes that alternate: requests sent a step ahead, as in a run; requests sent when
+        the signal is needed; the student alone, with signals that it has already; the teacher alone. One thread each.
 bytes   of each signal per supervised token at Qwen2.5's sizes, of messages made as a teacher's worker makes them.
 wire    hidden states of 256 MiB from one process to another, through Ray's object store and over gloo.
-start   from the command to the end of the first step with two students and a teacher. Give it a machine with nothing else.
+start   from the command to the end of the first step with two students and a teacher. Needs an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -31,74 +32,74 @@ import yaml
 from startup import make_run, seconds_to_first_step
 from step import TEACHER, TIME, prepare
 
-from limbeck.cluster.groups import WorkerGroup
+from limbeck.cluster.groups import GroupSpec, WorkerGroup
 from limbeck.cluster.placement import place
 from limbeck.cluster.session import load_ray, ray_session
-from limbeck.cluster.tensors import flat
+from limbeck.cluster.tensors import pack
 from limbeck.config import DistillConfig
-from limbeck.launch.workers import StudentWorker, TeacherWorker
+from limbeck.launch.workers import StudentWorker
 from limbeck.models.logs import configure_logging
 from limbeck.objectives import OutputHead
 from limbeck.strategies.host_memory import keep_freed_pages
-from limbeck.teachers import RemoteTeacher, Signal, SignalFuture, SignalSpec, TeacherRequest
+from limbeck.teachers import Signal, SignalFuture, SignalSpec, Teacher, TeacherRequest
 from limbeck.teachers.channels.ray_object_store import RayChannel
-from limbeck.teachers.connect import remote_teacher
-from limbeck.train.loop import _Run
+from limbeck.teachers.server import TeacherWorker
 
 PARTS = ("steps", "bytes", "wire", "start")
 ROWS = 2  # of TIME tokens, for each student rank
-ROUNDS, BLOCK = 3, 3  # turns of each mode, and steps in a turn after one that is not counted
+ROUNDS, BLOCK = 3, 3  # rounds over the modes, and steps of a mode in a round after one that is not counted
 QWEN25 = {"0.5B": (896, 151_936), "1.5B": (1536, 151_936), "7B": (3584, 152_064),
           "14B": (5120, 152_064), "32B": (5120, 152_064)}  # fmt: skip
 TOPK, ROLL_BYTES = 64, 15  # ROLL sends a probability, its logarithm, an index and a flag for each of the k
 
 
-class TurnsTeacher:
-    """A remote teacher that is asked as ``mode`` says."""
+class SwitchedTeacher:
+    """A teacher whose requests are sent as ``mode`` says: ahead (as in a run), serial (when the signal is needed) or alone
+    (not at all: every signal is the last one again).
+    """
 
-    def __init__(self, teacher: RemoteTeacher) -> None:
-        self.teacher, self.vocab_size, self.num_parameters = teacher, teacher.vocab_size, teacher.num_parameters
-        self.mode = "ahead"
-        self.kept: Signal | None = None
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher, self.info, self.metrics = teacher, teacher.info, teacher.metrics
+        self.mode, self.kept = "ahead", None
 
-    def ask(self, batch: Any, wanted: SignalSpec) -> SignalFuture:
-        if self.mode == "ahead":
-            return self._keep(self.teacher.ask(batch, wanted))
-        if self.mode == "serial":
-            return lambda micro: self.teacher.ask(batch, wanted)(micro)
-        return lambda micro: self.kept  # type: ignore[return-value, unused-ignore]
+    def request(self, batch: Any, spec: SignalSpec) -> SignalFuture:
+        if self.mode == "alone":
+            return lambda micro: self.kept
+        sent = self.teacher.request(batch, spec) if self.mode == "ahead" else None
 
-    def _keep(self, answer: SignalFuture) -> SignalFuture:
-        def keep(micro: Any) -> Signal:
-            self.kept = answer(micro)
+        def future(micro: Any) -> Signal:
+            self.kept = (sent or self.teacher.request(batch, spec))(micro)
             return self.kept
 
-        return keep
+        return future
 
 
 class Student(StudentWorker):
-    """A student rank that takes steps when it is told to."""
+    """A student rank that trains a few steps at a time."""
 
-    def make(self, teachers: list[Any]) -> None:
-        def find(config: DistillConfig, world: Any, data: Any) -> TurnsTeacher:
-            return TurnsTeacher(remote_teacher(teachers, False, config, world, data))
+    def build(self, teachers: list[Any]) -> None:
+        from limbeck.train.build import run
 
+        connect = run.connect_teacher
+        run.connect_teacher = lambda context: SwitchedTeacher(connect(context))
         configure_logging()
         keep_freed_pages()
-        self.training: Any = _Run(self.config, self.world, find, None)  # type: ignore[arg-type, unused-ignore]
+        self.training = run.build_run(self.config, self.world, teachers)
 
     def steps(self, mode: str, count: int) -> float:
-        """Seconds per step of ``count``, after one that is not counted, whose answer was asked for in the mode before."""
+        """Seconds per step of ``count``, after one that is not counted, whose request was sent in the previous mode."""
+        from limbeck.train.loop import train_step
+
         self.training.teacher.mode = mode
-        self.training._train_step()
+        train_step(self.training)
         self.world.sum(torch.zeros(()))
         begun = time.perf_counter()
         for _ in range(count):
-            self.training._train_step()
+            train_step(self.training)
         return (time.perf_counter() - begun) / count
 
-    def measured(self) -> dict[str, float]:
-        return self.training.teacher.teacher.measured()
+    def metrics(self) -> dict[str, float]:
+        return self.training.teacher.metrics()
 
 
 def configure(folder: Path, students: int) -> DistillConfig:
@@ -118,8 +119,8 @@ def configure(folder: Path, students: int) -> DistillConfig:
 
 
 @contextmanager
-def cores_of_their_own(groups: list[WorkerGroup], share: float | None) -> Iterator[None]:
-    """Each worker's threads have together ``share`` of a core, whatever the others do; so three fit on two cores."""
+def limited_cores(groups: list[WorkerGroup], share: float | None) -> Iterator[None]:
+    """Limit each worker to ``share`` of a core, whatever the others do; so three fit on two cores."""
     root = Path("/sys/fs/cgroup")
     first, folders = (root / "cpu").is_dir(), []
     try:
@@ -149,18 +150,16 @@ def workers(folder: Path, students: int, share: float | None) -> Iterator[tuple[
     placement = place([config.student.device_mapping, config.teacher.device_mapping], None)  # type: ignore[list-item]
     groups = []
     try:
-        for which, (name, kind) in enumerate((("student", Student), ("teacher", TeacherWorker))):
-            groups.append(
-                WorkerGroup.start(
-                    name, kind, [config.model_dump(mode="json")], placement=placement, which=which,
-                    log_dir=folder / f"logs-{students}", environment={"OMP_NUM_THREADS": "1"},
-                )
-            )  # fmt: skip
+        for mapping, (name, worker) in enumerate((("student", Student), ("teacher", TeacherWorker))):
+            spec = GroupSpec(
+                name, worker, (config.model_dump(mode="json"),), folder / f"logs-{students}", {"OMP_NUM_THREADS": "1"}
+            )
+            groups.append(spec.start(placement, mapping))
         for group in groups:
-            group.meet(5)
+            group.connect(5)
         groups[1].call("load")
-        groups[0].call("make", list(groups[1].actors))
-        with cores_of_their_own(groups, share):
+        groups[0].call("build", list(groups[1].actors))
+        with limited_cores(groups, share):
             yield groups[0], groups[1]
     finally:
         for group in groups:
@@ -168,41 +167,46 @@ def workers(folder: Path, students: int, share: float | None) -> Iterator[tuple[
         placement.free()
 
 
-def measure_steps(folder: Path, students: int, share: float | None) -> float:
+def measure_steps(folder: Path, students: int, share: float | None, rounds: int) -> float:
     """Print one layout's figures; returns the measured bytes per supervised token."""
-    # Asked about by hand exactly what a step asks about: each student rank puts one question.
+    # The request of one student rank in one step.
     ids = torch.randint(3, 32_000, (ROWS, TIME))
-    question = TeacherRequest(ids, None, None, torch.arange(ROWS * TIME))
+    request = TeacherRequest(ids, None, None, torch.arange(ROWS * TIME))
     seconds: dict[str, list[float]] = defaultdict(list)
     with workers(folder, students, share) as (student, teacher):
-        for turn in range(ROUNDS + 1):
+        for number in range(rounds + 1):
             found = {mode: max(student.call("steps", mode, BLOCK)) for mode in ("ahead", "serial", "alone")}
-            asked = [teacher.call("answer", question)[0][1] for _ in range(BLOCK * students)]
-            found["teacher"] = sum(asked) / BLOCK
-            if turn:  # the first only warms up
+            forward = [teacher.call("respond", request)[0][1] for _ in range(BLOCK * students)]
+            found["teacher"] = sum(forward) / BLOCK
+            if number:  # the first only warms up
                 for mode, value in found.items():
                     seconds[mode].append(value)
-        wire = student.call("measured")[0]["transport/bytes_per_token"]
+        wire = student.call("metrics")[0]["transport/bytes_per_token"]
     middle = {mode: statistics.median(values) for mode, values in seconds.items()}
-    ahead, alone, forward = middle["ahead"], middle["alone"], middle["teacher"]
+    ahead, alone, teacher_alone = middle["ahead"], middle["alone"], middle["teacher"]
     cores = os.cpu_count() or 1 if share is None else students + 1
     print(
         f"\n{students} student rank(s) + 1 teacher rank, {ROWS} × {TIME} tokens a rank, {cores} cores, "
-        f"medians of {ROUNDS} turns"
+        f"medians of {rounds} rounds"
     )
-    print(f"  student step alone {alone * 1e3:.0f} ms, teacher's forward passes alone {forward * 1e3:.0f} ms a step")
-    print(f"  asked a step ahead {ahead * 1e3:.0f} ms: {ahead / max(alone, forward):.2f} × the larger of the two")
     print(
-        f"  asked when wanted {middle['serial'] * 1e3:.0f} ms: asking ahead is {middle['serial'] / ahead:.2f} × as fast "
-        f"(at best {(alone + forward) / max(alone, forward, (students * alone + forward) / cores):.2f})"
+        f"  student step alone {alone * 1e3:.0f} ms, teacher's forward passes alone {teacher_alone * 1e3:.0f} ms a step"
+    )
+    print(
+        f"  requests sent a step ahead {ahead * 1e3:.0f} ms: {ahead / max(alone, teacher_alone):.2f} × the larger of the two"
+    )
+    best = (alone + teacher_alone) / max(alone, teacher_alone, (students * alone + teacher_alone) / cores)
+    print(
+        f"  requests sent when needed {middle['serial'] * 1e3:.0f} ms: sending ahead is {middle['serial'] / ahead:.2f} × as "
+        f"fast (at best {best:.2f})"
     )
     if share is not None:
-        print(f"  (each worker had {share} of a core, and that for itself)")
+        print(f"  (each worker had {share} of a core to itself)")
     if students + 1 > cores:
-        shared = (students * alone + forward) / cores
+        shared = (students * alone + teacher_alone) / cores
         print(
             f"  {students + 1} workers share {cores} cores, which need {shared * 1e3:.0f} ms for the work of all; "
-            f"a step is {ahead / max(alone, forward, shared):.2f} × that"
+            f"a step is {ahead / max(alone, teacher_alone, shared):.2f} × that"
         )
     return wire
 
@@ -222,7 +226,7 @@ def measure_bytes(measured: float | None) -> None:
         )
         sizes = {}
         for kind in ("hidden_states", "top_k", "logits"):
-            message = tuple(map(flat, SignalSpec(kind, TOPK, vocab).say(hidden, head)))
+            message = tuple(map(pack, SignalSpec(kind, TOPK, vocab).encode(hidden, head).values()))
             sizes[kind] = sum(part.bits.nbytes for part in message) // positions
         states, topk, logits = sizes.values()
         print(
@@ -234,7 +238,7 @@ def measure_bytes(measured: float | None) -> None:
 
 
 class Peer:
-    """What a worker tells of itself to those who connect with it."""
+    """What ``open_direct_channels`` reads of a worker."""
 
     def about(self) -> dict[str, Any]:
         return {"gpu": None}
@@ -246,51 +250,51 @@ class Producer(Peer):
     def __init__(self) -> None:
         self.hidden = torch.randn(32_768, 4096).bfloat16()
 
-    def answer(self, question: None) -> tuple[Any, float]:
-        return (flat(self.hidden),), time.perf_counter()
+    def respond(self, request: None) -> tuple[Any, float]:
+        return {"hidden_states": pack(self.hidden)}, time.perf_counter()
 
-    def say(self, question: None) -> tuple[Any, float]:
-        return (self.hidden.clone(),), time.perf_counter()  # a new tensor, as every answer is
+    def compute(self, request: None) -> tuple[Any, float]:
+        return {"hidden_states": self.hidden.clone()}, time.perf_counter()  # a new tensor, as every response is
 
 
 class Consumer(Peer):
-    """Fetches them, as a student's worker does."""
+    """Receives them, as a student's worker does."""
 
     def fetch(self, producer: Any, backend: str, times: int) -> list[tuple[float, float]]:
         """For each message: seconds from the producer's result to the tensor here, and those of reading all of it."""
-        channel: Any = RayChannel(producer, "producer", 60)
+        channel = RayChannel(producer, "producer", 60)
         if backend == "gloo":
-            from limbeck.teachers.channels.ray_direct import connect
+            from limbeck.teachers.channels.ray_direct import open_direct_channels
 
-            (channel,) = connect(backend, [producer], ["producer"], 60)
+            (channel,) = open_direct_channels(backend, [channel])
         found = []
         for _ in range(times):
-            came = channel.ask(None)()
-            begun, come = came.seconds, time.perf_counter()  # one clock for all processes of a machine
-            came.tensors[0].view(torch.int64).sum()
-            found.append((come - begun, time.perf_counter() - come))
-            del came
+            response = channel.send(None)()
+            begun, arrived = response.seconds, time.perf_counter()  # one clock for all processes of a machine
+            response.tensors["hidden_states"].view(torch.int64).sum()
+            found.append((arrived - begun, time.perf_counter() - arrived))
+            del response
         return found
 
 
-def measure_wire() -> None:
+def measure_wire(messages: int) -> None:
     ray = load_ray()
     import limbeck.teachers.channels.ray_direct  # noqa: F401  before the actors are made, as in a run
 
     remote = ray.remote(enable_tensor_transport=True, max_concurrency=4)
-    size = 32_768 * 4096 * 2 / 1e9
-    print("\n256 MiB of hidden states from one process to another, 30 messages after 20 to warm up")
+    size, warmup = 32_768 * 4096 * 2 / 1e9, messages * 2 // 3
+    print(f"\n256 MiB of hidden states from one process to another, {messages} messages after {warmup} to warm up")
     middle = {}
-    for backend, way in (("ray", "object store"), ("gloo", "gloo")):
+    for backend, name in (("ray", "object store"), ("gloo", "gloo")):
         producer, consumer = remote(Producer).remote(), remote(Consumer).remote()
-        found = ray.get(consumer.fetch.remote(producer, backend, 50))
+        found = ray.get(consumer.fetch.remote(producer, backend, warmup + messages))
         for actor in (producer, consumer):
             ray.kill(actor)
         rates = [size / seconds for seconds, _ in found]
-        warm, read = rates[20:], [size / seconds for _, seconds in found[20:]]
-        both = middle[backend] = [size / (seconds + reading) for seconds, reading in found[20:]]
+        warm, read = rates[warmup:], [size / seconds for _, seconds in found[warmup:]]
+        both = middle[backend] = [size / (seconds + reading) for seconds, reading in found[warmup:]]
         print(
-            f"  {way}: result to tensor {statistics.median(warm):.1f} GB/s (slowest {min(warm):.1f}; the very first "
+            f"  {name}: result to tensor {statistics.median(warm):.1f} GB/s (slowest {min(warm):.1f}; the very first "
             f"{rates[0]:.1f}); reading every page there {statistics.median(read):.1f} GB/s; with it "
             f"{statistics.median(both):.1f} GB/s"
         )
@@ -298,41 +302,40 @@ def measure_wire() -> None:
     print(f"  the object store is {ratio:.1f} × as fast as gloo, reading included")
 
 
-def measure_start(folder: Path) -> None:
+def measure_start(folder: Path, runs: int) -> None:
     settings = make_run(folder)
     settings["student"]["device_mapping"], settings["teacher"] = [0, 1], {"device_mapping": [2]}
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
-    found = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(4)][1:]
+    found = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(runs + 1)][1:]
     print(
         "\nlimbeck train with 2 student ranks and 1 teacher rank, Ray started for it, to the end of the first step: "
-        f"{statistics.median(found):.1f} s (worst of 3: {max(found):.1f} s)"
+        f"{statistics.median(found):.1f} s (worst of {runs}: {max(found):.1f} s)"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=(*PARTS, []), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument(
-        "--core", type=float, metavar="SHARE", help="of a core that each worker of steps has for itself"
-    )
+    parser.add_argument("--core", type=float, metavar="SHARE", help="of a core that each worker of steps has to itself")
+    parser.add_argument("--quick", action="store_true", help="run each part once, to try it")
     args = parser.parse_args()
-    wanted = args.parts or PARTS
+    parts = args.parts or PARTS
     os.environ.pop("RAY_ADDRESS", None)
     measured = None
-    if {"steps", "wire"} & set(wanted):
+    if {"steps", "wire"} & set(parts):
         with tempfile.TemporaryDirectory() as temporary, ray_session(3):
-            if "steps" in wanted:
+            if "steps" in parts:
                 prepare(Path(temporary))
                 for students in (1, 2):
-                    measured = measure_steps(Path(temporary), students, args.core)
-            if "wire" in wanted:
-                measure_wire()
-    if "bytes" in wanted:
+                    measured = measure_steps(Path(temporary), students, args.core, 1 if args.quick else ROUNDS)
+            if "wire" in parts:
+                measure_wire(3 if args.quick else 30)
+    if "bytes" in parts:
         measure_bytes(measured)
-    if "start" in wanted:
+    if "start" in parts:
         with tempfile.TemporaryDirectory() as temporary:
-            measure_start(Path(temporary))
+            measure_start(Path(temporary), 1 if args.quick else 3)
 
 
 if __name__ == "__main__":

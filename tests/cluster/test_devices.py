@@ -1,11 +1,12 @@
-"""A Ray that is not there, and GPUs that are not there: a sentence each."""
+"""A missing Ray and missing GPUs are refused with one sentence each."""
 
 import socket
 import threading
 
 import pytest
 
-from limbeck.cluster.groups import Worker, WorkerGroup
+from limbeck.cluster.actors import Worker
+from limbeck.cluster.groups import GroupSpec
 from limbeck.cluster.placement import describe_devices, place
 from limbeck.cluster.session import ray_session
 from limbeck.errors import LimbeckError
@@ -15,7 +16,7 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.workers
 
 
-def test_an_address_where_nobody_listens_is_refused_at_once(monkeypatch):
+def test_an_address_without_a_listener_is_refused_at_once(monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -31,15 +32,15 @@ def test_an_address_of_ray_client_is_refused(monkeypatch):
         pass
 
 
-def test_a_port_that_something_else_has_is_refused(monkeypatch):
+def test_a_port_of_another_program_is_refused(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{other.getsockname()[1]}")
         threading.Thread(target=lambda: other.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n"), daemon=True).start()
-        with pytest.raises(LimbeckError, match="something else than Ray listens there"), ray_session(1):
+        with pytest.raises(LimbeckError, match="something other than Ray listens there"), ray_session(1):
             pass
 
 
-def test_gpus_that_ray_has_not_or_pytorch_does_not_see(monkeypatch, tmp_path):
+def test_gpus_that_ray_lacks_or_pytorch_does_not_see_are_refused(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     ray.init(
         address="local", num_cpus=2, num_gpus=2, log_to_driver=False, logging_level="ERROR", include_dashboard=False
@@ -49,16 +50,9 @@ def test_gpus_that_ray_has_not_or_pytorch_does_not_see(monkeypatch, tmp_path):
             describe_devices([[0], [5]])
         assert describe_devices([[0], [1]]) == "Devices: 2 GPU(s)."
         placement = place([[0]], None)
-        group = WorkerGroup.start(
-            "teacher",
-            Worker,
-            [],
-            placement=placement,
-            which=0,
-            log_dir=tmp_path,
-            environment={"CUDA_VISIBLE_DEVICES": ""},
-        )
+        spec = GroupSpec("teacher", Worker, (), tmp_path, environment={"CUDA_VISIBLE_DEVICES": ""})
+        group = spec.start(placement, 0)
         with pytest.raises(LimbeckError, match=r"teacher-0 on .* was given a GPU that PyTorch .* does not see there"):
-            group.meet(1)
+            group.connect(1)
     finally:
         ray.shutdown()

@@ -1,4 +1,4 @@
-"""What a worker's process is given."""
+"""Environment variables of worker processes."""
 
 from limbeck.cluster.environment import worker_environment
 

@@ -1,4 +1,4 @@
-"""Device numbers become places: whole machines, and parts of devices that workers share."""
+"""Device numbers become places on machines; workers on one device share it."""
 
 from collections import defaultdict
 
@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from limbeck.cluster.placement import layout
+from limbeck.cluster.placement import plan_placement
 
 MAPPINGS = st.lists(st.lists(st.integers(0, 15), min_size=1, max_size=8, unique=True), min_size=1, max_size=2)
 
 
 @given(MAPPINGS, st.sampled_from([None, 1, 3, 8]), st.booleans())
-def test_every_worker_has_a_place_on_its_machine_and_none_is_overbooked(mappings, per_node, on_gpus):
-    bundles, places = layout(mappings, per_node, on_gpus)
+def test_every_worker_has_a_place_on_its_machine_and_no_machine_is_overbooked(mappings, per_node, on_gpus):
+    bundles, places = plan_placement(mappings, per_node, on_gpus)
     taken = defaultdict(float)
     machine: dict[int, set[int]] = defaultdict(set)
     for mapping, group in zip(mappings, places, strict=True):

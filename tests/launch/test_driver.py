@@ -1,10 +1,11 @@
-"""Student and teacher as groups of workers that Ray places: the same numbers as one process, and runs that survive."""
+"""Student and teacher as groups of Ray workers give the numbers of one process, also after faults."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.workers
 
 OURS = ("LIMBECK_TESTED_BY", str(os.getpid()))
-"""In the environment of every worker that is started here, by which it is told from those of other runs on the machine."""
+"""In the environment of every worker that is started here; other runs on the machine do not have it."""
 
 
 @contextmanager
@@ -41,14 +42,18 @@ def _ray():
         yield
 
 
-def run_on_cluster(config, told=None):
-    from limbeck.launch.on_ray import run_on_cluster
+def teacher_size(key: str) -> dict:
+    return {f"teacher.strategy_args.strategy_config.{key}": 2}
 
-    return run_on_cluster(config, (lambda line: None) if told is None else told)
+
+def run_on_ray(config, log=lambda line: None):
+    from limbeck.launch.on_ray import run_on_ray
+
+    return run_on_ray(config, log)
 
 
 def processes(name: str) -> list[int]:
-    """Of Ray's workers that are started here those whose class is ``name``."""
+    """Process ids of the workers of class ``name`` that are started here."""
     found, mark = [], "=".join(OURS).encode()
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -70,13 +75,12 @@ def groups(students: int, teachers: int, **changes) -> dict:
 
 
 KEYS = ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement")
-TURNS = {"teacher.device_mapping": [1], "is_offload_states": True, "offload_interval": 3}
+COLOCATED = {"teacher.device_mapping": [1], "is_offload_states": True, "offload_interval": 3}
 NO_SHARDING = {"teacher.strategy_args.strategy_name": "hf_infer"}
-SLICED = {
+TENSOR_PARALLEL = {
     "student.strategy_args.strategy_config.tensor_model_parallel_size": 2,
-    "student.training_args.adam_epsilon": 1e-4,  # else rounding near a gradient of 0 is blown up to whole steps
+    "student.training_args.adam_epsilon": 1e-4,  # else rounding near a gradient of 0 grows to whole steps
 }
-DIVIDED = {"teacher.strategy_args.strategy_config.context_parallel_size": 2}
 ZERO = {
     f"{role}.strategy_args.{key}": value
     for role, name, stage in (("student", "deepspeed_train", 2), ("teacher", "deepspeed_infer", 3))
@@ -87,32 +91,40 @@ LONG = {"max_steps": 60, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 1, **TURNS), groups(1, 2), groups(2, 3, **NO_SHARDING), groups(2, 3)],
-    ids=["two-take-turns-with-one", "one-asks-two-shards", "two-ask-three-copies", "two-ask-three-shards"],
+    [groups(2, 1, **COLOCATED), groups(1, 2), groups(2, 3, **NO_SHARDING), groups(2, 3)],
+    ids=["two-colocated-with-one", "one-to-two-shards", "two-to-three-copies", "two-to-three-shards"],
 )
 def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     lines = []
-    run_on_cluster(configure(**changes), lines.append)
+    run_on_ray(configure(**changes), lines.append)
     one, out = tmp_path / "one", tmp_path / "out"
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
-    assert ("is_offload_states" in changes) == any("take turns" in line for line in lines)
+    assert ("is_offload_states" in changes) == any(
+        "each is offloaded while the other computes" in line for line in lines
+    )
 
 
 @pytest.mark.parametrize(
     "changes",
-    [groups(2, 2, **SLICED, **DIVIDED, **rows(8)), groups(2, 2, **ZERO)],
-    ids=["slices-ask-stretches", "zero"],
+    [
+        groups(2, 2, **TENSOR_PARALLEL, **teacher_size("context_parallel_size"), **rows(8)),
+        groups(1, 2, **teacher_size("tensor_model_parallel_size"), **{"student.use_sequence_packing": True}),
+        groups(1, 2, **teacher_size("pipeline_model_parallel_size")),
+        groups(2, 2, **ZERO),
+    ],
+    ids=["tp2-to-cp2", "packed-to-tp2", "to-pp2", "zero"],
 )
-def test_groups_may_be_spread_in_any_way_inside(configure, tmp_path, changes):
+def test_each_group_may_use_its_own_parallelism(configure, tmp_path, changes):
     if changes.keys() & ZERO.keys():
         pytest.importorskip("deepspeed")
     short = {"max_steps": 4, "eval_steps": 0, "save_steps": 0}
-    alone = {key: value for key, value in changes.items() if key == "student.training_args.adam_epsilon"}
+    kept = ("student.training_args.adam_epsilon", "student.use_sequence_packing")
+    alone = {key: value for key, value in changes.items() if key in kept}
     DistillPipeline(configure(**short, **alone, output_dir=str(tmp_path / "one"))).run()
-    run_on_cluster(configure(**short, **changes))
+    run_on_ray(configure(**short, **changes))
     for key in ("train/loss", "student/grad_norm", "val/loss"):
         one, many = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
         assert many == pytest.approx(one, rel=1e-5, abs=1e-5), key
@@ -125,33 +137,33 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("backend", ["ray", "gloo"])
-def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undisturbed, tmp_path, backend):
+def test_a_run_that_loses_workers_gives_the_weights_of_an_undisturbed_run(configure, undisturbed, tmp_path, backend):
     if not undisturbed.exists():
-        run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
+        run_on_ray(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
     lines, faults = [], {"step 25/": ("TeacherWorker", signal.SIGKILL)}
     if backend == "ray":
         faults |= {"step 35/": ("StudentWorker", signal.SIGKILL), "step 45/": ("StudentWorker", signal.SIGSTOP)}
 
-    def told(line: str) -> None:
+    def log(line: str) -> None:
         lines.append(line)
         for step in [step for step in faults if step in line]:
             victim, number = faults.pop(step)
             os.kill(processes(victim)[-1], number)
 
-    ways = {"student.backend_timeout": 0.3, "logits_transfer_backend": backend}
-    run_on_cluster(configure(**groups(2, 1), **LONG, max_restarts=5, **ways), told)
+    backends = {"student.backend_timeout": 0.3, "logits_transfer_backend": backend}
+    run_on_ray(configure(**groups(2, 1), **LONG, max_restarts=5, **backends), log)
     assert not faults
-    # A teacher that is alone is replaced without anybody having to go back, unless it is tied to the students; a slow machine
-    # may count it as hung once.
-    went_back = sum("goes on from its last checkpoint" in line for line in lines)
+    # Ray replaces a teacher that holds a whole copy without a restart of the run, except with direct transfers. On a slow
+    # machine it may count as hung once.
+    restarts = sum("goes on from its last checkpoint" in line for line in lines)
     least = 1 if backend == "gloo" else 2
-    assert least <= went_back <= least + 1
-    # Who is named is who was lost, not who failed for want of it.
+    assert least <= restarts <= least + 1
+    # The line names the worker that was lost, not a peer that failed because of it.
     named = [line for line in lines if "goes on from its last checkpoint" in line]
-    assert all(" died (ActorDiedError). The run" in line or " does not answer. The run" in line for line in named), (
+    assert all(" died (ActorDiedError). The run" in line or " does not respond. The run" in line for line in named), (
         named
     )
-    assert any("does not answer" in line for line in named) == (backend == "ray")
+    assert any("does not respond" in line for line in named) == (backend == "ray")
     assert any(line.startswith("Resumed from") for line in lines)
     replaced = any(line.startswith("teacher-0 died; Ray has started it again (process ") for line in lines)
     assert replaced == (backend == "ray")
@@ -160,32 +172,91 @@ def test_a_run_that_loses_workers_ends_as_if_nothing_had_been(configure, undistu
     assert_same_weights(undisturbed / "student", tmp_path / "out" / "student")
 
 
-def test_a_teacher_that_keeps_the_run_waiting_is_named(configure, monkeypatch):
-    from limbeck.pipeline import clustered
+def test_an_unresponsive_teacher_is_named(configure, monkeypatch):
+    from limbeck.launch import driver
 
-    monkeypatch.setattr(clustered, "_QUIET_SECONDS", 3)
+    monkeypatch.setattr(driver, "_QUIET_SECONDS", 3)
     lines, stopped = [], []
 
-    def told(line: str) -> None:
+    def log(line: str) -> None:
         lines.append(line)
         if "step 5/" in line:
             stopped.append(processes("TeacherWorker")[-1])
             os.kill(stopped[0], signal.SIGSTOP)
-        elif "no answer from teacher-0" in line:
+        elif "no response from teacher-0" in line:
             os.kill(stopped[0], signal.SIGCONT)
 
-    result = run_on_cluster(configure(**groups(2, 1), **LONG), told)
+    result = run_on_ray(configure(**groups(2, 1), **LONG), log)
     assert result.step == 60
-    assert any("No step for 3 s: no answer from teacher-0, which may be at work, or without" in line for line in lines)
+    assert any(
+        "No step for 3 s: no response from teacher-0, which may be computing, or without" in line for line in lines
+    )
 
 
-def test_restarts_are_bounded_and_say_where_the_logs_are(configure, tmp_path):
-    def told(line: str) -> None:
+def test_restarts_are_bounded_and_the_error_names_the_logs(configure, tmp_path):
+    def log(line: str) -> None:
         if "step 2/" in line:
             os.kill(processes("StudentWorker")[0], signal.SIGKILL)
 
     with pytest.raises(LimbeckError, match="after 0 of 0 restarts; see the workers' logs"):
-        run_on_cluster(configure(**groups(1, 1), max_restarts=0), told)
+        run_on_ray(configure(**groups(1, 1), max_restarts=0), log)
+
+
+SLOW_TEMPLATE = (
+    "{% for i in range(3000) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SLOW_SOURCE = """
+import time
+from pathlib import Path
+from limbeck.registry import STEP_SOURCES
+from limbeck.train.step_source import DatasetSource
+
+@STEP_SOURCES.register("slow")
+class SlowSource(DatasetSource):
+    def __init__(self, *arguments):
+        Path(__file__).with_suffix(".started").touch()
+        time.sleep(12)
+        super().__init__(*arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def slow_source(tmp_path_factory):
+    """A plug-in with a step source that takes 12 s to load."""
+    plugin = tmp_path_factory.mktemp("plugins") / "slow_source.py"
+    plugin.write_text(SLOW_SOURCE)
+    return plugin
+
+
+@pytest.mark.parametrize("slow", ["tokenisation", "loading"])
+def test_a_run_may_tokenise_and_load_for_longer_than_backend_timeout(configure, slow_source, slow):
+    seconds = 6
+    if slow == "tokenisation":
+        changes = {"student.data_args.template": SLOW_TEMPLATE, "student.data_args.preprocessing_num_workers": 1}
+    else:
+        changes = {"plugins": [str(slow_source)], "step_source": "slow"}
+    changes |= {"max_steps": 3, "save_steps": 0, "eval_steps": 0, "max_restarts": 0}
+    begun = time.monotonic()
+    result = run_on_ray(configure(**groups(2, 1), **changes, **{"student.backend_timeout": seconds / 60}))
+    assert result.step == 3
+    assert time.monotonic() - begun > 2 * seconds
+
+
+def test_a_student_that_hangs_before_its_first_step_is_named(configure, slow_source):
+    changes = {"plugins": [str(slow_source)], "step_source": "slow", "max_restarts": 0, "student.backend_timeout": 0.1}
+    started = slow_source.with_suffix(".started")
+    started.unlink(missing_ok=True)
+
+    def stop() -> None:
+        while not started.exists():
+            time.sleep(0.1)
+        os.kill(processes("StudentWorker")[-1], signal.SIGSTOP)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(LimbeckError, match=r"student-\d does not respond, after 0 of 0 restarts"):
+        run_on_ray(configure(**groups(2, 1), **changes))
 
 
 HUGE = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200}
@@ -215,7 +286,7 @@ def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_pat
         changes = {"teacher.system_envs": {"PYTHONPATH": path}}
     lines = []
     with pytest.raises(LimbeckError, match=sentence):
-        run_on_cluster(configure(**groups(1, 1), **changes), lines.append)
+        run_on_ray(configure(**groups(1, 1), **changes), lines.append)
     assert not any("goes on" in line for line in lines)
     deadline = time.monotonic() + 30
     while processes("StudentWorker") or processes("TeacherWorker"):
@@ -223,9 +294,9 @@ def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_pat
         time.sleep(0.1)
 
 
-def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, settings, undisturbed, tmp_path):
+def test_a_run_that_loses_a_machine_gives_the_weights_of_an_undisturbed_run(configure, settings, undisturbed, tmp_path):
     if not undisturbed.exists():
-        run_on_cluster(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
+        run_on_ray(configure(**groups(2, 1), **LONG, output_dir=str(undisturbed)))
     config = tmp_path / "two.json"
     config.write_text(json.dumps(settings(**groups(2, 1), **LONG, num_nodes=2, num_gpus_per_node=2)))
     script = Path(__file__).with_name("two_nodes.py")
@@ -237,7 +308,7 @@ def test_a_run_that_loses_a_machine_ends_as_if_nothing_had_been(configure, setti
 
 @pytest.fixture
 def long_run(settings, tmp_path):
-    """``long_run(**changes)``: the command ``limbeck train`` at a run that does not end by itself."""
+    """``long_run(**changes)`` starts ``limbeck train`` with a run that does not end."""
     started = []
 
     def start(**changes) -> subprocess.Popen:
@@ -289,30 +360,30 @@ def test_a_signal_while_the_students_load_or_stop_ends_it_at_once(long_run, tmp_
     endless = tmp_path / "endless.jsonl"
     os.mkfifo(endless)
     train = long_run(**{"student.data_args.file_name": [str(endless)]})
-    with endless.open("w"):  # opens when a student reads, who then waits for a row
+    with endless.open("w"):  # opens when a student reads; it then waits for a row
         train.terminate()
-        said = train.communicate(timeout=60)[0]
-    assert train.returncode == 128 + signal.SIGTERM, said
-    assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
+        output = train.communicate(timeout=60)[0]
+    assert train.returncode == 128 + signal.SIGTERM, output
+    assert output.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
     assert_ended(but=mine)
 
     train = long_run()
-    said = ""
+    output = ""
     for line in train.stdout:
-        said += line
+        output += line
         if "step 5/" in line:
             (student,) = set(processes("StudentWorker")) - mine
-            os.kill(student, signal.SIGSTOP)  # so that it is lost while it is asked to stop
+            os.kill(student, signal.SIGSTOP)  # so that it is lost while it stops
             train.terminate()
             time.sleep(1)
             os.kill(student, signal.SIGKILL)
     train.wait(timeout=60)
-    assert train.returncode == 128 + signal.SIGTERM, said
+    assert train.returncode == 128 + signal.SIGTERM, output
     assert (
         "limbeck: student-0 died (ActorDiedError), while the run was stopping after SIGTERM; see the workers' logs"
-        in said
+        in output
     )
-    assert "(raylet)" not in said  # Ray's own words for it
+    assert "(raylet)" not in output  # how Ray itself reports it
     assert_ended(but=mine)
 
 
@@ -325,22 +396,22 @@ def test_ctrl_c_during_the_start_or_before_a_restart_ends_it_at_once(long_run):
     while not (started := set(processes("TeacherWorker")) - mine) and train.poll() is None:
         time.sleep(0.02)
     for pid in started:
-        os.kill(pid, signal.SIGSTOP)  # so that the start does not end before the signal comes
+        os.kill(pid, signal.SIGSTOP)  # so that the start does not end before the signal arrives
     os.kill(train.pid, signal.SIGTERM)
-    said = train.communicate(timeout=60)[0]
-    assert train.returncode == 128 + signal.SIGTERM, said
-    assert said.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
+    output = train.communicate(timeout=60)[0]
+    assert train.returncode == 128 + signal.SIGTERM, output
+    assert output.endswith("limbeck: stopped by SIGTERM before the first step; nothing was saved.\n")
     assert_ended(but=mine)
 
     train = long_run(save_steps=2)
-    said = ""
+    output = ""
     for line in train.stdout:
-        said += line
+        output += line
         if "step 5/" in line:
             os.kill(*(set(processes("StudentWorker")) - mine), signal.SIGKILL)
         if "goes on from its last checkpoint in" in line:
             os.kill(train.pid, signal.SIGINT)
     train.wait(timeout=60)
-    assert train.returncode == 130, said
-    assert "limbeck: stopped by SIGINT before it went on; resume_from_checkpoint=true goes on" in said
+    assert train.returncode == 130, output
+    assert "limbeck: stopped by SIGINT before it went on; resume_from_checkpoint=true goes on" in output
     assert_ended(but=mine)

@@ -1,4 +1,4 @@
-"""A run on a Ray of two nodes, one of which is killed on the way: `python two_nodes.py CONFIG.json`."""
+"""A run on a Ray of two nodes, one of which is killed during the run: `python two_nodes.py CONFIG.json`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def main() -> None:
     from ray.cluster_utils import Cluster
 
     from limbeck.config import load_mapping
-    from limbeck.launch.on_ray import run_on_cluster
+    from limbeck.launch.on_ray import run_on_ray
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 4})
     other = cluster.add_node(num_cpus=4)
@@ -22,7 +22,7 @@ def main() -> None:
     os.environ["RAY_ADDRESS"] = cluster.address
     killed = []
 
-    def told(line: str) -> None:
+    def log(line: str) -> None:
         print(line, flush=True)
         if "step 25/" in line and not killed:
             killed.append(other)
@@ -30,7 +30,7 @@ def main() -> None:
             print("a node was killed", flush=True)
 
     try:
-        run_on_cluster(load_mapping(json.loads(Path(sys.argv[1]).read_text())).config, told)
+        run_on_ray(load_mapping(json.loads(Path(sys.argv[1]).read_text())).config, log)
     finally:
         cluster.shutdown()
 

@@ -1,4 +1,4 @@
-"""Which teacher ranks a student rank asks."""
+"""Which teacher ranks a student rank sends requests to."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,20 +7,20 @@ from limbeck.teachers import route
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_ranks_that_share_a_model_are_all_asked_equally_often(students, teachers):
-    asked = [0] * teachers
+def test_ranks_that_share_a_model_receive_equally_many_requests(students, teachers):
+    received = [0] * teachers
     for student in range(students):
         way = route(student, students, teachers, in_step=True)
-        assert len(way.mine) == 1
-        for rank in (*way.mine, *way.idle):
-            asked[rank] += 1
-    assert len(set(asked)) == 1
+        assert len(way.targets) == 1
+        for rank in (*way.targets, *way.idle_ranks):
+            received[rank] += 1
+    assert len(set(received)) == 1
 
 
 @given(st.integers(1, 9), st.integers(1, 9))
-def test_copies_are_shared_out_and_none_is_left_without_work(students, teachers):
+def test_whole_copies_are_divided_evenly_and_all_are_used(students, teachers):
     ways = [route(student, students, teachers, in_step=False) for student in range(students)]
-    assert {rank for way in ways for rank in way.mine} == set(range(min(teachers, max(students, teachers))))
-    assert all(way.mine and not way.idle for way in ways)
-    sizes = [len(way.mine) for way in ways]
+    assert {rank for way in ways for rank in way.targets} == set(range(min(teachers, max(students, teachers))))
+    assert all(way.targets and not way.idle_ranks for way in ways)
+    sizes = [len(way.targets) for way in ways]
     assert max(sizes) - min(sizes) <= 1

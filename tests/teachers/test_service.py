@@ -1,4 +1,4 @@
-"""A teacher that serves several runs: the same numbers as one process, refusals in a sentence, nothing left behind."""
+"""A teacher service gives several runs the numbers of one process, refuses what does not fit, and leaves no process."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launch.test_driver import processes, ray_of_tests, run_on_cluster
+from launch.test_driver import processes, ray_of_tests, run_on_ray
 from runs import metrics, rows
 
 from limbeck import DistillPipeline
@@ -22,7 +22,7 @@ ray = pytest.importorskip("ray")
 
 pytestmark = pytest.mark.workers
 
-# What Ray leaves in this process, which a user's shell has not.
+# Variables that Ray sets in this process; a user's shell does not have them.
 INHERITED = ("RAY_ADDRESS", "RAY_AUTH_MODE")
 NO_SHARDING = {"teacher.strategy_args.strategy_name": "hf_infer"}
 
@@ -36,7 +36,7 @@ def _ray():
 
 @contextmanager
 def served(settings: dict, folder: Path, *words: str, address: str | None = "", ended_by: int = signal.SIGINT):
-    """A service in a process of its own, ended by a signal; yields the process and the line that says it is there."""
+    """A service in a process of its own, ended by a signal; yields the process and its line "Serving …"."""
     from limbeck.cluster.session import ray_address
 
     config = folder / "service.yaml"
@@ -48,21 +48,21 @@ def served(settings: dict, folder: Path, *words: str, address: str | None = "", 
         [sys.executable, "-m", "limbeck", "serve-teacher", str(config), *words],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
-    said = ""
+    output = ""
     try:
         assert process.stdout is not None
         for line in process.stdout:
-            said += line
+            output += line
             if line.startswith("Serving"):
                 yield process, line
                 break
         else:
-            raise AssertionError(said)
+            raise AssertionError(output)
     finally:
         if process.poll() is None:
             process.send_signal(ended_by)
-        said += process.communicate(timeout=60)[0]
-        assert process.returncode in (0, 2, -signal.SIGKILL), said
+        output += process.communicate(timeout=60)[0]
+        assert process.returncode in (0, 2, -signal.SIGKILL), output
 
 
 def gone(name: str) -> bool:
@@ -72,7 +72,7 @@ def gone(name: str) -> bool:
     return not processes(name)
 
 
-def asking(students: int, folder: Path, **changes) -> dict:
+def client(students: int, folder: Path, **changes) -> dict:
     return {
         "teacher.service": "judge",
         "student.device_mapping": list(range(students)),
@@ -82,18 +82,18 @@ def asking(students: int, folder: Path, **changes) -> dict:
     }
 
 
-def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process(configure, settings, tmp_path):
+def test_two_runs_at_once_share_one_service_and_have_the_losses_of_one_process(configure, settings, tmp_path):
     from limbeck.cluster.groups import registered_groups
 
     top = {"logits_topk": 5}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     DistillPipeline(configure(output_dir=str(tmp_path / "one-top"), **top)).run()
-    runs = [configure(**asking(2, tmp_path / "two-ranks")), configure(**asking(1, tmp_path / "one-rank"))]
+    runs = [configure(**client(2, tmp_path / "two-ranks")), configure(**client(1, tmp_path / "one-rank"))]
     failures: list[BaseException] = []
 
     def run(config) -> None:
         try:
-            run_on_cluster(config)
+            run_on_ray(config)
         except BaseException as error:
             failures.append(error)
 
@@ -105,8 +105,8 @@ def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process
         for thread in threads:
             thread.join()
         assert not failures
-        assert registered_groups() == {"judge": 2}  # a run that ends leaves them
-        run_on_cluster(configure(**asking(1, tmp_path / "later", **top)))
+        assert registered_groups() == {"judge": 2}  # they outlive the runs
+        run_on_ray(configure(**client(1, tmp_path / "later", **top)))
     assert gone("TeacherWorker")
     for name, alone in (("two-ranks", "one"), ("one-rank", "one"), ("later", "one-top")):
         for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
@@ -114,7 +114,7 @@ def test_two_runs_at_once_ask_one_service_and_each_has_the_losses_of_one_process
             assert metrics(tmp_path / name, key) == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, key)
 
 
-def test_what_does_not_fit_a_service_is_refused_and_the_service_lives_on(configure, settings, assets, tmp_path):
+def test_a_run_that_does_not_fit_the_service_is_refused_and_the_service_goes_on(configure, settings, assets, tmp_path):
     with served(settings(output_dir=str(tmp_path / "served"), **{"teacher.service": "judge"}), tmp_path):
         for changes, sentence in (
             (
@@ -123,31 +123,31 @@ def test_what_does_not_fit_a_service_is_refused_and_the_service_lives_on(configu
             ),
             ({"teacher.model_args.dtype": "bf16"}, r"teacher.model_args.dtype = fp32 \(this run: bf16\)"),
             ({"student.use_sequence_packing": True}, r"student.use_sequence_packing = False \(this run: True\)"),
-            ({"teacher.service": "other"}, r"no teacher service called other on this Ray \(served: judge\)"),
+            ({"teacher.service": "other"}, r"no teacher service named other on this Ray \(services: judge\)"),
         ):
             with pytest.raises(LimbeckError, match=sentence):
-                run_on_cluster(configure(**asking(1, tmp_path / "out", **changes)))
-        taken = pytest.raises(AssertionError, match="a teacher service called judge is there already")
+                run_on_ray(configure(**client(1, tmp_path / "out", **changes)))
+        taken = pytest.raises(AssertionError, match="a teacher service named judge is running already")
         with taken, served(settings(), tmp_path, "--name", "judge"):
             pass
-        run_on_cluster(configure(**asking(1, tmp_path / "out")))
+        run_on_ray(configure(**client(1, tmp_path / "out")))
 
 
-def test_a_service_that_is_killed_leaves_no_process_and_its_run_ends_with_a_sentence(configure, settings, tmp_path):
+def test_a_killed_service_leaves_no_process_and_its_run_ends_with_an_error(configure, settings, tmp_path):
     with served(settings(output_dir=str(tmp_path / "served")), tmp_path, "--name", "judge") as (process, _):
 
-        def told(line: str) -> None:
+        def log(line: str) -> None:
             if "step 2/" in line:
                 os.kill(process.pid, signal.SIGKILL)
 
         with pytest.raises(LimbeckError, match=r"teacher service judge has ended; start it again\. The run "):
-            run_on_cluster(configure(**asking(1, tmp_path / "out", max_steps=4000, eval_steps=0)), told)
+            run_on_ray(configure(**client(1, tmp_path / "out", max_steps=4000, eval_steps=0)), log)
     assert gone("TeacherWorker")
 
 
-def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp_path):
+def test_a_service_starts_a_ray_and_prints_its_address_if_there_is_none(settings, tmp_path):
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(settings(**asking(1, tmp_path / "out"), max_steps=2)))
+    config.write_text(yaml.safe_dump(settings(**client(1, tmp_path / "out"), max_steps=2)))
     command = [sys.executable, "-m", "limbeck", "train", str(config)]
     environment = {name: value for name, value in os.environ.items() if name not in INHERITED}
     alone = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
@@ -158,7 +158,7 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
         environment["RAY_ADDRESS"] = line.split("RAY_ADDRESS=")[1].split()[0]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
-        # And when the service ends, so does its Ray, below a run that is under way.
+        # Its Ray ends with the service, also during a run.
         longer = [
             *command,
             "max_steps=5000",
@@ -171,10 +171,12 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
             if "step 5/" in line:
                 service.send_signal(signal.SIGINT)
                 break
-        said = train.communicate(timeout=90)[0]
-    assert train.returncode == 2, said
-    assert re.search(r"teacher service judge( has ended)?; start it again\. The run goes on from its last", said), said
-    assert "(restart 1 of" not in said
+        output = train.communicate(timeout=90)[0]
+    assert train.returncode == 2, output
+    assert re.search(r"teacher service judge( has ended)?; start it again\. The run goes on from its last", output), (
+        output
+    )
+    assert "(restart 1 of" not in output
     assert len(metrics(tmp_path / "out", "train/loss")) >= 5
 
 
@@ -183,10 +185,10 @@ def test_without_a_ray_to_join_a_service_starts_one_and_says_where(settings, tmp
     [
         ({"teacher.device_mapping": [0, 1]}, None, "over which the teacher would be sharded, and several runs cannot"),
         ({"teacher_pretrain": None, "distill_loss_weight": 0}, None, "no teacher to serve; set teacher_pretrain"),
-        ({}, "a/b", "'a/b' is no name for a service"),
+        ({}, "a/b", "'a/b' is not a valid service name"),
     ],
 )
-def test_what_cannot_be_served_is_refused(configure, changes, name, sentence):
+def test_a_teacher_that_cannot_be_served_is_refused(configure, changes, name, sentence):
     from limbeck.teachers.service import serve_teacher
 
     with pytest.raises(LimbeckError, match=sentence):

@@ -1,15 +1,22 @@
-"""What a teacher elsewhere sends, and how it travels: whatever it is, the losses are those of one process.
+"""Every signal over every transport gives the losses of one process.
 
-One group of two student ranks and one of two teacher ranks go through all cases, one run after another.
+Two student ranks and two teacher ranks are started once and run all cases.
 """
 
+from dataclasses import dataclass, replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import metrics, rows
 
 from limbeck import DistillPipeline
+from limbeck.data.batch import Batch
+from limbeck.data.masks import IGNORE
+from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.teachers import RemoteTeacher, SignalSpec, TeacherInfo
+from limbeck.teachers.remote import Route
 from limbeck.train.colocated_offload import ColocatedOffload
 
 pytest.importorskip("ray")
@@ -28,33 +35,42 @@ HIDDEN, VOCAB = 48 * 4, 299 * 4  # bytes: the teacher's width, and the tokens th
 
 @pytest.fixture(scope="module")
 def groups(assets, tmp_path_factory):
-    """Workers that run one configuration after another, and count what they are asked."""
+    """Workers that run one configuration after another, and record the calls that the teacher receives."""
     from limbeck.cluster.environment import worker_environment
-    from limbeck.cluster.groups import WorkerGroup
+    from limbeck.cluster.groups import GroupSpec
     from limbeck.cluster.placement import place
     from limbeck.cluster.session import ray_session
     from limbeck.config import DistillConfig
-    from limbeck.launch.workers import StudentWorker, TeacherWorker
+    from limbeck.launch.workers import StudentWorker
+    from limbeck.teachers.channels.ray_object_store import RayChannel
+    from limbeck.teachers.server import TeacherWorker
 
     class Student(StudentWorker):
         def train(self, values, teachers):
             self.config = DistillConfig.model_validate(values)
             self.run(teachers, False)
 
+        def request(self, teachers, batch, spec):
+            """The signal for ``batch``, which both ranks share as one tensor-parallel student does."""
+            world = replace(self.world, dims=ParallelDims(tp=2))
+            channels = [RayChannel(actor, f"teacher-{rank}", 60) for rank, actor in enumerate(teachers)]
+            teacher = RemoteTeacher(channels, Route((0,)), TeacherInfo(0, 0), world)
+            return teacher.request(batch, spec)(batch)
+
     class Teacher(TeacherWorker):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             self.seen = []
 
-        def say(self, question):
-            self.seen.append("asked")
-            return super().say(question)
+        def compute(self, request):
+            self.seen.append("request")
+            return super().compute(request)
 
-        def rest(self):
-            self.seen.append("rests")
-            super().rest()
+        def offload(self):
+            self.seen.append("offload")
+            super().offload()
 
-        def take(self):
+        def drain(self):
             seen, self.seen = self.seen, []
             return seen
 
@@ -70,15 +86,14 @@ def groups(assets, tmp_path_factory):
     with ray_session(4):
         placement = place([[0, 1], [2, 3]], None)
         student, teacher = (
-            WorkerGroup.start(
-                name, worker, [values], placement=placement, which=which, log_dir=folder,
-                environment=worker_environment({}, 4), threads=threads, direct=True,
-            )
-            for which, (name, worker, threads) in enumerate((("student", Student, 4), ("teacher", Teacher, 1)))
-        )  # fmt: skip
+            GroupSpec(
+                name, worker, (values,), folder, worker_environment({}, 4), concurrency=concurrency, direct=True
+            ).start(placement, mapping)
+            for mapping, (name, worker, concurrency) in enumerate((("student", Student, 4), ("teacher", Teacher, 1)))
+        )
         try:
-            teacher.meet(1, together=False)
-            student.meet(1)
+            teacher.connect(1, process_group=False)
+            student.connect(1)
             yield student, teacher
         finally:
             student.end()
@@ -87,7 +102,7 @@ def groups(assets, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("common", "changes", "bytes_per_token", "questions"),
+    ("common", "changes", "bytes_per_token", "requests"),
     [
         (TOP, rows(4), 7 * 8, 2),
         (TOP, TENSOR, 7 * 8, 1),
@@ -100,7 +115,9 @@ def groups(assets, tmp_path_factory):
     ],
     ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "top-k-pp2", "hidden-gloo", "top-k-tp2-gloo"],
 )
-def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, changes, bytes_per_token, questions):
+def test_signals_and_transports_give_the_losses_of_one_process(
+    configure, groups, tmp_path, common, changes, bytes_per_token, requests
+):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
     apart = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2, 3], **short, **changes}
@@ -112,10 +129,32 @@ def test_what_travels_changes_no_loss(configure, groups, tmp_path, common, chang
     assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
     # Three steps on each share of the data, and validation in portions of 16 rows.
     micro_batches = 2 if changes is STAGES else 1
-    assert sum(map(len, teacher.call("take"))) == questions * (3 * micro_batches + 96 // 16 // questions)
+    assert sum(map(len, teacher.call("drain"))) == requests * (3 * micro_batches + 96 // 16 // requests)
 
 
-def test_turns_are_taken_a_stretch_of_steps_at_a_time(configure, groups, tmp_path):
+def test_a_signal_of_any_number_of_tensors_reaches_every_rank(groups):
+    @dataclass(frozen=True)
+    class Three(SignalSpec):
+        def encode(self, hidden, head, chunk=None):
+            return {"hidden": hidden, "norms": hidden.norm(dim=-1).bfloat16(), "argmax": hidden.argmax(-1)}
+
+        def decode(self, tensors, head):
+            return dict(tensors)
+
+    student, teacher = groups
+    labels = torch.full((2, 6), IGNORE)
+    labels.view(-1)[[1, 2, 7, 9, 10]] = 5
+    batch = Batch.of(torch.arange(5, 17).view(2, 6), labels, None, num_tokens=12)
+    first, second = student.call("request", teacher.actors, batch, Three("three"))
+    assert sum(map(len, teacher.call("drain"))) == 1
+    assert list(first) == ["hidden", "norms", "argmax"] and first["hidden"].shape == (5, 48)
+    assert first["norms"].dtype == torch.bfloat16
+    assert torch.equal(first["norms"], first["hidden"].norm(dim=-1).bfloat16())
+    assert torch.equal(first["argmax"], first["hidden"].argmax(-1))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_colocated_teacher_computes_several_steps_before_it_is_offloaded(configure, groups, tmp_path):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
     both = {"student.device_mapping": [0, 1], "teacher.device_mapping": [0, 1], "is_offload_states": True}
@@ -127,17 +166,18 @@ def test_turns_are_taken_a_stretch_of_steps_at_a_time(configure, groups, tmp_pat
         one, out = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
         assert out == pytest.approx(one, rel=1e-5, abs=1e-5), key
     # Two steps, the third, and three batches of the validation.
-    turns = [*["asked"] * 2, "rests", "asked", "rests", *["asked"] * 3, "rests"]
-    assert teacher.call("take") == [turns, turns]
+    calls = [*["request"] * 2, "offload", "request", "offload", *["request"] * 3, "offload"]
+    assert teacher.call("drain") == [calls, calls]
 
 
-def test_the_student_makes_room_before_the_teacher_is_asked_and_comes_back_when_it_rests():
+def test_the_student_is_offloaded_while_the_colocated_teacher_computes():
     seen = []
-    engine, teacher, world = (
-        SimpleNamespace(**{name: partial(seen.append, name) for name in names}, is_main=True)
-        for names in (("offload", "reload"), ("wait", "rest"), ("wait",))
+    engine, teacher = (
+        SimpleNamespace(**{name: partial(seen.append, f"{role} {name}") for name in ("offload", "reload")})
+        for role in ("student", "teacher")
     )
-    world.wait = lambda: None
-    with ColocatedOffload(engine, teacher, world).teachers():
-        seen.append("asked")
-    assert seen == ["offload", "asked", "wait", "rest", "reload"]
+    world = SimpleNamespace(barrier=partial(seen.append, "barrier"))
+    with ColocatedOffload(engine, teacher, world).teacher_turn():
+        seen.append("request")
+    expected = ["student offload", "barrier", "teacher reload", "request", "teacher offload", "student reload"]
+    assert seen == expected

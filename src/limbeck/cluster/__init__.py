@@ -1,1 +1,1 @@
-"""Ray: where workers run, how they find each other, how tensors travel, what becomes of the dead. Not what is trained."""
+"""Ray: placement, groups of workers, health checks, transfer of tensors. Nothing here knows what is trained."""

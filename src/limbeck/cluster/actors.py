@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from limbeck.cluster.session import load_ray
 from limbeck.errors import LimbeckError
-from limbeck.strategies.world import World
+from limbeck.strategies.world import BARRIER_TIMEOUT, World
 
 
 def versions() -> dict[str, str]:
@@ -71,14 +71,16 @@ class Worker:
             "gpu_unseen": given > 0 and not seen,
         }
 
-    def offer_store(self) -> tuple[str, int]:
-        """Open the store for the group's rendezvous on a free port; returns its address."""
+    def open_store(self) -> tuple[str, int]:
+        """Open the store for the group's rendezvous on a free port; returns its host and port."""
         host = load_ray().util.get_node_ip_address()
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
     def join(self, rank: int, size: int, store: tuple[str, int], minutes: float) -> None:
-        """Become ``rank`` of a process group of ``size`` (gloo on CPUs, NCCL on GPUs)."""
+        """Become ``rank`` of a process group of ``size`` (gloo on CPUs, NCCL on GPUs). minutes: timeout of its collectives;
+        barriers wait longer.
+        """
         if not hasattr(self, "_store"):
             self._store = dist.TCPStore(store[0], store[1], is_master=False)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
@@ -86,7 +88,8 @@ class Worker:
         dist.init_process_group(
             backend, store=self._store, rank=rank, world_size=size, timeout=timedelta(minutes=minutes)
         )
-        self.world = World(rank, size, self.world.device)
+        barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT)
+        self.world = World(rank, size, self.world.device, barrier_group)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Results of calls to Ray actors, with every failure as one of two exceptions.
+"""Waits for the results of calls to Ray actors, and turns every failure into one of two exceptions.
 
 A user's mistake stays a ``LimbeckError``. Everything else, such as a worker that dies, hangs or loses its peers, is
 ``WorkerLost``: resuming from the last checkpoint is worth a try.
@@ -17,7 +17,7 @@ from limbeck.errors import LimbeckError
 _POLL_SECONDS = 0.1
 
 Poll = Callable[[], None]
-"""Called again and again while a result is awaited; an exception that it raises ends the wait."""
+"""Called repeatedly while a result is awaited; an exception that it raises ends the wait."""
 
 
 def no_poll() -> None:
@@ -49,7 +49,7 @@ def result(ref: Any, name: str, seconds: float | None, poll: Poll | None = None)
             raise WorkerLost(str(cause)) from error
         raise WorkerLost(f"{name} failed: {type(cause).__name__}: {_first_line(cause)}") from error
     except ray.exceptions.GetTimeoutError as error:
-        raise WorkerLost(f"{name} has not answered for {seconds:.0f} s") from error
+        raise WorkerLost(f"{name} has not responded for {seconds:.0f} s") from error
     except ray.exceptions.OutOfMemoryError as error:
         raise LimbeckError(
             f"{name} was ended because its machine ran out of memory; place fewer ranks on a machine, use smaller models, or "

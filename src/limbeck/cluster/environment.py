@@ -1,4 +1,4 @@
-"""The environment of worker processes; a Ray that was started elsewhere does not pass this process's variables on."""
+"""Environment variables of worker processes. A Ray that was started elsewhere does not pass on those of this process."""
 
 from __future__ import annotations
 

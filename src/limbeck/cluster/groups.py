@@ -1,4 +1,4 @@
-"""Groups of worker processes: started at their places, joined in a process group, called, and ended."""
+"""Groups of worker processes: starts them at their places, joins them in a process group, calls and ends them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class GroupSpec:
         log_dir: folder of their log files.
         environment: environment variables of their processes.
         concurrency: calls that an actor executes at once.
-        restarts: how often Ray may restart a dead actor and repeat its calls; only for workers whose constructor makes
-            all of their state.
-        registered: name under which other programs find the group as long as this one lives.
-        direct: tensors can be sent between these actors and others past the object store.
+        restarts: number of times that Ray may restart a dead actor and repeat its calls; only for workers whose
+            constructor makes all of their state.
+        registered: name under which other programs find the group while this program lives.
+        direct: whether tensors may travel between these actors and others without the object store.
     """
 
     name: str
@@ -96,14 +96,14 @@ class WorkerGroup:
         return cls(name, tuple(actors), poll) if actors else None
 
     def connect(self, minutes: float, *, process_group: bool = True) -> None:
-        """Wait until all workers run, check that their versions match, and with ``process_group`` let them join in one.
+        """Wait until all workers run, check their versions, and with ``process_group`` make them one process group.
 
         minutes: timeout of collectives in that process group.
         """
         self._check_workers()
         size = len(self.actors)
         if process_group and size > 1:
-            store = result(self.actors[0].offer_store.remote(), f"{self.name}-0", _STARTING_SECONDS, self.poll)
+            store = result(self.actors[0].open_store.remote(), f"{self.name}-0", _STARTING_SECONDS, self.poll)
             self.call_each("join", [(rank, size, store, minutes) for rank in range(size)])
 
     def call(self, method: str, *arguments: Any, seconds: float | None = _STARTING_SECONDS) -> list[Any]:

@@ -59,9 +59,10 @@ class HealthMonitor:
 
 
 def find_lost(groups: Sequence[WorkerGroup], seconds: float) -> tuple[list[str], list[str]]:
-    """A sentence for each dead worker, and one for each that has not responded within ``seconds`` (it may be computing).
+    """Two lists of sentences: one for each dead worker, and one for each that has not responded within ``seconds``.
 
-    When a worker is lost, often a peer that waits for it fails first.
+    The first failure of a run is often that of a peer of the worker that was lost, so all workers are checked. A worker
+    that does not respond may be computing.
     """
     ray = load_ray()
     checks = {

@@ -1,4 +1,4 @@
-"""Device numbers turned into places on machines: device d is on machine d // num_gpus_per_node, and Ray chooses the
+"""Turns device numbers into places on machines: device d is on machine d // num_gpus_per_node, and Ray chooses the
 machines.
 
 A device is a GPU where the cluster has GPUs, else a CPU slot. Workers on the same device share it in equal parts.

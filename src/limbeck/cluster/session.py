@@ -1,4 +1,4 @@
-"""A connection to Ray: joined where RAY_ADDRESS says, else started here for this run and ended with it."""
+"""The connection to Ray: to the one at RAY_ADDRESS, else to one that is started here and ended with the run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DEFAULTS = {
 
 
 def load_ray() -> ModuleType:
-    """Ray itself; raises LimbeckError where it is not installed."""
+    """The module ``ray``, with this project's defaults in the environment; raises LimbeckError if it is not installed."""
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     if "ray" not in sys.modules and os.environ.get("RAY_ADDRESS") and _has_token():
@@ -49,11 +49,16 @@ def load_ray() -> ModuleType:
 
 @contextmanager
 def ray_session(slots: int, timeline: Path | None = None) -> Iterator[str]:
-    """Be connected to Ray inside the block.
+    """Connect to Ray for the duration of the block. Yields a sentence for the console that names the Ray in use.
 
-    slots: workers that a Ray started here must hold at least. timeline: where, under RAY_PROFILING=1, a Chrome trace of
-    all calls is written at the end. Yields a sentence that says where Ray is. A connection that was there already is
-    used and left as it is.
+    An existing connection of this process is used and stays open.
+
+    Args:
+        slots: CPU slots that a Ray started here has at least.
+        timeline: file for a Chrome trace of all calls, written at the end if RAY_PROFILING=1.
+
+    Raises:
+        LimbeckError: if Ray cannot be reached or started.
     """
     ray = load_ray()
     if ray.is_initialized():
@@ -116,8 +121,8 @@ def ray_address() -> str:
 
 
 def ray_has_ended() -> bool:
-    """Whether the Ray that this process is connected to has stopped listening; Ray itself notices after a minute and
-    then aborts the process.
+    """Whether the Ray of this process has stopped listening. Ray itself notices after a minute and then aborts the
+    process.
     """
     host, _, port = ray_address().rpartition(":")
     try:
@@ -128,7 +133,7 @@ def ray_has_ended() -> bool:
 
 
 def can_join() -> bool:
-    """Whether there is a Ray to join: one that RAY_ADDRESS names, or that this process has joined already."""
+    """Whether a Ray exists to join: RAY_ADDRESS names one, or this process is connected to one already."""
     return bool(os.environ.get("RAY_ADDRESS")) or load_ray().is_initialized()
 
 

@@ -1,4 +1,4 @@
-"""Tensors through Ray's object store, as flat arrays that readers on the same machine map without a copy, read-only.
+"""Packs tensors for Ray's object store as flat arrays, which readers on the same machine map read-only without a copy.
 
 Ray would pickle a tensor, which costs one more copy on each side. bfloat16 and float16 travel as their bits.
 """
@@ -18,7 +18,7 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 @dataclass(frozen=True)
 class PackedTensor:
-    """A tensor as bytes. bits: its contiguous memory; dtype: torch's name of its precision."""
+    """A tensor as bytes. bits: its contiguous memory, uint8; dtype: the name of its torch dtype."""
 
     bits: np.ndarray[Any, Any]
     dtype: str

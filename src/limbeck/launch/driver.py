@@ -1,7 +1,6 @@
 """The driver of a run on Ray: starts groups of workers, watches them, and restarts the run when one is lost.
 
-Nothing of the training is here. A restarted run resumes from its last checkpoint, which gives the weights of an
-undisturbed run.
+A restarted run resumes from its last checkpoint, which gives the weights of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from limbeck.cluster.session import load_ray, ray_address, ray_has_ended
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
 from limbeck.interrupt import StopRequest
+from limbeck.launch.progress import ProgressMonitor
 from limbeck.launch.workers import StudentWorker
 from limbeck.strategies.base import dims_of
 from limbeck.teachers.server import TeacherWorker
@@ -203,40 +203,36 @@ class Driver:
         ray = load_ray()
         runs = [actor.run.remote(teachers, self.in_step) for actor in students.actors]
         names = {ref: f"student-{rank}" for rank, ref in enumerate(runs)}
-        waiting, progressed_at, stopping_since = list(runs), time.monotonic(), 0.0
+        waiting, stopping_since, quiet_logged = list(runs), 0.0, False
         timeout = 60 * self.config.student.backend_timeout
-        progress, steps_done, quiet_logged = students.actors[0].drain_progress.remote(), 0, False
+        progress = ProgressMonitor(students)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1, timeout=_WATCH_SECONDS)
             for ref in done:
                 result(ref, names[ref], None)
-            if ray.wait([progress], timeout=0)[0]:
-                steps, lines = result(progress, "student-0", None)
-                if lines or steps > steps_done:
-                    progressed_at, steps_done, quiet_logged = time.monotonic(), steps, False
-                for line in lines:
-                    self.log(line)
-                progress = students.actors[0].drain_progress.remote()
-            if not steps_done:  # the students still load, and there is nothing to save
+            for line in progress.poll():
+                self.log(line)
+            if not progress.latest.steps:  # the students still load, and there is nothing to save
                 poll()
             if stop.signal and not stopping_since:
                 stopping_since = time.monotonic()
                 for actor in students.actors:
                     actor.stop.remote(stop.signal)
-            if time.monotonic() - progressed_at > _QUIET_SECONDS and not quiet_logged:
+            if progress.quiet_seconds < _QUIET_SECONDS:
+                quiet_logged = False
+            elif not quiet_logged:
                 quiet_logged = True
                 self._log_unresponsive()
             self._log_restarted()
-            if time.monotonic() - progressed_at > timeout:
-                raise WorkerLost(f"the student's workers have made no step and printed nothing for {timeout:.0f} s")
+            if progress.stalled_seconds > timeout:
+                raise WorkerLost(f"the student's workers have made no progress for {timeout:.0f} s")
             if stopping_since and time.monotonic() - stopping_since > _STOPPING_SECONDS:
                 raise WorkerLost("the student's workers did not stop after the signal")
         if self.monitor is not None:
             self.monitor.unresponsive(_RESPONSE_SECONDS)
             self._log_restarted()
-        for last in (progress, students.actors[0].drain_progress.remote()):
-            for line in result(last, "student-0", 60)[1]:
-                self.log(line)
+        for line in progress.last_lines():
+            self.log(line)
         run: RunResult = result(runs[0], "student-0", None)
         return run
 

@@ -14,6 +14,7 @@ from typing import Any
 from limbeck.cluster.actors import Worker, failures_logged
 from limbeck.config import DistillConfig
 from limbeck.interrupt import StopRequest
+from limbeck.launch.progress import Progress
 from limbeck.train.result import RunResult
 
 
@@ -25,7 +26,7 @@ class StudentWorker(Worker):
     def __init__(self, name: str, log: str, values: Mapping[str, Any]) -> None:
         super().__init__(name, log)
         self.config = DistillConfig.model_validate(values)
-        self._stop, self._console = StopRequest(), LogBuffer()
+        self._stop, self._console, self._rows = StopRequest(), LogBuffer(), 0
 
     def run(self, teachers: Sequence[Any], in_step: bool) -> RunResult:
         """Train to the end.
@@ -37,16 +38,19 @@ class StudentWorker(Worker):
         from limbeck.train.loop import DistillPipeline, Surroundings
 
         with failures_logged():
-            surroundings = Surroundings(tuple(teachers), in_step, self._stop, self._console)
+            surroundings = Surroundings(tuple(teachers), in_step, self._stop, self._console, self._count_rows)
             return DistillPipeline(self.config).run_in(self.world, surroundings)
 
     def stop(self, signal: int) -> None:
         """Stop the loop after the current step, as the signal ``signal`` would."""
         self._stop.signal = signal
 
-    def drain_progress(self) -> tuple[int, list[str]]:
-        """Number of finished steps, and the console lines since the last call."""
-        return self._stop.polls, self._console.drain()
+    def drain_progress(self) -> Progress:
+        """The progress so far; its lines are those since the last call."""
+        return Progress(self._stop.polls, self._rows, tuple(self._console.drain()))
+
+    def _count_rows(self, rows: int) -> None:
+        self._rows = rows
 
 
 class LogBuffer(io.StringIO):

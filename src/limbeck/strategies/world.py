@@ -15,7 +15,7 @@ from torch import Tensor
 
 from limbeck.strategies.parallel_dims import Coordinates, ParallelDims, forget_meshes
 
-_BARRIER_TIMEOUT = timedelta(days=30)
+BARRIER_TIMEOUT = timedelta(days=30)
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def start_world(timeout_minutes: float = 30) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         # A process that dies ends the others' barrier too: its connections close, and the launcher stops the rest.
-        barrier_group = dist.new_group(backend="gloo", timeout=_BARRIER_TIMEOUT) if size > 1 else None
+        barrier_group = dist.new_group(backend="gloo", timeout=BARRIER_TIMEOUT) if size > 1 else None
         yield World(rank, size, device, barrier_group)
     finally:
         if started:

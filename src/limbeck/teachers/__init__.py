@@ -2,7 +2,7 @@
 
 from limbeck.teachers.local import LocalTeacher
 from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext, TeacherInfo
-from limbeck.teachers.remote import Channel, RemoteTeacher, connect_channels, route
+from limbeck.teachers.remote import Channel, RemoteTeacher, TeacherDescription, connect_channels, route
 from limbeck.teachers.signals import Signal, SignalSpec, TeacherRequest, TeacherResponse
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "SignalSpec",
     "Teacher",
     "TeacherContext",
+    "TeacherDescription",
     "TeacherInfo",
     "TeacherRequest",
     "TeacherResponse",

@@ -1,4 +1,4 @@
-"""Whether a teacher service that was started with one configuration fits a run with another."""
+"""Compares the configuration that a teacher service was started with to that of a run."""
 
 from __future__ import annotations
 

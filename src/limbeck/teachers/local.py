@@ -81,7 +81,7 @@ class LocalTeacher:
         return Signal(hidden, self.model.head, self._taps.rows(found, batch.labels.shape, positions))
 
     def encode(self, request: TeacherRequest) -> dict[str, Tensor]:
-        """The named tensors that answer a request, on the teacher's device."""
+        """The named tensors of the signal for a request, on the teacher's device."""
         return request.spec.encode(self.compute_hidden(request), self.model.head)
 
     @torch.no_grad()

@@ -6,6 +6,8 @@ rank's batch after the other.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from limbeck.models import hidden_states
 from limbeck.objectives import OutputHead
 from limbeck.strategies.base import ModelParallelGroup
 from limbeck.strategies.context_parallel import gather_context
+from limbeck.strategies.named_tensors import broadcast_named
 from limbeck.teachers.signals import TeacherRequest
 
 
@@ -32,22 +35,9 @@ def broadcast_request(group: ModelParallelGroup, owner: int, own: TeacherRequest
     """The request of the global rank ``owner`` on all ranks, each of which passes its own; supervised positions stay
     local.
     """
-    is_owner, device = dist.get_rank() == owner, own.input_ids.device
-
-    def broadcast(tensor: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-        received = torch.empty(shape, dtype=torch.int64, device=device)
-        if is_owner and tensor is not None:
-            received.copy_(tensor)
-        dist.broadcast(received, owner, group=group.group)
-        return received
-
-    documents = own.documents or ()
-    header = torch.tensor([*own.input_ids.shape, own.position_ids is not None, len(documents)])
-    rows, time, has_positions, count = broadcast(header, (4,)).tolist()
-    ids = broadcast(own.input_ids, (rows, time))
-    positions = broadcast(own.position_ids, (rows, time)) if has_positions else None
-    lengths = broadcast(torch.tensor(documents, dtype=torch.int64), (count,)).tolist() if count else None
-    return TeacherRequest(ids, positions, None if lengths is None else tuple(lengths), own.supervised)
+    device = own.input_ids.device
+    received = broadcast_named(own.tensors(), group.group, dist.get_group_rank(group.group, owner), device)
+    return replace(TeacherRequest.from_tensors(received, own.spec), supervised=own.supervised)
 
 
 def _hidden_states(body: nn.Module, head: OutputHead, group: ModelParallelGroup, request: TeacherRequest) -> Tensor:

@@ -17,8 +17,9 @@ from limbeck.strategies.world import World
 from limbeck.teachers.signals import Signal, SignalSpec
 
 SignalFuture = Callable[[Batch], Signal]
-"""The signal of a request: call it with the micro-batch on the device (or with the part of its supervised positions
-that this rank needs); it blocks until the signal has arrived.
+"""Future of a teacher signal: call it with the micro-batch on the device; it blocks until the signal has arrived.
+
+A rank that needs only a part of the supervised positions calls it with a batch of these.
 """
 
 
@@ -27,8 +28,7 @@ class TeacherInfo:
     """Facts about a teacher.
 
     vocab_size: rows of the output head, some of which may be padding. num_parameters: of the whole model. head: the
-    output head, on
-    this rank's device, if signals of hidden states are used; None otherwise.
+    output head on this rank's device if the signals are hidden states, else None.
     """
 
     vocab_size: int
@@ -38,12 +38,11 @@ class TeacherInfo:
 
 @dataclass(frozen=True)
 class TeacherContext:
-    """What an implementation gets to connect with.
+    """Input of a teacher source (see ``limbeck.registry.TEACHERS``).
 
     config: of the run. world: the student's processes. longest_row: of the data, in tokens. largest_token: the highest
-    token id in
-    it. shares_tokenizer: False if requests are in the teacher's own tokens. workers: Ray actors of the teacher's ranks,
-    if the run has started or found any; in_step: whether these must run every forward pass together.
+    token id of the data. shares_tokenizer: False if requests are in the teacher's own tokens. workers: Ray actors of the
+    teacher's ranks, if the run has started or found any. in_step: whether these must run every forward pass together.
     """
 
     config: DistillConfig

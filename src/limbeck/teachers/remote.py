@@ -1,7 +1,7 @@
-"""A teacher in other processes: requests are sent ahead of time, responses arrive over channels.
+"""A teacher in other processes.
 
-A channel is the connection to one teacher rank. What it runs on (Ray, HTTP, ...) is the channel's implementation; how
-requests are distributed over ranks that may have to run every forward pass together is decided here.
+A ``Channel`` is the connection to one teacher rank over one medium (Ray, HTTP, ...). ``RemoteTeacher`` distributes the
+requests of one student rank over channels. A new medium implements ``Channel`` and calls ``connect_channels``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from limbeck.objectives import OutputHead
 from limbeck.strategies.named_tensors import broadcast_named
 from limbeck.strategies.world import World
 from limbeck.teachers.protocol import SignalFuture, TeacherContext, TeacherInfo
-from limbeck.teachers.signals import HIDDEN_STATES, SignalSpec, TeacherRequest, TeacherResponse
+from limbeck.teachers.signals import SignalSpec, TeacherRequest, TeacherResponse
 
 
 @dataclass(frozen=True)
 class TeacherDescription:
-    """What a teacher rank reports about itself: rows of its output head and parameters of the whole model."""
+    """Facts that a teacher rank reports: rows of its output head, parameters of the whole model."""
 
     vocab_size: int
     num_parameters: int
@@ -159,22 +159,23 @@ class RemoteTeacher:
         own = micro.supervised
         if len(own) == len(batch.supervised):
             return everything
-        rows = torch.searchsorted(batch.supervised.to(device), own)  # both are sorted, and one is part of the other
+        rows = torch.searchsorted(batch.supervised.to(device), own)  # both are sorted, and own is a subset
         return {name: tensor.index_select(0, rows) for name, tensor in everything.items()}
 
 
 def connect_channels(context: TeacherContext, channels: Sequence[Channel]) -> RemoteTeacher:
-    """The remote teacher behind ``channels``, after it has checked the data. Every student rank calls it with all
-    channels.
+    """The teacher behind ``channels``, one for each of its ranks. Every student rank calls this with all channels.
+
+    Raises LimbeckError if the teacher cannot process the data.
     """
     world, config = context.world, context.config
-    way = route(world.data_rank, world.dims.data_size, len(channels), in_step=context.in_step)
-    first = channels[way.targets[0]]
+    own = route(world.data_rank, world.dims.data_size, len(channels), in_step=context.in_step)
+    first = channels[own.targets[0]]
     if context.shares_tokenizer:
         first.check(context.longest_row, context.largest_token)
     facts, head = first.describe(), None
-    if config.teacher_signal == HIDDEN_STATES.kind:
+    if SignalSpec(config.teacher_signal).needs_head:
         sent = first.head()
         weight, bias = sent.weight.to(world.device), None if sent.bias is None else sent.bias.to(world.device)
         head = OutputHead(weight, bias, sent.softcap, sent.scale)
-    return RemoteTeacher(channels, way, TeacherInfo(facts.vocab_size, facts.num_parameters, head), world)
+    return RemoteTeacher(channels, own, TeacherInfo(facts.vocab_size, facts.num_parameters, head), world)

@@ -1,6 +1,5 @@
-"""A rank of a teacher as a Ray actor: it loads the model and responds to requests.
-
-It runs the same teacher as a process without Ray. Placement and restarts are not known here.
+"""A rank of a teacher as a Ray actor: it loads the model, which is the same ``LocalTeacher`` as without Ray, and
+responds to requests.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _OOM_REMEDY = "name more devices in teacher.device_mapping with teacher.strategy
 
 
 class TeacherWorker(Worker):
-    """One rank of the teacher. Alone in its process group, Ray can restart it at any time: it keeps no state."""
+    """One rank of the teacher. It keeps no state, so Ray can restart it at any time unless it shares a process group."""
 
     needs = "limbeck.teachers.local"
 
@@ -54,7 +53,7 @@ class TeacherWorker(Worker):
         return info.vocab_size, info.num_parameters
 
     def head(self) -> dict[str, Any]:
-        """The output head, which a student requests once."""
+        """The packed output head."""
         head = self.teacher.model.head
         return {
             "weight": pack(head.weight),
@@ -68,7 +67,7 @@ class TeacherWorker(Worker):
         self.teacher.check(self.config, longest_row, largest_token)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the signals depend on besides the request."""
+        """What the signals depend on besides the request; see ``teacher_fingerprint``."""
         return teacher_fingerprint(self.config)
 
     def respond(self, request: TeacherRequest | None) -> tuple[dict[str, PackedTensor], float]:

@@ -1,4 +1,4 @@
-"""A teacher service: a teacher that outlives runs and is found by them under its name.
+"""A teacher service: a teacher that outlives runs, which find it under its name.
 
 Its ranks hold whole copies. The ranks of a sharded teacher run every forward pass together, which several runs at once
 cannot coordinate.
@@ -84,16 +84,14 @@ def serve_teacher(config: DistillConfig, name: str | None = None, log: Log = pri
                 f"Serving {config.teacher.model_args.model_name_or_path} as {name} ({len(devices)} × teacher; logs: "
                 f"{logs}). Runs reach it with RAY_ADDRESS={ray_address()} and teacher.service={name}; Ctrl-C ends it."
             )
-            while True:
+            while registered_groups().get(name, 0) == len(devices):
                 poll()
                 for line in monitor.restarted():
                     log(line)
                 time.sleep(_POLL_SECONDS)
-                if registered_groups().get(name, 0) < len(devices):
-                    raise LimbeckError(
-                        f"the teacher service {name} has lost a worker more than {config.max_restarts} times; see its logs "
-                        f"in {logs}."
-                    )
+            raise LimbeckError(
+                f"the teacher service {name} has lost a worker more than {config.max_restarts} times; see its logs in {logs}."
+            )
         except Stopped:
             pass
         except WorkerLost as lost:

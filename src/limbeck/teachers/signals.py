@@ -1,6 +1,4 @@
-"""What travels between a student rank and a teacher: the request for a micro-batch, and the signal that the loss
-consumes.
-"""
+"""The data that a student rank and a teacher exchange: requests for micro-batches, and the signals for the loss."""
 
 from __future__ import annotations
 
@@ -76,7 +74,7 @@ HIDDEN_STATES = SignalSpec()
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """What a teacher needs of a micro-batch.
+    """The part of a micro-batch that a teacher needs.
 
     input_ids, position_ids: [batch, time]. documents: lengths of packed documents, or None. supervised: flattened
     positions of which the signal is wanted. spec: which signal.
@@ -99,6 +97,24 @@ class TeacherRequest:
     def empty(cls) -> TeacherRequest:
         """A request for nothing; it runs a forward pass that other ranks wait for."""
         return cls(torch.zeros(1, 1, dtype=torch.int64), None, None, torch.zeros(0, dtype=torch.int64))
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], spec: SignalSpec) -> TeacherRequest:
+        """The inverse of ``tensors``."""
+        documents = tensors.get("documents")
+        lengths = None if documents is None else tuple(documents.tolist())
+        return cls(tensors["input_ids"], tensors.get("position_ids"), lengths, tensors["supervised"], spec)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All but the spec, as named tensors to send."""
+        documents = None if self.documents is None else torch.tensor(self.documents, dtype=torch.int64)
+        named = {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "documents": documents,
+            "supervised": self.supervised,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> TeacherRequest:
         """The same request on ``device``."""

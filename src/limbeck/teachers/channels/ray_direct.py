@@ -1,9 +1,8 @@
-"""A channel that moves tensors directly between two workers' memories: Ray Direct Transport.
+"""A channel that sends tensors directly from worker to worker, with Ray Direct Transport.
 
-Ray schedules the transfers and PyTorch's communicators carry them. Ray's own communicators do not fit: its gloo one
-uses the process's default process group, which the student's ranks have among themselves, and its NCCL one needs
-another library. Workers on one GPU use Ray's CUDA_IPC, which hands over the memory itself. Importing this module
-registers the transport in the process.
+Ray schedules the transfers; PyTorch's communicators execute them. Ray's own communicators cannot be used: its gloo one
+uses the default process group, which is the student's, and its NCCL one needs CuPy. Workers on one GPU use Ray's
+CUDA_IPC, which shares the memory. Importing this module registers the transport in the process.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from limbeck.errors import LimbeckError
 from limbeck.teachers.channels.ray_object_store import RayChannel
 from limbeck.teachers.signals import TeacherRequest, TeacherResponse
 
-_PAIRS = "LIMBECK"
+_TRANSPORT = "LIMBECK"
 _CONNECTING_SECONDS = 120
 _TIMEOUT = timedelta(minutes=30)  # a dead peer is noticed at once by its closed connection
 
@@ -55,7 +54,7 @@ class _Group(BaseGroup):
 
     @classmethod
     def backend(cls) -> str:
-        return _PAIRS
+        return _TRANSPORT
 
     @classmethod
     def check_backend_availability(cls) -> bool:
@@ -80,24 +79,24 @@ class _Group(BaseGroup):
 
 class _Transport(CollectiveTensorTransport):
     def tensor_transport_backend(self) -> str:
-        return _PAIRS
+        return _TRANSPORT
 
 
-register_collective_backend(_PAIRS, _Group)
-register_tensor_transport(_PAIRS, ["cpu", "cuda"], _Transport, torch.Tensor)
+register_collective_backend(_TRANSPORT, _Group)
+register_tensor_transport(_TRANSPORT, ["cpu", "cuda"], _Transport, torch.Tensor)
 
 
 @dataclass(frozen=True)
 class DirectChannel(RayChannel):
-    """As ``RayChannel``, but responses arrive in the memory of the worker ``me`` over Ray's transport ``transport``."""
+    """A ``RayChannel`` whose responses arrive in the memory of the worker ``receiver`` over Ray's ``transport``."""
 
-    me: Any = None
-    transport: str = _PAIRS
+    receiver: Any = None
+    transport: str = _TRANSPORT
 
     def send(self, request: TeacherRequest | None) -> Callable[[], TeacherResponse]:
         number = next(_numbers)
         tensors = self.actor.compute.options(tensor_transport=self.transport).remote(request)
-        arrival = self.me.__ray_call__.remote(_store_arrival, number, tensors)
+        arrival = self.receiver.__ray_call__.remote(_store_arrival, number, tensors)
 
         def response() -> TeacherResponse:
             result(arrival, self.name, self.seconds)
@@ -106,21 +105,25 @@ class DirectChannel(RayChannel):
         return response
 
 
-def connect(backend: str, channels: Sequence[RayChannel]) -> list[DirectChannel]:
-    """Direct channels from this worker in place of ``channels``. If there are several, no other worker may use them,
-    since all of them join one communicator.
+def open_direct_channels(backend: str, channels: Sequence[RayChannel]) -> list[DirectChannel]:
+    """Direct channels from this worker to the teacher ranks of ``channels``.
+
+    If there are several channels, no other worker may use them, because their ranks join one communicator.
 
     Args:
-        backend: gloo, nccl-only or ipc+nccl.
+        backend: ``gloo``, ``nccl-only`` or ``ipc+nccl``.
 
     Raises:
         LimbeckError: if the workers' devices do not allow it.
     """
     destroy_all_collective_groups()  # of an earlier run of this process
-    me = ray.get_runtime_context().current_actor
-    calls = [("this worker", me, channels[0].seconds), *((c.name, c.actor, c.seconds) for c in channels)]
-    refs = [actor.about.remote() for _, actor, _ in calls]
-    ours, *theirs = (result(ref, name, seconds) for ref, (name, _, seconds) in zip(refs, calls, strict=True))
+    receiver = ray.get_runtime_context().current_actor
+    seconds = channels[0].seconds
+    reports = [
+        (actor.about.remote(), name)
+        for actor, name in [(receiver, "this worker"), *((c.actor, c.name) for c in channels)]
+    ]
+    ours, *theirs = (result(ref, name, seconds) for ref, name in reports)
     shared = [ours["gpu"] is not None and ours["gpu"] == other["gpu"] for other in theirs]
     if backend == "nccl-only" and any(shared):
         raise LimbeckError(
@@ -129,10 +132,10 @@ def connect(backend: str, channels: Sequence[RayChannel]) -> list[DirectChannel]
         )
     apart = [channel for channel, same in zip(channels, shared, strict=True) if not same]
     if apart:
-        store = result(apart[0].actor.__ray_call__.remote(_open_store), apart[0].name, apart[0].seconds)
-        create_collective_group([*(channel.actor for channel in apart), me], _PAIRS, store)
+        store = result(apart[0].actor.__ray_call__.remote(_open_store), apart[0].name, seconds)
+        create_collective_group([*(channel.actor for channel in apart), receiver], _TRANSPORT, store)
     return [
-        DirectChannel(c.actor, c.name, c.seconds, me, "CUDA_IPC" if same else _PAIRS)
+        DirectChannel(c.actor, c.name, c.seconds, receiver, "CUDA_IPC" if same else _TRANSPORT)
         for c, same in zip(channels, shared, strict=True)
     ]
 
