@@ -410,7 +410,7 @@ def test_edited_manifests_are_refused_and_torn_ones_are_nobodys_best(configure):
 def test_going_on_from_an_older_checkpoint_does_not_mix_two_futures(configure):
     DistillPipeline(configure()).run()
     out = Path(configure().output_dir)
-    with pytest.raises(LimbeckError, match="also holds checkpoint-10, checkpoint-12"):
+    with pytest.raises(LimbeckError, match="also contains checkpoint-10, checkpoint-12"):
         DistillPipeline(configure(resume_from_checkpoint=str(out / "checkpoint-5"))).run()
     elsewhere = configure(resume_from_checkpoint=str(out / "checkpoint-5"), output_dir=str(out / "branch"))
     assert DistillPipeline(elsewhere).run().student == out / "branch" / "checkpoint-12"
@@ -499,7 +499,7 @@ def test_python_refuses_a_mapping_that_needs_more_processes(configure):
 
 def test_a_new_run_never_mixes_with_an_earlier_one(configure):
     DistillPipeline(configure(max_steps=1)).run()
-    with pytest.raises(LimbeckError, match="holds the checkpoints of an earlier run"):
+    with pytest.raises(LimbeckError, match="contains checkpoints of an earlier run"):
         DistillPipeline(configure(max_steps=2)).run()
 
 
