@@ -1,8 +1,8 @@
-"""Measures start-up: the seconds of ``limbeck --help``, and of ``limbeck train`` to the end of the first step.
+"""Start-up time: seconds until ``limbeck --help`` has printed, and until the end of the first training step.
 
     python benchmarks/startup.py
 
-The models have the size of the demo's. The data is tokenized already: the first run fills the cache and is not counted.
+The models have the demo's size. The data is tokenised already: the first run fills the cache and is not counted.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def seconds_to_first_step(config: Path, metrics: Path) -> float:
 
 
 def make_run(folder: Path) -> dict[str, Any]:
-    """Write models of the demo's size and its data to ``folder``; returns the settings of a run of one step."""
+    """Create models of the demo's size and its data in ``folder``; returns the settings of a run of one step."""
     sizes = Sizes()
     write_jsonl(generate(sizes.student_problems, 1), folder / "teacher.jsonl")
     tokenizer = _make_tokenizer(folder, sizes.vocab_size)
@@ -62,8 +62,8 @@ def main() -> None:
         config.write_text(yaml.safe_dump(make_run(folder)))
         seconds_to_first_step(config, folder / "out" / "metrics.jsonl")
         first = [seconds_to_first_step(config, folder / "out" / "metrics.jsonl") for _ in range(5)]
-        shown = [seconds_of([*LIMBECK, "--help"]) for _ in range(5)]
-    print(f"limbeck --help: {statistics.median(shown):.2f} s (worst of 5: {max(shown):.2f} s)")
+        help_seconds = [seconds_of([*LIMBECK, "--help"]) for _ in range(5)]
+    print(f"limbeck --help: {statistics.median(help_seconds):.2f} s (worst of 5: {max(help_seconds):.2f} s)")
     print(
         f"limbeck train to the end of the first step: {statistics.median(first):.2f} s (worst of 5: {max(first):.2f} s)"
     )
