@@ -1,12 +1,12 @@
-"""What padding costs and packing saves on GSM8K: shares of padding, loads of ranks, batches and tokens trained per second.
+"""Measures padding and packing on GSM8K: shares of padding, balance of ranks, batches and trained tokens per second.
 
     python benchmarks/batches.py --data path/to/gsm8k
     python benchmarks/batches.py --data path/to/gsm8k --without-trl
 
-The tokenizer is trained on the data on the spot, so that nothing is downloaded. Fixed-length padding is what
-``padding="max_length"`` gives: every row in ``sequence_length`` slots. TRL's packing runs in the side environment of step.py.
-The training steps are whole ones (teacher forward, student forward and backward with the loss, optimizer) of two small
-models; padded and packed steps take turns in one process, so that whatever else the machine does hits both.
+The tokenizer is trained on the data, so nothing is downloaded. Fixed-length padding is that of ``padding="max_length"``: every
+row has ``sequence_length`` slots. TRL's packing runs in the environment of step.py. The training steps are complete (teacher
+forward, student forward and backward with the loss, optimizer) of two small models. Padded and packed steps alternate in one
+process, so that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ def stream_of(examples: Examples, rank: int = 0, world: int = 1, **changes) -> B
 def shares(examples: Examples, with_trl: bool) -> None:
     tokens, rows = len(examples.tokens), len(examples)
     print(
-        f"{rows} rows, {tokens / rows:.0f} tokens in the mean, longest {examples.lengths.max()}, sequence_length {LENGTH}\n"
+        f"{rows} rows of {tokens / rows:.0f} tokens on average, at most {examples.lengths.max()}, sequence_length {LENGTH}\n"
     )
     dynamic = {"packing": False, "per_device_batch_size": 64, "max_tokens_per_microbatch": 4096}
-    print("share of padding over an epoch (8 rows or packs in a micro-batch, or 4096 slots where dynamic)")
+    print("share of padding over an epoch (micro-batches of 8 rows or packs, or of 4096 slots if dynamic)")
     print(f"  fixed length ({LENGTH} slots a row)       {1 - tokens / (rows * LENGTH):6.1%}")
     for name, changes in (
         ("rows by length, 8 micro-batches", {"packing": False, "accumulation_steps": 8}),
@@ -91,7 +91,7 @@ def shares(examples: Examples, with_trl: bool) -> None:
         steps = [next(stream) for _ in range(stream.steps_per_epoch)]
         share = 1 - sum(step.num_tokens for step in steps) / sum(step.num_slots for step in steps)
         print(f"  {name:38} {share:6.2%}")
-    print(f"\nshare of padding if every pack took its {LENGTH} slots, and the time to choose packs")
+    print(f"\nshare of padding if every pack had {LENGTH} slots, and the time of the packing algorithm")
     falling = np.sort(examples.lengths)[::-1]
     for algorithm in ALGORITHMS:
         begun = time.perf_counter()
@@ -109,11 +109,13 @@ def shares(examples: Examples, with_trl: bool) -> None:
             )
         found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("@"))[1:])
         share, spent = 1 - found["tokens"] / found["packs"] / LENGTH, found["seconds"]
-        print(f"  {'TRL pack_dataset(strategy=bfd)':38} {share:6.2%}  {1e3 * spent:6.1f} ms, tokens moved too")
+        print(
+            f"  {'TRL pack_dataset(strategy=bfd)':38} {share:6.2%}  {1e3 * spent:6.1f} ms, including the copy of the tokens"
+        )
 
 
 def loads(examples: Examples) -> None:
-    print("\nthe fullest rank's tokens over the ranks' mean: mean over an epoch, and the worst step")
+    print("\nmost tokens of a rank / mean over the ranks: mean over an epoch, and the worst step")
     for name, rows, changes in (
         ("packed, 8 packs a rank", 8, {}),
         ("packed and dynamic, 4096 slots", 8, {"max_tokens_per_microbatch": 4096}),
@@ -141,12 +143,12 @@ def speed(examples: Examples) -> None:
         steps += 1
     seconds = time.perf_counter() - begun
     print(
-        f"\nthe packed stream alone: {steps / seconds:.0f} batches/s of 8 packs, {tokens / seconds / 1e6:.2f} million tokens/s"
+        f"\npacked stream alone: {steps / seconds:.0f} batches/s of 8 packs, {tokens / seconds / 1e6:.2f} million tokens/s"
     )
 
 
-class Party:
-    """Teacher, student and optimizer, made alike for both contestants."""
+class TrainingSide:
+    """Teacher, student and optimizer, initialised equally for both sides."""
 
     def __init__(self) -> None:
         made = []
@@ -164,7 +166,7 @@ class Party:
         self.optimizer = torch.optim.AdamW(self.root.parameters(), lr=1e-4)
 
     def step(self, stream: PrefetchedStream) -> tuple[float, float, int, int]:
-        """Seconds of a step, those of them spent waiting for data, tokens, supervised tokens."""
+        """Take a step; returns its seconds, the seconds of waiting for data, tokens and supervised tokens."""
         begun = time.perf_counter()
         batch = next(stream)
         waited = time.perf_counter() - begun
@@ -178,34 +180,32 @@ class Party:
 def training(examples: Examples, rounds: int, warmup: int) -> None:
     sides = {
         # length_round = sequence_length pads every row to it, as padding="max_length" does.
-        "fixed length": (Party(), stream_of(examples, packing=False, length_round=LENGTH)),
-        "packed": (Party(), stream_of(examples)),
+        "fixed length": (TrainingSide(), stream_of(examples, packing=False, length_round=LENGTH)),
+        "packed": (TrainingSide(), stream_of(examples)),
     }
     ahead = {name: PrefetchedStream(stream) for name, (_, stream) in sides.items()}
     found: dict[str, list[tuple[float, float, int, int]]] = {name: [] for name in sides}
     for turn in range(warmup + rounds):
-        for name, (party, _) in sides.items():
-            result = party.step(ahead[name])
+        for name, (side, _) in sides.items():
+            result = side.step(ahead[name])
             if turn >= warmup:
                 found[name].append(result)
     for stream in ahead.values():
         stream.close()
-    print(f"\nwhole training steps, float32, 8 × {LENGTH} slots, {rounds} interleaved steps")
+    print(f"\ntraining steps, float32, 8 × {LENGTH} slots, {rounds} interleaved steps")
     rates = {}
     for name, results in found.items():
         seconds, waited, tokens, supervised = (sum(column) for column in zip(*results, strict=True))
         rates[name] = supervised / seconds
         print(
             f"  {name:14} {supervised / seconds:7.0f} supervised tokens/s  {tokens / seconds:7.0f} tokens/s  "
-            f"{1e3 * seconds / rounds:6.0f} ms a step, {waited / seconds:.2%} of it waiting for data"
+            f"{1e3 * seconds / rounds:6.0f} ms per step, {waited / seconds:.2%} of it waiting for data"
         )
-    print(
-        f"  packing trains {rates['packed'] / rates['fixed length']:.2f} × the supervised tokens/s of fixed-length padding"
-    )
+    print(f"  packing: {rates['packed'] / rates['fixed length']:.2f} × the supervised tokens/s of fixed-length padding")
 
 
 def report(data: Path, with_trl: bool = True, rounds: int = 12, warmup: int = 2) -> None:
-    """Print everything that is measured here, on the rows of the folder ``data``."""
+    """Print all measurements on the rows of the folder ``data``."""
     examples = examples_of(data / "train.jsonl")
     shares(examples, with_trl)
     loads(examples)

@@ -1,15 +1,15 @@
-"""What data costs: rows tokenised per second beside TRL's preparation, what padding costs, memory for a file of any size.
+"""Measures data preparation: tokenized rows per second compared with TRL, the cost of padding, and memory for large files.
 
-    python benchmarks/data.py --data path/to/gsm8k              # everything; the folder of GSM8K's train.jsonl
-    python benchmarks/data.py tokenize                          # one of them, on rows made on the spot
-    python benchmarks/data.py batches --data path/to/gsm8k      # what batches.py prints
+    python benchmarks/data.py --data path/to/gsm8k              # everything; the folder with GSM8K's train.jsonl
+    python benchmarks/data.py tokenize                          # one measurement, on generated rows
+    python benchmarks/data.py batches --data path/to/gsm8k      # runs batches.py
     python benchmarks/data.py memory --gigabytes 2              # takes a quarter of an hour on two cores
 
-Tokenising is reading the rows, writing them through a chat template, tokenising, and making the loss mask, each side in a
-process of its own. TRL's side is what its SFTTrainer does with prompt and completion before training (``_prepare_dataset``), in
-a side environment that is made on first use; it is given its rows already read. "One process" is one core: the tokenizer's own
-threads are off. Memory is the growth of the process's peak over what it held before the first row, its page cache in the
-mapped files included.
+Tokenization includes reading the rows, the chat template, the tokenizer and the loss mask. Each side runs in its own process.
+TRL's side is the preparation of prompt and completion by its SFTTrainer (``_prepare_dataset``), in a separate environment that
+is created on first use; its rows are read before the measurement. "One process" is one core: the threads of the tokenizer are
+disabled. Memory is the growth of the peak of the process over its memory before the first row, including the page cache of
+mapped files.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CHATML = (
 
 
 def make_tokenizer(folder: Path, texts: list[str]) -> None:
-    """A byte-level tokenizer of 16,384 tokens with a chat template, trained on the rows themselves."""
+    """Write a byte-level tokenizer of 16,384 tokens with a chat template, trained on ``texts``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -51,7 +51,7 @@ def make_tokenizer(folder: Path, texts: list[str]) -> None:
 
 
 def rows_of(data: Path | None, count: int) -> list[dict[str, str]]:
-    """The rows of GSM8K, or as many word problems made on the spot."""
+    """The rows of GSM8K in the folder ``data``, or ``count`` generated word problems."""
     if data is not None:
         with (data / "train.jsonl").open() as file:
             return [json.loads(line) for line in file]
@@ -61,7 +61,7 @@ def rows_of(data: Path | None, count: int) -> list[dict[str, str]]:
 
 
 def write_rows(path: Path, rows: list[dict[str, str]], size: int) -> int:
-    """Write the rows over and over, each time numbered anew, until the file has ``size`` bytes; how many there are."""
+    """Write the rows repeatedly, with consecutive numbers, until the file has ``size`` bytes; returns the number of rows."""
     count = 0
     with path.open("w") as file:
         while file.tell() < size or not count:
@@ -72,7 +72,7 @@ def write_rows(path: Path, rows: list[dict[str, str]], size: int) -> int:
 
 
 def ours(folder: Path, workers: int) -> dict[str, float]:
-    """One tokenisation by Limbeck, timed from the file to the arrays."""
+    """Tokenization by Limbeck, from the file to the arrays."""
     from transformers import AutoTokenizer
 
     from limbeck.data import tokenize_files
@@ -91,7 +91,7 @@ def ours(folder: Path, workers: int) -> dict[str, float]:
 
 
 def trl(folder: Path, workers: int) -> dict[str, float]:
-    """The same by TRL's SFTTrainer, timed from rows in memory to its dataset."""
+    """Tokenization by TRL's SFTTrainer, from rows in memory to its dataset."""
     import datasets
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -131,7 +131,7 @@ def trl(folder: Path, workers: int) -> dict[str, float]:
 
 
 def memory(folder: Path, workers: int) -> dict[str, float]:
-    """The growth of the peak while the file is tokenised and opened, and the children's largest."""
+    """Peak memory growth while the file is tokenized and opened, and the peak of the largest worker process."""
     import resource
 
     from transformers import AutoTokenizer
@@ -156,7 +156,7 @@ def memory(folder: Path, workers: int) -> dict[str, float]:
 
 
 def run(side: str, python: str, folder: Path, workers: int) -> dict[str, float]:
-    """One side in a process of its own."""
+    """Run one side in its own process."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     command = [python, str(HERE / "data.py"), side, "--folder", str(folder), "--workers", str(workers)]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -170,7 +170,7 @@ def prepare(folder: Path, rows: list[dict[str, str]], size: int) -> int:
 
 
 def compare_tokenizing(data: Path | None, rounds: int, repeat: int) -> None:
-    """Rows per second of both sides in one process, taking turns; then of ours in two, on ``repeat`` times the rows."""
+    """Print rows per second of both sides in one process, then of Limbeck in two processes on ``repeat`` times the rows."""
     from side import TRL, python_of
 
     rows = rows_of(data, 8000)
@@ -183,21 +183,21 @@ def compare_tokenizing(data: Path | None, rounds: int, repeat: int) -> None:
             for name, (side, python) in sides.items():
                 found[name].append(run(side.__name__, python, folder, 1))
         speed = {name: count / statistics.median(one["seconds"] for one in all_of) for name, all_of in found.items()}
-        print(f"\ntokenising {count:,} rows, one process, median of {rounds}")
+        print(f"\ntokenization of {count:,} rows, one process, median of {rounds}")
         for name, all_of in found.items():
             print(
-                f"  {name:8} {speed[name]:8,.0f} rows/s  {all_of[0]['tokens']:,} tokens, {all_of[0]['supervised']:,} learned"
+                f"  {name:8} {speed[name]:8,.0f} rows/s  {all_of[0]['tokens']:,} tokens, {all_of[0]['supervised']:,} supervised"
             )
-        print(f"  limbeck prepares {speed['limbeck'] / speed['trl']:.2f} × the rows/s")
+        print(f"  limbeck: {speed['limbeck'] / speed['trl']:.2f} × the rows/s")
         larger = repeat * count
         with (folder / "rows.jsonl").open("w") as file:
             for i in range(larger):
                 file.write(json.dumps(rows[i % len(rows)]) + "\n")
         seconds = {workers: run("ours", sys.executable, folder, workers)["seconds"] for workers in (1, 2)}
-        print(f"\ntokenising {larger:,} rows, their start included")
+        print(f"\ntokenization of {larger:,} rows, including the start of the processes")
         for workers, taken in seconds.items():
             print(f"  {workers} process{'es' if workers > 1 else '  '} {larger / taken:8,.0f} rows/s")
-        print(f"  two processes prepare {seconds[1] / seconds[2]:.2f} × the rows/s of one")
+        print(f"  two processes: {seconds[1] / seconds[2]:.2f} × the rows/s of one")
 
 
 def measure_memory(data: Path | None, gigabytes: float, workers: int) -> None:
@@ -210,7 +210,7 @@ def measure_memory(data: Path | None, gigabytes: float, workers: int) -> None:
         print(
             f"\n{gigabytes:g} GB of JSONL, {found['rows']:,.0f} rows, {found['tokens']:,.0f} tokens, {workers} processes: "
             f"peak memory growth {found['growth']:,.0f} MB, {found['seconds']:,.0f} s"
-            + (f"; the largest worker {found['worker']:,.0f} MB in all" if workers > 1 else "")
+            + (f"; peak of the largest worker {found['worker']:,.0f} MB" if workers > 1 else "")
         )
 
 
@@ -221,7 +221,7 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, help="folder with a train.jsonl of question and answer")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=16, help="times the rows that two processes share")
+    parser.add_argument("--repeat", type=int, default=16, help="repetitions of the rows for two processes")
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -231,7 +231,7 @@ def main() -> None:
         print("@" + json.dumps(side(args.folder, args.workers)))
         return
     if args.what in ("all", "batches") and args.data is None:
-        parser.error("batches are measured on rows of real lengths; name their folder with --data")
+        parser.error("batches are measured on rows of real lengths; give their folder with --data")
     if args.what in ("all", "tokenize"):
         compare_tokenizing(args.data, args.rounds, args.repeat)
     if args.what in ("all", "batches"):

@@ -1,10 +1,11 @@
-"""Real questions and answers: a student on GSM8K, cross-entropy alone against distilled, from the same start.
+"""Compares cross-entropy training and distillation of the same student on GSM8K.
 
     python benchmarks/gsm8k.py --data FOLDER_WITH_train.jsonl_AND_test.jsonl --output runs/gsm8k
 
-A byte-level BPE of 4,096 tokens and a teacher of about 12 M parameters (6 layers × 384) are trained on the training text; then
-a student of 2 layers × 128 takes 400 steps of 16 × 256 tokens twice per data set, once on all of the training text and once on
-600 packed rows. Every token of questions and answers is learned; the held-out loss is that of the test file.
+A byte-level BPE tokenizer of 4,096 tokens and a teacher of about 12 M parameters (6 layers × 384) are trained on the training
+file. Then a student of 2 layers × 128 trains for 400 steps of 16 × 256 tokens, with each objective and on two data sets: the
+whole training file and 600 packed rows of it. All tokens of questions and answers are supervised. The held-out loss is that of
+the test file.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def make_start(folder: Path, train: Path) -> None:
 
 
 def small_file(folder: Path, train: Path, packs: int) -> Path:
-    """The first rows of the training file that fill ``packs`` sequences of 256 tokens."""
+    """Write the first rows of the training file that fill ``packs`` sequences of 256 tokens; returns the file."""
     from limbeck.models import ModelSource, load_tokenizer
 
     lines, target = train.read_text().splitlines(keepends=True), folder / "small.jsonl"
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--teacher-steps", type=int, default=800)
     parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--teacher", type=Path, help="a teacher that an earlier call trained, with its tokenizer")
+    parser.add_argument(
+        "--teacher", type=Path, help="teacher of an earlier call, with its tokenizer; default: train one"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     train = args.data / "train.jsonl"

@@ -1,12 +1,12 @@
-"""Whole training steps beside TRL's GKDTrainer: the same models, the same batches, the same run.
+"""Compares training steps with those of TRL's GKDTrainer, on the same models and batches.
 
-    python benchmarks/step.py                    # fp32 and bf16, then prints the ratios
+    python benchmarks/step.py                    # fp32 and bf16
     python benchmarks/step.py --dtype bf16 --rounds 40
 
-Both sides are real programs in processes of their own: ``DistillPipeline`` here, ``GKDTrainer`` (lmbda=0, beta=0: forward KL on
-the dataset's own tokens) in a side environment that this script makes on first use (benchmarks/.venv-trl). They take turns
-step by step, so that whatever else the machine does hits both. Every position is supervised, which is the hard case for a
-loss that skips the others. Memory is the growth of the process's peak over what it held before the first step.
+Each side runs in its own process: ``DistillPipeline``, and ``GKDTrainer`` with lmbda=0 and beta=0 (forward KL on the tokens of
+the dataset) in a separate environment that is created on first use (benchmarks/.venv-trl). The sides alternate step by step, so
+that other load on the machine affects both. Every position is supervised, which is the worst case for a loss that skips
+unsupervised positions. Memory is the growth of the peak of the process over its memory before the first step.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024
 
 
 class Side:
-    """One program's process: it takes a step for each line that it receives and returns the seconds."""
+    """The process of one side. It takes one step per request and returns the seconds."""
 
     def __init__(self, name: str, python: str, folder: Path, dtype: str, steps: int) -> None:
         self.name = name
@@ -43,7 +43,7 @@ class Side:
         for line in self.process.stdout:
             if line.startswith("@"):
                 return json.loads(line[1:])
-        raise SystemExit(f"{self.name} stopped; its messages are above")
+        raise SystemExit(f"{self.name} ended unexpectedly; see its output above")
 
     def request(self, what: str = "step") -> dict:
         assert self.process.stdin is not None
@@ -53,7 +53,7 @@ class Side:
 
 
 def prepare(folder: Path) -> None:
-    """Both models (random weights), a tokenizer of one word per token, and rows of exactly TIME tokens."""
+    """Write both models with random weights, a tokenizer with one token per word, and rows of exactly TIME tokens."""
     import random
 
     import torch
@@ -105,13 +105,13 @@ def compare(dtype: str, rounds: int, warmup: int) -> None:
             f"peak memory growth {growth[name]:6.0f} MB"
         )
     print(
-        f"  limbeck trains {middle['trl'] / middle['limbeck']:.2f} × the tokens/s in "
+        f"  limbeck: {middle['trl'] / middle['limbeck']:.2f} × the tokens/s with "
         f"{growth['limbeck'] / growth['trl']:.2f} × the memory growth"
     )
     print(
-        f"  a step costs {middle['limbeck'] / statistics.median(parts):.3f} × its parts measured alone "
-        "(teacher forward + student forward and backward with the fused loss + optimizer); "
-        f"{sum(waited) / sum(seconds['limbeck']):.2%} of it is waiting for data"
+        f"  a step takes {middle['limbeck'] / statistics.median(parts):.3f} × the time of its parts measured alone "
+        "(teacher forward, student forward and backward with the fused loss, optimizer); "
+        f"{sum(waited) / sum(seconds['limbeck']):.2%} of it is spent waiting for data"
     )
 
 

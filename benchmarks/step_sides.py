@@ -1,4 +1,6 @@
-"""The two programs that step.py compares. Each reads a line, takes one training step, and prints the seconds."""
+"""The two programs that step.py compares. Each reads requests from stdin, takes one training step per request, and prints the
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,7 @@ def send(**values: float) -> None:
 
 
 def turns():
-    """Yield each request but ``memory``, which is handled here."""
+    """Yield every request except ``memory``, which is handled here."""
     before = resident_mb()
     send(ready=1)
     for line in sys.stdin:
@@ -47,7 +49,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
     step = loop.train_step
 
     def parts(run: Run) -> float:
-        """The same work as a step, each part timed alone, with nothing around it."""
+        """The work of a step, each part measured alone."""
         batch = run.source.next(0)
         (micro,) = batch.micro_batches
         begun = time.perf_counter()
@@ -81,7 +83,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
         sequence_length=256, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
-        distill_on_prompt=True, compile_loss=True,  # as any run of a few hundred such steps does by itself
+        distill_on_prompt=True, compile_loss=True,  # as ``auto`` decides for a run of a few hundred such steps
         student={
             "model_args": {"dtype": dtype, "disable_gradient_checkpointing": True},
             "training_args": training,
@@ -113,7 +115,7 @@ def trl(folder: Path, dtype: str, steps: int) -> None:
                 for part in ids.split(4) * (steps // 16 + 1)
             ]  # fmt: skip
 
-    class ColocatedOffload(TrainerCallback):
+    class TimedSteps(TrainerCallback):
         requests = None
 
         def on_step_begin(self, *args, **kwargs):
@@ -134,7 +136,7 @@ def trl(folder: Path, dtype: str, steps: int) -> None:
     messages = [{"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}]}] * 8
     trainer = SameBatches(
         model=load("student"), teacher_model=load("teacher"), args=config, processing_class=tokenizer,
-        train_dataset=Dataset.from_list(messages), callbacks=[ColocatedOffload()],
+        train_dataset=Dataset.from_list(messages), callbacks=[TimedSteps()],
     )  # fmt: skip
     trainer.train()
 

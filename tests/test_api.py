@@ -1,4 +1,4 @@
-"""``limbeck.distill``: one call from Python, with the same checks as a file."""
+"""``limbeck.distill``."""
 
 import json
 
@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from limbeck import LimbeckError, distill
 
 
-def test_one_call_distils_rows_in_memory(tmp_path):
+def test_distill_takes_rows_as_dicts(tmp_path):
     result = distill(
         make_model(tmp_path / "student"),
         make_model(tmp_path / "teacher", hidden=48, seed=1),
@@ -28,7 +28,7 @@ def test_one_call_distils_rows_in_memory(tmp_path):
     AutoModelForCausalLM.from_pretrained(result.student)
 
 
-def test_without_a_teacher_it_trains_on_the_answers(tmp_path):
+def test_distill_without_a_teacher_trains_with_cross_entropy(tmp_path):
     result = distill(
         make_model(tmp_path / "student"), None, rows(16), output_dir=str(tmp_path / "out"), max_steps=1, sequence_length=64,
         per_device_train_batch_size=8,
@@ -36,7 +36,7 @@ def test_without_a_teacher_it_trains_on_the_answers(tmp_path):
     assert "train/train_distill_loss" not in result.metrics
 
 
-def test_mistakes_are_told_by_name(tmp_path):
+def test_errors_name_the_argument(tmp_path):
     with pytest.raises(LimbeckError, match="max_step "):
         distill(tmp_path, tmp_path, rows(4), max_step=3)
     with pytest.raises(LimbeckError, match="is empty"):

@@ -53,7 +53,7 @@ def test_train_then_report(run_file, tmp_path, capsys):
     assert "<svg" in (out / "report.html").read_text()
 
 
-def test_a_mistake_is_printed_to_stderr_with_status_two(run_file, capsys):
+def test_an_error_is_printed_to_stderr_with_status_two(run_file, capsys):
     assert main(["train", str(run_file), "student.training_args.learning_rat=1"]) == 2
     text = capsys.readouterr().err
     assert "student.training_args.learning_rat" in text
@@ -68,7 +68,7 @@ def test_data_show_prints_the_tokens_of_a_row(run_file, capsys):
     assert "prompt    ‹<|system|>›:" in text
     assert "reads the same tokens" in text
     assert main(["data", "show", str(run_file), "cross_tokenizer=hybrid"]) == 0
-    assert "learned tokens face" in capsys.readouterr().out
+    assert "learned tokens are aligned with" in capsys.readouterr().out
     assert main(["data", "show", str(run_file), "--row", "3000"]) == 2
     assert "--row 3000 does not exist" in capsys.readouterr().err
     with pytest.raises(SystemExit):

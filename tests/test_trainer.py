@@ -1,4 +1,4 @@
-"""The Trainer subclass trains, saves a plain student, and its loss is the fused loss."""
+"""``DistillTrainer``: training, saving, resuming, and the value of its loss."""
 
 import torch
 from tiny import make_model, make_tokenizer, rows
@@ -32,7 +32,7 @@ def trainer(tmp_path, **changes):
     )  # fmt: skip
 
 
-def test_it_trains_saves_a_plain_student_and_resumes(tmp_path):
+def test_it_trains_saves_the_student_only_and_resumes(tmp_path):
     run = trainer(tmp_path)
     before = run.evaluate()["eval_loss"]
     run.train()
@@ -47,7 +47,7 @@ def test_it_trains_saves_a_plain_student_and_resumes(tmp_path):
         torch.testing.assert_close(resumed._student.state_dict()[name], tensor, rtol=0, atol=1e-7)
 
 
-def test_its_loss_is_the_definition_whatever_the_accumulation(tmp_path):
+def test_its_loss_equals_the_definition_with_any_accumulation(tmp_path):
     run = trainer(tmp_path)
     batch = collate(dataset()[:8])
     keep = batch["labels"][:, 1:] != -100
@@ -65,7 +65,7 @@ def test_its_loss_is_the_definition_whatever_the_accumulation(tmp_path):
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
 
 
-def test_the_trainers_own_arguments_reach_the_student(tmp_path):
+def test_the_arguments_of_the_trainer_apply_to_the_student(tmp_path):
     run = trainer(
         tmp_path, gradient_checkpointing=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3,
         metric_for_best_model="loss",

@@ -1,6 +1,6 @@
-"""Limbeck distils large language models: a teacher, a student and a file of data go in, a better student comes out.
+"""Distillation of large language models.
 
-Names are imported when they are first used, so that ``import limbeck`` and ``limbeck --help`` cost nothing.
+Names are imported on first use, so that ``import limbeck`` and ``limbeck --help`` are fast.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m limbeck``."""
+"""Runs the command ``limbeck`` as ``python -m limbeck``."""
 
 import sys
 

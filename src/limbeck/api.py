@@ -1,4 +1,4 @@
-"""``limbeck.distill``: a run from Python in one call."""
+"""``limbeck.distill``: a whole run in one call from Python."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SECTIONS = (
     ("student.model_args.", StudentModelArgs),
     ("student.data_args.", DataArgs),
 )
-_OF_BOTH = ("dtype", "attn_implementation")  # without a path, a precision is meant for the whole run
+_OF_BOTH = ("dtype", "attn_implementation")  # without a path, these are set for both models
 
 
 def distill(
@@ -33,18 +33,26 @@ def distill(
     data: str | Path | Sequence[str | Path] | Sequence[Mapping[str, Any]],
     **overrides: Any,
 ) -> RunResult:
-    """Distil ``teacher`` into ``student`` on ``data``; ``result.student`` is the folder of the better student.
+    """Distil ``teacher`` into ``student`` on ``data``.
 
-    student, teacher: checkpoint folders or hub names; teacher None trains on the answers alone. data: a file, several files,
-    or the rows themselves as dicts. Everything else is a key of ``DistillConfig``, by its own name (``max_steps=200``,
-    ``learning_rate=1e-4``: the student's sections are searched; ``dtype`` and ``attn_implementation`` are set for both
-    models) or by its path (``**{"teacher.model_args.dtype": "bf16"}``). Raises LimbeckError with a line for each mistake.
+    Args:
+        student: folder or hub id of the checkpoint that the student starts from.
+        teacher: folder or hub id of the teacher; None trains with cross-entropy only.
+        data: a file, several files, or the rows as dicts.
+        overrides: keys of ``DistillConfig``, by name (``max_steps=200``; the sections of the student are searched) or by
+            path (``**{"teacher.model_args.dtype": "bf16"}``). ``dtype`` and ``attn_implementation`` are set for both models.
+
+    Returns:
+        The result of the run; ``result.student`` is the folder of the trained student.
+
+    Raises:
+        LimbeckError: with one line per mistake.
     """
     for name, model in (("student", student), ("teacher", teacher)):
         if not isinstance(model, str | Path | None):
             raise LimbeckError(
-                f"distill({name}=…) takes a checkpoint's folder or hub id, not a {type(model).__name__}; save it first, or use "
-                "DistillTrainer, which takes models."
+                f"distill({name}=…) takes the folder or the hub id of a checkpoint, not a {type(model).__name__}; save the "
+                "model, or use DistillTrainer, which takes models."
             )
     values: dict[str, Any] = {}
     _set(values, "student_pretrain", str(student))
@@ -84,7 +92,7 @@ def _files(data: Any, output_dir: Path) -> list[str]:
     if not isinstance(given[0], Mapping):
         return [str(file) for file in given]
     text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in given)
-    # Named by content and put in place whole: another call, or another rank of this one, never finds other rows under it.
+    # Named by its content and renamed when complete: other calls and other ranks never find other rows under the name.
     path = output_dir / f"rows-{hashlib.sha256(text.encode()).hexdigest()[:12]}.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The command ``limbeck``. Each command parses its arguments and calls one function, which imports what it needs."""
+"""The command ``limbeck``. Each subcommand parses its arguments and calls one function, which imports what it needs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ _STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status. A LimbeckError is printed to stderr without a traceback; its status is 2."""
+    """Run a command.
+
+    A LimbeckError is printed to stderr without a traceback.
+
+    Returns:
+        The exit status: 0, 2 after a LimbeckError, or 128 + the number of a signal.
+    """
     parser = _parser()
     args, rest = parser.parse_known_args(arguments)
     if rest and hasattr(args, "overrides") and all(_is_override(argument) for argument in rest):
@@ -43,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # as in `limbeck data show … | head`; the interpreter must not flush into the pipe either
+    except BrokenPipeError:  # `limbeck data show … | head`; at exit, the interpreter would flush into the closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
@@ -53,17 +59,17 @@ def _is_override(argument: str) -> bool:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="limbeck", description="Distil a large language model into a small one.")
+    parser = argparse.ArgumentParser(prog="limbeck", description="Distil large language models.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="distil a student as a configuration describes")
     _add_config_arguments(train)
     train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides, args.dialect))
 
-    serve = commands.add_parser("serve-teacher", help="keep a teacher loaded for several runs, until Ctrl-C")
+    serve = commands.add_parser("serve-teacher", help="load a teacher once for several runs, until Ctrl-C")
     _add_config_arguments(serve, "YAML file of one of the runs")
     serve.add_argument(
-        "--name", help="the name that runs set as teacher.service; default teacher.service, else teacher"
+        "--name", help="name that runs set as teacher.service; default: teacher.service of the file, else teacher"
     )
     serve.set_defaults(run=_serve_teacher)
 
@@ -75,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
 
     config = commands.add_parser("config", help="print a configuration with all defaults and the origin of each value")
     _add_config_arguments(config, optional=True)
-    config.add_argument("--schema", action="store_true", help="print the documentation of every key instead")
+    config.add_argument("--schema", action="store_true", help="print the documentation of every key")
     config.set_defaults(run=_config)
 
     data = commands.add_parser("data", help="inspect or tokenize the training data")
@@ -92,22 +98,24 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="estimate memory, traffic and time of a run on GPUs")
     _add_config_arguments(plan)
-    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines; default 1")
-    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="GPUs of each machine; default 8")
-    plan.add_argument("--gpu", default="H100", help="type of GPU, such as H100, H200, A100, L40S or B200")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N", help="number of machines; default: 1")
+    plan.add_argument("--gpus-per-node", type=int, default=8, metavar="M", help="GPUs of each machine; default: 8")
+    plan.add_argument(
+        "--gpu", default="H100", help="type of GPU, such as H100, H200, A100, L40S or B200; default: H100"
+    )
     plan.add_argument("--json", action="store_true", help="print JSON with bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
     demo = commands.add_parser("demo", help="compare training with and without a teacher on a small example")
-    demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="output folder")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="output folder; default: limbeck-demo")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the problems and the weights; default: 0")
     demo.set_defaults(run=_demo)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several runs are compared"
     )
-    report.add_argument("--output", type=Path, help="file to write; default RUN/report.html")
+    report.add_argument("--output", type=Path, help="file to write; default: report.html in the first RUN")
     report.set_defaults(run=_report)
     return parser
 
@@ -115,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_config_arguments(
     parser: argparse.ArgumentParser, description: str = "YAML file", *, optional: bool = False
 ) -> None:
-    """The arguments that choose a configuration; ``_load`` reads them."""
+    """Add the arguments that select a configuration; ``_load`` reads them."""
     if optional:
         parser.add_argument("config", type=Path, nargs="?", help=description)
     else:
@@ -127,9 +135,12 @@ def _add_config_arguments(
 
 
 def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
-    """Run the pipeline that a YAML file describes; the one function behind every front door. Returns the exit status.
+    """Run the distillation that a YAML file describes. All entry points call this function.
 
-    A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun already has.
+    A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun has started them.
+
+    Returns:
+        The exit status.
     """
     from limbeck.config import load_config
 
@@ -139,25 +150,25 @@ def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str 
     if main_process and not os.environ.get(_STARTED_HERE):
         for notice in loaded.notices:
             print(f"note: {notice}", file=sys.stderr)
-    os.environ.update(config.environment)  # before torch is imported, which reads some of it once
+    os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
     devices = config.device_mapping or []
     launched = "WORLD_SIZE" in os.environ
     if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices):
         raise LimbeckError(
             f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
-            "processes; start as many, or leave device_mapping out."
+            f"processes; start {len(devices)} processes, or remove device_mapping."
         )
     if config.needs_worker_groups and launched:
         raise LimbeckError(
-            "the teacher is a service, or has other devices than the student, so Ray starts the processes; run plain "
-            "`limbeck train` instead of a launcher."
+            "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
+            "launcher."
         )
     if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
         return _train_on_cluster(config)
     if len(devices) > 1 and not launched:
         options = [] if dialect is None else ["--dialect", dialect]
         return _launch(len(devices), config_file, [*options, *overrides])
-    if devices and config.num_nodes == 1:  # on several machines each process takes the GPU of its local rank
+    if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     from limbeck.train.loop import DistillPipeline
@@ -200,7 +211,7 @@ def _cluster_check(args: argparse.Namespace) -> int:
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
-    """Load the configuration that the command line names and set its environment variables."""
+    """Load the configuration of the command line and set its environment variables."""
     from limbeck.config import load_config
 
     loaded = load_config(args.config, args.overrides, args.dialect)
@@ -216,7 +227,7 @@ def _load_and_print_notices(args: argparse.Namespace) -> DistillConfig:
 
 
 def _visible(devices: Sequence[int], allowed: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES under which ``devices`` count from 0, inside what a scheduler ``allowed``."""
+    """The value of CUDA_VISIBLE_DEVICES for ``devices``, which are indices within its present value ``allowed``."""
     if allowed is None:
         return ",".join(map(str, devices))
     names = [name.strip() for name in allowed.split(",") if name.strip()]
@@ -229,7 +240,11 @@ def _visible(devices: Sequence[int], allowed: str | None) -> str:
 
 
 def _launch(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
-    """Run this command once per rank on this machine. When one fails the others are stopped; the worst status is returned."""
+    """Run ``limbeck train`` once per rank on this machine. If one process fails, the others are terminated.
+
+    Returns:
+        The exit status of the first rank that failed, else 0.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -252,7 +267,7 @@ def _launch(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
         before = signal.signal(signal.SIGTERM, pass_on)
         _wait(processes)
         signal.signal(signal.SIGTERM, before)
-        # What the others say after the main rank's sentence is only that it is gone.
+        # After an error of the main rank, the errors of the others only report that it has ended.
         if processes[0].returncode != USER_MISTAKE and any(process.returncode for process in processes):
             others.seek(0)
             sys.stderr.write("".join(others.readlines()[-40:]))
@@ -265,9 +280,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     while any(process.poll() is None for process in processes):
         try:
             time.sleep(0.2)
-            # A rank that stopped as it was asked to has company in that; any other end but a good one ends the rest.
+            # After a stop signal all ranks end by themselves. If one fails, the others would wait for it.
             if any(process.poll() not in (None, 0, *_STOPPED) for process in processes):
-                # The main rank may be the one with something to say; give it a moment before it is stopped too.
+                # The error may be the main rank's: leave it time to print it before it is terminated too.
                 time.sleep(2)
                 for process in processes:
                     process.terminate()
@@ -277,7 +292,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
                     process.kill()
                     process.wait()
         except KeyboardInterrupt:
-            continue  # the processes have had the same Ctrl-C and are saving
+            continue  # the processes have received the same Ctrl-C and save a checkpoint
 
 
 def _config(args: argparse.Namespace) -> int:
@@ -287,9 +302,9 @@ def _config(args: argparse.Namespace) -> int:
         print(render_schema())
         return 0
     if args.config is None:
-        raise LimbeckError("limbeck config needs a YAML file, or --schema.")
+        raise LimbeckError("limbeck config needs an argument; give a YAML file, or --schema.")
     loaded = _load(args)
-    if loaded.config.kd_objective_kwargs:  # only the divergence can check them
+    if loaded.config.kd_objective_kwargs:  # checked by the divergence itself
         import torch
 
         from limbeck.train.build.objective import make_objective
@@ -320,7 +335,7 @@ def _data_show(args: argparse.Namespace) -> int:
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
     sources = [named_source(config, args.file)] if args.file else training_sources(config)
     if args.row < 0:
-        raise LimbeckError(f"--row {args.row} is not a row index; rows are counted from 0.")
+        raise LimbeckError(f"--row {args.row} is negative; give the index of a row, from 0.")
     found = find_row(sources, args.row, encoder)
     teacher = translator = None
     if config.has_teacher and config.cross_tokenizer == "off":

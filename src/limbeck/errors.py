@@ -1,12 +1,17 @@
-"""The exceptions that a user is meant to read: a sentence saying what is wrong, where, and what to do."""
+"""Exceptions whose messages are written for users: what is wrong, where, and what to do."""
 
 
 class LimbeckError(Exception):
-    """A mistake in the input or the environment, told in one sentence. The command line prints it without a traceback."""
+    """An error in the input or the environment. The command line prints its message without a traceback."""
 
 
 class Stopped(LimbeckError):
-    """A run was asked to stop before it had a result. signal: which signal asked."""
+    """A signal stopped a run before it had a result.
+
+    Args:
+        sentence: the message.
+        signal: number of the signal.
+    """
 
     def __init__(self, sentence: str, signal: int) -> None:
         super().__init__(sentence)

@@ -1,4 +1,4 @@
-"""Checks names of checkpoints: local folders, or names on the hub."""
+"""Checks the names of checkpoints: local folders, or ids on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from limbeck.errors import LimbeckError
 
 
 def check_folder(name: str | None, role: str, holds: str | None = None) -> None:
-    """Raises LimbeckError if ``name`` can only be a folder that does not exist, or is a folder without the file ``holds``.
+    """Check that a local folder exists. ``name`` and ``owner/name`` may be hub ids, which are not checked.
 
-    ``name`` and ``owner/name`` may be hub names, which are not checked here.
+    Args:
+        name: folder or hub id; None is not checked.
+        role: what is loaded from it, for error messages.
+        holds: name of a file that the folder must contain.
+
+    Raises:
+        LimbeckError: if ``name`` can only be a folder and does not exist, or if the folder has no file ``holds``.
     """
     if name is None:
         return

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run after the current step; a second Ctrl-C stops it at once."""
+"""Stops a run after the current step on Ctrl-C or SIGTERM, and immediately on a second Ctrl-C."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from types import FrameType
 
 
 class StopRequest:
-    """The signal that has arrived, or 0. polls: number of calls of ``poll``, which a loop makes after every step."""
+    """The number of the signal that this process has received.
+
+    Attributes:
+        signal: its number, or 0.
+        polls: number of calls of ``poll``, which a training loop makes after every step.
+    """
 
     def __init__(self) -> None:
         self.signal = self.polls = 0
 
     def poll(self) -> int:
-        """The signal, or 0."""
+        """The number of the received signal, or 0."""
         self.polls += 1
         return self.signal
 
@@ -28,7 +33,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Catch SIGINT and SIGTERM inside the block; outside the main thread, where Python cannot, nothing is caught."""
+    """Catch SIGINT and SIGTERM within the block. Outside the main thread, where Python cannot, nothing is caught."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request

@@ -1,8 +1,7 @@
-"""A ``transformers.Trainer`` whose loss is distillation, for those who live there.
+"""A ``transformers.Trainer`` with a teacher.
 
-Everything else (arguments, callbacks, logging, ``accelerate``) is the Trainer's own. The student is wrapped together
-with the loss, so that data-parallel wrappers see one module whose forward ends in the loss; what is saved is the
-student alone.
+Arguments, callbacks, logging and ``accelerate`` are those of the Trainer. The student is wrapped together with the loss,
+so that data-parallel wrappers see one module whose forward pass ends in the loss. Only the student is saved.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from limbeck.teachers import LocalTeacher
 from limbeck.train.student import LossSettings, StudentWithLoss, TrainInput
 
 try:
-    import accelerate  # noqa: F401  (the Trainer says the same far less clearly)
+    import accelerate  # noqa: F401  (for a clear error message)
     from transformers import Trainer
 except ImportError as error:
     raise LimbeckError("limbeck.DistillTrainer needs accelerate; pip install 'limbeck[trainer]'.") from error
 
 
 class _Distilled(nn.Module):
-    """Student and teacher behind the Trainer's calling convention: keyword tensors in, a dict with ``loss`` out."""
+    """Student and teacher with the Trainer's calling convention: takes keyword tensors, returns a dict with ``loss``."""
 
     def __init__(self, student: StudentWithLoss, teacher: LocalTeacher | None) -> None:
         super().__init__()
         self.student = student
         self.config = student.model.config
-        # In a tuple, so not a submodule: a frozen teacher is neither trained, nor saved, nor moved twice.
+        # In a tuple, so that it is not a submodule: the frozen teacher must not be trained, saved or moved by the Trainer.
         self._teacher = (teacher,)
 
     def __getattr__(self, name: str) -> Any:
@@ -46,7 +45,13 @@ class _Distilled(nn.Module):
     def forward(
         self, input_ids: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **ignored: Any
     ) -> dict[str, Tensor]:
-        """The loss over ``num_items_in_batch`` supervised tokens (default: this batch's own)."""
+        """The loss of a batch.
+
+        Args:
+            input_ids: [batch, time], padded on the right.
+            labels: [batch, time], not shifted; −100 is ignored.
+            num_items_in_batch: number of supervised tokens that the loss is divided by; by default those of this batch.
+        """
         shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE)
         batch = Batch.of(input_ids, shifted, None, input_ids.numel())
         (teacher,) = self._teacher
@@ -56,13 +61,19 @@ class _Distilled(nn.Module):
 
 
 class DistillTrainer(Trainer):
-    """``Trainer(model=student, …)`` with a teacher.
+    """A ``Trainer`` that distils ``teacher`` into ``model``.
 
-    teacher: a causal language model with the student's tokenizer, or None for cross-entropy alone. objective,
-    kd_weight, temperature, teacher_temperature, temperature_squared, topk and ``parameters`` (alpha, skew, beta of the
-    divergence) are those of ``Objective.of``. Batches hold ``input_ids`` and unshifted ``labels`` (−100 where nothing
-    is learned), right-padded. The loss is divided once by the supervised tokens of the whole step, over accumulation
-    and processes, as the Trainer counts them. Logits are never formed, so ``compute_metrics`` sees none.
+    Batches have right-padded ``input_ids`` and ``labels`` [batch, time]; labels are not shifted, and −100 is ignored. The
+    loss is divided by the number of supervised tokens of the whole step, over gradient accumulation and processes. Logits
+    are not computed, so ``compute_metrics`` does not receive any.
+
+    Args:
+        model: the student.
+        teacher: a causal language model with the student's tokenizer; None trains with cross-entropy only.
+        objective, kd_weight, temperature, teacher_temperature, topk: as in ``Objective.of``.
+        temperature_squared: multiply the divergence by the squared temperature.
+        parameters: of the divergence, such as alpha, skew or beta.
+        args, kwargs: arguments of ``Trainer``.
     """
 
     def __init__(

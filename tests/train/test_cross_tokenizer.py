@@ -1,4 +1,4 @@
-"""A student learns from a teacher that cuts text in another way."""
+"""Runs with a teacher that has another tokenizer."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from limbeck import DistillPipeline, LimbeckError
 
 
 def make_other_tokenizer(folder: Path) -> None:
-    """SentencePiece-like: blanks as ▁, single bytes for what it lacks, a beginning token, and other special tokens."""
+    """Like SentencePiece: spaces as ▁, byte fallback, a beginning-of-sequence token, and other special tokens."""
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     backend.decoder = dec.Sequence([dec.Replace("▁", " "), dec.ByteFallback(), dec.Fuse(), dec.Strip(" ", 1, 0)])
@@ -34,9 +34,9 @@ def make_other_tokenizer(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def stranger(tmp_path_factory) -> Path:
-    """A teacher with a tokenizer of its own."""
+    """A teacher with another tokenizer."""
     folder = tmp_path_factory.mktemp("stranger")
-    # Of a Qwen2 checkpoint transformers would make a Qwen2 tokenizer, whatever the files say.
+    # For a Qwen2 checkpoint, transformers would create a Qwen2 tokenizer regardless of the files.
     make_model(folder / "teacher", kind="mistral", hidden=48, layers=3, seed=1, vocab_size=340, eos_token_id=2)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         (folder / "teacher" / name).unlink()
@@ -60,7 +60,7 @@ def lines(folder: Path, key: str) -> list[float]:
     {"cross_tokenizer": "hybrid", "student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"},
         {"cross_tokenizer": "uld"},
 ], ids=["hybrid", "packed", "bf16", "uld"])  # fmt: skip
-def test_the_student_comes_closer_to_a_teacher_with_another_tokenizer(configure, cross, changes):
+def test_distillation_from_a_teacher_with_another_tokenizer_reduces_the_divergence(configure, cross, changes):
     packed = "student.use_sequence_packing" in changes
     batch = {"student.training_args.per_device_train_batch_size": 2} if packed else {}
     config = configure(**{**cross, **changes, **batch, "max_steps": 40, "save_steps": 0, "eval_steps": 10,
@@ -85,7 +85,7 @@ def test_resume_is_bit_exact(configure, cross, tmp_path):
     assert_same_weights(tmp_path / "through" / "student", tmp_path / "broken" / "student")
 
 
-def test_any_cut_into_micro_batches_gives_the_same_gradient(configure, cross, tmp_path):
+def test_any_split_into_micro_batches_gives_the_same_gradient(configure, cross, tmp_path):
     norms = []
     for name, rows_each, times in (("one", 8, 1), ("four", 2, 4)):
         config = configure(**{
@@ -99,7 +99,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(configure, cross, tm
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_with_equal_tokenizers_the_run_is_the_ordinary_one(configure, tmp_path):
+def test_with_equal_tokenizers_the_losses_are_those_of_an_ordinary_run(configure, tmp_path):
     for name, kind in (("off", "off"), ("hybrid", "hybrid")):
         DistillPipeline(configure(output_dir=str(tmp_path / name), cross_tokenizer=kind)).run()
     for key in ("train/loss", "train/train_distill_loss", "train/top1_agreement", "val/loss", "student/grad_norm"):
@@ -107,24 +107,24 @@ def test_with_equal_tokenizers_the_run_is_the_ordinary_one(configure, tmp_path):
     assert set(lines(tmp_path / "hybrid", "train/aligned_share")) == {1.0}
 
 
-def test_another_tokenizer_is_refused_until_it_is_asked_for(configure, cross):
+def test_another_tokenizer_is_an_error_without_cross_tokenizer(configure, cross):
     with pytest.raises(LimbeckError, match=r"differ in \d+ of \d+ ids .* or set cross_tokenizer: hybrid"):
         DistillPipeline(configure(**{**cross, "cross_tokenizer": "off"})).run()
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"logits_topk": 8}, "logits_topk cannot be combined with cross_tokenizer"),
         ({"teacher_pretrain": None, "distill_loss_weight": 0.0}, "needs the teacher's tokenizer; set teacher_pretrain"),
     ],
 )
-def test_what_does_not_go_together_is_told_at_once(configure, cross, changes, said):
-    with pytest.raises(LimbeckError, match=said):
+def test_unsupported_combinations_are_an_error(configure, cross, changes, message):
+    with pytest.raises(LimbeckError, match=message):
         configure(**{**cross, **changes})
 
 
-def test_a_teacher_with_too_few_positions_answers_what_it_can_read(configure, cross):
+def test_rows_beyond_the_positions_of_the_teacher_are_distilled_as_far_as_it_can_read(configure, cross):
     config = configure(
         **cross, **{"max_steps": 2, "teacher.model_args.model_config_kwargs": {"max_position_embeddings": 34}}
     )

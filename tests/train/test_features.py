@@ -1,4 +1,4 @@
-"""Runs with intermediate features: the loss is its definition, any split gives the same, and projections stay with the run."""
+"""Runs with intermediate features: the value of the loss, splits into micro-batches and ranks, and projections."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ TOTAL = "train/features/total"
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> str:
-    """A teacher of the student's width."""
+    """A teacher of the same width as the student."""
     return str(make_model(tmp_path_factory.mktemp("wide") / "teacher", layers=4, seed=3))
 
 
@@ -43,7 +43,7 @@ def first_batch(config, assets, packing=False):
 
 
 def states(folder, batch):
-    """[batch, time, width] after each layer, and after the norm in the last place."""
+    """[batch, time, width] after each layer, and after the final norm."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         return model(
@@ -53,7 +53,7 @@ def states(folder, batch):
 
 @pytest.mark.parametrize("mask", ["tokens", "supervised"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_the_first_loss_is_its_definition_on_unwrapped_models(configure, assets, wide, mask, packing):
+def test_the_first_loss_equals_that_of_the_unwrapped_models(configure, assets, wide, mask, packing):
     config = configure(
         teacher_pretrain=wide, max_steps=1, eval_steps=0,
         **{"features.pairs": [["model.layers.0", "model.layers.1", "mse"], ["model.norm", "model.norm"]],
@@ -81,7 +81,7 @@ def test_the_first_loss_is_its_definition_on_unwrapped_models(configure, assets,
     assert found["train/loss"] == pytest.approx(logits + 0.25 * found[TOTAL], rel=1e-5)
 
 
-def test_the_student_comes_closer_to_the_teachers_inside(configure):
+def test_training_reduces_the_feature_loss(configure):
     config = configure(max_steps=40, eval_steps=0, save_steps=0, distill_loss_weight=0.0, **{"features.pairs": PAIRS})
     DistillPipeline(config).run()
     totals = metrics(Path(config.output_dir), TOTAL)
@@ -89,8 +89,8 @@ def test_the_student_comes_closer_to_the_teachers_inside(configure):
 
 
 @pytest.mark.parametrize("mask", ["tokens", "supervised"])
-def test_validation_measures_what_training_does(configure, mask):
-    """All rows in one step that changes nothing, beside the same rows held out, in batches of other shapes."""
+def test_validation_loss_equals_training_loss_on_the_same_rows(configure, mask):
+    """All rows in one step with learning rate 0, and the same rows as validation data in batches of other shapes."""
     still = {"max_steps": 1, "eval_steps": 1, "student.training_args.learning_rate": 0, **rows(96)}
     found = DistillPipeline(configure(**still, **{"features.pairs": PAIRS, "features.mask": mask})).run().metrics
     assert found["val/loss"] == pytest.approx(found["train/loss"], rel=1e-5)
@@ -98,7 +98,7 @@ def test_validation_measures_what_training_does(configure, mask):
 
 
 @pytest.mark.parametrize("mask", ["tokens", "supervised"])
-def test_micro_batches_give_what_one_batch_gives(configure, tmp_path, mask):
+def test_micro_batches_give_the_losses_of_one_batch(configure, tmp_path, mask):
     changes = {"features.pairs": PAIRS, "features.mask": mask, "eval_steps": 6}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **changes)).run()
     DistillPipeline(configure(output_dir=str(tmp_path / "many"), **changes, **rows(2, 4))).run()
@@ -115,7 +115,7 @@ def test_micro_batches_give_what_one_batch_gives(configure, tmp_path, mask):
     ],
     ids=["fsdp2", "accumulated-recomputed-and-shared"],
 )  # fmt: skip
-def test_ranks_give_what_one_gives(configure, settings, tmp_path, changes, ranks):
+def test_several_ranks_give_the_losses_of_one(configure, settings, tmp_path, changes, ranks):
     common = {"features.pairs": PAIRS, **{key: value for key, value in changes.items() if key.startswith("features")}}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **common)).run()
     train(settings(output_dir=str(tmp_path / "many"), **{**changes, **common}), tmp_path, ranks)
@@ -148,7 +148,7 @@ def test_resume_is_bit_exact_and_projections_stay_out_of_the_student(configure, 
     AutoModelForCausalLM.from_pretrained(out / "student")
 
 
-def test_a_run_with_other_features_does_not_resume(configure):
+def test_resuming_with_other_features_is_an_error(configure):
     config = configure(**{"features.pairs": PAIRS})
     DistillPipeline(config).run()
     forget_after(Path(config.output_dir), 5)
@@ -156,7 +156,7 @@ def test_a_run_with_other_features_does_not_resume(configure):
         DistillPipeline(configure(resume_from_checkpoint=True)).run()
 
 
-def test_lora_trains_projections_beside_its_adapters(configure):
+def test_lora_trains_projections_and_adapters(configure):
     pytest.importorskip("peft")
     config = configure(
         max_steps=2, eval_steps=0, **{"features.pairs": PAIRS, "student.model_args.lora_target": "all-linear"}
@@ -184,7 +184,7 @@ MODELOPT = {
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_modelopts_file_runs_with_its_balance(configure, tmp_path, skip):
+def test_a_modelopt_file_trains_with_its_loss_balance(configure, tmp_path, skip):
     keys = {**MODELOPT, "skip_lm_loss": skip, "kd_loss_scale": 10.0, "logit_kl_temperature": 2.0}
     file = tmp_path / "kd.json"
     file.write_text(json.dumps(keys))
@@ -218,6 +218,6 @@ def test_modelopts_file_runs_with_its_balance(configure, tmp_path, skip):
         ),
     ],
 )
-def test_what_does_not_fit_the_models_is_one_sentence(configure, changes, sentence):
+def test_pairs_that_do_not_fit_the_models_are_an_error(configure, changes, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         DistillPipeline(configure(**changes)).run()

@@ -1,4 +1,4 @@
-"""The same run on a GPU. Nothing here runs without one."""
+"""Runs on GPUs. All tests need a GPU."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from limbeck.strategies.torch_engine import TorchEngine
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-def test_the_fused_loss_on_a_gpu_equals_the_cpus():
+def test_the_fused_loss_on_a_gpu_equals_that_on_a_cpu():
     torch.manual_seed(0)
     h_s, w_s, h_t, w_t = (torch.randn(*shape) for shape in ((300, 64), (1000, 64), (300, 96), (1000, 96)))
     labels = torch.randint(0, 1000, (300,))
@@ -30,7 +30,7 @@ def test_the_fused_loss_on_a_gpu_equals_the_cpus():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_run_on_a_gpu_learns_and_measures_itself(configure, dtype):
+def test_a_run_on_a_gpu_trains_and_reports_metrics(configure, dtype):
     config = configure(
         max_steps=20, distill_loss_weight=1.0, **{"student.model_args.dtype": dtype, "teacher.model_args.dtype": dtype}
     )
@@ -43,7 +43,7 @@ def test_a_run_on_a_gpu_learns_and_measures_itself(configure, dtype):
     assert 0 < train["system/peak_memory_gb"] < 10
 
 
-def test_a_student_that_left_the_gpu_goes_on_as_if_it_had_stayed():
+def test_offloading_and_reloading_a_student_does_not_change_its_training():
     def train(leaves: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.ReLU(), torch.nn.Linear(512, 64)).cuda()
@@ -66,7 +66,7 @@ def test_a_student_that_left_the_gpu_goes_on_as_if_it_had_stayed():
 @pytest.mark.parametrize(
     ("gpus", "stage", "offload"), [(1, 2, ["optimizer"]), (1, 3, ["optimizer", "param"]), (2, 2, []), (2, 3, [])]
 )
-def test_deepspeed_gives_the_losses_of_the_run_without(configure, settings, tmp_path, gpus, stage, offload):
+def test_deepspeed_gives_the_losses_of_fsdp2(configure, settings, tmp_path, gpus, stage, offload):
     pytest.importorskip("deepspeed")
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"needs {gpus} GPUs")

@@ -1,4 +1,4 @@
-"""A run from configuration to student: what it learns, saves, measures, and how it goes on after a stop."""
+"""Whole runs: what the student learns, what is saved and measured, and how a run resumes."""
 
 import json
 import math
@@ -52,8 +52,8 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_first_loss_is_that_of_the_models_own_logits(configure, assets):
-    """Cross-entropy and divergence, on the same shifted mask, from whole logits of unwrapped models."""
+def test_first_loss_equals_the_loss_of_the_whole_logits(configure, assets):
+    """Computes cross-entropy and divergence with one shifted mask from the logits of the unwrapped models."""
     config = configure(max_steps=1, kd_temperature=2.0, distill_loss_weight=0.3, kd_objective="reverse_kl")
     config = config.model_copy(update={"eval_steps": 0})
     files = list(config.student.data_args.file_name)
@@ -78,7 +78,7 @@ def test_first_loss_is_that_of_the_models_own_logits(configure, assets):
     assert result.metrics["train/loss"] == pytest.approx((0.7 * ce + 0.3 * kd).item(), rel=1e-4)
 
 
-def test_the_student_comes_closer_to_the_teacher_and_loads_anywhere(configure):
+def test_distillation_reduces_the_divergence_and_the_student_loads_with_transformers(configure):
     config = configure(max_steps=40, distill_loss_weight=1.0, save_steps=0, eval_steps=10)
     result = DistillPipeline(config).run()
     out = Path(config.output_dir)
@@ -92,7 +92,7 @@ def test_the_student_comes_closer_to_the_teacher_and_loads_anywhere(configure):
     assert model.generate(**prompt, max_new_tokens=3).shape[1] == prompt["input_ids"].shape[1] + 3
 
 
-def test_every_promised_metric_is_written(configure):
+def test_every_documented_metric_is_written(configure):
     config = configure(max_steps=2, track_with="tensorboard")
     DistillPipeline(config).run()
     metrics = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
@@ -158,7 +158,7 @@ def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_signal_saves_and_exits(settings, tmp_path, number):
+def test_a_stop_signal_saves_a_checkpoint_and_exits(settings, tmp_path, number):
     keys = settings(max_steps=100_000, save_steps=0, eval_steps=0)
     keys["student"]["training_args"]["num_train_epochs"] = 100_000
     keys.pop("validation")
@@ -172,7 +172,7 @@ def test_a_stop_signal_saves_and_exits(settings, tmp_path, number):
     assert find_damage(checkpoint) is None
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_whole_one_offered(configure):
+def test_a_damaged_checkpoint_is_an_error_that_names_an_intact_one(configure):
     config = configure()
     DistillPipeline(config).run()
     out = Path(config.output_dir)
@@ -187,8 +187,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_whole_one_offered(configure):
         DistillPipeline(configure(resume_from_checkpoint=str(out / "checkpoint-10"))).run()
 
 
-def test_old_checkpoints_go_and_the_best_stays(configure):
-    # A rate this high makes the student worse after a while, so that the best is not the last.
+def test_old_checkpoints_are_removed_except_the_best(configure):
+    # With such a high learning rate the student becomes worse after a while, so that the best is not the last.
     config = configure(max_steps=30, save_steps=3, max_ckpt_to_keep=2, **{"student.training_args.learning_rate": 0.2})
     DistillPipeline(config).run()
     out = Path(config.output_dir)
@@ -201,13 +201,13 @@ def test_old_checkpoints_go_and_the_best_stays(configure):
     assert (out / "student").resolve().name == "checkpoint-30"
 
 
-def test_epochs_may_be_fractional_and_the_shorter_limit_wins(configure, tmp_path):
+def test_epochs_may_be_fractional_and_the_shorter_limit_applies(configure, tmp_path):
     epochs = {"student.training_args.num_train_epochs": 0.5}  # 96 rows of 8 make 12 steps
     assert DistillPipeline(configure(**epochs, max_steps=100, output_dir=str(tmp_path / "a"))).run().step == 6
     assert DistillPipeline(configure(**epochs, max_steps=3, output_dir=str(tmp_path / "b"))).run().step == 3
 
 
-def test_accumulation_changes_nothing(configure, tmp_path):
+def test_accumulation_does_not_change_the_losses(configure, tmp_path):
     one = configure(max_grad_norm=0.0, output_dir=str(tmp_path / "one"))
     other = configure(
         max_grad_norm=0.0,
@@ -224,7 +224,7 @@ def test_accumulation_changes_nothing(configure, tmp_path):
         assert first == pytest.approx(second, rel=1e-5), key
 
 
-def test_dynamic_batches_change_nothing_either(configure, tmp_path):
+def test_dynamic_batches_do_not_change_the_losses(configure, tmp_path):
     runs = []
     for name, changes in (
         ("plain", {}),
@@ -236,7 +236,7 @@ def test_dynamic_batches_change_nothing_either(configure, tmp_path):
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
 
 
-def test_zero_clips_nothing_and_a_small_norm_clips(configure, tmp_path):
+def test_max_grad_norm_zero_does_not_clip(configure, tmp_path):
     free, clipped = (
         configure(max_grad_norm=norm, output_dir=str(tmp_path / str(norm)), max_steps=3, eval_steps=0)
         for norm in (0.0, 1e-6)
@@ -250,7 +250,7 @@ def test_zero_clips_nothing_and_a_small_norm_clips(configure, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_half_precision_learns_and_is_saved_as_asked(configure, dtype):
+def test_half_precision_trains_and_is_saved_in_the_configured_dtype(configure, dtype):
     config = configure(
         **{"student.model_args.dtype": dtype, "teacher.model_args.dtype": "bf16"}, max_steps=20, distill_loss_weight=1.0
     )
@@ -266,7 +266,7 @@ def test_half_precision_learns_and_is_saved_as_asked(configure, dtype):
     assert values[-1] < values[0]
 
 
-def test_lora_trains_adapters_only_and_saves_them_and_the_merged_student(configure, assets):
+def test_lora_trains_adapters_only_and_saves_adapter_and_merged_student(configure, assets):
     config = configure(**{"student.model_args.lora_target": "all-linear", "student.model_args.lora_rank": 4})
     DistillPipeline(config).run()
     out = Path(config.output_dir)
@@ -288,7 +288,7 @@ def test_lora_trains_adapters_only_and_saves_them_and_the_merged_student(configu
     assert lines(out, "train/loss") == first
 
 
-def test_frozen_parts_stay(configure, assets):
+def test_frozen_parameters_do_not_change(configure, assets):
     config = configure(**{"student.model_args.freeze_module_prefix": "model.embed_tokens,model.layers.0"}, max_steps=3)
     DistillPipeline(config).run()
     before, after = weights(assets / "student"), weights(Path(config.output_dir) / "student")
@@ -297,7 +297,7 @@ def test_frozen_parts_stay(configure, assets):
         assert torch.equal(before[name], after[name]) == frozen, name
 
 
-def test_a_student_from_a_configuration_alone(configure, assets, tmp_path):
+def test_a_student_is_initialised_from_a_configuration(configure, assets, tmp_path):
     changes = {
         "student.model_args.from_scratch": True,
         "student.model_args.model_config_kwargs": {"num_hidden_layers": 1},
@@ -308,7 +308,7 @@ def test_a_student_from_a_configuration_alone(configure, assets, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a" / "student").config.num_hidden_layers == 1
 
 
-def test_a_teacher_from_a_configuration_alone_speaks_the_students_tokens(configure, assets, tmp_path):
+def test_a_teacher_initialised_from_a_configuration_uses_the_students_tokenizer(configure, assets, tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(assets / "teacher").config.to_dict()
     changes = {
         "teacher_pretrain": None,
@@ -323,12 +323,12 @@ def test_a_teacher_from_a_configuration_alone_speaks_the_students_tokens(configu
 
 
 @pytest.mark.parametrize("padded", ["student", "teacher"])
-def test_a_padded_vocabulary_changes_no_number(configure, assets, tmp_path, padded):
+def test_a_padded_vocabulary_does_not_change_the_losses(configure, assets, tmp_path, padded):
     source = AutoModelForCausalLM.from_pretrained(assets / padded)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         source.resize_token_embeddings(source.config.vocab_size + 24, mean_resizing=False)
-        source.lm_head.weight.data[-24:].fill_(5.0)  # loud padding: any path that computes it shows
+        source.lm_head.weight.data[-24:].fill_(5.0)  # large logits, so that a loss that includes the padding differs
     source.save_pretrained(tmp_path / "padded")
     load_tokenizer(ModelSource(str(assets / padded))).save_pretrained(tmp_path / "padded")
     plain = configure(output_dir=str(tmp_path / "plain"), max_steps=4)
@@ -348,9 +348,9 @@ def test_a_padded_vocabulary_changes_no_number(configure, assets, tmp_path, padd
         ("phi", {}),  # a bias on the head
     ],
 )
-def test_heads_of_other_families_are_exact(configure, assets, tmp_path, kind, changes):
+def test_output_heads_of_other_model_families_are_supported(configure, assets, tmp_path, kind, changes):
     make_model(tmp_path / "odd", kind=kind, seed=2, **changes)
-    # transformers gives some families a normaliser of their own, whatever the tokenizer's file says.
+    # transformers replaces the normalizer of the tokenizer for some families.
     shared = str(assets / "teacher")
     config = configure(student_pretrain=str(tmp_path / "odd"), tokenizer=shared, max_steps=1, eval_steps=1)
     start_of = AutoModelForCausalLM.from_pretrained(tmp_path / "odd")
@@ -369,7 +369,7 @@ def test_heads_of_other_families_are_exact(configure, assets, tmp_path, kind, ch
     assert any(not torch.equal(a, b) for a, b in zip(start_of.parameters(), saved.parameters(), strict=True))
 
 
-def test_cross_entropy_alone_needs_no_teacher(configure, settings):
+def test_cross_entropy_needs_no_teacher(configure, settings):
     keys = settings(distill_loss_weight=0.0, max_steps=3)
     keys.pop("teacher_pretrain"), keys.pop("teacher")
     from limbeck.config import load_mapping
@@ -379,7 +379,7 @@ def test_cross_entropy_alone_needs_no_teacher(configure, settings):
     assert result.metrics["train/loss"] == result.metrics["train/train_student_loss"]
 
 
-def test_different_tokenizers_are_refused_before_training(configure, tmp_path, assets):
+def test_different_tokenizers_are_an_error_before_training(configure, tmp_path, assets):
     shutil.copytree(assets / "teacher", tmp_path / "other")
     text = json.loads((tmp_path / "other" / "tokenizer.json").read_text())
     vocab = text["model"]["vocab"]
@@ -391,7 +391,7 @@ def test_different_tokenizers_are_refused_before_training(configure, tmp_path, a
     assert not (tmp_path / "out").exists()
 
 
-def test_edited_manifests_are_refused_and_torn_ones_are_nobodys_best(configure):
+def test_an_edited_manifest_is_an_error_and_an_unreadable_one_is_never_the_best(configure):
     DistillPipeline(configure(max_steps=4, save_steps=2, eval_steps=2)).run()
     out = Path(configure().output_dir)
     manifest = out / "checkpoint-4" / "manifest.json"
@@ -407,10 +407,10 @@ def test_edited_manifests_are_refused_and_torn_ones_are_nobodys_best(configure):
     assert best_checkpoint(out, "min") is None
 
 
-def test_going_on_from_an_older_checkpoint_does_not_mix_two_futures(configure):
+def test_resuming_from_an_older_checkpoint_needs_another_output_dir(configure):
     DistillPipeline(configure()).run()
     out = Path(configure().output_dir)
-    with pytest.raises(LimbeckError, match="also holds checkpoint-10, checkpoint-12"):
+    with pytest.raises(LimbeckError, match="also contains checkpoint-10, checkpoint-12"):
         DistillPipeline(configure(resume_from_checkpoint=str(out / "checkpoint-5"))).run()
     elsewhere = configure(resume_from_checkpoint=str(out / "checkpoint-5"), output_dir=str(out / "branch"))
     assert DistillPipeline(elsewhere).run().student == out / "branch" / "checkpoint-12"
@@ -418,14 +418,14 @@ def test_going_on_from_an_older_checkpoint_does_not_mix_two_futures(configure):
     assert (DistillPipeline(finished).run().student / "model.safetensors").is_file()
 
 
-def test_a_diverged_run_stops_with_a_sentence_and_saves_nothing(configure):
+def test_a_diverged_run_ends_with_an_error_and_saves_nothing(configure):
     config = configure(max_grad_norm=0.0, **{"student.training_args.learning_rate": 1e18})
     with pytest.raises(LimbeckError, match="the run has diverged"):
         DistillPipeline(config).run()
     assert not list_checkpoints(Path(config.output_dir))
 
 
-def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(configure, assets, tmp_path):
+def test_packing_is_an_error_for_a_model_that_cannot_separate_documents(configure, assets, tmp_path):
     make_model(tmp_path / "recurrent", kind="mamba", state_size=4)
     changes = {"student.use_sequence_packing": True, "student.training_args.per_device_train_batch_size": 2}
     student = {"student_pretrain": str(tmp_path / "recurrent"), "tokenizer": str(assets / "teacher")}
@@ -433,13 +433,13 @@ def test_a_model_that_cannot_keep_packed_rows_apart_is_refused(configure, assets
         DistillPipeline(configure(**changes, **student)).run()
 
 
-def test_rows_longer_than_the_model_are_refused(configure, tmp_path):
+def test_rows_longer_than_the_positions_of_the_model_are_an_error(configure, tmp_path):
     make_model(tmp_path / "short", max_position_embeddings=8)
     with pytest.raises(LimbeckError, match=r"longest row has \d+ tokens.*made for 8"):
         DistillPipeline(configure(student_pretrain=str(tmp_path / "short"))).run()
 
 
-def test_tied_ends_are_not_trained_apart(configure, tmp_path):
+def test_tied_embeddings_are_no_additional_target(configure, tmp_path):
     make_model(tmp_path / "tied", tie_word_embeddings=True)
     lora = {"student.model_args.lora_target": "q_proj", "student.model_args.additional_target": "embed_tokens,lm_head"}
     with pytest.raises(LimbeckError, match=r"additional_target names .* ties its"):
@@ -452,7 +452,7 @@ def test_tied_ends_are_not_trained_apart(configure, tmp_path):
     assert {tensor.dtype for tensor in masters.values()} == {torch.float32}
 
 
-def test_a_longer_schedule_is_entered_at_the_right_rate(configure):
+def test_a_resumed_run_uses_the_learning_rates_of_a_longer_schedule(configure):
     first = configure(max_steps=4, save_steps=0, eval_steps=0)
     DistillPipeline(first).run()
     longer = configure(max_steps=8, save_steps=0, eval_steps=0, resume_from_checkpoint=True)
@@ -461,7 +461,7 @@ def test_a_longer_schedule_is_entered_at_the_right_rate(configure):
     assert [rates[step] for step in range(5, 9)] == pytest.approx([1e-3 * (8 - step) / 8 for step in range(5, 9)])
 
 
-def test_edited_data_of_the_same_size_is_noticed_on_resume(configure, assets, tmp_path):
+def test_resuming_with_edited_data_of_the_same_size_is_an_error(configure, assets, tmp_path):
     copy = tmp_path / "rows.jsonl"
     shutil.copy(assets / "rows.jsonl", copy)
     changes = {"student.data_args.file_name": [str(copy)], "max_steps": 2, "eval_steps": 0}
@@ -471,14 +471,14 @@ def test_edited_data_of_the_same_size_is_noticed_on_resume(configure, assets, tm
         DistillPipeline(configure(**{**changes, "max_steps": 4}, resume_from_checkpoint=True)).run()
 
 
-def test_a_wrong_best_metric_is_told_before_anything_is_loaded(configure):
+def test_an_unknown_best_metric_is_an_error_before_anything_is_loaded(configure):
     with pytest.raises(LimbeckError, match=r"best_metric = 'val/accuracy' .*val/kd"):
         DistillPipeline(
             configure(**{"checkpoint_config.best_metric": "val/accuracy"}, student_pretrain="/nowhere")
         ).run()
 
 
-def test_secrets_stay_out_of_what_is_written(configure, monkeypatch):
+def test_values_of_system_envs_are_not_written(configure, monkeypatch):
     monkeypatch.delenv("MY_TOKEN", raising=False)
     config = configure(max_steps=1, eval_steps=0, system_envs={"MY_TOKEN": "s3cr3t"})
     DistillPipeline(config).run()
@@ -487,41 +487,41 @@ def test_secrets_stay_out_of_what_is_written(configure, monkeypatch):
         assert "s3cr3t" not in path.read_text(), path
 
 
-def test_no_validation_when_eval_steps_is_zero(configure):
+def test_eval_steps_zero_disables_validation(configure):
     result = DistillPipeline(configure(max_steps=2, eval_steps=0)).run()
     assert not [name for name in result.metrics if name.startswith("val/")]
 
 
-def test_python_refuses_a_mapping_that_needs_more_processes(configure):
+def test_a_device_mapping_of_more_devices_than_processes_is_an_error(configure):
     with pytest.raises(LimbeckError, match=r"names 2 devices, but this is one of 1 processes"):
         DistillPipeline(configure(**{"student.device_mapping": [0, 1]})).run()
 
 
-def test_a_new_run_never_mixes_with_an_earlier_one(configure):
+def test_an_output_dir_with_checkpoints_is_an_error_for_a_new_run(configure):
     DistillPipeline(configure(max_steps=1)).run()
-    with pytest.raises(LimbeckError, match="holds the checkpoints of an earlier run"):
+    with pytest.raises(LimbeckError, match="contains checkpoints of an earlier run"):
         DistillPipeline(configure(max_steps=2)).run()
 
 
-def test_an_unknown_tracker_is_refused_before_anything_is_loaded(configure):
+def test_an_unknown_tracker_is_an_error_before_anything_is_loaded(configure):
     with pytest.raises(LimbeckError, match="track_with = wand is not a known tracker"):
         DistillPipeline(configure(track_with="wand", student_pretrain="/nowhere")).run()
 
 
-def test_a_missing_model_is_one_sentence(configure, tmp_path):
+def test_a_missing_model_folder_is_an_error(configure, tmp_path):
     with pytest.raises(LimbeckError, match="there is no folder"):
         DistillPipeline(configure(teacher_pretrain=str(tmp_path / "nowhere"))).run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU trains with it")
-def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(configure, tmp_path):
+def test_flex_attention_on_a_cpu_runs_a_teacher_and_is_an_error_for_a_student(configure, tmp_path):
     packed = {
         "max_steps": 1,
         "student.use_sequence_packing": True,
         "student.training_args.per_device_train_batch_size": 2,
     }
     found = []
-    with torch.compiler.set_stance("force_eager"):  # compiling takes its time, and the mathematics are the same
+    with torch.compiler.set_stance("force_eager"):  # compiling is slow and does not change the result
         for kind in ("flex_attention", "sdpa"):
             out = tmp_path / kind
             changes = {"teacher.model_args.attn_implementation": kind, "output_dir": str(out)}
@@ -533,7 +533,7 @@ def test_flex_attention_serves_a_teacher_on_a_cpu_and_refuses_to_train_there(con
         DistillPipeline(config).run()
 
 
-def test_every_step_is_a_sign_of_life_whether_it_is_logged_or_not(configure):
+def test_stop_requests_are_polled_after_every_step(configure):
     request = StopRequest()
     config = configure(max_steps=3, logging_steps=100, save_steps=0, eval_steps=0)
     DistillPipeline(config).run_in(World(0, 1, torch.device("cpu")), Surroundings(stop=request))

@@ -1,4 +1,4 @@
-"""A mixture of sources through a whole run: its shares, its place in a checkpoint, and who may go on from there."""
+"""Whole runs on a mixture of sources: its shares, and resuming."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ PACKED = {
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Two sources of different formats and sizes, three parts to one, 40 of their 48 rows in an epoch."""
+    """Two sources of different formats and sizes with weights 3 and 1; 40 of their 48 rows are in an epoch."""
     first, second = tmp_path / "sums.jsonl", tmp_path / "chat.jsonl"
     sums = [{"question": f"What is {i} plus 1?", "answer": f"{i + 1}"} for i in range(36)]
     chat = [
@@ -52,7 +52,7 @@ def mixed(tmp_path):
 
 
 def rows_of(step, tokenizer) -> list[str]:
-    """What each row of a step teaches, in words."""
+    """The supervised text of each row of a step."""
     found = []
     for batch in step.micro_batches:
         if batch.documents is None:
@@ -63,7 +63,7 @@ def rows_of(step, tokenizer) -> list[str]:
 
 
 @pytest.mark.parametrize("packing", [{}, PACKED], ids=["rows", "packed"])
-def test_every_epoch_has_the_shares_that_were_asked(configure, mixed, packing):
+def test_every_epoch_has_the_configured_shares(configure, mixed, packing):
     # One row or pack in a step, so that no remainder is left over at the end of an epoch.
     config = configure(**mixed(3, 1), **{**packing, "student.training_args.per_device_train_batch_size": 1})
     world = World(0, 1, torch.device("cpu"))
@@ -84,7 +84,7 @@ def test_every_epoch_has_the_shares_that_were_asked(configure, mixed, packing):
 
 
 @pytest.mark.parametrize("packing", [{}, PACKED], ids=["rows", "packed"])
-def test_a_mixed_run_goes_on_exactly_and_only_with_its_own_mixture(configure, mixed, tmp_path, packing):
+def test_a_run_on_a_mixture_resumes_exactly_and_only_with_the_same_mixture(configure, mixed, tmp_path, packing):
     config = configure(**mixed(3, 1), **packing)
     DistillPipeline(config).run()
     out = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""Objectives as a run uses them: a divergence of the user's own, one with a schedule, and the teacher's most likely tokens."""
+"""Runs with a user-defined divergence, with the schedule of TAID, and with top-k."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,7 @@ def squared_gap(power: float = 2.0):
 """
 
 
-def test_a_divergence_from_a_users_file_trains_a_student(configure, tmp_path):
+def test_a_divergence_from_a_plugin_trains_a_student(configure, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(OWN)
     own = {"plugins": [str(file)], "kd_objective": "squared_gap", "max_steps": 2, "eval_steps": 0}
@@ -39,18 +39,18 @@ def test_a_divergence_from_a_users_file_trains_a_student(configure, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(None, "does not exist"), ("1/0", "ZeroDivisionError"), ("", "kd_objective = mine_own is not one")],
 )
-def test_a_users_file_that_does_not_serve_is_named(configure, tmp_path, content, said):
+def test_a_plugin_that_fails_is_an_error(configure, tmp_path, content, message):
     file = tmp_path / "mine.py"
     if content is not None:
         file.write_text(content)
-    with pytest.raises(LimbeckError, match=said):
+    with pytest.raises(LimbeckError, match=message):
         configure(plugins=[str(file)], kd_objective="mine_own")
 
 
-def test_taid_moves_and_resumes_exactly(configure, tmp_path):
+def test_taid_changes_with_the_steps_and_resumes_exactly(configure, tmp_path):
     changes = {
         "kd_objective": "taid", "kd_objective_kwargs": {"t_start": 0.2, "rate": 0.3, "momentum": 0.5}, "eval_steps": 0,
         "student.training_args.num_train_epochs": 9,
@@ -67,14 +67,14 @@ def test_taid_moves_and_resumes_exactly(configure, tmp_path):
         DistillPipeline(configure(**{**changes, "kd_objective_kwargs": {"speed": 1.0}, "output_dir": "x"})).run()
 
 
-def test_tops_and_their_tail_are_measured(configure):
+def test_topk_metrics_are_written(configure):
     changes = {"logits_topk": 5, "logits_topk_tail": "bucket", "max_steps": 2, "eval_steps": 0}
     found = DistillPipeline(configure(**changes)).run().metrics
     assert 0 < found["train/topk_mass"] < 1
     assert 0 <= found["train/topk_overlap"] <= 1
 
 
-def test_a_compiled_run_is_the_plain_run(configure, tmp_path):
+def test_a_compiled_run_gives_the_losses_of_an_eager_run(configure, tmp_path):
     found = [
         DistillPipeline(
             configure(compile_loss=compiled, max_steps=3, eval_steps=0, output_dir=str(tmp_path / str(compiled)))
@@ -86,7 +86,7 @@ def test_a_compiled_run_is_the_plain_run(configure, tmp_path):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5)
 
 
-def test_a_tracker_from_a_users_file_is_told_every_line(configure, tmp_path):
+def test_a_tracker_from_a_plugin_receives_every_line(configure, tmp_path):
     file = tmp_path / "tracker.py"
     file.write_text(
         """

@@ -1,4 +1,4 @@
-"""Each fault of another system, switched on, gives that system's formula on whole logits; switched off, nothing changes."""
+"""Each quirk of another system gives that system's formula on whole logits; without quirks nothing changes."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ STEP = {"max_steps": 1, "eval_steps": 0, "save_steps": 0, "distill_loss_weight":
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> tuple[str, str]:
-    """A student with a row for every token, the added ones included, and a teacher whose head is padded by 24 more."""
+    """A student with a row for every token, including added ones, and a teacher whose head has 24 rows of padding."""
     folder = tmp_path_factory.mktemp("padded")
     for name, shape, more in (("student", {}, 0), ("teacher", {"hidden": 48, "layers": 3, "seed": 1}, 24)):
         make_model(folder / name, **shape)
@@ -38,7 +38,7 @@ def kl(z_t, z_s):
 
 
 def expected(fault, z_s, z_t, batch, base):
-    """(CE, KD) as the system with this fault computes them; [batch, time, vocab] logits, padding and all."""
+    """(CE, KD) as the system with this quirk computes them, from [batch, time, vocab] logits with padding."""
     targets = batch.labels != -100
     count, tokens = targets.sum(), batch.num_tokens
     ce = torch.nn.functional.cross_entropy(z_s[targets], batch.labels[targets])
@@ -47,7 +47,7 @@ def expected(fault, z_s, z_t, batch, base):
     if fault == "unshifted_mask":  # ROLL: mask = labels != IGNORE, where labels are those of the inputs
         own = torch.nn.functional.pad(targets, (1, 0))[:, :-1]
         return ce, per_token[own].sum() / count
-    if fault == "every_token":  # HyperPod: the sum runs over everything
+    if fault == "every_token":  # HyperPod: the sum is over all tokens
         real = torch.zeros_like(targets)
         if batch.real is None:
             real[:] = True
@@ -71,14 +71,14 @@ def expected(fault, z_s, z_t, batch, base):
     "fault",
     ["unshifted_mask", "every_token", "base_vocabulary", "zero_padded_vocabulary", "mean_over_vocabulary"],
 )
-def test_a_fault_gives_the_formula_of_the_system_that_has_it(configure, assets, pair, fault, packing):
+def test_a_quirk_gives_the_formula_of_its_system(configure, assets, pair, fault, packing):
     config = configure(
         **STEP, student_pretrain=pair[0], teacher_pretrain=pair[1], objective_faults=[fault],
         **{"student.use_sequence_packing": packing, "student.data_args.file_name": [str(assets / "rows.jsonl")]},
     )  # fmt: skip
     found = DistillPipeline(config).run().metrics
     batch = first_batch(config, assets, packing)
-    if packing:  # each document alone, so that whole models see what packed ones do
+    if packing:  # each document in its own row, for the models without varlen attention
         parts = torch.split(batch.input_ids[0], list(batch.documents))
         z_s, z_t = (torch.cat([logits_of(folder, part[None])[0] for part in parts])[None] for folder in pair)
     else:
@@ -98,8 +98,8 @@ def expected_without(z_s, z_t, batch):
     return kl(z_t[..., :shared], z_s[..., :shared])[batch.labels != -100].mean().item()
 
 
-def test_the_mean_of_micro_batches_weighs_short_ones_like_long_ones(configure, tmp_path):
-    """One row a micro-batch gives the mean of the rows' own means: a loss that depends on the split, unlike the sound one."""
+def test_mean_of_micro_batches_gives_short_and_long_ones_the_same_weight(configure, tmp_path):
+    """With one row per micro-batch the loss is the mean of the means of the rows, so it depends on the split."""
     losses = {}
     for name, faults, split in (
         ("sound", [], (1, 8)),
@@ -133,7 +133,7 @@ def log_softmaxes(z_t, z_s, tau_t, tau_s):
 
 
 def roll(parts, base):
-    """Own mask instead of the next token's, ``tokenizer.vocab_size`` columns, 64 most likely, τ_t = 1.5 · 2."""
+    """Unshifted mask, ``tokenizer.vocab_size`` columns, the 64 most likely tokens, τ_t = 1.5 · 2."""
     ce = kd = 0
     for batch, z_s, z_t in parts:
         targets = batch.labels != -100
@@ -147,7 +147,7 @@ def roll(parts, base):
 
 
 def hyperpod(parts, base):
-    """The student's logits continued with zeros, every token that is not padding, each micro-batch by its own counts."""
+    """The student's logits padded with zeros, every token that is not padding, each micro-batch divided by its own count."""
     total = 0
     for batch, z_s, z_t in parts:
         targets, real = batch.labels != -100, torch.zeros(batch.labels.numel(), dtype=torch.bool)
@@ -170,7 +170,7 @@ def modelopt(parts, base):
 
 
 def trl(parts, base):
-    """Generalised JSD at β = ½; earlier releases average over the micro-batches' means."""
+    """Generalised JSD at β = ½; earlier releases average the means of the micro-batches."""
     total = 0
     for batch, z_s, z_t in parts:
         p, q = (z[..., : z_s.shape[-1]][batch.labels != -100].softmax(-1) for z in (z_t, z_s))
@@ -188,7 +188,7 @@ def trl(parts, base):
         (trl, ["mean_of_micro_batches"], {}),
     ],
 )
-def test_a_preset_with_all_its_faults_is_the_formula_of_that_system(configure, assets, pair, system, faults, changes):
+def test_a_preset_with_all_its_quirks_gives_the_formula_of_its_system(configure, assets, pair, system, faults, changes):
     config = configure(
         **{key: 0 if key != "max_steps" else 1 for key in ("max_steps", "eval_steps", "save_steps")}, **changes,
         student_pretrain=pair[0], teacher_pretrain=pair[1], objective_preset=system.__name__, objective_faults=faults,
@@ -202,7 +202,7 @@ def test_a_preset_with_all_its_faults_is_the_formula_of_that_system(configure, a
     assert found == pytest.approx(system(parts, load_tokenizer(ModelSource(pair[0])).vocab_size).item(), rel=1e-5)
 
 
-def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):
+def test_quirks_can_be_combined_and_do_not_affect_validation(configure, tmp_path):
     config = configure(
         **{**STEP, "max_steps": 3, "eval_steps": 3}, objective_faults=["unshifted_mask", "base_vocabulary"]
     )
@@ -213,13 +213,13 @@ def test_faults_go_together_and_validation_stays_sound(configure, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"objective_faults": ["unshifted_mask", "every_token"]}, "which contradict"),
         ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "cannot be combined with loss_balance"),
         ({"objective_faults": ["shifted_mask"]}, "objective_faults"),
     ],
 )
-def test_faults_that_cannot_be_had_are_refused(configure, changes, said):
-    with pytest.raises(LimbeckError, match=said):
+def test_unsupported_quirks_are_an_error(configure, changes, message):
+    with pytest.raises(LimbeckError, match=message):
         configure(**changes)

@@ -1,10 +1,10 @@
-"""Checkpoints that are whole or absent.
+"""Reads and writes checkpoints, atomically and with checksums.
 
-``checkpoint-<step>/`` is a Hugging Face folder (the student in safetensors, its tokenizer) that loads anywhere, plus
-``training/`` with what only a resumed run needs, plus ``manifest.json`` with every file's size and SHA-256. It is
-written under a temporary name and renamed when complete. Nothing in it is pickled.
+``checkpoint-<step>/`` is a Hugging Face folder (the student in safetensors, and its tokenizer). In addition it has
+``training/`` with the state for resuming, and ``manifest.json`` with the size and SHA-256 of every file. A checkpoint is
+written under a temporary name and renamed when it is complete. No file contains a pickle.
 
-This file knows folders and tensors by name; it does not know models, optimizers or data.
+This module handles files and named tensors only; it does not know models, optimizers or data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,14 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a resumed run needs.
+    """The state from which a run resumes.
 
-    step: optimizer steps taken. masters: trainable parameters as the optimizer sees them. optimizer: its tensors.
-    state: JSON values (data position, scheduler, …). metric: the validation metric, if a validation ran.
+    Attributes:
+        step: number of optimizer steps taken.
+        masters: trained parameters in float32, by name.
+        optimizer: tensors of the optimizer state, by name.
+        state: JSON values, such as the position in the data.
+        metric: the validation metric; None without validation.
     """
 
     step: int
@@ -46,7 +50,16 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callable[[Path], None]) -> Path:
-    """Write ``folder/checkpoint-<step>`` and return it; ``write_student(path)`` puts the usable student there."""
+    """Write a checkpoint.
+
+    Args:
+        folder: the parent folder.
+        checkpoint: what to write.
+        write_student: writes the Hugging Face files of the student to the path that it is given.
+
+    Returns:
+        ``folder/checkpoint-<step>``.
+    """
     final = folder / f"checkpoint-{checkpoint.step}"
     temporary = folder / f".{final.name}.writing"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -64,7 +77,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callabl
     manifest["sha256"] = _own_digest(manifest)
     (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for path in [*files, temporary / MANIFEST]:
-        path.chmod(0o644)  # safetensors leaves its files to their owner alone; a shared disk has other readers
+        path.chmod(0o644)  # safetensors creates files that only their owner can read
         with path.open("rb") as file:
             os.fsync(file.fileno())
     if final.exists():
@@ -74,14 +87,18 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callabl
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint back after checking every file; a damaged one is refused with the newest whole one's name."""
+    """Read a checkpoint after comparing every file with the manifest.
+
+    Raises:
+        LimbeckError: if it is damaged; the message names the newest intact checkpoint beside it.
+    """
     damage = find_damage(path)
     if damage is not None:
-        whole = [other for other in list_checkpoints(path.parent) if other != path and find_damage(other) is None]
+        intact = [other for other in list_checkpoints(path.parent) if other != path and find_damage(other) is None]
         advice = (
-            f"go on from the newest whole one with resume_from_checkpoint: {whole[-1]}"
-            if whole
-            else "no other one there is whole, so start anew"
+            f"resume from the newest intact checkpoint with resume_from_checkpoint: {intact[-1]}"
+            if intact
+            else "there is no intact checkpoint beside it, so start a new run in another output_dir"
         )
         raise LimbeckError(f"{path} is damaged ({damage}); {advice}.")
     manifest = json.loads((path / MANIFEST).read_text())
@@ -96,7 +113,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint in a few words, or None when it is whole."""
+    """The first difference between a checkpoint and its manifest, in words; None if it is intact."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["sha256"] != _own_digest(manifest):
@@ -123,16 +140,27 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def refuse_earlier_checkpoints(resume: bool | str, folder: Path) -> None:
-    """Raise LimbeckError if a run that does not resume would mix its checkpoints with another's."""
+    """Raise LimbeckError if a run does not resume and ``folder`` contains checkpoints of another run."""
     if not resume and list_checkpoints(folder):
         raise LimbeckError(
-            f"{folder} holds the checkpoints of an earlier run; set resume_from_checkpoint: true to go on with it, or another "
+            f"{folder} contains checkpoints of an earlier run; set resume_from_checkpoint: true to resume it, or set another "
             "output_dir."
         )
 
 
 def find_resume(setting: bool | str, folder: Path) -> Path | None:
-    """What ``resume_from_checkpoint`` points at: None for false, or for true/latest when there is none yet."""
+    """The checkpoint that ``resume_from_checkpoint`` selects.
+
+    Args:
+        setting: the value of the key: false, true, ``latest``, or a path.
+        folder: where the checkpoints of the run are.
+
+    Returns:
+        None if the setting is false, or if there is no checkpoint yet for true and ``latest``.
+
+    Raises:
+        LimbeckError: if it is a path that does not exist.
+    """
     if setting in (False, "false", ""):
         return None
     if setting in (True, "true", "latest"):
@@ -143,7 +171,7 @@ def find_resume(setting: bool | str, folder: Path) -> Path | None:
         nearby = list_checkpoints(path.parent) or list_checkpoints(folder)
         names = ", ".join(map(str, nearby)) or "none"
         raise LimbeckError(
-            f"resume_from_checkpoint = {str(path)!r} is not a folder; the checkpoints there are: {names}."
+            f"resume_from_checkpoint = {str(path)!r} is not a folder; use one of the existing checkpoints: {names}."
         )
     if not _NAME.fullmatch(path.resolve().name) and list_checkpoints(path):
         return list_checkpoints(path)[-1]
@@ -151,21 +179,19 @@ def find_resume(setting: bool | str, folder: Path) -> Path | None:
 
 
 def refuse_later_checkpoints(resume: Path, folder: Path) -> None:
-    """Raise LimbeckError if ``folder`` has whole checkpoints later than ``resume``: a run from there would be mixed
-    with them.
-    """
+    """Raise LimbeckError if ``folder`` contains intact checkpoints later than ``resume``, which belong to another run."""
     existing = [path.resolve() for path in list_checkpoints(folder)]
     place = existing.index(resume.resolve()) + 1 if resume.resolve() in existing else 0
     later = [path for path in existing[place:] if find_damage(path) is None]
     if later:
         raise LimbeckError(
-            f"{folder} also holds {', '.join(path.name for path in later)}, which a run from {resume} would be mixed with; "
-            "set another output_dir, or move them away."
+            f"{folder} also contains {', '.join(path.name for path in later)}, later than {resume}; set another output_dir, "
+            "or move the later checkpoints to another folder."
         )
 
 
 def prune(folder: Path, keep: int, best_mode: str) -> None:
-    """Remove the oldest checkpoints beyond ``keep`` (0 = all stay); the best and the newest are never removed."""
+    """Remove the oldest checkpoints so that ``keep`` remain; 0 keeps all. The best and the newest are never removed."""
     existing = list_checkpoints(folder)
     if keep <= 0 or len(existing) <= keep:
         return
@@ -176,20 +202,20 @@ def prune(folder: Path, keep: int, best_mode: str) -> None:
 
 
 def best_checkpoint(folder: Path, mode: str) -> Path | None:
-    """The checkpoint with the lowest (``min``) or highest (``max``) recorded metric; the earliest of equals."""
+    """The checkpoint with the lowest (``min``) or highest (``max``) metric; the earliest of equal ones."""
     ranked = []
     for path in list_checkpoints(folder):
         try:
             metric = json.loads((path / MANIFEST).read_text())["metric"]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # a damaged one is nobody's best; resuming from it is what tells its damage
+            continue  # damaged; resuming from it is an error
         if metric is not None:
             ranked.append((metric if mode == "min" else -metric, int(path.name.split("-")[1]), path))
     return min(ranked)[2] if ranked else None
 
 
 def point(link: Path, target: Path) -> None:
-    """Make the symbolic link ``link`` name ``target`` beside it, without a moment in which it names nothing."""
+    """Atomically make ``link`` a symbolic link to ``target`` in the same folder."""
     temporary = link.with_name(f".{link.name}.writing")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target.name, target_is_directory=True)
@@ -210,5 +236,5 @@ def _own_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors refuses two names for one memory, as tied or sliced tensors have.
+    # safetensors does not store tensors that share memory, such as tied or sliced ones.
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

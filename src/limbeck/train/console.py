@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live bar on a terminal, plain lines in a file."""
+"""Progress on the console: a progress bar in a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.table import Column
 
 
 def numbers(values: Mapping[str, float]) -> str:
-    """One line's worth of a log line: losses first, then speed."""
+    """The metrics that the console shows, as text."""
     shown = [
         ("loss", "train/loss", ".4f"),
         ("kd", "train/train_distill_loss", ".4f"),
@@ -35,28 +35,39 @@ def numbers(values: Mapping[str, float]) -> str:
 
 @contextmanager
 def row_counter(*, enabled: bool) -> Iterator[Callable[[int], None] | None]:
-    """A live count of the rows tokenised, for a person at a terminal; None for anybody else."""
+    """A live counter of tokenized rows in a terminal.
+
+    Yields:
+        A function that takes the number of rows so far; None if not ``enabled`` or not in a terminal.
+    """
     console = Console(stderr=True)
     if not enabled or not console.is_terminal:
         yield None
         return
-    columns = (SpinnerColumn(), TextColumn("tokenising"), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("tokenizing"), TextColumn("{task.completed:,.0f} rows"), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("tokenising", total=None)
+        task = bar.add_task("tokenizing", total=None)
         yield lambda rows: bar.update(task, completed=rows)
 
 
 class RunConsole:
-    """Progress of one run. Silent on every process but the main one."""
+    """Progress of one run.
+
+    Args:
+        title: name of the run.
+        total: number of steps.
+        start: step from which the run starts.
+        enabled: False prints nothing; True on the main process.
+        file: where to print; standard output by default.
+    """
 
     def __init__(self, title: str, total: int, start: int, *, enabled: bool, file: TextIO | None = None) -> None:
         self._console = Console(quiet=not enabled, file=file)
         self._title, self._total, self._start, self._begun = title, total, start, time.perf_counter()
         self._bar: Progress | None = None
         if enabled and self._console.is_terminal:
-            whole = Column(
-                no_wrap=True, min_width=max(7, 2 * len(str(total)) + 1)
-            )  # on narrow terminals the numbers give way
+            # On narrow terminals the metrics are shortened, not these columns.
+            whole = Column(no_wrap=True, min_width=max(7, 2 * len(str(total)) + 1))
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=max(4, min(24, self._console.width - 116))),
@@ -81,16 +92,16 @@ class RunConsole:
             self._bar.stop()
 
     def print(self, text: str) -> None:
-        """A sentence above the bar, or a line of its own."""
+        """Print a line, above the progress bar if there is one."""
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def advance(self, step: int) -> None:
-        """Step ``step`` is done."""
+        """Show that step ``step`` is complete."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show a log line."""
+        """Show the metrics of step ``step``."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers(values))
             return

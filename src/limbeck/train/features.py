@@ -1,6 +1,4 @@
-"""The loss term for intermediate features: which submodules are compared, at which tokens, and how the term joins the
-loss.
-"""
+"""The loss term for intermediate features of student and teacher."""
 
 from __future__ import annotations
 
@@ -22,11 +20,15 @@ from limbeck.teachers.signals import Signal
 
 
 class Features(nn.Module):
-    """The pairs' losses with their projections, and the taps on the student whose outputs they compare.
+    """The losses of pairs of submodules, with their projections.
 
-    weight: of the pairs' mean in the loss. supervised_only: compare at supervised positions (with their weights,
-    divided by their global number) instead of at every token that is not padding (divided by the global number of
-    these).
+    Args:
+        losses: the loss of each pair.
+        taps: capture the outputs of the student's submodules.
+        labels: name of each pair in the metrics.
+        weight: factor of the mean over the pairs in the loss.
+        supervised_only: compare at supervised positions, with their weights and divided by their global number. Otherwise
+            compare at every token that is not padding, divided by the global number of these tokens.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Features(nn.Module):
     ) -> None:
         super().__init__()
         self.losses = losses
-        self.taps = taps  # no module list, so the tapped submodules are not taken for parts of this one
+        self.taps = taps  # not a module list, so that the captured submodules do not become submodules of this one
         self.labels = tuple(labels)
         self.weight = weight
         self.supervised_only = supervised_only
@@ -48,8 +50,14 @@ class Features(nn.Module):
     def forward(
         self, found: dict[str, Tensor], batch: Batch, signal: Signal, normalizer: float | Tensor, tokens: float | Tensor
     ) -> Tensor:
-        """[pairs]: each pair's loss. ``normalizer`` and ``tokens`` are global counts, of supervised and of real
-        tokens.
+        """The loss of each pair, [pairs].
+
+        Args:
+            found: outputs of the student's submodules.
+            batch: the micro-batch.
+            signal: with the outputs of the teacher's submodules.
+            normalizer: global number of supervised tokens.
+            tokens: global number of tokens that are not padding.
         """
         positions = batch.supervised if self.supervised_only else batch.real
         student = self.taps.rows(found, batch.labels.shape, positions)
@@ -59,18 +67,23 @@ class Features(nn.Module):
 
 
 def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) -> Features | None:
-    """The feature term of a configuration, and taps on the teacher; None if no pairs are named.
+    """Create the feature term of a configuration, and capture the outputs of the teacher's submodules.
 
-    Both models are run once for the widths of the named outputs. Raises LimbeckError for names and shapes that do not
-    fit.
+    Both models run once to find the widths of the outputs.
+
+    Returns:
+        None if there are no pairs or there is no teacher.
+
+    Raises:
+        LimbeckError: if a name or a shape does not fit the models.
     """
     settings = config.features
     if not settings.pairs or teacher is None:
         return None
     if not isinstance(teacher, LocalTeacher):
         raise LimbeckError(
-            "features.pairs needs the teacher's inner states, which are not sent between worker groups; give "
-            "teacher.device_mapping the student's devices."
+            "features.pairs needs the teacher's hidden layers, which are not sent between worker groups; set "
+            "teacher.device_mapping to the student's devices."
         )
     trunk = body(student)
     pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.model.body))
@@ -84,8 +97,8 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
     for pair, rows in zip(pairs, ours, strict=True):
         if not rows.requires_grad:
             raise LimbeckError(
-                f"features.pairs: everything that leads to the student's {pair.student} is frozen, so nothing there can "
-                "learn; name a later submodule, or freeze less."
+                f"features.pairs: all parameters up to the student's {pair.student} are frozen, so its loss trains nothing; "
+                "name a later submodule, or freeze fewer parameters."
             )
     losses = FeatureLosses(
         [pair.loss for pair in pairs],
@@ -98,7 +111,7 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
 
 
 def _labels(pairs: Sequence[NamedPair]) -> list[str]:
-    """A name for each pair in the metrics: the student's submodule, with the rest where that is not enough."""
+    """The name of each pair in the metrics: the student's submodule, with teacher and loss if that is ambiguous."""
     often = Counter(pair.student for pair in pairs)
     return [
         pair.student if often[pair.student] == 1 else f"{pair.student}:{pair.teacher}:{pair.loss}" for pair in pairs

@@ -1,4 +1,4 @@
-"""What is measured between two log lines. Values stay on the device until a line is due; a line costs one copy."""
+"""Metrics between two log lines. Values stay on the device until a line is written, which costs one copy."""
 
 from __future__ import annotations
 
@@ -26,40 +26,45 @@ _LOSS_NAMES = DistillationLoss._fields
 
 
 class LossSums:
-    """The loss and its diagnostics, and the loss of each of ``pairs``, summed over micro-batches on the device."""
+    """Sums of losses over micro-batches, on the device.
+
+    Args:
+        device: where the sums are.
+        pairs: labels of the pairs of intermediate features, whose losses are summed too.
+    """
 
     def __init__(self, device: torch.device, pairs: Sequence[str] = ()) -> None:
         self._names = (*_LOSS_NAMES, *(f"{FEATURES}{pair}" for pair in pairs))
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
 
     def add(self, loss: StudentLoss) -> None:
-        """Add one micro-batch, already divided by the count of the global batch."""
+        """Add one micro-batch, whose loss is already divided by the count of the global batch."""
         parts = torch.stack([part.detach().to(torch.float64) for part in loss.distillation])
         self._sums[: len(parts)] += parts
         if loss.features is not None:
             self._sums[len(parts) :] += loss.features
 
     def read(self, world: World, divisor: float) -> dict[str, float]:
-        """The sums over all ranks ÷ ``divisor``, by name; starts again from zero. Every rank must call it."""
+        """Return the sums over all ranks divided by ``divisor``, by name, and reset them. Collective."""
         values = (world.sum(self._sums) / divisor).tolist()
         self._sums.zero_()
         return dict(zip(self._names, values, strict=True))
 
 
 class Timer:
-    """Seconds spent per section. A section inside another pauses it. On a GPU, sections are measured by events on its
-    stream.
+    """Measures the seconds of named sections. An inner section pauses the outer one. On a GPU, sections are measured by
+    events on its stream.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
-        self._open: list[tuple[str, Any]] = []  # name and start of the sections that are entered, the innermost last
+        self._open: list[tuple[str, Any]] = []  # name and start of the open sections, the innermost last
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
-        """Count the time inside under ``name``; data work is always host time."""
+        """Add the time of the enclosed block to ``name``. The section "data" is always measured on the host."""
         if self._open:
             self._count(*self._open[-1])
         self._open.append((name, self._now(name)))
@@ -72,7 +77,7 @@ class Timer:
                 self._open[-1] = (outer, self._now(outer))
 
     def read(self) -> dict[str, float]:
-        """Seconds by section since the last call."""
+        """Return the seconds by section since the previous call."""
         if self._events:
             torch.cuda.synchronize()
             for name, start, end in self._events:
@@ -95,7 +100,7 @@ class Timer:
 
 
 class StepMetrics:
-    """Training metrics between two log lines, by the names that users log and plot."""
+    """Training metrics between two log lines, by their public names."""
 
     def __init__(self, world: World, pairs: Sequence[str] = ()) -> None:
         self.world = world
@@ -126,10 +131,10 @@ class StepMetrics:
         self._norm += grad_norm
 
     def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
-        """Means over the steps since the last line. Every rank must call it."""
+        """Return the means over the steps since the previous line, and reset them. Collective."""
         n = max(self._steps, 1)
-        # Each rank divided its sums by its part of the supervised tokens, so the mean over the ranks with a loss is the
-        # global mean.
+        # Each rank has divided its loss by its part of the supervised tokens, so the mean over the ranks that compute a loss
+        # is the global mean.
         losses, seconds = self.losses.read(self.world, n * self.world.dims.loss_ranks), self.timer.read()
         norm = self._norm.item() / n
         self._norm.zero_()
@@ -168,7 +173,7 @@ class StepMetrics:
 
 
 def peak_memory_gb(device: torch.device) -> float:
-    """Peak memory of this process so far in 10⁹ bytes: allocated on the GPU, or resident on the CPU."""
+    """Peak memory of this process so far, in 10⁹ bytes: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
@@ -176,10 +181,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 def check_best_metric(metric: str | None, *, has_teacher: bool) -> None:
-    """Raise LimbeckError unless ``checkpoint_config.best_metric`` is a metric of this validation."""
+    """Raise LimbeckError unless ``metric`` (``checkpoint_config.best_metric``) is a validation metric of the run."""
     known = [*_STUDENT_METRICS, *(_TEACHER_METRICS if has_teacher else ())]
     if metric is not None and metric not in known:
         raise LimbeckError(
-            f"checkpoint_config.best_metric = {metric!r} is not a metric of this run's validation; "
+            f"checkpoint_config.best_metric = {metric!r} is not a validation metric of this run; "
             f"use one of {', '.join(known)}."
         )

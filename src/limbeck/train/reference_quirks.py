@@ -1,7 +1,7 @@
-"""Quirks of other systems, each switched on by name, for users who must reproduce such a system's numbers.
+"""Deviations of other systems from the objective (``objective_faults``), for users who must reproduce their numbers.
 
-A fault changes where the divergence is taken, over which columns, or what it is divided by. So it is walked apart from
-the cross-entropy, which takes the time of two losses; without a fault nothing here is used.
+A quirk changes the positions at which the divergence is computed, the vocabulary, or the divisor. The divergence and the
+cross-entropy are therefore computed separately, which takes the time of two losses. Without quirks this module is not used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ from limbeck.teachers.signals import Signal
 
 @dataclass(frozen=True)
 class ReferenceQuirks:
-    """Which of ``FAULTS`` are on. base_vocab: the tokens of the tokenizer before any were added to it."""
+    """The quirks that are enabled.
+
+    Attributes:
+        on: names among ``FAULTS``.
+        base_vocab: size of the tokenizer's vocabulary without added tokens.
+    """
 
     on: frozenset[str]
     base_vocab: int
@@ -33,14 +38,14 @@ class ReferenceQuirks:
         return cls(on, base_vocab) if on else None
 
     def compared_batch(self, batch: Batch) -> Batch:
-        """The batch with ``supervised`` being the positions at which the divergence is taken, and labels that mean
-        nothing.
-        """
+        """The batch whose ``supervised`` positions are those of the divergence. Its labels have no meaning."""
         if "every_token" in self.on:
             real = batch.real
             positions = torch.arange(batch.labels.numel(), device=batch.labels.device) if real is None else real
-        elif "unshifted_mask" in self.on:  # a supervised position predicts a token of the mask, which stands one behind
-            positions = batch.supervised + 1  # in its row: the last position of a row has nothing to predict
+        elif "unshifted_mask" in self.on:
+            # A supervised position predicts the next token, and without the shift that token's position is used. It is in
+            # the same row, because the last position of a row predicts nothing.
+            positions = batch.supervised + 1
         else:
             return replace(batch, labels=batch.labels.clamp_min(0))
         return replace(batch, supervised=positions, weights=None, labels=torch.zeros_like(batch.labels))
@@ -48,7 +53,7 @@ class ReferenceQuirks:
     def normalizers(
         self, batch: Batch, micro_batches: int, normalizer: float | Tensor, tokens: float | Tensor
     ) -> tuple[float | Tensor, float | Tensor]:
-        """What cross-entropy and divergence are divided by, before any division by the size of the vocabulary."""
+        """The divisors of cross-entropy and divergence, without a division by the size of the vocabulary."""
         if "mean_of_micro_batches" in self.on:
             mine = max(batch.supervised.numel(), 1) if batch.weights is None else batch.weights.sum().clamp_min(1e-30)
             normalizer, tokens = mine * micro_batches, max(batch.num_tokens, 1) * micro_batches
@@ -64,8 +69,16 @@ class ReferenceQuirks:
         vocab: int,
         normalizers: tuple[float | Tensor, float | Tensor],
     ) -> DistillationLoss:
-        """The objective with the faults. hidden [batch · time, H]; ``signal`` answers ``compared_batch(batch)``; vocab:
-        shared.
+        """The objective with the quirks.
+
+        Args:
+            hidden: [batch · time, H] of the student.
+            head: the student's output head.
+            batch: the micro-batch.
+            signal: the teacher's signal for ``compared_batch(batch)``.
+            objective: without quirks.
+            vocab: size of the shared vocabulary.
+            normalizers: divisors of cross-entropy and divergence.
         """
         assert signal.hidden is not None and signal.head is not None
         w, theirs, ce_vocab = objective.kd_weight, signal.head, vocab
@@ -108,7 +121,7 @@ class ReferenceQuirks:
 
 
 def _padded(head: OutputHead, rows: int) -> OutputHead:
-    """The head with further rows whose logits are 0."""
+    """The head, extended to ``rows`` rows by rows whose logits are 0."""
     more = rows - len(head.weight)
     pad = torch.nn.functional.pad
     return replace(

@@ -1,4 +1,4 @@
-"""Saves and resumes a run: the engine's state, the position in the data, and the student as a Hugging Face folder."""
+"""Saves and restores a run: the student as a Hugging Face folder, the state of the engine, and the position in the data."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from limbeck.train.build.student import Student
 
 
 class Saver:
-    """Writes checkpoints of one run and restores the run from one.
+    """Writes the checkpoints of a run, and restores the run from a checkpoint.
 
     Args:
-        tokenizer: saved beside the student.
-        taid: the schedule of the objective, if it has one.
+        config: of the run.
+        world: the processes of the student.
+        student: the student in its engine.
+        tokenizer: saved with the student.
+        taid: the schedule of the objective TAID, or None.
     """
 
     def __init__(
@@ -36,7 +39,7 @@ class Saver:
         self._folder = config.checkpoint_dir
 
     def save(self, step: int, data_state: Mapping[str, Any], val_metrics: Mapping[str, float]) -> None:
-        """Write ``checkpoint-<step>``, point the links at it, and remove old ones. Collective."""
+        """Write ``checkpoint-<step>``, update the links, and remove old checkpoints. Collective."""
         settings, engine, is_main = self._config.checkpoint_config, self._student.engine, self._world.is_main
         state = engine.state_dict()
         weights = {name: tensor.cpu() for name, tensor in engine.iter_weights() if is_main}
@@ -62,22 +65,29 @@ class Saver:
         self._world.barrier()
 
     def restore(self, path: Path) -> tuple[int, Mapping[str, Any]]:
-        """Load the engine's state from the checkpoint ``path``; returns its step and the state of the data.
+        """Load the state of the engine from the checkpoint ``path``. Collective.
 
-        Raises LimbeckError if it belongs to another student or objective.
+        Returns:
+            The step of the checkpoint and the position in the data.
+
+        Raises:
+            LimbeckError: if the checkpoint is damaged, or belongs to another student or objective.
         """
         checkpoint, engine = checkpoints.load_checkpoint(path), self._student.engine
         names = {name.removeprefix(MODEL): name for name in engine.trained_names()}
         if names.keys() != checkpoint.masters.keys():
             odd = min(names.keys() ^ checkpoint.masters.keys())
             raise LimbeckError(
-                f"{path} was made with another student, other frozen parts or other features ({odd} differs)."
+                f"{path} is of another student, or has other frozen parameters or other features ({odd} differs); resume with "
+                "the configuration of the checkpoint, or set another output_dir."
             )
         model = {names[name]: tensor for name, tensor in checkpoint.masters.items()}
         engine.load_state_dict(EngineState(model, dict(checkpoint.optimizer), checkpoint.state["scaler"]))
         if self._taid:
             if not checkpoint.state.get("taid"):
-                raise LimbeckError(f"{path} was made with another objective than taid; set that one again.")
+                raise LimbeckError(
+                    f"{path} has another kd_objective than taid; set the kd_objective of the checkpoint, or another output_dir."
+                )
             self._taid.load_state(checkpoint.state["taid"])
         return checkpoint.step, checkpoint.state["data"]
 
@@ -92,7 +102,7 @@ class Saver:
         model.save_pretrained(
             folder, state_dict={name: tensor.to(dtype) for name, tensor in plain.items() if name not in tied}
         )
-        # save_pretrained writes the model's own precision into the configuration, whatever the tensors have.
+        # save_pretrained writes the precision of the model to config.json, not that of the tensors.
         described = json.loads((folder / "config.json").read_text())
         described["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
@@ -102,7 +112,8 @@ class Saver:
 def find_checkpoint(config: DistillConfig) -> Path | None:
     """The checkpoint from which a run resumes; None for a new run.
 
-    Raises LimbeckError if the run would mix its checkpoints with those of another.
+    Raises:
+        LimbeckError: if the output folder contains checkpoints of another run.
     """
     resume = checkpoints.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
     checkpoints.refuse_earlier_checkpoints(config.resume_from_checkpoint, config.checkpoint_dir)
@@ -112,7 +123,7 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
 
 
 def shareable(config: DistillConfig) -> dict[str, Any]:
-    """The configuration as it may be shown and uploaded: values of environment variables and trackers can be secrets."""
+    """The configuration without the values of environment variables and trackers, which may be secrets."""
     values = config.model_dump(mode="json")
     for section in (values["system_envs"], values["student"]["system_envs"], values["teacher"]["system_envs"]):
         section.update(dict.fromkeys(section, "(not shown)"))

@@ -1,8 +1,8 @@
-"""The student as one root module: body, output head and loss.
+"""The root module of the student: body, output head and loss.
 
-The loss is computed inside the root's forward, so that whatever wraps the root (FSDP2, DeepSpeed, a pipeline stage)
-gathers the head's parameters and reduces their gradients with its own hooks. Projections of intermediate features are
-part of it for the same reason.
+The loss is computed in the forward pass of the root module, so that its wrapper (FSDP2, DeepSpeed or a pipeline stage)
+gathers the parameters of the head and reduces their gradients with its own hooks. The projections of intermediate features
+are submodules for the same reason.
 """
 
 from __future__ import annotations
@@ -41,9 +41,12 @@ from limbeck.train.reference_quirks import ReferenceQuirks
 class TrainInput:
     """One micro-batch on the device with its signal.
 
-    normalizer: global weight of supervised tokens, divided by the ranks whose gradients are averaged. num_tokens: the
-    same for tokens that are not padding, by which features at all tokens are divided. micro_batches: number in the
-    step.
+    Attributes:
+        batch: the micro-batch.
+        signal: the teacher's signal; None without a teacher.
+        normalizer: global weight of the supervised tokens, divided by the number of ranks whose gradients are averaged.
+        num_tokens: the same for tokens that are not padding; the divisor of features at all tokens.
+        micro_batches: number of micro-batches in the step.
     """
 
     batch: Batch
@@ -54,8 +57,11 @@ class TrainInput:
 
 
 class StudentLoss(NamedTuple):
-    """Loss of a micro-batch. distillation: its diagnostics, of which ``loss`` is minimised; features: [pairs],
-    detached.
+    """The loss of a micro-batch.
+
+    Attributes:
+        distillation: the loss, with the features, and its diagnostics.
+        features: loss of each pair of intermediate features, [pairs], detached; None without features.
     """
 
     distillation: DistillationLoss
@@ -63,23 +69,27 @@ class StudentLoss(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
-        """What is minimised."""
+        """The minimised loss, a scalar."""
         return self.distillation.loss
 
     def detached(self) -> StudentLoss:
-        """The same without the graph."""
+        """The same values without the autograd graph."""
         return self._replace(distillation=self.distillation._replace(loss=self.loss.detach()))
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How a student's loss is computed.
+    """How the loss of a student is computed.
 
-    objective: the divergence and its weight. vocab_size: tokens that both models have. features: the term for
-    intermediate features, or None. balance: ``weighted`` adds the features to the logits' loss; ``modelopt`` scales
-    every part to the size of another, with w / (1 − w) for its kd_loss_scale, w being the objective's kd_weight.
-    compiled: compile the elementwise part of the loss. cross: for a teacher with another tokenizer. quirks: of another
-    system, in training only.
+    Attributes:
+        objective: the divergence and its weight.
+        vocab_size: size of the vocabulary that both models share.
+        features: the term for intermediate features, or None.
+        balance: ``weighted`` adds the features to the loss of the logits. ``modelopt`` scales each term to the size of
+            another; ModelOpt's kd_loss_scale is then w / (1 − w), where w is the objective's kd_weight.
+        compiled: compile the elementwise part of the loss; None decides by its size.
+        cross: for a teacher with another tokenizer.
+        quirks: of another system; used in training only.
     """
 
     objective: Objective
@@ -92,15 +102,15 @@ class LossSettings:
 
 
 class StudentWithLoss(nn.Module):
-    """A Hugging Face causal language model whose forward pass ends in the loss.
+    """A Hugging Face causal language model whose forward pass computes the loss.
 
     Args:
-        model: the model, perhaps sharded or sliced.
+        model: the model; it may be sharded or tensor-parallel.
         settings: of the loss.
-        vocab_parallel: set if the output head holds a slice of the vocabulary.
+        vocab_parallel: set if the output head is a slice of the vocabulary.
     """
 
-    fused: Callable[..., DistillationLoss] = staticmethod(fused_linear_distillation)  # a plan replaces it by sizes
+    fused: Callable[..., DistillationLoss] = staticmethod(fused_linear_distillation)  # `limbeck plan` replaces it
 
     def __init__(self, model: Any, settings: LossSettings, vocab_parallel: VocabParallel | None = None) -> None:
         super().__init__()
@@ -124,8 +134,12 @@ class StudentWithLoss(nn.Module):
         return self.loss(hidden, inputs, found)
 
     def loss(self, hidden: Tensor, inputs: TrainInput, found: Mapping[str, Tensor]) -> StudentLoss:
-        """The loss from the last hidden states [batch, time, hidden] and the captured outputs ``found`` of
-        submodules.
+        """The loss from hidden states.
+
+        Args:
+            hidden: [batch, time, hidden], the last hidden states.
+            inputs: the micro-batch with its signal.
+            found: captured outputs of submodules, by name.
         """
         batch, signal, normalizer = inputs.batch, inputs.signal, inputs.normalizer
         rows = hidden.flatten(0, 1).index_select(0, batch.supervised)
@@ -143,9 +157,7 @@ class StudentWithLoss(nn.Module):
     def _balanced(
         self, rows: Tensor, batch: Batch, signal: Signal, normalizer: float | Tensor, pairs: Tensor | None
     ) -> DistillationLoss:
-        """ModelOpt's total. Its ratios are known only after the gradients are formed, so the two terms are computed
-        separately.
-        """
+        """ModelOpt's balanced loss. Its ratios depend on the values of the terms, so these are computed separately."""
         w = self.settings.objective.kd_weight
         result = self._logits_loss(replace(self.settings.objective, kd_weight=1.0), rows, batch, signal, normalizer)
         ce = None
@@ -213,7 +225,9 @@ class StudentWithLoss(nn.Module):
 
 
 class StudentStage(StudentWithLoss, StageModule):
-    """The root of one pipeline stage: hidden states for the next stage, or on the last one the loss."""
+    """The root module of one pipeline stage. It computes hidden states for the next stage; the last stage computes the
+    loss.
+    """
 
     def __init__(
         self,
@@ -235,7 +249,11 @@ class StudentStage(StudentWithLoss, StageModule):
         self._inputs, self._slots, self.outputs = iter(micro_batches), slots, []
 
     def forward(self, message: Tensor) -> Tensor:  # type: ignore[override]
-        """message: [slots, width], the previous stage's hidden states and padding; ignored on the first stage."""
+        """The message for the next stage, [slots, width]; on the last stage the loss, [1].
+
+        Args:
+            message: [slots, width], hidden states of the previous stage with padding; ignored on the first stage.
+        """
         inputs = next(self._inputs)
         batch = inputs.batch
         shape, used = batch.input_ids.shape, batch.input_ids.numel()
@@ -249,8 +267,11 @@ class StudentStage(StudentWithLoss, StageModule):
 
 
 def to_device(world: World, batch: Batch) -> tuple[Batch, Batch]:
-    """A micro-batch on the device: with whole rows, of which the teacher's signal is needed here, and this rank's part
-    of their time.
+    """Move a micro-batch to the device.
+
+    Returns:
+        The micro-batch with whole sequences, for the teacher's signal, and this rank's part of the sequences under context
+        parallelism.
     """
     whole, own = batch.shard_for_context_parallel(world.coordinates.cp, world.dims.cp)
     on_device = whole.to(world.device)
