@@ -1,10 +1,10 @@
-# make demo | make test | make install | make lint
+# make demo | make test | make test-fast | make gpu | make install | make lint
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-workers test-alone lint bench clean
+.PHONY: install demo test test-fast test-workers test-alone gpu lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,6 +29,12 @@ test-workers: $(STAMP)
 
 test-alone: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not workers'
+
+test-fast: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not workers and not processes and not gpu'
+
+gpu: $(STAMP)
+	$(BIN)/python -m pytest -q -m gpu
 
 lint: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -31,6 +31,7 @@ def run_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.processes
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, limbeck.cli\n"
@@ -156,6 +157,7 @@ def test_processes_started_for_several_devices_use_the_same_dialect(run_file, mo
     assert started == [(2, ["--dialect", "roll", devices])]
 
 
+@pytest.mark.processes
 def test_the_launcher_script_trains_like_the_command(run_file, tmp_path):
     done = subprocess.run(
         [

@@ -67,6 +67,7 @@ def test_the_launcher_hands_its_arguments_to_the_one_entry(
     assert seen == [(Path("tiny/distill.yaml"), ["max_steps=3", "~seed"])]
 
 
+@pytest.mark.processes
 def test_the_shell_wrapper_passes_overrides_through(tmp_path: Path) -> None:
     script = EXAMPLES / "qwen2.5-7B-distill_fsdp2" / "run_distill_pipeline.sh"
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}

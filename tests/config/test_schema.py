@@ -17,6 +17,7 @@ def config(**changes: Any) -> DistillConfig:
     return DistillConfig(**{"student_pretrain": "small", "teacher_pretrain": "large", "student": student, **changes})
 
 
+@pytest.mark.processes
 def test_loading_a_configuration_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "student_pretrain: s\nteacher_pretrain: t\nstudent: {data_args: {file_name: d}}\n"

@@ -70,6 +70,7 @@ def begin(*processes):
         assert one.stdout.readline() == "started\n"
 
 
+@pytest.mark.processes
 def test_two_processes_that_start_together_make_the_entry_once(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     write(tmp_path / "a.jsonl", 3000)
@@ -81,6 +82,7 @@ def test_two_processes_that_start_together_make_the_entry_once(tmp_path, tokeniz
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+@pytest.mark.processes
 def test_the_next_process_removes_what_a_killed_process_left(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path, cache = write(tmp_path / "a.jsonl", 3000), tmp_path / "cache"

@@ -81,6 +81,7 @@ def test_results_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer):
     assert serial.groups is not None
 
 
+@pytest.mark.processes
 def test_the_first_bad_row_is_reported(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", 4000)
     with path.open("a") as file:
@@ -89,6 +90,7 @@ def test_the_first_bad_row_is_reported(tmp_path, tokenizer):
         tokenize_files([path], tokenizer, workers=2)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("interactive", [False, True])
 def test_a_script_without_a_main_guard_works(tmp_path, tokenizer, interactive):
     """``interactive`` feeds the script through standard input, so that there is no main module to import."""
@@ -107,11 +109,13 @@ def test_a_script_without_a_main_guard_works(tmp_path, tokenizer, interactive):
     assert result.stdout.split() == ["started"] * 3 + ["2500"]
 
 
+@pytest.mark.processes
 def test_worker_processes_do_not_import_torch():
     code = "import sys, limbeck.data.parallel, limbeck.data.encode; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.processes
 @linux
 def test_an_interrupt_ends_all_processes(tmp_path, tokenizer):
     found = []
@@ -126,6 +130,7 @@ def test_an_interrupt_ends_all_processes(tmp_path, tokenizer):
     assert not any(exists(process) for process in found)
 
 
+@pytest.mark.processes
 @linux
 def test_a_killed_parent_leaves_no_process_behind(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
@@ -147,6 +152,7 @@ def test_a_killed_parent_leaves_no_process_behind(tmp_path, tokenizer):
         time.sleep(0.1)
 
 
+@pytest.mark.processes
 @linux
 def test_a_killed_worker_raises_an_error_with_a_remedy(tmp_path, tokenizer):
     def kill_one(done):

@@ -100,6 +100,7 @@ def test_it_stays_only_so_many_steps_ahead():
     ahead.close()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("end", "code", "words"),
     [("", 0, ""), ("raise SystemExit(3)", 3, ""), ("raise KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt")],

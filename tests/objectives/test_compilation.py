@@ -48,6 +48,7 @@ def test_compiled_and_plain_agree_for_every_chunk(objective, dtype):
             torch.testing.assert_close(two, one, **tight)
 
 
+@pytest.mark.processes
 def test_a_failing_compiler_warns_once_and_the_loss_is_the_same(tmp_path):
     script = """
 import torch, warnings

@@ -53,6 +53,7 @@ def device(request):
     return request.param
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
 def test_all_of_this_file_holds_in_the_interpreter():
     # Triton decides for one of both when it is first imported, hence the process.
@@ -400,6 +401,7 @@ for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", 
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux" or INTERPRETED, reason="Triton's compiler is for Linux")
 def test_the_compiler_takes_the_kernels_for_a_hopper_gpu_and_reads_whole_vectors(tmp_path):
     # In a process of its own, which is told nothing of the GPU that may be there.

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(("ranks", "vocab"), [(2, 13), (4, 11)])
 def test_every_divergence_and_tail_is_the_same_on_any_number_of_ranks(ranks, vocab):
     script = Path(__file__).with_name("run_vocab_parallel.py")

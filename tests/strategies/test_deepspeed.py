@@ -46,6 +46,7 @@ def tied(tmp_path_factory):
     return make_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
@@ -76,6 +77,7 @@ def test_a_zero_stage_gives_the_run_of_one_process(configure, settings, tmp_path
         assert_same_weights(tmp_path / "whole", tmp_path / "many" / "student")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not compiler_found(), reason="DeepSpeed's CPU Adam is compiled")
 @pytest.mark.timeout(600)
 def test_an_offloaded_optimizer_steps_as_pytorchs(configure, settings, tmp_path):
@@ -89,6 +91,7 @@ def test_an_offloaded_optimizer_steps_as_pytorchs(configure, settings, tmp_path)
     assert_same_weights(tmp_path / "one" / "student", tmp_path / "many" / "student", tolerance=1e-5)
 
 
+@pytest.mark.processes
 def test_a_run_goes_on_with_another_stage_strategy_and_number_of_ranks(configure, settings, tmp_path):
     keys = {"max_steps": 6, "save_steps": 2, "output_dir": str(tmp_path / "out")}
     DistillPipeline(configure(**keys, **rows(24))).run()
@@ -103,6 +106,7 @@ def test_a_run_goes_on_with_another_stage_strategy_and_number_of_ranks(configure
     assert_same_weights(whole, out / "student", tolerance=1e-5)
 
 
+@pytest.mark.processes
 def test_bf16_keeps_masters_that_bf16_could_not_hold(settings, tmp_path):
     half = {
         "student.model_args.dtype": "bf16",
@@ -116,6 +120,7 @@ def test_bf16_keeps_masters_that_bf16_could_not_hold(settings, tmp_path):
         torch.testing.assert_close(master, started[name], rtol=0, atol=1e-8)
 
 
+@pytest.mark.processes
 def test_what_is_missing_is_one_sentence(configure, settings, tmp_path, monkeypatch):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(settings(**zero(2, zero_optimization={
         "offload_optimizer": {"device": "cpu"}}))))  # fmt: skip

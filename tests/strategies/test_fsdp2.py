@@ -13,6 +13,7 @@ from runs import assert_same_weights, forget_after, metrics, rows, train
 from limbeck import DistillPipeline
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("ranks", "changes"),
     [
@@ -32,6 +33,7 @@ def test_ranks_give_the_losses_of_one(configure, settings, tmp_path, ranks, chan
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
 
 
+@pytest.mark.processes
 def test_packed_ranks_give_the_losses_of_one_also_with_a_mixture(configure, settings, assets, tmp_path):
     lines = (assets / "rows.jsonl").read_text().splitlines(keepends=True)
     for name, part in (("few", lines[:24]), ("many", lines[24:])):
@@ -48,6 +50,7 @@ def test_packed_ranks_give_the_losses_of_one_also_with_a_mixture(configure, sett
     assert set(metrics(tmp_path / "many", "train/padding_share")) == {0.0}
 
 
+@pytest.mark.processes
 def test_a_run_goes_on_with_another_number_of_ranks(configure, settings, tmp_path):
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
     out = tmp_path / "out"
@@ -62,6 +65,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(configure, settings, tmp_pat
     assert_same_weights(tmp_path / "one" / "student", out / "student", tolerance=1e-4)
 
 
+@pytest.mark.processes
 def test_device_mapping_starts_its_own_ranks(settings, tmp_path):
     mapped = settings(**rows(4), max_steps=2, **{"student.device_mapping": "list(range(0,2))"})
     text = train(mapped, tmp_path, 1)
@@ -69,6 +73,7 @@ def test_device_mapping_starts_its_own_ranks(settings, tmp_path):
     assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
 
 
+@pytest.mark.processes
 def test_a_mistake_on_several_ranks_is_one_sentence_and_status_two(settings, tmp_path):
     mapped = settings(**rows(4), **{"student.device_mapping": "0,1", "teacher_pretrain": str(tmp_path / "nowhere")})
     config = tmp_path / "bad.yaml"
@@ -80,6 +85,7 @@ def test_a_mistake_on_several_ranks_is_one_sentence_and_status_two(settings, tmp
     assert done.stderr.count("nowhere") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     keys = settings(**rows(4), max_steps=10_000, eval_steps=0, save_steps=0, **{"student.device_mapping": "0,1"})
@@ -118,6 +124,7 @@ with start_world(timeout_minutes=1 / 60) as world:  # what any other collective 
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("main", ["lives", "dies"])
 def test_ranks_wait_for_a_long_tokenisation_but_not_for_a_dead_one(tmp_path, main):
     script = tmp_path / "slow_main.py"

@@ -134,6 +134,7 @@ def test_rows_beyond_the_positions_of_the_teacher_are_distilled_as_far_as_it_can
     assert torch.tensor(lines(Path(config.output_dir), "train/loss")).isfinite().all()
 
 
+@pytest.mark.processes
 def test_two_ranks_give_the_losses_of_one(configure, settings, cross, tmp_path):
     # Each rank knows its own spans only; the mean is over those of both.
     changes = {**cross, "distill_loss_weight": 0.7, "max_steps": 4}

@@ -106,6 +106,7 @@ def test_micro_batches_give_the_losses_of_one_batch(configure, tmp_path, mask):
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5), key
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("changes", "ranks"),
     [

@@ -135,6 +135,7 @@ def test_resume_is_bit_exact(configure, tmp_path, packing):
     assert lines(out, "train/loss") == lines(tmp_path / "full", "train/loss")
 
 
+@pytest.mark.processes
 def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
     keys = {"save_steps": 2, "eval_steps": 0, "max_steps": 60, "validation": None}
     keys["student.training_args.num_train_epochs"] = 10
@@ -157,6 +158,7 @@ def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
     assert_same_weights(tmp_path / "whole" / "checkpoint-60", out / "checkpoint-60")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_signal_saves_a_checkpoint_and_exits(settings, tmp_path, number):
     keys = settings(max_steps=100_000, save_steps=0, eval_steps=0)
