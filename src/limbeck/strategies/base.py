@@ -203,6 +203,13 @@ class FrozenModel:
     num_parameters: int
     group: ModelParallelGroup | None = None
 
+    def held_tensors(self) -> list[Tensor]:
+        """What this rank holds of the model; for memory planning."""
+        head = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
+        # Of a parameter that ZeRO-3 shards, this rank's part.
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.body.parameters()]
+        return [*shards, *self.body.buffers(), *head]
+
 
 class Strategy(Protocol):
     """A way to distribute models over the ranks. One object serves all runs; it keeps no state."""

@@ -90,7 +90,7 @@ class DeepSpeedStrategy:
         return ParallelDims.from_config(worker.strategy_args.strategy_config, ranks, role)
 
     def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
-        load_deepspeed()
+        import_deepspeed()
         if dims.model_parallel_size > 1:
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "
@@ -387,8 +387,8 @@ def _initialize(
     return engine
 
 
-def load_deepspeed() -> Any:
-    """DeepSpeed, initialised in this process; LimbeckError if it is not installed."""
+def import_deepspeed() -> Any:
+    """The DeepSpeed library; LimbeckError if it is not installed."""
     try:
         # deepspeed.zero imports it half-way through patching torch, which it does not survive.
         import deepspeed
@@ -401,6 +401,12 @@ def load_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It would be compiled for a minute, by a compiler that may not be there, to add up small tensors a little faster.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def load_deepspeed() -> Any:
+    """DeepSpeed, joined to the process group of this process; a process that has none gets one of its own."""
+    deepspeed = import_deepspeed()
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks the environment, and nobody launched a process alone
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
