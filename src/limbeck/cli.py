@@ -344,10 +344,7 @@ def _data_cache(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from limbeck.config import load_config
-
-    config = load_config(args.config, args.overrides).config
-    os.environ.update(config.environment)
+    config = _settled(args)
 
     from rich.console import Console
 
@@ -358,6 +355,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     configure_logging()
     plan = make_plan(config, args.nodes, args.gpus_per_node, find_gpu(args.gpu))
+    for notice in plan.notices:
+        print(f"note: {notice}", file=sys.stderr)
     if args.json:
         print(json.dumps(plan.as_dict(), indent=1))
     else:

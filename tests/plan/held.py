@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from limbeck.config import load_config
+from limbeck.objectives import OutputHead
 from limbeck.plan.tracker import Tracker
 from limbeck.registry import TEACHERS
 from limbeck.strategies.world import start_world
@@ -18,6 +19,7 @@ from limbeck.train.build.run import build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.loop import train_step
 
+WIDTH = 96  # of the teacher that is simulated
 NAMES = ("parameters", "gradients", "optimizer", "teacher")
 
 
@@ -27,6 +29,9 @@ class ConstantChannel:
     def describe(self):
         return TeacherDescription(vocab_size=320, num_parameters=0)
 
+    def head(self):
+        return OutputHead(torch.zeros(320, WIDTH))
+
     def check(self, longest_row, largest_token):
         pass
 
@@ -34,6 +39,8 @@ class ConstantChannel:
         count, spec = len(request.supervised), request.spec
         if spec.kind == "logits":
             return lambda: TeacherResponse({"logits": torch.zeros(count, spec.vocab_size)}, 0.0)
+        if spec.kind == "hidden_states":
+            return lambda: TeacherResponse({"hidden_states": torch.zeros(count, WIDTH)}, 0.0)
         k = spec.topk
         indices = torch.arange(k, dtype=torch.int32).expand(count, k).clone()
         log_probs = torch.full((count, k), -math.log(2 * k))
@@ -63,8 +70,8 @@ def measure(file, ranks):
     engine.step = count_gradients
     with tracker:
         tracker.add(engine.held_tensors()["parameters"], "parameters")
-        if not remote:
-            tracker.add(run.teacher.model.held_tensors(), "teacher")
+        head = [] if run.teacher.info.head is None else [run.teacher.info.head.weight]
+        tracker.add(head if remote else run.teacher.model.held_tensors(), "teacher")
         train_step(run)  # creates the optimizer's state, with which later steps begin
         tracker.add(engine.held_tensors()["optimizer"], "optimizer")
         tracker.reset()
