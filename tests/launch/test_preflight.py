@@ -1,4 +1,4 @@
-"""``limbeck cluster check``: says what goes where, and finds what would fail, before anything is loaded."""
+"""``limbeck cluster check`` prints the placement and finds what would fail, before anything is loaded."""
 
 import pytest
 import torch
@@ -11,15 +11,15 @@ from limbeck.plan.memory import student_memory, teacher_memory
 
 @pytest.fixture
 def check(settings, tmp_path, monkeypatch, capsys):
-    """``check(**changes)`` → exit status, what is printed, what is complained of."""
+    """``check(**changes)``: exit status, standard output and standard error of the command."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
 
     def run(**changes) -> tuple[int, str, str]:
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(settings(**changes)))
         status = main(["cluster", "check", str(config)])
-        said = capsys.readouterr()
-        return status, said.out, said.err
+        printed = capsys.readouterr()
+        return status, printed.out, printed.err
 
     return run
 
@@ -28,7 +28,7 @@ STUDENT = "student.strategy_args.strategy_config"
 APART = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
 
 
-def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
+def test_a_run_that_fits_prints_its_placement(check, assets):
     status, out, err = check(**APART)
     parameters = sum(p.numel() for p in load_model(ModelSource(str(assets / "student")), torch.float32).parameters())
     assert (status, err) == (0, "")
@@ -38,7 +38,7 @@ def test_a_run_that_fits_is_told_so_with_what_goes_where(check, assets):
         assert "no GPU was found, so device_mapping counts CPU slots" in out
 
 
-def test_everything_that_is_missing_is_told_before_anything_is_started(check, tmp_path):
+def test_everything_that_is_missing_is_an_error_before_anything_starts(check, tmp_path):
     (tmp_path / "empty").mkdir()
     row = str(tmp_path / "row.jsonl")
     files = {"student_pretrain": str(tmp_path / "empty"), "teacher_pretrain": str(tmp_path / "none")}
@@ -50,7 +50,7 @@ def test_everything_that_is_missing_is_told_before_anything_is_started(check, tm
     assert data.startswith(f"limbeck: The data file {row} does not exist")
 
 
-def test_a_damaged_configuration_is_told_beside_what_fits(check, tmp_path):
+def test_a_damaged_model_is_an_error_and_the_other_is_still_checked(check, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen2", ')
     status, out, err = check(**APART, student_pretrain=str(tmp_path))
     assert status == 2 and " teacher " in out
@@ -92,6 +92,16 @@ def test_memory_is_what_the_models_of_a_run_hold(configure, assets):
     first = 8 * (counts[0] + counts[1])  # two ranks hold each stage
     assert stages.per_stage == pytest.approx((first, 8 * count - first), rel=0.005)
     assert [stages.held_by(rank) for rank in range(4)] == [*stages.per_stage] * 2
+
+
+def test_memory_that_sizes_do_not_determine_is_a_notice(check):
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    status, out, err = check(
+        **{"student.strategy_args.strategy_name": "deepspeed_train", f"{STUDENT}.zero_optimization": offload}
+    )
+    assert status == 0 and out.rstrip().endswith("fits")
+    assert err.startswith("note: memory is not checked: student") and "offload_optimizer" in err
+    assert " teacher " in out and " student " not in out
 
 
 @pytest.mark.parametrize(
@@ -147,7 +157,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
     ],
     ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "checkpoint", "memory"],
 )  # fmt: skip
-def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
+def test_each_problem_is_one_sentence(check, changes, sentence):
     status, out, err = check(**changes)
     assert status == 2
     assert sentence in err
@@ -156,7 +166,7 @@ def test_each_thing_that_does_not_fit_is_a_sentence(check, changes, sentence):
 
 
 @pytest.mark.workers
-def test_a_ray_that_is_joined_is_asked_what_it_has(check):
+def test_the_resources_of_a_joined_ray_are_checked(check):
     ray = pytest.importorskip("ray")
     from limbeck.cluster.session import ray_session
 

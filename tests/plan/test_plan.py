@@ -162,6 +162,17 @@ def test_deepspeed_shards_what_its_stage_shards(from_config):
     assert [each["parameters"] for each in held] == pytest.approx([4, 4, 4 / 8], rel=0.01)
 
 
+@pytest.mark.parametrize("strategy", [None, *(zero("deepspeed_train", stage) for stage in (1, 2, 3))])
+def test_what_a_library_allocates_is_not_counted_as_activations(from_config, strategy):
+    changes = {} if strategy is None else {"student.strategy_args": strategy}
+    (alone,) = simulate(load_mapping(from_config()).config, 1, "cpu")
+    (sharded,) = simulate(load_mapping(from_config(**changes)).config, 2, "cpu")
+    # Sharding changes neither; what is gathered for a pass would come on top.
+    assert sharded.activations == pytest.approx(alone.activations, rel=0.001)
+    assert sharded.most["activations"] == pytest.approx(alone.most["activations"], rel=0.01)
+    assert sharded.most["gathered"] > 0
+
+
 def test_a_plan_that_does_not_fit_names_remedies(from_config):
     made = plan(from_config())
     small = replace(made, gpu=replace(GPUS["H100"], memory=made.needed))
