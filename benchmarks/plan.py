@@ -242,9 +242,7 @@ def run_ranks(file: Path, how: str, ranks: int) -> list[tuple[int, dict]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "words", nargs="*", metavar="WORD", help="run the cases with one of these words in their name; default all"
-    )
+    parser.add_argument("words", nargs="*", metavar="WORD", help="run cases with one of these words in their name")
     parser.add_argument("--side", type=Path, help="measure one rank of a run; used by the script itself")
     parser.add_argument("--how", default="tensors")
     parser.add_argument("--details", action="store_true", help="print the peaks by name")

@@ -5,6 +5,8 @@ import torch
 import yaml
 
 from limbeck.cli import main
+from limbeck.cluster.actors import versions
+from limbeck.launch import preflight
 from limbeck.models import ModelSource, load_model
 from limbeck.plan.memory import student_memory, teacher_memory
 
@@ -163,6 +165,15 @@ def test_each_problem_is_one_sentence(check, changes, sentence):
     assert sentence in err
     assert all(line.startswith(("limbeck: ", "note: ")) for line in err.splitlines())
     assert "fits" not in out
+
+
+@pytest.mark.parametrize(("gpu_memory", "fits"), [(2**20, True), (2**19, False)])
+def test_roles_that_share_a_gpu_add_up(check, monkeypatch, gpu_memory, fits):
+    machine = preflight.Machine("box", 8, 1, 2**40, gpu_memory, versions())
+    monkeypatch.setattr(preflight, "this_machine", lambda: machine)
+    status, _, err = check()  # 0.61 MB of the student and 0.37 MB of the teacher
+    assert (status == 0) is fits
+    assert ("device 0 (box) would hold 0.97 MB" in err) is not fits
 
 
 @pytest.mark.workers
