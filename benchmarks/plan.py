@@ -1,17 +1,17 @@
-"""What ``limbeck plan`` predicts beside what a run holds: real models, real loss, real gloo ranks on this machine's CPU.
+"""Compares what ``limbeck plan`` predicts with real runs: real models, real loss, real gloo ranks on this machine's CPU.
 
     python benchmarks/plan.py                 # all cases
-    python benchmarks/plan.py zero stages     # those with one of these words in their name
+    python benchmarks/plan.py zero stages     # cases with one of these words in their name
 
-Each case is a real run, started by torchrun, whose second step is measured. Predicted ÷ measured is printed of
+Each case is a real run, started by torchrun, whose second step is measured. Printed is predicted ÷ measured of
 
     state      parameters + gradients + optimizer state, counted from the tensors; must be 1
-    tensors    the fullest moment of live tensors, counted by plan.tracker in the real step
-    allocator  the same moment as PyTorch's CPU allocator reports it to torch.profiler
-    resident   the growth of the process's peak resident memory over what it held before the models, glibc giving freed memory
-               back at once; the process also holds what no tensor shows (workspaces, gloo, code that ran)
+    tensors    the peak of live tensors, counted by plan.tracker in the real step
+    allocator  the same peak, as PyTorch's CPU allocator reports it to torch.profiler
+    resident   the growth of the process's peak resident memory since before the models were loaded. glibc is set to return
+               freed memory at once. Workspaces, gloo's buffers and loaded code are in it, and are no tensors
 
-The simulation has the CPU's chunk sizes of the loss here; everything else is what is planned for a GPU.
+The loss is simulated with the chunk sizes of a CPU; everything else is as planned for a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CASES = [
     ("medium", 2, {"zero": 2, "accumulate": 2}),
     ("medium", 2, {"zero": 3}),
 ]
-GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
+RETURN_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 def settings(
@@ -54,7 +54,7 @@ def settings(
     stages: int = 1,
     zero: int = 0,
 ) -> dict:
-    """The configuration of a case; both models are made from a config.json alone."""
+    """The configuration of a case. Both models consist of a config.json only."""
     chosen = SIZES[size]
 
     def model(name: str) -> dict:
@@ -101,7 +101,7 @@ def settings(
 
 
 def prepare(folder: Path) -> None:
-    """A tokenizer of one word per token, and rows that fill the sequence."""
+    """Write a tokenizer with one token per word, and rows that fill the sequence."""
     import random
 
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -121,13 +121,14 @@ def prepare(folder: Path) -> None:
 
 
 def measure(config_file: Path, how: str) -> None:
-    """One rank of a real run, which prints what it held: tensors, what the allocator gave, or resident memory."""
+    """Run one rank of a real run and print what it held: tensors, allocated or resident bytes."""
     from torch.profiler import ProfilerActivity, profile
 
     from limbeck.config import load_config
     from limbeck.strategies.world import start_world
-    from limbeck.train.build.models import resolve_parallelism
-    from limbeck.train.loop import _Run
+    from limbeck.train.build.run import build_run
+    from limbeck.train.build.student import resolve_parallelism
+    from limbeck.train.loop import train_step
 
     config = load_config(config_file).config
     with start_world() as ranks:
@@ -135,51 +136,51 @@ def measure(config_file: Path, how: str) -> None:
         before = resident("VmRSS")
         if how == "allocator":
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-                run = _Run(config, world, None, None)
-                run._train_step()
+                run = build_run(config, world)
+                train_step(run)
                 begun = time.time_ns()
-                run._train_step()
+                train_step(run)
             found = {"allocator": allocated(profiled, begun)}
         else:
-            run = _Run(config, world, None, None)
+            run = build_run(config, world)
             if how == "tensors":
                 found = tensors(run)
             else:
-                run._train_step()
-                Path("/proc/self/clear_refs").write_text("5")  # the resident peak begins anew
-                run._train_step()
+                train_step(run)
+                Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+                train_step(run)
                 found = {"resident": resident("VmHWM") - before}
-        sys.stdout.write(f"@{json.dumps([ranks.rank, found])}\n")  # in one piece, or two ranks' run into each other
-        run.data.stream.close()
-        ranks.wait()
+        sys.stdout.write(f"@{json.dumps([ranks.rank, found])}\n")  # one write, or the lines of two ranks mix
+        run.source.close()
+        ranks.barrier()
 
 
 def tensors(run: Any) -> dict[str, Any]:
     """The bytes of the second step's tensors."""
-    from limbeck.plan.simulate import gradients, held, optimizer_state
     from limbeck.plan.tracker import Tracker
+    from limbeck.train.loop import train_step
 
-    tracker, student, engine = Tracker(), run.student, run.engine
+    tracker, engine = Tracker(), run.engine
     step = engine.step
 
     def count_gradients() -> Any:
-        tracker.add(gradients(student, engine), "gradients")
+        tracker.add(engine.held_tensors()["gradients"], "gradients")
         return step()
 
     engine.step = count_gradients
     with tracker:
-        tracker.add(held(student), "parameters")
-        tracker.add([*held(run.teacher.body), run.teacher.head.weight], "teacher")
-        run._train_step()  # makes the optimizer's state, which later steps begin with
-        tracker.add(optimizer_state(engine), "optimizer")
+        tracker.add(engine.held_tensors()["parameters"], "parameters")
+        tracker.add(run.teacher.model.held_tensors(), "teacher")
+        train_step(run)  # creates the optimizer's state, with which later steps begin
+        tracker.add(engine.held_tensors()["optimizer"], "optimizer")
         tracker.reset()
-        run._train_step()
+        train_step(run)
     state = sum(tracker.most[name] for name in STATE)
     return {"state": state, "tensors": sum(tracker.peak.values()), "peak": +tracker.peak}
 
 
 def allocated(profiled: Any, begun: int) -> int:
-    """The most bytes that the allocator had given at once since ``begun``."""
+    """The peak of allocated bytes since ``begun``."""
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -189,7 +190,7 @@ def allocated(profiled: Any, begun: int) -> int:
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: VmRSS now, VmHWM at most."""
+    """Resident bytes of this process: VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -218,9 +219,11 @@ def compare(words: list[str], details: bool) -> None:
                 held = real[planned.rank]
                 name = case + (f", rank {planned.rank}" if changes.get("stages") else "")
                 state = sum(planned.most.get(name, 0) for name in STATE) / held["state"]
-                peak, given, grown = (planned.total / held[each] for each in ("tensors", "allocator", "resident"))
+                tensors, allocator, grown = (
+                    planned.total / held[each] for each in ("tensors", "allocator", "resident")
+                )
                 print(
-                    f"{name:46} {state:7.4f} {peak:8.3f} {given:10.3f} {grown:9.3f} {planned.total / 2**20:10.0f}",
+                    f"{name:46} {state:7.4f} {tensors:8.3f} {allocator:10.3f} {grown:9.3f} {planned.total / 2**20:10.0f}",
                     flush=True,
                 )
                 if details:
@@ -229,20 +232,20 @@ def compare(words: list[str], details: bool) -> None:
 
 
 def run_ranks(file: Path, how: str, ranks: int) -> list[tuple[int, dict]]:
-    """What every rank of a real run says of itself."""
+    """What each rank of a real run measured, with its number."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*(launcher if ranks > 1 else [sys.executable]), __file__, "--side", str(file), "--how", how]
-    environment = {**os.environ, **(GIVE_BACK if how == "resident" else {})}
+    environment = {**os.environ, **(RETURN_MEMORY if how == "resident" else {})}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return [json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@")]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("words", nargs="*", metavar="WORD", help="of the names of the cases to run; default all")
-    parser.add_argument("--side", type=Path, help="measure one run; used by the script itself")
+    parser.add_argument("words", nargs="*", metavar="WORD", help="run cases with one of these words in their name")
+    parser.add_argument("--side", type=Path, help="measure one rank of a run; used by the script itself")
     parser.add_argument("--how", default="tensors")
-    parser.add_argument("--details", action="store_true", help="print what the peaks are made of")
+    parser.add_argument("--details", action="store_true", help="print the peaks by name")
     args = parser.parse_args()
     if args.side:
         measure(args.side, args.how)

@@ -370,7 +370,7 @@ def _data_cache(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    config = _load(args).config
+    config = _load_and_print_notices(args)
 
     from rich.console import Console
 
@@ -381,6 +381,8 @@ def _plan(args: argparse.Namespace) -> int:
 
     configure_logging()
     plan = make_plan(config, args.nodes, args.gpus_per_node, find_gpu(args.gpu))
+    for notice in plan.notices:
+        print(f"note: {notice}", file=sys.stderr)
     if args.json:
         print(json.dumps(plan.as_dict(), indent=1))
     else:

@@ -5,6 +5,10 @@ class LimbeckError(Exception):
     """An error in the input or the environment. The command line prints its message without a traceback."""
 
 
+class UnknownMemory(LimbeckError):
+    """What a run holds in memory cannot be determined without running it."""
+
+
 class Stopped(LimbeckError):
     """A signal stopped a run before it had a result.
 

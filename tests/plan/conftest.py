@@ -1,4 +1,4 @@
-"""Models that are a config.json alone, and rows that fill the sequence."""
+"""Models that consist of a config.json only, and rows that fill the sequence."""
 
 import json
 
@@ -18,7 +18,7 @@ MODEL = {
 
 @pytest.fixture
 def from_config(settings, tmp_path):
-    """A run's settings, with changes; both models are random and of different widths."""
+    """``from_config(**changes)``: settings of a run whose models are random and have different widths."""
 
     def build(**changes) -> dict:
         for role, hidden in (("student", 128), ("teacher", 96)):

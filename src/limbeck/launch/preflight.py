@@ -1,14 +1,16 @@
 """Checks whether a configuration fits the machines that it would run on, without loading a model.
 
-Activations and buffers are not counted: what does not fit here does not run, what fits may still run out of memory.
+Activations are not counted: what does not fit here does not run, and what fits may still run out of memory.
+``limbeck plan`` counts them.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,15 +19,15 @@ from rich.console import Console
 from rich.table import Table
 
 from limbeck.cluster.actors import versions
-from limbeck.cluster.placement import describe_device_slots, plan_placement, unknown_gpu
+from limbeck.cluster.placement import Place, describe_device_slots, plan_placement, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.launch.driver import refuse_backend
 from limbeck.models import ModelSource, model_outline
 from limbeck.models.dtypes import DTYPES
-from limbeck.plan.memory import ModelMemory, model_memory
+from limbeck.plan.memory import ModelMemory, student_memory, teacher_memory
 from limbeck.strategies.base import dims_of, strategy_of
 from limbeck.strategies.world import World
 from limbeck.teachers.service import find_service
@@ -36,7 +38,7 @@ from limbeck.train.build.student import resolve_parallelism
 
 @dataclass(frozen=True)
 class Machine:
-    """What one machine has. memory, gpu_memory: bytes, the latter of its smallest GPU."""
+    """Resources of one machine. memory: bytes. gpu_memory: bytes of its smallest GPU."""
 
     name: str
     cpus: int
@@ -65,9 +67,9 @@ def check_cluster(config: DistillConfig) -> list[str]:
 
 
 def _would_join(config: DistillConfig) -> bool:
-    """Whether the run would join a Ray that is there."""
-    apart = config.needs_worker_groups or config.num_nodes > 1
-    return apart and can_join()
+    """Whether the run would join a Ray that is running."""
+    uses_ray = config.needs_worker_groups or config.num_nodes > 1
+    return uses_ray and can_join()
 
 
 def this_machine() -> Machine:
@@ -89,9 +91,12 @@ def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
                     "machines."
                 )
     loads: list[ModelMemory] = []
-    for role in ("student", "teacher"):
+    runs_teacher = config.has_teacher and config.teacher.service is None
+    for measure in (student_memory, teacher_memory) if runs_teacher else (student_memory,):
         try:
-            loads += model_memory(config, [role])
+            loads.append(measure(config))
+        except UnknownMemory as error:
+            print(f"note: memory is not checked: {error}", file=sys.stderr)
         except LimbeckError as error:
             problems.append(str(error))
     problems += _placement_problems(config, machines, loads)
@@ -99,20 +104,22 @@ def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
 
 
 def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
-    students = len(config.device_mapping or [0])
-    worlds: list[tuple[str, WorkerConfig, int]] = [("student", config.student, students)]
-    if config.has_teacher and config.teacher.service is None:
-        apart = config.teacher.device_mapping if config.needs_worker_groups else None
-        worlds.append(("teacher", config.teacher, len(apart or config.device_mapping or [0])))
+    mappings = _mappings(config)
+    roles: list[tuple[str, WorkerConfig, int]] = [
+        (role, worker, len(mapping))
+        for role, worker, mapping in zip(
+            ("student", "teacher"), (config.student, config.teacher), mappings, strict=False
+        )
+    ]
     device_type = "cuda" if on_gpus else "cpu"
-    world = World(0, students, torch.device("cpu"))
+    world = World(0, len(mappings[0]), torch.device("cpu"))
     checks: list[Callable[[], object]] = [
         lambda: resolve_parallelism(
             config, world, teacher_here=not config.needs_worker_groups, device_type=device_type
         ),
         lambda: make_objective(config, torch.device("cpu")),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
-        *(partial(_check_worker, config, *role, device_type) for role in worlds),
+        *(partial(_check_worker, config, *role, device_type) for role in roles),
     ]
     problems = []
     for check in checks:
@@ -132,79 +139,123 @@ def _check_worker(config: DistillConfig, role: str, worker: WorkerConfig, ranks:
         strategy.check_model(model_outline(source, DTYPES[worker.model_args.dtype]), dims, source.name, role)
 
 
+def _mappings(config: DistillConfig) -> list[list[int]]:
+    """The devices of the student's ranks, and of the teacher's if the run starts it."""
+    mappings = [list(config.device_mapping or [0])]
+    if config.has_teacher and config.teacher.service is None:
+        own = config.teacher.device_mapping if config.needs_worker_groups else None
+        mappings.append(list(own or mappings[0]))
+    return mappings
+
+
 def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[ModelMemory]) -> list[str]:
-    """What cannot be placed, and which machine's memory is too small for what would be placed on it."""
+    """Print the placement; returns what cannot be placed, and which memory is too small for what is placed on it."""
     problems = []
     if config.num_nodes > len(machines):
         hint = "" if can_join() else "; set RAY_ADDRESS to a Ray that has them"
         problems.append(f"num_nodes = {config.num_nodes}, but there are {len(machines)} machine(s){hint}.")
-    mappings = [config.device_mapping or [0]]
-    if config.has_teacher and config.teacher.service is None:
-        apart = config.teacher.device_mapping if config.needs_worker_groups else None
-        mappings.append(apart or mappings[0])
+    mappings = _mappings(config)
     on_gpus = any(machine.gpus for machine in machines)
-    device = "GPU" if on_gpus else "CPU"
     # Roles in one process take one slot; as groups of workers each takes its own.
     placed = mappings if config.needs_worker_groups else mappings[:1]
     problems += filter(None, [unknown_gpu(placed, sum(machine.gpus for machine in machines))])
     bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus)
-    wanted = [bundle[device] for bundle in bundles]
+    device = "GPU" if on_gpus else "CPU"
     # A Ray that is started here is given as many CPU slots as the run needs.
-    unbounded = not on_gpus and not _would_join(config)
-    free = [float(machine.gpus if on_gpus else machine.cpus) for machine in machines]
-    found: dict[int, Machine] = {}
-    for number in sorted(range(len(bundles)), key=lambda number: -wanted[number]):
-        at = max(range(len(machines)), key=lambda index: free[index])
-        if wanted[number] > free[at] and not unbounded:
+    bounded = on_gpus or _would_join(config)
+    hosts, unplaced = _place([bundle[device] for bundle in bundles], machines, device, bounded=bounded)
+    problems += unplaced
+    assigned = []
+    for load in loads:
+        role = 0 if load.role == "student" else 1
+        bundle_of = [place.bundle for place in places[role if len(places) > 1 else 0]]
+        assigned += [
+            _Assigned(hosts[bundle], number, load.held_by(rank), load.loading)
+            for rank, (bundle, number) in enumerate(zip(bundle_of, mappings[role], strict=True))
+            if bundle in hosts
+        ]
+    if loads:
+        Console(highlight=False).print(_placement_table(loads, places, hosts))
+    return problems + _host_problems(assigned, on_gpus) + (_gpu_problems(config, assigned) if on_gpus else [])
+
+
+@dataclass(frozen=True)
+class _Assigned:
+    """One rank of a role on a machine. device: its number in device_mapping. held, loading: bytes."""
+
+    machine: Machine
+    device: int
+    held: int
+    loading: int
+
+
+def _place(
+    slots: Sequence[float], machines: Sequence[Machine], device: str, *, bounded: bool
+) -> tuple[dict[int, Machine], list[str]]:
+    """The machine of each bundle of ``slots``, largest bundles first, and what has no machine."""
+    free = [float(machine.gpus if device == "GPU" else machine.cpus) for machine in machines]
+    hosts: dict[int, Machine] = {}
+    problems = []
+    for number in sorted(range(len(slots)), key=lambda number: -slots[number]):
+        index = max(range(len(machines)), key=lambda index: free[index])
+        if slots[number] > free[index] and bounded:
             problems.append(
-                f"device_mapping needs {wanted[number]:g} free {device} slots on one machine, but {machines[at].name} has "
-                f"{free[at]:g} and no machine has more; name fewer devices, or set num_gpus_per_node to what a machine has."
+                f"device_mapping needs {slots[number]:g} free {device} slots on one machine, but {machines[index].name} has "
+                f"{free[index]:g} and no machine has more; name fewer devices, or set num_gpus_per_node to what a machine has."
             )
             continue
-        free[at] -= wanted[number]
-        found[number] = machines[at]
+        free[index] -= slots[number]
+        hosts[number] = machines[index]
+    return hosts, problems
+
+
+def _placement_table(
+    loads: Sequence[ModelMemory], places: Sequence[Sequence[Place]], hosts: Mapping[int, Machine]
+) -> Table:
     table = Table("role", "ranks", "parameters", "memory per rank", "machines", box=None)
-    on_machine: Counter[str] = Counter()
-    loading: Counter[str] = Counter()
-    on_device: Counter[int] = Counter()
-    hosts: dict[int, Machine] = {}
     for load in loads:
-        which = 0 if load.role == "student" else 1
-        places_of = places[which if len(places) > 1 else 0]
-        for rank, (at_place, number) in enumerate(zip(places_of, mappings[which], strict=True)):
-            machine = found.get(at_place.bundle)
-            if machine is not None:
-                on_machine[machine.name] += load.held_by(rank)
-                loading[machine.name] += load.loading
-                held = on_device[number] + load.held_by(rank)
-                on_device[number] = max(on_device[number], load.held_by(rank)) if config.offloads_colocated else held
-                hosts[number] = machine
-        names = sorted({found[at.bundle].name for at in places_of if at.bundle in found})
-        table.add_row(
-            load.role, str(load.ranks), f"{load.parameters:,}", _size(load.per_rank), ", ".join(names) or "none"
-        )
-    if loads:
-        Console(highlight=False).print(table)
-    for machine in {machine.name: machine for machine in found.values()}.values():
-        held = 0 if on_gpus else on_machine[machine.name]
-        if held > machine.memory:
+        role = 0 if load.role == "student" or len(places) == 1 else 1
+        names = sorted({hosts[place.bundle].name for place in places[role] if place.bundle in hosts})
+        memory = _size(load.per_rank)
+        table.add_row(load.role, str(load.ranks), f"{load.parameters:,}", memory, ", ".join(names) or "none")
+    return table
+
+
+def _host_problems(assigned: Sequence[_Assigned], on_gpus: bool) -> list[str]:
+    """Machines whose memory is too small for what their processes hold or load."""
+    held: Counter[str] = Counter()
+    loading: Counter[str] = Counter()
+    for each in assigned:
+        held[each.machine.name] += 0 if on_gpus else each.held
+        loading[each.machine.name] += each.loading
+    problems = []
+    for machine in {each.machine.name: each.machine for each in assigned}.values():
+        if held[machine.name] > machine.memory:
             problems.append(
-                f"{machine.name} would hold {_size(held)} of models, gradients and optimizer, but has "
+                f"{machine.name} would hold {_size(held[machine.name])} of models, gradients and optimizer, but has "
                 f"{_size(machine.memory)} of memory; use more machines, smaller models or LoRA."
             )
         elif loading[machine.name] > machine.memory:
             problems.append(
-                f"the processes on {machine.name} load {_size(loading[machine.name])} of models before they share them out, "
+                f"the processes on {machine.name} load {_size(loading[machine.name])} of models before they shard them, "
                 f"but it has {_size(machine.memory)} of memory; place fewer ranks on it."
             )
-    if on_gpus:
-        problems += [
-            f"device {number} ({hosts[number].name}) would hold {_size(held)} of models, gradients and optimizer, but a GPU "
-            f"there has {_size(hosts[number].gpu_memory)}; use more devices, smaller models or LoRA."
-            for number, held in on_device.items()
-            if held > hosts[number].gpu_memory
-        ]
     return problems
+
+
+def _gpu_problems(config: DistillConfig, assigned: Sequence[_Assigned]) -> list[str]:
+    """GPUs whose memory is too small for the roles on them, which add up unless they are offloaded."""
+    held: dict[int, int] = {}
+    for each in assigned:
+        before = held.get(each.device, 0)
+        held[each.device] = max(before, each.held) if config.offloads_colocated else before + each.held
+    hosts = {each.device: each.machine for each in assigned}
+    return [
+        f"device {number} ({hosts[number].name}) would hold {_size(size)} of models, gradients and optimizer, but a GPU "
+        f"there has {_size(hosts[number].gpu_memory)}; use more devices, smaller models or LoRA."
+        for number, size in held.items()
+        if size > hosts[number].gpu_memory
+    ]
 
 
 def _joined_machines() -> list[Machine]:

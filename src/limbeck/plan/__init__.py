@@ -1,1 +1,1 @@
-"""What a run would need on GPUs that are not here: memory, traffic and time of one rank, from its configuration alone."""
+"""Memory, traffic and time of a run on GPUs that are not present, from its configuration alone."""

@@ -1,4 +1,4 @@
-"""A simulated step on a GPU of the table: does it fit, what is sent, how long does it take at the least."""
+"""A simulated step on a known GPU: whether it fits, what it sends, and the least time it takes."""
 
 from __future__ import annotations
 
@@ -10,29 +10,34 @@ from typing import Any
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.plan.gpus import GPUS, Gpu
+from limbeck.plan.micro_batch import longest_row
 from limbeck.plan.simulate import Step, simulate
 
 RESERVED = 0.08
-"""Share of a GPU's memory that is left to the CUDA context, NCCL's buffers and the allocator's gaps."""
+"""Fraction of a GPU's memory that is reserved for the CUDA context, NCCL's buffers and fragmentation."""
 
-_ADAM_BYTES = 28  # a number: AdamW reads weight, gradient and two moments and writes all but the gradient, in float32
+_ADAM_BYTES = (
+    28  # per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in float32
+)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """One kind of collective: bytes that a rank receives in a step, over how many ranks, on which wire, for how long."""
+    """One kind of collective in a step: the ranks of its group, the bytes that each receives, the link and its seconds."""
 
     collective: str
     ranks: int
     bytes: float
-    wire: str
+    link: str
     seconds: float
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group of processes, seen from one rank of it. name: of the group, and of that rank's place in a pipeline. seconds: what
-    each part of its step takes at the peak rates."""
+    """One rank of a group of processes.
+
+    name: of the group, with the rank if several of its ranks are simulated. seconds: of each part of a step, at peak rates.
+    """
 
     name: str
     step: Step
@@ -41,25 +46,31 @@ class Group:
 
     @property
     def place(self) -> str:
-        """The rank that is looked at, in words."""
+        """The simulated rank in words."""
         return f"rank {self.step.rank} of {self.step.role}"
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step whose communication hides behind its computation."""
-        aside = self.seconds["communication"], self.seconds["optimizer"]
-        return max(sum(self.seconds.values()) - sum(aside), aside[0]) + aside[1]
+        """Seconds of a step whose communication overlaps with its computation."""
+        communication, optimizer = self.seconds["communication"], self.seconds["optimizer"]
+        computation = sum(self.seconds.values()) - communication - optimizer
+        return max(computation, communication) + optimizer
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The report on all groups of a run. turns: groups that share a GPU are never on it together."""
+    """The plan of a run.
+
+    groups: the simulated ranks. offloads: of roles that share a GPU, one at a time is on it. notices: sentences about how
+    the plan differs from the configuration.
+    """
 
     nodes: int
     gpus_per_node: int
     gpu: Gpu
     groups: tuple[Group, ...]
-    turns: bool = False
+    offloads: bool = False
+    notices: tuple[str, ...] = ()
 
     @property
     def usable(self) -> float:
@@ -68,23 +79,23 @@ class Plan:
 
     @property
     def needed(self) -> int:
-        """Bytes on the fullest GPU; groups that share one add up, unless they take turns."""
-        together = max if self.turns else sum
-        return int(max(self._on(device, lambda group: group.step.total, together) for device in self._devices))
+        """Bytes on the fullest GPU. Roles that share it add up, unless they are offloaded."""
+        combine = max if self.offloads else sum
+        return int(max(self._on(device, lambda group: group.step.total, combine) for device in self._devices))
 
     @property
     def fits(self) -> bool:
-        """Whether the fullest GPU holds what it must."""
+        """Whether the fullest GPU has enough memory."""
         return self.needed <= self.usable
 
     @property
     def overlapped(self) -> float:
-        """Seconds of a step in which only what must waits: groups on GPUs of their own work at the same time."""
+        """Seconds of a step whose communication and roles on other GPUs overlap with computation."""
         return max(self._on(device, lambda group: group.overlapped, sum) for device in self._devices)
 
     @property
     def serial(self) -> float:
-        """Seconds of a step that does one thing at a time."""
+        """Seconds of a step without any overlap."""
         slowest: dict[str, float] = {}
         for group in self.groups:
             slowest[group.step.role] = max(slowest.get(group.step.role, 0.0), sum(group.seconds.values()))
@@ -92,23 +103,23 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all ranks together, at best."""
+        """Tokens per second of all ranks together, at most."""
         return self.groups[0].step.tokens / self.overlapped
 
     @property
     def _devices(self) -> set[int]:
         return {device for group in self.groups for device in group.step.devices}
 
-    def _on(self, device: int, of: Callable[[Group], float], together: Callable[[Iterable[float]], float]) -> float:
-        """``of`` the groups on ``device`` together; of those that are stages of one pipeline, the largest."""
+    def _on(self, device: int, measure: Callable[[Group], float], combine: Callable[[Iterable[float]], float]) -> float:
+        """The largest ``measure`` of each role's pipeline stages on ``device``, combined over the roles."""
         largest: dict[str, float] = {}
         for group in self.groups:
             if device in group.step.devices:
-                largest[group.step.role] = max(largest.get(group.step.role, of(group)), of(group))
-        return together(largest.values())
+                largest[group.step.role] = max(largest.get(group.step.role, measure(group)), measure(group))
+        return combine(largest.values())
 
     def as_dict(self) -> dict[str, Any]:
-        """For machines: bytes, FLOPs and seconds of rank 0 of each group."""
+        """The plan as JSON values: bytes, FLOPs and seconds of each simulated rank."""
         groups = []
         for group in self.groups:
             values = asdict(group.step) | {
@@ -121,6 +132,7 @@ class Plan:
             "nodes": self.nodes,
             "gpus_per_node": self.gpus_per_node,
             "gpu": asdict(self.gpu),
+            "notices": list(self.notices),
             "fits": self.fits,
             "needed": self.needed,
             "usable": self.usable,
@@ -131,26 +143,35 @@ class Plan:
 
 
 def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
-    """The plan of ``config`` on ``nodes`` × ``gpus_per_node``; LimbeckError for a layout that cannot be. See ``Plan.fits``."""
+    """The plan of ``config`` on ``nodes`` × ``gpus_per_node`` GPUs, whether it fits or not.
+
+    Raises:
+        UnknownMemory: if sizes do not determine what the run holds.
+        LimbeckError: for a layout that cannot run.
+    """
     if nodes < 1 or gpus_per_node < 1:
-        raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU at all; both begin at 1.")
+        raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU; both must be 1 or more.")
     steps = simulate(config, nodes * gpus_per_node)
-    everywhere = {device // gpus_per_node for step in steps for device in step.devices}
-    apart = "within the node" if len(everywhere) == 1 else "between nodes"
-    looked_at = Counter(step.role for step in steps)
-    names = [step.role if looked_at[step.role] == 1 else f"{step.role}, rank {step.rank}" for step in steps]
-    groups = tuple(_group(name, step, gpus_per_node, gpu, apart) for name, step in zip(names, steps, strict=True))
-    return Plan(nodes, gpus_per_node, gpu, groups, config.offloads_colocated)
+    used_nodes = {device // gpus_per_node for step in steps for device in step.devices}
+    signal_link = "within the node" if len(used_nodes) == 1 else "between nodes"
+    ranks = Counter(step.role for step in steps)
+    groups = []
+    for step in steps:
+        name = step.role if ranks[step.role] == 1 else f"{step.role}, rank {step.rank}"
+        groups.append(_group(name, step, gpus_per_node, gpu, signal_link))
+    _, notice = longest_row(config)
+    notices = () if notice is None else (notice,)
+    return Plan(nodes, gpus_per_node, gpu, tuple(groups), config.offloads_colocated, notices)
 
 
-def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> Group:
+def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, signal_link: str) -> Group:
     traffic = []
     for (collective, ranks), size in step.sent.items():
         nodes = [step.devices[rank] // gpus_per_node for rank in ranks]
         traffic.append(_traffic(collective, nodes, size, gpu))
     if step.signal_travels and "student" in step.parameters:
         size = step.signal * step.micro_batches
-        traffic.append(Traffic("signal", 1, size, apart, size / gpu.network))
+        traffic.append(Traffic("signal", 1, size, signal_link, size / gpu.network))
     seconds = {part: count / gpu.flops for part, count in step.flops.items() if count}
     if "loss" in seconds:
         seconds["loss"] += step.moved / gpu.bandwidth
@@ -163,27 +184,27 @@ def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, apart: str) -> G
 
 
 def _traffic(collective: str, nodes: list[int], size: int, gpu: Gpu) -> Traffic:
-    """On a ring every rank receives all but its own part, and in an all-reduce twice; of a message, all."""
+    """On a ring every rank receives all parts but its own, in an all-reduce twice. A message is received whole."""
     count = len(nodes)
     rounds = {"all_reduce": 2, "broadcast": count / (count - 1), "receive": count / (count - 1)}.get(collective, 1)
     received = size * (count - 1) / count * rounds
-    here = nodes.count(nodes[0])
-    if here == count:
+    on_node = nodes.count(nodes[0])
+    if on_node == count:
         return Traffic(collective, count, received, "within the node", received / gpu.link)
-    # The ranks of a node each have an adapter, and what comes in through one is passed on inside.
-    return Traffic(collective, count, received, "between nodes", received / min(gpu.link, here * gpu.network))
+    # Each rank of a node has a network adapter; what one receives is passed on within the node.
+    return Traffic(collective, count, received, "between nodes", received / min(gpu.link, on_node * gpu.network))
 
 
 def refusal(plan: Plan) -> LimbeckError:
-    """Why a plan does not fit, and what might."""
+    """The error of a plan that does not fit, with what may help."""
     fullest = max(plan.groups, key=lambda group: group.step.total)
     largest = max(fullest.step.peak, key=lambda name: fullest.step.peak[name])
-    ways = [f"--gpu {gpu.name}" for gpu in _by_memory() if plan.needed <= gpu.memory * (1 - RESERVED)][:1]
-    remedy = _remedy(largest, fullest.step)
+    larger = [f"--gpu {gpu.name}" for gpu in _by_memory() if plan.needed <= gpu.memory * (1 - RESERVED)][:1]
+    remedies = [_remedy(largest, fullest.step), *larger]
     gib = 2**30
     return LimbeckError(
-        f"one {plan.gpu.name} can hold {plan.usable / gib:.1f} GiB, and {fullest.place} needs "
-        f"{plan.needed / gib:.1f} GiB, most of it for {largest}; use {' or '.join([remedy, *ways])}."
+        f"{fullest.place} needs {plan.needed / gib:.1f} GiB, most of it for {largest}, and one {plan.gpu.name} has "
+        f"{plan.usable / gib:.1f} GiB for it; use {' or '.join(remedies)}."
     )
 
 

@@ -1,10 +1,10 @@
-"""What GPUs can do, as NVIDIA says.
+"""Rates of GPUs, as NVIDIA states them.
 
-Products and bandwidth are those of the data sheets: A100 (nvidia-a100-datasheet, SXM), L40S (l40s-datasheet), H100 and H200
-(h100-datasheet, h200-datasheet, SXM), B200 (HGX B200 in the Blackwell data sheet). Rates "with sparsity" are halved, and a
-link's two directions are counted apart. Memory is what ``nvidia-smi`` shows on each, which is a little less than is sold. The
+FLOP/s and memory bandwidth are those of the data sheets: A100 (nvidia-a100-datasheet, SXM), L40S (l40s-datasheet), H100 and
+H200 (h100-datasheet, h200-datasheet, SXM), B200 (HGX B200 in the Blackwell data sheet). Rates "with sparsity" are halved, and
+link rates are those of one direction. Memory is what ``nvidia-smi`` shows, which is a little less than the nominal size. The
 network is one adapter for each GPU, as in NVIDIA's DGX of that generation: 200 Gb/s InfiniBand with A100, 400 Gb/s with H100,
-H200 and B200; the L40S, which has PCIe 4.0 x16 and no NVLink, is given 200 Gb/s.
+H200 and B200. For the L40S, which has PCIe 4.0 x16 and no NVLink, 200 Gb/s is assumed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from limbeck.errors import LimbeckError
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory in bytes; flops: dense bfloat16 products a second; bandwidth of its memory, of the links to its neighbours
-    (link) and of its share of the network between nodes, in bytes a second and one direction."""
+    """Rates of one GPU.
+
+    memory: bytes. flops: dense bfloat16 FLOP/s. bandwidth: of its memory. link: to other GPUs of its node. network: between
+    nodes. The last three in bytes per second and one direction.
+    """
 
     name: str
     memory: float
@@ -45,8 +48,8 @@ GPUS = {
 
 
 def find_gpu(name: str) -> Gpu:
-    """The GPU called ``name`` in any case; LimbeckError names those that are known."""
+    """The GPU called ``name``, in upper or lower case. Raises LimbeckError, with the known names, if there is none."""
     for known, gpu in GPUS.items():
         if known.lower() == name.lower():
             return gpu
-    raise LimbeckError(f"--gpu {name} is not a GPU that is known here; use one of {', '.join(GPUS)}.")
+    raise LimbeckError(f"--gpu {name} is not a known GPU; use one of {', '.join(GPUS)}.")

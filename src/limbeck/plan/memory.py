@@ -1,34 +1,39 @@
-"""What the models of a run take in memory, reckoned from their outlines: parameters, gradients, optimizer; no
-activations.
+"""What the models of a run hold on each rank after a step: parameters, gradients, optimizer; no activations.
+
+Every pipeline stage is built by the run's own strategy on fake tensors and takes one step over tiny micro-batches, which
+creates gradients and optimizer state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from math import ceil
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema import WorkerConfig
-from limbeck.models import ModelSource, body, model_outline, unwrap_model
+from limbeck.models import ModelSource, model_outline, output_head
 from limbeck.models.dtypes import compute_dtype, student_load_dtype
-from limbeck.strategies.base import dims_of, strategy_of
-from limbeck.strategies.deepspeed import stage_of
+from limbeck.objectives import DistillationLoss, OutputHead
+from limbeck.plan.micro_batch import full_micro_batch, make_micro_batch
+from limbeck.plan.models import count_parameters, simulated_student, simulated_teacher
+from limbeck.plan.tracker import held_bytes
+from limbeck.strategies.base import MicroBatches, dims_of
 from limbeck.strategies.parallel_dims import ParallelDims
-from limbeck.strategies.pipeline_parallel import keep_stage
-from limbeck.strategies.tensor_parallel import sliced_parameters
+from limbeck.teachers.signals import HIDDEN_STATES
 from limbeck.train.build.student import prepare_student
+from limbeck.train.student import TrainInput
 
-_MASTER, _GRADIENT, _MOMENTS = 4, 4, 8  # bytes of each trained number: float32, and Adam's two means
+_TOKENS = 4  # per context-parallel rank
 
 
 @dataclass(frozen=True)
 class ModelMemory:
-    """A group's need. parameters: of the model; per_stage: bytes that stay on the device of each rank, for each stage
-    of the pipeline; loading: bytes of host memory in each process while it loads.
+    """Memory of one role.
+
+    parameters: of the model. per_stage: bytes that stay on the device of each rank, for each pipeline stage. loading: bytes of
+    host memory of each process while it loads the whole model.
     """
 
     role: str
@@ -48,97 +53,76 @@ class ModelMemory:
         return self.per_stage[self.dims.coordinates(rank).pp]
 
 
-def model_memory(config: DistillConfig, roles: Collection[str] = ("student", "teacher")) -> list[ModelMemory]:
-    """What ``roles`` take on each rank: parameters, and for what is trained gradients and Adam; nothing else.
+def student_memory(config: DistillConfig) -> ModelMemory:
+    """The memory of the student's ranks, without that of a colocated teacher.
 
-    A teacher that is a service is not counted. Raises LimbeckError for a checkpoint whose configuration cannot be read.
+    Raises:
+        UnknownMemory: if sizes do not determine it.
+        LimbeckError: if a model's configuration cannot be read, or its layout cannot run.
     """
-    loads = [_of_student(config)] if "student" in roles else []
-    if "teacher" in roles and config.has_teacher and config.teacher.service is None:
-        loads.append(_of_teacher(config))
-    return loads
-
-
-def _of_student(config: DistillConfig) -> ModelMemory:
-    args, worker = config.student.model_args, config.student
-    ranks = len(config.device_mapping or [0])
-    dims = dims_of(worker, ranks, "student")
+    args, ranks = config.student.model_args, len(config.device_mapping or [0])
+    dims = dims_of(config.student, ranks, "student")
     source = ModelSource.from_args(args, "student")
-
-    def make() -> Any:
-        return prepare_student(config, model_outline(source, student_load_dtype(args)))
-
-    zero = stage_of(worker.strategy_args.strategy_config.deepspeed)
-    shards = dims.dp_shard * dims.cp
-
-    def held(parameter: nn.Parameter) -> float:
-        """Bytes of one number on each rank."""
-        if not zero:
-            each = _MASTER + _GRADIENT + _MOMENTS if parameter.requires_grad else parameter.element_size()
-            return each / shards
-        whole, shared = compute_dtype(worker).itemsize, 0
-        if parameter.requires_grad:
-            whole += _GRADIENT if zero == 1 else 0
-            shared = _MASTER + _MOMENTS + (0 if zero == 1 else _GRADIENT)
-        return (whole + shared) / ranks if zero == 3 else whole + shared / ranks
-
-    model = make()
-    stages = _stages(make, source, dims, "student", worker, lambda model, p, slices: p.numel() * held(p) / slices)
-    return ModelMemory("student", ranks, _count(model), stages, _bytes(model.parameters()), dims)
+    model = prepare_student(config, model_outline(source, student_load_dtype(args)))
+    stages = tuple(_student_stage(config, dims, ranks, dims.rank_at(pp=stage)) for stage in range(dims.pp))
+    return ModelMemory("student", ranks, count_parameters(model), stages, _size(model), dims)
 
 
-def _of_teacher(config: DistillConfig) -> ModelMemory:
+def teacher_memory(config: DistillConfig) -> ModelMemory:
+    """The memory of the ranks of a teacher that is no service. Raises as ``student_memory``."""
     worker = config.teacher
     ranks = len((config.needs_worker_groups and worker.device_mapping) or config.device_mapping or [0])
     dims = dims_of(worker, ranks, "teacher")
-    source = ModelSource.from_args(worker.model_args, "teacher")
-    share = dims.dp_shard * (dims.cp if dims.dp_shard > 1 else 1)
-
-    def make() -> Any:
-        return model_outline(source, compute_dtype(worker))
-
-    model = make()
-    head = model.get_output_embeddings().weight
-    # Every rank keeps the head whole, also when the body is sharded.
-    whole = head.numel() * head.element_size()
-
-    def held(model: Any, parameter: nn.Parameter, slices: int) -> float:
-        ends = (model.get_output_embeddings(), model.get_input_embeddings())
-        is_head, is_embedding = (parameter is getattr(end, "weight", None) for end in ends)
-        # The head is counted whole; where it is one with embeddings that are sharded, the shards are beside it.
-        if is_head and not (is_embedding and share * slices > 1):
-            return 0
-        return parameter.numel() * parameter.element_size() / slices / share
-
-    stages = tuple(part + whole for part in _stages(make, source, dims, "teacher", worker, held))
-    return ModelMemory("teacher", ranks, _count(model), stages, _bytes(model.parameters()), dims)
-
-
-def _stages(
-    make: Callable[[], Any],
-    source: ModelSource,
-    dims: ParallelDims,
-    role: str,
-    worker: WorkerConfig,
-    held: Callable[[Any, nn.Parameter, int], float],
-) -> tuple[int, ...]:
-    """The bytes of each pipeline stage, ``held(model, parameter, slices)`` being those of one parameter."""
-    found = []
+    model = model_outline(ModelSource.from_args(worker.model_args, "teacher"), compute_dtype(worker))
+    stages = []
     for stage in range(dims.pp):
-        model = make()
-        causal, trunk = unwrap_model(model), body(model)
-        strategy_of(worker, role).check_model(model, dims, source.name, role)
-        if dims.pp > 1:
-            keep_stage(causal, trunk, stage, dims.pp)
-        sliced = {id(p) for p in sliced_parameters(causal, trunk, dims.tp)} if dims.tp > 1 else set()
-        each = (held(causal, p, dims.tp if id(p) in sliced else 1) for p in model.parameters())
-        found.append(ceil(sum(each)))
-    return tuple(found)
+        with simulated_teacher(config, ranks, dims.rank_at(pp=stage)) as teacher:
+            stages.append(held_bytes(teacher.model.held_tensors()))
+    return ModelMemory("teacher", ranks, count_parameters(model), tuple(stages), _size(model), dims)
 
 
-def _count(model: Any) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def _student_stage(config: DistillConfig, dims: ParallelDims, ranks: int, rank: int) -> int:
+    _, count = full_micro_batch(config, config.sequence_length)
+    batch = make_micro_batch(1, _TOKENS * dims.cp, packed=config.student.use_sequence_packing)
+    whole, own = batch.shard_for_context_parallel(dims.coordinates(rank).cp, dims.cp)
+    args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": True})  # takes longer
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
+    compares = bool(config.features.pairs)  # only projections of features depend on the teacher
+    with simulated_student(config, ranks, rank, with_teacher=compares) as simulated:
+        engine = simulated.student.engine
+        root: Any = engine.root  # type: ignore[attr-defined]
+        root.fused = _sum_of_inputs
+        signal = (
+            simulated.teacher.request(whole, HIDDEN_STATES)(whole)
+            if compares and simulated.teacher is not None
+            else None
+        )
+        inputs = [TrainInput(own, signal, 1.0)] * min(2, count)  # ZeRO-1 holds more gradients between micro-batches
+        gradients = [
+            held_bytes(engine.held_tensors()["gradients"])
+            for _ in engine.forward_backward(MicroBatches(len(inputs), partial(iter, inputs)))
+        ]
+        gradients.append(held_bytes(engine.held_tensors()["gradients"]))
+        engine.step()
+        held = engine.held_tensors()
+        state = held_bytes(held["parameters"]) + held_bytes(held["optimizer"])
+        return state + max(gradients) + _received_head(config)
 
 
-def _bytes(parameters: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+def _sum_of_inputs(hidden: Tensor, head: OutputHead, *_: Any, **__: Any) -> DistillationLoss:
+    """A loss that gives all its inputs a gradient."""
+    value = hidden.sum() + head.weight.sum() + (0 if head.bias is None else head.bias.sum())
+    return DistillationLoss(value, *[value.detach()] * (len(DistillationLoss._fields) - 1))
+
+
+def _received_head(config: DistillConfig) -> int:
+    """Bytes of the output head that a teacher in other processes sends to each student rank."""
+    worker = config.teacher
+    if not config.needs_worker_groups or worker.service is not None or config.teacher_signal != "hidden_states":
+        return 0
+    model = model_outline(ModelSource.from_args(worker.model_args, "teacher"), compute_dtype(worker))
+    return int(output_head(model).weight.nbytes)
+
+
+def _size(model: Any) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())

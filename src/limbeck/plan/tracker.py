@@ -1,17 +1,17 @@
-"""What a piece of PyTorch code holds, computes and sends, seen from its operators: live bytes, FLOPs, collectives.
+"""Live bytes, FLOPs and collectives of PyTorch code, counted from the operators that it runs.
 
-Works on real tensors and on fake ones (sizes without memory) alike, which is how a prediction is checked against a run.
-Buffers that an operator makes and frees inside itself are out of sight. Knows tensors; knows nothing of models.
+Works on real tensors and on fake ones (which have sizes and no memory), so that a prediction can be compared with a
+run. Buffers that an operator allocates and frees inside itself are not seen. Knows tensors; knows nothing of models.
 """
 
 from __future__ import annotations
 
-import sys
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,8 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+ACTIVATIONS = "activations"
+"""The tag of what a trained model's forward and backward pass allocate."""
+
 GATHERED = "gathered"
-"""The tag of what FSDP2 makes: gathered parameters, buffers of its collectives, reduced gradients."""
+"""The tag of what the library of a strategy allocates: gathered parameters, buffers of its collectives, reduced
+gradients.
+"""
 
 _aten = torch.ops.aten
 _ATTENTION: dict[Any, tuple[Callable[..., int], int]] = {
@@ -45,39 +52,47 @@ _COLLECTIVES = {
     "reduce_": "reduce",
     "recv_": "receive",
 }
-_SILENT = (
+_NOT_COUNTED = (  # they send nothing, or are counted where they are received
     "send",
     "barrier",
     "wait_tensor",
     "wrap_tensor_autograd",
     "_wrap_tensor_autograd",
-)  # or counted at the other end
+)
+
+_tags = ["other"]  # not a context variable: autograd may run parts of a backward pass on another thread
 
 
-def inside_engine() -> bool:
-    """Whether the operator that is running was called by FSDP2, DeepSpeed or PyTorch's pipelining itself, and not by
-    the model that these run.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if name.endswith(_OF_MODELS) or "/transformers/" in name:
-            return False
-        if any(part in name for part in _OF_ENGINES):
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def current_tag() -> str:
+    """The tag of what is allocated now: that of the innermost ``tagged`` context."""
+    return _tags[-1]
 
 
-_OF_ENGINES = ("/_fully_shard/", "/deepspeed/", "/distributed/pipelining/")
-_OF_MODELS = ("/autograd/graph.py", "/train/student.py", "/objectives/sizes.py", "/deepspeed/runtime/zero/linear.py")
-"""Of the last, DeepSpeed runs the products of ZeRO-3 in place of PyTorch; by the first a backward pass is run."""
+@contextmanager
+def tagged(tag: str) -> Iterator[None]:
+    """Gives ``tag`` to what is allocated inside."""
+    _tags.append(tag)
+    try:
+        yield
+    finally:
+        _tags.pop()
+
+
+def with_tag(tag: str, function: F) -> F:
+    """``function``, whose allocations get ``tag``."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with tagged(tag):
+            return function(*args, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 class Tracker(TorchDispatchMode):
-    """Inside ``with tracker:`` every storage is counted from the operator that makes it to the moment that it is freed.
+    """Inside ``with tracker:`` every storage is counted from the operator that allocates it until it is freed.
 
-    live: bytes by tag; peak: the same when their sum was largest; most: each tag at its own most. flops: of matrix
+    live: bytes by tag. peak: the same when their sum was largest. most: each tag at its own maximum. flops: of matrix
     products and attention, as ``torch.utils.flop_counter`` counts them. sent: for each collective and the ranks of its
     group, the bytes of its larger side.
     """
@@ -89,22 +104,14 @@ class Tracker(TorchDispatchMode):
         self.most: Counter[str] = Counter()
         self.flops = 0
         self.sent: Counter[tuple[str, tuple[int, ...]]] = Counter()
-        self._tag = "other"
         self._known: dict[int, tuple[Any, str, int, int]] = {}  # by the storage's id: weak reference, tag, bytes, birth
         self._total = self._highest = self._clock = self._highest_at = 0
         self._resize: Callable[..., Any] | None = None
 
-    @contextmanager
-    def tagged(self, tag: str) -> Iterator[None]:
-        """What is made inside belongs to ``tag``."""
-        before, self._tag = self._tag, tag
-        try:
-            yield
-        finally:
-            self._tag = before
-
     def add(self, tensors: Iterable[Tensor], tag: str) -> None:
-        """Count ``tensors`` that were made before, or call what they hold by another tag, also at the peak."""
+        """Count ``tensors`` that were allocated before, or change the tag of those that are counted, also at the
+        peak.
+        """
         for tensor in tensors:
             storage = local(tensor).untyped_storage()
             known = self._forget(id(storage))
@@ -117,23 +124,23 @@ class Tracker(TorchDispatchMode):
                     self.peak[tag] += size
 
     def reset(self) -> None:
-        """Look for the largest sum, and count what is computed and sent, from now on."""
+        """Start to look for the largest sum, and to count what is computed and sent, from now on."""
         self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
         self.most = self.live.copy()
         self.flops = 0
         self.sent.clear()
 
     def __enter__(self) -> Tracker:
-        # Resizing a storage, which is how FSDP2 frees and takes its gathered parameters, is no operator.
+        # FSDP2 frees and allocates its gathered parameters by resizing their storage, which is no operator.
         self._resize = resize = torch.UntypedStorage.resize_
 
-        def watched(storage: Any, size: int) -> Any:
+        def counted_resize(storage: Any, size: int) -> Any:
             result = resize(storage, size)
             known = self._forget(id(storage))
-            self._count(storage, known[0] if known else self._maker())
+            self._count(storage, known[0] if known else current_tag())
             return result
 
-        torch.UntypedStorage.resize_ = watched  # type: ignore[assignment, method-assign]
+        torch.UntypedStorage.resize_ = counted_resize  # type: ignore[assignment, method-assign]
         super().__enter__()
         return self
 
@@ -144,27 +151,24 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # let it turn into operators on what this rank holds
+            return NotImplemented  # it runs again as operators on what this rank holds
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and not isinstance(leaf, DTensor):
                 storage = leaf.untyped_storage()
                 if id(storage) not in self._known:
-                    self._count(storage, self._maker())
+                    self._count(storage, current_tag())
         packet = func._overloadpacket
         if packet in _ATTENTION:
             count, inputs = _ATTENTION[packet]
             self.flops += count(*(each.shape for each in args[:inputs]))
         elif packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
-        elif "c10d" in func.namespace and packet.__name__ not in _SILENT:
+        elif "c10d" in func.namespace and packet.__name__ not in _NOT_COUNTED:
             larger = max(_bytes(result), *(_bytes(each) for each in args[:2]))
             self.sent[_COLLECTIVES[packet.__name__], _ranks(args)] += larger
         return result
-
-    def _maker(self) -> str:
-        return GATHERED if inside_engine() else self._tag
 
     def _count(self, storage: Any, tag: str) -> None:
         key, size = id(storage), storage.nbytes()
@@ -177,7 +181,7 @@ class Tracker(TorchDispatchMode):
             self._highest, self._highest_at, self.peak = self._total, self._clock, self.live.copy()
 
     def _forget(self, key: int) -> tuple[str, int, int] | None:
-        """The tag, the bytes and the birth of a storage that is counted no longer."""
+        """The tag, bytes and birth of a storage that is no longer counted."""
         if key not in self._known:
             return None
         _, tag, size, birth = self._known.pop(key)
@@ -187,8 +191,14 @@ class Tracker(TorchDispatchMode):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of ``tensor``."""
+    """This rank's part of ``tensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def held_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of ``tensors`` on this rank, each counted once."""
+    storages = [local(tensor).untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _bytes(tensors: Any) -> int:
@@ -196,7 +206,7 @@ def _bytes(tensors: Any) -> int:
 
 
 def _ranks(args: Any) -> tuple[int, ...]:
-    """Of the process group that is among the arguments of a collective, as an object or by its name."""
+    """The ranks of the process group among the arguments of a collective, which is an object or a name."""
     for leaf in reversed(tree_leaves(args)):
         if isinstance(leaf, str) and leaf.isdigit():
             return tuple(get_process_group_ranks(_resolve_process_group(leaf)))  # type: ignore[arg-type]
@@ -204,6 +214,6 @@ def _ranks(args: Any) -> tuple[int, ...]:
             continue
         try:
             return tuple(get_process_group_ranks(ProcessGroup.unbox(getattr(leaf, "real_obj", leaf))))
-        except (RuntimeError, TypeError):  # a reduction's name, say
+        except (RuntimeError, TypeError):  # another object, such as a reduction
             continue
     raise AssertionError("a collective has a process group")

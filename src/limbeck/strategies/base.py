@@ -8,7 +8,8 @@ states, offloading. Nothing here knows what the loss is: a root module takes one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -25,6 +26,9 @@ from limbeck.strategies.pipeline_parallel import PipelineGroup
 from limbeck.strategies.world import World
 
 T = TypeVar("T")
+
+LibraryFunctions = Sequence[tuple[Any, str]]
+"""Functions, each as its owner and its name there."""
 
 MODEL = "model."
 """Prefix of the student's own parameters among those of the root module."""
@@ -203,6 +207,13 @@ class FrozenModel:
     num_parameters: int
     group: ModelParallelGroup | None = None
 
+    def held_tensors(self) -> list[Tensor]:
+        """What this rank holds of the model; for memory planning."""
+        head = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
+        # Of a parameter that ZeRO-3 shards, this rank's part.
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.body.parameters()]
+        return [*shards, *self.body.buffers(), *head]
+
 
 class Strategy(Protocol):
     """A way to distribute models over the ranks. One object serves all runs; it keeps no state."""
@@ -215,6 +226,16 @@ class Strategy(Protocol):
 
     def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
         """Raise LimbeckError unless ``model`` (which may be on the meta device) can be divided so."""
+
+    def simulate(self, worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryFunctions]:
+        """The context in which this strategy builds and trains models on fake tensors, for memory planning.
+
+        It is entered when the process group exists, and yields the functions through which the strategy's library acts
+        on a model. What is allocated in them belongs to the library, not to the model.
+
+        Raises:
+            UnknownMemory: if sizes do not determine what the library holds.
+        """
 
     def build_student(self, spec: StudentSpec, world: World) -> Engine:
         """Distribute the student over ``world`` and wrap it in an engine."""

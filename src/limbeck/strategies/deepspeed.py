@@ -11,9 +11,10 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.models import output_head
 from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import (
@@ -30,6 +31,7 @@ from limbeck.strategies.base import (
     Engine,
     EngineState,
     FrozenModel,
+    LibraryFunctions,
     MicroBatches,
     Placement,
     StudentSpec,
@@ -88,7 +90,7 @@ class DeepSpeedStrategy:
         return ParallelDims.from_config(worker.strategy_args.strategy_config, ranks, role)
 
     def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
-        load_deepspeed()
+        import_deepspeed()
         if dims.model_parallel_size > 1:
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "
@@ -97,6 +99,38 @@ class DeepSpeedStrategy:
 
     def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
         """DeepSpeed shards any model."""
+
+    @contextmanager
+    def simulate(self, worker: WorkerConfig, role: str) -> Iterator[LibraryFunctions]:
+        for what in ("optimizer", "param"):
+            if offload_device(worker.strategy_args.strategy_config.deepspeed, what) is not None:
+                raise UnknownMemory(
+                    f"{role}.strategy_args.strategy_config.zero_optimization.offload_{what}: sizes alone do not determine "
+                    "what DeepSpeed then leaves on a GPU; plan without it."
+                )
+        deepspeed = load_deepspeed()
+        from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+        from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+        from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+        with ExitStack() as stack:
+            stack.enter_context(patch.dict(os.environ, LOCAL_RANK="0"))
+            for module in (partition_parameters, partitioned_param_coordinator, stage3):
+                stack.enter_context(patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None))
+            stack.callback(_leave_process_group)
+            in_optimizer = ("update_hook_state_and_maybe_run_epilogue", "reenter_backward_if_needed")
+            optimizers = (DeepSpeedZeroOptimizer, stage3.DeepSpeedZeroOptimizer_Stage3)
+            yield [
+                *((deepspeed.DeepSpeedEngine, name) for name in ("forward", "backward", "step")),
+                *(
+                    (DeepSpeedZeRoOffload, f"{when}_sub_module_{pass_name}_function")
+                    for when in ("pre", "post")
+                    for pass_name in ("forward", "backward")
+                ),
+                *((optimizer, name) for optimizer in optimizers for name in in_optimizer),
+                (DeepSpeedZeroOptimizer, "process_gradients"),
+                (stage3.DeepSpeedZeroOptimizer_Stage3, "reduce_ready_partitions_and_remove_grads"),
+            ]
 
     def build_student(self, spec: StudentSpec, world: World) -> Engine:
         block, training = spec.worker.strategy_args.strategy_config.deepspeed, spec.worker.training_args
@@ -385,8 +419,8 @@ def _initialize(
     return engine
 
 
-def load_deepspeed() -> Any:
-    """DeepSpeed, initialised in this process; LimbeckError if it is not installed."""
+def import_deepspeed() -> Any:
+    """The DeepSpeed library; LimbeckError if it is not installed."""
     try:
         # deepspeed.zero imports it half-way through patching torch, which it does not survive.
         import deepspeed
@@ -399,12 +433,26 @@ def load_deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # It would be compiled for a minute, by a compiler that may not be there, to add up small tensors a little faster.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def load_deepspeed() -> Any:
+    """DeepSpeed, joined to the process group of this process; a process that has none gets one of its own."""
+    deepspeed = import_deepspeed()
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks the environment, and nobody launched a process alone
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+def _leave_process_group() -> None:
+    """Let DeepSpeed forget the process group, so that it can join another one."""
+    deepspeed = import_deepspeed()
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,7 +6,8 @@ to shard and nothing is wrapped. Registered as ``fsdp2_train`` and ``fsdp2_infer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,7 +20,7 @@ from limbeck.config.schema import StrategyConfig, WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, decoder_layers, output_head
 from limbeck.models.dtypes import DTYPES, compute_dtype
-from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
+from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.model_parallel import (
     apply_model_parallel,
     check_model_parallel,
@@ -60,6 +61,22 @@ class Fsdp2Strategy:
 
     def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
         check_model_parallel(model, dims, name, role)
+
+    @contextmanager
+    def simulate(self, worker: WorkerConfig, role: str) -> Iterator[LibraryFunctions]:
+        # Private modules, and needed by a plan only.
+        from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+        from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+        from torch.distributed.pipelining.schedules import PipelineScheduleSingle
+
+        yield [
+            (FSDPState, "_pre_forward"),
+            (FSDPState, "_post_forward"),
+            (FSDPState, "_pre_backward"),
+            (FSDPState, "_root_post_backward_final_callback"),
+            (FSDPParamGroup, "post_backward"),
+            (PipelineScheduleSingle, "step"),
+        ]
 
     def build_student(self, spec: StudentSpec, world: World) -> Engine:
         model, dims, given = spec.model, world.dims, spec.worker.strategy_args.strategy_config
