@@ -12,7 +12,10 @@ from limbeck import DistillPipeline, registry
 from limbeck.config import load_arguments, load_config
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.data.masks import IGNORE
+from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_model
+from limbeck.plan.estimate import make_plan
+from limbeck.plan.gpus import find_gpu
 from limbeck.rollout import Prompt, SamplingParams
 
 PLUGINS = Path(__file__).parent.parent / "examples" / "plugins"
@@ -45,6 +48,13 @@ def test_a_divergence(trains):
 def test_a_strategy(trains):
     name = "student.strategy_args.strategy_name"
     trains("strategy", **{name: "sgd_train", "student.training_args.learning_rate": 0.05})
+
+
+def test_a_strategy_without_simulate_cannot_be_planned(configure):
+    name = "student.strategy_args.strategy_name"
+    config = configure(plugins=[str(PLUGINS / "strategy.py")], **{name: "sgd_train"})
+    with pytest.raises(LimbeckError, match="sgd_train has no method simulate"):
+        make_plan(config, 1, 1, find_gpu("H100"))
 
 
 def test_a_teacher_gives_the_losses_of_the_one_that_it_wraps(trains, configure, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +17,14 @@ from torch._subclasses.fake_tensor import (
 )
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema import ModelArgs
+from limbeck.config.schema import ModelArgs, WorkerConfig
 from limbeck.errors import UnknownMemory
 from limbeck.models import ModelSource, model_outline, output_head
 from limbeck.models.dtypes import compute_dtype, student_load_dtype
 from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.objectives import OutputHead
 from limbeck.plan.fake_distributed import FirstChunks, fake_distributed
-from limbeck.strategies.base import TeacherSpec, dims_of, strategy_of
+from limbeck.strategies.base import LibraryFunctions, TeacherSpec, dims_of, strategy_of
 from limbeck.strategies.world import World
 from limbeck.teachers import LocalTeacher, RemoteTeacher, TeacherRequest, TeacherResponse
 from limbeck.teachers.protocol import TeacherContext
@@ -69,9 +69,9 @@ def simulated_student(
     """
     args, colocated = config.student.model_args, not config.needs_worker_groups
     strategy = strategy_of(config.student, "student")
-    libraries = [strategy.simulate(config.student, "student")]
+    libraries = [_library(config.student, "student")]
     if config.has_teacher and colocated:
-        libraries.append(strategy_of(config.teacher, "teacher").simulate(config.teacher, "teacher"))
+        libraries.append(_library(config.teacher, "teacher"))
     with _values_are_unknown(), fake_distributed(ranks, rank, libraries) as world:
         world = resolve_parallelism(config, world, teacher_here=colocated, device_type="cuda")
         teacher: LocalTeacher | RemoteTeacher | None = None
@@ -92,9 +92,19 @@ def simulated_student(
 @contextmanager
 def simulated_teacher(config: DistillConfig, ranks: int, rank: int) -> Iterator[LocalTeacher]:
     """The teacher of ``config`` on rank ``rank`` of ``ranks``, built inside of ``fake_distributed``."""
-    library = strategy_of(config.teacher, "teacher").simulate(config.teacher, "teacher")
-    with _values_are_unknown(), fake_distributed(ranks, rank, [library]) as world:
+    with _values_are_unknown(), fake_distributed(ranks, rank, [_library(config.teacher, "teacher")]) as world:
         yield build_teacher(config, world)
+
+
+def _library(worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryFunctions]:
+    """The context of a role's strategy. Raises UnknownMemory for a strategy without one."""
+    strategy = strategy_of(worker, role)
+    if not hasattr(strategy, "simulate"):
+        raise UnknownMemory(
+            f"{role}.strategy_args.strategy_name = {worker.strategy_args.strategy_name} has no method simulate, without "
+            "which its memory cannot be planned; plan with another strategy."
+        )
+    return strategy.simulate(worker, role)
 
 
 def build_teacher(config: DistillConfig, world: World) -> LocalTeacher:

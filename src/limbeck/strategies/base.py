@@ -228,7 +228,7 @@ class Strategy(Protocol):
         """Raise LimbeckError unless ``model`` (which may be on the meta device) can be divided so."""
 
     def simulate(self, worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryFunctions]:
-        """The context in which this strategy builds and trains models on fake tensors, for memory planning.
+        """The context in which this strategy builds and trains models on fake tensors, for memory planning. Optional.
 
         It is entered when the process group exists, and yields the functions through which the strategy's library acts
         on a model. What is allocated in them belongs to the library, not to the model.
