@@ -216,7 +216,7 @@ def test_quirks_can_be_combined_and_do_not_affect_validation(configure, tmp_path
     ("changes", "message"),
     [
         ({"objective_faults": ["unshifted_mask", "every_token"]}, "which contradict"),
-        ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "do not go with loss_balance"),
+        ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "cannot be combined with loss_balance"),
         ({"objective_faults": ["shifted_mask"]}, "objective_faults"),
     ],
 )
