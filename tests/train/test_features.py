@@ -215,7 +215,7 @@ def test_a_modelopt_file_trains_with_its_loss_balance(configure, tmp_path, skip)
                 "features.pairs": [["model.layers.0", "model.norm"]],
                 "student.model_args.freeze_module_prefix": "model.embed,model.layers.0",
             },
-            r"student's model\.layers\.0 is frozen",
+            r"student's model\.layers\.0 are frozen",
         ),
     ],
 )

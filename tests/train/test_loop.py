@@ -437,7 +437,7 @@ def test_packing_is_an_error_for_a_model_that_cannot_separate_documents(configur
 
 def test_rows_longer_than_the_positions_of_the_model_are_an_error(configure, tmp_path):
     make_model(tmp_path / "short", max_position_embeddings=8)
-    with pytest.raises(LimbeckError, match=r"longest row has \d+ tokens.*made for 8"):
+    with pytest.raises(LimbeckError, match=r"longest row has \d+ tokens.*supports 8"):
         DistillPipeline(configure(student_pretrain=str(tmp_path / "short"))).run()
 
 
