@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from limbeck.config.schema import TrainingArgs
 from limbeck.strategies.gradient_clipping import clip_gradients, gradient_norm
@@ -178,4 +179,5 @@ def test_gradients_on_different_meshes_have_one_norm_and_are_clipped_together():
         values = [g.full_tensor().item() if hasattr(g, "full_tensor") else g.item() for g in found]
         assert values == pytest.approx([0.3, 0.4, 1.2])
     finally:
+        _clear_sharding_prop_cache()  # which knows the groups by their names
         dist.destroy_process_group()
