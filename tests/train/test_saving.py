@@ -134,7 +134,7 @@ def test_the_loss_scale_of_fp16_is_restored(build):
     assert build(**half, resume_from_checkpoint=True).engine.state_dict().scaler["scale"] == 1024.0
 
 
-def test_the_schedule_of_taid_is_restored_and_needed(build):
+def test_the_schedule_of_taid_is_restored(build, tmp_path):
     taid = {"kd_objective": "taid"}
     first = build(**taid, max_steps=20)
     for _ in range(5):
@@ -142,7 +142,7 @@ def test_the_schedule_of_taid_is_restored_and_needed(build):
     first.saver.save(5, first.requests.state_dict(), {})
     second = build(**taid, max_steps=20, resume_from_checkpoint=True)
     assert second.taid.state() == first.taid.state()
-    assert second.taid.state() != build(**taid, max_steps=20, output_dir="elsewhere").taid.state()
+    assert second.taid.state() != build(**taid, max_steps=20, output_dir=str(tmp_path / "new")).taid.state()
 
 
 def test_a_checkpoint_of_another_objective_is_refused(build):
