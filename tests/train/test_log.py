@@ -86,6 +86,8 @@ def test_the_logged_loss_is_the_mean_of_the_steps_since_the_last_line(configure,
 def test_the_checkpoint_of_a_step_that_saves_has_its_validation_metric(configure, tracker, tmp_path):
     run(configure, save_steps=3, eval_steps=100)
     losses = {step: values["val/loss"] for step, values in tracker.lines if "val/loss" in values}
+    for _, values in tracker.lines:
+        assert values.get("student/val_loss") == values.get("val/ce")
     for step in (3, 6, 7):
         manifest = json.loads((tmp_path / "out" / f"checkpoint-{step}" / "manifest.json").read_text())
         assert manifest["metric"] == losses[step]

@@ -1,6 +1,7 @@
 """Checkpoints: what they hold, which of them stay, where the links point, and which of them a run refuses."""
 
 import json
+import os
 import stat
 from pathlib import Path
 
@@ -250,11 +251,9 @@ def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path):
 def test_a_checkpoint_replaces_one_of_the_same_step_and_what_a_kill_left(tmp_path):
     (tmp_path / ".checkpoint-1.writing").mkdir()
     (tmp_path / ".checkpoint-1.writing" / "torn").write_text("half")
-    write(tmp_path, 1, 1.0)
-    path = write(tmp_path, 1, 2.0)
-    assert load_checkpoint(path).metric == 2.0
+    assert not (write(tmp_path, 1, 1.0) / "torn").exists()
+    assert load_checkpoint(write(tmp_path, 1, 2.0)).metric == 2.0
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1"}
-    assert not (path / "torn").exists()
 
 
 def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
@@ -274,6 +273,18 @@ def test_every_file_can_be_read_by_others_and_is_in_the_manifest(tmp_path):
     assert json.loads((path / "manifest.json").read_text())["files"].keys() == files - {"manifest.json"}
     for name in files:
         assert stat.S_IMODE((path / name).stat().st_mode) == 0o644, name
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor: int) -> None:
+        assert not list_checkpoints(tmp_path)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    path = write(tmp_path, 1)
+    assert sorted(synced) == sorted(file.stat().st_ino for file in path.rglob("*") if file.is_file())
 
 
 def test_every_kind_of_damage_is_found(tmp_path):
