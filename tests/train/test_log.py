@@ -169,3 +169,16 @@ def test_the_console_shows_the_run_its_lines_and_the_validation(configure, track
     assert "step 1/2  loss " in text
     assert "step 2/2  loss " in text
     assert text.count("val/loss ") == 1
+
+
+def test_all_missing_files_are_named_at_once(configure, tmp_path):
+    nowhere = {"student_pretrain": str(tmp_path / "no-student"), "teacher_pretrain": str(tmp_path / "no-teacher")}
+    with pytest.raises(LimbeckError, match=r"(?s)no-student.*\n.*no-teacher"):
+        build_run(configure(**nowhere), ALONE)
+
+
+def test_the_teachers_metrics_are_logged_with_the_training_loss(configure, tracker, monkeypatch):
+    monkeypatch.setattr("limbeck.teachers.local.LocalTeacher.metrics", lambda self: {"transport/waiting": 1.0})
+    run(configure, max_steps=2, save_steps=0, logging_steps=1, eval_steps=1)
+    assert tracker.steps("transport/waiting") == tracker.steps("train/loss") == [1, 2]
+    assert not any("transport/waiting" in values for _, values in tracker.lines if "val/loss" in values)

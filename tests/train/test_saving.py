@@ -108,6 +108,15 @@ def test_a_checkpoint_holds_trained_parameters_by_their_own_names_and_the_positi
     assert find_damage(path) is None
 
 
+def test_a_tied_head_is_saved_once_also_in_another_precision_than_it_is_trained_in(build, tmp_path):
+    folder = make_model(tmp_path / "tied", tie_word_embeddings=True)
+    run = build(student_pretrain=str(folder), **{"student.model_args.dtype": "bf16"})
+    run.saver.save(1, {}, {})
+    saved = weights(tmp_path / "out" / "checkpoint-1")
+    assert saved.keys() == weights(folder).keys()
+    assert "lm_head.weight" not in saved
+
+
 def test_a_restored_run_has_weights_moments_position_and_learning_rate(build, tmp_path):
     first = build()
     for _ in range(2):
