@@ -179,12 +179,13 @@ def _shards(given: StrategyConfig, data: int, cp: int, tp: int, role: str) -> in
     if ranks % size:
         unit = "processes" if tp == 1 else f"groups of {tp} tensor ranks"
         raise LimbeckError(
-            f"{role}: strategy_config.fsdp_size = {size} does not divide the {ranks} {unit}; use a divisor, or 0 for all."
+            f"{role}: strategy_config.fsdp_size = {size} does not divide the {ranks} {unit}; use a divisor, or leave it unset "
+            "to shard over all of them."
         )
     if size % cp:
         raise LimbeckError(
             f"{role}: strategy_config.fsdp_size = {size} is not a multiple of context_parallel_size = {cp}, whose ranks share "
-            "parameters; use a multiple, or 0 for all."
+            "parameters; use a multiple, or leave it unset to shard over all ranks."
         )
     return size // cp
 

@@ -103,6 +103,8 @@ class DistillPipeline:
                 return train(run, stop, given.console)
         finally:
             run.source.close()
+            for tracker in run.trackers:
+                tracker.close()
 
 
 def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> RunResult:
@@ -137,8 +139,6 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                 f"Stopped by {signal.Signals(stopped).name} after step {run.step}; "
                 f"resume_from_checkpoint=true goes on from there."
             )
-    for tracker in run.trackers:
-        tracker.close()
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped)
 
 
