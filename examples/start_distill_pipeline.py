@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from limbeck.cli import train_from_config
 from limbeck.errors import LimbeckError
+from limbeck.launch.start import train_from_config
 
 
 def find_folder(config_path: str) -> Path:

@@ -10,7 +10,8 @@ import yaml
 from tiny import make_data, make_model
 
 from limbeck import LimbeckError
-from limbeck.cli import _visible, main
+from limbeck.cli import main
+from limbeck.launch.local_ranks import visible_devices
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,7 +152,9 @@ def test_every_command_with_a_configuration_takes_a_dialect(run_file, capsys, co
 
 def test_processes_started_for_several_devices_use_the_same_dialect(run_file, monkeypatch):
     started = []
-    monkeypatch.setattr("limbeck.cli._launch", lambda ranks, file, overrides: started.append((ranks, overrides)) or 0)
+    monkeypatch.setattr(
+        "limbeck.launch.start.run_ranks", lambda ranks, file, overrides: started.append((ranks, overrides)) or 0
+    )
     devices = "student.device_mapping=[0,1]"
     assert main(["train", str(run_file), devices, "--dialect", "roll"]) == 0
     assert started == [(2, ["--dialect", "roll", devices])]
@@ -175,12 +178,12 @@ def test_the_launcher_script_trains_like_the_command(run_file, tmp_path):
     [([3], None, "3"), ([0, 1], "4,5,6,7", "4,5"), ([2], "GPU-a,GPU-b,GPU-c", "GPU-c")],
 )
 def test_devices_are_counted_within_cuda_visible_devices(devices, allowed, visible):
-    assert _visible(devices, allowed) == visible
+    assert visible_devices(devices, allowed) == visible
 
 
 def test_a_device_outside_cuda_visible_devices_is_an_error():
     with pytest.raises(LimbeckError, match="leaves only 2"):
-        _visible([2], "0,1")
+        visible_devices([2], "0,1")
 
 
 def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypatch, capsys):

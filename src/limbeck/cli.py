@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from limbeck.errors import LimbeckError, Stopped
+from limbeck.errors import USER_MISTAKE, LimbeckError, Stopped
 
 if TYPE_CHECKING:
     from limbeck.config import DistillConfig, LoadedConfig
-
-USER_MISTAKE = 2
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-_STARTED_HERE = "LIMBECK_STARTED_HERE"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="distil a student as a configuration describes")
     _add_config_arguments(train)
-    train.set_defaults(run=lambda args: train_from_config(args.config, args.overrides, args.dialect))
+    train.set_defaults(run=_train)
 
     serve = commands.add_parser("serve-teacher", help="load a teacher once for several runs, until Ctrl-C")
     _add_config_arguments(serve, "YAML file of one of the runs")
@@ -134,57 +125,10 @@ def _add_config_arguments(
     )
 
 
-def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
-    """Run the distillation that a YAML file describes. All entry points call this function.
+def _train(args: argparse.Namespace) -> int:
+    from limbeck.launch.start import train_from_config
 
-    A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun has started them.
-
-    Returns:
-        The exit status.
-    """
-    from limbeck.config import load_config
-
-    loaded = load_config(config_file, overrides, dialect)
-    config = loaded.config
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process and not os.environ.get(_STARTED_HERE):
-        for notice in loaded.notices:
-            print(f"note: {notice}", file=sys.stderr)
-    os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
-    devices = config.device_mapping or []
-    launched = "WORLD_SIZE" in os.environ
-    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices):
-        raise LimbeckError(
-            f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
-            f"processes; start {len(devices)} processes, or remove device_mapping."
-        )
-    if config.needs_worker_groups and launched:
-        raise LimbeckError(
-            "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
-            "launcher."
-        )
-    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
-        return _train_on_cluster(config)
-    if len(devices) > 1 and not launched:
-        options = [] if dialect is None else ["--dialect", dialect]
-        return _launch(len(devices), config_file, [*options, *overrides])
-    if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
-        os.environ["CUDA_VISIBLE_DEVICES"] = _visible(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-    from limbeck.train.loop import DistillPipeline
-
-    result = DistillPipeline(config).run()
-    if main_process:
-        print(f"student: {result.student}")
-    return 128 + result.stopped_by if result.stopped_by else 0
-
-
-def _train_on_cluster(config: DistillConfig) -> int:
-    from limbeck.launch.on_ray import run_on_ray
-
-    result = run_on_ray(config, lambda line: print(line, flush=True))
-    print(f"student: {result.student}")
-    return 128 + result.stopped_by if result.stopped_by else 0
+    return train_from_config(args.config, args.overrides, args.dialect)
 
 
 def _serve_teacher(args: argparse.Namespace) -> int:
@@ -224,75 +168,6 @@ def _load_and_print_notices(args: argparse.Namespace) -> DistillConfig:
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
     return loaded.config
-
-
-def _visible(devices: Sequence[int], allowed: str | None) -> str:
-    """The value of CUDA_VISIBLE_DEVICES for ``devices``, which are indices within its present value ``allowed``."""
-    if allowed is None:
-        return ",".join(map(str, devices))
-    names = [name.strip() for name in allowed.split(",") if name.strip()]
-    if names and max(devices) >= len(names):
-        raise LimbeckError(
-            f"student.device_mapping names device {max(devices)}, but CUDA_VISIBLE_DEVICES = {allowed} leaves only "
-            f"{len(names)} (numbered from 0); name devices that exist."
-        )
-    return ",".join(names[device] for device in devices) if names else allowed
-
-
-def _launch(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
-    """Run ``limbeck train`` once per rank on this machine. If one process fails, the others are terminated.
-
-    Returns:
-        The exit status of the first rank that failed, else 0.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {**os.environ, _STARTED_HERE: "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-m", "limbeck", "train", str(config_file), *overrides]
-    with tempfile.TemporaryFile("w+") as others:
-        processes = [
-            subprocess.Popen(
-                command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=others if rank else None
-            )
-            for rank in range(ranks)
-        ]
-
-        def pass_on(number: int, frame: object) -> None:
-            for process in processes:
-                process.terminate()
-
-        before = signal.signal(signal.SIGTERM, pass_on)
-        _wait(processes)
-        signal.signal(signal.SIGTERM, before)
-        # After an error of the main rank, the errors of the others only report that it has ended.
-        if processes[0].returncode != USER_MISTAKE and any(process.returncode for process in processes):
-            others.seek(0)
-            sys.stderr.write("".join(others.readlines()[-40:]))
-    codes = [process.returncode for process in processes]
-    worst = next((code for code in codes if code), 0)
-    return 128 - worst if worst < 0 else worst
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    while any(process.poll() is None for process in processes):
-        try:
-            time.sleep(0.2)
-            # After a stop signal all ranks end by themselves. If one fails, the others would wait for it.
-            if any(process.poll() not in (None, 0, *_STOPPED) for process in processes):
-                # The error may be the main rank's: leave it time to print it before it is terminated too.
-                time.sleep(2)
-                for process in processes:
-                    process.terminate()
-                for process in processes:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(60)
-                    process.kill()
-                    process.wait()
-        except KeyboardInterrupt:
-            continue  # the processes have received the same Ctrl-C and save a checkpoint
 
 
 def _config(args: argparse.Namespace) -> int:

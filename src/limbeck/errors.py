@@ -1,5 +1,8 @@
 """Exceptions whose messages are written for users: what is wrong, where, and what to do."""
 
+USER_MISTAKE = 2
+"""Exit status of a command after a LimbeckError."""
+
 
 class LimbeckError(Exception):
     """An error in the input or the environment. The command line prints its message without a traceback."""

@@ -1,0 +1,63 @@
+"""Starts the processes of a run: this one, one per device on this machine, or workers on Ray. Light to import."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from limbeck.config import DistillConfig, load_config
+from limbeck.errors import LimbeckError
+from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
+
+
+def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
+    """Run the distillation that a YAML file describes. All entry points call this function.
+
+    A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun has started them.
+
+    Returns:
+        The exit status.
+    """
+    loaded = load_config(config_file, overrides, dialect)
+    config = loaded.config
+    main_process = int(os.environ.get("RANK", "0")) == 0
+    if main_process and not os.environ.get(STARTED_HERE):
+        for notice in loaded.notices:
+            print(f"note: {notice}", file=sys.stderr)
+    os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
+    devices = config.device_mapping or []
+    launched = "WORLD_SIZE" in os.environ
+    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices):
+        raise LimbeckError(
+            f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
+            f"processes; start {len(devices)} processes, or remove device_mapping."
+        )
+    if config.needs_worker_groups and launched:
+        raise LimbeckError(
+            "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
+            "launcher."
+        )
+    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+        return _train_on_ray(config)
+    if len(devices) > 1 and not launched:
+        options = [] if dialect is None else ["--dialect", dialect]
+        return run_ranks(len(devices), config_file, [*options, *overrides])
+    if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+    from limbeck.train.loop import DistillPipeline
+
+    result = DistillPipeline(config).run()
+    if main_process:
+        print(f"student: {result.student}")
+    return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def _train_on_ray(config: DistillConfig) -> int:
+    from limbeck.launch.on_ray import run_on_ray
+
+    result = run_on_ray(config, lambda line: print(line, flush=True))
+    print(f"student: {result.student}")
+    return 128 + result.stopped_by if result.stopped_by else 0
