@@ -158,7 +158,7 @@ def test_the_schedule_of_taid_is_restored(build, tmp_path):
 def test_a_checkpoint_of_another_objective_is_refused(build):
     run = build()
     run.saver.save(1, run.requests.state_dict(), {})
-    with pytest.raises(LimbeckError, match=r"checkpoint-1 was made with another objective than taid"):
+    with pytest.raises(LimbeckError, match=r"checkpoint-1 .* than taid"):
         build(kd_objective="taid", resume_from_checkpoint=True)
 
 
@@ -166,7 +166,7 @@ def test_a_checkpoint_of_another_student_is_refused(build, tmp_path):
     run = build()
     run.saver.save(1, run.requests.state_dict(), {})
     other = make_model(tmp_path / "other", layers=3)
-    with pytest.raises(LimbeckError, match=r"was made with another student.*layers\.2\..* differs"):
+    with pytest.raises(LimbeckError, match=r"another student.*layers\.2\..* differs"):
         build(student_pretrain=str(other), resume_from_checkpoint=True)
 
 
@@ -176,10 +176,10 @@ def test_a_run_refuses_checkpoints_of_an_earlier_run_and_later_ones(configure, t
     assert find_checkpoint(configure(resume_from_checkpoint=True)) is None
     for step in (1, 2, 10):
         write(out, step)
-    with pytest.raises(LimbeckError, match="holds the checkpoints of an earlier run"):
+    with pytest.raises(LimbeckError, match="checkpoints of an earlier run"):
         find_checkpoint(configure())
     assert find_checkpoint(configure(resume_from_checkpoint=True)) == out / "checkpoint-10"
-    with pytest.raises(LimbeckError, match="also holds checkpoint-10, which a run from"):
+    with pytest.raises(LimbeckError, match=r"also .* checkpoint-10,"):
         find_checkpoint(configure(resume_from_checkpoint=str(out / "checkpoint-2")))
     elsewhere = configure(resume_from_checkpoint=str(out / "checkpoint-2"), output_dir=str(tmp_path / "new"))
     assert find_checkpoint(elsewhere) == out / "checkpoint-2"
@@ -188,12 +188,12 @@ def test_a_run_refuses_checkpoints_of_an_earlier_run_and_later_ones(configure, t
 def test_later_checkpoints_are_refused_if_they_are_whole(tmp_path):
     first, second = write(tmp_path, 1), write(tmp_path, 2)
     refuse_later_checkpoints(second, tmp_path)
-    with pytest.raises(LimbeckError, match="also holds checkpoint-2"):
+    with pytest.raises(LimbeckError, match=r"also .* checkpoint-2,"):
         refuse_later_checkpoints(first, tmp_path)
     (second / "manifest.json").unlink()
     refuse_later_checkpoints(first, tmp_path)
     other = write(tmp_path / "other", 5)
-    with pytest.raises(LimbeckError, match="also holds checkpoint-1"):
+    with pytest.raises(LimbeckError, match=r"also .* checkpoint-1,"):
         refuse_later_checkpoints(other, tmp_path)
     refuse_earlier_checkpoints(True, tmp_path)
 
@@ -210,11 +210,9 @@ def test_what_resume_from_checkpoint_names(tmp_path):
     assert find_resume(str(tmp_path), tmp_path / "other") == tmp_path / "checkpoint-10"
     point(tmp_path / "best", tmp_path / "checkpoint-9")
     assert find_resume(str(tmp_path / "best"), tmp_path) == tmp_path / "best"
-    with pytest.raises(
-        LimbeckError, match=r"is not a folder; the checkpoints there are: .*checkpoint-9, .*checkpoint-10"
-    ):
+    with pytest.raises(LimbeckError, match=r"is not a folder; .*checkpoint-9, .*checkpoint-10"):
         find_resume(str(tmp_path / "checkpoint-11"), tmp_path)
-    with pytest.raises(LimbeckError, match=r"checkpoints there are: .*checkpoint-10\."):
+    with pytest.raises(LimbeckError, match=r"is not a folder; .*checkpoint-10\."):
         find_resume("/nowhere/checkpoint-1", tmp_path)
 
 
@@ -323,11 +321,11 @@ def test_a_damaged_checkpoint_is_refused_with_the_newest_whole_one(tmp_path):
     paths = [write(tmp_path, step) for step in (1, 2, 3, 4)]
     for path in paths[2:]:
         (path / "model.safetensors").unlink()
-    with pytest.raises(LimbeckError, match=r"checkpoint-4 is damaged \(.*missing\); go on .*: \S*checkpoint-2\."):
+    with pytest.raises(LimbeckError, match=r"checkpoint-4 is damaged \(.*missing\); .*: \S*checkpoint-2\."):
         load_checkpoint(paths[3])
     for path in paths[:2]:
         (path / "model.safetensors").unlink()
-    with pytest.raises(LimbeckError, match="no other one there is whole, so start anew"):
+    with pytest.raises(LimbeckError, match=r"missing\); (?!.*checkpoint-[12])"):
         load_checkpoint(paths[3])
 
 
