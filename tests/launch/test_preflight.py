@@ -189,4 +189,4 @@ def test_the_resources_of_a_joined_ray_are_checked(check):
         assert f"needs {slots + 1} free CPU slots on one machine" in err
         status, _, err = check(**{**APART, "teacher.service": "judge"})
         assert status == 2
-        assert "there is no teacher service called judge on this Ray (served: none)" in err
+        assert "there is no teacher service named judge on this Ray (services: none)" in err
