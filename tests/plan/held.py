@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def measure(file, ranks):
         teacher = config.teacher.model_copy(update={"source": "constant"})
         config = config.model_copy(update={"teacher": teacher})
     world = resolve_parallelism(config, ranks, teacher_here=not remote)
-    run = build_run(config, world)
+    run = build_run(config, world, ExitStack())
     tracker, engine = Tracker(), run.engine
     step = engine.step
 

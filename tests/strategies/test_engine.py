@@ -1,5 +1,6 @@
 """An engine's weights, states and modes on one process, with a real student."""
 
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def make_engine(**options) -> TorchEngine:
 def test_weights_have_hugging_face_names_and_are_what_a_checkpoint_holds(configure, tmp_path, tied):
     folder = make_model(tmp_path / "model", tie_word_embeddings=tied)
     config = configure(**SHORT, student_pretrain=str(folder), output_dir=str(tmp_path / "out"))
-    run = build_run(config, ALONE)
+    run = build_run(config, ALONE, ExitStack())
     expected = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     start = {name: tensor.clone() for name, tensor in run.engine.iter_weights()}
     assert start.keys() == expected.keys()

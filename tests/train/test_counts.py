@@ -1,6 +1,6 @@
 """What losses, gradients and metrics are divided by when several ranks share a step."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -170,7 +170,7 @@ def test_validation_requests_signals_one_batch_ahead_or_all_in_one_turn():
 
 
 def test_validation_leaves_the_student_as_it_was(configure):
-    run = build_run(configure(max_steps=2), ALONE)
+    run = build_run(configure(max_steps=2), ALONE, ExitStack())
     train_step(run)
     before = {name: tensor.clone() for name, tensor in run.engine.iter_weights()}
     first, second = validate(run), validate(run)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -146,7 +147,7 @@ def test_metrics_of_an_earlier_run_are_set_apart_and_those_of_a_resumed_run_appe
 
 def test_run_json_describes_the_run(configure, tmp_path):
     config = configure(max_steps=1, exp_name="trial")
-    built = build_run(config, ALONE)
+    built = build_run(config, ALONE, ExitStack())
     built.source.close()
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     sizes = {
@@ -174,7 +175,7 @@ def test_the_console_shows_the_run_its_lines_and_the_validation(configure, track
 def test_all_missing_files_are_named_at_once(configure, tmp_path):
     nowhere = {"student_pretrain": str(tmp_path / "no-student"), "teacher_pretrain": str(tmp_path / "no-teacher")}
     with pytest.raises(LimbeckError, match=r"(?s)no-student.*\n.*no-teacher"):
-        build_run(configure(**nowhere), ALONE)
+        build_run(configure(**nowhere), ALONE, ExitStack())
 
 
 def test_the_teachers_metrics_are_logged_with_the_training_loss(configure, tracker, monkeypatch):

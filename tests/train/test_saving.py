@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def build(configure):
     runs: list[Run] = []
 
     def make(**changes) -> Run:
-        runs.append(build_run(configure(**{"eval_steps": 0, "max_steps": 4, **changes}), ALONE))
+        runs.append(build_run(configure(**{"eval_steps": 0, "max_steps": 4, **changes}), ALONE, ExitStack()))
         return runs[-1]
 
     yield make

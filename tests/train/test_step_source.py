@@ -101,6 +101,12 @@ def test_a_source_is_closed_once_after_an_error(record, event):
     assert source.events.count("close") == 1
 
 
+def test_a_source_is_closed_if_the_student_cannot_be_built(record):
+    lora = {"student.model_args.lora_target": "no_such_layer"}
+    source = record(error=LimbeckError, match="no_such_layer", **lora)
+    assert source.events == ["close"]
+
+
 def test_a_run_with_nothing_left_makes_no_step_and_closes_its_source(record):
     record(max_steps=2)
     assert record(max_steps=2, resume_from_checkpoint=True).events == ["load", "close"]

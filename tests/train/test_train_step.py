@@ -3,6 +3,7 @@
 import gc
 import time
 import weakref
+from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -26,7 +27,7 @@ def as_rank(run: Run, rank: int, **sizes: int) -> Run:
 
 @pytest.fixture
 def run(configure):
-    made = build_run(configure(max_steps=50, eval_steps=0), ALONE)
+    made = build_run(configure(max_steps=50, eval_steps=0), ALONE, ExitStack())
     yield made
     made.source.close()
 
@@ -44,7 +45,7 @@ def test_dropout_differs_between_ranks_with_other_rows_only(run):
 
 
 def test_taid_gets_the_divergence_and_the_progress_of_the_step(configure):
-    run = build_run(configure(max_steps=8, eval_steps=0, kd_objective="taid"), ALONE)
+    run = build_run(configure(max_steps=8, eval_steps=0, kd_objective="taid"), ALONE, ExitStack())
     updates = []
     run = as_rank(run, 0, dp_shard=2, tp=2)
     run.taid = SimpleNamespace(update=lambda kd, progress: updates.append((kd.item(), progress)))
@@ -57,7 +58,9 @@ def test_taid_gets_the_divergence_and_the_progress_of_the_step(configure):
 
 def test_a_micro_batch_is_freed_before_the_next_one_is_made(configure):
     run = build_run(
-        configure(max_steps=2, eval_steps=0, **{"student.training_args.gradient_accumulation_steps": 3}), ALONE
+        configure(max_steps=2, eval_steps=0, **{"student.training_args.gradient_accumulation_steps": 3}),
+        ALONE,
+        ExitStack(),
     )
     step, signals = run.requests.take(0, 2)
     alive: list[weakref.ref] = []

@@ -90,7 +90,7 @@ def _student_stage(config: DistillConfig, dims: ParallelDims, ranks: int, rank: 
     compares = bool(config.features.pairs)  # only projections of features depend on the teacher
     with simulated_student(config, ranks, rank, with_teacher=compares) as simulated:
         engine = simulated.student.engine
-        root: Any = engine.root  # type: ignore[attr-defined]
+        root: Any = engine.root
         root.fused = _sum_of_inputs
         signal = (
             simulated.teacher.request(whole, HIDDEN_STATES)(whole)

@@ -206,7 +206,7 @@ class _Steps:
         self._teacher_tensors = simulated.teacher_tensors
         self._batch, self._micro_batches = batch, micro_batches
         self._compute_signal, self._signal_flops = compute_signal, 0
-        root: Any = self._engine.root  # type: ignore[attr-defined]
+        root: Any = self._engine.root
         root.fused = self._loss
         root.forward = with_tag(ACTIVATIONS, root.forward)
         root.register_forward_hook(self._note_activations)

@@ -74,6 +74,10 @@ class Engine(Protocol):
     optimizer: torch.optim.Optimizer
     """Its parameter groups hold the learning rates that a schedule sets."""
 
+    @property
+    def root(self) -> nn.Module:
+        """The module with the model and the loss, as it was given; its outputs are those of ``forward_backward``."""
+
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
         """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline
         only).

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -94,17 +94,13 @@ class DistillPipeline:
         configure_logging()
         if world.device.type == "cpu":
             keep_freed_pages()
-        with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
-            run = build_run(self.config, world, given.workers, given.in_step, given.progress)
-        try:
+        with ExitStack() as resources:
+            with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
+                run = build_run(self.config, world, resources, given.workers, given.in_step, given.progress)
             # Until here there is nothing to save, and a signal ends the process at once.
             signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 return train(run, stop, given.console)
-        finally:
-            run.source.close()
-            for tracker in run.trackers:
-                tracker.close()
 
 
 def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> RunResult:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import ceil, isfinite
@@ -111,6 +112,7 @@ class Run:
 def build_run(
     config: DistillConfig,
     world: World,
+    resources: ExitStack,
     workers: Sequence[Any] = (),
     in_step: bool = False,
     progress: Progress | None = None,
@@ -118,6 +120,7 @@ def build_run(
     """Load and connect everything on one rank of ``world``, and resume if configured.
 
     Args:
+        resources: closes the step source and the trackers when the run ends, also if it fails before the first step.
         workers: Ray actors of the teacher, if it has processes of its own; in_step: whether these run every pass
         together.
         progress: called with the number of rows tokenised so far.
@@ -131,6 +134,7 @@ def build_run(
     objective, taid = make_objective(config, world.device)
     data = make_data(config, world, progress)
     source: StepSource = STEP_SOURCES.get(config.step_source)(config, world, data)
+    resources.callback(source.close)
     total_steps = _total_steps(config, source)
     teacher = None
     if config.has_teacher:
@@ -181,6 +185,8 @@ def build_run(
         source.load_state_dict(position)
         _set_scheduler_step(run.scheduler, run.step)
     run.trackers = _open_trackers(run)
+    for tracker in run.trackers:
+        resources.callback(tracker.close)
     return run
 
 
