@@ -71,6 +71,7 @@ def plan(values: dict, nodes: int = 1, per_node: int = 2):
     return make_plan(load_mapping(values).config, nodes, per_node, GPUS["H100"])
 
 
+@pytest.mark.processes
 def test_a_plan_equals_what_two_real_ranks_hold(from_config, tmp_path):
     files = []
     for number, changes in enumerate(CASES.values()):

@@ -125,6 +125,7 @@ def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ranks", [2, 4, pytest.param(8, marks=pytest.mark.workers)])
 def test_a_layout_gives_the_losses_and_the_student_of_one_process_and_takes_its_checkpoint(folder, tmp_path, ranks):
     cases = {name: case for name, case in CASES.items() if case[0] == ranks}
