@@ -63,10 +63,10 @@ class Bench:
         model = LlamaForCausalLM(LlamaConfig(**STUDENT)).to(device)
         teacher = LlamaForCausalLM(LlamaConfig(**TEACHER)).to(device, self.dtype).requires_grad_(False)
         trunk = body(teacher)
-        student, asked, losses = zip(*PAIRS, strict=True)
+        student, names, losses = zip(*PAIRS, strict=True)
         ours, theirs = (
             HiddenStateCapture.from_names(body(model), student, "student"),
-            HiddenStateCapture.from_names(trunk, asked, "teacher"),
+            HiddenStateCapture.from_names(trunk, names, "teacher"),
         )
         probes = zip(ours.probe(body(model)), theirs.probe(trunk), strict=True)
         widths = [(s.shape[-1], t.shape[-1]) for s, t in probes]

@@ -38,6 +38,11 @@ def metrics(folder: Path, key: str) -> list[float]:
     return [line[key] for line in found if key in line]
 
 
+def metric_by_step(folder: Path, key: str) -> dict[int, float]:
+    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in found if key in line}
+
+
 def rows(per_device: int, accumulation: int = 1) -> dict:
     return {
         "student.training_args.per_device_train_batch_size": per_device,

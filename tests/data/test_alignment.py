@@ -101,7 +101,7 @@ def batch_of(tokenizer, *texts, learn_from=0, end=True, position_ids=None):
     return Batch.of(ids, labels, position_ids, sum(map(len, rows)))
 
 
-def told(tokens, owner, text):
+def aligned_text(tokens, owner, text):
     """The bytes of the tokens of each span."""
     spans = {}
     for token, number in zip(tokens, owner, strict=True):
@@ -139,8 +139,8 @@ def test_spans_hold_the_same_bytes_and_are_as_short_as_can_be(small, large, piec
     translator = Translator(student, teacher)
     batch = batch_of(student, "x" + text, learn_from=1)
     view, mine, my_span, theirs, their_span = sides(translator, batch)
-    # The very first token can be asked of a teacher with a beginning only, and of no student without one.
-    ours, yours = told(mine, my_span, translator.student), told(theirs, their_span, translator.teacher)
+    # Only a teacher with a BOS predicts the very first token, and no student without one does.
+    ours, yours = aligned_text(mine, my_span, translator.student), aligned_text(theirs, their_span, translator.teacher)
     end = len(view.spans) - 1
     assert mine[-1] == student.eos_token_id and my_span[-1] == end
     assert theirs[-1] == teacher.eos_token_id and their_span[-1] == end
@@ -275,7 +275,7 @@ def test_a_teacher_that_normalises_is_aligned_by_its_offsets(small, normal, text
     translator = Translator(small, teacher)
     text = "x " + text + "  y Ünd ﬁne"
     view, mine, my_span, theirs, their_span = sides(translator, batch_of(small, text))
-    ours, yours = told(mine, my_span, translator.student), told(theirs, their_span, translator.teacher)
+    ours, yours = aligned_text(mine, my_span, translator.student), aligned_text(theirs, their_span, translator.teacher)
     assert view.aligned_tokens > 0.5 * len(mine)
     # Between letters, because a normaliser may look at the ends of a text.
     plain = lambda piece: normal.normalize_str(f"x{piece.decode(errors='ignore')}x")[1:-1].replace(" ", "")  # noqa: E731
@@ -312,11 +312,11 @@ def test_special_tokens_can_be_translated(small):
     assert b"".join(texts[0]) == b"<|start|>user\nTwo</s><|start|>bot\nfive"
     assert b"".join(texts[1]) == b"<turn>user\nTwo</s><turn>bot\nfive"
     assert b"<turn>" in texts[1] and b"<|start|>" not in texts[0]
-    for tokens, said in (
+    for tokens, message in (
         ({"<start>": "<turn>"}, "'<start>' is not a special token of the student's"),
         ({"<|start|>": "turn"}, "'turn' is not a special token of the teacher's"),
     ):
-        with pytest.raises(LimbeckError, match=said):
+        with pytest.raises(LimbeckError, match=message):
             Translator(student, teacher, tokens=tokens)
 
 

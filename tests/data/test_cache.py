@@ -76,9 +76,9 @@ def test_two_processes_that_start_together_make_the_entry_once(tmp_path, tokeniz
     write(tmp_path / "a.jsonl", 3000)
     both = [process(tmp_path, 0.2) for _ in range(2)]
     begin(*both)
-    said = [one.communicate(timeout=60)[0].split() for one in both]
-    assert sorted(int(calls) for calls, *_ in said) == [0, 3]
-    assert said[0][1:] == said[1][1:]
+    outputs = [one.communicate(timeout=60)[0].split() for one in both]
+    assert sorted(int(calls) for calls, *_ in outputs) == [0, 3]
+    assert outputs[0][1:] == outputs[1][1:]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

@@ -16,7 +16,7 @@ def conversation(row, keys=KEYS):
     return reader(detect(record, keys), keys)(record)
 
 
-def said(row, keys=KEYS):
+def parsed(row, keys=KEYS):
     return [(message["role"], message["content"]) for message in conversation(row, keys).messages]
 
 
@@ -53,7 +53,7 @@ def share(*pairs, **more):
 )  # fmt: skip
 def test_each_format_is_detected_and_read(row, name, expected):
     assert detect(Record(row, "f", 1), KEYS) == name
-    assert said(row) == expected
+    assert parsed(row) == expected
     assert conversation(row).plain == (name == "text")
 
 
@@ -68,14 +68,14 @@ def test_several_system_turns_and_all_speakers_keep_their_order():
         ("gpt", "g"),
     )
     roles = ["system", "user", "assistant", "system", "user", "tool", "assistant"]
-    assert said(row) == list(zip(roles, "abcdefg", strict=True))
+    assert parsed(row) == list(zip(roles, "abcdefg", strict=True))
 
 
 def test_the_system_field_of_a_row_comes_first_and_only_once():
     pairs = [("human", "u"), ("gpt", "a")]
-    assert said(share(*pairs, system="s"))[0] == ("system", "s")
-    assert said(share(("system", "s"), *pairs, system="s")) == [("system", "s"), ("user", "u"), ("assistant", "a")]
-    assert said(share(*pairs, system=None)) == [("user", "u"), ("assistant", "a")]
+    assert parsed(share(*pairs, system="s"))[0] == ("system", "s")
+    assert parsed(share(("system", "s"), *pairs, system="s")) == [("system", "s"), ("user", "u"), ("assistant", "a")]
+    assert parsed(share(*pairs, system=None)) == [("user", "u"), ("assistant", "a")]
 
 
 @pytest.mark.parametrize("tools", [[TOOL], '[{"type": "function", "function": {"name": "add", "parameters": {}}}]'])

@@ -1,4 +1,4 @@
-"""Prompts for a model that is to write the answers: what it would be asked at inference, and nothing to learn."""
+"""Prompts for a model that is to write the answers: what it would receive at inference, without anything to learn."""
 
 import json
 

@@ -76,8 +76,8 @@ def test_a_metaspace_tokenizer_learns_the_whole_answer(build_tokenizer):
 
 
 def test_every_assistant_turn_is_supervised_and_nothing_else(tokenizer):
-    said = [("user", "two?"), ("assistant", "three"), ("user", "more?"), ("assistant", "five")]
-    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    turns = [("user", "two?"), ("assistant", "three"), ("user", "more?"), ("assistant", "five")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     examples, report = tokenize_rows([row], tokenizer, template="chatml")
     assert learnt(tokenizer, examples.row(0)[1]) == "three<|im_end|>five<|im_end|>"
     assert report.files[0].format == "messages"
@@ -329,8 +329,8 @@ def test_split_rows_lose_no_token_and_no_target(tokenizer):
 
 
 def test_an_answer_that_loses_its_end_is_counted(tokenizer):
-    said = [("user", "two?"), ("assistant", "three eggs"), ("user", "more eggs?"), ("assistant", "five eggs")]
-    row = {"messages": [{"role": role, "content": content} for role, content in said]}
+    turns = [("user", "two?"), ("assistant", "three eggs"), ("user", "more eggs?"), ("assistant", "five eggs")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns]}
     full, _ = tokenize_rows([row], tokenizer, template="chatml")
     supervised = np.flatnonzero(full.labels != IGNORE) + 1
     gap = int(np.flatnonzero(np.diff(supervised) > 1)[0])

@@ -1,4 +1,4 @@
-"""What does not fit is told in a sentence before or instead of a crash."""
+"""What does not fit in memory gives one sentence before or instead of a crash."""
 
 import pytest
 import torch

@@ -177,13 +177,13 @@ def test_cross_entropy_alone_needs_no_teacher(device):
 def test_impossible_and_vanishing_tokens_stay_finite(device, name):
     head = OutputHead(torch.tensor([[0.0], [-400.0], [1.0], [0.0]], device=device, requires_grad=True), None)
     head = OutputHead(head.weight, torch.tensor([0.0, 0.0, 0.0, -math.inf], device=device))
-    said = Logits(torch.tensor([[0.0, -300.0, -1.0, -math.inf]], device=device))
+    signal = Logits(torch.tensor([[0.0, -300.0, -1.0, -math.inf]], device=device))
     hidden, labels = (
         torch.ones(1, 1, device=device, requires_grad=True),
         torch.zeros(1, dtype=torch.long, device=device),
     )
     with patch.object(kernels, "launch", wraps=kernels.launch) as launched:
-        out = fused_linear_distillation(hidden, head, None, None, labels, teacher=said, objective=name, compiled=True)
+        out = fused_linear_distillation(hidden, head, None, None, labels, teacher=signal, objective=name, compiled=True)
     out.loss.backward()
     assert launched.called
     assert torch.isfinite(out.loss)
@@ -207,8 +207,8 @@ def assert_pass_equals(device, terms, vocab=2100, **changes):
     exact = tile(z, t, torch.float64, device)
     stats, _ = elementwise_pass(spec_of(terms, torch.float64, **changes))(*exact)
     ours = tile(z, t, torch.float32, device)
-    said, _ = kernels.launch(ours, spec_of(terms, torch.float32, **changes), translate(terms))
-    torch.testing.assert_close(said.double(), stats, rtol=1e-4, atol=1e-5)
+    actual, _ = kernels.launch(ours, spec_of(terms, torch.float32, **changes), translate(terms))
+    torch.testing.assert_close(actual.double(), stats, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.z.double(), exact.z, rtol=1e-4, atol=1e-7)
 
 
@@ -401,7 +401,7 @@ for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", 
 @pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux" or INTERPRETED, reason="Triton's compiler is for Linux")
 def test_the_compiler_takes_the_kernels_for_a_hopper_gpu_and_reads_whole_vectors(tmp_path):
-    # In a process of its own, which is told nothing of the GPU that may be there.
+    # In a process of its own, which does not see a GPU that may be there.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == ["True"] * 3, done.stderr

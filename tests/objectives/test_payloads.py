@@ -287,8 +287,10 @@ def test_divergences_of_what_is_seen_are_never_negative(name, tail):
 def test_estimators_meet_the_golden_values(name, value):
     p, q = (torch.tensor([x], dtype=torch.float64).log() for x in ((0.6, 0.3, 0.1), (0.2, 0.5, 0.3)))
     head = torch.eye(3, dtype=torch.float64)
-    said = Sampled(p[:, 0])
-    out = fused_linear_distillation(q, head, None, None, torch.tensor([0]), teacher=said, objective=name, kd_weight=1.0)
+    signal = Sampled(p[:, 0])
+    out = fused_linear_distillation(
+        q, head, None, None, torch.tensor([0]), teacher=signal, objective=name, kd_weight=1.0
+    )
     assert out.loss.item() == pytest.approx(value, abs=1e-9)
 
 
@@ -450,16 +452,16 @@ def test_a_signal_gives_the_loss_of_the_hidden_states(dtype, seed, k, tail, tau_
         objective = Objective.of(kd_weight=0.7, teacher_temperature=tau_t, topk=topk, tail=tail)
         loss = partial(fused_linear_distillation, h_s, w_s, labels=labels, objective=objective)
         if topk:
-            said = compute_topk(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
+            signal = compute_topk(h_t, head, topk, vocab_size=12, temperature=tau_t, chunk_size=chunk)
         else:
-            said = compute_logits(h_t, head, vocab_size=12, chunk_size=chunk)
-        of_hidden, of_said = loss(h_t, head), loss(None, None, teacher=said)
+            signal = compute_logits(h_t, head, vocab_size=12, chunk_size=chunk)
+        of_hidden, of_signal = loss(h_t, head), loss(None, None, teacher=signal)
         rounded = dtype is torch.bfloat16 and not topk and (biased or softcap or head.scale != 1)
         tight = {"rtol": 2e-2, "atol": 2e-2} if rounded else {"rtol": 1e-5, "atol": 1e-6}
         for name, value in of_hidden._asdict().items():
             if rounded and name in ("top1_agreement", "topk_overlap"):
                 continue  # rounding may make two logits equal
-            torch.testing.assert_close(getattr(of_said, name), value, **tight, msg=name)
+            torch.testing.assert_close(getattr(of_signal, name), value, **tight, msg=name)
 
 
 def test_compute_topk_needs_no_whole_logits():

@@ -10,7 +10,7 @@ H, W, LABELS = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
 
 
 @pytest.mark.parametrize(
-    ("hidden", "teacher", "labels", "more", "said"),
+    ("hidden", "teacher", "labels", "more", "message"),
     [
         (H, torch.randn(9, 4), LABELS, {}, "teacher_hidden has 9 positions and student_hidden 6"),
         (H, torch.randn(5, 4), LABELS, {}, "teacher_hidden has 5 positions"),
@@ -34,9 +34,9 @@ H, W, LABELS = torch.randn(6, 4), torch.randn(9, 4), torch.arange(6)
         ),
     ],
 )
-def test_other_positions_are_refused(hidden, teacher, labels, more, said):
+def test_other_positions_are_refused(hidden, teacher, labels, more, message):
     head = None if teacher is None else W
-    with pytest.raises(LimbeckError, match=said):
+    with pytest.raises(LimbeckError, match=message):
         fused_linear_distillation(hidden, W, teacher, head, labels, **more)
 
 

@@ -33,9 +33,9 @@ def rows(steps, distilled=True):
 def make(folder, name="distilled", steps=40, distilled=True, **facts):
     folder.mkdir(exist_ok=True)
     parameters = {"student": 412_800, "teacher": 1_723_680}
-    told = {"exp_name": name, "student": "models/small", "teacher": "models/large", "limbeck_version": "0.1.0"}
-    told |= {"parameters": parameters, "config": {"seed": 42}, "data": "400 rows read."} | facts
-    (folder / "run.json").write_text(json.dumps(told))
+    run_facts = {"exp_name": name, "student": "models/small", "teacher": "models/large", "limbeck_version": "0.1.0"}
+    run_facts |= {"parameters": parameters, "config": {"seed": 42}, "data": "400 rows read."} | facts
+    (folder / "run.json").write_text(json.dumps(run_facts))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(steps, distilled)))
     return load_run(folder)
 

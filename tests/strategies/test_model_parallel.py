@@ -28,7 +28,7 @@ SP = {"sequence_parallel": True}
 
 
 def spread(student: dict[str, int], teacher: dict[str, int] | None = None) -> dict:
-    """Sizes for the student and, unless told otherwise, the same for the teacher."""
+    """Sizes for the student and, unless given otherwise, the same for the teacher."""
     return {
         f"{role}.strategy_args.strategy_config.{key}": value
         for role, sizes in (("student", student), ("teacher", student if teacher is None else teacher))

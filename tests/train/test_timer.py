@@ -12,7 +12,7 @@ from limbeck.train.student import StudentLoss
 
 
 class Clock:
-    """A clock that moves when it is told to."""
+    """A clock that is moved by hand."""
 
     def __init__(self) -> None:
         self.now = 100.0

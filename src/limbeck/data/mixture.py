@@ -94,15 +94,15 @@ def mix(examples: Examples, report: DataReport, settings: MixtureSettings, seed:
     else:
         names, bins, shares = ("all",), (np.flatnonzero(usable),), [1.0]
     total = int(usable.sum())
-    wanted = total if settings.num_samples is None else settings.num_samples
-    if wanted > total and not proportions:
+    requested = total if settings.num_samples is None else settings.num_samples
+    if requested > total and not proportions:
         raise LimbeckError(
-            f"num_samples = {wanted} is more than the {total} rows of the data; lower it, or set the weights of the sources, "
-            "which allow rows to repeat."
+            f"num_samples = {requested} is more than the {total} rows of the data; lower it, or set the weights of the "
+            "sources, which allow rows to repeat."
         )
     if not any(share > 0 for share in shares):
         raise LimbeckError("every share of the mixture is 0; give at least one source or domain a share above 0.")
-    counts = _rounded(shares, wanted)
+    counts = _rounded(shares, requested)
     for name, rows, share in zip(names, bins, shares, strict=True):
         if share > 0 and not len(rows):
             raise LimbeckError(f"{name} has a share in the mixture, but no row with a supervised token; remove it.")

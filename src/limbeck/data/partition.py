@@ -61,16 +61,16 @@ def partition_neighbours_within_budget(
             start = stop
         return bounds
 
-    wanted = -(-len(cut(budget)) // ranks) * ranks
-    even = _cut_evenly([lengths[i] for i in order], wanted)
+    count = -(-len(cut(budget)) // ranks) * ranks
+    even = _cut_evenly([lengths[i] for i in order], count)
     if all(_area(bounds, slots) <= budget for bounds in even):
         return [order[start:stop] for start, stop in sorted(even, key=lambda b: -_area(b, slots))]
     low, high = slots[0], budget  # the smallest budget that needs no more groups makes them similar
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(cut(middle)) <= wanted else (middle + 1, high)
+        low, high = (low, middle) if len(cut(middle)) <= count else (middle + 1, high)
     bounds = cut(high)
-    while len(bounds) < wanted:
+    while len(bounds) < count:
         where = max((i for i, (a, b) in enumerate(bounds) if b - a > 1), key=lambda i: _area(bounds[i], slots))
         start, stop = bounds[where]
         bounds[where : where + 1] = [(start, (start + stop) // 2), ((start + stop) // 2, stop)]

@@ -159,14 +159,14 @@ class VocabParallel(VocabReducer):
         return parts
 
 
-def take_rows(shard: Tensor, start: int, wanted: slice, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return the rows ``wanted`` of a matrix that is split over the ranks of ``group``. A collective.
+def take_rows(shard: Tensor, start: int, rows: slice, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Return the rows ``rows`` of a matrix that is split over the ranks of ``group``. A collective.
 
-    shard: [rows, ...], the rows [start, start + len(shard)) of the matrix, held by this rank. It may be empty, and so may
-    ``wanted``. Brings a teacher's head, split over one number of ranks, to the slices of the student's ranks. Raises
-    LimbeckError if no rank holds a wanted row.
+    shard: [count, ...], the rows [start, start + len(shard)) of the matrix, held by this rank. It may be empty, and so may
+    ``rows``. Brings a teacher's head, split over one number of ranks, to the slices of the student's ranks. Raises
+    LimbeckError if no rank holds a requested row.
     """
-    taken = torch.empty(wanted.stop - wanted.start, *shard.shape[1:], dtype=shard.dtype, device=shard.device)
+    taken = torch.empty(rows.stop - rows.start, *shard.shape[1:], dtype=shard.dtype, device=shard.device)
     found = 0
     for rank in range(dist.get_world_size(group)):
         owner = dist.get_global_rank(group, rank) if group is not None else rank
@@ -176,10 +176,10 @@ def take_rows(shard: Tensor, start: int, wanted: slice, group: dist.ProcessGroup
         held = shard.contiguous() if dist.get_rank(group) == rank else shard.new_empty(count, *shard.shape[1:])
         if count:
             dist.broadcast(held, owner, group=group)
-        low, high = max(first, wanted.start), min(first + count, wanted.stop)
+        low, high = max(first, rows.start), min(first + count, rows.stop)
         if low < high:
-            taken[low - wanted.start : high - wanted.start] = held[low - first : high - first]
+            taken[low - rows.start : high - rows.start] = held[low - first : high - first]
             found += high - low
     if found < len(taken):
-        raise LimbeckError(f"rows {wanted.start} to {wanted.stop} are wanted, and the group holds {found} of them.")
+        raise LimbeckError(f"rows {rows.start} to {rows.stop} were requested, but the group holds {found} of them.")
     return taken

@@ -440,7 +440,7 @@ def load_deepspeed() -> Any:
     """DeepSpeed, joined to the process group of this process; a process that has none gets one of its own."""
     deepspeed = import_deepspeed()
     if not dist.is_initialized():
-        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks the environment, and nobody launched a process alone
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it; a single process has no launcher
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

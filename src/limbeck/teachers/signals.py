@@ -77,7 +77,7 @@ class TeacherRequest:
     """The part of a micro-batch that a teacher needs.
 
     input_ids, position_ids: [batch, time]. documents: lengths of packed documents, or None. supervised: flattened
-    positions of which the signal is wanted. spec: which signal.
+    positions that need the signal. spec: which signal.
     """
 
     input_ids: Tensor

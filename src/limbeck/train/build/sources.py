@@ -42,8 +42,8 @@ def validation_sources(config: DistillConfig) -> list[Source]:
 
 
 def missing_files(config: DistillConfig) -> list[str]:
-    """A sentence for every file or folder on this machine that a run needs and that is not there; the hub is not
-    asked.
+    """A sentence for every file or folder on this machine that a run needs and that is missing; does not look on the
+    hub.
     """
     looks: list[Callable[[], object]] = [
         *(
