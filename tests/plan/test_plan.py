@@ -1,6 +1,7 @@
 """A plan equals what real ranks hold, counts what they send, and refuses what cannot run."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -153,7 +154,8 @@ def test_a_product_of_layouts_divides_one_student(from_config):
     assert 4 * sum(stage.step.flops["student"] for stage in stages) == whole.step.flops["student"]
 
 
-def test_deepspeed_shards_what_its_stage_shards(from_config):
+def test_deepspeed_shards_what_its_stage_shards(from_config, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
     held = []
     for stage in (1, 2, 3):
         (group,) = plan(from_config(**{"student.strategy_args": zero("deepspeed_train", stage)}), 2, 4).groups
@@ -161,6 +163,7 @@ def test_deepspeed_shards_what_its_stage_shards(from_config):
     # Of 8 ranks each has an eighth of the float32 masters and of two moments, and from the third stage on of the parameters.
     assert [each["optimizer"] for each in held] == pytest.approx([12 / 8] * 3, rel=0.01)
     assert [each["parameters"] for each in held] == pytest.approx([4, 4, 4 / 8], rel=0.01)
+    assert "LOCAL_RANK" not in os.environ  # accelerate would take a later Trainer for one of several ranks
 
 
 @pytest.mark.parametrize("strategy", [None, *(zero("deepspeed_train", stage) for stage in (1, 2, 3))])

@@ -2,9 +2,11 @@
 rank for engines that need one.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -97,9 +99,10 @@ def deepspeed_alone() -> Iterator[None]:
 
     from limbeck.strategies.deepspeed import load_deepspeed
 
-    load_deepspeed()
     try:
-        yield
+        with patch.dict(os.environ):
+            load_deepspeed()
+            yield
     finally:
         if deepspeed.comm.is_initialized():
             deepspeed.comm.destroy_process_group()

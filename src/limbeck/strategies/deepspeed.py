@@ -108,13 +108,15 @@ class DeepSpeedStrategy:
                     f"{role}.strategy_args.strategy_config.zero_optimization.offload_{what}: sizes alone do not determine "
                     "what DeepSpeed then leaves on a GPU; plan without it."
                 )
-        deepspeed = load_deepspeed()
+        deepspeed = import_deepspeed()
         from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
         from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         with ExitStack() as stack:
+            # Left behind, it would make accelerate take a later Trainer for one of several ranks.
             stack.enter_context(patch.dict(os.environ, LOCAL_RANK="0"))
+            load_deepspeed()
             for module in (partition_parameters, partitioned_param_coordinator, stage3):
                 stack.enter_context(patch.object(module, "assert_ints_same_as_other_ranks", lambda ints: None))
             stack.callback(_leave_process_group)
