@@ -136,7 +136,7 @@ STEP_SOURCES: Registry[Any] = Registry("step source", {"dataset": "limbeck.train
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
 
 GENERATORS: Registry[Any] = Registry("generator", {})
-"""``rollout.backend`` to a function ``(config, world) -> limbeck.rollout.generator.Generator``."""
+"""Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources. None is built in."""
 
 TRACKERS: Registry[Any] = Registry(
     "tracker",

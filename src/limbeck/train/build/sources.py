@@ -1,5 +1,6 @@
-"""The files that a configuration names. Light to import: whoever only starts processes looks here whether they are
-there.
+"""The files that a configuration names, and a check that they exist.
+
+Light to import, because the process that only starts the ranks of a run uses the check too.
 """
 
 from __future__ import annotations
