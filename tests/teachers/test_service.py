@@ -172,6 +172,7 @@ def test_a_service_starts_a_ray_and_prints_its_address_if_there_is_none(settings
                 service.send_signal(signal.SIGINT)
                 break
         output = train.communicate(timeout=90)[0]
+        service.wait(timeout=60)  # a second signal, while Python exits, would kill it
     assert train.returncode == 2, output
     assert re.search(r"teacher service judge( has ended)?; start it again\. The run goes on from its last", output), (
         output
