@@ -1,7 +1,4 @@
-"""Chunks of positions: their size, their buffers, and the matrix products with the output head.
-
-Shapes: n positions of a chunk, V vocabulary, H hidden size.
-"""
+"""Chunks of positions: their size and precision, and the gradients that are summed over them."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ import torch
 from torch import Tensor
 
 from limbeck.objectives.divergences import LOWEST
-from limbeck.objectives.kernels import ROUND
 
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
 _WHOLE_ROWS, _WHOLE_BYTES = 1024, 256 << 20  # a small vocabulary takes 1024 rows at once: large products are faster
@@ -19,7 +15,6 @@ _TILE_ELEMENTS = 1 << 19  # with about eight float32 temporaries 16 MiB, about t
 _TEMPORARIES = 8  # float32 temporaries of a tile on a GPU: 5 to 13 at a time, half of that compiled
 _COMPILED_TILE_BYTES = 5 << 20  # of logits; compiled code allocates two to four times as much on top
 _EVEN_ROWS = 128  # rows of a tile of a GPU's matrix product; a partial tile takes the time of a whole one
-_STRIP = 1024  # rows of the head in one product on a CPU
 
 
 def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -54,44 +49,9 @@ def tile_rows(compiled: bool, z_s: Tensor, z_t: Tensor | None, device: torch.dev
     return max(2, _COMPILED_TILE_BYTES // per_row // 2 * 2)  # an odd row would leave a core idle
 
 
-def row_width(vocab: int, device: torch.device) -> int:
-    """The row stride of a buffer, in elements."""
-    return vocab if device.type == "cpu" else -(-vocab // ROUND) * ROUND
-
-
-def make_buffer(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialized buffer [rows, vocab]. On a GPU its rows are aligned, as products and kernels read them fastest."""
-    return torch.empty(rows, row_width(vocab, device), dtype=dtype, device=device)[:, :vocab]
-
-
 def shared_bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor | None:
     """The bias [V] of the shared vocabulary in ``dtype``, with −∞ replaced by a finite number."""
     return None if bias is None else bias[:vocab].to(dtype).clamp_min(LOWEST)
-
-
-def head_product(h: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Write h [n, H] · weightᵀ [H, V] to out [n, V].
-
-    For few rows, the BLAS of a CPU is about 20 % faster on strips of the head that fit in its cache.
-    """
-    if h.device.type != "cpu" or h.dtype is not torch.float32:
-        return torch.mm(h, weight.t(), out=out)
-    for low in range(0, len(weight), _STRIP):
-        torch.mm(h, weight[low : low + _STRIP].t(), out=out[:, low : low + _STRIP])
-    return out
-
-
-def add_product(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
-    """d_weight [V, H] += dz [n, V]ᵀ h [n, H], in the precision of d_weight, without a second buffer of the head's size."""
-    if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.t(), h)
-        return
-    if _adds_wider(d_weight.device, dz.dtype, d_weight.dtype):
-        torch.addmm(d_weight, dz.t(), h, out_dtype=d_weight.dtype, out=d_weight)
-        return
-    step = max(1, (1 << 22) // d_weight.shape[1])
-    for low in range(0, d_weight.shape[0], step):
-        d_weight[low : low + step] += torch.mm(dz[:, low : low + step].t(), h)
 
 
 def rescale(grad: Tensor, scale: Tensor) -> None:
@@ -121,16 +81,3 @@ def keep_freed_tiles() -> None:
     Freeing one block just below 32 MiB raises glibc's threshold for returning memory to the system (see mallopt(3)).
     """
     torch.empty((32 << 20) - (1 << 16), dtype=torch.uint8)
-
-
-@cache
-def _adds_wider(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
-    """Whether ``addmm`` of narrow matrices can add to a wide one in place, without rounding the product first."""
-    if device.type != "cuda":
-        return False
-    total, ones = torch.ones(16, 16, dtype=wide, device=device), torch.ones(16, 16, dtype=narrow, device=device)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=wide, out=total)
-    except (RuntimeError, TypeError):  # an older PyTorch, or a GPU without support
-        return False
-    return bool((total == 17).all())

@@ -35,8 +35,9 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
+from limbeck.objectives.aligned_head import AlignedHead
 from limbeck.objectives.checks import check_chunk_size, check_tokens, check_width
-from limbeck.objectives.chunks import add_product, compute_dtype, shared_bias
+from limbeck.objectives.chunks import compute_dtype, shared_bias
 from limbeck.objectives.divergences import DivergenceFn, evaluate
 from limbeck.objectives.first_order import first_order_only
 from limbeck.objectives.objective import DistillationLoss, Objective, resolve_normalizer
@@ -272,8 +273,9 @@ class _ChunkedLoss:
             options.cross.vocabularies.teacher_size,
             options.accumulate,
         )
-        self.w_s, self.b_s = weight[:vs].to(options.dtype), shared_bias(bias, vs, like)
-        self.w_t, self.b_t = options.teacher.weight[:vt], shared_bias(options.teacher.bias, vt, like)
+        self.head_s, self.b_s = AlignedHead(weight, vs, options.dtype), shared_bias(bias, vs, like)
+        self.head_t = AlignedHead(options.teacher.weight, vt, options.teacher.weight.dtype)
+        self.b_t = shared_bias(options.teacher.bias, vt, like)
         per_row = _COPIES * (vs + vt) * torch.finfo(like).bits // 8
         budget = _CHUNK_BYTES.get(hidden.device.type, _CHUNK_BYTES["cuda"])
         self.chunk = max(1, options.chunk_size or budget // per_row)
@@ -370,14 +372,19 @@ class _ChunkedLoss:
             yield slice(start, start + self.chunk)
 
     def _product(self, index: Tensor) -> Tensor:
-        return (self.hidden[index].to(self.options.dtype) @ self.w_s.t()).to(self.options.accumulate)
+        return self._logits(self.head_s, self.hidden, index).to(self.options.accumulate)
 
     def _student_logits(self, z: Tensor) -> Tensor:
         return self.options.student.transform(z, self.b_s, self.options.accumulate)
 
     def _teacher_logits(self, index: Tensor) -> Tensor:
-        z = self.options.teacher_hidden[index].to(self.w_t.dtype) @ self.w_t.t()
+        z = self._logits(self.head_t, self.options.teacher_hidden, index)
         return self.options.teacher.transform(z, self.b_t, self.options.accumulate)
+
+    @staticmethod
+    def _logits(head: AlignedHead, hidden: Tensor, index: Tensor) -> Tensor:
+        out = head.buffer(len(index))
+        return head.logits(hidden[index].to(out.dtype), out)
 
     def _at_target(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted cross-entropy [n] and tempered log-probability [n] of the labels."""
@@ -392,11 +399,11 @@ class _ChunkedLoss:
         """Add the gradient dz [n, V] of a chunk's products to those of the hidden states, the head and the bias."""
         if self.d_bias is not None:
             self.d_bias[: dz.shape[1]] += dz.sum(0)
-        dz = dz.to(self.options.dtype)
+        dz = torch.nn.functional.pad(dz.to(self.options.dtype), (0, self.head_s.width - self.head_s.vocab))
         if self.d_hidden is not None:
-            self.d_hidden[index] = (dz @ self.w_s).to(self.d_hidden.dtype)
+            self.d_hidden[index] = self.head_s.hidden_grad(dz).to(self.d_hidden.dtype)
         if self.d_weight is not None:
-            add_product(self.d_weight[: dz.shape[1]], dz, self.hidden[index].to(self.options.dtype))
+            self.head_s.add_weight_grad(self.d_weight, dz, self.hidden[index].to(self.options.dtype))
 
 
 def compare(

@@ -16,17 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.objectives.chunks import (
-    add_product,
-    default_chunk,
-    head_product,
-    keep_freed_tiles,
-    make_buffer,
-    narrowed,
-    rescale,
-    shared_bias,
-    tile_rows,
-)
+from limbeck.objectives.aligned_head import AlignedHead
+from limbeck.objectives.chunks import default_chunk, keep_freed_tiles, narrowed, rescale, shared_bias, tile_rows
 from limbeck.objectives.compilation import CompiledPass
 from limbeck.objectives.divergences import LOWEST
 from limbeck.objectives.elementwise import STATS, ElementwiseSpec, TileInputs, elementwise_pass
@@ -159,18 +150,22 @@ def _process_chunks(
     """
     device, vocab, count, accumulate = hidden.device, options.vocab, rows.numel(), options.accumulate
     reducer = options.reducer
-    w_s = weight[:vocab].to(options.dtype)
+    head_s = AlignedHead(weight, vocab, options.dtype)
     b_s = shared_bias(bias, vocab, accumulate)
     # The teacher's head keeps its own precision: a converted copy of it may be larger than the student.
-    w_t = None if options.teacher is None else options.teacher.weight[:vocab]
+    head_t = (
+        None if options.teacher is None else AlignedHead(options.teacher.weight, vocab, options.teacher.weight.dtype)
+    )
     b_t = None if options.teacher is None else shared_bias(options.teacher.bias, vocab, accumulate)
 
     if device.type == "cpu":
         keep_freed_tiles()
-    chunk = options.chunk_size or default_chunk(device, vocab, count, w_s, w_t)
+    chunk = options.chunk_size or default_chunk(
+        device, vocab, count, head_s.main, None if head_t is None else head_t.main
+    )
     chunk = max(1, min(chunk, count))
-    z_s = make_buffer(chunk, vocab, options.dtype, device)
-    z_t = None if w_t is None else make_buffer(chunk, vocab, w_t.dtype, device)
+    z_s = head_s.buffer(chunk)
+    z_t = None if head_t is None else head_t.buffer(chunk)
     tile = tile_rows(options.compiled, z_s, z_t, device)
     spec = options.spec(any(needs))
     plain, fast = elementwise_pass(spec, reducer), None
@@ -190,10 +185,10 @@ def _process_chunks(
         index = rows[start : start + chunk]
         n, target = index.numel(), labels[index]
         h_s = hidden[index].to(options.dtype)
-        zs = head_product(h_s, w_s, z_s[:n])
+        zs = head_s.logits(h_s, z_s[:n])
         zt = None
-        if w_t is not None and z_t is not None and teacher_hidden is not None:
-            zt = head_product(teacher_hidden[index].to(w_t.dtype), w_t, z_t[:n])
+        if head_t is not None and z_t is not None and teacher_hidden is not None:
+            zt = head_t.logits(teacher_hidden[index].to(z_t.dtype), z_t[:n])
         log_probs, columns, zt = signal_rows(options, index, zt)
         weights = torch.ones(n, 1, dtype=accumulate, device=device)
         if options.weights is not None:
@@ -207,9 +202,9 @@ def _process_chunks(
             if d_bias is not None and tile_d_bias is not None:
                 d_bias[:vocab] += tile_d_bias
         if d_hidden is not None:
-            d_hidden[index] = torch.mm(zs, w_s).to(sums)
+            d_hidden[index] = head_s.hidden_grad(z_s[:n]).to(sums)
         if d_weight is not None:
-            add_product(d_weight[:vocab], zs, h_s)
+            head_s.add_weight_grad(d_weight, z_s[:n], h_s)
 
     if d_hidden is not None:
         d_hidden = reducer.sum(d_hidden)  # every rank's slice of the vocabulary contributes to the same hidden states

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, row_width, shared_bias, tile_rows
+from limbeck.objectives.aligned_head import AlignedHead
+from limbeck.objectives.chunks import compute_dtype, default_chunk, narrowed, shared_bias, tile_rows
 from limbeck.objectives.elementwise import STATS, TileInputs, elementwise_pass
 from limbeck.objectives.fused_autograd import FusedOptions, grad_dtype, signal_rows
 from limbeck.objectives.objective import DistillationLoss, Objective
@@ -77,13 +78,16 @@ class _AllocateOnly(torch.autograd.Function):
         sizes: FusedSizes,
     ) -> Tensor:
         device, vocab, count, accumulate = sizes.device, options.vocab, len(hidden), options.accumulate
-        w_s, b_s = weight[:vocab].to(options.dtype), shared_bias(bias, vocab, accumulate)
-        w_t = None if options.teacher is None else options.teacher.weight[:vocab]
+        head_s, b_s = AlignedHead(weight, vocab, options.dtype, device), shared_bias(bias, vocab, accumulate)
+        teacher_head = options.teacher
+        head_t = None
+        if teacher_head is not None:
+            head_t = AlignedHead(teacher_head.weight, vocab, teacher_head.weight.dtype, device)
         b_t = None if options.teacher is None else shared_bias(options.teacher.bias, vocab, accumulate)
-        chunk = max(1, min(default_chunk(device, vocab, count, w_s, w_t), count))
-        wide = row_width(vocab, device)
-        z_s = hidden.new_empty(chunk, wide, dtype=options.dtype)[:, :vocab]
-        z_t = None if w_t is None else hidden.new_empty(chunk, wide, dtype=w_t.dtype)[:, :vocab]
+        w_t = None if head_t is None else head_t.main
+        chunk = max(1, min(default_chunk(device, vocab, count, head_s.main, w_t), count))
+        z_s = head_s.buffer(chunk)[:, :vocab]
+        z_t = None if head_t is None else head_t.buffer(chunk)[:, :vocab]
         h_s = hidden.new_empty(chunk, hidden.shape[1], dtype=options.dtype)
         sums = grad_dtype(options, weight, -(-count // chunk), device)
         needs = ctx.needs_input_grad

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives.chunks import default_chunk, head_product, make_buffer, shared_bias
+from limbeck.objectives.aligned_head import AlignedHead
+from limbeck.objectives.chunks import default_chunk, shared_bias
 from limbeck.objectives.divergences import EXCLUDED
 from limbeck.objectives.output_head import OutputHead
 from limbeck.objectives.payloads import Logits, TopK
@@ -69,13 +70,13 @@ def compute_logits(
 
 def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield the logits of one chunk after another. The caller may overwrite them."""
-    weight = head.weight[:vocab]
+    aligned = AlignedHead(head.weight, vocab, head.weight.dtype)
     bias = shared_bias(head.bias, vocab, _precise(head))
-    rows = max(1, min(chunk or default_chunk(hidden.device, vocab, len(hidden), weight, None), len(hidden)))
-    z = make_buffer(rows, vocab, weight.dtype, hidden.device)
+    rows = max(1, min(chunk or default_chunk(hidden.device, vocab, len(hidden), aligned.main, None), len(hidden)))
+    z = aligned.buffer(rows)
     for low in range(0, len(hidden), rows):
         part = slice(low, min(low + rows, len(hidden)))
-        product = head_product(hidden[part].to(weight.dtype), weight, z[: part.stop - low])
+        product = aligned.logits(hidden[part].to(z.dtype), z[: part.stop - low])
         yield part, head.transform(product, bias, _precise(head))
 
 
