@@ -119,7 +119,7 @@ class Recorder(torch.nn.Module):
         self.passes = []
 
     def forward(self, inputs):
-        outputs = self.model(inputs)
+        outputs = self.model(inputs.to(self.model.weight.dtype))
         self.passes.append((self.training, torch.is_grad_enabled(), outputs.dtype))
         return SimpleNamespace(loss=outputs.float().sum())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from limbeck.strategies.base import MODEL, EngineState, MicroBatches
 from limbeck.strategies.gradient_clipping import clip_gradients, gradient_norm
+from limbeck.strategies.master_weights import MasterWeights
 from limbeck.strategies.state import (
     gather_model,
     gather_optimizer,
@@ -28,7 +30,8 @@ class TorchEngine:
         optimizer: over the trained parameters of ``root``.
         world: the processes that train it.
         compute_dtype: precision of the layers where it is not the parameters' own. Several ranks use FSDP's
-            ``param_dtype`` for that; a single process computes in autocast over the same float32 masters.
+            ``param_dtype`` for that. A single process keeps float32 masters and computes in copies of them in bfloat16. In
+            float16 it uses autocast, which keeps the sums of the residual stream in float32, where float16 overflows.
         max_norm: gradients are clipped to this norm; 0 is off.
         reduce_partial_gradients: sums gradients of which every tensor-parallel rank has a part; called before clipping.
     """
@@ -47,7 +50,9 @@ class TorchEngine:
         self._device, self._is_main = world.device.type, world.is_main
         self._reduce_partial_gradients = reduce_partial_gradients
         self._offloaded: list[tuple[dict[str, Any], str]] = []  # entries of the optimizer state that are on the host
-        self._autocast_dtype = compute_dtype if world.size == 1 else None
+        alone = compute_dtype if world.size == 1 else None
+        self._autocast_dtype = alone if alone is torch.float16 else None
+        self._masters = None if alone in (None, torch.float16) else MasterWeights(root, alone)
         self._scaler = torch.amp.GradScaler(self._device, enabled=compute_dtype is torch.float16)
 
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
@@ -64,13 +69,14 @@ class TorchEngine:
         return self._forward(micro_batch)
 
     def step(self) -> Tensor:
-        self._reduce_partial_gradients()
-        self._scaler.unscale_(self.optimizer)
-        norm = self.gradient_norm()
-        clip_gradients(self.root.parameters(), self.max_norm, norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        with self._in_float32():
+            self._reduce_partial_gradients()
+            self._scaler.unscale_(self.optimizer)
+            norm = self.gradient_norm()
+            clip_gradients(self.root.parameters(), self.max_norm, norm)
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def gradient_norm(self) -> Tensor:
@@ -78,18 +84,21 @@ class TorchEngine:
         return gradient_norm(self.root.parameters())
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return iter_model(self.root, MODEL)
+        with self._in_float32():
+            yield from iter_model(self.root, MODEL)
 
     def state_dict(self) -> EngineState:
-        return EngineState(
-            gather_model(self.root, self.trained_names(), keep=self._is_main),
-            gather_optimizer(self.root, self.optimizer, keep=self._is_main),
-            self._scaler.state_dict(),
-        )
+        with self._in_float32():
+            return EngineState(
+                gather_model(self.root, self.trained_names(), keep=self._is_main),
+                gather_optimizer(self.root, self.optimizer, keep=self._is_main),
+                self._scaler.state_dict(),
+            )
 
     def load_state_dict(self, state: EngineState) -> None:
-        load_model_state(self.root, state.model)
-        load_optimizer_state(self.root, self.optimizer, state.optimizer)
+        with self._in_float32():
+            load_model_state(self.root, state.model)
+            load_optimizer_state(self.root, self.optimizer, state.optimizer)
         if self._scaler.is_enabled() and "growth_factor" in state.scaler:
             self._scaler.load_state_dict(dict(state.scaler))
 
@@ -97,7 +106,8 @@ class TorchEngine:
         return {name for name, parameter in self.root.named_parameters() if parameter.requires_grad}
 
     def offload(self) -> None:
-        self.root.to("cpu")
+        with self._in_float32():
+            self.root.to("cpu")
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.device.type == self._device != "cpu":
@@ -106,17 +116,19 @@ class TorchEngine:
         torch.cuda.empty_cache()
 
     def reload(self) -> None:
-        self.root.to(self._device)
+        with self._in_float32():
+            self.root.to(self._device)
         while self._offloaded:
             state, key = self._offloaded.pop()
             state[key] = state[key].to(self._device)
 
     def held_tensors(self) -> dict[str, list[Tensor]]:
-        parameters = list(self.root.parameters())
+        parameters: list[Tensor] = list(self.root.parameters())
+        masters, sums = ([], []) if self._masters is None else self._masters.held_tensors()
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         return {
-            "parameters": [*parameters, *self.root.buffers()],
-            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None],
+            "parameters": [*parameters, *masters, *self.root.buffers()],
+            "gradients": [parameter.grad for parameter in parameters if parameter.grad is not None] + sums,
             "optimizer": [value for value in states if isinstance(value, Tensor)],
         }
 
@@ -125,6 +137,9 @@ class TorchEngine:
             return self.root(micro_batch)
         with torch.autocast(self._device, self._autocast_dtype):
             return self.root(micro_batch)
+
+    def _in_float32(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._masters is None else self._masters.in_float32()
 
     def _set_training(self, training: bool) -> None:
         if self.root.training != training:
