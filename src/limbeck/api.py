@@ -69,9 +69,10 @@ def distill(
     for notice in loaded.notices:
         print(f"note: {notice}", file=sys.stderr)
 
+    from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline
 
-    return DistillPipeline(loaded.config).run()
+    return DistillPipeline(loaded.config, choose_recomputation).run()
 
 
 def _path(key: str) -> str:

@@ -47,9 +47,10 @@ def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str 
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
+    from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline
 
-    result = DistillPipeline(config).run()
+    result = DistillPipeline(config, choose_recomputation).run()
     if main_process:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0

@@ -12,6 +12,7 @@ from limbeck.errors import LimbeckError
 from limbeck.plan.gpus import GPUS, Gpu
 from limbeck.plan.micro_batch import longest_row
 from limbeck.plan.simulate import Step, simulate
+from limbeck.train.build.student import with_recomputation
 
 RESERVED = 0.08
 """Fraction of a GPU's memory that is reserved for the CUDA context, NCCL's buffers and fragmentation."""
@@ -145,12 +146,17 @@ class Plan:
 def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     """The plan of ``config`` on ``nodes`` × ``gpus_per_node`` GPUs, whether it fits or not.
 
+    If ``disable_gradient_checkpointing`` is unset, activations are recomputed only if they do not fit otherwise, as in a run.
+
     Raises:
         UnknownMemory: if sizes do not determine what the run holds.
         LimbeckError: for a layout that cannot run.
     """
     if nodes < 1 or gpus_per_node < 1:
         raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU; both must be 1 or more.")
+    if config.student.model_args.disable_gradient_checkpointing is None:
+        kept = make_plan(with_recomputation(config, recompute=False), nodes, gpus_per_node, gpu)
+        return kept if kept.fits else make_plan(with_recomputation(config, recompute=True), nodes, gpus_per_node, gpu)
     steps = simulate(config, nodes * gpus_per_node)
     used_nodes = {device // gpus_per_node for step in steps for device in step.devices}
     signal_link = "within the node" if len(used_nodes) == 1 else "between nodes"

@@ -22,7 +22,7 @@ from limbeck.plan.tracker import held_bytes
 from limbeck.strategies.base import MicroBatches, dims_of
 from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.teachers.signals import HIDDEN_STATES
-from limbeck.train.build.student import prepare_student
+from limbeck.train.build.student import prepare_student, with_recomputation
 from limbeck.train.student import TrainInput
 
 _TOKENS = 4  # per context-parallel rank
@@ -85,8 +85,7 @@ def _student_stage(config: DistillConfig, dims: ParallelDims, ranks: int, rank: 
     _, count = full_micro_batch(config, config.sequence_length)
     batch = make_micro_batch(1, _TOKENS * dims.cp, packed=config.student.use_sequence_packing)
     whole, own = batch.shard_for_context_parallel(dims.coordinates(rank).cp, dims.cp)
-    args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": True})  # takes longer
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
+    config = with_recomputation(config, recompute=False)  # recomputing takes longer
     compares = bool(config.features.pairs)  # only projections of features depend on the teacher
     with simulated_student(config, ranks, rank, with_teacher=compares) as simulated:
         engine = simulated.student.engine

@@ -30,7 +30,7 @@ from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
 from limbeck.teachers import Signal, TeacherRequest
 from limbeck.train.build.objective import signal_spec
-from limbeck.train.build.student import recomputes_activations, resolve_parallelism
+from limbeck.train.build.student import recomputes_activations, resolve_parallelism, with_recomputation
 from limbeck.train.student import TrainInput
 
 
@@ -102,9 +102,7 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[
         LimbeckError: for a layout that cannot run.
     """
     _refuse_unknown(config)
-    recompute = recomputes_activations(config, device)
-    args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": not recompute})
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
+    config = with_recomputation(config, recompute=recomputes_activations(config, device))
     students = _devices(config.device_mapping, devices, "student")
     kind, colocated = torch.device(device), not config.needs_worker_groups
     world = World(0, len(students), torch.device("cpu"))

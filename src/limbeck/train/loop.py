@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -46,6 +46,9 @@ _LESS_TO_TRAIN = (
 )
 
 
+Adapt = Callable[[DistillConfig, World], DistillConfig]
+
+
 @dataclass(frozen=True)
 class Surroundings:
     """What a rank gets from the program that started it, if that was not a launcher.
@@ -63,10 +66,15 @@ class Surroundings:
 
 
 class DistillPipeline:
-    """One distillation run, from a configuration to a saved student."""
+    """One distillation run, from a configuration to a saved student.
 
-    def __init__(self, config: DistillConfig) -> None:
-        self.config = config
+    Args:
+        config: of the run.
+        adapt: completes what ``config`` leaves open, when the devices are known.
+    """
+
+    def __init__(self, config: DistillConfig, adapt: Adapt = lambda config, world: config) -> None:
+        self.config, self._adapt = config, adapt
 
     def run(self) -> RunResult:
         """Train to the end, or until SIGINT or SIGTERM; either way a whole checkpoint is left. Resumes if
@@ -89,14 +97,14 @@ class DistillPipeline:
 
     def run_in(self, world: World, surroundings: Surroundings | None = None) -> RunResult:
         """The same as one rank of ``world``, whose process group exists already."""
-        given = surroundings or Surroundings()
-        world = resolve_parallelism(self.config, world, teacher_here=not given.workers)
+        given, config = surroundings or Surroundings(), self._adapt(self.config, world)
+        world = resolve_parallelism(config, world, teacher_here=not given.workers)
         configure_logging()
         if world.device.type == "cpu":
             keep_freed_pages()
         with ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
-                run = build_run(self.config, world, resources, given.workers, given.in_step, given.progress)
+                run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
             # Until here there is nothing to save, and a signal ends the process at once.
             signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):

@@ -56,7 +56,7 @@ class StudentModelArgs(ModelArgs):
     disable_gradient_checkpointing: bool | None = Field(
         default=None,
         description="true keeps all activations (faster); false recomputes them in the backward pass (less memory). If "
-        "unset, they are recomputed on GPUs and kept on CPUs.",
+        "unset, they are recomputed only where they do not fit on the GPU by the estimate of `limbeck plan`.",
     )
     gradient_checkpointing_use_reentrant: bool | None = Field(
         default=None, description="Use PyTorch's reentrant gradient checkpointing. If unset, the non-reentrant variant."

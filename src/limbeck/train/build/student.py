@@ -159,9 +159,15 @@ def prepare_student(config: DistillConfig, model: Any) -> Any:
 
 
 def recomputes_activations(config: DistillConfig, device_type: str) -> bool:
-    """Whether activation checkpointing is on: by default on GPUs, where memory runs out first."""
+    """Whether activation checkpointing is on. Where nothing has decided: on GPUs, where memory runs out first."""
     disabled = config.student.model_args.disable_gradient_checkpointing
     return device_type == "cuda" if disabled is None else not disabled
+
+
+def with_recomputation(config: DistillConfig, *, recompute: bool) -> DistillConfig:
+    """``config`` with activation checkpointing switched on or off."""
+    args = config.student.model_args.model_copy(update={"disable_gradient_checkpointing": not recompute})
+    return config.model_copy(update={"student": config.student.model_copy(update={"model_args": args})})
 
 
 def resolve_parallelism(
