@@ -1,12 +1,16 @@
 """Time and memory of the loss on a GPU, beside its four matrix products alone and Liger's two kernels.
 
-    python benchmarks/loss_gpu.py [--tokens 8192] [--repeats 20]
+    python benchmarks/loss_gpu.py [--tokens 8192] [--repeats 20] [--quick] [--json FILE]
 
 bfloat16, 8192 tokens, hidden sizes 4096 / 4096 and 3584 / 5120 (student / teacher), vocabularies 128 256 and 152 064, forward
-and backward, the student's head trained. "products" are the same chunks' products into the same buffers and nothing else.
+and backward, the student's head trained. Also Qwen2.5's 0.5B and 1.5B, whose heads have 151 936 rows, and its tokenizer
+151 665 words: with that odd vocabulary, time is given per logit too, beside that of the products with 151 936, whose rows are
+aligned. "products" are the same chunks' products into the same buffers and nothing else.
 Growth is the peak above weights, inputs and gradients. Liger is measured where ``liger-kernel`` is installed: its chunked loss
 (cross-entropy + Jensen-Shannon) and its Triton kernel (Jensen-Shannon alone), each beside ours of the same objective. The error
 is that of the loss against float64 on 128 of the tokens. If the loss had to do without its kernel, a line says why.
+
+--quick measures three of the sizes, without Liger, in less than a minute.
 
 Goals, for an H200: at most 1.33 times the products, at most 0.6 times Liger, growth of at most 1.2 GB.
 """
@@ -14,12 +18,24 @@ Goals, for an H200: at most 1.33 times the products, at most 0.6 times Liger, gr
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-SIZES = [(4096, 4096, 128_256), (4096, 4096, 152_064), (3584, 5120, 128_256), (3584, 5120, 152_064)]
+# (student's and teacher's hidden size, rows of both heads, shared vocabulary)
+QWEN = [(896, 1536, 151_936, 151_936), (896, 1536, 151_936, 151_665)]
+QUICK_SIZES = [(4096, 4096, 128_256, 128_256), *QWEN]
+SIZES = [
+    *(
+        (hidden_s, hidden_t, vocab, vocab)
+        for hidden_s, hidden_t in ((4096, 4096), (3584, 5120))
+        for vocab in (128_256, 152_064)
+    ),
+    *QWEN,
+]
 
 
 def measure(step: Callable[[], Any], leaves: list[Any], repeats: int) -> tuple[float, float]:
@@ -53,11 +69,11 @@ def measure(step: Callable[[], Any], leaves: list[Any], repeats: int) -> tuple[f
     return statistics.median(times), growth / 1e9
 
 
-def products(h_s: Any, w_s: Any, h_t: Any, w_t: Any, chunk: int) -> Callable[[], None]:
+def products(h_s: Any, w_s: Any, h_t: Any, w_t: Any, vocab: int, chunk: int) -> Callable[[], None]:
     """The four products of each chunk, into memory that is there before."""
     import torch
 
-    vocab = w_s.shape[0]
+    w_s, w_t = w_s[:vocab], w_t[:vocab]
     z_s, z_t = (torch.randn(chunk, vocab, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     d_h, d_w = torch.empty_like(h_s), torch.zeros_like(w_s)
 
@@ -93,7 +109,7 @@ def liger(h_s: Any, w_s: Any, h_t: Any, w_t: Any, labels: Any) -> dict[str, tupl
     }
 
 
-def error(h_s: Any, w_s: Any, h_t: Any, w_t: Any, labels: Any, name: str) -> float:
+def error(h_s: Any, w_s: Any, h_t: Any, w_t: Any, labels: Any, name: str, vocab: int) -> float:
     """|loss − float64| on a few tokens."""
     import torch
 
@@ -102,9 +118,9 @@ def error(h_s: Any, w_s: Any, h_t: Any, w_t: Any, labels: Any, name: str) -> flo
     few = slice(0, 128)
     with torch.no_grad():
         ours = fused_linear_distillation(
-            h_s[few], w_s, h_t[few], w_t, labels[few], objective=name, compiled=True
+            h_s[few], w_s, h_t[few], w_t, labels[few], objective=name, vocab_size=vocab, compiled=True
         ).loss.item()
-        z_s, z_t = h_s[few].double() @ w_s.double().t(), h_t[few].double() @ w_t.double().t()
+        z_s, z_t = h_s[few].double() @ w_s[:vocab].double().t(), h_t[few].double() @ w_t[:vocab].double().t()
         ce = torch.nn.functional.cross_entropy(z_s, labels[few])
         exact = 0.5 * ce + 0.5 * divergence(name)(z_s, z_t).mean()
     return abs(ours - exact.item())
@@ -114,6 +130,8 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--tokens", type=int, default=8192)
     arguments.add_argument("--repeats", type=int, default=20)
+    arguments.add_argument("--quick", action="store_true", help="three sizes, without Liger")
+    arguments.add_argument("--json", type=Path, help="write the results to this file")
     options = arguments.parse_args()
 
     import torch
@@ -124,34 +142,48 @@ def main() -> None:
     from limbeck.objectives import Objective, chunks, kernels
 
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {options.tokens} tokens, bfloat16\n")
-    for hidden_s, hidden_t, vocab in SIZES:
+    results: list[dict[str, Any]] = []
+    per_aligned_logit = 0.0  # milliseconds of the products with an aligned vocabulary of these hidden sizes
+    for hidden_s, hidden_t, rows, vocab in QUICK_SIZES if options.quick else SIZES:
         torch.manual_seed(0)
         make = lambda *shape: torch.randn(*shape, device="cuda", dtype=torch.bfloat16)  # noqa: E731
         h_s, h_t = make(options.tokens, hidden_s).requires_grad_(), make(options.tokens, hidden_t)
-        w_s, w_t = make(vocab, hidden_s).mul_(0.02).requires_grad_(), make(vocab, hidden_t).mul_(0.02)
+        w_s, w_t = make(rows, hidden_s).mul_(0.02).requires_grad_(), make(rows, hidden_t).mul_(0.02)
         labels = torch.randint(0, vocab, (options.tokens,), device="cuda")
         leaves = [h_s, w_s]
         chunk = min(chunks.default_chunk(h_s.device, vocab, options.tokens, w_s, w_t), options.tokens)
 
-        floor, _ = measure(products(h_s, w_s, h_t, w_t, chunk), [], options.repeats)
+        floor, _ = measure(products(h_s, w_s, h_t, w_t, vocab, chunk), [], options.repeats)
+        if vocab == rows:
+            per_aligned_logit = floor / vocab
         work = 2 * options.tokens * vocab * (3 * hidden_s + hidden_t)
-        print(f"hidden {hidden_s} / {hidden_t}, vocabulary {vocab}, chunks of {chunk} tokens")
+        size = {"hidden_student": hidden_s, "hidden_teacher": hidden_t, "rows": rows, "vocab": vocab}
+        print(f"hidden {hidden_s} / {hidden_t}, heads of {rows} rows, vocabulary {vocab}, chunks of {chunk} tokens")
         print(f"  {'products alone':32} {floor:8.2f} ms  {work / floor / 1e9:6.0f} TFLOP/s")
+        results.append({**size, "what": "products", "ms": floor, "tflops": work / floor / 1e9})
 
-        def ours(name: str, kd_weight: float, inputs: Any = (h_s, w_s, h_t, w_t, labels)) -> Callable[[], None]:
+        def ours(
+            name: str, kd_weight: float, inputs: Any = (h_s, w_s, h_t, w_t, labels), vocab: int = vocab
+        ) -> Callable[[], None]:
             objective = Objective.of(name, kd_weight=kd_weight)
-            run = fused_linear_distillation
-            return lambda: run(*inputs, objective=objective, all_supervised=True).loss.backward()
+            options = {"objective": objective, "vocab_size": vocab, "all_supervised": True}
+            return lambda: fused_linear_distillation(*inputs, **options).loss.backward()
 
         for name in ("forward_kl", "reverse_kl", "js_divergence"):
             took, growth = measure(ours(name, 0.5), leaves, options.repeats)
-            off = error(h_s, w_s, h_t, w_t, labels, name)
+            off = error(h_s, w_s, h_t, w_t, labels, name, vocab)
             kept = "yes" if took <= 1.33 * floor and growth <= 1.2 else "NO"
+            of_aligned = took / vocab / per_aligned_logit
             print(
                 f"  {'Limbeck, CE + ' + name:32} {took:8.2f} ms  {took / floor:6.2f} × products  "
-                f"growth {growth:5.2f} GB  error {off:.1e}  goals kept: {kept}"
+                + ("" if vocab == rows else f"{of_aligned:5.2f} × products of {rows} per logit  ")
+                + f"growth {growth:5.2f} GB  error {off:.1e}  goals kept: {kept}"
             )
-        for name, (step, like) in liger(h_s, w_s, h_t, w_t, labels).items():
+            measured = {"ms": took, "of_products": took / floor, "of_aligned_products_per_logit": of_aligned}
+            results.append({**size, "what": f"limbeck {name}", **measured, "growth_gb": growth, "error": off})
+        # Liger's losses take whole heads only.
+        compared = {} if options.quick or vocab < rows else liger(h_s, w_s, h_t, w_t, labels)
+        for name, (step, like) in compared.items():
             took, _ = measure(ours("js_divergence", **like), leaves, options.repeats)
             theirs, growth = measure(step, leaves, max(3, options.repeats // 4))
             kept = "yes" if took <= 0.6 * theirs else "NO"
@@ -159,9 +191,14 @@ def main() -> None:
                 f"  {name:32} {theirs:8.2f} ms  growth {growth:5.2f} GB  "
                 f"Limbeck takes {took / theirs:4.2f} of it  goal kept: {kept}"
             )
+            results.append({**size, "what": name, "ms": theirs, "growth_gb": growth, "limbeck_of_it": took / theirs})
         for why in sorted(kernels.fallback_reasons):
             print(f"  NOT the kernel everywhere: {why}")
         print(flush=True)
+        if options.json:
+            report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results}
+            report["fallback_reasons"] = sorted(kernels.fallback_reasons)
+            options.json.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import limbeck
 
 SOURCE = Path(limbeck.__file__).parent
 LAYERS = (
-    ("errors", "interrupt", "registry", "folders"),
+    ("errors", "interrupt", "registry", "folders", "version"),
     ("config",),
     ("objectives",),
     ("data",),

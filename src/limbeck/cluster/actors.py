@@ -21,12 +21,13 @@ import torch.distributed as dist
 from limbeck.cluster.session import load_ray
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import BARRIER_TIMEOUT, World
+from limbeck.version import VERSION
 
 
 def versions() -> dict[str, str]:
     """Versions that must be the same in all processes of a run."""
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"python": python, **{name: version(name) for name in ("limbeck", "torch", "transformers")}}
+    return {"python": python, "limbeck": VERSION, **{name: version(name) for name in ("torch", "transformers")}}
 
 
 class Worker:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource
 from limbeck.train.student import LossSettings
 from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
+from limbeck.version import VERSION
 
 
 @dataclass
@@ -217,7 +217,7 @@ def _open_trackers(run: Run) -> list[Tracker]:
         "exp_name": config.exp_name,
         "student": config.student.model_args.model_name_or_path,
         "teacher": config.teacher.model_args.model_name_or_path,
-        "limbeck_version": version("limbeck"),
+        "limbeck_version": VERSION,
         "parameters": parameters,
         "ranks": run.world.size,
         "device": str(run.world.device),

@@ -1,0 +1,348 @@
+"""Training steps on a GPU: Limbeck, TRL's GKDTrainer without and with Liger, and the parts of a step alone.
+
+    python benchmarks/step_gpu.py --quick                       # Limbeck and the matrix products, about two minutes
+    python benchmarks/step_gpu.py --folder /tmp/bench --json step.json
+    python benchmarks/step_gpu.py --sides limbeck products --set compile_model=false --profile
+    python benchmarks/step_gpu.py --tiny --device cpu           # only checks that the script runs
+
+Student and teacher have the shapes of Qwen2.5 models (Llama classes, random weights, heads of 151 936 rows or more, a
+tokenizer of 151 665 words). A step is 16 x 1024 tokens, forward KL and cross-entropy at every position, bf16 over float32
+masters, AdamW. Row kinds: ``full`` are documents of 1024 tokens in micro-batches of eight; ``packed`` are short documents
+(log-normal, median 148 tokens), which Limbeck packs and TRL pads.
+
+Sides, each in a process of its own with empty compilation caches and a time limit:
+
+    products   the matrix products of both models, heads included; the largest measured rate of a square product; and the
+               models' bodies alone, without head, loss and optimizer
+    limbeck    ``limbeck.distill``, with the options of ``--set``
+    trl        ``trl.experimental.gkd.GKDTrainer`` with lmbda=0 and beta=0 (the forward KL on the tokens of the dataset)
+    liger      the same with ``use_liger_kernel``
+
+A side that runs out of memory is tried again with micro-batches of half the rows and the same number of tokens per step. The
+share of the matmul peak counts 2 operations per parameter of the teacher and token and 6 per parameter of the student and
+token, without attention and recomputation. Times are medians after warm-up; the first step is measured from the start of
+training, compilation included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+SIDES = ("products", "limbeck", "trl", "liger")
+NEEDED = {"trl": ("trl", "datasets"), "liger": ("trl", "datasets", "liger_kernel")}
+QUICK_SECONDS = 145
+MODELS: dict[str, dict[str, Any]] = {
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+             "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+             "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+           "num_key_value_heads": 4, "vocab_size": 152_064, "tie_word_embeddings": False},
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
+    "tiny teacher": {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2,
+                     "num_key_value_heads": 1, "vocab_size": 520, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """A pair of models. ``checkpointing``: whether all sides recompute activations, which the larger pair needs. ``rows``
+    of a micro-batch, by side.
+    """
+
+    student: str
+    teacher: str
+    checkpointing: bool
+    rows: dict[str, int]
+
+
+SHAPES = {
+    "0.5B<-1.5B": Shape("0.5B", "1.5B", False, {"limbeck": 8, "trl": 4, "liger": 8}),
+    "1.5B<-7B": Shape("1.5B", "7B", True, {"limbeck": 8, "trl": 4, "liger": 4}),
+}
+TINY = {"tiny": Shape("tiny", "tiny teacher", False, {"limbeck": 8, "trl": 4, "liger": 8})}
+
+
+class Data(NamedTuple):
+    """``words`` of the tokenizer, ``length`` of a full row, median length of a ``short`` document, rows of each file."""
+
+    words: int
+    length: int
+    short: int
+    full_rows: int
+    short_rows: int
+
+
+GPU_DATA, TINY_DATA = Data(151_665, 1024, 148, 256, 3000), Data(500, 64, 12, 32, 200)
+ROWS_PER_STEP = 16
+
+
+def parameters(model: dict[str, Any]) -> list[tuple[int, int, int]]:
+    """(inputs, outputs, number) of the weight matrices of a model, the head included."""
+    hidden, inner, layers = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
+    grouped = hidden // model["num_attention_heads"] * model["num_key_value_heads"]
+    return [
+        (hidden, hidden, 2 * layers),
+        (hidden, grouped, 2 * layers),
+        (hidden, inner, 2 * layers),
+        (inner, hidden, layers),
+        (hidden, model["vocab_size"], 1),
+    ]
+
+
+def operations_per_token(shape: Shape) -> int:
+    """Of the matrix products: 2 for each parameter of the teacher, 6 for each of the student."""
+    student, teacher = (
+        sum(a * b * n for a, b, n in parameters(MODELS[name])) for name in (shape.student, shape.teacher)
+    )
+    return 6 * student + 2 * teacher
+
+
+def prepare(folder: Path, names: set[str], data: Data, device: str) -> None:
+    """Write the models with random weights, a tokenizer with one token per word, and both files of rows, unless they are
+    there.
+    """
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, data.words)}}
+    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+        chat_template="{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}",
+    )  # fmt: skip
+    common = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 32_768}
+    for name in sorted(names):
+        if (folder / name / "tokenizer.json").exists():  # which is written last
+            continue
+        torch.manual_seed(len(name))
+        config = LlamaConfig(**MODELS[name], **common, dtype="bfloat16")
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device(device):
+            model = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        model.save_pretrained(folder / name)
+        del model
+        tokenizer.save_pretrained(folder / name)
+    rng = random.Random(0)
+
+    def row(tokens: int) -> str:
+        ids = [f"w{rng.randrange(3, data.words)}" for _ in range(tokens - 1)]
+        start = max(1, tokens // 4)
+        return json.dumps({"question": " ".join(ids[:start]), "answer": " ".join(ids[start:])}) + "\n"
+
+    def short() -> int:
+        return min(data.length, max(8, round(data.short * rng.lognormvariate(0, 0.6))))
+
+    if not (folder / "packed.jsonl").exists():
+        (folder / "full.jsonl").write_text("".join(row(data.length) for _ in range(data.full_rows)))
+        (folder / "packed.jsonl").write_text("".join(row(short()) for _ in range(data.short_rows)))
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the sides need the memory
+
+
+def run_side(job: dict[str, Any], limit: float, device: str) -> dict[str, Any]:
+    """Run one side in a process of its own. Returns what it measured, and a ``status`` that is ok or says why not.
+
+    A side that is stopped by its limit, or fails later, counts if it has taken enough steps.
+    """
+    missing = [name for name in NEEDED.get(job["side"], ()) if find_spec(name) is None]
+    if missing:
+        return {"status": f"not installed: {', '.join(missing)}"}
+    out = Path(job["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    caches = {name: str(out / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", **caches}
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    status = "ok"
+    with (out / "log.txt").open("w") as log:
+        command = [sys.executable, str(HERE / "step_gpu_sides.py"), json.dumps(job)]
+        try:
+            code = subprocess.run(
+                command, env=environment, stdout=log, stderr=log, timeout=limit, check=False
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code, status = 0, f"stopped after {limit:.0f} s"
+    if code:
+        lines = [line.strip() for line in (out / "log.txt").read_text().splitlines() if line.strip()]
+        failed = [line for line in lines if "out of memory" in line.lower()]
+        status = "out of memory" if failed else f"failed: {lines[-1] if lines else 'without output'}"
+    if job["side"] == "products":
+        result = out / "result.json"
+        return {"status": status, **(json.loads(result.read_text()) if result.exists() else {})}
+    return {"status": status, **summary(out / "steps.jsonl")}
+
+
+def summary(path: Path) -> dict[str, Any]:
+    """The medians of the steps after warm-up; empty if there are none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    steps = [json.loads(line) for line in lines if line.endswith("}")]
+    warm = steps[min(5, max(1, len(steps) // 3)) :]
+    if not warm:
+        return {}
+    seconds = statistics.median(step["seconds"] for step in warm)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": sum(step["tokens"] for step in warm) / len(warm) / seconds,
+        "peak_gb": steps[-1]["peak_gb"],
+        "reserved_gb": steps[-1]["reserved_gb"],
+        "first_step_seconds": steps[0]["seconds"],
+        "steps": len(steps),
+    }
+
+
+def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folder: Path, deadline: float) -> list[dict]:
+    """All sides of one pair of models, as a list of results."""
+    bf16 = "bf16" if args.device == "cuda" else "fp32"
+    student, teacher = MODELS[shape.student], MODELS[shape.teacher]
+    checkpointing = shape.checkpointing if args.checkpointing is None else args.checkpointing == "on"
+    common = {
+        "student": str(folder / shape.student), "teacher": str(folder / shape.teacher), "length": data.length,
+        "steps": args.steps, "dtype": bf16, "checkpointing": checkpointing, "profile": args.profile,
+        "overrides": args.set, "bodies": not args.quick, "matrices": [parameters(student), parameters(teacher)],
+        "micro_batch": shape.rows["limbeck"], "rows_per_step": ROWS_PER_STEP,
+    }  # fmt: skip
+
+    def run(side: str, rows: str, **more: Any) -> dict[str, Any]:
+        out = Path(tempfile.mkdtemp(prefix=f"{side}-{rows}-", dir=folder))
+        job = {**common, "side": side, "rows": rows, "out": str(out), **more}
+        limit = min(args.limit, deadline - time.monotonic())
+        found = run_side(job, limit, args.device) if limit > 5 else {"status": "no time was left"}
+        result = {
+            "side": side,
+            "shape": name,
+            "rows": rows,
+            "micro_batch": job["micro_batch"],
+            **found,
+            "out": str(out),
+        }
+        print(f"  {name} {rows} {side}: {result['status']}", flush=True)
+        return result
+
+    results = [run("products", "full")] if "products" in args.sides else []
+    peak = results[0].get("peak_flops") if results else None
+    if results and "seconds" in results[0]:
+        results[0]["matmul_share"] = results[0]["operations"] / results[0]["seconds"] / peak
+    for rows in args.rows:
+        for side in (side for side in SIDES[1:] if side in args.sides):
+            # TRL pads short documents to two to three times their tokens.
+            micro_batch = shape.rows[side] // (2 if rows == "packed" and side != "limbeck" else 1)
+            result = run(side, rows, micro_batch=micro_batch, file=str(folder / f"{rows}.jsonl"))
+            while result["status"] == "out of memory" and micro_batch > 1:
+                micro_batch //= 2
+                result = run(side, rows, micro_batch=micro_batch, file=str(folder / f"{rows}.jsonl"))
+            if peak and "seconds" in result:
+                work = operations_per_token(shape) * result["tokens_per_second"]
+                result["matmul_share"] = work / peak
+            results.append(result)
+    speeds = {(result["rows"], result["side"]): result.get("tokens_per_second") for result in results}
+    for result in results:
+        for other in ("trl", "liger") if result["side"] == "limbeck" else ():
+            theirs, ours = speeds.get((result["rows"], other)), result.get("tokens_per_second")
+            if theirs and ours:
+                result[f"times_{other}"] = ours / theirs
+    return results
+
+
+COLUMNS = [
+    ("s/step", "seconds", "{:.4f}"), ("tokens/s", "tokens_per_second", "{:.0f}"), ("peak GB", "peak_gb", "{:.1f}"),
+    ("reserved", "reserved_gb", "{:.1f}"), ("first step s", "first_step_seconds", "{:.1f}"),
+    ("of matmul peak", "matmul_share", "{:.1%}"), ("x TRL", "times_trl", "{:.2f}"), ("x Liger", "times_liger", "{:.2f}"),
+    ("micro-batch", "micro_batch", "{}"), ("steps", "steps", "{}"),
+]  # fmt: skip
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the results as a table."""
+    print(f"\n{'':32}" + "".join(f"{title:>15}" for title, *_ in COLUMNS))
+    for result in results:
+        values = [style.format(result[key]) if result.get(key) is not None else "-" for _, key, style in COLUMNS]
+        label = f"{result['shape']} {result['rows']} {result['side']}"
+        print(f"{label:32}" + "".join(f"{value:>15}" for value in values))
+        if result["status"] != "ok":
+            print(f"{'':32}  {result['status']}; see {result['out']}/log.txt")
+        for key, value in result.get("parts", {}).items():
+            print(f"{'':32}  {key}: {value}")
+
+
+def setting(text: str) -> tuple[str, Any]:
+    """``key=value``, where the value is JSON, or else a string."""
+    key, separator, value = text.partition("=")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError:
+        return key, value
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help=f"the smaller models, at most {QUICK_SECONDS} s in all")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, help="the sides to run; all by default")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the pairs of models; both by default")
+    parser.add_argument("--rows", nargs="+", choices=("full", "packed"), default=["full", "packed"])
+    parser.add_argument("--steps", type=int, help="steps of each side; 25 by default")
+    parser.add_argument("--limit", type=float, default=240, help="seconds that a side may take")
+    parser.add_argument("--folder", type=Path, help="keeps models, data and logs; temporary by default")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--checkpointing", choices=("on", "off"), help="of all sides; by default as the models need it")
+    parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="options of Limbeck")
+    parser.add_argument("--profile", action="store_true", help="write the kernels of one step to profile.txt of a side")
+    parser.add_argument("--tiny", action="store_true", help="tiny models and rows, to check that the script runs")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+    args.sides = args.sides or (["products", "limbeck"] if args.quick else list(SIDES))
+    args.shapes = args.shapes or (["0.5B<-1.5B"] if args.quick else list(SHAPES))
+    args.steps = args.steps or (6 if args.tiny else 25)
+    args.set = dict(args.set)
+    return args
+
+
+def main() -> None:
+    args = parse()
+    deadline = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
+    import torch
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("This measures a GPU, and there is none here; --tiny --device cpu checks that the script runs.")
+    shapes = TINY if args.tiny else {name: SHAPES[name] for name in args.shapes}
+    data = TINY_DATA if args.tiny else GPU_DATA
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        begun = time.monotonic()
+        prepare(
+            folder, {name for shape in shapes.values() for name in (shape.student, shape.teacher)}, data, args.device
+        )
+        print(f"{device}, torch {torch.__version__}; prepared in {time.monotonic() - begun:.0f} s", flush=True)
+        results = [
+            result for name, shape in shapes.items() for result in compare(args, name, shape, data, folder, deadline)
+        ]
+        show(results)
+        if args.json:
+            report = {"device": device, "torch": torch.__version__, "overrides": args.set, "results": results}
+            args.json.write_text(json.dumps(report, indent=1))
+    wanted = [result for result in results if not result["status"].startswith("not installed")]
+    sys.exit(any("seconds" not in result for result in wanted))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmarks of a GPU run from end to end, on tiny models and a CPU."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.processes
+def test_the_benchmark_of_steps_measures_each_side_that_is_installed(tmp_path):
+    options = [
+        "--tiny",
+        "--device",
+        "cpu",
+        "--folder",
+        str(tmp_path),
+        "--json",
+        str(tmp_path / "result.json"),
+        "--profile",
+    ]
+    sides = ["--sides", "products", "limbeck", "liger", "--set", "kd_objective=reverse_kl"]
+    command = [sys.executable, str(BENCHMARKS / "step_gpu.py"), *options, *sides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    found = {(result["side"], result["rows"]): result for result in results}
+    assert found["products", "full"]["matmul_share"] > 0
+    if find_spec("trl") is None and find_spec("liger_kernel") is None:
+        assert found["liger", "full"]["status"] == "not installed: trl, liger_kernel"
+    for rows, fewest in (("full", 1024), ("packed", 768)):
+        ours = found["limbeck", rows]
+        assert (ours["status"], ours["steps"]) == ("ok", 6)
+        assert fewest <= round(ours["tokens_per_second"] * ours["seconds"]) <= 1024
+        assert "aten::mm" in (Path(ours["out"]) / "profile.txt").read_text()
+        assert json.loads((Path(ours["out"]) / "run.json").read_text())["config"]["kd_objective"] == "reverse_kl"
+
+
+@pytest.mark.processes
+def test_a_side_that_fails_is_reported_and_leaves_the_others_standing(tmp_path):
+    options = ["--tiny", "--device", "cpu", "--rows", "full", "--json", str(tmp_path / "result.json")]
+    sides = ["--sides", "products", "limbeck", "--set", "kd_objective=no_such_objective"]
+    command = [sys.executable, str(BENCHMARKS / "step_gpu.py"), *options, *sides]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    products, ours = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert products["status"] == "ok"
+    assert ours["status"].startswith("failed: ")
+    assert "no_such_objective" in ours["status"]
