@@ -105,6 +105,9 @@ OFFLOADS = "offloads"
 READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
 """Trait of a strategy that reads ``strategy_config.deepspeed``."""
 
+NEEDS_NO_MODEL = "needs_no_model"
+"""Trait of a teacher source that reads no checkpoint, so that ``teacher_pretrain`` may be unset."""
+
 STRATEGIES: Registry[Any] = Registry(
     "strategy",
     {

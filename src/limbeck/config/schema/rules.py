@@ -37,7 +37,7 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
         )
     elif config.tokenizer_name_or_path is None:
         yield Contradiction("tokenizer", "is not set, and there is no checkpoint with a tokenizer; set it")
-    if not teacher.names_a_model and config.distill_loss_weight > 0:
+    if not config.has_teacher and config.distill_loss_weight > 0:
         yield Contradiction(
             "teacher_pretrain",
             f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; set it to "

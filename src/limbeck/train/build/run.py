@@ -216,7 +216,7 @@ def _open_trackers(run: Run) -> list[Tracker]:
     facts = {
         "exp_name": config.exp_name,
         "student": config.student.model_args.model_name_or_path,
-        "teacher": config.teacher.model_args.model_name_or_path,
+        "teacher": config.teacher.model_args.model_name_or_path or (config.teacher_source if run.teacher else None),
         "limbeck_version": version("limbeck"),
         "parameters": parameters,
         "ranks": run.world.size,
