@@ -285,9 +285,10 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if config.cross_tokenizer == "uld":
         for key in ("kd_objective", "cross_tokenizer_rest_weight"):
             yield key, "is not read with cross_tokenizer: uld, which compares sorted probabilities only"
+    if config.teacher_source == "model":
+        yield "teacher.signal", "is only read by a teacher in other processes; this one is in the student's processes"
     if not config.needs_worker_groups:
-        for key in ("teacher.signal", "logits_transfer_backend"):
-            yield key, "is only read with worker groups; this teacher is in the student's processes"
+        yield "logits_transfer_backend", "is only read with worker groups, in which Ray runs the teacher"
     if not config.offloads_colocated:
         yield (
             "is_offload_states",
