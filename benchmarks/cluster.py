@@ -43,7 +43,7 @@ from limbeck.objectives import OutputHead
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.teachers import Signal, SignalFuture, SignalSpec, Teacher, TeacherRequest
 from limbeck.teachers.channels.ray_object_store import RayChannel
-from limbeck.teachers.server import TeacherWorker
+from limbeck.teachers.worker import TeacherWorker
 
 PARTS = ("steps", "bytes", "wire", "start")
 ROWS = 2  # of TIME tokens, for each student rank

@@ -1,4 +1,4 @@
-"""Packages import lower packages only, and modules do not import each other in a circle."""
+"""Packages import lower packages only, modules do not import each other in a circle, and each states its purpose."""
 
 import ast
 from pathlib import Path
@@ -84,3 +84,8 @@ def test_no_modules_import_each_other_in_a_circle():
 
     for module in graph:
         visit(module, ())
+
+
+def test_every_module_has_a_docstring():
+    files = SOURCE.rglob("*.py")
+    assert not [str(path) for path in files if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]

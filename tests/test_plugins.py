@@ -1,22 +1,17 @@
-"""Every kind of extension, from a file that ``plugins`` names, in a run that trains."""
+"""Extensions from a file that ``plugins`` names, in a run that trains. Generators: ``rollout/test_generator.py``."""
 
 import csv
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from runs import metrics, weights
+from runs import metrics
 
-from limbeck import DistillPipeline, registry
+from limbeck import DistillPipeline
 from limbeck.config import load_arguments, load_config
-from limbeck.data.batch import Batch, StepBatch
-from limbeck.data.masks import IGNORE
 from limbeck.errors import LimbeckError
-from limbeck.models import ModelSource, load_model
 from limbeck.plan.estimate import make_plan
 from limbeck.plan.gpus import find_gpu
-from limbeck.rollout import Prompt, SamplingParams
 
 PLUGINS = Path(__file__).parent.parent / "examples" / "plugins"
 
@@ -91,59 +86,3 @@ def test_a_dialect_from_a_file_and_from_flags(assets, tmp_path):
     flags = [word for key, value in given.items() for word in (f"--{key}", str(value))]
     assert load_arguments(flags).config.kd_temperature == 2.0
     assert DistillPipeline(loaded.config).run().step == 2
-
-
-class WrittenRows:
-    """A step source for the test of a generator: the student writes the rows of every step."""
-
-    max_lookahead, steps_per_epoch = 0, None
-
-    def __init__(self, config, world, data):
-        self.generator = registry.GENERATORS.get("greedy")(config, world)
-        self.examples, self.versions = data.examples, []
-
-    def next(self, step):
-        assert self.generator.version == step  # the weights of the step before
-        self.versions.append(step)
-        prompts = [Prompt(tuple(self.examples.row(row)[0][:6].tolist()), row) for row in range(step, step + 4)]
-        rows = []
-        for completion in self.generator.generate(prompts, SamplingParams(max_tokens=4)):
-            ids = torch.tensor([[*completion.prompt.token_ids, *completion.token_ids]])
-            labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORE)
-            labels[:, : len(completion.prompt.token_ids) - 1] = IGNORE
-            rows.append(Batch.of(ids, labels, None, ids.numel()))
-        return StepBatch.of(rows)
-
-    def weights_changed(self, weights, step):
-        self.generator.update_weights(weights(), step)
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        """A step is a function of its number and the weights."""
-
-    def close(self):
-        """There is no background work."""
-
-
-def test_a_generator_writes_with_the_weights_of_the_last_step(configure, monkeypatch):
-    sources = []
-
-    def make(config, world, data):
-        sources.append(WrittenRows(config, world, data))
-        return sources[-1]
-
-    monkeypatch.setitem(registry.STEP_SOURCES._registered, "written", make)
-    config = configure(
-        plugins=[str(PLUGINS / "generator.py")], step_source="written", distill_loss_weight=1.0, max_steps=4,
-        save_steps=0,
-    )  # fmt: skip
-    result = DistillPipeline(config).run()
-    assert sources[0].versions == [0, 1, 2, 3]
-    saved = weights(result.student)
-    written = dict(sources[0].generator.model.state_dict())
-    for name, tensor in saved.items():
-        torch.testing.assert_close(written[name], tensor)
-    start = load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32).state_dict()
-    assert any(not torch.equal(start[name], tensor) for name, tensor in saved.items())

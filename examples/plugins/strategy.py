@@ -30,4 +30,5 @@ class SgdStrategy:
         return TorchEngine(root, optimizer, world, max_norm=spec.config.max_grad_norm)
 
 
+# OFFLOADS: between steps, is_offload_states may move this strategy's models to host memory, as TorchEngine.offload does.
 STRATEGIES.register("sgd_train", OFFLOADS)(SgdStrategy())

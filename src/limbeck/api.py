@@ -37,7 +37,7 @@ def distill(
 
     Args:
         student: folder or hub id of the checkpoint that the student starts from.
-        teacher: folder or hub id of the teacher; None trains with cross-entropy only.
+        teacher: folder or hub id of the teacher; None trains with cross-entropy only, unless ``teacher.source`` is set.
         data: a file, several files, or the rows as dicts.
         overrides: keys of ``DistillConfig``, by name (``max_steps=200``; the sections of the student are searched) or by
             path (``**{"teacher.model_args.dtype": "bf16"}``). ``dtype`` and ``attn_implementation`` are set for both models.
@@ -58,7 +58,7 @@ def distill(
     _set(values, "student_pretrain", str(student))
     if teacher is not None:
         _set(values, "teacher_pretrain", str(teacher))
-    elif "distill_loss_weight" not in overrides:
+    elif not overrides.keys() & {"distill_loss_weight", "teacher.source"}:
         _set(values, "distill_loss_weight", 0.0)
     for key, value in overrides.items():
         _set(values, _path(key), value)

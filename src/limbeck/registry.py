@@ -8,7 +8,7 @@ adds its own with ``REGISTRY.register("name")``. Names are compared here and now
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any, Generic, TypeVar
 
@@ -24,12 +24,19 @@ class Registry(Generic[T]):
         kind: what an entry is called in error messages, such as ``"strategy"``.
         builtin: name to ``"module:attribute"``; imported by ``get``.
         traits: name to facts about a built-in implementation that are needed before it is imported.
+        members: name to the methods and attributes that an object registered under it must have. By default an
+            implementation is a function.
     """
 
     def __init__(
-        self, kind: str, builtin: Mapping[str, str], traits: Mapping[str, frozenset[str]] | None = None
+        self,
+        kind: str,
+        builtin: Mapping[str, str],
+        traits: Mapping[str, frozenset[str]] | None = None,
+        members: Callable[[str], Iterable[str]] | None = None,
     ) -> None:
         self.kind = kind
+        self._members = members
         self._builtin = dict(builtin)
         self._registered: dict[str, T] = {}
         self._traits = dict(traits or {})
@@ -38,10 +45,11 @@ class Registry(Generic[T]):
         """Decorator that registers an implementation under ``name``, with its ``traits``.
 
         Raises:
-            LimbeckError: if another implementation has the name.
+            LimbeckError: if another implementation has the name, or this one is incomplete.
         """
 
         def decorate(implementation: T) -> T:
+            self._check(name, implementation)
             known = self._registered.get(name)
             if name in self._builtin or (known is not None and _origin(known) != _origin(implementation)):
                 raise LimbeckError(f"a {self.kind} named {name} exists already; register yours under another name.")
@@ -82,6 +90,33 @@ class Registry(Generic[T]):
         implementation: T = getattr(import_module(module), attribute)
         return implementation
 
+    def _check(self, name: str, implementation: T) -> None:
+        if self._members is None:
+            if not callable(implementation):
+                raise LimbeckError(
+                    f"the {self.kind} {name} is a {type(implementation).__name__}; register a function or a class."
+                )
+        elif isinstance(implementation, type):
+            raise LimbeckError(
+                f"the {self.kind} {name} is the class {implementation.__name__}; register an object of it."
+            )
+        else:
+            check_members(f"the {self.kind} {name}", implementation, self._members(name))
+
+
+def check_members(what: str, implementation: object, members: Iterable[str]) -> None:
+    """Raise LimbeckError unless the plug-in object ``implementation`` has all ``members``.
+
+    Args:
+        what: the object in the error message, such as ``"the strategy sgd_train"``.
+    """
+    kind = type(implementation)
+    # The class first, so that no property is computed.
+    missing = [name for name in members if not hasattr(kind, name) and not hasattr(implementation, name)]
+    if missing:
+        them = "it" if len(missing) == 1 else "them"
+        raise LimbeckError(f"{what} lacks {', '.join(missing)}; define {them} in the class {kind.__name__}.")
+
 
 def _origin(implementation: Any) -> tuple[str, str]:
     """Module and name: the same file run twice registers the same implementation."""
@@ -105,6 +140,15 @@ OFFLOADS = "offloads"
 READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
 """Trait of a strategy that reads ``strategy_config.deepspeed``."""
 
+NEEDS_NO_MODEL = "needs_no_model"
+"""Trait of a teacher source that reads no checkpoint, so that ``teacher_pretrain`` may be unset."""
+
+
+def _strategy_members(name: str) -> tuple[str, ...]:
+    build = "build_teacher" if name.endswith("_infer") else "build_student"
+    return "dims", "check", "check_model", build
+
+
 STRATEGIES: Registry[Any] = Registry(
     "strategy",
     {
@@ -118,6 +162,7 @@ STRATEGIES: Registry[Any] = Registry(
         **dict.fromkeys(("hf_infer", "fsdp2_train", "fsdp2_infer"), frozenset({OFFLOADS})),
         **dict.fromkeys(("deepspeed_train", "deepspeed_infer"), frozenset({READS_DEEPSPEED_BLOCK})),
     },
+    _strategy_members,
 )
 """``strategy_name`` to ``limbeck.strategies.base.Strategy``. A name ends in ``_train`` or ``_infer``."""
 
@@ -154,5 +199,6 @@ DIALECTS: Registry[Any] = Registry(
         "limbeck": "limbeck.config.dialects.native:DIALECT",
         "roll": "limbeck.config.dialects.roll:DIALECT",
     },
+    members=lambda name: ("name", "system", "recognises", "translate"),
 )
 """``--dialect`` to ``limbeck.config.dialects.base.Dialect``."""

@@ -68,6 +68,19 @@ def test_numbers_may_be_written_in_scientific_notation(load: Load) -> None:
     assert (training.learning_rate, training.weight_decay, training.adam_epsilon) == (1e-5, 1e-2, 1e-6)
 
 
+def test_errors_are_in_the_order_of_their_lines(mistakes: Mistakes) -> None:
+    yaml = """
+    teacher_pretrain: t
+    teacher: {source: modle}
+    student: {packing_algorithm: random, data_args: {file_name: d}}
+    track_with: wandb
+    student_pretrain: s
+    """
+    assert [line.split(": ")[0] for line in mistakes("seed=x", yaml=yaml)] == [
+        *("command line", "run.yaml:2", "run.yaml:3", "run.yaml:4"),
+    ]
+
+
 def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mistakes) -> None:
     yaml = """
     student_pretrain: s

@@ -196,11 +196,11 @@ def test_a_plugin_registers_names_that_the_schema_accepts(write: Write) -> None:
     plugin = write(
         """
         from limbeck.registry import STEP_SOURCES, STRATEGIES, TEACHERS, TRACKERS
+        from limbeck.strategies.fsdp2 import Fsdp2Strategy
 
-        STRATEGIES.register("megatron_train")(object())
-        TRACKERS.register("csv")(object())
-        TEACHERS.register("http")(object())
-        STEP_SOURCES.register("rollout")(object())
+        STRATEGIES.register("megatron_train")(Fsdp2Strategy())
+        for registry, name in ((TRACKERS, "csv"), (TEACHERS, "http"), (STEP_SOURCES, "rollout")):
+            registry.register(name)(lambda *arguments: None)
         """,
         "names.py",
     )

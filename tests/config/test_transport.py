@@ -7,6 +7,7 @@ import re
 import pytest
 
 from limbeck.errors import LimbeckError
+from limbeck.registry import TEACHERS
 
 APART = """
 student_pretrain: a
@@ -87,3 +88,14 @@ def test_the_former_name_of_offload_interval_is_accepted(load):
     assert loaded.notices == []
     with pytest.raises(LimbeckError, match="steps_per_turn = 3 contradicts offload_interval = 4"):
         load(*keys, "steps_per_turn=3", "offload_interval=4", yaml=APART)
+
+
+def test_only_a_model_in_the_students_processes_ignores_the_signal(load):
+    TEACHERS.register("mine")(lambda context: None)
+    notices = load("teacher.signal=logits", "teacher.device_mapping=[0]", yaml=APART).notices
+    assert notices == [
+        "command line: teacher.signal has no effect: it is only read by a teacher in other processes; this one is in the "
+        "student's processes."
+    ]
+    assert not load("teacher.signal=logits", yaml=APART).notices
+    assert not load("teacher.signal=logits", "teacher.source=mine", "teacher.device_mapping=[0]", yaml=APART).notices

@@ -9,6 +9,7 @@ from limbeck.cluster.actors import versions
 from limbeck.launch import preflight
 from limbeck.models import ModelSource, load_model
 from limbeck.plan.memory import student_memory, teacher_memory
+from limbeck.registry import NEEDS_NO_MODEL, TEACHERS
 
 
 @pytest.fixture
@@ -94,6 +95,12 @@ def test_memory_is_what_the_models_of_a_run_hold(configure, assets):
     first = 8 * (counts[0] + counts[1])  # two ranks hold each stage
     assert stages.per_stage == pytest.approx((first, 8 * count - first), rel=0.005)
     assert [stages.held_by(rank) for rank in range(4)] == [*stages.per_stage] * 2
+
+
+def test_a_teacher_without_a_model_takes_no_memory(check):
+    TEACHERS.register("mine", NEEDS_NO_MODEL)(lambda context: None)
+    status, out, _ = check(teacher_pretrain=None, **{"teacher.source": "mine"})
+    assert status == 0 and " student " in out and " teacher " not in out
 
 
 def test_memory_that_sizes_do_not_determine_is_a_notice(check):

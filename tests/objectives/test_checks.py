@@ -104,6 +104,10 @@ HEAD, WIDE = torch.zeros(20, 8), torch.zeros(4, 8)
         (lambda: _loss(teacher_head=torch.nn.Linear(8, 20)), "teacher_head must be .*got Linear; for a layer"),
         (lambda: compute_topk(WIDE, OutputHead(HEAD), 0), "compute_topk needs k of 1 or more"),
         (lambda: compute_topk(WIDE, OutputHead(HEAD), 2, vocab_size=21), "not between 1 and the 20 rows"),
+        (
+            lambda: _loss(teacher=Logits(torch.zeros(4, 12)), teacher_hidden=None, teacher_head=None, vocab_size=20),
+            "Logits have only 12 columns, and the shared vocabulary has 20 tokens; .*set vocab_size to 12",
+        ),
         (lambda: _loss(normalizer=0), "normalizer must be above 0, got 0"),
         (lambda: _loss(normalizer=torch.tensor(-1.0)), "normalizer must not be negative, got -1"),
         (lambda: _loss(normalizer=torch.ones(4)), r"must be one number, got a tensor of shape \[4\]"),

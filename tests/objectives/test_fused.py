@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from limbeck.errors import LimbeckError
-from limbeck.objectives import Objective, OutputHead, divergence, fused_linear_distillation, names
+from limbeck.objectives import Logits, Objective, OutputHead, TopK, divergence, fused_linear_distillation, names
 
 
 def logits_of(hidden, head, vocab):
@@ -164,6 +164,18 @@ def test_diagnostics_are_what_they_say():
     torch.testing.assert_close(out.teacher_entropy, entropy(z_t / 2))
     agreement = (z_s.argmax(-1) == z_t.argmax(-1)).double().mean()
     torch.testing.assert_close(out.top1_agreement, agreement)
+
+
+def test_of_tokens_that_tie_one_that_both_models_have_is_enough_to_agree():
+    student = torch.tensor([[0.0, 2.0, 1.0], [3.0, 3.0, 1.0], [1.0, 0.0, 2.0]])
+    teacher = torch.tensor([[1.0, 1.0, 1.0], [0.0, 5.0, 5.0], [5.0, 5.0, 0.0]])  # the first row is uniform
+    labels, identity = torch.zeros(3, dtype=torch.long), torch.eye(3)
+    agree = lambda signal: fused_linear_distillation(  # noqa: E731
+        student, identity, None, None, labels, teacher=signal
+    ).top1_agreement.item()
+    assert agree(Logits(teacher)) == pytest.approx(2 / 3)
+    first = TopK(teacher.log_softmax(-1), torch.arange(3).expand(3, 3))  # the columns 0, 1 and 0
+    assert agree(first) == pytest.approx(1 / 3)
 
 
 def test_cross_entropy_alone_needs_no_teacher():

@@ -13,9 +13,11 @@ import yaml
 
 from limbeck.cli import main
 from limbeck.config import load_mapping
+from limbeck.errors import UnknownMemory
 from limbeck.plan.estimate import make_plan, refusal
 from limbeck.plan.gpus import GPUS
 from limbeck.plan.simulate import simulate
+from limbeck.registry import NEEDS_NO_MODEL, TEACHERS
 
 STUDENT, TEACHER = "student.strategy_args.strategy_config", "teacher.strategy_args.strategy_config"
 OFFLOADED = (
@@ -175,6 +177,13 @@ def test_what_a_library_allocates_is_not_counted_as_activations(from_config, str
     assert sharded.activations == pytest.approx(alone.activations, rel=0.001)
     assert sharded.most["activations"] == pytest.approx(alone.most["activations"], rel=0.01)
     assert sharded.most["gathered"] > 0
+
+
+def test_a_teacher_without_a_model_cannot_be_planned(from_config):
+    TEACHERS.register("mine", NEEDS_NO_MODEL)(lambda context: None)
+    config = from_config(teacher_pretrain=None, **{"teacher.source": "mine"})
+    with pytest.raises(UnknownMemory, match=r"does not know what teacher\.source = mine holds in memory"):
+        plan(config)
 
 
 def test_a_plan_that_does_not_fit_names_remedies(from_config):

@@ -6,6 +6,7 @@ from urllib.request import Request, urlopen
 
 from safetensors.torch import load, save
 
+from limbeck.errors import LimbeckError
 from limbeck.objectives import OutputHead
 from limbeck.registry import TEACHERS
 from limbeck.teachers import TeacherDescription, TeacherRequest, TeacherResponse, connect_channels
@@ -38,4 +39,7 @@ class HttpChannel:
 
 @TEACHERS.register("http")
 def connect_over_http(context):
-    return connect_channels(context, [HttpChannel(context.config.teacher.source_kwargs["url"])])
+    url = context.config.teacher.source_kwargs.get("url")
+    if url is None:
+        raise LimbeckError("teacher.source = http needs teacher.source_kwargs.url; set it to the server's address.")
+    return connect_channels(context, [HttpChannel(url)])

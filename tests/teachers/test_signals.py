@@ -43,7 +43,7 @@ def groups(assets, tmp_path_factory):
     from limbeck.config import DistillConfig
     from limbeck.launch.workers import StudentWorker
     from limbeck.teachers.channels.ray_object_store import RayChannel
-    from limbeck.teachers.server import TeacherWorker
+    from limbeck.teachers.worker import TeacherWorker
 
     class Student(StudentWorker):
         def train(self, values, teachers):

@@ -183,3 +183,9 @@ def test_the_teachers_metrics_are_logged_with_the_training_loss(configure, track
     run(configure, max_steps=2, save_steps=0, logging_steps=1, eval_steps=1)
     assert tracker.steps("transport/waiting") == tracker.steps("train/loss") == [1, 2]
     assert not any("transport/waiting" in values for _, values in tracker.lines if "val/loss" in values)
+
+
+def test_a_tracker_without_a_method_is_refused_before_training(configure):
+    TRACKERS.register("incomplete")(lambda log_dir, kwargs: object())
+    with pytest.raises(LimbeckError, match="track_with = incomplete lacks log, close; define them in the class object"):
+        DistillPipeline(configure(track_with="incomplete")).run()

@@ -144,3 +144,19 @@ def test_training_ends_after_the_configured_part_of_an_epoch(record):
     # 96 rows of 8 make 12 steps.
     source = record(max_steps=None, **{"student.training_args.num_train_epochs": 0.2})
     assert source.events[-2:] == ["weights 3", "close"]
+
+
+def test_a_source_without_a_method_is_refused_before_training(record):
+    class Incomplete:
+        max_lookahead, steps_per_epoch = 0, None
+
+        def __init__(self, *args, fail):
+            pass
+
+        def next(self, step):
+            raise AssertionError("training has started")
+
+    with pytest.raises(
+        LimbeckError, match="recording lacks weights_changed, state_dict, load_state_dict, close; define"
+    ):
+        record(kind=Incomplete)

@@ -136,6 +136,7 @@ def _check(translation: Translation, dialect: Dialect, composed: Composed, sourc
         found += [one for one in validation_errors.explain(error) if one.path not in refused]
     locations = composed.locations
     if found or config is None:
+        found = _in_order_of_lines(found, translation, locations)
         raise LimbeckError("\n".join(_error(one, translation, locations, source) for one in found))
     origins = dict(_origins(config, translation, locations))
     notices = list(_notices(config, translation, dialect, locations, origins))
@@ -147,14 +148,34 @@ def _without_variables(values: Mapping[str, Any], variables: frozenset[str]) -> 
     return {key: value for key, value in values.items() if key in DistillConfig.model_fields or key not in variables}
 
 
+def _in_order_of_lines(
+    found: list[Contradiction], translation: Translation, locations: Mapping[str, SourceLocation]
+) -> list[Contradiction]:
+    """The errors of each file in the order of their lines. Errors without a location come last."""
+    places = {one: _written_at(one, translation, locations)[0] for one in found}
+    files = [place.file for place in places.values() if place is not None]
+
+    def position(one: Contradiction) -> tuple[int, int]:
+        place = places[one]
+        return (len(files), 0) if place is None else (files.index(place.file), place.line)
+
+    return sorted(found, key=position)
+
+
 def _error(found: Contradiction, translation: Translation, locations: Mapping[str, SourceLocation], source: str) -> str:
     """An error message; for a derived key, the location includes the key or flag that it was derived from."""
+    place, origin = _written_at(found, translation, locations)
+    location = str(place or source)
+    return format_error(found, location if origin in (None, location) else f"{location}: {origin}")
+
+
+def _written_at(
+    found: Contradiction, translation: Translation, locations: Mapping[str, SourceLocation]
+) -> tuple[SourceLocation | None, str | None]:
+    """Where the key of an error is written, and the key or flag that it was derived from, if it was."""
     path = found.path.partition("[")[0]
     origin = None if path in locations else _derived_from(path, translation)
-    if origin is None:
-        return format_error(found, find_location(path, locations) or source)
-    location = str(find_location(origin.partition(" + ")[0], locations) or source)
-    return format_error(found, location if location == origin else f"{location}: {origin}")
+    return find_location(path if origin is None else origin.partition(" + ")[0], locations), origin
 
 
 def _derived_from(path: str, translation: Translation) -> str | None:

@@ -14,7 +14,7 @@ def load_plugin(path: str | Path) -> None:
     """Run the file, unless this process has run it before.
 
     Raises:
-        LimbeckError: if the file does not exist or raises an exception.
+        LimbeckError: if the file does not exist, raises an exception or registers something incomplete.
     """
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -29,6 +29,9 @@ def load_plugin(path: str | Path) -> None:
     sys.modules[name] = module  # where compilers and dataclasses look for the source
     try:
         spec.loader.exec_module(module)
+    except LimbeckError as error:
+        del sys.modules[name]
+        raise LimbeckError(f"{file}: {error}") from error
     except Exception as error:
         del sys.modules[name]
         raise LimbeckError(f"{file} cannot be run ({type(error).__name__}: {error}); correct it.") from error

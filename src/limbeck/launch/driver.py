@@ -24,8 +24,8 @@ from limbeck.interrupt import StopRequest
 from limbeck.launch.progress import ProgressMonitor
 from limbeck.launch.workers import StudentWorker
 from limbeck.strategies.base import dims_of
-from limbeck.teachers.server import TeacherWorker
 from limbeck.teachers.service import find_service
+from limbeck.teachers.worker import TeacherWorker
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.build.sources import refuse_missing_files
 from limbeck.train.result import RunResult

@@ -91,7 +91,7 @@ def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
                     "machines."
                 )
     loads: list[ModelMemory] = []
-    runs_teacher = config.has_teacher and config.teacher.service is None
+    runs_teacher = config.teacher.model_args.names_a_model and config.teacher.service is None
     for measure in (student_memory, teacher_memory) if runs_teacher else (student_memory,):
         try:
             loads.append(measure(config))

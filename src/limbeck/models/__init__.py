@@ -1,5 +1,6 @@
 """Hugging Face causal language models: loading, output heads, hidden-state capture, varlen attention, freezing and LoRA."""
 
+from limbeck.models.activation_checkpointing import recompute_activations
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import (
     body,
@@ -25,7 +26,6 @@ from limbeck.models.load import (
     load_tokenizer,
     model_limits,
     model_outline,
-    recompute_activations,
 )
 from limbeck.models.lora import add_lora, has_lora, merged_state_dict
 from limbeck.models.memory import available_memory, explain_oom

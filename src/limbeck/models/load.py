@@ -166,17 +166,6 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
     return type(config).from_dict(values)
 
 
-def recompute_activations(model: Any, *, use_reentrant: bool = False) -> None:
-    """Activation checkpointing: keep the layers' inputs in the forward pass and recompute the rest in the backward
-    pass.
-    """
-    settings = {"use_reentrant": use_reentrant}
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name of the same thing
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-
 def load_tokenizer(source: ModelSource) -> Any:
     """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
     name = str(source.name_or_path)

@@ -160,6 +160,12 @@ def _shared_vocab(
         reducer.check(vocab_size, student=student.weight.shape[0], teacher=teacher_columns(teacher, signal))
         vocab_size = reducer.size
     vocab = widest if vocab_size is None else vocab_size
+    if isinstance(signal, Logits) and signal.logits.shape[-1] < vocab:
+        columns = signal.logits.shape[-1]
+        raise LimbeckError(
+            f"the teacher's Logits have only {columns} columns, and the shared vocabulary has {vocab} tokens; give one "
+            f"column for each, or set vocab_size to {columns} (in a plug-in: the vocab_size of TeacherInfo)."
+        )
     if not 0 < vocab <= widest:
         raise LimbeckError(
             f"vocab_size={vocab_size} is not between 1 and the {widest} rows of the smaller output head."

@@ -90,7 +90,8 @@ class DistillationLoss(NamedTuple):
 
     - kd: the divergence. ce: the cross-entropy.
     - student_entropy, teacher_entropy: in nats, of q and p as the divergence uses them.
-    - top1_agreement: 1 where both models have the same most likely token.
+    - top1_agreement: 1 where a token is the most likely one of both models. Of tokens that tie, one shared one is enough, but
+      only the first of a ``TopK`` signal counts.
     - topk_mass: the teacher's probability of its k tokens. topk_overlap: the share of these k among the student's own k.
 
     Fields that need a teacher, or top-k, are 0 without one.

@@ -128,6 +128,11 @@ def _refuse_unknown(config: DistillConfig) -> None:
         raise UnknownMemory(
             "limbeck plan does not know what cross_tokenizer holds in memory; plan with cross_tokenizer=off."
         )
+    if config.has_teacher and not config.teacher.model_args.names_a_model:
+        raise UnknownMemory(
+            f"limbeck plan does not know what teacher.source = {config.teacher.source} holds in memory; plan with "
+            "teacher.source=auto and a teacher_pretrain."
+        )
     if config.objective_faults:
         raise UnknownMemory("limbeck plan does not know what objective_faults hold in memory; plan without them.")
 

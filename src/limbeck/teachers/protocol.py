@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
+from limbeck.errors import LimbeckError
 from limbeck.objectives import OutputHead
 from limbeck.strategies.world import World
 from limbeck.teachers.signals import Signal, SignalSpec
@@ -72,3 +73,21 @@ class Teacher(Protocol):
 
     def reload(self) -> None:
         """The inverse of ``offload``; a request reloads the teacher too."""
+
+
+def receive_signal(future: SignalFuture | None, batch: Batch) -> Signal | None:
+    """The signal for ``batch``; None if none was requested. Blocks until it has arrived.
+
+    Raises:
+        LimbeckError: if a plug-in's ``request`` returned anything but a function that returns a ``Signal``.
+    """
+    if future is None:
+        return None
+    signal = future(batch) if callable(future) else None
+    if not isinstance(signal, Signal):
+        given = f"a function that returns a {type(signal).__name__}" if callable(future) else type(future).__name__
+        raise LimbeckError(
+            f"the teacher's method request returned {given}; return a function of the micro-batch that returns a "
+            "limbeck.teachers.Signal."
+        )
+    return signal

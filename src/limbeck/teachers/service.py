@@ -23,7 +23,7 @@ from limbeck.errors import LimbeckError, Stopped
 from limbeck.interrupt import stop_requests
 from limbeck.strategies.base import dims_of
 from limbeck.teachers.fingerprint import check_fingerprint
-from limbeck.teachers.server import TeacherWorker
+from limbeck.teachers.worker import TeacherWorker
 
 Log = Callable[[str], None]
 

@@ -26,7 +26,7 @@ from limbeck.models.logs import configure_logging
 from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
-from limbeck.teachers.protocol import SignalFuture
+from limbeck.teachers.protocol import SignalFuture, receive_signal
 from limbeck.train.build.data import Progress
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
@@ -178,7 +178,7 @@ def train_inputs(run: Run, batch: StepBatch, signals: Sequence[SignalFuture | No
     def make_input(micro_batch: Batch, future: SignalFuture | None) -> TrainInput:
         with run.metrics.timer.section("teacher"):
             whole, own = to_device(run.world, micro_batch)
-            signal = None if future is None else future(run.compared_batch(whole))
+            signal = receive_signal(future, run.compared_batch(whole))
         return TrainInput(own, signal, normalizer, tokens, count)
 
     def make_inputs() -> Iterator[TrainInput]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from limbeck.errors import LimbeckError
-from limbeck.registry import TRACKERS
+from limbeck.registry import TRACKERS, check_members
 
 
 class Tracker(Protocol):
@@ -77,4 +77,6 @@ def register_tracker(name: str, make: Callable[[Path, dict[str, Any]], Tracker |
 def make_tracker(name: str, log_dir: Path, kwargs: dict[str, Any]) -> Tracker | None:
     """The tracker ``name``, or None for one that keeps nothing."""
     tracker: Tracker | None = TRACKERS.get(name)(log_dir, kwargs)
+    if tracker is not None:
+        check_members(f"the tracker of track_with = {name}", tracker, ("log", "close"))
     return tracker

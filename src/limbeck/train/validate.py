@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from limbeck.data.batch import Batch
-from limbeck.teachers.protocol import SignalFuture
+from limbeck.teachers.protocol import SignalFuture, receive_signal
 from limbeck.train.build.run import Run
 from limbeck.train.metrics import LossSums
 from limbeck.train.request_pipeline import prefetch_requests
@@ -24,7 +24,7 @@ def validate(run: Run) -> dict[str, float]:
     micro_batches = (micro for batch in batches for micro in batch.micro_batches)
     for micro_batch, future in _requested(run, micro_batches):
         whole, own = to_device(world, micro_batch)
-        signal = None if future is None else future(whole)
+        signal = receive_signal(future, whole)
         loss = run.engine.evaluate(TrainInput(own, signal, 1.0, tokens / (count or 1.0)))
         if loss is not None:  # on the last stage of a pipeline
             sums.add(loss)

@@ -37,7 +37,7 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
         )
     elif config.tokenizer_name_or_path is None:
         yield Contradiction("tokenizer", "is not set, and there is no checkpoint with a tokenizer; set it")
-    if not teacher.names_a_model and config.distill_loss_weight > 0:
+    if not config.has_teacher and config.distill_loss_weight > 0:
         yield Contradiction(
             "teacher_pretrain",
             f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; set it to "
@@ -285,9 +285,10 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if config.cross_tokenizer == "uld":
         for key in ("kd_objective", "cross_tokenizer_rest_weight"):
             yield key, "is not read with cross_tokenizer: uld, which compares sorted probabilities only"
+    if config.teacher_source == "model":
+        yield "teacher.signal", "is only read by a teacher in other processes; this one is in the student's processes"
     if not config.needs_worker_groups:
-        for key in ("teacher.signal", "logits_transfer_backend"):
-            yield key, "is only read with worker groups; this teacher is in the student's processes"
+        yield "logits_transfer_backend", "is only read with worker groups, in which Ray runs the teacher"
     if not config.offloads_colocated:
         yield (
             "is_offload_states",

@@ -14,7 +14,7 @@ from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
 from limbeck.errors import LimbeckError
-from limbeck.registry import STEP_SOURCES, TRACKERS
+from limbeck.registry import NEEDS_NO_MODEL, STEP_SOURCES, TEACHERS, TRACKERS
 
 
 def _run_plugins(files: list[str]) -> list[str]:
@@ -40,7 +40,8 @@ class RunFields(Section):
         default=None, description="Folder or Hugging Face id of the student's checkpoint."
     )
     teacher_pretrain: str | None = Field(
-        default=None, description="Folder or Hugging Face id of the teacher's checkpoint."
+        default=None,
+        description="Folder or Hugging Face id of the teacher's checkpoint. A teacher.source without a model needs none.",
     )
     tokenizer: str | None = Field(
         default=None,
@@ -288,8 +289,8 @@ class RunFields(Section):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether there is a teacher."""
-        return self.teacher.model_args.names_a_model
+        """Whether there is a teacher: a model, or a teacher source that needs none."""
+        return self.teacher.model_args.names_a_model or TEACHERS.has_trait(self.teacher.source, NEEDS_NO_MODEL)
 
     @property
     def teacher_signal(self) -> str:

@@ -1,0 +1,1 @@
+"""Connections to a teacher's ranks, one file per medium."""

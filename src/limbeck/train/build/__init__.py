@@ -1,0 +1,1 @@
+"""Builds a run from its configuration: data, objective, teacher, student."""

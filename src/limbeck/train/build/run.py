@@ -14,7 +14,7 @@ from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError
 from limbeck.objectives import TaidSchedule
-from limbeck.registry import STEP_SOURCES
+from limbeck.registry import STEP_SOURCES, check_members
 from limbeck.strategies.base import Engine, dims_of, strategy_of
 from limbeck.strategies.optimizer import make_scheduler
 from limbeck.strategies.world import World
@@ -133,7 +133,7 @@ def build_run(
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
     data = make_data(config, world, progress)
-    source: StepSource = STEP_SOURCES.get(config.step_source)(config, world, data)
+    source = _make_step_source(config, world, data)
     resources.callback(source.close)
     total_steps = _total_steps(config, source)
     teacher = None
@@ -190,6 +190,13 @@ def build_run(
     return run
 
 
+def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSource:
+    source: StepSource = STEP_SOURCES.get(config.step_source)(config, world, data)
+    members = ("max_lookahead", "steps_per_epoch", "next", "weights_changed", "state_dict", "load_state_dict", "close")
+    check_members(f"the step source of step_source = {config.step_source}", source, members)
+    return source
+
+
 def _total_steps(config: DistillConfig, source: StepSource) -> int:
     limits = [] if config.max_steps is None else [config.max_steps]
     if config.num_train_epochs is not None:
@@ -216,7 +223,7 @@ def _open_trackers(run: Run) -> list[Tracker]:
     facts = {
         "exp_name": config.exp_name,
         "student": config.student.model_args.model_name_or_path,
-        "teacher": config.teacher.model_args.model_name_or_path,
+        "teacher": config.teacher.model_args.model_name_or_path or (config.teacher_source if run.teacher else None),
         "limbeck_version": VERSION,
         "parameters": parameters,
         "ranks": run.world.size,
