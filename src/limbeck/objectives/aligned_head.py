@@ -71,21 +71,30 @@ class AlignedHead:
             return torch.mm(dz, self.main)
         return torch.addmm(torch.mm(dz[:, even:], self.tail), dz[:, :even], self.main)
 
-    def add_weight_grad(self, d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
-        """Add the head's gradient dzᵀ h, of dz [n, W] and h [n, H], to d_weight [rows, H]."""
+    def add_weight_grad(self, d_weight: Tensor, dz: Tensor, h: Tensor, *, first: bool = False) -> None:
+        """Add the head's gradient dzᵀ h, of dz [n, W] and h [n, H], to d_weight [rows, H].
+
+        first: d_weight is not initialized; it is overwritten.
+        """
         even = len(self.main)
-        add_product(d_weight[:even], dz[:, :even], h)
+        add_product(d_weight[:even], dz[:, :even], h, beta=0 if first else 1)
+        if first:
+            d_weight[even:] = 0
         if self.tail is not None:
-            d_tail = torch.zeros(self.tail.shape, dtype=d_weight.dtype, device=d_weight.device)
-            add_product(d_tail, dz[:, even:], h)
+            d_tail = torch.empty(self.tail.shape, dtype=d_weight.dtype, device=d_weight.device)
+            add_product(d_tail, dz[:, even:], h, beta=0)
             d_weight[even : self.vocab] += d_tail[: self.vocab - even]
 
 
-def add_product(d_weight: Tensor, dz: Tensor, h: Tensor) -> None:
-    """d_weight [V, H] += dz [n, V]ᵀ h [n, H], in the precision of d_weight, without a second buffer of the head's size."""
+def add_product(d_weight: Tensor, dz: Tensor, h: Tensor, *, beta: int = 1) -> None:
+    """d_weight [V, H] = beta · d_weight + dz [n, V]ᵀ h [n, H], in the precision of d_weight, without a second buffer of the
+    head's size. With a beta of 0, d_weight is not read.
+    """
     if dz.dtype == d_weight.dtype:
-        d_weight.addmm_(dz.t(), h)
+        d_weight.addmm_(dz.t(), h, beta=beta)
         return
+    if not beta:
+        d_weight.zero_()
     if _adds_wider(d_weight.device, dz.dtype, d_weight.dtype):
         torch.addmm(d_weight, dz.t(), h, out_dtype=d_weight.dtype, out=d_weight)
         return

@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from limbeck.objectives import kernels
 from limbeck.objectives.divergences import LOWEST
 
 _CHUNK_BYTES = {"cpu": 124 << 20, "cuda": 1 << 30}
@@ -56,6 +57,8 @@ def shared_bias(bias: Tensor | None, vocab: int, dtype: torch.dtype) -> Tensor |
 
 def rescale(grad: Tensor, scale: Tensor) -> None:
     """grad *= scale, computed in the dtype of scale."""
+    if kernels.rescale(grad, scale):
+        return
     if grad.dtype == scale.dtype:
         grad.mul_(scale)
         return

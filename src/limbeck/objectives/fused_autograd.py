@@ -176,7 +176,7 @@ def _process_chunks(
 
     sums = grad_dtype(options, weight, -(-count // chunk), device)
     d_hidden = torch.zeros(hidden.shape, dtype=sums, device=device) if needs[0] else None
-    d_weight = torch.zeros(weight.shape, dtype=sums, device=device) if needs[1] else None
+    d_weight = (torch.empty if count else torch.zeros)(weight.shape, dtype=sums, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
     stats = torch.zeros(len(STATS), dtype=accumulate, device=device)
     factor = torch.as_tensor(options.logit_grad_scale, dtype=accumulate, device=device)
@@ -204,7 +204,7 @@ def _process_chunks(
         if d_hidden is not None:
             d_hidden[index] = head_s.hidden_grad(z_s[:n]).to(sums)
         if d_weight is not None:
-            head_s.add_weight_grad(d_weight, z_s[:n], h_s)
+            head_s.add_weight_grad(d_weight, z_s[:n], h_s, first=start == 0)
 
     if d_hidden is not None:
         d_hidden = reducer.sum(d_hidden)  # every rank's slice of the vocabulary contributes to the same hidden states

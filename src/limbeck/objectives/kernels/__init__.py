@@ -23,7 +23,8 @@ from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-BLOCK, WARPS = 2048, 8  # eight logits per thread: one load of 16 bytes in half precision
+BLOCK, WARPS = 1024, 4  # eight logits per thread: one load of 16 bytes in half precision
+_RESCALED = 8192  # elements of a program of ``rescale``
 ROUND = 16  # elements; Triton uses vector loads only if row strides are known to be multiples of this
 
 fallback_reasons: set[str] = set()
@@ -51,7 +52,6 @@ def kernel_pass(
         return None
 
     def run(plain: Pass, tile: TileInputs) -> tuple[Tensor, Tensor | None]:
-        global _build_failed
         if _build_failed:
             return plain(*tile)
         try:
@@ -59,8 +59,7 @@ def kernel_pass(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # no C compiler, an unknown device: nothing has been written yet
-            _build_failed = True
-            _warn_once(f"The kernel of the loss cannot be built here ({type(error).__name__}: {str(error)[:200]})")
+            _warn_build_failed(error)
             return plain(*tile)
 
     return run
@@ -112,6 +111,21 @@ def launch(tile: TileInputs, spec: ElementwiseSpec, source: KernelSource) -> tup
     return stats.sum(0), bias
 
 
+def rescale(x: Tensor, scale: Tensor) -> bool:
+    """x *= scale in place, a 0-dim float32 tensor, without a pass over x if that is 1. Returns False where no kernel can."""
+    if _build_failed or not _usable(x.device) or not x.is_contiguous() or scale.dtype is not torch.float32:
+        return False
+    from limbeck.objectives.kernels.fused_kernel import rescale_kernel
+
+    try:
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            rescale_kernel[(-(-x.numel() // _RESCALED),)](x, scale, x.numel(), BLOCK=_RESCALED)
+    except Exception as error:
+        _warn_build_failed(error)
+        return False
+    return True
+
+
 def _readable_width(x: Tensor) -> int:
     """How many columns of a row the kernel may read and overwrite: V rounded up, if every row has memory of its own there."""
     n, vocab = x.shape
@@ -128,6 +142,12 @@ def _installed() -> bool:
 def _usable(device: torch.device) -> bool:
     """On a GPU. On a CPU only in Triton's interpreter, for tests."""
     return _installed() and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _warn_build_failed(error: Exception) -> None:
+    global _build_failed
+    _build_failed = True
+    _warn_once(f"The kernel of the loss cannot be built here ({type(error).__name__}: {str(error)[:200]})")
 
 
 def _warn_once(reason: str) -> None:

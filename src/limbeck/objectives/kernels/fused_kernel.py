@@ -16,6 +16,7 @@ import triton.language as tl
 from triton import knobs
 from triton.language.extra import libdevice
 
+STAGES: tl.constexpr = tl.constexpr(3)  # loads of the next blocks begin before the current one is used
 HARDWARE: tl.constexpr = tl.constexpr(not knobs.runtime.interpret)  # libdevice functions, which the interpreter lacks
 
 
@@ -127,7 +128,7 @@ def fused_loss_kernel(
     # Both log-sum-exps. Maxima start at a finite number, because −∞ − −∞ is NaN.
     z_high, t_high = zero - 3e38, zero - 3e38
     z_sum, tempered_sum, t_sum = zero, zero, zero
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         at = i * BLOCK + lanes
         s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
         z_sum = add_exp(z_sum, z_high, s, 1.0)
@@ -151,7 +152,7 @@ def fused_loss_kernel(
     THREE_PASSES: tl.constexpr = GRADIENT and t is not None and not WEIGHT_SUM_KNOWN
     if THREE_PASSES:
         weights = zero
-        for i in range(blocks):
+        for i in tl.range(blocks, num_stages=STAGES):
             at = (blocks - 1 - i) * BLOCK + lanes
             s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
             log_q = (s - top) * rate - log_tempered
@@ -163,7 +164,7 @@ def fused_loss_kernel(
     k = tl.load(factor) * u
     ce_k, kd_k = ce_scale * k, kd_scale * k
     values, z_entropy, t_entropy, agree = zero, zero, zero, zero
-    for i in range(blocks):
+    for i in tl.range(blocks, num_stages=STAGES):
         at = (i if THREE_PASSES else blocks - 1 - i) * BLOCK + lanes
         inside = at < vocab
         s = load_logits(z, z_bias, at, vocab, z_readable, z_scale, z_cap)
@@ -197,3 +198,13 @@ def fused_loss_kernel(
     tl.store(stats + 2, tl.sum(z_entropy, 0) * u)
     tl.store(stats + 3, tl.sum(t_entropy, 0) * u)
     tl.store(stats + 4, tl.max(agree, 0) * u)
+
+
+@triton.jit
+def rescale_kernel(x, scale, count, BLOCK: tl.constexpr):
+    """x [count] *= scale. If scale is 1, which only the device knows, x is not touched."""
+    k = tl.load(scale)
+    if k != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(x + at, mask=at < count).to(tl.float32) * k
+        tl.store(x + at, scaled.to(x.dtype.element_ty), mask=at < count)
