@@ -184,10 +184,11 @@ def run_side(job: dict[str, Any], limit: float, device: str) -> dict[str, Any]:
         lines = [line.strip() for line in (out / "log.txt").read_text().splitlines() if line.strip()]
         failed = [line for line in lines if "out of memory" in line.lower()]
         status = "out of memory" if failed else f"failed: {lines[-1] if lines else 'without output'}"
+    found = {"status": status} if status == "ok" else {"status": status, "log": (out / "log.txt").read_text()[-3000:]}
     if job["side"] == "products":
         result = out / "result.json"
-        return {"status": status, **(json.loads(result.read_text()) if result.exists() else {})}
-    return {"status": status, **summary(out / "steps.jsonl")}
+        return found | (json.loads(result.read_text()) if result.exists() else {})
+    return found | summary(out / "steps.jsonl")
 
 
 def summary(path: Path) -> dict[str, Any]:
@@ -234,6 +235,8 @@ def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folde
             "out": str(out),
         }
         print(f"  {name} {rows} {side}: {result['status']}", flush=True)
+        if result["status"].startswith("failed"):
+            print(result["log"], flush=True)
         return result
 
     results = [run("products", "full")] if "products" in args.sides else []
@@ -277,7 +280,7 @@ def show(results: list[dict[str, Any]]) -> None:
         label = f"{result['shape']} {result['rows']} {result['side']}"
         print(f"{label:32}" + "".join(f"{value:>15}" for value in values))
         if result["status"] != "ok":
-            print(f"{'':32}  {result['status']}; see {result['out']}/log.txt")
+            print(f"{'':32}  {result['status']}")
         for key, value in result.get("parts", {}).items():
             print(f"{'':32}  {key}: {value}")
 
@@ -300,7 +303,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the pairs of models; both by default")
     parser.add_argument("--rows", nargs="+", choices=("full", "packed"), default=["full", "packed"])
     parser.add_argument("--steps", type=int, help="steps of each side; 25 by default")
-    parser.add_argument("--limit", type=float, default=240, help="seconds that a side may take")
+    parser.add_argument("--limit", type=float, help="seconds that a side may take; 240 by default, 65 with --quick")
     parser.add_argument("--folder", type=Path, help="keeps models, data and logs; temporary by default")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--checkpointing", choices=("on", "off"), help="of all sides; by default as the models need it")
@@ -312,7 +315,10 @@ def parse() -> argparse.Namespace:
     args.sides = args.sides or (["products", "limbeck"] if args.quick else list(SIDES))
     args.shapes = args.shapes or (["0.5B<-1.5B"] if args.quick else list(SHAPES))
     args.steps = args.steps or (6 if args.tiny else 25)
+    args.limit = args.limit or (65 if args.quick else 240)
     args.set = dict(args.set)
+    if args.profile and args.folder is None:
+        parser.error("--profile needs --folder, where the profiles are kept")
     return args
 
 

@@ -53,7 +53,7 @@ class StepLog:
         averages = self.profiler.key_averages()
         tables = [
             averages.table(sort_by=f"self_{kind}_time_total", row_limit=40, max_name_column_width=80)
-            for kind in ((DEVICE, "cpu") if ON_GPU else ("cpu",))
+            for kind in (("device", "cpu") if ON_GPU else ("cpu",))
         ]
         (Path(self.job["out"]) / "profile.txt").write_text("\n\n".join(tables))
 
