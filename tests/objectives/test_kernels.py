@@ -377,6 +377,16 @@ def test_a_bfloat16_head_summed_in_its_own_precision_stays_close(monkeypatch):
     assert errors[1] < 2 * errors[0] < 0.02
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rescaling_multiplies_each_element_once_and_leaves_memory_alone_for_a_scale_of_one(device, dtype):
+    x = torch.randn(3, 5000, device=device).to(dtype)
+    before = x.clone()
+    assert kernels.rescale(x, torch.tensor(1.0, device=device))
+    assert torch.equal(x, before)
+    assert kernels.rescale(x, torch.tensor(-0.3, device=device))
+    torch.testing.assert_close(x, (before.float() * torch.tensor(-0.3)).to(dtype), rtol=0, atol=0)
+
+
 COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
