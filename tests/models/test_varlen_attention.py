@@ -377,6 +377,15 @@ def torch_library_attend(query, key, value, cu_seqlens, max_length, window, scal
     return _attend_op(query, key, value, cu_seqlens, max_length, window)
 
 
+def test_flash_attention_without_its_package_is_pytorchs_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr("limbeck.models.load.is_flash_attn_2_available", lambda: False)
+    make_model(tmp_path / "model")
+    for name in ("fa2", "flash_attention_2"):
+        with pytest.warns(UserWarning, match="needs a GPU and the package flash-attn"):
+            model = load_model(ModelSource(str(tmp_path / "model"), attn_implementation=name), torch.float32)
+        assert model.config._attn_implementation == "sdpa"
+
+
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
