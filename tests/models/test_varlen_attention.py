@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny import make_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, masking_utils
 
 from limbeck.data import IGNORE, Batch
 from limbeck.errors import LimbeckError
@@ -17,6 +19,7 @@ from limbeck.models import (
     load_model,
     output_head,
     recompute_activations,
+    varlen_attention,
 )
 from limbeck.objectives import Objective
 from limbeck.strategies.base import FrozenModel
@@ -178,26 +181,326 @@ def test_flex_attention_takes_what_autocast_leaves(tmp_path):
     assert "by_document" not in (tmp_path / "saved" / "config.json").read_text()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("attention", ["flash_attention_2", "flex_attention"])
-@pytest.mark.parametrize("family", ["qwen2", "qwen2_window", "qwen3", "llama", "mistral", "gemma2"])
-def test_gpu_kernels_give_the_gradients_of_single_documents(family, attention):
-    if attention == "flash_attention_2":
-        pytest.importorskip("flash_attn")
-    dtype = torch.bfloat16 if attention == "flash_attention_2" else torch.float32
-    changes = {"head_dim": 16, "hidden_size": 64}  # the smallest that the kernels take
-    student, teacher_model, root, teacher = parties(family, attention, **changes)
-    parts = documents(130, 1, 40, 90, 70)
+def attend(query, key, value, cu_seqlens, max_length, window, scale):
+    """The definition of the varlen kernel, one position at a time."""
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(repeats, 1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    outputs = []
+    for start, end in itertools.pairwise(cu_seqlens.tolist()):
+        assert 0 < end - start <= max_length
+        for t in range(start, end):
+            seen = slice(start if window is None else max(start, t + 1 - window), t + 1)
+            p = torch.einsum("hd,shd->hs", query[t].double() * scale, key[seen].double()).softmax(-1)
+            outputs.append(torch.einsum("hs,shd->hd", p, value[seen].double()).to(query.dtype))
+    return torch.stack(outputs)
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Takes the CPU for a GPU whose varlen kernel is ``attend``. The keyword arguments of every call."""
+    calls = []
+
+    def record(query, key, value, cu_seqlens, max_length, window, scale):
+        assert query.dtype == key.dtype == value.dtype and cu_seqlens.dtype == torch.int32
+        calls.append({"dtype": query.dtype, "cu_seqlens": cu_seqlens, "max_length": max_length, "window": window})
+        return attend(query, key, value, cu_seqlens, max_length, window, scale)
+
+    dtypes = (torch.bfloat16, torch.float16, torch.float64)
+    monkeypatch.setattr(varlen_attention, "_device_obstacle", lambda device: None)
+    monkeypatch.setattr(varlen_attention, "_KERNEL_DTYPES", dtypes)
+    monkeypatch.setattr(varlen_attention, "_varlen", record)
+    monkeypatch.setattr(varlen_attention, "_warned", set())
+    return calls
+
+
+def compare_packed_with_single(family, parts, *, recompute=False, **changes):
+    """Trains on packed ``parts`` after ``enable_varlen_attention`` and compares loss and gradient with single documents."""
+    student, teacher_model, root, teacher = parties(family, **changes)
+    loss, gradient = step(root, teacher, [packed([part]) for part in parts])
+    for model in (student, teacher_model):
+        enable_varlen_attention(model, family)
+    if recompute:
+        root.train()
+        recompute_activations(student)
+        student.enable_input_require_grads()
+    for padding in (0, 3):
+        ours, our_gradient = step(root, teacher, [packed(parts, padding)])
+        rounding = 10 * ROUNDING.get(family, 1e-12)
+        assert ours == pytest.approx(loss, rel=rounding)
+        torch.testing.assert_close(our_gradient, gradient, rtol=0, atol=rounding * gradient.abs().max().item())
+
+
+VARLEN = {"qwen2": {None}, "qwen2_window": {None, 6}, "qwen3": {None}, "llama": {None}, "mistral": {5}}
+
+
+@pytest.mark.parametrize("family", VARLEN)
+@pytest.mark.parametrize("groups", [2, 4])
+def test_the_varlen_kernel_computes_all_documents_in_one_call(family, groups, kernel):
+    parts = documents(11, 1, 4, 9, 7)
+    compare_packed_with_single(family, parts, num_key_value_heads=groups)
+    kernel = [call for call in kernel if len(call["cu_seqlens"]) == len(parts) + 1]  # not those of the check
+    assert len(kernel) == 2 * 2 * 2  # layers, models, paddings
+    assert {call["window"] for call in kernel} == VARLEN[family]
+    assert {call["max_length"] for call in kernel} == {128}
+    # One tensor for all layers of student and teacher.
+    assert len({id(call["cu_seqlens"]) for call in kernel}) == 2
+
+
+def test_the_varlen_kernel_takes_float32_norms_only_under_autocast(kernel):
+    parts = documents(11, 1, 4, 9)
+    packs, model = packed(parts), tiny("gemma3_text").float().eval()
+    with pytest.warns(UserWarning, match="computed in float32; set model_args.dtype: bf16"):
+        enable_varlen_attention(model, "gemma3")
+    assert not kernel
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = hidden_states(body(model), packs.input_ids, packs.position_ids, packs.documents)[0]
+        each = torch.cat([hidden_states(body(model), ids[None], None)[0] for ids, _ in parts])
+    assert {(call["dtype"], call["window"]) for call in kernel} == {(torch.bfloat16, 5), (torch.bfloat16, None)}
+    torch.testing.assert_close(found, each, rtol=0, atol=0.05 * each.abs().max().item())
+
+
+def test_recomputed_layers_use_the_varlen_kernel_too(kernel):
+    parts = documents(11, 4, 9)
+    compare_packed_with_single("mistral", parts, recompute=True)
+    kernel = [call for call in kernel if len(call["cu_seqlens"]) == len(parts) + 1]
+    assert len(kernel) == 2 * 2 * (2 + 1)  # paddings, layers, student twice and teacher
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma2", {}, "soft-cap; set attn_implementation: flex_attention"),
+        ("gpt_oss", {}, "attention sinks; set attn_implementation: flex_attention"),
+        ("llama", {"attention": "eager"}, "attn_implementation is eager"),
+        ("llama", {"head_dim": 12}, "a multiple of 8"),
+    ],
+)
+def test_what_the_varlen_kernel_cannot_do_is_computed_by_document_with_one_warning(family, changes, reason, kernel):
+    with pytest.warns(UserWarning, match=reason) as warned:
+        compare_packed_with_single(family, documents(11, 1, 4, 9), **changes)
+    assert len([warning for warning in warned if "one packed document at a time" in str(warning.message)]) == 1
+    assert not kernel
+
+
+def test_attention_dropout_is_not_given_to_the_varlen_kernel(kernel):
+    model = tiny("llama", attention_dropout=0.5).train()
+    enable_varlen_attention(model, "llama")
+    kernel.clear()
+    packs = packed(documents(11, 4))
+    with pytest.warns(UserWarning, match="attention dropout"):
+        hidden_states(body(model), packs.input_ids, packs.position_ids, packs.documents)
+    assert not kernel
+
+
+@pytest.mark.parametrize(
+    ("described", "reason"),
+    [
+        ({"local_size": 4}, "neither causal nor a sliding window"),  # chunks: the layer has no sliding window
+        ({"allow_is_causal_skip": False}, "not only causal"),  # joined with another mask
+    ],
+)
+def test_other_masks_are_not_given_to_the_varlen_kernel(described, reason, kernel):
+    packs = packed(documents(11, 4))
+    given = {"batch_size": 1, "q_length": 15, "kv_length": 15, "device": torch.device("cpu"), **described}
+    with varlen_attention.separate_documents(packs.documents, packs.cu_seqlens):
+        mask = AttentionMaskInterface()["sdpa_by_document"](mask_function=masking_utils.causal_mask_function, **given)
+    layer = body(tiny("llama").eval()).layers[0].self_attn
+    query, key = (torch.randn(1, heads, 15, 8, dtype=torch.float64) for heads in (4, 2))
+    with pytest.warns(UserWarning, match=reason):
+        AttentionInterface()["sdpa_by_document"](layer, query, key, key, mask)
+    assert not kernel
+
+
+def test_a_cpu_gets_no_warning(recwarn):
+    compare_packed_with_single("llama", documents(5, 4))
+    assert not [warning for warning in recwarn if "one packed document" in str(warning.message)]
+
+
+@pytest.mark.parametrize(
+    ("signature", "options"),
+    [
+        ({"is_causal"}, {"is_causal": True}),  # PyTorch 2.10
+        ({"window_size", "scale"}, {"window_size": (-1, 0), "scale": 0.5}),  # 2.11
+        ({"window_size", "scale", "enable_gqa"}, {"window_size": (-1, 0), "scale": 0.5, "enable_gqa": True}),  # 2.12
+    ],
+)
+def test_the_kernel_is_called_as_each_version_of_pytorch_takes_it(signature, options, monkeypatch):
+    def varlen_attn(query, key, value, starts, starts_k, longest, longest_k, **given):
+        assert given == options and starts is starts_k and longest == longest_k == 128
+        return query if "scale" in given else query / 8**-0.5
+
+    monkeypatch.setattr(varlen_attention, "_VARLEN_OPTIONS", frozenset(signature))
+    monkeypatch.setattr(varlen_attention, "varlen_attn", varlen_attn)
+    query = torch.randn(5, 4, 8)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    output = varlen_attention._varlen(query, query, query, starts, 128, None, 0.5)
+    torch.testing.assert_close(output, query if "scale" in options else query * 0.5 * 8)
+
+
+def test_a_compiled_layer_is_compiled_once_for_all_batches(kernel, monkeypatch):
+    monkeypatch.setattr(varlen_attention, "_varlen", torch_library_attend)
+    model = tiny("mistral").eval()
+    enable_varlen_attention(model, "mistral")
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    for layer in body(model).layers:
+        layer.compile(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for lengths in ((11, 4, 9), (12, 3, 5, 8), (140, 1), (7, 7, 7, 7, 7), (300, 2, 9), (31,) * 9):
+            parts = documents(*lengths)
+            packs = packed(parts)
+            found = hidden_states(body(model), packs.input_ids, packs.position_ids, packs.documents)[0]
+            if len(packs.input_ids[0]) < 50:
+                torch.testing.assert_close(found, of_each("mistral", parts), rtol=0, atol=1e-9)
+    assert len(compilations) <= 3  # static shapes, then dynamic lengths, then a dynamic maximum
+
+
+@torch.library.custom_op("limbeck_test::attend", mutates_args=())
+def _attend_op(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seqlens: torch.Tensor, max_length: int, window: int
+) -> torch.Tensor:
+    return attend(query, key, value, cu_seqlens, max_length, window, None)
+
+
+@_attend_op.register_fake
+def _(query, key, value, cu_seqlens, max_length, window):
+    return torch.empty_like(query)
+
+
+def torch_library_attend(query, key, value, cu_seqlens, max_length, window, scale):
+    return _attend_op(query, key, value, cu_seqlens, max_length, window)
+
+
+def test_flash_attention_without_its_package_is_pytorchs_attention(tmp_path, monkeypatch):
+    monkeypatch.setattr("limbeck.models.load.is_flash_attn_2_available", lambda: False)
+    make_model(tmp_path / "model")
+    for name in ("fa2", "flash_attention_2"):
+        with pytest.warns(UserWarning, match="needs a GPU and the package flash-attn"):
+            model = load_model(ModelSource(str(tmp_path / "model"), attn_implementation=name), torch.float32)
+        assert model.config._attn_implementation == "sdpa"
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def gpu_step(family, attention, dtype, batches, **changes):
+    """Loss and gradient of the packed ``batches`` on the GPU in ``dtype``."""
+    student, teacher_model, root, teacher = parties(family, attention, head_dim=16, hidden_size=64, **changes)
     for model in (student, teacher_model):
         enable_varlen_attention(model.to(dtype), family)
         model.to("cuda")
     teacher = LocalTeacher(FrozenModel(body(teacher_model), output_head(teacher_model), 0))
-    loss, gradient = step(root, teacher, [packed([part]).to(torch.device("cuda")) for part in parts])
-    ours, our_gradient = step(root, teacher, [packed(parts, 3).to(torch.device("cuda"))])
-    tolerance = 5e-2 if dtype is torch.bfloat16 else 1e-4
-    assert ours == pytest.approx(loss, rel=tolerance)
-    assert (our_gradient - gradient).norm() <= tolerance * gradient.norm()
+    return step(root, teacher, [batch.to(torch.device("cuda")) for batch in batches])
+
+
+def assert_close_step(single, packs, tolerance):
+    assert packs[0] == pytest.approx(single[0], rel=tolerance)
+    assert (packs[1] - single[1]).norm() <= tolerance * single[1].norm()
+
+
+class TestOnAGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("groups", [1, 2, 4])
+    @pytest.mark.parametrize("family", ["qwen2", "qwen2_window", "qwen3", "llama", "mistral", "gemma3_text"])
+    def test_the_varlen_kernel_gives_the_gradients_of_single_documents(self, family, groups, monkeypatch):
+        calls, own = [], varlen_attention._varlen
+        monkeypatch.setattr(varlen_attention, "_varlen", lambda *given: calls.append(given) or own(*given))
+        parts = documents(130, 1, 40, 90, 70)
+        single, packs = (
+            gpu_step(family, None, torch.bfloat16, batches, num_key_value_heads=groups)
+            for batches in ([packed([part]) for part in parts], [packed(parts, 3)])
+        )
+        assert_close_step(single, packs, 5e-2)
+        assert calls
+
+    @pytest.mark.parametrize("window", [None, 1, 5, 64, 1000])
+    @pytest.mark.parametrize("lengths", [(130, 1, 40), (1,), (1, 1, 1), (64,) * 20])
+    def test_the_varlen_kernel_is_causal_attention_within_documents(self, window, lengths):
+        starts = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        torch.manual_seed(0)
+        given = [
+            torch.randn(sum(lengths), heads, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+            for heads in (4, 2, 2)
+        ]
+        document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).cuda()
+        distance = torch.arange(len(document)).cuda()
+        distance = distance[:, None] - distance
+        seen = (document[:, None] == document) & (distance >= 0) & (distance < (window or len(document)))
+        grad = torch.randn(sum(lengths), 4, 64, device="cuda", dtype=torch.bfloat16)
+        output = varlen_attention._varlen(*given, starts, 256, window, 0.2)
+        found = (output, *torch.autograd.grad(output, given, grad))
+        query, key, value = (x.float() for x in given)
+        key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+        scores = torch.einsum("qhd,khd->hqk", query, key) * 0.2
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        expected = torch.einsum("hqk,khd->qhd", weights, value)
+        for ours, theirs in zip(found, (expected, *torch.autograd.grad(expected, given, grad.float())), strict=True):
+            torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.05)
+
+    def test_a_compiled_layer_takes_the_varlen_kernel_in_any_batch(self):
+        model = tiny("mistral", head_dim=16, hidden_size=64, num_hidden_layers=1).to("cuda", torch.bfloat16)
+        enable_varlen_attention(model, "mistral")
+        lengths = ((130, 1, 40), (60, 60, 9, 7), (300, 2))
+        packs = [packed(documents(*each)).to(torch.device("cuda")) for each in lengths]
+
+        def run():
+            return [
+                hidden_states(body(model), one.input_ids, one.position_ids, one.documents, cu_seqlens=one.cu_seqlens)
+                for one in packs
+            ]
+
+        plain = run()
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(recompile_limit=4, fail_on_recompile_limit_hit=True):
+            for layer in body(model).layers:
+                layer.compile(fullgraph=True, backend="aot_eager")
+            for ours, expected in zip(run(), plain, strict=True):
+                ours.float().square().sum().backward()
+                torch.testing.assert_close(ours, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+    def test_packing_does_not_wait_for_the_gpu(self):
+        model = tiny("mistral", head_dim=16, hidden_size=64).to("cuda", torch.bfloat16)
+        enable_varlen_attention(model, "mistral")
+        one = packed(documents(130, 1, 40)).pin_memory()
+
+        def run():
+            here = one.to(torch.device("cuda"))
+            hidden = hidden_states(
+                body(model), here.input_ids, here.position_ids, here.documents, cu_seqlens=here.cu_seqlens
+            )
+            hidden.sum().backward()
+
+        run()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("family", ["qwen2", "qwen2_window", "qwen3", "llama", "mistral", "gemma2"])
+    def test_flash_attn_gives_the_gradients_of_single_documents(self, family):
+        pytest.importorskip("flash_attn")
+        parts = documents(130, 1, 40, 90, 70)
+        single, packs = (
+            gpu_step(family, "flash_attention_2", torch.bfloat16, batches)
+            for batches in ([packed([part]) for part in parts], [packed(parts, 3)])
+        )
+        assert_close_step(single, packs, 5e-2)
+
+    def test_flex_attention_gives_the_gradients_of_single_documents(self):
+        # One layer and one shape: compiling takes most of the time.
+        changes = {"num_hidden_layers": 1, "layer_types": ["sliding_attention"]}
+        parts = documents(130, 1, 40)
+        single = gpu_step("gemma2", "eager", torch.float32, [packed([part]) for part in parts], **changes)
+        packs = gpu_step("gemma2", "flex_attention", torch.float32, [packed(parts, 3)], **changes)
+        assert_close_step(single, packs, 1e-3)
 
 
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class TeacherTokens:
         )
 
 
+def cumulative_lengths(documents: Sequence[int]) -> Tensor:
+    """[documents + 1] int32: where each of the documents of a packed row starts, then the length of the row."""
+    return torch.tensor([0, *accumulate(documents)], dtype=torch.int32)
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: rows right-padded to a common length or, with packing, one row of concatenated documents.
@@ -61,6 +67,8 @@ class Batch:
     real:           [num_tokens] int64, positions in the flattened input_ids that are not padding; None without padding.
     documents:      with packing, the lengths of the documents in the one row. The last includes the padding. Python
                     integers, because attention needs them on the host.
+    cu_seqlens:     with packing, their ``cumulative_lengths``, which attention kernels read on the device. All layers of
+                    student and teacher share them.
     teacher_tokens: the input of a teacher with another tokenizer; None when both models share one.
     row_ids:        dataset row number of each document, in order; the same row has the same number after a resume and on
                     any number of ranks. Empty for a batch that does not come from a dataset.
@@ -76,6 +84,7 @@ class Batch:
     documents: tuple[int, ...] | None = None
     teacher_tokens: TeacherTokens | None = None
     row_ids: tuple[int, ...] = ()
+    cu_seqlens: Tensor | None = None
 
     @classmethod
     def of(
@@ -92,7 +101,18 @@ class Batch:
         """Creates a batch and finds its supervised positions from the labels; ``weights`` is [batch, time] or None."""
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
         chosen = None if weights is None else weights.flatten()[supervised]
-        return cls(input_ids, labels, position_ids, num_tokens, supervised, chosen, real, documents, row_ids=row_ids)
+        return cls(
+            input_ids,
+            labels,
+            position_ids,
+            num_tokens,
+            supervised,
+            chosen,
+            real,
+            documents,
+            row_ids=row_ids,
+            cu_seqlens=None if documents is None else cumulative_lengths(documents),
+        )
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on ``device``. Copies from pinned memory overlap with computation."""
@@ -125,6 +145,7 @@ class Batch:
         weights = None if self.weights is None else self.weights[in_shard(self.supervised)]
         whole = replace(self, supervised=supervised, real=real, weights=weights)
         positions = torch.arange(time).expand_as(self.labels) if self.position_ids is None else self.position_ids
+        documents = None if self.documents is None else (*self.documents[:-1], self.documents[-1] + padding)
         own = replace(
             whole,
             input_ids=shard(self.input_ids, 0),
@@ -132,7 +153,8 @@ class Batch:
             position_ids=shard(positions, 0),
             supervised=within_shard(supervised),
             real=within_shard(real),
-            documents=None if self.documents is None else (*self.documents[:-1], self.documents[-1] + padding),
+            documents=documents,
+            cu_seqlens=None if documents is None else cumulative_lengths(documents),
         )
         return whole, own
 

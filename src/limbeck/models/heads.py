@@ -7,12 +7,13 @@ configuration and compared once with the model's own forward pass. A model with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from limbeck.data.batch import cumulative_lengths
 from limbeck.errors import LimbeckError
 from limbeck.models.varlen_attention import BY_DOCUMENT, GPU_KERNELS, separate_documents, varlen_kwargs
 from limbeck.objectives import OutputHead
@@ -34,6 +35,7 @@ def hidden_states(
     position_ids: Tensor | None,
     documents: Sequence[int] | None = None,
     embedded: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """Returns the last hidden states [batch, time, hidden].
 
@@ -41,9 +43,15 @@ def hidden_states(
     position_ids: [batch, time], restarting at 0 with every packed document, or None.
     documents:    with packing, the lengths of the documents in the one row; tokens attend only within their document.
     embedded:     [batch, time, hidden] inputs to use in place of the embeddings of ``input_ids``, or None.
+    cu_seqlens:   the boundaries of ``documents``, see ``Batch``; made here if None.
     """
-    extra = varlen_kwargs(model_body.config._attn_implementation, input_ids, documents)
-    with nullcontext() if documents is None else separate_documents(documents):
+    separated: AbstractContextManager[None] = nullcontext()
+    if documents is not None:
+        if cu_seqlens is None:
+            cu_seqlens = cumulative_lengths(documents).to(input_ids.device, non_blocking=True)
+        separated = separate_documents(documents, cu_seqlens)
+    extra = varlen_kwargs(model_body.config._attn_implementation, input_ids, documents, cu_seqlens)
+    with separated:
         given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
         return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
 

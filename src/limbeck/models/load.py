@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import is_flash_attn_2_available
 
 from limbeck.config.schema import ModelArgs
 from limbeck.errors import LimbeckError
@@ -73,7 +75,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
     """
     name, role = source.name_or_path, source.role
     check_folder(name, role, holds="config.json")
-    attention = _ATTENTION.get(source.attn_implementation, source.attn_implementation)
+    attention = _attention(source)
     try:
         if name is None and not (source.from_scratch and "model_type" in source.config_kwargs):
             raise LimbeckError(
@@ -101,6 +103,19 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
         ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         raise LimbeckError(f"cannot load the {role} {name!r}: {_first_line(error)}{_hint(name, error)}") from error
+
+
+def _attention(source: ModelSource) -> str | None:
+    """The attention implementation for ``transformers``, which chooses one if it is None."""
+    wanted = _ATTENTION.get(source.attn_implementation, source.attn_implementation)
+    if wanted != "flash_attention_2" or is_flash_attn_2_available():
+        return wanted
+    warnings.warn(
+        "attn_implementation = flash_attention_2 needs a GPU and the package flash-attn; without them PyTorch's own attention "
+        "is used, which includes flash attention on GPUs.",
+        stacklevel=2,
+    )
+    return None
 
 
 def model_outline(source: ModelSource, dtype: torch.dtype) -> Any:

@@ -90,7 +90,9 @@ class LocalTeacher:
         model = self.model
         if model.group is not None:
             return exchange_batches(model.body, model.head, model.group, request)
-        states = hidden_states(model.body, request.input_ids, request.position_ids, request.documents)
+        states = hidden_states(
+            model.body, request.input_ids, request.position_ids, request.documents, cu_seqlens=request.cu_seqlens
+        )
         return states.flatten(0, 1).index_select(0, request.supervised)
 
     def check(self, config: DistillConfig, longest_row: int, largest_token: int) -> None:

@@ -77,7 +77,7 @@ class TeacherRequest:
     """The part of a micro-batch that a teacher needs.
 
     input_ids, position_ids: [batch, time]. documents: lengths of packed documents, or None. supervised: flattened
-    positions that need the signal. spec: which signal.
+    positions that need the signal. spec: which signal. cu_seqlens: see ``Batch``; it is not sent to other processes.
     """
 
     input_ids: Tensor
@@ -85,13 +85,14 @@ class TeacherRequest:
     documents: tuple[int, ...] | None
     supervised: Tensor
     spec: SignalSpec = HIDDEN_STATES
+    cu_seqlens: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: Batch, spec: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
         """The request for ``batch``, in the teacher's own tokens where the batch has them."""
         if batch.teacher_tokens is not None:
             return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, spec)
-        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec)
+        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec, batch.cu_seqlens)
 
     @classmethod
     def empty(cls) -> TeacherRequest:

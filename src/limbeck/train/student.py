@@ -124,7 +124,9 @@ class StudentWithLoss(nn.Module):
         batch, signal, settings = inputs.batch, inputs.signal, self.settings
         taps = HiddenStateCapture() if self.features is None else self.features.taps
         with taps.capture() as found:
-            hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents)
+            hidden = hidden_states(
+                body(self.model), batch.input_ids, batch.position_ids, batch.documents, cu_seqlens=batch.cu_seqlens
+            )
         if settings.quirks is not None and self.training and signal is not None:
             divided = settings.quirks.normalizers(batch, inputs.micro_batches, inputs.normalizer, inputs.num_tokens)
             head, everything = output_head(self.model), hidden.flatten(0, 1)
@@ -258,7 +260,9 @@ class StudentStage(StudentWithLoss, StageModule):
         batch = inputs.batch
         shape, used = batch.input_ids.shape, batch.input_ids.numel()
         received = None if self.pipeline.is_first else message[:used].unflatten(0, shape)
-        hidden = hidden_states(body(self.model), batch.input_ids, batch.position_ids, batch.documents, received)
+        hidden = hidden_states(
+            body(self.model), batch.input_ids, batch.position_ids, batch.documents, received, batch.cu_seqlens
+        )
         if not self.pipeline.is_last:
             return nn.functional.pad(hidden.flatten(0, 1), (0, 0, 0, self._slots - used))
         output = self.loss(hidden, inputs, {})

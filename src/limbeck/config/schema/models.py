@@ -41,7 +41,7 @@ class ModelArgs(Section):
     attn_implementation: Literal["auto", "sdpa", "flash_attention_2", "flex_attention", "eager"] = Field(
         default="auto",
         description="Attention implementation; auto lets transformers choose, fa2 is short for flash_attention_2. "
-        "flash_attention_2 and flex_attention need GPUs.",
+        "flash_attention_2 is auto without a GPU and the package flash-attn; flex_attention needs a GPU to train.",
     )
 
     @property
