@@ -105,16 +105,28 @@ def _attention_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
         """query, key, value: [batch, heads, time, dim]; returns [batch, time, heads, dim]."""
         if not isinstance(attention_mask, _DocumentMask):
             return plain(module, query, key, value, attention_mask, **arguments)
-        lengths, whole = list(attention_mask.lengths), attention_mask.mask
-        # split instead of slices: the gradient of each slice would have the length of the row.
-        parts = zip(lengths, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-        outputs = [
-            plain(module, q, k, v, None if whole is None else whole[..., :n, :n], **arguments)[0]
-            for n, q, k, v in parts
-        ]
-        return torch.cat(outputs, 1), None
+        return _attend_each(plain, module, query, key, value, attention_mask, **arguments)
 
     return attention
+
+
+@torch.compiler.disable  # compiled code would be specialized on the lengths of one row
+def _attend_each(
+    plain: Callable[..., Any],
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: _DocumentMask,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    lengths, whole = list(documents.lengths), documents.mask
+    # split instead of slices: the gradient of each slice would have the length of the row.
+    parts = zip(lengths, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    outputs = [
+        plain(module, q, k, v, None if whole is None else whole[..., :n, :n], **arguments)[0] for n, q, k, v in parts
+    ]
+    return torch.cat(outputs, 1), None
 
 
 def _flex_mask_by_document(**arguments: Any) -> Any:
