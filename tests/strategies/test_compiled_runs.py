@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ LAYERS, STEPS, PIECES = 2, 2, 5
 PACKED = {"student.use_sequence_packing": True, "sequence_length": 96}
 RECOMPUTED = {"student.model_args.disable_gradient_checkpointing": False}
 LORA = {"student.model_args.lora_target": "all-linear", "student.model_args.lora_rank": 4}
+ZERO2 = {
+    "student.strategy_args.strategy_name": "deepspeed_train",
+    "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 2}},
+    "teacher.strategy_args.strategy_name": "hf_infer",
+}
 TP2 = {
     f"{role}.strategy_args.strategy_config.tensor_model_parallel_size": size
     for role, size in (("student", 2), ("teacher", 2))
@@ -130,6 +136,8 @@ def test_a_short_run_compiles_nothing_by_default(folder, tmp_path, runs):
 @pytest.mark.processes
 def test_two_ranks_run_compiled_layers_and_give_the_uncompiled_losses(folder, tmp_path):
     cases = {"fsdp2": {}, "fsdp2-recomputed": {**RECOMPUTED, **PACKED}, "tp2": TP2}
+    if find_spec("deepspeed") is not None:
+        cases["zero2"] = ZERO2
     files = []
     for name, changes in cases.items():
         for compiled in (False, True):
