@@ -1,6 +1,7 @@
 """Hugging Face causal language models: loading, output heads, hidden-state capture, varlen attention, freezing and LoRA."""
 
 from limbeck.models.activation_checkpointing import recompute_activations
+from limbeck.models.compile import compile_layers, should_compile, undo_around
 from limbeck.models.freeze import freeze
 from limbeck.models.heads import (
     body,
@@ -40,6 +41,7 @@ __all__ = [
     "check_head",
     "check_length",
     "check_logit_layer",
+    "compile_layers",
     "decoder_layers",
     "enable_varlen_attention",
     "explain_oom",
@@ -54,7 +56,9 @@ __all__ = [
     "output_head",
     "recompute_activations",
     "resolve_pairs",
+    "should_compile",
     "submodules",
+    "undo_around",
     "unwrap_model",
     "use_eager_on_cpu",
 ]

@@ -168,4 +168,7 @@ def check_length(model: Any, name: str, longest: int) -> None:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Returns the repeated decoder blocks of ``model`` (Hugging Face's ``_no_split_modules``), the units of sharding."""
     classes = set(unwrap_model(model)._no_split_modules or ())
-    return [module for module in model.modules() if type(module).__name__ in classes]
+    # Base classes count too: FSDP2 replaces the class of a sharded layer by a subclass with another name.
+    return [
+        module for module in model.modules() if classes.intersection(base.__name__ for base in type(module).__mro__)
+    ]

@@ -154,6 +154,7 @@ class StudentSpec:
     make_root: builds the module that is wrapped: it contains ``model`` as its attribute of that name and ends in the
     loss.
     verify: compare hidden states before and after the model is divided.
+    compiled: compile the layers, where the strategy can.
     """
 
     model: Any
@@ -161,6 +162,7 @@ class StudentSpec:
     config: DistillConfig
     make_root: Callable[[Placement], nn.Module]
     verify: bool = True
+    compiled: bool = False
 
     @property
     def worker(self) -> StudentConfig:
@@ -202,14 +204,14 @@ class FrozenModel:
     """A model distributed for inference.
 
     body: gives last hidden states. head: whole on every rank. num_parameters: of the whole model. group: None unless
-    several ranks
-    compute one batch together.
+    several ranks compute one batch together. can_compile: whether the layers may be compiled.
     """
 
     body: nn.Module
     head: OutputHead
     num_parameters: int
     group: ModelParallelGroup | None = None
+    can_compile: bool = True
 
     def held_tensors(self) -> list[Tensor]:
         """What this rank holds of the model; for memory planning."""

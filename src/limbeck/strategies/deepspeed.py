@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError, UnknownMemory
-from limbeck.models import output_head
+from limbeck.models import compile_layers, decoder_layers, output_head
 from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import (
     MODEL,
@@ -96,6 +96,12 @@ class DeepSpeedStrategy:
                 f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "
                 "fsdp2_infer."
             )
+        block = (config.student if role == "student" else config.teacher).strategy_args.strategy_config.deepspeed
+        if config.compile_model is True and stage_of(block) == 3:
+            raise LimbeckError(
+                f"compile_model = true with {role}.strategy_args.strategy_config.zero_optimization.stage = 3, which gathers "
+                "parameters inside the layers, is not built; use stage 2 or FSDP2, or set compile_model: auto."
+            )
 
     def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
         """DeepSpeed shards any model."""
@@ -138,6 +144,8 @@ class DeepSpeedStrategy:
         block, training = spec.worker.strategy_args.strategy_config.deepspeed, spec.worker.training_args
         root = spec.make_root(Placement(outline_of(spec.model), output_head(spec.model).weight.shape[0]))
         root.train()
+        if spec.compiled and stage_of(block) < 3:  # stage 3 gathers parameters in hooks inside the layers
+            compile_layers(decoder_layers(spec.model))
         dtype = compute_dtype(spec.worker)
         return ZeroEngine(
             root,
@@ -154,6 +162,7 @@ class DeepSpeedStrategy:
         block, dtype = spec.worker.strategy_args.strategy_config.deepspeed, compute_dtype(spec.worker)
         # ZeRO-3 in place: its hooks gather each layer where it runs.
         _initialize(frozen.body, _configuration(block, dtype), world, dtype, None)
+        frozen.can_compile = stage_of(block) < 3
         return frozen
 
 

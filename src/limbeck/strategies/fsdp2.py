@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StrategyConfig, WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import body, decoder_layers, output_head
+from limbeck.models import body, compile_layers, decoder_layers, output_head
 from limbeck.models.dtypes import DTYPES, compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.model_parallel import (
@@ -47,6 +47,11 @@ class Fsdp2Strategy:
 
     def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
         args = config.student.model_args
+        if config.compile_model is True and dims.sequence_parallel:
+            raise LimbeckError(
+                f"compile_model = true with {role}.strategy_args.strategy_config.sequence_parallel is not built yet; set "
+                "one of them to false."
+            )
         if role == "student" and args.dtype == "fp16" and dims.size > 1:
             raise LimbeckError(
                 "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
@@ -90,6 +95,8 @@ class Fsdp2Strategy:
             )
         root = spec.make_root(Placement(outline, rows, world.group(TP), pipeline))
         root.train()
+        if spec.compiled and not dims.sequence_parallel:
+            compile_layers(decoder_layers(model))
         dtype = _param_dtype(spec.worker)
         # Sharding moves layer by layer, so no device ever holds the whole model; the rest follows.
         root = move(shard(root, decoder_layers(model), world, dims, given, dtype), world.device)
@@ -119,6 +126,7 @@ class Fsdp2Strategy:
             shard(frozen.body, decoder_layers(frozen.body), world, dims, given, _param_dtype(spec.worker))
         move(frozen.body, world.device)
         frozen.group = model_parallel_group(dims, world)
+        frozen.can_compile = not dims.sequence_parallel
         return frozen
 
 

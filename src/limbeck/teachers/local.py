@@ -16,9 +16,13 @@ from limbeck.models import (
     check_head,
     check_length,
     check_logit_layer,
+    compile_layers,
+    decoder_layers,
     enable_varlen_attention,
     hidden_states,
     load_model,
+    should_compile,
+    undo_around,
 )
 from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import FrozenModel, TeacherSpec, dims_of, strategy_of
@@ -70,6 +74,14 @@ class LocalTeacher:
         positions.
         """
         self._taps, self._supervised_only = taps, supervised_only
+        undo_around(decoder_layers(self.model.body), taps.modules)
+
+    def compile(self, config: DistillConfig, tokens: float, device_type: str) -> bool:
+        """Compile the model's layers if ``compile_model`` wants that of a teacher that computes ``tokens`` on this rank."""
+        wanted = should_compile(config.compile_model, 2 * self.model.num_parameters * tokens, device_type)
+        if wanted and self.model.can_compile:
+            compile_layers(decoder_layers(self.model.body))
+        return wanted
 
     def compute_signal(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
@@ -134,6 +146,7 @@ def load_local_teacher(config: DistillConfig, world: World) -> LocalTeacher:
 def load_teacher(context: TeacherContext) -> LocalTeacher:
     """The teacher in the student's own processes (``teacher.source: model``)."""
     teacher = load_local_teacher(context.config, context.world)
+    teacher.compile(context.config, context.tokens / context.world.size, context.world.device.type)
     if context.shares_tokenizer:
         teacher.check(context.config, context.longest_row, context.largest_token)
     return teacher

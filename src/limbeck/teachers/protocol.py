@@ -44,6 +44,7 @@ class TeacherContext:
     config: of the run. world: the student's processes. longest_row: of the data, in tokens. largest_token: the highest
     token id of the data. shares_tokenizer: False if requests are in the teacher's own tokens. workers: Ray actors of the
     teacher's ranks, if the run has started or found any. in_step: whether these must run every forward pass together.
+    tokens: of the whole run, with those that are not supervised.
     """
 
     config: DistillConfig
@@ -53,6 +54,7 @@ class TeacherContext:
     shares_tokenizer: bool = True
     workers: Sequence[Any] = ()
     in_step: bool = False
+    tokens: float = 0.0
 
 
 class Teacher(Protocol):

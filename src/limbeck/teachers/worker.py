@@ -33,6 +33,7 @@ class TeacherWorker(Worker):
         super().__init__(name, log)
         self.config = DistillConfig.model_validate(values)
         self._offloaded, self._responses = False, 0
+        self._compiled, self._tokens = False, 0
 
     @cached_property
     def teacher(self) -> LocalTeacher:
@@ -89,6 +90,9 @@ class TeacherWorker(Worker):
                 self.teacher.move(self.world.device)
                 self._offloaded = False
             self._responses += 1
+            self._tokens += given.input_ids.numel()
+            if not self._compiled:  # a teacher does not know the length of a run, so auto waits until it has been long
+                self._compiled = self.teacher.compile(self.config, self._tokens, self.world.device.type)
             return self.teacher.encode(given), time.perf_counter() - begun
 
     def offload(self) -> None:

@@ -90,6 +90,7 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
     taps = HiddenStateCapture.from_names(trunk, [pair.student for pair in pairs], "student")
     teacher_taps = HiddenStateCapture.from_names(teacher.model.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
+    teacher.capture(teacher_taps, supervised_only=supervised_only)  # first: it leaves the layers around them uncompiled
     with torch.enable_grad():
         ours = taps.probe(trunk)
     with torch.no_grad():
@@ -106,7 +107,6 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
         shared=settings.projection == "shared",
         seed=config.seed,
     )
-    teacher.capture(teacher_taps, supervised_only=supervised_only)
     return Features(losses, taps, _labels(pairs), weight=settings.weight, supervised_only=supervised_only)
 
 

@@ -177,6 +177,11 @@ class RunFields(Section):
         "installed and "
         "the run is long enough to make up for about ten seconds of compilation.",
     )
+    compile_model: Literal["auto"] | bool = Field(
+        default="auto",
+        description="Compile the layers of student and teacher with torch.compile. auto compiles a model if a compiler is "
+        "installed and the run is long enough to make up for the compilation, which takes ten seconds to a minute.",
+    )
     features: FeaturesConfig = Field(
         default_factory=FeaturesConfig,
         description="Intermediate features of student and teacher that enter the loss.",

@@ -38,7 +38,8 @@ Progress = Callable[[int], None]
 class Data:
     """Tokenizer, training rows and validation batches of one rank, with the report on the rows.
 
-    examples: the tokenised training rows; stream_settings: how they become steps. supervised_tokens: in one epoch.
+    examples: the tokenised training rows; stream_settings: how they become steps. tokens and supervised_tokens: in
+    one epoch.
     largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
     translator: adds the tokens of a teacher with another tokenizer.
     """
@@ -51,6 +52,7 @@ class Data:
     largest_token: int
     longest_row: int
     num_tokens: int
+    tokens: int
     supervised_tokens: int
     translator: Translator | None = None
 
@@ -136,8 +138,10 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
     num_tokens = max(tokenizer.get_vocab().values()) + 1
-    supervised = report.supervised_tokens
-    return Data(tokenizer, train, settings, validation, text, largest, longest, num_tokens, supervised, translator)
+    tokens, supervised = report.tokens, report.supervised_tokens
+    return Data(
+        tokenizer, train, settings, validation, text, largest, longest, num_tokens, tokens, supervised, translator
+    )
 
 
 def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:

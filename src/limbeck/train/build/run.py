@@ -136,15 +136,22 @@ def build_run(
     source = _make_step_source(config, world, data)
     resources.callback(source.close)
     total_steps = _total_steps(config, source)
+    epochs = total_steps / (source.steps_per_epoch or 1)
     teacher = None
     if config.has_teacher:
         shares_tokenizer = data.translator is None
         context = TeacherContext(
-            config, world, data.longest_row, data.largest_token, shares_tokenizer, workers, in_step
+            config,
+            world,
+            data.longest_row,
+            data.largest_token,
+            shares_tokenizer,
+            workers,
+            in_step,
+            data.tokens * epochs,
         )
         teacher = connect_teacher(context)
-    tokens = data.supervised_tokens / (source.steps_per_epoch or 1) * total_steps
-    student = build_student(config, world, data, teacher, LossSettings(objective, 0), tokens)
+    student = build_student(config, world, data, teacher, LossSettings(objective, 0), epochs)
     spec = signal_spec(config, student.settings.vocab_size)
     distils = config.distill_loss_weight > 0 or student.settings.features is not None
     colocated = None

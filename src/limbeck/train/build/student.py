@@ -13,14 +13,18 @@ from limbeck.errors import LimbeckError
 from limbeck.models import (
     ModelSource,
     add_lora,
+    body,
     check_head,
     check_length,
     check_logit_layer,
+    decoder_layers,
     enable_varlen_attention,
     freeze,
     load_model,
     output_head,
     recompute_activations,
+    should_compile,
+    undo_around,
 )
 from limbeck.models.dtypes import student_load_dtype
 from limbeck.objectives import CrossTokenizer, VocabParallel
@@ -53,7 +57,7 @@ class Student:
 
 
 def build_student(
-    config: DistillConfig, world: World, data: Data, teacher: Teacher | None, settings: LossSettings, tokens: float
+    config: DistillConfig, world: World, data: Data, teacher: Teacher | None, settings: LossSettings, epochs: float
 ) -> Student:
     """Load the student and distribute it over ``world``.
 
@@ -62,7 +66,7 @@ def build_student(
 
     Args:
         settings: of the loss, without what depends on the models (vocabulary, features, another tokenizer).
-        tokens: supervised tokens of the whole run, which decide whether the loss is compiled.
+        epochs: of the whole run; with the tokens of an epoch they decide what is compiled.
     """
     worker, args = config.student, config.student.model_args
     source = ModelSource.from_args(args, "student")
@@ -91,11 +95,13 @@ def build_student(
     settings = replace(
         settings,
         vocab_size=vocab,
-        compiled=compile_loss(config, tokens, vocab),
+        compiled=compile_loss(config, data.supervised_tokens * epochs, vocab),
         cross=cross,
         quirks=ReferenceQuirks.from_names(config.objective_faults, int(data.tokenizer.vocab_size)),
     )
-    return distribute_student(config, world, model, teacher, settings)
+    flops = 6 * sum(parameter.numel() for parameter in model.parameters()) * data.tokens * epochs / world.size
+    compiled = should_compile(config.compile_model, flops, world.device.type)
+    return distribute_student(config, world, model, teacher, settings, compiled=compiled)
 
 
 def distribute_student(
@@ -106,10 +112,11 @@ def distribute_student(
     settings: LossSettings,
     *,
     verify: bool = True,
+    compiled: bool = False,
 ) -> Student:
     """A loaded and checked ``model`` with adapters, frozen parts and features, distributed by its strategy.
 
-    verify: see ``StudentSpec``.
+    verify, compiled: see ``StudentSpec``.
     """
     args = config.student.model_args
     model = prepare_student(config, model)
@@ -129,8 +136,10 @@ def distribute_student(
         return StudentStage(model, settings, placement.pipeline, parallel)
 
     name = str(args.model_name_or_path or "the student")
-    spec = StudentSpec(model, name, config, make_root, verify)
+    spec = StudentSpec(model, name, config, make_root, verify, compiled)
     engine = strategy_of(config.student, "student").build_student(spec, world)
+    if settings.features is not None:
+        undo_around(decoder_layers(body(model)), settings.features.taps.modules)
     return Student(engine, model, settings, size)
 
 

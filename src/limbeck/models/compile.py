@@ -1,0 +1,103 @@
+"""Compiles the decoder layers of a model with ``torch.compile``, one by one and in place.
+
+A layer's ``forward`` is replaced on the instance, so the names of modules and parameters do not change. All layers of one
+kind share compiled code, and lengths are dynamic, so the number of compilations does not depend on the number of layers
+or on the data. What wraps a layer stays outside of compiled code: activation checkpointing, the hooks of FSDP2, captured
+hidden states.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from limbeck.objectives import compiler_found
+
+BACKEND: str | Callable[..., Any] = "inductor"
+"""The backend of ``torch.compile``; tests count what another one compiles and runs."""
+
+_WORTH_COMPILING = {"cpu": 1 << 46, "cuda": 1 << 56}
+"""FLOPs of one process in a run from which compiling its model saves more time than it takes: in bf16 some 14% on a CPU
+and 30% on an H100, for some 10 and 60 s of compilation."""
+
+_RECOMPILE_LIMIT = 32
+"""Student and teacher of one architecture share a limit: training and evaluation, one row or several, each kind of
+layer. PyTorch's 8 can be too few, and beyond the limit layers silently run uncompiled."""
+
+_FORWARD_CHECKPOINTS = "__call__" not in vars(GradientCheckpointingLayer)
+"""Whether transformers wraps activation checkpointing around a layer's ``forward``; older versions wrap ``__call__``."""
+
+
+def should_compile(setting: Literal["auto"] | bool, flops: float, device_type: str) -> bool:
+    """Whether to compile the layers of a model under ``compile_model: setting``.
+
+    flops: of this model on one process in the whole run: 6 per parameter and token for a student, 2 for a teacher.
+    """
+    if setting == "auto":
+        return flops >= _WORTH_COMPILING.get(device_type, _WORTH_COMPILING["cuda"]) and compiler_found()
+    return setting
+
+
+def compile_layers(layers: Sequence[nn.Module]) -> None:
+    """Compile each of ``layers`` at its first call.
+
+    Call it after tensor, context and pipeline parallelism have changed the layers. FSDP and activation checkpointing may
+    come before or after it. If compilation fails, all layers run uncompiled, after one warning.
+    """
+    if not layers:
+        warnings.warn(
+            "compile_model: the model does not name its layers (_no_split_modules); it runs uncompiled.", stacklevel=2
+        )
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    for layer in layers:
+        layer.forward = _CompiledForward(layer)
+
+
+def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module]) -> None:
+    """Let those of ``layers`` that contain one of ``modules`` run uncompiled: compiled code ignores hooks inside a layer
+    that are registered for a single pass.
+    """
+    hooked = set(modules)
+    for layer in layers:
+        if isinstance(layer.forward, _CompiledForward) and hooked.intersection(layer.modules()) - {layer}:
+            del layer.forward  # that of the class is left
+
+
+class _CompiledForward:
+    """The compiled ``forward`` of one layer."""
+
+    failed = False
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = layer
+        self._plain: Callable[..., Any] = type(layer).forward
+        # PyTorch runs the inside of a checkpoint uncompiled, so the compiled code must begin there.
+        self._checkpoints = _FORWARD_CHECKPOINTS and isinstance(layer, GradientCheckpointingLayer)
+        if self._checkpoints:
+            self._plain = self._plain.__wrapped__  # type: ignore[attr-defined]
+        self._compiled = torch.compile(self._plain, dynamic=True, backend=BACKEND)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        layer: Any = self._layer
+        if self._checkpoints and layer.gradient_checkpointing and layer.training:
+            return layer._gradient_checkpointing_func(partial(self._run, **kwargs), *args)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        if not _CompiledForward.failed:
+            try:
+                return self._compiled(self._layer, *args, **kwargs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                _CompiledForward.failed = True
+                warnings.warn(
+                    f"The layers of {type(self._layer).__name__} could not be compiled ({type(error).__name__}); all models "
+                    "run uncompiled, which is slower and gives the same results. compile_model: false avoids the attempt.",
+                    stacklevel=2,
+                )
+        return self._plain(self._layer, *args, **kwargs)
