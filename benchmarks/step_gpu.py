@@ -10,7 +10,8 @@ tokenizer of 151 665 words). A step is 16 x 1024 tokens, forward KL and cross-en
 masters, AdamW. Row kinds: ``full`` are documents of 1024 tokens in micro-batches of eight; ``packed`` are short documents
 (log-normal, median 148 tokens), which Limbeck packs and TRL pads.
 
-Sides, each in a process of its own with empty compilation caches and a time limit:
+Sides, each in a process of its own with a time limit. The compilation caches of a side are empty for its first kind of
+rows; the second finds what the first has left, as a second run does:
 
     products   the matrix products of both models, heads included; the largest measured rate of a square product; and the
                models' bodies alone, without head, loss and optimizer
@@ -167,7 +168,7 @@ def run_side(job: dict[str, Any], limit: float, device: str) -> dict[str, Any]:
     out = Path(job["out"])
     out.mkdir(parents=True, exist_ok=True)
     paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    caches = {name: str(out / name.lower()) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
+    caches = {name: f"{job['cache']}/{name.lower()}" for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", **caches}
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -192,20 +193,21 @@ def run_side(job: dict[str, Any], limit: float, device: str) -> dict[str, Any]:
 
 
 def summary(path: Path) -> dict[str, Any]:
-    """The medians of the steps after warm-up; empty if there are none."""
+    """The medians of the groups of steps after the first; empty if there are none. The first step took what the first group
+    took longer than one step less would have.
+    """
     lines = path.read_text().splitlines() if path.exists() else []
-    steps = [json.loads(line) for line in lines if line.endswith("}")]
-    warm = steps[min(5, max(1, len(steps) // 3)) :]
+    first, *warm = [json.loads(line) for line in lines if line.endswith("}")] or [None]
     if not warm:
         return {}
-    seconds = statistics.median(step["seconds"] for step in warm)
+    seconds = statistics.median(group["seconds"] / group["count"] for group in warm)
     return {
         "seconds": seconds,
-        "tokens_per_second": sum(step["tokens"] for step in warm) / len(warm) / seconds,
-        "peak_gb": steps[-1]["peak_gb"],
-        "reserved_gb": steps[-1]["reserved_gb"],
-        "first_step_seconds": steps[0]["seconds"],
-        "steps": len(steps),
+        "tokens_per_second": sum(group["tokens"] / group["count"] for group in warm) / len(warm) / seconds,
+        "peak_gb": warm[-1]["peak_gb"],
+        "reserved_gb": warm[-1]["reserved_gb"],
+        "first_step_seconds": first["seconds"] - (first["count"] - 1) * seconds,
+        "steps": sum(group["count"] for group in (first, *warm)),
     }
 
 
@@ -221,9 +223,11 @@ def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folde
         "micro_batch": shape.rows["limbeck"], "rows_per_step": ROWS_PER_STEP,
     }  # fmt: skip
 
+    caches = Path(tempfile.mkdtemp(prefix="cache-", dir=folder))
+
     def run(side: str, rows: str, **more: Any) -> dict[str, Any]:
         out = Path(tempfile.mkdtemp(prefix=f"{side}-{rows}-", dir=folder))
-        job = {**common, "side": side, "rows": rows, "out": str(out), **more}
+        job = {**common, "side": side, "rows": rows, "out": str(out), "cache": str(caches / side), **more}
         limit = min(args.limit, deadline - time.monotonic())
         found = run_side(job, limit, args.device) if limit > 5 else {"status": "no time was left"}
         result = {

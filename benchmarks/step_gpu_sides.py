@@ -22,21 +22,32 @@ class Done(Exception):
 
 
 class StepLog:
-    """Writes a line for each optimizer step, and profiles one more step if the job wants that."""
+    """Writes a line for every ``every`` optimizer steps, and profiles as many more if the job wants that.
+
+    Reading the clock after every step would wait for the GPU each time, which runs do at log lines only.
+    """
 
     def __init__(self, job: Job) -> None:
         self.job, self.steps, self.profiler = job, 0, None
+        self.every = max(1, min(5, job["steps"] // 3))
         self.file = (Path(job["out"]) / "steps.jsonl").open("w")
 
-    def step(self, seconds: float, tokens: float) -> None:
-        """Call after every step, when the GPU is done with it."""
+    def record(self, seconds: float, tokens: float) -> None:
+        """Call after ``every`` steps, when the GPU is done with them, with their sums."""
         if self.profiler is not None:
             self.write_profile()
             raise Done
-        self.steps += 1
+        self.steps += self.every
         peak, reserved = torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved
         memory = {"peak_gb": peak() / 1e9, "reserved_gb": reserved() / 1e9} if ON_GPU else {}
-        line = {"seconds": seconds, "tokens": tokens, "peak_gb": None, "reserved_gb": None, **memory}
+        line = {
+            "count": self.every,
+            "seconds": seconds,
+            "tokens": tokens,
+            "peak_gb": None,
+            "reserved_gb": None,
+            **memory,
+        }
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         if self.steps < self.job["steps"]:
@@ -67,14 +78,14 @@ def limbeck(job: Job) -> None:
         def log(self, step: int, values: dict[str, float]) -> None:
             if ON_GPU:
                 torch.cuda.synchronize()
-            log.step(values["time/step"], values["train/tokens"])
+            log.record(values["time/step"] * log.every, values["train/tokens"])
 
         def close(self) -> None:
             log.file.close()
 
     register_tracker("benchmark", lambda log_dir, kwargs: Tracker())
     options = {
-        "output_dir": job["out"], "track_with": "benchmark", "logging_steps": 1, "save_steps": 0,
+        "output_dir": job["out"], "track_with": "benchmark", "logging_steps": log.every, "save_steps": 0,
         "max_steps": 1000,  # a long run, for which compiling is worth its time; the tracker ends it
         "sequence_length": job["length"], "distill_on_prompt": True, "dtype": job["dtype"],
         "use_sequence_packing": job["rows"] == "packed", "cache_path": f"{job['out']}/cache",
@@ -98,7 +109,7 @@ def trl(job: Job) -> None:
     documents = [torch.tensor(ids) for ids in tokenizer(texts)["input_ids"]]
     per_micro_batch, accumulation = job["micro_batch"] * job["length"], job["rows_per_step"] // job["micro_batch"]
     batches = padded(documents, per_micro_batch)
-    wanted = (job["steps"] + 2) * accumulation
+    wanted = (job["steps"] + 2 * log.every) * accumulation
     batches = (batches * (wanted // len(batches) + 1))[:wanted]
 
     class SameBatches(GKDTrainer):
@@ -110,19 +121,21 @@ def trl(job: Job) -> None:
             self.ended = time.perf_counter()
 
         def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step % log.every:
+                return
             if ON_GPU:
                 torch.cuda.synchronize()
             now = time.perf_counter()
-            taken = batches[(state.global_step - 1) * accumulation : state.global_step * accumulation]
-            log.step(now - self.ended, sum(int(batch["attention_mask"].sum()) for batch in taken))
+            taken = batches[(state.global_step - log.every) * accumulation : state.global_step * accumulation]
+            log.record(now - self.ended, sum(int(batch["attention_mask"].sum()) for batch in taken))
             self.ended = time.perf_counter()
 
     config = GKDConfig(
         output_dir=job["out"], lmbda=0.0, beta=0.0, bf16=job["dtype"] == "bf16", use_cpu=not ON_GPU,
         gradient_checkpointing=job["checkpointing"], use_liger_kernel=job["side"] == "liger",
         per_device_train_batch_size=job["micro_batch"], gradient_accumulation_steps=accumulation,
-        max_steps=job["steps"] + 2, learning_rate=1e-5, max_length=job["length"], report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True,
+        max_steps=job["steps"] + 2 * log.every, learning_rate=1e-5, max_length=job["length"],
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     student = AutoModelForCausalLM.from_pretrained(job["student"], dtype=torch.float32)
     teacher = AutoModelForCausalLM.from_pretrained(job["teacher"], dtype=getattr(torch, LONG[job["dtype"]]))

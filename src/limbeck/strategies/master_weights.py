@@ -17,7 +17,7 @@ class MasterWeights:
     """Keeps the float32 parameters of ``module`` as masters and lets it compute in ``dtype``.
 
     The parameters stay the same objects under the same names; what changes is their data. Outside of ``in_float32`` they hold
-    the copies and have no gradient.
+    the copies, and their gradients are those of the current micro-batch.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
@@ -26,8 +26,17 @@ class MasterWeights:
         self._grads: dict[nn.Parameter, Tensor] = {}
         for p, copy in self._copies.items():
             p.data = copy
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(self._accumulate)
+
+    def accumulate(self) -> None:
+        """Add the gradients of a micro-batch, in the compute precision, to the float32 sums; to be called after its backward."""
+        new = {p: p.grad for p in self._masters if p.grad is not None}
+        before = [p for p in new if p in self._grads]
+        if before:
+            torch._foreach_add_([self._grads[p] for p in before], [new[p] for p in before])
+        for p, grad in new.items():
+            if p not in self._grads:
+                self._grads[p] = grad.float()
+            p.grad = None
 
     @contextmanager
     def in_float32(self) -> Iterator[None]:
@@ -53,11 +62,3 @@ class MasterWeights:
     def held_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
         """The masters, and the summed gradients."""
         return list(self._masters.values()), list(self._grads.values())
-
-    def _accumulate(self, p: Tensor) -> None:
-        assert isinstance(p, nn.Parameter) and p.grad is not None
-        if p in self._grads:
-            self._grads[p] += p.grad
-        else:
-            self._grads[p] = p.grad.float()
-        p.grad = None

@@ -61,6 +61,8 @@ class TorchEngine:
             output = self._forward(micro_batch)
             del micro_batch  # so that the next one is not made beside it
             self._scaler.scale(output.loss).backward()
+            if self._masters is not None:
+                self._masters.accumulate()
             yield output
 
     @torch.no_grad()
