@@ -28,7 +28,7 @@ class MasterWeights:
             p.data = copy
 
     def accumulate(self) -> None:
-        """Add the gradients of a micro-batch, in the compute precision, to the float32 sums; to be called after its backward."""
+        """Add the gradients of a micro-batch to the float32 sums; to be called after its backward pass."""
         new = {p: p.grad for p in self._masters if p.grad is not None}
         before = [p for p in new if p in self._grads]
         if before:
