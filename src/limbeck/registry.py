@@ -177,7 +177,13 @@ TEACHERS: Registry[Any] = Registry(
 limbeck.teachers.protocol.Teacher``.
 """
 
-STEP_SOURCES: Registry[Any] = Registry("step source", {"dataset": "limbeck.train.step_source:DatasetSource"})
+STEP_SOURCES: Registry[Any] = Registry(
+    "step source",
+    {
+        "dataset": "limbeck.train.step_source:DatasetSource",
+        "rollout": "limbeck.train.rollout_source:RolloutSource",
+    },
+)
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
 
 GENERATORS: Registry[Any] = Registry("generator", {})

@@ -199,7 +199,7 @@ def test_a_plugin_registers_names_that_the_schema_accepts(write: Write) -> None:
         from limbeck.strategies.fsdp2 import Fsdp2Strategy
 
         STRATEGIES.register("megatron_train")(Fsdp2Strategy())
-        for registry, name in ((TRACKERS, "csv"), (TEACHERS, "http"), (STEP_SOURCES, "rollout")):
+        for registry, name in ((TRACKERS, "csv"), (TEACHERS, "http"), (STEP_SOURCES, "written")):
             registry.register(name)(lambda *arguments: None)
         """,
         "names.py",
@@ -210,11 +210,11 @@ def test_a_plugin_registers_names_that_the_schema_accepts(write: Write) -> None:
             "student_pretrain": "s",
             "teacher_pretrain": "t",
             "track_with": "csv",
-            "step_source": "rollout",
+            "step_source": "written",
             "step_source_kwargs": {"length": 3},
             "teacher": {"source": "http", "source_kwargs": {"url": "http://localhost"}},
             "student": {"data_args": {"file_name": "d"}, "strategy_args": {"strategy_name": "megatron_train"}},
         }
     ).config
-    assert (config.teacher_source, config.step_source, config.track_with) == ("http", "rollout", "csv")
+    assert (config.teacher_source, config.step_source, config.track_with) == ("http", "written", "csv")
     assert config.student.strategy_args.strategy_name == "megatron_train"

@@ -38,6 +38,9 @@ class WrittenRows:
     def weights_changed(self, weights, step):
         self.generator.update_weights(weights(), step)
 
+    def metrics(self):
+        return {}
+
     def state_dict(self):
         return {}
 

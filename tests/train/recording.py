@@ -42,6 +42,9 @@ class RecordingSource(DatasetSource):
         self.loaded = dict(state)
         super().load_state_dict(state)
 
+    def metrics(self):
+        return {}
+
     def close(self) -> None:
         self._note("close")
         super().close()

@@ -26,6 +26,7 @@ class Examples:
     weights: [total] float32, factor of each position's loss, 0 at unsupervised positions; None when all are 1.
     supervised: [rows] number of supervised positions per row, if already counted.
     groups:  [rows] int32, index into ``DataReport.groups``; None with only one group.
+    row_ids: [rows] int64, the number of the dataset row that each was made from; None if it is the row's own number.
     """
 
     tokens: NDArray[np.int32]
@@ -34,6 +35,7 @@ class Examples:
     weights: NDArray[np.float32] | None = None
     supervised: NDArray[np.int32] | None = None
     groups: NDArray[np.int32] | None = None
+    row_ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -158,6 +158,11 @@ class BatchStream:
         return self
 
     def __next__(self) -> StepBatch:
+        groups = _micro_batches(self._examples, self.take(), self._settings, self._layout, self._world_size)
+        return _rank_batch(self._examples, groups, self._layout, self._rank, self._world_size)
+
+    def take(self) -> list[Ints]:
+        """The row numbers of each unit (row or pack) of the next step, of all ranks; the position moves on."""
         if self._order is None:
             self._order = self._order_of(self._epoch)
         first = self._step * self._units_per_step
@@ -165,7 +170,7 @@ class BatchStream:
         self._step += 1
         if (self._step + 1) * self._units_per_step > len(self._order):
             self._epoch, self._step, self._order = self._epoch + 1, 0, None
-        return _rank_batch(self._examples, self._micro_batches(units), self._layout, self._rank, self._world_size)
+        return units
 
     def _identity(self) -> dict[str, int]:
         return {
@@ -211,34 +216,6 @@ class BatchStream:
             )
         return order
 
-    def _micro_batches(self, units: list[Ints]) -> list[list[Ints]]:
-        """Groups the step's units into the micro-batches of all ranks, largest first; the same number for each rank."""
-        if self._budget and self._layout.packed:  # rows are concatenated, so a pack may be split
-            units = [unit[i : i + 1] for unit in units for i in range(len(unit))]
-        lengths = [int(self._examples.lengths[unit].sum()) for unit in units]
-        if not self._layout.packed:
-            if self._budget:
-                groups = partition_neighbours_within_budget(
-                    lengths, self._budget, self._world_size, self._layout.padded
-                )
-            else:  # similar lengths need little padding
-                order = sorted(range(len(units)), key=lambda i: -lengths[i])
-                groups = [
-                    order[i : i + self._settings.per_device_batch_size]
-                    for i in range(0, len(units), self._settings.per_device_batch_size)
-                ]
-        else:
-            if self._budget:
-                groups = partition_within_budget(lengths, self._layout.whole(self._budget), self._world_size)
-            else:
-                groups = partition_balanced(
-                    lengths,
-                    self._settings.accumulation_steps * self._world_size,
-                    most=self._settings.per_device_batch_size,
-                )
-            groups.sort(key=lambda group: -sum(lengths[i] for i in group))
-        return [[units[i] for i in group] for group in groups]
-
     def _check_budget(self) -> None:
         longest = int(self._examples.lengths.max())
         slots = self._layout.shape([longest])[1]
@@ -248,6 +225,18 @@ class BatchStream:
                 f"more than max_tokens_per_microbatch_in_train = {self._budget}; raise that to {slots} or more, "
                 "or lower sequence_length."
             )
+
+
+def make_step(examples: Examples, settings: StreamSettings, rank: int = 0, world_size: int = 1) -> StepBatch:
+    """One optimizer step of all rows of ``examples``: this rank's micro-batches, as ``BatchStream`` makes them.
+
+    Without a limit of tokens per micro-batch there must be ``per_device_batch_size * accumulation_steps * world_size`` rows.
+    """
+    capacity = max(settings.sequence_length, int(examples.lengths.max()))
+    layout = _Layout(settings.length_round, capacity, settings.pad_id, settings.packing)
+    units = [np.array([row]) for row in range(len(examples))]
+    groups = _micro_batches(examples, units, settings, layout, world_size)
+    return _rank_batch(examples, groups, layout, rank, world_size)
 
 
 def fixed_batches(
@@ -293,6 +282,37 @@ class _Layout:
         if self.packed:
             return 1, self.rounded(max(1, sum(units)))
         return max(1, len(units)), self.padded(max(units, default=1))
+
+
+def _micro_batches(
+    examples: Examples, units: list[Ints], settings: StreamSettings, layout: _Layout, world_size: int
+) -> list[list[Ints]]:
+    """Groups the step's units into the micro-batches of all ranks, largest first; the same number for each rank."""
+    if settings.max_tokens_per_microbatch and layout.packed:  # rows are concatenated, so a pack may be split
+        units = [unit[i : i + 1] for unit in units for i in range(len(unit))]
+    lengths = [int(examples.lengths[unit].sum()) for unit in units]
+    if not layout.packed:
+        if settings.max_tokens_per_microbatch:
+            groups = partition_neighbours_within_budget(
+                lengths, settings.max_tokens_per_microbatch, world_size, layout.padded
+            )
+        else:  # similar lengths need little padding
+            order = sorted(range(len(units)), key=lambda i: -lengths[i])
+            groups = [
+                order[i : i + settings.per_device_batch_size]
+                for i in range(0, len(units), settings.per_device_batch_size)
+            ]
+    else:
+        if settings.max_tokens_per_microbatch:
+            groups = partition_within_budget(lengths, layout.whole(settings.max_tokens_per_microbatch), world_size)
+        else:
+            groups = partition_balanced(
+                lengths,
+                settings.accumulation_steps * world_size,
+                most=settings.per_device_batch_size,
+            )
+        groups.sort(key=lambda group: -sum(lengths[i] for i in group))
+    return [[units[i] for i in group] for group in groups]
 
 
 def _rank_batch(
@@ -344,7 +364,7 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
         weights=None if weights is None else torch.from_numpy(weights),
         real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
         documents=tuple(documents) if layout.packed else None,
-        row_ids=tuple(int(row) for row in rows),
+        row_ids=tuple(int(row if examples.row_ids is None else examples.row_ids[row]) for row in rows),
     )
 
 

@@ -27,7 +27,8 @@ class SamplingParams:
     """How completions are sampled.
 
     max_tokens: of a completion. n: completions per prompt. temperature: divides the logits; 0 is greedy. top_k: 0
-    samples from the whole vocabulary. seed: of this step.
+    samples from the whole vocabulary. seed: of this step. stop_strings, stop_token_ids: what ends a completion, beside the
+    tokenizer's end token.
     """
 
     max_tokens: int
@@ -36,6 +37,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,12 @@ class StepSource(Protocol):
         """This rank's micro-batches of optimizer step ``step`` (from 0), on the host, with the counts of this rank."""
 
     def weights_changed(self, weights: Weights, step: int) -> None:
-        """The student has taken step ``step``; ``weights`` iterates over its current weights, if the source needs
-        them.
+        """The student has taken step ``step``, or is about to begin after it; ``weights`` iterates over its current weights,
+        if the source needs them.
         """
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the steps since the previous call, which are added to a log line."""
 
     def state_dict(self) -> dict[str, Any]:
         """JSON values from which the next step can be made again, on any number of ranks."""
@@ -65,6 +68,9 @@ class DatasetSource:
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """A dataset does not depend on the weights."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         return self._stream.position

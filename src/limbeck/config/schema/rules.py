@@ -25,6 +25,7 @@ def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
+    yield from _rollout_contradictions(config)
     yield from _placement_contradictions(config)
     yield from _transport_contradictions(config)
 
@@ -168,7 +169,7 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     for path, name, given, known in (
         ("track_with", config.track_with, config.tracker_kwargs, TRACKER_KWARGS),
-        ("step_source", config.step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
+        ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
         ("teacher.source", config.teacher.source, config.teacher.source_kwargs, TEACHER_SOURCE_KWARGS),
     ):
         prefix = "tracker_kwargs" if path == "track_with" else f"{path}_kwargs"
@@ -177,6 +178,24 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 yield Contradiction(
                     f"{prefix}.{key}", f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}"
                 )
+
+
+def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    rollout = config.rollout
+    if rollout is None:
+        if config.step_source == "rollout":
+            yield Contradiction("step_source", "= rollout needs the section rollout; add it, for example rollout: {}")
+        return
+    if rollout.on_policy_fraction > 0 and config.distill_loss_weight < 1:
+        yield Contradiction(
+            "distill_loss_weight",
+            f"= {config.distill_loss_weight} adds cross-entropy with what the student has written itself; set "
+            "distill_loss_weight: 1, or rollout.on_policy_fraction: 0",
+        )
+    if config.distill_on_prompt:
+        yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if config.is_offload_states:
+        yield Contradiction("is_offload_states", "with rollout is not built yet; set it to false")
 
 
 def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:

@@ -11,6 +11,7 @@ from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
 from limbeck.config.schema.data import SourceArgs, ValidationConfig
 from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
+from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
 from limbeck.errors import LimbeckError
@@ -193,11 +194,15 @@ class RunFields(Section):
         "loss to the divergence and both to the cross-entropy; distill_loss_weight: 1 leaves the cross-entropy out.",
     )
 
-    step_source: Annotated[str, registered(STEP_SOURCES)] = Field(
-        default="dataset",
-        description="Where the batches of a training step come from: dataset (the training data), or a source that a "
-        "plug-in "
-        "registers.",
+    rollout: RolloutConfig | None = Field(
+        default=None,
+        description="On-policy distillation: the student writes a share of the samples. If unset, all samples are rows of the "
+        "data.",
+    )
+    step_source: Annotated[str, registered(STEP_SOURCES)] | None = Field(
+        default=None,
+        description="Where the batches of a training step come from: dataset (the training data), rollout (also what the "
+        "student writes), or a source that a plug-in registers. If unset, rollout with the section of that name, else dataset.",
     )
     step_source_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of a step source that a plug-in registers."
@@ -296,6 +301,11 @@ class RunFields(Section):
     def has_teacher(self) -> bool:
         """Whether there is a teacher: a model, or a teacher source that needs none."""
         return self.teacher.model_args.names_a_model or TEACHERS.has_trait(self.teacher.source, NEEDS_NO_MODEL)
+
+    @property
+    def effective_step_source(self) -> str:
+        """``step_source``, or what follows from ``rollout``."""
+        return self.step_source or ("dataset" if self.rollout is None else "rollout")
 
     @property
     def teacher_signal(self) -> str:

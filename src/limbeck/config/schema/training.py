@@ -53,7 +53,7 @@ TRACKER_KWARGS: dict[str, tuple[str, ...]] = {"tensorboard": ("log_dir",), "stdo
 """The tracker_kwargs that each built-in tracker reads."""
 
 
-STEP_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"dataset": ()}
+STEP_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"dataset": (), "rollout": ()}
 """The step_source_kwargs that each built-in step source reads."""
 
 

@@ -97,8 +97,8 @@ class Run:
                 f"{broken[0]} is {line[broken[0]]} at step {self.step}: the run has diverged; lower "
                 "student.training_args.learning_rate, or clip with max_grad_norm (checkpoints so far are as they were)."
             )
-        if "train/loss" in line and self.teacher is not None:
-            line = line | self.teacher.metrics()
+        if "train/loss" in line:
+            line = line | self.source.metrics() | (self.teacher.metrics() if self.teacher is not None else {})
         line = {name: value for name, value in line.items() if isfinite(value)}  # JSON has no infinity
         self.latest |= line
         if "train/loss" in line:
@@ -191,6 +191,7 @@ def build_run(
         run.step, position = run.saver.restore(resume)
         source.load_state_dict(position)
         _set_scheduler_step(run.scheduler, run.step)
+    source.weights_changed(student.engine.iter_weights, run.step)
     run.trackers = _open_trackers(run)
     for tracker in run.trackers:
         resources.callback(tracker.close)
@@ -198,9 +199,18 @@ def build_run(
 
 
 def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSource:
-    source: StepSource = STEP_SOURCES.get(config.step_source)(config, world, data)
-    members = ("max_lookahead", "steps_per_epoch", "next", "weights_changed", "state_dict", "load_state_dict", "close")
-    check_members(f"the step source of step_source = {config.step_source}", source, members)
+    source: StepSource = STEP_SOURCES.get(config.effective_step_source)(config, world, data)
+    members = (
+        "max_lookahead",
+        "steps_per_epoch",
+        "next",
+        "weights_changed",
+        "metrics",
+        "state_dict",
+        "load_state_dict",
+        "close",
+    )
+    check_members(f"the step source of step_source = {config.effective_step_source}", source, members)
     return source
 
 
@@ -208,7 +218,7 @@ def _total_steps(config: DistillConfig, source: StepSource) -> int:
     limits = [] if config.max_steps is None else [config.max_steps]
     if config.num_train_epochs is not None:
         if source.steps_per_epoch is None:
-            raise LimbeckError(f"step_source = {config.step_source} has no epochs; set max_steps.")
+            raise LimbeckError(f"step_source = {config.effective_step_source} has no epochs; set max_steps.")
         limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
     return min(limits)
 
