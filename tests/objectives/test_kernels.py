@@ -412,7 +412,7 @@ for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", 
     )
     options = {"num_warps": WARPS, "enable_fp_fusion": True}
     ptx = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    print("ld.global.v4" in ptx and "st.global.v4" in ptx)
+    print("cp.async.cg.shared.global" in ptx and "st.global.v4" in ptx)  # both move 16 bytes
 """
 
 
