@@ -273,15 +273,15 @@ HUGE = {"model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536,
             },
             "the teacher None takes .* GB of memory to load",
         ),
-        ({"teacher.system_envs": "other"}, "teacher-0 on .* runs limbeck 99.0, and this process"),
+        ({"teacher.system_envs": "other"}, "teacher-0 on .* runs transformers 99.0, and this process"),
     ],
     ids=["does-not-fit", "another-version"],
 )
 def test_a_mistake_in_a_worker_is_one_sentence_and_no_restart(configure, tmp_path, changes, sentence):
     if "teacher.system_envs" in changes:
-        other = tmp_path / "limbeck-99.0.dist-info"
+        other = tmp_path / "transformers-99.0.dist-info"
         other.mkdir()
-        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: limbeck\nVersion: 99.0\n")
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 99.0\n")
         path = os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
         changes = {"teacher.system_envs": {"PYTHONPATH": path}}
     lines = []

@@ -240,3 +240,37 @@ def test_the_command_prints_tables_and_json(from_config, tmp_path, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] and printed["gpu"]["name"] == "A100"
     assert sum(printed["groups"][0]["peak"].values()) == printed["needed"]
+
+
+def test_the_expected_time_and_memory_are_those_that_were_measured_on_an_h100():
+    """Measured by benchmarks/step_gpu.py, 0.5B<-1.5B, full rows, PyTorch 2.11: seconds of a step, and peak memory."""
+    common = {
+        "vocab_size": 151_936,
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 2,
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+    }
+    shapes = {
+        "student": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+        "teacher": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    }
+    model_args = {
+        role: {"from_scratch": True, "dtype": "bf16", "model_config_kwargs": common | shape}
+        for role, shape in shapes.items()
+    }
+    settings = {
+        "tokenizer": "unread",
+        "sequence_length": 1024,
+        "student": {
+            "model_args": model_args["student"] | {"disable_gradient_checkpointing": True},
+            "training_args": {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2},
+            "data_args": {"file_name": "unread.jsonl"},
+        },
+        "teacher": {"model_args": model_args["teacher"]},
+    }
+    uncompiled = plan(settings | {"compile_model": False}, per_node=1)
+    assert uncompiled.expected == pytest.approx(0.372, rel=0.2)
+    assert uncompiled.needed == pytest.approx(25.25e9, rel=0.05)
+    assert replace(uncompiled, compiled=True).expected == pytest.approx(0.269, rel=0.2)
+    assert uncompiled.overlapped < uncompiled.expected

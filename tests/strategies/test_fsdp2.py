@@ -114,9 +114,9 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
 SLOW_MAIN = """
 import os, sys, time
 from limbeck.strategies.world import start_world
-with start_world(timeout_minutes=1 / 60) as world:  # what any other collective gets
+with start_world(timeout_minutes=1 / 20) as world:  # what any other collective gets
     if world.is_main:
-        time.sleep(4)
+        time.sleep(7)
         if sys.argv[1] == "dies":
             os._exit(7)
     world.barrier()

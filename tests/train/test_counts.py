@@ -11,6 +11,7 @@ from limbeck.data.batch import Batch, StepBatch, StepCounts
 from limbeck.objectives import DistillationLoss
 from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
+from limbeck.teachers import Signal
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.run import build_run
 from limbeck.train.loop import train_inputs, train_step
@@ -79,17 +80,17 @@ def test_a_step_without_supervised_tokens_divides_by_one():
 
 def test_a_signal_is_awaited_with_the_compared_positions_when_its_micro_batch_is_made():
     step = StepBatch((batch_of(), batch_of()), StepCounts(8, 8.0, 20, 20))
-    awaited = []
+    awaited, signal = [], Signal(None, None)
 
     def future(batch):
         awaited.append(batch)
-        return "signal"
+        return signal
 
     made, run = inputs_of(ALONE, step, [None, future])
     iterator = iter(made)
     assert next(iterator).signal is None
     assert awaited == []
-    assert next(iterator).signal == "signal"
+    assert next(iterator).signal is signal
     assert awaited == [("compared", step.micro_batches[1])]
     assert run.metrics.timer.read().keys() == {"teacher"}
 
@@ -147,7 +148,12 @@ def test_validation_requests_signals_one_batch_ahead_or_all_in_one_turn():
     class Teacher:
         def request(self, batch, spec):
             events.append(f"request {len(batch.labels)} {spec}")
-            return lambda on_device: events.append(f"await {len(on_device.labels)}")
+
+            def future(on_device):
+                events.append(f"await {len(on_device.labels)}")
+                return Signal(None, None)
+
+            return future
 
     class Colocated:
         @contextmanager

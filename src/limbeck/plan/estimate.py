@@ -22,6 +22,12 @@ _ADAM_BYTES = (
 )
 
 
+_BODIES = {True: 0.36, False: 0.24}
+_EFFICIENCY = {"loss": 0.64, "optimizer": 0.8, "communication": 1.0}
+"""Shares of the peak rates that parts of a step reach: the models' layers compiled or not, and the others. Measured with
+Qwen2.5-0.5B as the student and 1.5B as the teacher on an H100 (benchmarks/step_gpu.py); larger models reach more."""
+
+
 @dataclass(frozen=True)
 class Traffic:
     """One kind of collective in a step: the ranks of its group, the bytes that each receives, the link and its seconds."""
@@ -53,9 +59,18 @@ class Group:
     @property
     def overlapped(self) -> float:
         """Seconds of a step whose communication overlaps with its computation."""
-        communication, optimizer = self.seconds["communication"], self.seconds["optimizer"]
-        computation = sum(self.seconds.values()) - communication - optimizer
-        return max(computation, communication) + optimizer
+        return _overlapped(self.seconds)
+
+    def expected(self, *, compiled: bool) -> float:
+        """The same at the rates that steps were measured to reach."""
+        bodies = _BODIES[compiled]
+        return _overlapped({part: seconds / _EFFICIENCY.get(part, bodies) for part, seconds in self.seconds.items()})
+
+
+def _overlapped(seconds: dict[str, float]) -> float:
+    communication, optimizer = seconds["communication"], seconds["optimizer"]
+    computation = sum(seconds.values()) - communication - optimizer
+    return max(computation, communication) + optimizer
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,7 @@ class Plan:
     """The plan of a run.
 
     groups: the simulated ranks. offloads: of roles that share a GPU, one at a time is on it. notices: sentences about how
-    the plan differs from the configuration.
+    the plan differs from the configuration. compiled: whether the layers of the models will be.
     """
 
     nodes: int
@@ -72,6 +87,7 @@ class Plan:
     groups: tuple[Group, ...]
     offloads: bool = False
     notices: tuple[str, ...] = ()
+    compiled: bool = True
 
     @property
     def usable(self) -> float:
@@ -93,6 +109,13 @@ class Plan:
     def overlapped(self) -> float:
         """Seconds of a step whose communication and roles on other GPUs overlap with computation."""
         return max(self._on(device, lambda group: group.overlapped, sum) for device in self._devices)
+
+    @property
+    def expected(self) -> float:
+        """Seconds of a step at the rates that steps were measured to reach, with communication overlapped."""
+        return max(
+            self._on(device, lambda group: group.expected(compiled=self.compiled), sum) for device in self._devices
+        )
 
     @property
     def serial(self) -> float:
@@ -137,7 +160,7 @@ class Plan:
             "fits": self.fits,
             "needed": self.needed,
             "usable": self.usable,
-            "step_seconds": {"overlapped": self.overlapped, "serial": self.serial},
+            "step_seconds": {"overlapped": self.overlapped, "serial": self.serial, "expected": self.expected},
             "tokens_per_second": self.tokens_per_second,
             "groups": groups,
         }
@@ -167,7 +190,8 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
         groups.append(_group(name, step, gpus_per_node, gpu, signal_link))
     _, notice = longest_row(config)
     notices = () if notice is None else (notice,)
-    return Plan(nodes, gpus_per_node, gpu, tuple(groups), config.offloads_colocated, notices)
+    compiled = config.compile_model is not False
+    return Plan(nodes, gpus_per_node, gpu, tuple(groups), config.offloads_colocated, notices, compiled)
 
 
 def _group(name: str, step: Step, gpus_per_node: int, gpu: Gpu, signal_link: str) -> Group:
