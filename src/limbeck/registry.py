@@ -189,6 +189,15 @@ STEP_SOURCES: Registry[Any] = Registry(
 GENERATORS: Registry[Any] = Registry("generator", {})
 """Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources. None is built in."""
 
+ENVIRONMENTS: Registry[Any] = Registry(
+    "environment",
+    {
+        "math": "limbeck.rollout.environments:make_math",
+        "exact": "limbeck.rollout.environments:make_exact",
+    },
+)
+"""Name to a function ``(**arguments) -> limbeck.rollout.environments.Environment``; called by step sources."""
+
 TRACKERS: Registry[Any] = Registry(
     "tracker",
     {
