@@ -180,8 +180,8 @@ limbeck.teachers.protocol.Teacher``.
 STEP_SOURCES: Registry[Any] = Registry("step source", {"dataset": "limbeck.train.step_source:DatasetSource"})
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
 
-GENERATORS: Registry[Any] = Registry("generator", {})
-"""Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources. None is built in."""
+GENERATORS: Registry[Any] = Registry("generator", {"hf": "limbeck.rollout.hf:make_generator"})
+"""Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources."""
 
 TRACKERS: Registry[Any] = Registry(
     "tracker",
