@@ -161,13 +161,13 @@ def test_weights_of_another_dtype_are_copied_into_the_same_memory(folder, model,
     generator = make_generator(folder, dtype=torch.float64)
     generator.update_weights(iter_model(model), 1)
     before = contract.check_greedy(generator, load(folder).double(), prompts)
-    places = [parameter.data_ptr() for parameter in generator._model.parameters()]
+    places = [parameter.data_ptr() for parameter in generator.model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.2).add_(0.03)
     assert contract.check_greedy(generator, load(folder).double(), prompts) == before
     generator.update_weights(iter_model(model), 2)
-    assert [parameter.data_ptr() for parameter in generator._model.parameters()] == places
+    assert [parameter.data_ptr() for parameter in generator.model.parameters()] == places
     contract.check_greedy(generator, model.double(), prompts)
 
 
@@ -252,7 +252,7 @@ def test_offload_frees_the_gpu(folder, model, prompts):
     before, held = generator.generate(prompts, settings), torch.cuda.memory_allocated()
     generator.offload()
     assert torch.cuda.memory_allocated() < held
-    assert all(parameter.device.type == "cpu" for parameter in generator._model.parameters())
+    assert all(parameter.device.type == "cpu" for parameter in generator.model.parameters())
     generator.reload()
     assert generator.generate(prompts, settings) == before
     generator.update_weights(iter_model(model), 2)

@@ -96,9 +96,9 @@ class HfGenerator:
             )
         self.version = 0
         self._device, self._slots, self._tokenizer = torch.device(device), slots, tokenizer
-        self._model = deepcopy(model).eval()  # its configuration, which is changed, may belong to another model too
-        self._model.set_attn_implementation(SLOT_ATTENTION)
-        self._weights = SharedWeights(self._model, self._device)
+        self.model = deepcopy(model).eval()  # its configuration, which is changed, may belong to another model too
+        self.model.set_attn_implementation(SLOT_ATTENTION)
+        self._weights = SharedWeights(self.model, self._device)
         self._has_weights = False
         self._num_positions = getattr(config, "max_position_embeddings", None)
         self._end_ids = _ids(tokenizer.eos_token_id) | _ids(model.generation_config.eos_token_id)
@@ -153,7 +153,7 @@ class HfGenerator:
             if length >= self._num_positions:
                 raise LimbeckError(
                     f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: "
-                    f"{type(self._model).__name__} has {self._num_positions} positions; leave out longer prompts, or set "
+                    f"{type(self.model).__name__} has {self._num_positions} positions; leave out longer prompts, or set "
                     "student.model_args.model_config_kwargs.max_position_embeddings if it supports more."
                 )
             most = min(most, self._num_positions - length)
@@ -182,7 +182,7 @@ class HfGenerator:
             new = new[len(group) :]
             ids = [[*active[slot].prompt.token_ids[:-1]] for slot in group]
             padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self._device)
-            body(self._model)(input_ids=padded, use_cache=False, slots=Prefill(cache, group))
+            body(self.model)(input_ids=padded, use_cache=False, slots=Prefill(cache, group))
         if copies:
             sources, targets = zip(*copies, strict=True)
             cache.copy(sources, targets, max(len(active[slot].prompt.token_ids) for slot in targets))
@@ -193,7 +193,7 @@ class HfGenerator:
         positions = torch.tensor([row.position for row in rows], device=self._device)
         draws = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=self._device)
         slots = Decode(cache, positions, max(row.position for row in rows))
-        logits = self._model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
+        logits = self.model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
         tokens, log_probs = sample_tokens(logits.squeeze(1), draws, sampling)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.token_ids.append(token)
