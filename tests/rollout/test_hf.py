@@ -24,6 +24,7 @@ KINDS = {
     "qwen3 tied": {"head_dim": 8, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 5},
     "gemma3_text": SLIDING,
+    "phi3": {"resid_pdrop": 0.5},  # dropout, which must be off
 }
 SETTINGS = [
     SamplingParams(12),
@@ -151,10 +152,17 @@ def test_the_student_trains_while_its_memory_is_shared(generator, model, prompts
     contract.check_greedy(generator, model.eval(), prompts)
 
 
-def test_an_update_replaces_weights_that_are_shared(generator, folder, prompts, tmp_path):
+def test_an_update_never_writes_to_weights_that_are_shared(generator, folder, model, prompts, tmp_path):
     other = load(make_model(tmp_path, kind="qwen3", head_dim=8, tie_word_embeddings=True, seed=5))
     generator.update_weights(iter_model(other), 2)
     contract.check_greedy(generator, other, prompts)
+    generator.update_weights(iter_model(other.double()), 3)  # into copies
+    contract.check_greedy(generator, other, prompts)
+    generator.update_weights(iter_model(model), 4)
+    generator.update_weights(iter_model(other), 5)
+    contract.check_greedy(generator, other, prompts)
+    for parameter, expected in zip(model.parameters(), load(folder).parameters(), strict=True):
+        assert torch.equal(parameter, expected)
 
 
 def test_weights_of_another_dtype_are_copied_into_the_same_memory(folder, model, prompts):
@@ -242,6 +250,14 @@ def test_offload_and_reload_keep_the_weights(generator, model, prompts):
     generator.offload()
     generator.reload()
     contract.check_greedy(generator, model, prompts)
+
+
+def test_a_configuration_that_other_models_share_is_not_changed(folder):
+    source = ModelSource(str(folder))
+    outline = model_outline(source, torch.float32)
+    before = outline.config.to_dict(), outline.config._attn_implementation, outline.training
+    HfGenerator(outline, load_tokenizer(source))
+    assert (outline.config.to_dict(), outline.config._attn_implementation, outline.training) == before
 
 
 @needs_gpu
