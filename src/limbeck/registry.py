@@ -186,8 +186,8 @@ STEP_SOURCES: Registry[Any] = Registry(
 )
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
 
-GENERATORS: Registry[Any] = Registry("generator", {})
-"""Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources. None is built in."""
+GENERATORS: Registry[Any] = Registry("generator", {"hf": "limbeck.rollout.hf:make_generator"})
+"""Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources."""
 
 ENVIRONMENTS: Registry[Any] = Registry(
     "environment",

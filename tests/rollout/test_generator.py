@@ -1,7 +1,8 @@
-"""A generator from a plug-in file writes the rows of a run that trains."""
+"""A generator, built in or from a plug-in file, writes the rows of a run that trains."""
 
 from pathlib import Path
 
+import pytest
 import torch
 from runs import weights
 
@@ -14,13 +15,18 @@ from limbeck.rollout import Prompt, SamplingParams
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugins" / "generator.py"
 
 
+def checkpoint(config):
+    return load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32)
+
+
 class WrittenRows:
     """A step source: the student writes the rows of every step."""
 
     max_lookahead, steps_per_epoch = 0, None
 
-    def __init__(self, config, world, data):
-        self.generator = registry.GENERATORS.get("greedy")(config, world)
+    def __init__(self, name, config, world, data):
+        self.generator = registry.GENERATORS.get(name)(config, world)
+        self.generator.update_weights(checkpoint(config).state_dict().items(), 0)
         self.examples, self.versions = data.examples, []
 
     def next(self, step):
@@ -28,7 +34,7 @@ class WrittenRows:
         self.versions.append(step)
         prompts = [Prompt(tuple(self.examples.row(row)[0][:6].tolist()), row) for row in range(step, step + 4)]
         rows = []
-        for completion in self.generator.generate(prompts, SamplingParams(max_tokens=4)):
+        for completion in self.generator.generate(prompts, SamplingParams(max_tokens=4, temperature=0)):
             ids = torch.tensor([[*completion.prompt.token_ids, *completion.token_ids]])
             labels = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=IGNORE)
             labels[:, : len(completion.prompt.token_ids) - 1] = IGNORE
@@ -51,11 +57,12 @@ class WrittenRows:
         """There is no background work."""
 
 
-def test_a_generator_writes_with_the_weights_of_the_last_step(configure, monkeypatch):
+@pytest.mark.parametrize("name", ["greedy", "hf"])
+def test_a_generator_writes_with_the_weights_of_the_last_step(name, configure, monkeypatch):
     sources = []
 
     def make(config, world, data):
-        sources.append(WrittenRows(config, world, data))
+        sources.append(WrittenRows(name, config, world, data))
         return sources[-1]
 
     monkeypatch.setitem(registry.STEP_SOURCES._registered, "written", make)
@@ -69,5 +76,5 @@ def test_a_generator_writes_with_the_weights_of_the_last_step(configure, monkeyp
     written = dict(sources[0].generator.model.state_dict())
     for name, tensor in saved.items():
         torch.testing.assert_close(written[name], tensor)
-    start = load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32).state_dict()
+    start = checkpoint(config).state_dict()
     assert any(not torch.equal(start[name], tensor) for name, tensor in saved.items())

@@ -53,8 +53,9 @@ def texts(batch):
     return found
 
 
-def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(source):
-    made, config, data = source(**{"rollout.max_new_tokens": 6})
+@pytest.mark.parametrize("generator", ["greedy", "hf"])
+def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(source, generator):
+    made, config, data = source(**{"rollout.generator": generator, "rollout.temperature": 0.0})
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     for step in range(2):
         with torch.no_grad():
@@ -146,6 +147,7 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
         ),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
+        ({"student.model_args.lora_target": "all-linear"}, "lora_target with rollout is not built yet"),
         ({"rollout.generator": "gready"}, "is not a known generator; did you mean greedy?"),
     ],
 )

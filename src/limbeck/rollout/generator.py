@@ -28,8 +28,8 @@ class SamplingParams:
     """How completions are sampled.
 
     max_tokens: of a completion. n: completions per prompt. temperature: divides the logits; 0 is greedy. top_k: 0
-    samples from the whole vocabulary. seed: of this step. stop_strings, stop_token_ids: what ends a completion, beside the
-    tokenizer's end token.
+    samples from the whole vocabulary. seed: of this step. stop_strings, stop_token_ids: end a completion, beside the
+    model's own end tokens.
     """
 
     max_tokens: int
@@ -46,8 +46,11 @@ class SamplingParams:
 class Completion:
     """What was written for a prompt.
 
-    token_ids: without the prompt's. log_probs: of each token under the sampling distribution, or None. finished: an end
-    token was written. version: of the weights that wrote it.
+    token_ids: without the prompt's. They include the token that ended the completion: an end token, or the token that
+    completed a stop string. log_probs: of each token under the sampling distribution, or None. That is the distribution
+    after temperature, top_k and top_p (``processed_logprobs`` in vLLM); with temperature 0, that of the unchanged logits.
+    finished: an end token or a stop string was written; False where max_tokens or the model's positions ran out.
+    version: of the weights that wrote it.
     """
 
     prompt: Prompt

@@ -1,0 +1,107 @@
+"""Compares the generator ``hf`` with ``model.generate`` as TRL's GKDTrainer calls it: one padded batch per micro-batch.
+
+    python benchmarks/rollout.py                    # on a GPU where there is one, in bf16
+    python benchmarks/rollout.py --micro-batch 16 --rounds 5
+
+Both sample from the same model at temperature 1 for the same prompts of mixed lengths. 1 token in 64 is an end token, so that
+completions have different lengths: 55 tokens on average and at most 128. Tokens after a row's end are not counted. The sides
+alternate, so that other load on the machine affects both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+
+from limbeck.rollout import Prompt, SamplingParams
+from limbeck.rollout.hf import HfGenerator
+
+VOCAB, PAD = 8192, 0
+ENDS = list(range(1, 1 + VOCAB // 64))
+MODEL = LlamaConfig(
+    hidden_size=256, num_hidden_layers=4, intermediate_size=1024, num_attention_heads=8, num_key_value_heads=4,
+    vocab_size=VOCAB, max_position_embeddings=2048, bos_token_id=None, eos_token_id=ENDS, pad_token_id=PAD,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def make_prompts(count: int, longest: int) -> list[Prompt]:
+    rng = random.Random(0)
+    return [
+        Prompt(tuple(rng.randrange(len(ENDS) + 1, VOCAB) for _ in range(rng.randint(8, longest))), row)
+        for row in range(count)
+    ]
+
+
+@torch.no_grad()
+def generate_in_batches(model: Any, prompts: list[Prompt], size: int, settings: GenerationConfig) -> int:
+    """The number of tokens that ``model.generate`` writes up to the end of every row, ``size`` rows at a time."""
+    written = 0
+    for start in range(0, len(prompts), size):
+        rows = [prompt.token_ids for prompt in prompts[start : start + size]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows], device=model.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:]
+        ends = torch.isin(output, torch.tensor(ENDS, device=model.device)).int()
+        written += int((ends.cumsum(-1) == ends).sum())  # no end before this token
+    return written
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--longest", type=int, default=64, help="tokens of the longest prompt; the shortest has 8")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument(
+        "--micro-batch", type=int, default=8, help="per_device_train_batch_size of GKDTrainer; its default"
+    )
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(MODEL, dtype=dtype).to(device).eval()
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(MODEL, dtype=dtype)
+    generator = HfGenerator(outline, SimpleNamespace(eos_token_id=ENDS), device, args.slots)
+    generator.update_weights(model.state_dict().items(), 0)
+    prompts = make_prompts(args.prompts, args.longest)
+    settings = GenerationConfig(
+        max_new_tokens=args.max_tokens, do_sample=True, temperature=1.0, top_k=0, pad_token_id=PAD, eos_token_id=ENDS
+    )
+
+    def ours(seed: int) -> int:
+        sampling = SamplingParams(max_tokens=args.max_tokens, seed=seed)
+        return sum(len(completion.token_ids) for completion in generator.generate(prompts, sampling))
+
+    def theirs(seed: int) -> int:
+        torch.manual_seed(seed)
+        return generate_in_batches(model, prompts, args.micro_batch, settings)
+
+    speeds: dict[str, list[float]] = {"limbeck": [], "model.generate": []}
+    for seed in range(args.rounds + 1):  # the first warms up
+        for name, side in (("limbeck", ours), ("model.generate", theirs)):
+            start = time.perf_counter()
+            tokens = side(seed)
+            seconds = time.perf_counter() - start
+            if seed:
+                speeds[name].append(tokens / seconds)
+                print(f"  round {seed}: {name:14} {tokens:6d} tokens in {seconds:6.2f} s", flush=True)
+    middle = {name: statistics.median(values) for name, values in speeds.items()}
+    print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
+    for name, value in middle.items():
+        print(f"  {name:14} {value:8.0f} tokens/s")
+    print(f"  ratio {middle['limbeck'] / middle['model.generate']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

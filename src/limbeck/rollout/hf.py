@@ -1,0 +1,240 @@
+"""The generator ``hf``: a transformers model in the training process, with a decode loop of its own.
+
+    generator = HfGenerator(model_outline(source, torch.float32), tokenizer)
+    generator.update_weights(engine.iter_weights(), version=step)
+    completions = generator.generate(prompts, SamplingParams(max_tokens=256))
+
+Batching is continuous: completions are written in a fixed number of slots, and where one ends, the next prompt takes its
+slot at once, so a long completion does not hold up the others. Prompts are ordered by length and prefilled in groups
+without their last token; that token is the first input of decoding. The samples of a prompt copy its keys and values
+from each other while one of them is still being written.
+
+A token's random number depends on the seed, the row, the number of the sample and the position only. The same
+completions are therefore written for any batch and any number of slots, up to rounding of the logits.
+
+``transformers.generate`` pads prompts on the left and runs until the longest completion of the batch ends.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from limbeck.config import DistillConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, body, load_tokenizer, model_outline
+from limbeck.rollout.generator import Completion, Prompt, SamplingParams
+from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
+from limbeck.rollout.sampling import sample_tokens
+from limbeck.rollout.weights import SharedWeights
+from limbeck.strategies.world import World
+
+_PREFILL_TOKENS = 8192
+"""Most tokens of one prefill, padding included; a longer prompt is prefilled alone."""
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+@dataclass(eq=False)
+class _Row:
+    """A completion that is being written.
+
+    index: of the prompt. max_tokens: that it may have. random: gives one number for each token.
+    """
+
+    prompt: Prompt
+    index: int
+    max_tokens: int
+    random: np.random.Generator
+    token_ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    finished: bool = False
+
+    @property
+    def next_input(self) -> int:
+        """The token that is decoded next."""
+        return self.token_ids[-1] if self.token_ids else self.prompt.token_ids[-1]
+
+    @property
+    def position(self) -> int:
+        """Of ``next_input``, and the number of positions in the cache."""
+        return len(self.prompt.token_ids) + len(self.token_ids) - 1
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or len(self.token_ids) == self.max_tokens
+
+
+class HfGenerator:
+    """Writes completions with a causal language model of transformers; see the module docstring.
+
+    Args:
+        model: its structure on the meta device, in the dtype to compute in; see ``model_outline``.
+        tokenizer: finds stop strings. Its end token, and those of the model's generation configuration, end a completion.
+        device: where to compute.
+        slots: number of completions that are written at the same time. The cache holds as many, each as long as the
+            longest prompt with max_tokens.
+
+    Raises:
+        LimbeckError: if the model keeps state other than keys and values.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device | str = "cpu", slots: int = 64) -> None:
+        config = model.config.get_text_config()
+        unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
+        if unknown or not model._supports_attention_backend:
+            raise LimbeckError(
+                f"the generator hf caches keys and values of full and sliding window attention only, and "
+                f"{type(model).__name__} has {', '.join(sorted(unknown)) or 'an attention of its own'}; use another generator."
+            )
+        self.version = 0
+        self._device, self._slots, self._tokenizer = torch.device(device), slots, tokenizer
+        self.model = deepcopy(model).eval()  # its configuration, which is changed, may belong to another model too
+        self.model.set_attn_implementation(SLOT_ATTENTION)
+        self._weights = SharedWeights(self.model, self._device)
+        self._has_weights = False
+        self._num_positions = getattr(config, "max_position_embeddings", None)
+        self._num_tokens = 1 + max(tokenizer.get_vocab().values())  # rows that pad the head are no tokens
+        self._end_ids = _ids(tokenizer.eos_token_id) | _ids(model.generation_config.eos_token_id)
+
+    def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See ``Generator``. A tensor of the generator's dtype and device is shared, not copied."""
+        self._weights.load(weights)
+        self._has_weights, self.version = True, version
+
+    def offload(self) -> None:
+        """Move the weights to host memory. There is no cache between calls of ``generate``."""
+        if self._has_weights and self._device.type != "cpu":
+            self._weights.to("cpu")
+            torch.cuda.empty_cache()
+
+    def reload(self) -> None:
+        if self._has_weights:
+            self._weights.to(self._device)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
+        """See ``Generator``. A completion also ends, not finished, where the model's positions do.
+
+        Raises:
+            LimbeckError: if a prompt is empty or leaves no position for a token.
+        """
+        if not self._has_weights:
+            raise LimbeckError("the generator has no weights yet; call update_weights before generate.")
+        rows = [row for index, prompt in enumerate(prompts) for row in self._make_rows(index, prompt, sampling)]
+        waiting = deque(sorted(rows, key=lambda row: -len(row.prompt.token_ids)))
+        cache = SlotCache(
+            min(self._slots, len(rows)),
+            max((len(row.prompt.token_ids) + row.max_tokens - 1 for row in rows), default=0),
+        )
+        active: list[_Row] = []  # by slot
+        while waiting or active:
+            added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
+            if added:
+                self._admit(added, active, cache)
+            self._decode(active, cache, sampling)
+            active = _remove_ended(active, cache)
+        return [
+            Completion(row.prompt, tuple(row.token_ids), tuple(row.log_probs), row.finished, self.version)
+            for row in rows
+        ]
+
+    def _make_rows(self, index: int, prompt: Prompt, sampling: SamplingParams) -> list[_Row]:
+        length, most = len(prompt.token_ids), sampling.max_tokens
+        if length == 0:
+            raise LimbeckError(f"the prompt of row {prompt.row_id} has no tokens; leave the row out.")
+        if self._num_positions is not None:
+            if length >= self._num_positions:
+                raise LimbeckError(
+                    f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: "
+                    f"{type(self.model).__name__} has {self._num_positions} positions; leave out longer prompts, or set "
+                    "student.model_args.model_config_kwargs.max_position_embeddings if it supports more."
+                )
+            most = min(most, self._num_positions - length)
+        return [
+            _Row(prompt, index, most, np.random.default_rng((sampling.seed, prompt.row_id, sample)))
+            for sample in range(sampling.n)
+        ]
+
+    def _admit(self, added: list[_Row], active: list[_Row], cache: SlotCache) -> None:
+        """Append ``added`` to ``active`` and fill their slots with their prompts, but for the last tokens."""
+        slot_of = {row.index: slot for slot, row in enumerate(active)}
+        new: list[int] = []
+        copies: list[tuple[int, int]] = []
+        for row in added:
+            slot = len(active)
+            active.append(row)
+            if slot_of.setdefault(row.index, slot) != slot:
+                copies.append((slot_of[row.index], slot))
+            elif row.position > 0:
+                new.append(slot)
+        while new:
+            longest = active[new[0]].position
+            count = max(1, _PREFILL_TOKENS // longest)
+            # Lengths only fall. A group ends where padding would be a quarter of a row.
+            group = [slot for slot in new[:count] if active[slot].position * 4 >= longest * 3]
+            new = new[len(group) :]
+            ids = [[*active[slot].prompt.token_ids[:-1]] for slot in group]
+            padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self._device)
+            body(self.model)(input_ids=padded, use_cache=False, slots=Prefill(cache, group))
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            cache.copy(sources, targets, max(len(active[slot].prompt.token_ids) for slot in targets))
+
+    def _decode(self, rows: list[_Row], cache: SlotCache, sampling: SamplingParams) -> None:
+        """Write one token to every row."""
+        ids = torch.tensor([[row.next_input] for row in rows], device=self._device)
+        positions = torch.tensor([row.position for row in rows], device=self._device)
+        draws = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=self._device)
+        slots = Decode(cache, positions, max(row.position for row in rows))
+        logits = self.model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
+        tokens, log_probs = sample_tokens(logits[:, 0, : self._num_tokens], draws, sampling)
+        for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
+            row.token_ids.append(token)
+            row.log_probs.append(log_prob)
+            row.finished = (
+                token in self._end_ids
+                or token in sampling.stop_token_ids
+                or self._completes_stop_string(row.token_ids, sampling.stop_strings)
+            )
+
+    def _completes_stop_string(self, token_ids: list[int], stop_strings: Collection[str]) -> bool:
+        if not stop_strings:
+            return False
+        # A token has at least one byte. The one before the stop string may change how its first token is decoded.
+        count = 1 + max(len(stop.encode()) for stop in stop_strings)
+        text = self._tokenizer.decode(token_ids[-count:], clean_up_tokenization_spaces=False)
+        return any(stop in text for stop in stop_strings)
+
+
+def _remove_ended(rows: list[_Row], cache: SlotCache) -> list[_Row]:
+    """The rows that go on, moved to the first slots."""
+    kept = [slot for slot, row in enumerate(rows) if not row.ended]
+    free = [slot for slot in range(len(kept)) if rows[slot].ended]
+    moved = kept[len(kept) - len(free) :]  # the last ones; as many lie after the first len(kept) slots
+    if moved:
+        cache.copy(moved, free, max(rows[slot].position for slot in moved))
+        for source, target in zip(moved, free, strict=True):
+            rows[target] = rows[source]
+    return rows[: len(kept)]
+
+
+def _ids(value: int | Sequence[int] | None) -> set[int]:
+    return set() if value is None else {value} if isinstance(value, int) else set(value)
+
+
+def make_generator(config: DistillConfig, world: World) -> HfGenerator:
+    """The generator of a run's student, in float32 on a CPU and in bfloat16 on a GPU."""
+    args = config.student.model_args
+    source, name = ModelSource.from_args(args, "student"), str(config.tokenizer_name_or_path)
+    revision = args.revision if name == args.model_name_or_path else None
+    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+    tokenizer = load_tokenizer(replace(source, name_or_path=name, revision=revision))
+    return HfGenerator(model_outline(source, dtype), tokenizer, world.device)
