@@ -9,10 +9,10 @@ slot at once, so a long completion does not hold up the others. Prompts are orde
 without their last token; that token is the first input of decoding. The samples of a prompt copy its keys and values
 from each other while one of them is still being written.
 
-A token's random number depends on the seed, the row, the number of the sample and the position only. The same
+A token's random number depends only on the seed, the row id, the number of the sample and the position. The same
 completions are therefore written for any batch and any number of slots, up to rounding of the logits.
 
-``transformers.generate`` pads prompts on the left and runs until the longest completion of the batch ends.
+The generator has no weights until ``update_weights`` is called; no checkpoint is read.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _Row:
 
     @property
     def ended(self) -> bool:
-        return self.finished or len(self.token_ids) == self.max_tokens
+        return self.finished or len(self.token_ids) >= self.max_tokens
 
 
 class HfGenerator:
@@ -116,6 +116,7 @@ class HfGenerator:
             torch.cuda.empty_cache()
 
     def reload(self) -> None:
+        """The inverse of ``offload``; call it before ``update_weights`` and ``generate``."""
         if self._has_weights:
             self._weights.to(self._device)
 
@@ -231,7 +232,7 @@ def _ids(value: int | Sequence[int] | None) -> set[int]:
 
 
 def make_generator(config: DistillConfig, world: World) -> HfGenerator:
-    """The generator of a run's student, in float32 on a CPU and in bfloat16 on a GPU."""
+    """The generator of a run's student, without weights, in float32 on a CPU and in bfloat16 on a GPU."""
     args = config.student.model_args
     source, name = ModelSource.from_args(args, "student"), str(config.tokenizer_name_or_path)
     revision = args.revision if name == args.model_name_or_path else None
