@@ -17,7 +17,7 @@ from limbeck.rollout import verifiers
 from limbeck.rollout.verifiers import NO_ANSWER, TIMEOUT, ExactVerifier, MathVerifier, Score, WorkerPool
 
 RIGHT, WRONG = Score(1), Score(0)
-GSM8K = Path("/work/shared/data/gsm8k/test.jsonl")
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 needs_math_verify = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None, reason="needs math-verify")
 
 

@@ -82,7 +82,7 @@ class RolloutSource:
         samples = [(row, number) for row in rows for number in range(self._settings.num_generations)]
         own = [sample for sample in samples if self._is_on_policy(step, *sample)]
         written = self._write(step, own)
-        texts = [written.get(sample) or self._answer(sample[0]) for sample in samples]
+        texts = [written.get(sample) or self._given(sample[0]) for sample in samples]
         self._counts["samples"] += len(samples)
         return make_step(
             _to_examples([row for row, _ in samples], texts),
@@ -126,7 +126,7 @@ class RolloutSource:
         tokens, _ = self._examples.row(row)
         return tuple(int(token) for token in tokens[: self._starts[row]])
 
-    def _answer(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    def _given(self, row: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Tokens and labels of a row of the data."""
         return self._examples.row(row)
 
