@@ -31,7 +31,7 @@ test-alone: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not workers'
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m 'not workers and not processes and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not workers and not processes and not gpu'
 
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:

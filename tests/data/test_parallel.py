@@ -64,6 +64,7 @@ def exists(process):
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes through /proc")
 
 
+@pytest.mark.processes
 def test_results_do_not_depend_on_the_number_of_processes(tmp_path, tokenizer):
     files = [write(tmp_path / "a.jsonl", 5000), write(tmp_path / "b.jsonl", 1500)]
     done = []

@@ -152,6 +152,7 @@ def test_a_failing_compiler_warns_once_and_changes_nothing(folder, backend, monk
     torch.testing.assert_close(gradients(compiled), gradients(plain))
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler")
 def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path):
     folder = make_model(tmp_path / "model", layers=1)

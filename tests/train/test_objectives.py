@@ -74,6 +74,7 @@ def test_topk_metrics_are_written(configure):
     assert 0 <= found["train/topk_overlap"] <= 1
 
 
+@pytest.mark.processes
 def test_a_compiled_run_gives_the_losses_of_an_eager_run(configure, tmp_path):
     found = [
         DistillPipeline(
