@@ -72,7 +72,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(MODEL, dtype=dtype).to(device).eval()
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(MODEL, dtype=dtype)
-    generator = HfGenerator(outline, SimpleNamespace(eos_token_id=ENDS), device, args.slots)
+    generator = HfGenerator(
+        outline, SimpleNamespace(eos_token_id=ENDS, get_vocab=lambda: {"last": VOCAB - 1}), device, args.slots
+    )
     generator.update_weights(model.state_dict().items(), 0)
     prompts = make_prompts(args.prompts, args.longest)
     settings = GenerationConfig(
