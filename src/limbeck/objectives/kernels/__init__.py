@@ -120,7 +120,9 @@ def rescale(x: Tensor, scale: Tensor) -> bool:
     try:
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
             rescale_kernel[(-(-x.numel() // _RESCALED),)](x, scale, x.numel(), BLOCK=_RESCALED)
-    except Exception as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as above: nothing has been written yet
         _warn_build_failed(error)
         return False
     return True
