@@ -17,7 +17,8 @@ from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
 from limbeck.strategies.world import World
 from limbeck.train.build.data import make_data
-from limbeck.train.rollout_source import RolloutSource, answer_starts
+from limbeck.train.rollout_source import RolloutSource
+from limbeck.train.samples import answer_starts
 
 PLUGIN = Path(__file__).parents[2] / "examples" / "plugins" / "generator.py"
 ALONE = World(0, 1, torch.device("cpu"))
@@ -87,9 +88,9 @@ def test_the_share_is_drawn_for_each_sample_from_seed_step_and_row(source):
     again, _, _ = source(**{"rollout.on_policy_fraction": 0.3, **rows(32)})
     other, _, _ = source(**{"rollout.on_policy_fraction": 0.3, "seed": 5, **rows(32)})
     one, two, three = (
-        {row: made._is_on_policy(3, row, 0) for row in range(96)} for made in (again, source()[0], other)
+        {row: made._origin(3, row, 0) == "student" for row in range(96)} for made in (again, source()[0], other)
     )
-    assert one == {row: again._is_on_policy(3, row, 0) for row in range(96)}
+    assert one == {row: again._origin(3, row, 0) == "student" for row in range(96)}
     assert all(two.values())
     assert one != three
 

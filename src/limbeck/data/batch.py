@@ -52,6 +52,11 @@ def cumulative_lengths(documents: Sequence[int]) -> Tensor:
     return torch.tensor([0, *accumulate(documents)], dtype=torch.int32)
 
 
+def _indices_of_each(values: Tensor) -> tuple[Tensor, ...]:
+    """For 0, 1, … up to the largest of ``values`` [n]: the indices at which it occurs."""
+    return tuple((values == value).nonzero().squeeze(-1) for value in range(int(values.max()) + 1))
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: rows right-padded to a common length or, with packing, one row of concatenated documents.
@@ -67,6 +72,10 @@ class Batch:
     real:           [num_tokens] int64, positions in the flattened input_ids that are not padding; None without padding.
     documents:      with packing, the lengths of the documents in the one row. The last includes the padding. Python
                     integers, because attention needs them on the host.
+    objectives:     one tensor of indices into ``supervised`` for each objective; None when all positions have the same one.
+    sampled_log_probs: [supervised] float32, log-probability of each label under the distribution that it was sampled from,
+                    NaN where it was not sampled; None when no label was.
+    advantages:     [supervised] float32, the advantage of each label in a policy gradient; None without one.
     cu_seqlens:     with packing, their ``cumulative_lengths``, which attention kernels read on the device. All layers of
                     student and teacher share them.
     teacher_tokens: the input of a teacher with another tokenizer; None when both models share one.
@@ -85,6 +94,9 @@ class Batch:
     teacher_tokens: TeacherTokens | None = None
     row_ids: tuple[int, ...] = ()
     cu_seqlens: Tensor | None = None
+    objectives: tuple[Tensor, ...] | None = None
+    sampled_log_probs: Tensor | None = None
+    advantages: Tensor | None = None
 
     @classmethod
     def of(
@@ -97,21 +109,34 @@ class Batch:
         real: Tensor | None = None,
         documents: tuple[int, ...] | None = None,
         row_ids: tuple[int, ...] = (),
+        objectives: Tensor | None = None,
+        sampled_log_probs: Tensor | None = None,
+        advantages: Tensor | None = None,
     ) -> Batch:
-        """Creates a batch and finds its supervised positions from the labels; ``weights`` is [batch, time] or None."""
+        """Creates a batch and finds its supervised positions from the labels.
+
+        weights, objectives (indices), sampled_log_probs and advantages are [batch, time] or None.
+        """
         supervised = (labels.flatten() != IGNORE).nonzero().squeeze(-1)
-        chosen = None if weights is None else weights.flatten()[supervised]
+
+        def chosen(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values.flatten()[supervised]
+
+        which = chosen(objectives)
         return cls(
             input_ids,
             labels,
             position_ids,
             num_tokens,
             supervised,
-            chosen,
+            chosen(weights),
             real,
             documents,
             row_ids=row_ids,
             cu_seqlens=None if documents is None else cumulative_lengths(documents),
+            objectives=None if which is None or not len(which) else _indices_of_each(which),
+            sampled_log_probs=chosen(sampled_log_probs),
+            advantages=chosen(advantages),
         )
 
     def to(self, device: torch.device) -> Batch:
@@ -141,9 +166,19 @@ class Batch:
         def shard(x: Tensor, value: int) -> Tensor:
             return torch.nn.functional.pad(x, (0, padding), value=value)[:, low : low + width].contiguous()
 
-        supervised, real = self.supervised[in_shard(self.supervised)], real[in_shard(real)]
-        weights = None if self.weights is None else self.weights[in_shard(self.supervised)]
-        whole = replace(self, supervised=supervised, real=real, weights=weights)
+        mine = in_shard(self.supervised)
+        rank_of = mine.cumsum(0) - 1  # index of a supervised position among those of the shard
+        supervised, real = self.supervised[mine], real[in_shard(real)]
+        of_shard: dict[str, Any] = {
+            name: None if values is None else values[mine]
+            for name, values in (
+                ("weights", self.weights),
+                ("sampled_log_probs", self.sampled_log_probs),
+                ("advantages", self.advantages),
+            )
+        }
+        objectives = None if self.objectives is None else tuple(rank_of[one[mine[one]]] for one in self.objectives)
+        whole = replace(self, supervised=supervised, real=real, objectives=objectives, **of_shard)
         positions = torch.arange(time).expand_as(self.labels) if self.position_ids is None else self.position_ids
         documents = None if self.documents is None else (*self.documents[:-1], self.documents[-1] + padding)
         own = replace(
@@ -168,6 +203,8 @@ class Batch:
         }
         if self.teacher_tokens is not None:
             changed["teacher_tokens"] = self.teacher_tokens.each(change)
+        if self.objectives is not None:
+            changed["objectives"] = tuple(change(indices) for indices in self.objectives)
         return replace(self, **changed)
 
 

@@ -27,6 +27,10 @@ class Examples:
     supervised: [rows] number of supervised positions per row, if already counted.
     groups:  [rows] int32, index into ``DataReport.groups``; None with only one group.
     row_ids: [rows] int64, the number of the dataset row that each was made from; None if it is the row's own number.
+    objectives: [rows] int8, index of the objective of each row; None when all have the same.
+    sampled_log_probs: [total] float32, log-probability of each label under the distribution that it was sampled from; NaN
+    where it was not sampled. None when no label was.
+    advantages: [total] float32, the advantage of each label in a policy gradient; None without one.
     """
 
     tokens: NDArray[np.int32]
@@ -36,6 +40,9 @@ class Examples:
     supervised: NDArray[np.int32] | None = None
     groups: NDArray[np.int32] | None = None
     row_ids: NDArray[np.int64] | None = None
+    objectives: NDArray[np.int8] | None = None
+    sampled_log_probs: NDArray[np.float32] | None = None
+    advantages: NDArray[np.float32] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -333,7 +333,10 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
     """Makes one micro-batch; without units, a row of padding and ``IGNORE``."""
     input_ids = np.full(shape, layout.pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
-    weights = None if examples.weights is None else np.zeros(shape, dtype=np.float32)
+    objectives = None if examples.objectives is None else np.zeros(shape, dtype=np.int8)
+    given = {"weights": examples.weights, "sampled_log_probs": examples.sampled_log_probs}
+    given["advantages"] = examples.advantages
+    values = {name: np.zeros(shape, np.float32) for name, array in given.items() if array is not None}
     is_real = np.zeros(shape, dtype=bool)
     rows = [row for unit in group for row in unit]
     slot, end, documents = 0, 0, []
@@ -343,8 +346,10 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
         here = slice(end, end + length)
         input_ids[slot, here], labels[slot, here] = examples.tokens[source], examples.labels[source]
         is_real[slot, here] = True
-        if weights is not None and examples.weights is not None:
-            weights[slot, here] = examples.weights[source]
+        for name, array in values.items():
+            array[slot, here] = given[name][source]  # type: ignore[index]
+        if objectives is not None and examples.objectives is not None:
+            objectives[slot, here] = examples.objectives[row]
         if layout.packed:
             documents.append(length)
             end += length
@@ -361,10 +366,11 @@ def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], 
         labels=torch.from_numpy(labels),
         position_ids=position_ids,
         num_tokens=sum(int(examples.lengths[unit].sum()) for unit in group),
-        weights=None if weights is None else torch.from_numpy(weights),
         real=None if is_real.all() else torch.from_numpy(np.flatnonzero(is_real)),
         documents=tuple(documents) if layout.packed else None,
         row_ids=tuple(int(row if examples.row_ids is None else examples.row_ids[row]) for row in rows),
+        objectives=None if objectives is None else torch.from_numpy(objectives),
+        **{name: torch.from_numpy(array) for name, array in values.items()},
     )
 
 
