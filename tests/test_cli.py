@@ -190,14 +190,14 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
     import limbeck.demo.run as demo
 
     small = demo.Sizes(
-        teacher_problems=200, student_problems=64, held_out=16, teacher_steps=3, student_steps=3, teacher=(1, 32),
+        teacher_problems=200, student_problems=64, held_out=16, teacher_steps=3, student_steps=3, further_steps=2, teacher=(1, 32),
         student=(1, 32), packs_per_step=2,
     )  # fmt: skip
     monkeypatch.setattr(demo, "Sizes", lambda: small)
     for _ in range(2):  # a second demo replaces the first
         assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr().out
-    for words in ("Held-out loss", "Divergence from the teacher", "Exact match", "report.html"):
+    for words in ("Held-out loss", "Divergence from the teacher", "Exact match", "on-policy", "report.html"):
         assert words in shown
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Distilled" in page
