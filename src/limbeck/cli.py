@@ -205,10 +205,10 @@ def _data_show(args: argparse.Namespace) -> int:
         teacher_tokenizer,
         token_settings,
     )
-    from limbeck.train.build.sources import named_source, training_sources
+    from limbeck.train.build.sources import named_sources, training_sources
 
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
-    sources = [named_source(config, args.file)] if args.file else training_sources(config)
+    sources = named_sources(config, args.file) if args.file else training_sources(config)
     if args.row < 0:
         raise LimbeckError(f"--row {args.row} is negative; give the index of a row, from 0.")
     found = find_row(sources, args.row, encoder)

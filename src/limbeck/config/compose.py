@@ -105,7 +105,9 @@ def _compose_inherited(file: Path, overrides: Sequence[_Override]) -> tuple[Dict
         elif OmegaConf.is_dict(section) and key in section:
             del section[key]
         else:
-            raise LimbeckError(f"command line: ~{override.key} removes a key that {file} does not have; remove this override.")
+            raise LimbeckError(
+                f"command line: ~{override.key} removes a key that {file} does not have; remove this override."
+            )
     return config, locations
 
 

@@ -57,7 +57,9 @@ def load_inherited(file: Path, display_name: str) -> tuple[DictConfig, dict[str,
     return OmegaConf.create(values), locations
 
 
-def _inherit(file: Path, display_name: str, heirs: tuple[Path, ...]) -> tuple[dict[Any, Any], dict[str, SourceLocation]]:
+def _inherit(
+    file: Path, display_name: str, heirs: tuple[Path, ...]
+) -> tuple[dict[Any, Any], dict[str, SourceLocation]]:
     own_locations = read_locations(file, display_name)
     own = _load(file)
     where, given = own_locations.get(KEY), own.pop(KEY, None)
@@ -99,7 +101,9 @@ def _merged(base: dict[Any, Any], own: dict[Any, Any], top: bool = False) -> dic
 def _paths(given: object) -> list[str]:
     """The paths of a value of ``defaults``; empty for Hydra's form."""
     paths = [given] if isinstance(given, str) else given
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path.endswith((".yaml", ".yml")) for path in paths):
+    if not isinstance(paths, list) or not all(
+        isinstance(path, str) and path.endswith((".yaml", ".yml")) for path in paths
+    ):
         return []
     return paths
 

@@ -245,7 +245,7 @@ def _find_data_files(folder: Path, values: dict[str, Any]) -> None:
 
     for section, keys in (
         (("student", "data_args"), ("file_name", "eval_file_name", "sources", "template", "prompt_file")),
-        (("validation", "data_args"), ("file_name",)),
+        (("validation", "data_args"), ("file_name", "sources")),
     ):
         found: Any = values
         for name in section:
