@@ -81,6 +81,7 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
     name, file = value("dataset_name"), value("data_path")
     by_hub = {part["hub"]: named for named, parts in NAMED_DATASETS.items() for part in parts}
     columns = _GENERIC.get(name, {})
+    source: dict[str, Any]
     if file is not None:
         source = {"path": [file]} if _is_file(str(file)) else {"hub": file}
     elif name in NAMED_DATASETS or name in by_hub:

@@ -152,7 +152,7 @@ _ENVIRONMENT = "is not supported yet; Limbeck checks answers to mathematical que
 
 FIXED: dict[str, dict[str, Fixed]] = {
     "": {
-        "teachers": Fixed((None, []), "(several teachers, or other tokenizers) is not supported yet; use teacher"),
+        "teachers": Fixed((None, []), "is not supported yet; use teacher"),
         "on_policy_distillation": _off("(teachers of a GRPO run) is not supported yet; remove it"),
     },
     "distillation": {
@@ -248,7 +248,7 @@ DISABLED_BY: dict[str, Fixed | None] = {
 }
 """Sections whose other keys have no effect with ``enabled: false``; and the error message if ``true`` is not supported."""
 
-TEACHER_READS = words("model_name precision hf_config_overrides dtensor_cfg megatron_cfg is_vlm")
+TEACHER_READS = words("model_name precision logprob_batch_size hf_config_overrides dtensor_cfg megatron_cfg is_vlm")
 """The keys of ``teacher`` that NeMo-RL reads for a teacher, which is not trained and does not generate."""
 
 PENDING = words(
