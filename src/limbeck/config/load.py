@@ -217,7 +217,9 @@ def _notices(
 ) -> Iterator[str]:
     if translation.ignored:
         listed = ", ".join(
-            f"{path} ({location})" if str(location := find_location(path, locations)) != path else path
+            f"{path} ({location.short})"
+            if (location := find_location(path, locations)) and str(location) != path
+            else path
             for path in sorted(translation.ignored)
         )
         yield f"These settings of {dialect.system} have no effect in Limbeck: {listed}."

@@ -117,15 +117,20 @@ def translate_schedule(file: NemoRlFile, updates: int) -> None:
     for part in parts:
         if isinstance(part, Mapping) and "milestones" in part:
             milestones = part["milestones"]
-        elif isinstance(part, Mapping) and str(part.get("name")).startswith(_PYTORCH_SCHEDULES):
-            schedulers.append({"name": part["name"].removeprefix(_PYTORCH_SCHEDULES), **(part.get("kwargs") or {})})
+        elif (
+            isinstance(part, Mapping)
+            and str(part.get("name")).startswith(_PYTORCH_SCHEDULES)
+            and isinstance(kwargs := part.get("kwargs") or {}, Mapping)
+        ):
+            schedulers.append({"name": part["name"].removeprefix(_PYTORCH_SCHEDULES), **kwargs})
         else:
             file.refuse(path, f"has the entry {part}; write name: {_PYTORCH_SCHEDULES}… with kwargs, or milestones")
             return
-    kwargs = {"schedulers": schedulers, "milestones": milestones, "interval": updates if updates > 1 else None}
+    interval = updates if updates > 1 else None  # NeMo-RL's schedules count rollouts, not optimizer steps
+    sequence = {"schedulers": schedulers, "milestones": milestones, "interval": interval}
     file.put("student.training_args.lr_scheduler_type", "sequential", path)
     file.put(
         "student.training_args.lr_scheduler_kwargs",
-        {key: one for key, one in kwargs.items() if one is not None},
+        {key: one for key, one in sequence.items() if one is not None},
         path,
     )

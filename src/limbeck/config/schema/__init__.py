@@ -4,7 +4,7 @@ Keys are named after those of ROLL's distillation pipeline where it has them.
 """
 
 from limbeck.config.schema.base import Contradiction, ContradictionError, Section, walk_keys
-from limbeck.config.schema.data import DataArgs, SourceArgs, sources_of_name
+from limbeck.config.schema.data import DataArgs, SourceArgs, ValidationConfig, ValidationDataArgs, sources_of_name
 from limbeck.config.schema.distill import DistillConfig
 from limbeck.config.schema.models import (
     ModelArgs,
@@ -40,6 +40,8 @@ __all__ = [
     "StudentModelArgs",
     "TeacherConfig",
     "TrainingArgs",
+    "ValidationConfig",
+    "ValidationDataArgs",
     "WorkerConfig",
     "reads_deepspeed_block",
     "sources_of_name",
