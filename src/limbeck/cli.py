@@ -121,7 +121,7 @@ def _add_config_arguments(
         parser.add_argument("config", type=Path, help=description)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     parser.add_argument(
-        "--dialect", metavar="NAME", help="format of the file, such as limbeck or roll; default: recognised"
+        "--dialect", metavar="NAME", help="format of the file, such as limbeck, roll or nemo_rl; default: recognised"
     )
 
 
