@@ -123,6 +123,38 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
 
 
+def test_validation_by_writing_becomes_keys_of_limbeck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.config.dialects.nemo_rl.PENDING", frozenset())
+    source = {
+        "distillation": {"max_val_samples": 50, "val_at_start": True, "val_at_end": False},
+        "policy": {"model_name": "s", "generation": {"val_temperature": 0.5, "val_top_p": 0.9, "val_top_k": 3}},
+        "data": {"train": {"dataset_name": "gsm8k"}, "validation": {"dataset_name": "AIME2024", "repeat": 16}},
+        "env": {"math": {"num_workers": 2}},
+        "logger": {"num_val_samples_to_print": 4},
+        "checkpointing": {"enabled": True, "metric_name": "val:accuracy", "keep_top_k": 3},
+        "cluster": {"gpus_per_node": 1},
+    }
+    values = DIALECT.translate(source, {}).values
+    rollout = {
+        "max_samples": 4,
+        "num_generations": 16,
+        "print_samples": 4,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+    }
+    assert values["validation"] == {
+        "at_start": True,
+        "at_end": False,
+        "rollout": rollout,
+        "data_args": {"sources": [{"hub": "AIME2024"}]},
+    }
+    assert values["rollout"]["environment"] == "math"
+    assert values["rollout"]["environment_kwargs"] == {"workers": 2}
+    assert values["checkpoint_config"] == {"best_metric": "val/accuracy", "best_mode": "max", "keep_best": 3}
+    assert values["max_ckpt_to_keep"] == 1
+
+
 def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
     config = load(yaml=FORK).config
     assert config.rollout is not None

@@ -15,7 +15,7 @@ from limbeck.config.dialects.nemo_rl_file import NemoRlFile
 from limbeck.config.dialects.nemo_rl_steps import put_steps, translate_batches, translate_schedule
 from limbeck.config.dialects.nemo_rl_table import MOVED, PENDING, READ
 from limbeck.config.locations import SourceLocation, find_location
-from limbeck.config.schema import DistillConfig, walk_keys
+from limbeck.config.schema import TRACKER_KWARGS, DistillConfig, walk_keys
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
@@ -219,7 +219,10 @@ def _translate_trackers(file: NemoRlFile) -> None:
         return
     file.put("track_with", known[0], f"logger.{known[0]}_enabled")
     if known[0] != "tensorboard":
-        file.put("tracker_kwargs", dict(file.section(f"logger.{known[0]}")), f"logger.{known[0]}")
+        given, readable = file.section(f"logger.{known[0]}"), TRACKER_KWARGS.get(known[0])
+        kept = {key: value for key, value in given.items() if readable is None or key in readable}
+        file.put("tracker_kwargs", kept, f"logger.{known[0]}")
+        file.result.ignored += [f"logger.{known[0]}.{key}" for key in given if key not in kept]
     elif file.get("logger.log_dir") is not None:
         file.put("tracker_kwargs.log_dir", f"{file.get('logger.log_dir')}/tensorboard", "logger.log_dir")
 

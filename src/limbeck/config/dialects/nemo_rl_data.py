@@ -35,11 +35,7 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
     _put_sources(result, "student.data_args.sources", train)
     if validation:
         _put_sources(result, "validation.data_args.sources", validation)
-        repeats = {entry["repeat"] for entry in validation if entry.get("repeat", (None, ""))[0] is not None}
-        if len({repeat for repeat, _ in repeats}) == 1:
-            result.put("validation.rollout.num_generations", *repeats.pop())
-        elif repeats:
-            result.refuse("data.validation", "has datasets with different values of repeat; use one value")
+        _put_repeat(result, validation)
     for key in ("prompt_template", "prompt_file"):
         if (found := _common(result, key, [*train, *validation])) is not None:
             name, path = found
@@ -49,6 +45,19 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
         name, path = found
         if (file := _find_prompt(result, name, path, locations)) is not None:
             result.put("student.data_args.default_system", file.read_text(encoding="utf-8").strip(), path)
+
+
+def _put_repeat(result: Translation, validation: list[Entry]) -> None:
+    """Several answers to each validation question; NeMo-RL limits the number of answers, Limbeck that of questions."""
+    repeats = {entry["repeat"] for entry in validation if entry.get("repeat", (None, ""))[0] is not None}
+    if len({repeat for repeat, _ in repeats}) > 1:
+        result.refuse("data.validation", "has datasets with different values of repeat; use one value")
+    elif repeats:
+        repeat, path = repeats.pop()
+        result.put("validation.rollout.num_generations", repeat, path)
+        answers = result.get("validation.rollout.max_samples")
+        if type(answers) is int and type(repeat) is int and repeat > 0:
+            result.put("validation.rollout.max_samples", -(-answers // repeat), "distillation.max_val_samples")
 
 
 def _entries(data: Mapping[str, Any], part: str) -> Iterator[Entry]:
