@@ -121,7 +121,7 @@ def _add_config_arguments(
         parser.add_argument("config", type=Path, help=description)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that override the file")
     parser.add_argument(
-        "--dialect", metavar="NAME", help="format of the file, such as limbeck or roll; default: recognised"
+        "--dialect", metavar="NAME", help="format of the file, such as limbeck, roll or nemo_rl; default: recognised"
     )
 
 
@@ -205,10 +205,10 @@ def _data_show(args: argparse.Namespace) -> int:
         teacher_tokenizer,
         token_settings,
     )
-    from limbeck.train.build.sources import named_source, training_sources
+    from limbeck.train.build.sources import named_sources, training_sources
 
     encoder = make_encoder(make_tokenizer(config), token_settings(config))
-    sources = [named_source(config, args.file)] if args.file else training_sources(config)
+    sources = named_sources(config, args.file) if args.file else training_sources(config)
     if args.row < 0:
         raise LimbeckError(f"--row {args.row} is negative; give the index of a row, from 0.")
     found = find_row(sources, args.row, encoder)

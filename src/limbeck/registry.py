@@ -212,6 +212,7 @@ DIALECTS: Registry[Any] = Registry(
     "dialect",
     {
         "limbeck": "limbeck.config.dialects.native:DIALECT",
+        "nemo_rl": "limbeck.config.dialects.nemo_rl:DIALECT",
         "roll": "limbeck.config.dialects.roll:DIALECT",
     },
     members=lambda name: ("name", "system", "recognises", "translate"),

@@ -70,3 +70,16 @@ def test_data_is_looked_for_beside_the_configuration_first(load: Load, tmp_path:
     assert load("student.data_args.template=chatml").config.student.data_args.template == "chatml"
     (tmp_path / "a.jsonl").write_text("{}")
     assert load(yaml=SOURCES).config.data_sources[0].path == [str(tmp_path / "a.jsonl")]
+
+
+def test_a_short_name_stands_for_the_parts_of_a_dataset(load: Load) -> None:
+    sources = load("student.data_args.file_name=hub:AIME2025", "question_key=frage").config.data_sources
+    assert [(one.hub, one.config, one.split, one.question_key) for one in sources] == [
+        ("opencompass/AIME2025", "AIME2025-I", "test", "question"),
+        ("opencompass/AIME2025", "AIME2025-II", "test", "question"),
+    ]
+    entry = "{hub: OpenMathInstruct-2, answer_key: generated_solution, max_samples: 5}"
+    config = load(f"+validation.data_args.sources=[{entry}]").config
+    (valid,) = config.validation_sources
+    assert (valid.hub, valid.split, valid.question_key) == ("nvidia/OpenMathInstruct-2", "train_1M", "problem")
+    assert (valid.answer_key, valid.max_samples) == ("generated_solution", 5)

@@ -120,7 +120,7 @@ def test_a_configuration_for_roll_loads_unchanged(load: Load) -> None:
     assert config.logging_dir == "./output/distill_wild/logs"
     assert config.environment == {"RAY_PROFILING": "0"}
     assert config.device_mapping == list(range(8))
-    assert config.validation_files == ["valid.json"]
+    assert [one.path for one in config.validation_sources] == [["valid.json"]]
     assert student.model_args.dtype == "bf16"
     assert student.model_args.attn_implementation == "flash_attention_2"
     assert student.strategy_args.strategy_config.fsdp_size is None

@@ -88,9 +88,11 @@ def test_folders_and_files_fall_back_to_the_broader_key() -> None:
     assert (made.checkpoint_dir, made.log_dir) == (Path("out"), Path("out/logs"))
     made = config(output_dir="out", logging_dir="logs", checkpoint_config={"output_dir": "ckpt"})
     assert (made.checkpoint_dir, made.log_dir) == (Path("ckpt"), Path("logs"))
-    assert config().validation_files == []
-    assert config(validation={"data_args": {"file_name": "v.json"}}).validation_files == ["v.json"]
-    assert config(student={"data_args": {"file_name": "d", "eval_file_name": "e"}}).validation_files == ["e"]
+    assert config().validation_sources == []
+    (named,) = config(validation={"data_args": {"file_name": "v.json"}}).validation_sources
+    assert named.path == ["v.json"]
+    (beside,) = config(student={"data_args": {"file_name": "d", "eval_file_name": "e"}}).validation_sources
+    assert beside.path == ["e"]
 
 
 def test_naming_devices_once_is_enough() -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from limbeck.data import tokenize_files
-from limbeck.data.sources import expand
+from limbeck.data.sources import Source, expand
 from limbeck.errors import LimbeckError
 
 ROWS = [{"question": "a", "answer": "b"}, {"question": "c\nd", "answer": 'ü "]'}, {"x": [1, {"y": None}]}]
@@ -104,3 +104,26 @@ def test_a_quote_that_swallows_rows_is_an_error_also_when_bad_rows_are_skipped(t
     for how in ("error", "skip"):
         with pytest.raises(LimbeckError, match=r"rows\.csv:3 opens a quote that is never closed"):
             tokenize_files([path], tokenizer, template="base", on_bad_row=how)
+
+
+def test_a_source_may_have_columns_of_its_own(tmp_path, tokenizer):
+    rows = [{"prompt": [{"content": "one?"}], "gold": {"value": 1}}, {"prompt": [], "gold": {}}]
+    nested, plain = tmp_path / "nested.jsonl", tmp_path / "plain.jsonl"
+    nested.write_text(json.dumps(rows[0]) + "\n")
+    plain.write_text(json.dumps({"question": "one?", "answer": "1"}) + "\n")
+    columns = {"question_key": "prompt.0.content", "answer_key": "gold.value"}
+    cache = {"cache_dir": tmp_path / "cache", "template": "base"}
+    ours, _ = tokenize_files([Source(path=(str(nested),), **columns)], tokenizer, **cache)
+    theirs, _ = tokenize_files([plain], tokenizer, **cache)
+    assert ours.tokens.tolist() == theirs.tokens.tolist()
+    assert ours.labels.tolist() == theirs.labels.tolist()
+    other = Source(path=(str(nested),), question_key="prompt.0.content", answer_key="prompt.0.content")
+    again, _ = tokenize_files([other], tokenizer, **cache)  # not the cached rows of the other columns
+    assert again.tokens.tolist() != ours.tokens.tolist()
+    nested.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        LimbeckError, match=r'nested.jsonl:2 has no "prompt.0.content" \(its columns are prompt, gold\)'
+    ):
+        tokenize_files([Source(path=(str(nested),), **columns)], tokenizer, template="base")
+    _, report = tokenize_files([Source(path=(str(nested),), **columns)], tokenizer, template="base", on_bad_row="skip")
+    assert report.bad == {"missing key": 1}

@@ -336,7 +336,9 @@ def test_output_heads_of_other_model_families_are_supported(configure, assets, t
     start_of = AutoModelForCausalLM.from_pretrained(tmp_path / "odd")
     DistillPipeline(config).run()
     saved = AutoModelForCausalLM.from_pretrained(Path(config.output_dir) / "student")
-    examples, _ = tokenize_files(list(config.validation_files), load_tokenizer(ModelSource(shared)), sequence_length=64)
+    examples, _ = tokenize_files(
+        config.validation_sources[0].path, load_tokenizer(ModelSource(shared)), sequence_length=64
+    )
     total = count = 0.0
     for index in range(len(examples)):
         tokens, labels = (torch.tensor(part, dtype=torch.long) for part in examples.row(index))

@@ -1,4 +1,7 @@
-"""Composes a YAML file with Hydra (``defaults``, ``${...}``, overrides) and records where each key is written."""
+"""Composes a YAML file with Hydra (``defaults``, ``${...}``, overrides) and records where each key is written.
+
+A file whose ``defaults`` are paths is composed by ``inheritance.py`` instead.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from limbeck.config.inheritance import inherits, load_inherited, register_resolvers
 from limbeck.config.locations import COMMAND_LINE, SourceLocation, find_location, leaves, read_locations, yaml_error
 from limbeck.config.schema import Contradiction
 from limbeck.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 _OVERRIDE = re.compile(r"(?P<mark>\+\+|\+|~)?(?P<key>[^=\s]+?)(?:=(?P<value>.*))?", re.DOTALL)
 _REFERENCE = re.compile(r"\$\{\s*(\w+)")
@@ -51,37 +58,18 @@ def find_file(path: Path) -> Path:
 
 def compose_file(file: Path, overrides: Sequence[str]) -> Composed:
     """The file with its ``defaults`` and the overrides. Raises LimbeckError with the file and line of a mistake."""
-    read_locations(file, str(file))  # reports invalid YAML by line, which Hydra does not
-    from hydra import compose
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from hydra.types import RunMode
+    own = read_locations(file, str(file))  # reports invalid YAML by line, which Hydra does not
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    register_resolvers()
     folder = file.resolve().parent
     parsed = [_parse_override(override, folder) for override in overrides]
-    arguments = [one.hydra for one in parsed]
     try:
-        with _hydra(folder):
-            composed = compose(file.stem, overrides=arguments)
-            loader = GlobalHydra.instance().config_loader()
-            used = loader.compute_defaults_list(file.stem, arguments, RunMode.RUN).defaults
-    except (HydraException, OmegaConfBaseException) as error:
-        key = next((one.full_key for one in _causes(error) if isinstance(one, OmegaConfBaseException)), None)
-        if key:
-            wrong = Contradiction(key, f"cannot be composed: {_hydra_message(error)}")
-            location = find_location(key, read_locations(file, str(file))) or str(file)
-            raise LimbeckError(format_error(wrong, location)) from error
-        raise LimbeckError(f"{file}: {_hydra_message(error)}") from error
+        compose = _compose_inherited if "defaults" in own and inherits(file) else _compose_with_hydra
+        composed, locations = compose(file, parsed)
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error, str(file)) from error
-    locations: dict[str, SourceLocation] = {}
-    for one in used:
-        source = folder / f"{one.config_path}.yaml"
-        if source.is_file() and not (one.package or "").startswith("hydra"):
-            display_name = str(file if one.primary else os.path.relpath(file.parent / f"{one.config_path}.yaml"))
-            locations.update(read_locations(source, display_name, one.package or ""))
     for override in parsed:
         locations.update(dict.fromkeys(override.paths, COMMAND_LINE))
 
@@ -102,6 +90,56 @@ def compose_file(file: Path, overrides: Sequence[str]) -> Composed:
         raise LimbeckError(format_error(wrong, location)) from error
     assert isinstance(values, dict)
     return Composed(text_keys(values), frozenset(_references(unresolved)), locations)
+
+
+def _compose_inherited(file: Path, overrides: Sequence[_Override]) -> tuple[DictConfig, dict[str, SourceLocation]]:
+    """The values, unresolved, of a file that inherits from paths, and their locations."""
+    from omegaconf import OmegaConf
+
+    config, locations = load_inherited(file, str(file))
+    for override in overrides:
+        parent, _, key = override.key.rpartition(".")
+        section = OmegaConf.select(config, parent) if parent else config
+        if not override.deletes:
+            OmegaConf.update(config, override.key, override.value, merge=True, force_add=True)
+        elif OmegaConf.is_dict(section) and key in section:
+            del section[key]
+        else:
+            raise LimbeckError(
+                f"command line: ~{override.key} removes a key that {file} does not have; remove this override."
+            )
+    return config, locations
+
+
+def _compose_with_hydra(file: Path, overrides: Sequence[_Override]) -> tuple[DictConfig, dict[str, SourceLocation]]:
+    """The same for a file with Hydra's ``defaults``, or none."""
+    from hydra import compose
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf.errors import OmegaConfBaseException
+
+    folder = file.resolve().parent
+    arguments = [one.hydra for one in overrides]
+    try:
+        with _hydra(folder):
+            composed = compose(file.stem, overrides=arguments)
+            loader = GlobalHydra.instance().config_loader()
+            used = loader.compute_defaults_list(file.stem, arguments, RunMode.RUN).defaults
+    except (HydraException, OmegaConfBaseException) as error:
+        key = next((one.full_key for one in _causes(error) if isinstance(one, OmegaConfBaseException)), None)
+        if key:
+            wrong = Contradiction(key, f"cannot be composed: {_hydra_message(error)}")
+            location = find_location(key, read_locations(file, str(file))) or str(file)
+            raise LimbeckError(format_error(wrong, location)) from error
+        raise LimbeckError(f"{file}: {_hydra_message(error)}") from error
+    locations: dict[str, SourceLocation] = {}
+    for one in used:
+        source = folder / f"{one.config_path}.yaml"
+        if source.is_file() and not (one.package or "").startswith("hydra"):
+            display_name = str(file if one.primary else os.path.relpath(file.parent / f"{one.config_path}.yaml"))
+            locations.update(read_locations(source, display_name, one.package or ""))
+    return composed, locations
 
 
 def text_keys(values: Mapping[Any, Any]) -> dict[str, Any]:
@@ -143,9 +181,12 @@ def _hydra(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Override:
-    """An override in Hydra's grammar, and the key paths that it sets."""
+    """An override in Hydra's grammar: its key and value, whether it removes the key, and the key paths that it sets."""
 
     hydra: str
+    key: str
+    value: Any
+    deletes: bool
     paths: tuple[str, ...]
 
 
@@ -156,11 +197,11 @@ def _parse_override(text: str, folder: Path) -> _Override:
     match = _OVERRIDE.fullmatch(text)
     mark, key, value = match.group("mark", "key", "value") if match else (None, "", None)
     if mark == "~":
-        return _Override(text, ())
+        return _Override(text, key, None, True, ())
     if value is None or not re.fullmatch(r"[\w.@/:-]+", key) or key.startswith("-"):
         raise LimbeckError(f"command line: {text} is not an override; write key=value, such as seed=7.")
     if not mark and (folder / key / f"{value}.yaml").is_file():
-        return _Override(text, ())  # a choice among the files of a config group
+        return _Override(text, key, value, False, ())  # a choice among the files of a config group
     value = "null" if value.strip() == "~" else value
     mark = mark or "++"
     try:
@@ -174,7 +215,7 @@ def _parse_override(text: str, folder: Path) -> _Override:
         parsed = OverridesParser.create().parse_override(f"{mark}{key}={value}")
     content = parsed.value()
     paths = tuple(path for path, _ in leaves(content, f"{key}.")) if isinstance(content, Mapping) else ()
-    return _Override(f"{mark}{key}={value}", (key, *paths))
+    return _Override(f"{mark}{key}={value}", key, content, False, (key, *paths))
 
 
 def _quoted(text: str) -> str:

@@ -217,7 +217,9 @@ def _notices(
 ) -> Iterator[str]:
     if translation.ignored:
         listed = ", ".join(
-            f"{path} ({location})" if str(location := find_location(path, locations)) != path else path
+            f"{path} ({location.short})"
+            if (location := find_location(path, locations)) and str(location) != path
+            else path
             for path in sorted(translation.ignored)
         )
         yield f"These settings of {dialect.system} have no effect in Limbeck: {listed}."
@@ -245,7 +247,7 @@ def _find_data_files(folder: Path, values: dict[str, Any]) -> None:
 
     for section, keys in (
         (("student", "data_args"), ("file_name", "eval_file_name", "sources", "template", "prompt_file")),
-        (("validation", "data_args"), ("file_name",)),
+        (("validation", "data_args"), ("file_name", "sources")),
     ):
         found: Any = values
         for name in section:

@@ -43,6 +43,7 @@ def cache_key(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encode
             source.format,
             source.domain,
             [source.hub, source.config, source.split, source.revision],
+            [source.question_key, source.answer_key],
             [[one.detail, [_sha256(file, cache_dir) for file in one.files]] for one in inputs],
         ]
         for source, inputs in sources

@@ -24,7 +24,19 @@ from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings, make
 from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
 from limbeck.data.masks import IGNORE
 from limbeck.data.rows import FORMATS, check_columns, detect, shown_format
-from limbeck.data.sources import BadRow, Document, Input, Item, Line, Record, RowError, Source, decoded, inputs_of
+from limbeck.data.sources import (
+    BadRow,
+    Document,
+    Input,
+    Item,
+    Line,
+    Record,
+    RowError,
+    Source,
+    decoded,
+    inputs_of,
+    with_columns,
+)
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
@@ -150,6 +162,11 @@ def _batches(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder
 def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[str, Iterator[Item]]:
     """Returns the format of an input, from the source's setting or the first readable row, and all its rows."""
     items = one.read()
+    keys = settings.keys
+    own_columns = ((keys.question, source.question_key), (keys.answer, source.answer_key))
+    columns = {name: column for name, column in own_columns if column is not None and column != name}
+    if columns:
+        items = with_columns(items, columns)
     peeked: list[Item] = []
     form = source.format
     without_answer: LimbeckError | None = None
@@ -160,7 +177,7 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
             break
         if isinstance(item, (Line, Record)):
             try:
-                form = form or detect(decoded(item), settings.keys, settings.prompts)
+                form = form or detect(decoded(item), keys, settings.prompts)
                 break
             except RowError:
                 pass
@@ -178,7 +195,7 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
     if form != TOKENS:
         if form not in FORMATS:
             raise LimbeckError(f"format: {form} is unknown; use {', '.join(FORMATS)}.")
-        check_columns(form, settings.keys, one.name)
+        check_columns(form, keys, one.name)
     return form, chain(peeked, items)
 
 

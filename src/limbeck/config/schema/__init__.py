@@ -4,7 +4,7 @@ Keys are named after those of ROLL's distillation pipeline where it has them.
 """
 
 from limbeck.config.schema.base import Contradiction, ContradictionError, Section, walk_keys
-from limbeck.config.schema.data import DataArgs, SourceArgs
+from limbeck.config.schema.data import DataArgs, SourceArgs, ValidationConfig, ValidationDataArgs, sources_of_name
 from limbeck.config.schema.distill import DistillConfig
 from limbeck.config.schema.models import (
     ModelArgs,
@@ -13,15 +13,18 @@ from limbeck.config.schema.models import (
     StudentModelArgs,
     reads_deepspeed_block,
 )
+from limbeck.config.schema.named_datasets import NAMED_DATASETS
 from limbeck.config.schema.objective import FAULTS, FEATURE_LOSSES, OBJECTIVES
 from limbeck.config.schema.rules import unread_keys
-from limbeck.config.schema.training import TRACKER_KWARGS, TrainingArgs
+from limbeck.config.schema.training import SEQUENTIAL_KWARGS, TRACKER_KWARGS, TrainingArgs
 from limbeck.config.schema.workers import SERVICE_NAME, StudentConfig, TeacherConfig, WorkerConfig
 
 __all__ = [
     "FAULTS",
     "FEATURE_LOSSES",
+    "NAMED_DATASETS",
     "OBJECTIVES",
+    "SEQUENTIAL_KWARGS",
     "SERVICE_NAME",
     "TRACKER_KWARGS",
     "Contradiction",
@@ -37,8 +40,11 @@ __all__ = [
     "StudentModelArgs",
     "TeacherConfig",
     "TrainingArgs",
+    "ValidationConfig",
+    "ValidationDataArgs",
     "WorkerConfig",
     "reads_deepspeed_block",
+    "sources_of_name",
     "unread_keys",
     "walk_keys",
 ]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from limbeck.config.schema.base import Files, Section
+from limbeck.config.schema.named_datasets import NAMED_DATASETS, expand_name
 
 RowFormat = Literal["question_answer", "messages", "conversations", "prompt_completion", "instruction", "text"]
 
@@ -17,11 +19,22 @@ class SourceArgs(Section):
     path: Files | None = Field(
         default=None, description="Files, globs or a folder saved by datasets; one name or a list."
     )
-    hub: str | None = Field(default=None, description="A dataset on the Hugging Face hub: owner/name.")
+    hub: str | None = Field(
+        default=None,
+        description=f"A dataset on the Hugging Face hub: owner/name, or a short name: {', '.join(NAMED_DATASETS)}.",
+    )
     config: str | None = Field(default=None, description="Configuration of the hub dataset.")
     split: str | None = Field(default=None, description="Split of the hub dataset or saved folder. If unset, train.")
     revision: str | None = Field(default=None, description="Branch, tag or commit of the hub dataset.")
     format: RowFormat | None = Field(default=None, description="Format of its rows. If unset, `data_args.format`.")
+    question_key: str | None = Field(
+        default=None,
+        description="Column of the question in its rows. If unset, the top-level `question_key`. Dots lead into nested values: "
+        "prompt.0.content.",
+    )
+    answer_key: str | None = Field(
+        default=None, description="Column of the answer in its rows. If unset, the top-level `answer_key`."
+    )
     weight: float | None = Field(
         default=None,
         ge=0,
@@ -39,6 +52,18 @@ class SourceArgs(Section):
         if self.hub is None and (self.config or self.revision):
             raise ValueError("has config or revision, which only a hub dataset has")
         return self
+
+
+def source_parts(entries: Sequence[dict[str, Any]], names: Sequence[str]) -> list[SourceArgs]:
+    """What entries of `sources` and names in `file_name` stand for: a named dataset may have several parts."""
+    parts = [part for entry in entries for part in expand_name(entry)]
+    return [*map(SourceArgs.model_validate, parts), *(part for name in names for part in sources_of_name(name))]
+
+
+def sources_of_name(name: str) -> list[SourceArgs]:
+    """What a name in `file_name` stands for."""
+    entry = {"hub": name.removeprefix("hub:")} if name.startswith("hub:") else {"path": [name]}
+    return [SourceArgs.model_validate(part) for part in expand_name(entry)]
 
 
 def _known_sources(value: object) -> object:
@@ -67,13 +92,13 @@ class DataArgs(Section):
     file_name: Files | None = Field(
         default=None,
         description="Training data: files (JSON, JSONL, CSV, TSV, Parquet, Arrow, .bin/.idx), globs, folders saved by "
-        "datasets, or hub:owner/name; one name or a list, read in order.",
+        "datasets, hub:owner/name, or hub: and the short name of a dataset; one name or a list, read in order.",
     )
     sources: Sources | None = Field(
         default=None,
         description="Training data as a list of sources, instead of file_name. Each has `path` or `hub`, and "
         "optionally "
-        "`config`, `split`, `revision`, `format`, `weight`, `max_samples` and `domain`.",
+        "`config`, `split`, `revision`, `format`, `question_key`, `answer_key`, `weight`, `max_samples` and `domain`.",
     )
     eval_file_name: Files | None = Field(
         default=None, description="Validation files; the same as `validation.data_args.file_name`."
@@ -150,6 +175,11 @@ class ValidationDataArgs(Section):
     """Validation data."""
 
     file_name: Files | None = Field(default=None, description="Validation files; one name or a list.")
+    sources: Sources | None = Field(
+        default=None,
+        description="Validation data as a list of sources, instead of file_name, with the keys of student.data_args.sources. "
+        "Weights and max_samples do not apply.",
+    )
 
 
 class ValidationConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.models import StrategyArgs
@@ -11,6 +11,8 @@ from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OB
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
+    SEQUENTIAL_KWARGS,
+    SEQUENTIAL_REQUIRED,
     STEP_SOURCE_KWARGS,
     TRACKER_KWARGS,
 )
@@ -141,6 +143,14 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "student.data_args.eval_file_name",
             "and validation.data_args.file_name both set the validation files; keep one",
         )
+    validation = config.validation.data_args if config.validation else None
+    if validation and validation.sources:
+        for path, others in (
+            ("student.data_args.eval_file_name", student.data_args.eval_file_name),
+            ("validation.data_args.file_name", validation.file_name),
+        ):
+            if others:
+                yield Contradiction(path, "and validation.data_args.sources both set the validation data; keep one")
     if student.use_dynamic_batching_in_train:
         if student.max_tokens_per_microbatch_in_train == 0:
             yield Contradiction(
@@ -167,6 +177,8 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"student.training_args.lr_scheduler_kwargs.{key}",
                 f"is not read by lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
             )
+    if scheduler == "sequential":
+        yield from _sequential_contradictions(kwargs)
     for path, name, given, known in (
         ("track_with", config.track_with, config.tracker_kwargs, TRACKER_KWARGS),
         ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
@@ -178,6 +190,40 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 yield Contradiction(
                     f"{prefix}.{key}", f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}"
                 )
+
+
+def _sequential_contradictions(kwargs: Mapping[str, Any]) -> Iterator[Contradiction]:
+    path = "student.training_args.lr_scheduler_kwargs"
+    schedulers, milestones = kwargs.get("schedulers"), kwargs.get("milestones", []) or []
+    if not isinstance(schedulers, list) or not all(isinstance(one, Mapping) for one in schedulers):
+        yield Contradiction(
+            f"{path}.schedulers", "must be a list of sections such as {name: LinearLR, total_iters: 10}"
+        )
+        return
+    for number, one in enumerate(schedulers):
+        where, name = f"{path}.schedulers[{number}]", one.get("name")
+        if name not in SEQUENTIAL_KWARGS:
+            yield Contradiction(where, f"has the name {name}, which is not one of {', '.join(SEQUENTIAL_KWARGS)}")
+            continue
+        known, required = SEQUENTIAL_KWARGS[name], SEQUENTIAL_REQUIRED.get(name)
+        for key, value in one.items():
+            if key != "name" and key not in known:
+                yield Contradiction(f"{where}.{key}", f"is not read by {name}, which reads {', '.join(known)}")
+            elif key != "name" and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                yield Contradiction(f"{where}.{key}", f"= {value} must be a number")
+            elif key in ("total_iters", "T_max", "step_size") and not (type(value) is int and value > 0):
+                yield Contradiction(f"{where}.{key}", f"= {value} must be a whole number of steps above 0")
+        if required is not None and required not in one:
+            yield Contradiction(where, f"needs {required} for {name}; add it")
+    whole = isinstance(milestones, list) and all(type(step) is int and step > 0 for step in milestones)
+    if not whole or sorted(set(milestones)) != milestones or len(milestones) != len(schedulers) - 1:
+        yield Contradiction(
+            f"{path}.milestones",
+            f"= {milestones} must be increasing steps, one for each of the {len(schedulers)} schedulers but the first",
+        )
+    interval = kwargs.get("interval", 1)
+    if type(interval) is not int or interval < 1:
+        yield Contradiction(f"{path}.interval", f"= {interval} must be a whole number of optimizer steps above 0")
 
 
 def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -347,17 +393,18 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if student.model_args.disable_gradient_checkpointing:
         key = "student.model_args.gradient_checkpointing_use_reentrant"
         yield key, "is only read with disable_gradient_checkpointing: false"
-    if student.training_args.lr_scheduler_type == "constant":
+    without_warmup = {
+        "constant": "is not read by lr_scheduler_type: constant; use constant_with_warmup",
+        "sequential": "is not read by lr_scheduler_type: sequential; begin with a LinearLR",
+    }
+    if (reason := without_warmup.get(student.training_args.lr_scheduler_type)) is not None:
         for key in ("warmup_steps", "warmup_ratio"):
-            yield (
-                f"student.training_args.{key}",
-                "is not read by lr_scheduler_type: constant; use constant_with_warmup",
-            )
+            yield f"student.training_args.{key}", reason
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
-    if not config.validation_files:
+    if not config.validation_sources:
         yield "eval_steps", "is only read with validation files"
 
 

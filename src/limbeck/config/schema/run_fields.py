@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
-from limbeck.config.schema.data import SourceArgs, ValidationConfig
+from limbeck.config.schema.data import SourceArgs, ValidationConfig, source_parts
 from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
@@ -355,20 +355,17 @@ class RunFields(Section):
         return self.student.max_tokens_per_microbatch_in_train if self.student.use_dynamic_batching_in_train else 0
 
     @property
-    def validation_files(self) -> list[str]:
-        """The validation files; empty if there are none."""
-        files = self.validation.data_args.file_name if self.validation else None
-        return list(files or self.student.data_args.eval_file_name or [])
+    def validation_sources(self) -> list[SourceArgs]:
+        """The validation data; empty if there is none."""
+        given = self.validation.data_args if self.validation else None
+        files = (given.file_name if given else None) or self.student.data_args.eval_file_name
+        return source_parts((given.sources if given else None) or (), files or ())
 
     @property
     def data_sources(self) -> list[SourceArgs]:
         """The training data: the entries of `sources`, or one entry for each name in `file_name`."""
         args = self.student.data_args
-        entries = [SourceArgs.model_validate(entry) for entry in args.sources or ()]
-        for name in args.file_name or ():
-            is_hub = name.startswith("hub:")
-            entries.append(SourceArgs(hub=name[4:]) if is_hub else SourceArgs(path=[name]))
-        return entries
+        return source_parts(args.sources or (), args.file_name or ())
 
     @property
     def checkpoint_dir(self) -> Path:

@@ -19,6 +19,7 @@ Scheduler = Literal[
     "cosine_with_min_lr",
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
+    "sequential",
 ]
 
 
@@ -37,6 +38,7 @@ SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
         "min_lr_ratio",
         "num_cycles",
     ),
+    "sequential": ("schedulers", "milestones", "interval"),
 }
 """The lr_scheduler_kwargs that each scheduler reads; a scheduler that is not listed reads none."""
 
@@ -45,8 +47,24 @@ REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
     "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
     "warmup_stable_decay": ("num_decay_steps",),
+    "sequential": ("schedulers",),
 }
 """Schedulers that need at least one of these lr_scheduler_kwargs."""
+
+
+SEQUENTIAL_KWARGS: dict[str, dict[str, float]] = {
+    "ConstantLR": {"factor": 1 / 3, "total_iters": 5},
+    "CosineAnnealingLR": {"T_max": 0, "eta_min": 0.0},
+    "ExponentialLR": {"gamma": 0.0},
+    "LinearLR": {"start_factor": 1 / 3, "end_factor": 1.0, "total_iters": 5},
+    "PolynomialLR": {"total_iters": 5, "power": 1.0},
+    "StepLR": {"step_size": 0, "gamma": 0.1},
+}
+"""The schedules of torch.optim.lr_scheduler that ``sequential`` can use: their arguments and PyTorch's defaults. An argument
+without a default there is 0 here."""
+
+SEQUENTIAL_REQUIRED: dict[str, str] = {"CosineAnnealingLR": "T_max", "ExponentialLR": "gamma", "StepLR": "step_size"}
+"""The argument of each that has no default."""
 
 
 TRACKER_KWARGS: dict[str, tuple[str, ...]] = {"tensorboard": ("log_dir",), "stdout": (), "none": ()}
@@ -68,11 +86,15 @@ class TrainingArgs(Section):
     )
     learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate of AdamW.")
     lr_scheduler_type: Scheduler = Field(
-        default="linear", description="Learning rate schedule, by its name in transformers."
+        default="linear",
+        description="Learning rate schedule, by its name in transformers. sequential is a sequence of schedules of "
+        "torch.optim.lr_scheduler, as PyTorch's SequentialLR.",
     )
     lr_scheduler_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the schedule, such as `min_lr` or `num_decay_steps`.",
+        description="Arguments of the schedule, such as `min_lr` or `num_decay_steps`. sequential has `schedulers`, a list of "
+        "`{name: LinearLR, start_factor: 0.1, total_iters: 10}`, `milestones`, the steps at which the others begin, and "
+        "`interval`, the number of optimizer steps that count as one (1).",
     )
     warmup_steps: int = Field(
         default=0,

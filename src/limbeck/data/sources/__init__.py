@@ -3,6 +3,7 @@
 Rows are yielded as they are in the file; ``rows`` interprets their keys.
 """
 
+from limbeck.data.sources.columns import with_columns
 from limbeck.data.sources.find import Input, Source, expand, inputs_of
 from limbeck.data.sources.items import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 
@@ -20,4 +21,5 @@ __all__ = [
     "expand",
     "inputs_of",
     "place",
+    "with_columns",
 ]

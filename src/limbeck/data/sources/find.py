@@ -46,6 +46,7 @@ class Source:
     split:            of the hub dataset, or of a folder saved by ``datasets``.
     format:           format of its rows; None to detect it from the first row.
     domain:           name under which it is mixed with other sources; None for its own name.
+    question_key, answer_key: columns of its question and answer, if they are not those of the run.
     """
 
     path: tuple[str, ...] = ()
@@ -55,6 +56,8 @@ class Source:
     revision: str | None = None
     format: str | None = None
     domain: str | None = None
+    question_key: str | None = None
+    answer_key: str | None = None
 
     @property
     def name(self) -> str:

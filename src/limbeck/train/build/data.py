@@ -170,7 +170,7 @@ def prepare_validation(
     config: DistillConfig, tokenizer: Any, *, show: bool = True, progress: Progress | None = None
 ) -> tuple[Examples, DataReport] | None:
     """The same for the validation rows; None if there are none."""
-    if not config.validation_files:
+    if not config.validation_sources:
         return None
     settings = replace(token_settings(config), domain_key=None)
     return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)

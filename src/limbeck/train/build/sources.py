@@ -6,11 +6,10 @@ Light to import, because the process that only starts the ranks of a run uses th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema import WorkerConfig
+from limbeck.config.schema import SourceArgs, WorkerConfig, sources_of_name
 from limbeck.data.sources import Source, expand
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
@@ -18,28 +17,31 @@ from limbeck.folders import check_folder
 
 def training_sources(config: DistillConfig) -> list[Source]:
     """What the student learns from."""
-    return [
-        Source(
-            path=tuple(entry.path or ()),
-            hub=entry.hub,
-            config=entry.config,
-            split=entry.split,
-            revision=entry.revision,
-            format=entry.format or config.student.data_args.format,
-            domain=entry.domain,
-        )
-        for entry in config.data_sources
-    ]
-
-
-def named_source(config: DistillConfig, name: str) -> Source:
-    """A source that is only named, with the rows of the configuration."""
-    return replace(Source.named(name), format=config.student.data_args.format)
+    return [_source(config, entry) for entry in config.data_sources]
 
 
 def validation_sources(config: DistillConfig) -> list[Source]:
     """What the student is measured on."""
-    return [named_source(config, name) for name in config.validation_files]
+    return [_source(config, entry) for entry in config.validation_sources]
+
+
+def _source(config: DistillConfig, entry: SourceArgs) -> Source:
+    return Source(
+        path=tuple(entry.path or ()),
+        hub=entry.hub,
+        config=entry.config,
+        split=entry.split,
+        revision=entry.revision,
+        format=entry.format or config.student.data_args.format,
+        domain=entry.domain,
+        question_key=entry.question_key,
+        answer_key=entry.answer_key,
+    )
+
+
+def named_sources(config: DistillConfig, name: str) -> list[Source]:
+    """The sources of one name in ``file_name``, with the rows of the configuration."""
+    return [_source(config, entry) for entry in sources_of_name(name)]
 
 
 def missing_files(config: DistillConfig) -> list[str]:

@@ -1,0 +1,247 @@
+"""The dialect of NeMo-RL's on-policy distillation, and of the fork that also trains on answers of the data.
+
+A key of ``nemo_rl_table.py`` is moved, translated here, ignored because it does not change a result, or refused because it
+would. Any other key is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from limbeck.config.dialects.base import Source
+from limbeck.config.dialects.nemo_rl_data import translate_data
+from limbeck.config.dialects.nemo_rl_file import NemoRlFile
+from limbeck.config.dialects.nemo_rl_steps import put_steps, translate_batches, translate_schedule
+from limbeck.config.dialects.nemo_rl_table import MOVED, PENDING, READ
+from limbeck.config.locations import SourceLocation, find_location
+from limbeck.config.schema import TRACKER_KWARGS, DistillConfig, walk_keys
+from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
+from limbeck.errors import LimbeckError
+from limbeck.registry import GENERATORS, TRACKERS
+
+_KL = {"forward": "forward_kl", "reverse": "reverse_kl", "mixed": "mixed_kl"}
+_METRICS = {"val:accuracy": "val/accuracy", "val_loss": "val/loss"}
+
+
+class NemoRlDialect:
+    """A YAML file of NeMo-RL's ``run_distillation.py``."""
+
+    name = "nemo_rl"
+    system = "NeMo-RL"
+
+    def recognises(self, source: Source) -> bool:
+        """Whether the file has the sections of a distillation and of a model in NeMo-RL's form."""
+        if not isinstance(source, Mapping) or not isinstance(source.get("distillation"), Mapping):
+            return False
+        models = (source.get(role) for role in ("policy", "student", "teacher"))
+        return any(isinstance(model, Mapping) and "model_name" in model for model in models)
+
+    def translate(self, source: Source, locations: dict[str, SourceLocation]) -> Translation:
+        if not isinstance(source, Mapping):
+            raise LimbeckError("the dialect nemo_rl reads YAML files, not arguments; use --dialect with another name.")
+        if source.get("teachers"):
+            where = find_location("teachers", locations) or "arguments"
+            raise LimbeckError(
+                f"{where}: teachers: off-policy distillation from several teachers or other tokenizers is not supported in "
+                "NeMo-RL's form; write a file of Limbeck with cross_tokenizer."
+            )
+        file = NemoRlFile(source)
+        file.check()
+        _translate_models(file)
+        _translate_objective(file)
+        _translate_generation(file)
+        translate_data(file.result, file.section("data"), locations)
+        updates = translate_batches(file)
+        translate_schedule(file, updates)
+        _translate_checkpoints(file, updates)
+        _translate_trackers(file)
+        if file.result.get("validation.data_args.sources") is None:
+            file.result.pop("validation")
+        _hold_back_pending(file.result)
+        return file.result
+
+
+DIALECT = NemoRlDialect()
+
+
+def _translate_models(file: NemoRlFile) -> None:
+    world = _world_size(file)
+    if "teacher" not in file.source:
+        file.put("teacher_pretrain", file.get("distillation.teacher_model_path"), "distillation.teacher_model_path")
+        for path, target in MOVED.items():
+            if path.startswith(("policy.dtensor_cfg.", "policy.precision")) and target.startswith("student."):
+                file.put(target.replace("student.", "teacher.", 1), file.get(path), path)
+    roles = ("policy", "teacher") if "teacher" in file.source else ("policy",)
+    for role in roles:
+        if file.section(f"{role}.dtensor_cfg").get("enabled") is False and not file.is_enabled(f"{role}.megatron_cfg"):
+            file.refuse(f"{role}.dtensor_cfg.enabled", "= false leaves no backend; set it to true")
+        if world > 1:
+            ours, suffix = ("student", "train") if role == "policy" else ("teacher", "infer")
+            file.put(f"{ours}.strategy_args.strategy_name", f"fsdp2_{suffix}", f"{role}.dtensor_cfg")
+    recompute = file.get("policy.dtensor_cfg.activation_checkpointing")
+    if isinstance(recompute, bool):
+        path = "policy.dtensor_cfg.activation_checkpointing"
+        file.put("student.model_args.disable_gradient_checkpointing", not recompute, path)
+    _translate_tokenizer(file)
+    _translate_lora(file)
+
+
+def _world_size(file: NemoRlFile) -> int:
+    """Number of ranks, which student and teacher share."""
+    if file.get("cluster.gpus_per_node") is None:
+        file.refuse("cluster.gpus_per_node", "is not set; set it to the number of devices of a machine")
+    world = file.whole("cluster.gpus_per_node") * file.whole("cluster.num_nodes")
+    file.put("student.device_mapping", list(range(world)), "cluster.gpus_per_node")
+    return world
+
+
+def _translate_tokenizer(file: NemoRlFile) -> None:
+    tokenizer = file.get("policy.tokenizer")
+    name = tokenizer if isinstance(tokenizer, str) else file.section("policy.tokenizer").get("name")
+    if name != file.get("policy.model_name"):
+        file.put("tokenizer", name, "policy.tokenizer")
+    if "chat_template" in file.section("policy.tokenizer"):
+        template = file.get("policy.tokenizer.chat_template")
+        spelled = {None: "empty", "default": "native"}.get(template, template)
+        file.put("student.data_args.template", spelled, "policy.tokenizer.chat_template")
+
+
+def _translate_lora(file: NemoRlFile) -> None:
+    path = "policy.dtensor_cfg.lora_cfg"
+    if file.is_enabled(path):
+        lora = file.section(path)
+        target = "all-linear" if lora.get("match_all_linear") else lora.get("target_modules")
+        file.put("student.model_args.lora_target", target, path)
+        for key in ("dim", "alpha", "dropout"):
+            file.put(f"student.model_args.lora_{'rank' if key == 'dim' else key}", lora.get(key), f"{path}.{key}")
+
+
+def _translate_objective(file: NemoRlFile) -> None:
+    where = "loss_fn" if "loss_fn" in file.source else "distillation"
+    file.put("objective_preset", "nemo_rl", where)
+
+    def find(key: str) -> tuple[Any, str]:
+        paths = [f"{section}.{key}" for section in ("loss_fn", "distillation")]
+        return next(((file.get(path), path) for path in paths if file.get(path) is not None), (None, where))
+
+    kind, path = find("kl_type")
+    if kind is not None and kind not in _KL:
+        file.refuse(path, f"= {format_value(kind)} is not one of {', '.join(_KL)}")
+    elif kind is not None:
+        file.put("kd_objective", _KL[kind], path)
+    weight, path = find("mixed_kl_weight")
+    if kind in (None, "mixed") and weight is not None:
+        file.put("kd_objective_kwargs", {"forward": weight}, path)
+    only_topk, path = find("zero_outside_topk")
+    if only_topk is not None and not isinstance(only_topk, bool):
+        file.refuse(path, f"= {format_value(only_topk)} must be true or false")
+    elif only_topk is not None:
+        file.put("logits_topk_tail", "zero" if only_topk else "renormalize", path)
+    if file.get("policy.generation.temperature") != 0:  # the distribution that is sampled is the one that is compared
+        file.put("kd_temperature", file.get("policy.generation.temperature"), "policy.generation.temperature")
+
+
+def _translate_generation(file: NemoRlFile) -> None:
+    longest = file.get("distillation.max_length")
+    for target in ("sequence_length", "rollout.max_new_tokens"):
+        if file.result.get(target) is None:
+            file.put(target, longest, "distillation.max_length")
+    if file.result.section("rollout") is None:
+        file.put("rollout.on_policy_fraction", 1.0, "distillation")
+    if "env" in file.source or _has(file, "env_name"):
+        file.put("rollout.environment", "math", "env" if "env" in file.source else "data")
+    backend = file.get("policy.generation.backend")
+    if backend is None:
+        return
+    if backend not in ("vllm", "hf"):
+        file.refuse("policy.generation.backend", f"= {format_value(backend)} is not supported; use vllm, or hf")
+        return
+    path = "policy.generation.backend"
+    if backend not in GENERATORS:
+        file.result.notices.append(f"{file.written(path)}: the generator {backend} is not built in; hf is used.")
+        backend = "hf"
+    file.put("rollout.generator", backend, path)
+    if backend == "vllm":
+        engine = {key: file.get(f"policy.generation.vllm_cfg.{key}") for key in READ["policy.generation.vllm_cfg"]}
+        if engine.get("kv_cache_dtype") == "auto":
+            del engine["kv_cache_dtype"]
+        given = {key: value for key, value in sorted(engine.items()) if value is not None}
+        file.put(
+            "rollout.generator_kwargs",
+            {**given, **file.section("policy.generation.vllm_kwargs")},
+            "policy.generation.vllm_cfg",
+        )
+
+
+def _has(file: NemoRlFile, key: str) -> bool:
+    data = file.section("data")
+    return any(isinstance(part, Mapping) and part.get(key) for part in (data, data.get("default"), data.get("train")))
+
+
+def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
+    if file.section("checkpointing").get("enabled") is False or "checkpointing" not in file.source:
+        file.put("save_steps", 0, "checkpointing")
+    else:
+        path = "checkpointing.save_period"
+        put_steps(file, "save_steps", path if file.get(path) is not None else "distillation.save_steps", updates)
+        file.put("resume_from_checkpoint", True, "checkpointing")  # as NeMo-RL does
+    metric, path = file.get("checkpointing.metric_name"), "checkpointing.metric_name"
+    keep, latest = file.get("checkpointing.keep_top_k"), file.get("checkpointing.ft_keep_latest_k")
+    validates = file.result.get("validation.data_args.sources") is not None
+    if metric is None or (str(metric).startswith("val") and not validates):
+        file.result.put("checkpoint_config.best_metric", None, file.written("checkpointing"))
+        file.put("max_ckpt_to_keep", keep, "checkpointing.keep_top_k")
+        return
+    kind, colon, name = str(metric).partition(":")
+    if metric not in _METRICS and (kind not in ("val", "train") or not colon):
+        file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
+    file.put("checkpoint_config.best_metric", _METRICS.get(metric, f"{kind}/{name}"), path)
+    higher = file.get("checkpointing.higher_is_better")
+    file.put("checkpoint_config.best_mode", "min" if higher is False else "max", "checkpointing.higher_is_better")
+    file.put("checkpoint_config.keep_best", keep, "checkpointing.keep_top_k")
+    if keep is not None:  # the best ones, and the newest to resume from
+        file.put("max_ckpt_to_keep", latest or 1, "checkpointing.keep_top_k")
+
+
+def _translate_trackers(file: NemoRlFile) -> None:
+    names = [name for name in ("tensorboard", "wandb", "mlflow", "swanlab") if file.get(f"logger.{name}_enabled")]
+    known = [name for name in names if name in TRACKERS]
+    for name in names:
+        if name not in known[:1]:
+            why = "only one tracker is supported" if name in known else "it is not built in; a plug-in can register it"
+            file.result.notices.append(f"logger.{name}_enabled has no effect: {why}.")
+    if "logger" not in file.source:
+        return
+    if not known:
+        file.put("track_with", "none", "logger")
+        return
+    file.put("track_with", known[0], f"logger.{known[0]}_enabled")
+    if known[0] != "tensorboard":
+        given, readable = file.section(f"logger.{known[0]}"), TRACKER_KWARGS.get(known[0])
+        kept = {key: value for key, value in given.items() if readable is None or key in readable}
+        file.put("tracker_kwargs", kept, f"logger.{known[0]}")
+        file.result.ignored += [f"logger.{known[0]}.{key}" for key in given if key not in kept]
+    elif file.get("logger.log_dir") is not None:
+        file.put("tracker_kwargs.log_dir", f"{file.get('logger.log_dir')}/tensorboard", "logger.log_dir")
+
+
+def _hold_back_pending(result: Translation) -> None:
+    """Remove Limbeck's keys that this version lacks, with a notice of the settings that would have become them."""
+    known = {path for path, _ in walk_keys(DistillConfig)}
+    lacking = [path for path in sorted(PENDING) if not any(key == path or key.startswith(f"{path}.") for key in known)]
+    held = []
+    if "checkpoint_config.keep_best" in lacking and (keep := result.get("checkpoint_config.keep_best")) is not None:
+        result.put("max_ckpt_to_keep", keep, result.derived["checkpoint_config.keep_best"])
+    for path in lacking:
+        if result.pop(path) is not None:
+            held += [
+                result.derived.pop(key) for key in list(result.derived) if key == path or key.startswith(f"{path}.")
+            ]
+    if held:
+        result.notices.append(f"These settings are not built yet and have no effect: {', '.join(dict.fromkeys(held))}.")
+    if "validation.rollout" in lacking and result.get("checkpoint_config.best_metric") == "val/accuracy":
+        result.values["checkpoint_config"]["best_metric"] = None
+    if result.section("validation") == {}:
+        result.pop("validation")

@@ -1,0 +1,154 @@
+"""The section ``data`` of NeMo-RL: datasets by name, local files, and prompt files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.config.dialects.nemo_rl_table import READ
+from limbeck.config.locations import SourceLocation
+from limbeck.config.schema import NAMED_DATASETS
+from limbeck.config.translation import Translation
+
+Entry = dict[str, tuple[Any, str]]
+"""A dataset: each key with its value and the path under which it is written."""
+
+_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
+_GENERIC = {"ResponseDataset": {"input_key": "input", "output_key": "output"}, "openai_format": {}}
+"""Names of NeMo-RL that stand for any file or hub dataset, and the columns that they assume."""
+
+_REPOSITORY = Path(__file__).resolve().parents[4]
+_PROMPT_FOLDERS = (".", "examples/prompts", "prompts")
+
+
+def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapping[str, SourceLocation]) -> None:
+    """Set the training data, the validation data, and the text around a question."""
+    train, validation = list(_entries(data, "train")), list(_entries(data, "validation"))
+    if not train:
+        result.refuse("data.train", "is not set; name a dataset in data.train.dataset_name, or data.dataset_name")
+    for entry in train:
+        repeat, path = entry.get("repeat", (1, ""))
+        if repeat not in (None, 1):
+            result.refuse(path, f"= {repeat} repeats training data, which is not supported; set max_num_epochs instead")
+    _put_sources(result, "student.data_args.sources", train)
+    if validation:
+        _put_sources(result, "validation.data_args.sources", validation)
+        _put_repeat(result, validation)
+    for key in ("prompt_template", "prompt_file"):
+        if (found := _common(result, key, [*train, *validation])) is not None:
+            name, path = found
+            if (file := _find_prompt(result, name, path, locations)) is not None:
+                result.put("student.data_args.prompt_file", str(file), path)
+    if (found := _common(result, "system_prompt_file", [*train, *validation])) is not None:
+        name, path = found
+        if (file := _find_prompt(result, name, path, locations)) is not None:
+            result.put("student.data_args.default_system", file.read_text(encoding="utf-8").strip(), path)
+
+
+def _put_repeat(result: Translation, validation: list[Entry]) -> None:
+    """Several answers to each validation question; NeMo-RL limits the number of answers, Limbeck that of questions."""
+    repeats = {entry["repeat"] for entry in validation if entry.get("repeat", (None, ""))[0] is not None}
+    if len({repeat for repeat, _ in repeats}) > 1:
+        result.refuse("data.validation", "has datasets with different values of repeat; use one value")
+    elif repeats:
+        repeat, path = repeats.pop()
+        result.put("validation.rollout.num_generations", repeat, path)
+        answers = result.get("validation.rollout.max_samples")
+        if type(answers) is int and type(repeat) is int and repeat > 0:
+            result.put("validation.rollout.max_samples", -(-answers // repeat), "distillation.max_val_samples")
+
+
+def _entries(data: Mapping[str, Any], part: str) -> Iterator[Entry]:
+    """The datasets of ``data.train`` or ``data.validation``, with the keys of ``data.default`` and of ``data`` itself."""
+    shared: Entry = {key: (data[key], f"data.{key}") for key in READ["dataset"] if key in data}
+    default = data.get("default")
+    if isinstance(default, Mapping):
+        shared |= {key: (value, f"data.default.{key}") for key, value in default.items()}
+    given = data.get(part)
+    if given is None and part == "train" and ("dataset_name" in shared or "data_path" in shared):
+        given = {}
+    for one in given if isinstance(given, list) else [] if given is None else [given]:
+        if isinstance(one, Mapping):
+            yield shared | {key: (value, f"data.{part}.{key}") for key, value in one.items()}
+
+
+def _put_sources(result: Translation, target: str, entries: list[Entry]) -> None:
+    sources = [source for entry in entries if (source := _source(result, entry)) is not None]
+    if sources:
+        name = "data_path" if "data_path" in entries[0] else "dataset_name"
+        result.put(target, sources, entries[0].get(name, (None, "data"))[1])
+
+
+def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
+    """The entry of ``data_args.sources`` for a dataset."""
+
+    def value(key: str) -> Any:
+        return entry.get(key, (None, ""))[0]
+
+    name, file = value("dataset_name"), value("data_path")
+    by_hub = {part["hub"]: named for named, parts in NAMED_DATASETS.items() for part in parts}
+    columns = _GENERIC.get(name, {})
+    source: dict[str, Any]
+    if file is not None:
+        source = {"path": [file]} if _is_file(str(file)) else {"hub": file}
+    elif name in NAMED_DATASETS or name in by_hub:
+        source = {"hub": by_hub.get(name, name)}
+    elif isinstance(name, str) and _is_file(name):
+        source = {"path": [name]}
+    elif name is None or name in _GENERIC:
+        result.refuse(entry.get("dataset_name", (None, "data.train"))[1], "needs data_path, a file; set it")
+        return None
+    else:
+        near = difflib.get_close_matches(str(name), NAMED_DATASETS, n=1)
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"use one of {', '.join(NAMED_DATASETS)}, or set data_path to a file"
+        )
+        result.refuse(entry["dataset_name"][1], f"= {name} is not a dataset that Limbeck knows by name; {hint}")
+        return None
+    if name == "openai_format":
+        source["format"] = "messages"
+    more = {
+        "question_key": value("input_key") or columns.get("input_key"),
+        "answer_key": value("output_key") or columns.get("output_key"),
+        "config": value("subset") if "hub" in source else None,
+        "split": value("split") if "hub" in source else None,
+        "max_samples": value("max_samples"),
+    }
+    return {**source, **{key: one for key, one in more.items() if one is not None}}
+
+
+def _is_file(name: str) -> bool:
+    return name.endswith(_FILES) or name.startswith(("/", "./", "../", "~")) or Path(name).is_file()
+
+
+def _common(result: Translation, key: str, entries: list[Entry]) -> tuple[str, str] | None:
+    """The value of ``key`` that all datasets have, and where it is written."""
+    found = dict.fromkeys(entry.get(key, (None, "")) for entry in entries)
+    values = {value for value, _ in found}
+    if len(values) > 1:
+        path = next(path for value, path in found if value is not None)
+        result.refuse(path, "is not the same for all datasets, which is not supported; set it in data.default only")
+    value, path = next(iter(found), (None, ""))
+    return None if value is None or len(values) > 1 else (str(value), path)
+
+
+def _find_prompt(result: Translation, name: str, path: str, locations: Mapping[str, SourceLocation]) -> Path | None:
+    """The text file ``name``, or ``name.txt`` in a folder of prompts.
+
+    It is searched for in the working directory, in the folders of the configuration and those around them, and in Limbeck's
+    own repository.
+    """
+    files = dict.fromkeys(Path(location.file).resolve() for location in locations.values() if location.line)
+    bases = dict.fromkeys([Path.cwd(), *(folder for file in files for folder in file.parents), _REPOSITORY])
+    names = (name, f"{name}.txt")
+    for base in bases:
+        for folder in _PROMPT_FOLDERS:
+            for candidate in names:
+                if (file := base / folder / Path(candidate).expanduser()).is_file():
+                    return file
+    result.refuse(path, f"= {name} is not a text file; write it, for example as examples/prompts/{Path(name).stem}.txt")
+    return None

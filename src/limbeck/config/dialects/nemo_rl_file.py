@@ -1,0 +1,129 @@
+"""A file of NeMo-RL while it is translated: access to its keys, and the check of all of them against the tables."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from limbeck.config.dialects.nemo_rl_table import DISABLED_BY, FIXED, MOVED, NO_MEANING, READ, TEACHER_READS, Fixed
+from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
+
+
+class NemoRlFile:
+    """One file and its translation. Paths have ``policy`` for the student's section, also if the file calls it ``student``."""
+
+    def __init__(self, source: Mapping[str, Any]) -> None:
+        self.source = source
+        self.student = "student" if "student" in source and "policy" not in source else "policy"
+        self.result = Translation({})
+
+    def get(self, path: str) -> Any:
+        """The value at ``path``, or None."""
+        value: Any = self.source
+        for part in self.written(path).split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return value
+
+    def section(self, path: str) -> Mapping[str, Any]:
+        """The section at ``path``; empty if there is none."""
+        value = self.get(path)
+        return value if isinstance(value, Mapping) else {}
+
+    def written(self, path: str) -> str:
+        """``path`` as the file writes it."""
+        head, dot, rest = path.partition(".")
+        return f"{self.student if head == 'policy' else head}{dot}{rest}"
+
+    def refuse(self, path: str, sentence: str) -> None:
+        self.result.refuse(self.written(path), sentence)
+
+    def put(self, target: str, value: Any, path: str) -> None:
+        if value is not None:
+            self.result.put(target, value, self.written(path))
+
+    def whole(self, path: str, default: int = 1) -> int:
+        """A number of at least 1, for arithmetic; ``default`` if it is unset or wrong."""
+        value = self.get(path)
+        if value is None:
+            return default
+        if type(value) is not int or value < 1:
+            self.refuse(path, f"= {format_value(value)} must be a whole number of at least 1")
+            return default
+        return value
+
+    def is_enabled(self, path: str) -> bool:
+        return self.section(path).get("enabled") is True
+
+    def check(self) -> None:
+        """Report unknown keys and values that are not supported, collect the keys without effect, and move the others."""
+        if "student" in self.source and "policy" in self.source:
+            self.result.refuse("student", "and policy are both sections of the student; keep one")
+        self._check("", self.source)
+        for path, target in MOVED.items():
+            self.put(target, self.get(path), path)
+
+    def _check(self, path: str, section: Mapping[str, Any]) -> None:
+        table = path
+        if path.startswith("data."):
+            table = "dataset"
+        elif path.partition(".")[0] in ("student", "teacher"):
+            table = ".".join(["policy", *path.split(".")[1:]])
+        fixed, ignored = FIXED.get(table, {}), NO_MEANING.get(table, frozenset())
+        known = {*READ.get(table, ()), *fixed, *ignored, *_moved_keys(table)}
+        for key, value in section.items():
+            inner, kind = f"{path}.{key}" if path else key, f"{table}.{key}" if table else key
+            if key in fixed:
+                self._check_fixed(inner, value, fixed[key])
+            elif path == "teacher" and key in known and key not in TEACHER_READS:
+                continue  # NeMo-RL does not read it either
+            elif key in ignored:
+                self.result.ignored.append(inner)
+            elif kind in DISABLED_BY:
+                self._check_switched(inner, value, kind)
+            elif key in known:
+                self._check_inner(inner, value, kind)
+            elif path:
+                self.result.refuse(inner, f"is not a key of NeMo-RL's distillation{_nearest(key, known)}")
+            elif near := _nearest(key, known):
+                self.result.refuse(inner, f"is not a section of NeMo-RL's distillation{near}")
+            else:  # a variable, if a ${...} refers to it; the schema refuses it otherwise
+                self.result.values[key] = value
+
+    def _check_inner(self, path: str, value: Any, kind: str) -> None:
+        sections = {"student", "teacher", "data.train", "data.validation", "data.default", *READ}
+        if kind not in sections or value is None or (kind == "policy.tokenizer" and isinstance(value, str)):
+            return
+        for one in value if isinstance(value, list) and kind.startswith("data.") else [value]:
+            if isinstance(one, Mapping):
+                self._check(path, one)
+            else:
+                self.result.refuse(path, f"= {format_value(one)} must be a section of keys")
+
+    def _check_switched(self, path: str, value: Any, kind: str) -> None:
+        unsupported = DISABLED_BY[kind]
+        enabled = isinstance(value, Mapping) and value.get("enabled") is True
+        if enabled and unsupported is not None:
+            self.result.refuse(f"{path}.enabled", f"= true {unsupported.sentence}")
+        elif enabled:
+            self._check(path, value)
+
+    def _check_fixed(self, path: str, value: Any, fixed: Fixed) -> None:
+        off = fixed.section and isinstance(value, Mapping) and not value.get("enabled")
+        if not off and not any(type(value) is type(one) and value == one for one in fixed.values):
+            shown = "" if isinstance(value, (Mapping, list)) else f"= {format_value(value)} "
+            self.result.refuse(path, f"{shown}{fixed.sentence}")
+
+
+def _moved_keys(table: str) -> Iterator[str]:
+    """The keys of a section that are moved, and those of sections in it."""
+    prefix = f"{table}." if table else ""
+    for path in (*MOVED, *(kind for kind in READ if kind)):
+        if path.startswith(prefix):
+            yield path.removeprefix(prefix).partition(".")[0]
+
+
+def _nearest(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

@@ -1,0 +1,296 @@
+"""The dialect of NeMo-RL: upstream's files, the fork's keys, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from limbeck.config import LoadedConfig, load_config, render_config
+from limbeck.config.dialects.nemo_rl import DIALECT
+from limbeck.config.dialects.nemo_rl_table import FIXED, NO_MEANING
+from limbeck.errors import LimbeckError
+
+Load = Callable[..., LoadedConfig]
+Mistakes = Callable[..., list[str]]
+
+REFERENCES = Path(__file__).resolve().parents[3] / "shared" / "references" / "configs" / "nemo-rl"
+
+UPSTREAM = """
+distillation: {num_prompts_per_step: 16, num_generations_per_prompt: 2, max_num_steps: 7, val_period: 5, topk_logits_k: 8}
+loss_fn: {kl_type: reverse, zero_outside_topk: true}
+policy: &model
+  model_name: small
+  tokenizer: {name: "${..model_name}", chat_template: null}
+  precision: bfloat16
+  train_global_batch_size: 16
+  train_micro_batch_size: 2
+  max_total_sequence_length: 64
+  make_sequence_length_divisible_by: "${mul:${.dtensor_cfg.tensor_parallel_size}, 6}"
+  max_grad_norm: null
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 2, context_parallel_size: 1, activation_checkpointing: true}
+  megatron_cfg: {enabled: false, anything: 1}
+  dynamic_batching: {enabled: true, train_mb_tokens: 128, sequence_length_round: 8}
+  sequence_packing: {enabled: false, train_mb_tokens: 1}
+  optimizer: {name: torch.optim.AdamW, kwargs: {lr: 1e-4, betas: [0.8, 0.99], fused: false}}
+  scheduler:
+    - {name: torch.optim.lr_scheduler.LinearLR, kwargs: {start_factor: 0.5, total_iters: 3}}
+    - {name: torch.optim.lr_scheduler.ConstantLR, kwargs: {factor: 1.0}}
+    - milestones: [3]
+  generation: {backend: hf, max_new_tokens: 32, temperature: 0.7, top_k: null, stop_strings: [stop], port_range_low: 3000}
+teacher:
+  <<: *model
+  model_name: large
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 4, context_parallel_size: 1}
+data:
+  train: {dataset_name: DeepScaler}
+  validation: {dataset_name: gsm8k, split: test}
+  default: {prompt_file: ask.txt, env_name: math}
+checkpointing: {enabled: true, checkpoint_dir: ckpt, metric_name: "train:loss", higher_is_better: false, save_period: 4}
+logger: {log_dir: logs, tensorboard_enabled: true}
+cluster: {gpus_per_node: 8, num_nodes: 1}
+"""
+
+FORK = """
+distillation: {lambda: 0.9, kl_type: forward, max_length: 48}
+data: {dataset_name: math_cl, prompt_template: math_distillation}
+student: &model
+  model_name: small
+  tokenizer: small
+  max_total_sequence_length: 64
+  precision: float32
+  train_global_batch_size: 8
+  name_prefix: distillation_policy
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 1, context_parallel_size: 1}
+  dynamic_batching: {enabled: false}
+teacher: {<<: *model, model_name: large}
+cluster: {enabled: true, num_nodes: 1, gpus_per_node: 2}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "ask.txt").write_text("Q: {}")
+
+
+def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: Path) -> None:
+    loaded = load(yaml=UPSTREAM)
+    config, student, training = loaded.config, loaded.config.student, loaded.config.student.training_args
+    assert loaded.dialect == "nemo_rl"
+    assert (config.student_pretrain, config.teacher_pretrain, config.tokenizer) == ("small", "large", None)
+    assert (config.kd_objective, config.logits_topk, config.logits_topk_tail) == ("reverse_kl", 8, "zero")
+    assert (config.distill_loss_weight, config.kd_temperature, config.temperature_squared) == (1.0, 0.7, False)
+    rollout = config.rollout
+    assert rollout is not None
+    assert (rollout.on_policy_fraction, rollout.num_generations, rollout.max_new_tokens) == (1.0, 2, 32)
+    assert (rollout.temperature, rollout.top_k, rollout.stop_strings, rollout.generator) == (0.7, 0, ["stop"], "hf")
+    # 32 samples are two optimizer steps of 16: 4 data-parallel ranks x 2 rows x 2 micro-batches
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 2)
+    assert (config.max_steps, config.eval_steps, config.save_steps) == (14, 10, 8)
+    assert any("trains 2 optimizer steps" in notice for notice in loaded.notices)
+    assert training.lr_scheduler_kwargs == {
+        "schedulers": [
+            {"name": "LinearLR", "start_factor": 0.5, "total_iters": 3},
+            {"name": "ConstantLR", "factor": 1.0},
+        ],
+        "milestones": [3],
+        "interval": 2,
+    }
+    assert (training.learning_rate, training.adam_beta1, training.adam_beta2) == (1e-4, 0.8, 0.99)
+    assert config.max_grad_norm == 0
+    assert (config.max_tokens_per_microbatch, student.sequence_length_round_in_train) == (128, 24)
+    sizes = [role.strategy_args.strategy_config.tensor_model_parallel_size for role in (student, config.teacher)]
+    assert (sizes, student.device_mapping, config.needs_worker_groups) == ([2, 4], list(range(8)), False)
+    assert student.model_args.disable_gradient_checkpointing is False
+    assert student.data_args.template == "empty"
+    assert student.data_args.prompt_file == str(tmp_path / "prompts" / "ask.txt")
+    (train,), (valid,) = config.data_sources, config.validation_sources
+    assert (train.hub, train.question_key, train.answer_key) == (
+        "agentica-org/DeepScaleR-Preview-Dataset",
+        "problem",
+        "answer",
+    )
+    assert (valid.hub, valid.config, valid.split) == ("openai/gsm8k", "main", "test")
+    assert (config.checkpoint_config.best_metric, config.checkpoint_config.best_mode) == ("train/loss", "min")
+    assert (config.output_dir, config.checkpoint_dir, config.resume_from_checkpoint) == ("logs", Path("ckpt"), True)
+    assert config.tracker_kwargs == {"log_dir": "logs/tensorboard"}
+    ignored = next(notice for notice in loaded.notices if "no effect in Limbeck" in notice)
+    assert "policy.generation.port_range_low (run.yaml:" in ignored
+    assert "teacher" not in ignored
+    assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
+
+
+def test_validation_by_writing_becomes_keys_of_limbeck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("limbeck.config.dialects.nemo_rl.PENDING", frozenset())
+    source = {
+        "distillation": {"max_val_samples": 50, "val_at_start": True, "val_at_end": False},
+        "policy": {"model_name": "s", "generation": {"val_temperature": 0.5, "val_top_p": 0.9, "val_top_k": 3}},
+        "data": {"train": {"dataset_name": "gsm8k"}, "validation": {"dataset_name": "AIME2024", "repeat": 16}},
+        "env": {"math": {"num_workers": 2}},
+        "logger": {"num_val_samples_to_print": 4},
+        "checkpointing": {"enabled": True, "metric_name": "val:accuracy", "keep_top_k": 3},
+        "cluster": {"gpus_per_node": 1},
+    }
+    values = DIALECT.translate(source, {}).values
+    rollout = {
+        "max_samples": 4,
+        "num_generations": 16,
+        "print_samples": 4,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "top_k": 3,
+    }
+    assert values["validation"] == {
+        "at_start": True,
+        "at_end": False,
+        "rollout": rollout,
+        "data_args": {"sources": [{"hub": "AIME2024"}]},
+    }
+    assert values["rollout"]["environment"] == "math"
+    assert values["rollout"]["environment_kwargs"] == {"workers": 2}
+    assert values["checkpoint_config"] == {"best_metric": "val/accuracy", "best_mode": "max", "keep_best": 3}
+    assert values["max_ckpt_to_keep"] == 1
+
+
+def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
+    config = load(yaml=FORK).config
+    assert config.rollout is not None
+    assert (config.rollout.on_policy_fraction, config.rollout.max_new_tokens) == (0.9, 48)
+    assert (config.kd_objective, config.sequence_length, config.logits_topk) == ("forward_kl", 64, 64)
+    assert config.student.training_args.gradient_accumulation_steps == 4
+    assert [source.hub for source in config.data_sources] == ["pe-nlp/math-cl"]
+    assert config.student.data_args.prompt_file is not None
+    assert config.student.data_args.prompt_file.endswith("examples/prompts/math_distillation.txt")
+    assert (config.student.model_args.dtype, config.validation) == ("fp32", None)
+
+
+@pytest.mark.parametrize(
+    ("override", "value", "expected"),
+    [
+        ("data.train.data_path", "rows.jsonl", {"path": ["rows.jsonl"], "question_key": None}),
+        ("data.train.dataset_name", "rows.jsonl", {"path": ["rows.jsonl"]}),
+        ("data.train.dataset_name", "pe-nlp/math-cl", {"hub": "pe-nlp/math-cl", "answer_key": "ground_truth_answer"}),
+        (
+            "data.train",
+            "{dataset_name: ResponseDataset, data_path: rows.jsonl, input_key: q}",
+            {"path": ["rows.jsonl"], "question_key": "q", "answer_key": "output"},
+        ),
+        (
+            "data.train",
+            "{dataset_name: openai_format, data_path: own/chats}",
+            {"hub": "own/chats", "format": "messages"},
+        ),
+        ("data.train.output_key", "solution", {"answer_key": "solution"}),
+    ],
+)
+def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, expected: dict[str, Any]) -> None:
+    (source,) = load(f"{override}={value}", yaml=UPSTREAM).config.data_sources
+    assert {key: getattr(source, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "policy.train_global_batchsize=8",
+            "policy.train_global_batchsize is not a key of NeMo-RL's distillation; did you",
+        ),
+        ("distilation={}", "distilation is not a section of NeMo-RL's distillation; did you mean distillation?"),
+        ("teacher.megatron_cfg.enabled=true", "teacher.megatron_cfg.enabled = true (Megatron) is not supported yet"),
+        ("policy.optimizer.name=torch.optim.SGD", "policy.optimizer.name = torch.optim.SGD is not supported yet"),
+        (
+            "policy.train_global_batch_size=12",
+            "policy.train_global_batch_size = 12 cannot be divided into micro-batches",
+        ),
+        ("policy.train_global_batch_size=64", "policy.train_global_batch_size = 64 does not divide the 32 samples"),
+        ("policy.train_micro_batch_size=none", "policy.train_micro_batch_size = none must be a whole number"),
+        ("policy.dtensor_cfg.context_parallel_size=3", "policy.dtensor_cfg.tensor_parallel_size = 2 times"),
+        ("policy.sequence_packing.enabled=true", "policy.sequence_packing.enabled = true contradicts dynamic_batching"),
+        (
+            "policy.generation.backend=megatron",
+            "policy.generation.backend = megatron is not supported; use vllm, or hf",
+        ),
+        ("loss_fn.kl_type=jsd", "loss_fn.kl_type = jsd is not one of forward, reverse, mixed"),
+        (
+            "data.train.dataset_name=DeepScale",
+            "data.train.dataset_name = DeepScale is not a dataset that Limbeck knows",
+        ),
+        ("data.train.repeat=2", "data.train.repeat = 2 repeats training data"),
+        ("data.validation.prompt_file=other.txt", "data.default.prompt_file is not the same for all datasets"),
+        ("data.default.prompt_file=none.txt", "data.default.prompt_file = none.txt is not a text file"),
+        ("checkpointing.metric_name=accuracy", "checkpointing.metric_name = accuracy must be val: or train:"),
+        ("policy.generation.top_p=2", "policy.generation.top_p: rollout.top_p = 2 must be at most 1"),
+        ("policy.scheduler.0.kwargs=7", "policy.scheduler has the entry {"),
+    ],
+)
+def test_an_unsupported_setting_is_refused_by_its_own_name(mistakes: Mistakes, override: str, sentence: str) -> None:
+    lines = mistakes(override, yaml=UPSTREAM)
+    assert any(sentence in line and line.startswith(("command line: ", "run.yaml:")) for line in lines), lines
+
+
+def test_every_fixed_setting_is_refused_with_another_value(mistakes: Mistakes) -> None:
+    inside = {"": "", "dataset": "data.train."}
+    paths = [
+        f"{inside.get(section, f'{section}.')}{key}"
+        for section, keys in FIXED.items()
+        for key in keys
+        if key != "teachers" and "lora_cfg" not in section
+    ]
+    lines = mistakes(*(f"++{path}=something" for path in paths), yaml=UPSTREAM)
+    for path in paths:
+        assert any(f"command line: {path} = something " in line for line in lines), path
+
+
+def test_no_ignored_setting_stops_a_run(load: Load) -> None:
+    inside = {"dataset": "data.train"}
+    paths = [
+        f"{inside.get(section, section)}.{key}"
+        for section, keys in NO_MEANING.items()
+        for key in keys
+        if "lora_cfg" not in section and section not in ("policy.sequence_packing", "policy.tokenizer")
+    ]
+    notices = load(*(f"++{path}=1" for path in paths), yaml=UPSTREAM).notices
+    ignored = next(notice for notice in notices if "no effect in Limbeck" in notice)
+    assert all(f"{path} (command line)" in ignored for path in paths)
+
+
+def test_a_variable_may_stand_beside_the_sections(load: Load) -> None:
+    assert load("++who=tiny", "policy.model_name=${who}", yaml=UPSTREAM).config.student_pretrain == "tiny"
+
+
+def test_only_files_of_nemo_rl_are_recognised() -> None:
+    assert not DIALECT.recognises({"student_pretrain": "s", "teacher": {"model_args": {}}})
+    assert not DIALECT.recognises({"distillation": {}, "student": {"model_args": {}}})
+    assert DIALECT.recognises({"distillation": {}, "student": {"model_name": "s"}})
+
+
+def test_several_teachers_are_refused_in_one_sentence(mistakes: Mistakes) -> None:
+    (line,) = mistakes("teachers=[{model_name: x}]", yaml=UPSTREAM)
+    assert line.startswith("command line: teachers: off-policy distillation from several teachers")
+
+
+@pytest.mark.skipif(not REFERENCES.is_dir(), reason="the reference configurations are not here")
+@pytest.mark.parametrize("file", sorted(REFERENCES.rglob("*.yaml")), ids=lambda file: file.stem)
+def test_the_reference_configurations_load_unchanged(file: Path, tmp_path: Path) -> None:
+    loaded = load_config(file)
+    assert loaded.dialect == "nemo_rl"
+    config = loaded.config
+    assert (config.student.data_args.sources, config.logits_topk) == ([{"hub": "DeepScaler"}], 64)
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(render_config(loaded))
+    assert load_config(whole).config == config
+
+
+def test_a_file_that_cannot_be_read_as_sections_is_an_error(mistakes: Mistakes) -> None:
+    assert any(
+        "policy.optimizer = 7 must be a section of keys" in line
+        for line in mistakes("policy.optimizer=7", yaml=UPSTREAM)
+    )
+
+
+def test_arguments_are_refused() -> None:
+    with pytest.raises(LimbeckError, match="reads YAML files"):
+        DIALECT.translate(["--config", "x"], {})
