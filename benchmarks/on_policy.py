@@ -33,7 +33,7 @@ from limbeck.demo.training import (
 from limbeck.models.logs import configure_logging
 
 SETTINGS = [(objective, share, 0) for objective in ("forward_kl", "reverse_kl") for share in (0.0, 0.5, 1.0)]
-STALE = [("reverse_kl", 1.0, staleness) for staleness in (1, 2)]
+STALE = [("forward_kl", 1.0, staleness) for staleness in (1, 2)]
 Setting = tuple[str, float, int]
 
 

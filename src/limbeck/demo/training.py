@@ -29,8 +29,8 @@ class Sizes:
     student: tuple[int, int] = (2, 128)
     teacher_steps: int = 1_200
     student_steps: int = 600
-    further_steps: int = 100
-    further_rate: float = 1e-3
+    further_steps: int = 150
+    further_rate: float = 3e-3
     packs_per_step: int = 10  # of 128 tokens
     problems_per_pack: int = 3
     distill_loss_weight: float = 0.9
@@ -169,7 +169,7 @@ def go_on(
     distilled: Trained,
     teacher: Trained,
     *,
-    kd_objective: str = "reverse_kl",
+    kd_objective: str = "forward_kl",
     **rollout: Any,
 ) -> Trained:
     """Further steps of the distilled student, without cross-entropy. ``rollout`` are keys of that section; runs that differ
