@@ -10,7 +10,7 @@ from limbeck.objectives.output_head import OutputHead
 from limbeck.objectives.payloads import TAILS, Logits, Sampled, SignalPayload, TopK
 from limbeck.objectives.spans import Spans, Vocabularies
 from limbeck.objectives.taid import TaidSchedule
-from limbeck.objectives.teacher_outputs import compute_logits, compute_topk
+from limbeck.objectives.teacher_outputs import compute_logits, compute_sampled, compute_topk
 from limbeck.objectives.vocab_parallel import VocabParallel, VocabReducer, take_rows
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Vocabularies",
     "compiler_found",
     "compute_logits",
+    "compute_sampled",
     "compute_topk",
     "cross_tokenizer_distillation",
     "divergence",

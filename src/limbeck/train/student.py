@@ -23,7 +23,7 @@ from limbeck.objectives import (
     Logits,
     Objective,
     OutputHead,
-    TopK,
+    SignalPayload,
     VocabParallel,
     cross_tokenizer_distillation,
     fused_linear_distillation,
@@ -210,7 +210,7 @@ class StudentWithLoss(nn.Module):
         columns = self.vocab_parallel.columns
         return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
-    def _payload(self, payload: TopK | Logits | None) -> TopK | Logits | None:
+    def _payload(self, payload: SignalPayload | None) -> SignalPayload | None:
         if self.vocab_parallel is None or not isinstance(payload, Logits):
             return payload
         return Logits(payload.logits[:, self.vocab_parallel.columns])

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.models import StrategyArgs
-from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
+from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -105,8 +105,10 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
 
 
 def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
-    if config.kd_objective not in OBJECTIVES:  # from a plug-in, which checks its own parameters
+    if config.kd_objective not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):  # from a plug-in, which checks its own parameters
         return
+    if config.kd_objective in SAMPLED_OBJECTIVES:
+        yield from _sampled_contradictions(config)
     readable = OBJECTIVE_KWARGS.get(config.kd_objective, ())
     own = next((key for key, objectives in OBJECTIVE_KEYS.items() if config.kd_objective in objectives), None)
     for key in config.kd_objective_kwargs:
@@ -116,6 +118,34 @@ def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"kd_objective_kwargs.{key}",
                 f"is not read by kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
+
+
+def _sampled_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    """Of an objective on the token that the student has sampled."""
+    needing = {
+        "logits_topk": config.logits_topk > 0,
+        "cross_tokenizer": config.cross_tokenizer != "off",
+        "objective_faults": bool(config.objective_faults),
+        "loss_balance": config.loss_balance != "weighted",
+        "teacher.signal = top_k": config.teacher.signal == "top_k",
+    }
+    for other in (name for name, given in needing.items() if given):
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} reads the sampled token only and cannot be combined with {other}; remove one of them",
+        )
+    if config.rollout is None or config.rollout.on_policy_fraction == 0:
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} needs tokens that the student has sampled; add rollout with an on_policy_fraction above "
+            "0",
+        )
+    elif config.rollout.on_policy_fraction < 1:
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} estimates the reverse KL at tokens that the student has sampled, not at answers of the "
+            "data; set rollout.on_policy_fraction: 1",
+        )
 
 
 def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -277,6 +307,12 @@ def _transport_contradictions(config: RunFields) -> Iterator[Contradiction]:
     signal = config.teacher.signal
     if signal == "top_k" and not config.logits_topk:
         yield Contradiction("teacher.signal", "= top_k needs a number of tokens; set logits_topk")
+    if signal == "sampled_token" and config.kd_objective not in SAMPLED_OBJECTIVES:
+        yield Contradiction(
+            "teacher.signal",
+            f"= sampled_token is the probability of one token, and kd_objective = {config.kd_objective} needs a "
+            f"distribution; use hidden_states, or a kd_objective of {', '.join(SAMPLED_OBJECTIVES)}",
+        )
     if signal in ("top_k", "logits"):
         needing = {"cross_tokenizer": config.cross_tokenizer != "off", "objective_faults": config.objective_faults}
         for key in (key for key, given in needing.items() if given):

@@ -10,7 +10,15 @@ from pydantic import AfterValidator, Field
 from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
 from limbeck.config.schema.data import SourceArgs, ValidationConfig
-from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
+from limbeck.config.schema.objective import (
+    FAULTS,
+    OBJECTIVE_KWARGS,
+    OBJECTIVES,
+    SAMPLED_OBJECTIVES,
+    FeaturesConfig,
+    Objective,
+    Tail,
+)
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
@@ -92,7 +100,8 @@ class RunFields(Section):
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "
-        f"{', '.join(OBJECTIVES)}, or one that a plug-in registers.",
+        f"{', '.join(OBJECTIVES)}, or one that a plug-in registers; or an objective on the token that the student has "
+        f"sampled, with rollout: {', '.join(SAMPLED_OBJECTIVES)}.",
     )
     kd_objective_kwargs: dict[str, float | str] = Field(
         default_factory=dict,
@@ -312,6 +321,8 @@ class RunFields(Section):
         """``teacher.signal`` with auto resolved."""
         if self.teacher.signal != "auto":
             return self.teacher.signal
+        if self.kd_objective in SAMPLED_OBJECTIVES:
+            return "sampled_token"
         return "top_k" if self.logits_topk and not self.objective_faults else "hidden_states"
 
     @property
