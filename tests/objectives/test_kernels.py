@@ -398,7 +398,7 @@ from limbeck.objectives.kernels.source import translate
 for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", None)):
     constants = {
         "t_bias": None, "divergence_fn": translate(make_divergence(name)).divergence_fn, "z_scale": 0.5, "z_cap": cap,
-        "t_scale": 1.0, "t_cap": None, "TEMPERED": True, "GRADIENT": True, "WEIGHT_SUM_KNOWN": False, "STATS": 7,
+        "t_scale": 1.0, "t_cap": None, "TEMPERED": True, "GRADIENT": True, "WEIGHT_SUM_KNOWN": False, "STATS": 8,
         "BLOCK": BLOCK,
     }
     kinds = {"z": "*bf16", "t": "*bf16", "target": "*i64", "z_bias": "*fp32", "weight": "*fp32", "factor": "*fp32",
