@@ -25,7 +25,7 @@ OBJECTIVES = (
     "cross_entropy",
 )
 
-SAMPLED_OBJECTIVES = ("k2", "k3")
+SAMPLED_OBJECTIVES = ("k2", "k3", "policy_gradient")
 """Objectives on the one token that the student has sampled at each position."""
 
 
@@ -65,7 +65,10 @@ FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 
 def _known_objective(name: str) -> str:
     if name == "k1":
-        raise ValueError("has an expected gradient of 0 as a loss; use k2, whose gradient is that of the reverse KL")
+        raise ValueError(
+            "has an expected gradient of 0 as a loss; use k2, whose gradient is that of the reverse KL, or "
+            "policy_gradient"
+        )
     if name not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):
         names = [*DIVERGENCES.names(), *SAMPLED_OBJECTIVES]
         if name not in names:

@@ -138,6 +138,11 @@ class RunFields(Section):
         "(they count as one further token), drop (they are left out of the sum), uniform (the teacher's remaining "
         "probability is spread evenly), zero (the teacher's remaining probability is 0).",
     )
+    topk_from: Literal["teacher", "student"] = Field(
+        default="teacher",
+        description="Whose logits_topk most likely tokens are compared. student needs a teacher.signal of hidden_states or "
+        "logits.",
+    )
     adaptive_kl_alpha: float = Field(
         default=0.5, ge=0, le=1, description="Probability mass of the teacher that adaptive_kl treats as the tail."
     )
@@ -317,13 +322,20 @@ class RunFields(Section):
         return self.step_source or ("dataset" if self.rollout is None else "rollout")
 
     @property
+    def has_policy_gradient(self) -> bool:
+        """Whether the loss has the term of ``limbeck.objectives.policy_gradient``."""
+        rewarded = self.rollout is not None and self.rollout.reward_weight > 0
+        return rewarded or self.kd_objective == "policy_gradient"
+
+    @property
     def teacher_signal(self) -> str:
         """``teacher.signal`` with auto resolved."""
         if self.teacher.signal != "auto":
             return self.teacher.signal
         if self.kd_objective in SAMPLED_OBJECTIVES:
             return "sampled_token"
-        return "top_k" if self.logits_topk and not self.objective_faults else "hidden_states"
+        selects = self.logits_topk and self.topk_from == "teacher"
+        return "top_k" if selects and not self.objective_faults else "hidden_states"
 
     @property
     def teacher_source(self) -> str:
