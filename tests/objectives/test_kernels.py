@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -28,6 +29,7 @@ from limbeck.objectives import (
 from limbeck.objectives.elementwise import ElementwiseSpec, TileInputs, elementwise_pass
 from limbeck.objectives.kernels.source import Untranslatable, translate
 from limbeck.objectives.output_head import LogitTransform
+from limbeck.objectives.vocab_parallel import NO_SHARDING
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
 ELEMENTWISE = [name for name in names() if not getattr(make_divergence(name), "needs_vocab_reduction", False)]
@@ -218,6 +220,21 @@ def assert_pass_equals(device, terms, vocab=2100, **changes):
     actual, _ = kernels.launch(ours, spec_of(terms, torch.float32, **changes), translate(terms))
     torch.testing.assert_close(actual.double(), stats, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(ours.z.double(), exact.z, rtol=1e-4, atol=1e-7)
+
+
+def test_the_kernel_gives_the_students_log_probabilities_of_written_labels(device):
+    """Except in a row of weight 0, in which they are not known."""
+    z, t = torch.randn(3, 300, device=device) * 4, torch.randn(3, 300, device=device) * 4
+    target, weight = torch.tensor([5, 7, 299], device=device), torch.tensor([[1.0], [0.0], [0.25]], device=device)
+    found, expected = torch.zeros(3, 1, device=device), z.log_softmax(-1).gather(-1, target[:, None])
+    one = tile(z, t, torch.float32, device)._replace(target=target, weight=weight, student_log_probs=found)
+    terms = make_divergence("forward_kl")
+    spec = replace(spec_of(terms, torch.float32), rollout_temperature=1.0)
+    run = kernels.kernel_pass(spec, NO_SHARDING, z.device)
+    run(elementwise_pass(spec), one)
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+    assert found[1].isnan()
+    assert kernels.kernel_pass(replace(spec, rollout_temperature=0.5), NO_SHARDING, z.device) is None
 
 
 def test_a_formula_of_many_operations_is_translated(device):
