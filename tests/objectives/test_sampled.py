@@ -66,8 +66,8 @@ def test_labels_that_do_not_fit_are_refused():
     _, _, h_t, w_t, labels = problem(0)
     with pytest.raises(LimbeckError, match=r"one token for each of the 9 positions, got the shape \[4\]"):
         compute_sampled(h_t, OutputHead(w_t), labels[:4])
-    with pytest.raises(LimbeckError, match="labels must be tokens of the shared vocabulary, 0 to 1"):
-        compute_sampled(h_t, OutputHead(w_t), labels, vocab_size=2)
+    with pytest.raises(LimbeckError, match="vocab_size=16 is not between 1 and the 15 rows"):
+        compute_sampled(h_t, OutputHead(w_t), labels, vocab_size=16)
     with pytest.raises(LimbeckError, match="has no labels"):
         SignalSpec("sampled_token", 0, 12).encode(h_t, OutputHead(w_t))
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives.aligned_head import AlignedHead
-from limbeck.objectives.checks import check_tokens
 from limbeck.objectives.chunks import default_chunk, shared_bias
 from limbeck.objectives.divergences import EXCLUDED
 from limbeck.objectives.output_head import OutputHead
@@ -65,8 +64,8 @@ def compute_sampled(
 ) -> Sampled:
     """Return the log-probability at ``temperature`` of the token labels [N] at each position of hidden [N, H].
 
-    Other arguments as in ``compute_topk``. Raises LimbeckError for other shapes of the labels, and for a temperature or
-    ``vocab_size`` outside its range; on a CPU also for a label outside the vocabulary.
+    Labels must be in the vocabulary, which is not checked. Other arguments as in ``compute_topk``. Raises LimbeckError for
+    other shapes of the labels, and for a temperature or ``vocab_size`` outside its range.
     """
     vocab = _vocab(head, vocab_size)
     if not temperature > 0:
@@ -75,8 +74,6 @@ def compute_sampled(
         raise LimbeckError(
             f"labels must be one token for each of the {len(hidden)} positions, got the shape {list(labels.shape)}."
         )
-    if labels.device.type == "cpu":
-        check_tokens("labels", labels, vocab)
     log_probs = torch.empty(len(hidden), dtype=_precise(head), device=hidden.device)
     for part, logits in _chunks(hidden, head, vocab, chunk_size):
         tempered = logits.div_(temperature)
