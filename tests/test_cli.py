@@ -190,8 +190,8 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
     import limbeck.demo.run as demo
 
     small = demo.Sizes(
-        teacher_problems=200, student_problems=64, held_out=16, teacher_steps=3, student_steps=3, further_steps=2, teacher=(1, 32),
-        student=(1, 32), packs_per_step=2,
+        teacher_problems=200, student_problems=64, held_out=16, teacher_steps=3, student_steps=3, further_steps=2,
+        teacher=(1, 32), student=(1, 32), packs_per_step=2,
     )  # fmt: skip
     monkeypatch.setattr(demo, "Sizes", lambda: small)
     for _ in range(2):  # a second demo replaces the first

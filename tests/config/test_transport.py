@@ -15,6 +15,7 @@ teacher_pretrain: b
 student: {data_args: {file_name: x.jsonl}, device_mapping: [0]}
 teacher: {device_mapping: [1]}
 """
+SAMPLED = ["rollout={}", "distill_loss_weight=1"]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +26,8 @@ teacher: {device_mapping: [1]}
         (["logits_topk=8", "teacher.signal=hidden_states"], "hidden_states"),
         (["logits_topk=8", "objective_faults=[unshifted_mask]"], "hidden_states"),
         (["teacher.signal=logits"], "logits"),
+        ([*SAMPLED, "kd_objective=k2"], "sampled_token"),
+        ([*SAMPLED, "kd_objective=k3", "teacher.signal=hidden_states"], "hidden_states"),
     ],
 )
 def test_the_signal_of_a_teacher_in_other_processes_follows_from_the_objective(load, changes, signal):
@@ -39,6 +42,10 @@ def test_the_signal_of_a_teacher_in_other_processes_follows_from_the_objective(l
             ["teacher.signal=logits", "cross_tokenizer=hybrid"],
             "teacher.signal = logits cannot be combined with cross_tokenizer, which needs hidden states; use hidden_states",
         ),
+        (["teacher.signal=sampled_token"], "kd_objective = forward_kl needs a distribution; use hidden_states"),
+        ([*SAMPLED, "kd_objective=k2", "logits_topk=4"], "cannot be combined with logits_topk"),
+        ([*SAMPLED, "kd_objective=k1"], "kd_objective = k1 has an expected gradient of 0 as a loss; use k2"),
+        (["kd_objective=k3"], "kd_objective = k3 needs tokens that the student has sampled; add rollout"),
         (["logits_transfer_backend=gloo", "teacher.service=judge"], "a teacher.service outlives runs; use ray"),
         (["logits_transfer_backend=nccl"], "logits_transfer_backend"),
     ],

@@ -11,6 +11,7 @@ from limbeck.objectives import (
     Logits,
     Objective,
     OutputHead,
+    RolloutTokens,
     TopK,
     VocabParallel,
     aligned_head,
@@ -99,25 +100,35 @@ def main(vocab: int) -> None:
     counted(calls)
     cases = [(name, 0, "renormalize", tau) for name in names() for tau in (1.0, 2.0)]
     cases += [(name, 3, tail, 2.0) for name in ("forward_kl", "js_divergence") for tail in TAILS]
+    cases += [("policy_gradient", 0, "renormalize", 2.0), ("reverse_kl", 3, "of_student", 2.0)]
+    written, advantages = randn(9) - 2, randn(9)
+    written[4] = float("nan")
     for name, topk, tail, tau in cases:
-        objective = Objective.of(name, kd_weight=0.6, temperature=tau, teacher_temperature=1.5, topk=topk, tail=tail)
+        objective = Objective.of(
+            name, kd_weight=0.6, temperature=tau, teacher_temperature=1.5, topk=topk,
+            **({"tail": "bucket", "topk_from": "student"} if tail == "of_student" else {"tail": tail}),
+        )  # fmt: skip
+        rollout = None
+        if name == "policy_gradient":
+            rollout = RolloutTokens(written, advantages, 1.3, (0.2, 0.2), torch.zeros(9, dtype=torch.float64))
 
-        def run(columns, head_t, reducer, objective=objective, compiled=None):
+        def run(columns, head_t, reducer, objective=objective, rollout=rollout, compiled=None):
             leaves = [x.clone().requires_grad_() for x in (h_s, w_s[columns], b_s[columns])]
             head = OutputHead(leaves[1], leaves[2], softcap=8.0)
             out = fused_linear_distillation(
                 leaves[0], head, h_t, head_t, labels, objective=objective, weights=weights, chunk_size=4, reducer=reducer,
-                compiled=compiled,
+                compiled=compiled, rollout=rollout,
             )  # fmt: skip
             out.loss.backward()
-            return out, [leaf.grad for leaf in leaves]
+            log_q = [] if rollout is None else [rollout.student_log_probs.clone()]
+            return (*out, *log_q), [leaf.grad for leaf in leaves]
 
         whole, (dh, dw, db) = run(slice(None), w_t, None)
         compiled = ranks == 2 and compiler_found() and (name, topk, tau) == ("forward_kl", 0, 2.0)
         calls.clear()
         part, (dh_p, dw_p, db_p) = run(mine, slice_t, reducer, compiled=compiled)
         # 8 positions, 4 a chunk, and the hidden states'
-        assert len(calls) <= 5 * 2 + 1, f"{name} {topk} {tail}: {calls}"
+        assert len(calls) <= (7 if rollout else 5) * 2 + 1, f"{name} {topk} {tail}: {calls}"
         for one, other in ((dh_p, dh), (dw_p, dw[mine]), (db_p, db[mine]), *zip(part, whole, strict=True)):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda m: f"{name} {topk} {tail}: {m}")  # noqa: B023
 

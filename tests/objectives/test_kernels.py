@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from unittest.mock import patch
 
 import pytest
@@ -28,6 +29,7 @@ from limbeck.objectives import (
 from limbeck.objectives.elementwise import ElementwiseSpec, TileInputs, elementwise_pass
 from limbeck.objectives.kernels.source import Untranslatable, translate
 from limbeck.objectives.output_head import LogitTransform
+from limbeck.objectives.vocab_parallel import NO_SHARDING
 
 pytest.importorskip("triton", reason="kernels are written in Triton")
 ELEMENTWISE = [name for name in names() if not getattr(make_divergence(name), "needs_vocab_reduction", False)]
@@ -220,6 +222,21 @@ def assert_pass_equals(device, terms, vocab=2100, **changes):
     torch.testing.assert_close(ours.z.double(), exact.z, rtol=1e-4, atol=1e-7)
 
 
+def test_the_kernel_gives_the_students_log_probabilities_of_written_labels(device):
+    """Except in a row of weight 0, in which they are not known."""
+    z, t = torch.randn(3, 300, device=device) * 4, torch.randn(3, 300, device=device) * 4
+    target, weight = torch.tensor([5, 7, 299], device=device), torch.tensor([[1.0], [0.0], [0.25]], device=device)
+    found, expected = torch.zeros(3, 1, device=device), z.log_softmax(-1).gather(-1, target[:, None])
+    one = tile(z, t, torch.float32, device)._replace(target=target, weight=weight, student_log_probs=found)
+    terms = make_divergence("forward_kl")
+    spec = replace(spec_of(terms, torch.float32), rollout_temperature=1.0)
+    run = kernels.kernel_pass(spec, NO_SHARDING, z.device)
+    run(elementwise_pass(spec), one)
+    torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-5, atol=1e-5)
+    assert found[1].isnan()
+    assert kernels.kernel_pass(replace(spec, rollout_temperature=0.5), NO_SHARDING, z.device) is None
+
+
 def test_a_formula_of_many_operations_is_translated(device):
     def terms(p, q, log_p, log_q):
         a = torch.where((p > q) & ~(q >= 0.5), p**2, torch.square(q)).clamp(1e-6, 0.9)
@@ -398,7 +415,7 @@ from limbeck.objectives.kernels.source import translate
 for name, cap in (("forward_kl", None), ("js_divergence", 30.0), ("alpha_beta", None)):
     constants = {
         "t_bias": None, "divergence_fn": translate(make_divergence(name)).divergence_fn, "z_scale": 0.5, "z_cap": cap,
-        "t_scale": 1.0, "t_cap": None, "TEMPERED": True, "GRADIENT": True, "WEIGHT_SUM_KNOWN": False, "STATS": 7,
+        "t_scale": 1.0, "t_cap": None, "TEMPERED": True, "GRADIENT": True, "WEIGHT_SUM_KNOWN": False, "STATS": 8,
         "BLOCK": BLOCK,
     }
     kinds = {"z": "*bf16", "t": "*bf16", "target": "*i64", "z_bias": "*fp32", "weight": "*fp32", "factor": "*fp32",

@@ -37,10 +37,10 @@ def problem(seed, n=7, vocab=12):
     return h_s, w_s, randn(n, vocab) * 2, labels
 
 
-def seen(z_s, z_t, k, tail, tau, tau_t):
+def seen(z_s, z_t, k, tail, tau, tau_t, topk_from="teacher"):
     """Logits of two distributions [N, .] whose divergence is what the tail defines; drop is not a pair of distributions."""
     log_p, log_q = (z_t / tau_t).log_softmax(-1), (z_s / tau).log_softmax(-1)
-    columns = log_p.topk(k).indices
+    columns = (log_p if topk_from == "teacher" else log_q).topk(k).indices
     p_k, q_k = log_p.gather(-1, columns), log_q.gather(-1, columns)
     if tail == "renormalize":
         return q_k.log_softmax(-1), p_k.log_softmax(-1)
@@ -64,13 +64,16 @@ def seen(z_s, z_t, k, tail, tau, tau_t):
     w=st.sampled_from([0.4, 1.0]),
     tau=st.sampled_from([1.0, 2.0]),
     tau_t=st.sampled_from([None, 1.5]),
-    stored=st.booleans(),
+    tokens=st.sampled_from(["stored", "teacher", "student"]),
     chunk=st.sampled_from([None, 3]),
 )
-def test_each_tail_is_the_divergence_of_its_definition(name, tail, seed, k, w, tau, tau_t, stored, chunk):
+def test_each_tail_is_the_divergence_of_its_definition(name, tail, seed, k, w, tau, tau_t, tokens, chunk):
     h_s, w_s, z_t, labels = problem(seed)
-    objective = Objective.of(name, kd_weight=w, temperature=tau, teacher_temperature=tau_t, topk=k, tail=tail)
-    if stored:
+    topk_from = "student" if tokens == "student" else "teacher"
+    objective = Objective.of(
+        name, kd_weight=w, temperature=tau, teacher_temperature=tau_t, topk=k, tail=tail, topk_from=topk_from
+    )
+    if tokens == "stored":
         log_probs, indices = (z_t / objective.teacher_temperature).log_softmax(-1).topk(k)
         teacher = TopK(log_probs, indices, objective.teacher_temperature)
     else:
@@ -80,7 +83,7 @@ def test_each_tail_is_the_divergence_of_its_definition(name, tail, seed, k, w, t
     )
     keep = labels != -100
     z_s = (h_s @ w_s.T)[keep]
-    q, p = seen(z_s, z_t[keep], k, tail, tau, objective.teacher_temperature)
+    q, p = seen(z_s, z_t[keep], k, tail, tau, objective.teacher_temperature, topk_from)
     kd = divergence(name)(q, p).sum()
     ce = torch.nn.functional.cross_entropy(z_s, labels[keep], reduction="sum")
     expected = ((1 - w) * ce + w * kd) / keep.sum().clamp_min(1)
@@ -89,6 +92,26 @@ def test_each_tail_is_the_divergence_of_its_definition(name, tail, seed, k, w, t
         torch.autograd.grad(out.loss, (h_s, w_s)), torch.autograd.grad(expected, (h_s, w_s)), strict=True
     ):
         torch.testing.assert_close(ours, plain, rtol=1e-7, atol=1e-9)
+
+
+def test_mass_and_overlap_are_those_of_the_compared_tokens():
+    h_s, w_s, z_t, labels = problem(3)
+    keep = labels != -100
+    theirs, ours = z_t[keep].topk(4).indices, (h_s @ w_s.T)[keep].topk(4).indices
+    p = z_t[keep].softmax(-1)
+    shared = (theirs[:, :, None] == ours[:, None]).any(-1).double().mean()
+    assert 0 < shared < 1
+    for topk_from, columns in (("teacher", theirs), ("student", ours)):
+        objective = Objective.of("reverse_kl", topk=4, topk_from=topk_from)
+        out = fused_linear_distillation(h_s, w_s, None, None, labels, teacher=Logits(z_t), objective=objective)
+        torch.testing.assert_close(out.topk_mass, p.gather(-1, columns).sum(-1).mean())
+        torch.testing.assert_close(out.topk_overlap, shared)
+    with pytest.raises(
+        LimbeckError, match="compares the student's most likely tokens, and the teacher sends those of its"
+    ):
+        fused_linear_distillation(
+            h_s, w_s, None, None, labels, teacher=TopK(z_t[:, :1], labels.clamp_min(0)[:, None]), objective=objective
+        )
 
 
 @settings(max_examples=20, deadline=None)

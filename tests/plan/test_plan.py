@@ -96,6 +96,14 @@ def test_a_plan_equals_what_two_real_ranks_hold(from_config, tmp_path):
             assert step.total == pytest.approx(peak, rel=0.1), name
 
 
+def test_a_sampled_token_is_sent_as_one_number(from_config):
+    sampled = {"kd_objective": "policy_gradient", "distill_loss_weight": 1.0, "rollout": {}, "distill_on_prompt": False}
+    steps = simulate(load_mapping(from_config(**APART, **sampled)).config, 3, "cpu")
+    hidden = simulate(load_mapping(from_config(**APART)).config, 3, "cpu")
+    sent, whole = ([step.signal for step in of if step.role == "teacher"] for of in (steps, hidden))
+    assert sent == [4 * steps[-1].micro_tokens] and sent < whole
+
+
 def test_traffic_is_what_fsdp_gathers_and_reduces(from_config):
     (group,) = plan(from_config(), 2, 2).groups
     whole = 4 * group.step.parameters["student"]

@@ -29,6 +29,7 @@ TENSOR = {**rows(8), f"{SIZES}tensor_model_parallel_size": 2}
 CONTEXT = {**rows(8), f"{SIZES}context_parallel_size": 2}
 STAGES = {**rows(4, 2), f"{SIZES}pipeline_model_parallel_size": 2}
 TOP = {"logits_topk": 7, "logits_topk_tail": "bucket", "kd_temperature": 2.0, "kd_objective": "mixed_kl"}
+SAMPLED = {"kd_objective": "k2", "distill_loss_weight": 1.0, "rollout.max_new_tokens": 6}
 GLOO = {"logits_transfer_backend": "gloo"}
 HIDDEN, VOCAB = 48 * 4, 299 * 4  # bytes: the teacher's width, and the tokens that both models have
 
@@ -112,8 +113,19 @@ def groups(assets, tmp_path_factory):
         (TOP, STAGES, 7 * 8, 1),
         ({}, {**rows(4), **GLOO}, HIDDEN, 2),
         (TOP, {**TENSOR, **GLOO}, 7 * 8, 1),
+        (SAMPLED, rows(4), 4, 2),
     ],
-    ids=["top-k", "top-k-tp2", "hidden-cp2", "logits-tp2", "logits", "top-k-pp2", "hidden-gloo", "top-k-tp2-gloo"],
+    ids=[
+        "top-k",
+        "top-k-tp2",
+        "hidden-cp2",
+        "logits-tp2",
+        "logits",
+        "top-k-pp2",
+        "hidden-gloo",
+        "top-k-tp2-gloo",
+        "sampled",
+    ],
 )
 def test_signals_and_transports_give_the_losses_of_one_process(
     configure, groups, tmp_path, common, changes, bytes_per_token, requests

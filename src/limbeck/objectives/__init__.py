@@ -8,9 +8,10 @@ from limbeck.objectives.fused import fused_linear_distillation
 from limbeck.objectives.objective import DistillationLoss, Objective
 from limbeck.objectives.output_head import OutputHead
 from limbeck.objectives.payloads import TAILS, Logits, Sampled, SignalPayload, TopK
+from limbeck.objectives.policy_gradient import RolloutTokens
 from limbeck.objectives.spans import Spans, Vocabularies
 from limbeck.objectives.taid import TaidSchedule
-from limbeck.objectives.teacher_outputs import compute_logits, compute_topk
+from limbeck.objectives.teacher_outputs import compute_logits, compute_sampled, compute_topk
 from limbeck.objectives.vocab_parallel import VocabParallel, VocabReducer, take_rows
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Logits",
     "Objective",
     "OutputHead",
+    "RolloutTokens",
     "Sampled",
     "SignalPayload",
     "Spans",
@@ -31,6 +33,7 @@ __all__ = [
     "Vocabularies",
     "compiler_found",
     "compute_logits",
+    "compute_sampled",
     "compute_topk",
     "cross_tokenizer_distillation",
     "divergence",

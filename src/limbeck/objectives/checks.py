@@ -13,12 +13,18 @@ from limbeck.objectives.divergences import EXCLUDED, check_support
 from limbeck.objectives.objective import Objective
 from limbeck.objectives.output_head import OutputHead
 from limbeck.objectives.payloads import Logits, Sampled, SignalPayload, TopK
+from limbeck.objectives.policy_gradient import RolloutTokens
 
 IGNORE = -100
 
 
 def check_rows(
-    student: Tensor, teacher: Tensor | None, signal: SignalPayload | None, labels: Tensor, weights: Tensor | None
+    student: Tensor,
+    teacher: Tensor | None,
+    signal: SignalPayload | None,
+    labels: Tensor,
+    weights: Tensor | None,
+    rollout: RolloutTokens | None = None,
 ) -> None:
     """Raise LimbeckError unless all arguments have the same N positions and their documented shapes."""
     if student.dim() != 2 or labels.dim() != 1:
@@ -36,6 +42,7 @@ def check_rows(
         ("teacher_hidden", teacher),
         ("the teacher's signal", payload),
         ("weights", weights),
+        ("rollout", None if rollout is None else rollout.log_probs),
     ):
         if rows is not None and len(rows) != len(student):
             raise LimbeckError(
@@ -98,6 +105,11 @@ def check_signal(signal: SignalPayload, objective: Objective, teacher_hidden: Te
         needed = "log-probabilities of the labels (Sampled)" if objective.sampled else "a distribution (TopK or Logits)"
         raise LimbeckError(f"this objective needs {needed}, and the teacher sends {type(signal).__name__}.")
     if isinstance(signal, TopK):
+        if objective.topk_from == "student":
+            raise LimbeckError(
+                "the objective compares the student's most likely tokens, and the teacher sends those of its own (TopK); give "
+                "its hidden states or Logits."
+            )
         if 0 < objective.topk < signal.indices.shape[1]:
             raise LimbeckError(
                 f"the objective's topk={objective.topk} contradicts the teacher's {signal.indices.shape[1]} tokens; "

@@ -40,8 +40,8 @@ class CompiledPass:
     def __call__(self, plain: Pass, tile: TileInputs) -> tuple[Tensor, Tensor | None]:
         if CompiledPass.failed or tile.target.numel() == 1:  # dynamo would specialize on one row
             return plain(*tile)
-        for tensor in (tile.z, tile.teacher, tile.log_probs, tile.indices, tile.target, tile.weight):
-            if tensor is not None:
+        for name, tensor in tile._asdict().items():
+            if tensor is not None and name not in ("bias", "teacher_bias", "factor"):  # a row for each position
                 torch._dynamo.mark_dynamic(tensor, 0)
         try:
             return self._pass(*tile)

@@ -171,7 +171,7 @@ def cross_tokenizer_distillation(
         wants_grad=torch.is_grad_enabled(),
     )
     loss, stats = _CrossTokenizerLoss.apply(student_hidden, student.weight, student.bias, options)
-    return DistillationLoss(loss, *torch.cat([stats, stats.new_zeros(2)]).unbind())  # there is no top-k
+    return DistillationLoss(loss, *torch.cat([stats, stats.new_zeros(3)]).unbind())  # no top-k, no policy gradient
 
 
 def _check_positions(

@@ -19,9 +19,10 @@ from torch import Tensor
 from limbeck.objectives.divergences import EXCLUDED, LOWEST, evaluate
 from limbeck.objectives.objective import Objective
 from limbeck.objectives.output_head import LogitTransform
+from limbeck.objectives.policy_gradient import policy_gradient
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabReducer
 
-STATS = ("kd", "ce", "student_entropy", "teacher_entropy", "top1_agreement", "topk_mass", "topk_overlap")
+STATS = ("kd", "ce", "student_entropy", "teacher_entropy", "top1_agreement", "topk_mass", "topk_overlap", "policy")
 ZERO_TAIL = -100.0  # NeMo-RL's log-probability of tokens outside the teacher's top-k
 
 
@@ -31,6 +32,7 @@ class ElementwiseSpec:
 
     objective: its ``topk`` is 0 if that covers the vocabulary. student, teacher: the elementwise parts of both heads. dtype:
     the precision of the pass. retempered: the temperature to which a sparse signal has been brought, divided by its own.
+    rollout_temperature, clip: of ``RolloutTokens``; None without.
     """
 
     objective: Objective
@@ -39,6 +41,8 @@ class ElementwiseSpec:
     wants_grad: bool
     dtype: torch.dtype
     retempered: float = 1.0
+    rollout_temperature: float | None = None
+    clip: tuple[float, float] | None = None
 
 
 class TileInputs(NamedTuple):
@@ -48,6 +52,8 @@ class TileInputs(NamedTuple):
     teacher, teacher_bias: [n, V] and [V], the same for the teacher, or None.
     log_probs, indices: [n, k], a sparse signal, or None. log_probs [n, 1] without indices: those of the labels.
     target: [n], the labels. weight: [n, 1], the weights of the rows. factor: 0-dim, multiplies the gradient.
+    written, advantages: [n, 1], of ``RolloutTokens``, or None; there is a policy gradient if ``written`` is given.
+    student_log_probs: [n, 1], overwritten with log q of the labels at the rollout's temperature, or None.
     """
 
     z: Tensor
@@ -59,6 +65,9 @@ class TileInputs(NamedTuple):
     target: Tensor
     weight: Tensor
     factor: Tensor
+    written: Tensor | None = None
+    advantages: Tensor | None = None
+    student_log_probs: Tensor | None = None
 
 
 Pass = Callable[..., "tuple[Tensor, Tensor | None]"]
@@ -118,13 +127,26 @@ def _process_tile(tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
     s = spec.student(tile.z, tile.bias, spec.dtype)
     t = None if tile.teacher is None else spec.teacher(tile.teacher, tile.teacher_bias, spec.dtype)
     softmax = _softmax_stats(s, t, tile, spec, reducer)
-    if objective.sampled:
-        result = _sampled_divergence(softmax, tile, spec, reducer)
+    log_p = _teacher_log_prob(softmax, tile, reducer) if objective.sampled else None
+    if log_p is not None:
+        result = _sampled_divergence(softmax, log_p, tile, spec, reducer)
+    elif objective.sampled:
+        result = _dense_divergence(softmax, spec, reducer)
     elif tile.indices is not None or (objective.topk and t is not None):
         result = _topk_divergence(s, t, softmax, tile, spec, reducer)
     else:
         result = _dense_divergence(softmax, spec, reducer)
-    stats = [result.value, -softmax.log_q1_target, *result[1:6]]
+    policy, q_w, slope = torch.zeros_like(softmax.log_q1_target), None, None
+    if spec.rollout_temperature is not None:
+        q_w, log_q = _at_temperature(spec.rollout_temperature, s, softmax, tile, spec, reducer)
+        if tile.student_log_probs is not None:
+            tile.student_log_probs.copy_(log_q)
+        if tile.written is not None:
+            advantages = torch.zeros_like(log_q) if tile.advantages is None else tile.advantages
+            if objective.policy_gradient and log_p is not None:
+                advantages = advantages + objective.kd_weight * (log_p - tile.written)
+            policy, slope = policy_gradient(log_q, tile.written, advantages, spec.clip)
+    stats = [result.value, -softmax.log_q1_target, *result[1:6], policy]
     stats_sum = (torch.cat(stats, -1) * tile.weight).sum(0)
     if not spec.wants_grad:
         return stats_sum, None
@@ -132,7 +154,7 @@ def _process_tile(tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
     w, tau = objective.kd_weight, objective.temperature
     k = tile.factor * tile.weight * spec.student.scale
     ce_scale, kd_scale = (1 - w) * k, w * (tau if objective.squared else 1 / tau) * k
-    if w == 0:  # there may be a teacher for the diagnostics only
+    if w == 0 or objective.policy_gradient:  # there may be a teacher for the diagnostics only
         result = result._replace(per_row=None, dense=None, columns=None)
     if result.per_row is None:
         gradient = softmax.q1 * ce_scale
@@ -146,6 +168,10 @@ def _process_tile(tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
         reducer.scatter_add_(gradient, result.columns, result.scattered * kd_scale)
     if w < 1:
         reducer.scatter_add_(gradient, tile.target.unsqueeze(-1), -ce_scale)
+    if q_w is not None and slope is not None and spec.rollout_temperature is not None:
+        policy_scale = k * slope / spec.rollout_temperature
+        gradient = gradient - q_w * policy_scale
+        reducer.scatter_add_(gradient, tile.target.unsqueeze(-1), policy_scale)
     if spec.student.softcap is not None:
         gradient = gradient * (1 - (s / spec.student.softcap) ** 2)
     tile.z.copy_(gradient)
@@ -212,14 +238,32 @@ def _dense_divergence(softmax: SoftmaxStats, spec: ElementwiseSpec, reducer: Voc
     return DivergenceGrad(value, -minus_q, -minus_p, agreement, zero, zero, -total, dense)
 
 
+def _teacher_log_prob(softmax: SoftmaxStats, tile: TileInputs, reducer: VocabReducer) -> Tensor | None:
+    """The teacher's log-probability of the labels, [n, 1]; None without a teacher."""
+    return tile.log_probs if softmax.log_p is None else reducer.gather(softmax.log_p, tile.target.unsqueeze(-1))
+
+
+def _at_temperature(
+    tau: float, s: Tensor, softmax: SoftmaxStats, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
+) -> tuple[Tensor, Tensor]:
+    """The student's distribution [n, V] at the temperature ``tau``, and its log-probabilities of the labels [n, 1]."""
+    columns = tile.target.unsqueeze(-1)
+    if tau == 1.0:
+        return softmax.q1, softmax.log_q1_target
+    if tau == spec.objective.temperature:
+        return softmax.q, reducer.gather(softmax.log_q, columns)
+    tempered = (s - softmax.highest) / tau
+    exp = tempered.exp()
+    sums = torch.cat([reducer.gather_local(tempered, columns), exp.sum(-1, keepdim=True)], -1)
+    at_target, total = reducer.sum(sums).split(1, -1)
+    return exp / total, at_target - total.log()
+
+
 def _sampled_divergence(
-    softmax: SoftmaxStats, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
+    softmax: SoftmaxStats, log_p: Tensor, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
 ) -> DivergenceGrad:
-    """An estimator of the divergence from the sampled token."""
+    """An estimator of the divergence from the sampled token, of which the teacher's log-probability is log_p [n, 1]."""
     zero, columns = torch.zeros_like(softmax.log_q1_target), tile.target.unsqueeze(-1)
-    log_p = tile.log_probs if softmax.log_p is None else reducer.gather(softmax.log_p, columns)
-    if log_p is None:
-        return _dense_divergence(softmax, spec, reducer)
     log_q = softmax.log_q1_target if spec.objective.temperature == 1.0 else reducer.gather(softmax.log_q, columns)
     value, slope = spec.objective.divergence_fn(log_p, log_q)
     agreement = zero if softmax.agreement is None else softmax.agreement
@@ -230,7 +274,7 @@ def _sampled_divergence(
 def _topk_divergence(
     s: Tensor, t: Tensor | None, softmax: SoftmaxStats, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
 ) -> DivergenceGrad:
-    """The divergence over the teacher's k most likely tokens and a tail. The k come from a signal or from its logits."""
+    """The divergence over the k most likely tokens of one model and a tail. The k come from a signal or from the logits."""
     objective = spec.objective
     if tile.indices is not None and tile.log_probs is not None:
         columns, log_p = tile.indices, tile.log_probs
@@ -238,7 +282,10 @@ def _topk_divergence(
         ((best, _),) = reducer.topk(columns.shape[-1], s)
     else:
         assert t is not None and softmax.highest_t is not None and softmax.log_total_t is not None
-        (t_k, columns), (best, _) = reducer.topk(objective.topk, t, s)
+        (t_k, columns), (best, of_student) = reducer.topk(objective.topk, t, s)
+        if objective.topk_from == "student":
+            best, columns = t_k, of_student  # of the other model, for the overlap
+            t_k = reducer.gather(t, columns)
         used = t_k > EXCLUDED
         log_p = (t_k - softmax.highest_t) / objective.teacher_temperature - softmax.log_total_t
     log_p = log_p.masked_fill(~used, LOWEST)
@@ -270,7 +317,8 @@ def _topk_divergence(
         else:
             result = _sparse_divergence(log_p, log_q, columns, spec)
     mass = (log_p * spec.retempered).exp().sum(-1, keepdim=True)  # known at the signal's own temperature only
-    overlap = ((s_k >= best.amin(-1, keepdim=True)) & used).to(spec.dtype).mean(-1, keepdim=True)
+    compared = t_k if objective.topk_from == "student" else s_k
+    overlap = ((compared >= best.amin(-1, keepdim=True)) & used).to(spec.dtype).mean(-1, keepdim=True)
     return result._replace(agreement=agreement, mass=mass, overlap=overlap)
 
 

@@ -25,6 +25,7 @@ from limbeck.objectives.fused_autograd import FusedHeadLoss, FusedOptions, fp16_
 from limbeck.objectives.objective import DistillationLoss, Objective, resolve_normalizer
 from limbeck.objectives.output_head import OutputHead, as_output_head
 from limbeck.objectives.payloads import Logits, SignalPayload
+from limbeck.objectives.policy_gradient import RolloutTokens
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabParallel, VocabReducer
 
 
@@ -48,6 +49,7 @@ def fused_linear_distillation(
     all_supervised: bool = False,
     reducer: VocabReducer | None = None,
     compiled: bool | None = None,
+    rollout: RolloutTokens | None = None,
 ) -> DistillationLoss:
     """Compute cross-entropy and distillation loss from the last hidden states, without storing [N, V] logits.
 
@@ -73,6 +75,8 @@ def fused_linear_distillation(
             same on all ranks, and so is the result.
         compiled: compile the elementwise pass; on a GPU, use a Triton kernel if there is one. By default if there is a compiler
             and enough work. Results differ by rounding only.
+        rollout: of labels that the student has sampled: for a policy gradient, and to read the student's log-probabilities of
+            the labels. Without it the policy gradient is left out.
 
     Returns:
         A ``DistillationLoss``. Gradients reach student_hidden and the weight and bias of the student's head, where required.
@@ -91,7 +95,7 @@ def fused_linear_distillation(
         )
     student = as_output_head("student", student_head)
     head_t = None if teacher_head is None else as_output_head("teacher", teacher_head)
-    check_rows(student_hidden, teacher_hidden, teacher, labels, weights)
+    check_rows(student_hidden, teacher_hidden, teacher, labels, weights, rollout)
     check_chunk_size(chunk_size)
     check_width("student", student_hidden, student)
     if teacher is not None:
@@ -136,6 +140,7 @@ def fused_linear_distillation(
         reducer or NO_SHARDING,
         (reducer is None and should_compile(rows.numel() * vocab)) if compiled is None else compiled,
         fp16_grad_scale(objective, student.scale, row_weights) if dtype is torch.float16 else 1.0,
+        rollout,
     )
     loss, stats = FusedHeadLoss.apply(
         student_hidden, student.weight, student.bias, teacher_hidden, labels, rows, options

@@ -26,6 +26,7 @@ from limbeck.objectives.kernels import kernel_pass
 from limbeck.objectives.objective import Objective
 from limbeck.objectives.output_head import LogitTransform, OutputHead
 from limbeck.objectives.payloads import Logits, Sampled, SignalPayload, TopK
+from limbeck.objectives.policy_gradient import RolloutTokens
 from limbeck.objectives.vocab_parallel import NO_SHARDING, VocabParallel, VocabReducer
 
 _NARROW_CHUNKS = {"cuda": 8}  # so many bfloat16 chunks at most are summed in bfloat16; see ``grad_dtype``
@@ -52,6 +53,7 @@ class FusedOptions:
     reducer: VocabReducer = NO_SHARDING
     compiled: bool = False
     fp16_scale: float | Tensor = 1.0
+    rollout: RolloutTokens | None = None
 
     @property
     def whole_vocab(self) -> int:
@@ -87,6 +89,8 @@ class FusedOptions:
             retempered=objective.teacher_temperature / self.signal.temperature
             if isinstance(self.signal, TopK)
             else 1.0,
+            rollout_temperature=None if self.rollout is None else self.rollout.temperature,
+            clip=None if self.rollout is None else self.rollout.clip,
         )
 
 
@@ -170,7 +174,8 @@ def _process_chunks(
     spec = options.spec(any(needs))
     plain, fast = elementwise_pass(spec, reducer), None
     if options.compiled:
-        kernel = None if isinstance(options.signal, TopK | Sampled) else kernel_pass(spec, reducer, device)
+        torch_only = isinstance(options.signal, TopK | Sampled) or rollout_rows(options, rows[:0])[0] is not None
+        kernel = None if torch_only else kernel_pass(spec, reducer, device)
         fast = kernel or CompiledPass(spec, reducer)
         tile = tile if kernel is None else chunk
 
@@ -190,17 +195,22 @@ def _process_chunks(
         if head_t is not None and z_t is not None and teacher_hidden is not None:
             zt = head_t.logits(teacher_hidden[index].to(z_t.dtype), z_t[:n])
         log_probs, columns, zt = signal_rows(options, index, zt)
+        written, advantages, log_q = rollout_rows(options, index)
         weights = torch.ones(n, 1, dtype=accumulate, device=device)
         if options.weights is not None:
             weights = options.weights[index].to(accumulate).unsqueeze(-1)
         for low in range(0, n, tile):
             part = slice(low, low + tile)
-            lp, ix, t = (None if x is None else x[part] for x in (log_probs, columns, zt))
-            inputs = TileInputs(zs[part], b_s, t, b_t, lp, ix, target[part], weights[part], factor)
+            lp, ix, t, *of_rollout = (
+                None if x is None else x[part] for x in (log_probs, columns, zt, written, advantages, log_q)
+            )
+            inputs = TileInputs(zs[part], b_s, t, b_t, lp, ix, target[part], weights[part], factor, *of_rollout)
             tile_stats, tile_d_bias = plain(*inputs) if fast is None else fast(plain, inputs)
             stats += tile_stats
             if d_bias is not None and tile_d_bias is not None:
                 d_bias[:vocab] += tile_d_bias
+        if log_q is not None and options.rollout is not None and options.rollout.student_log_probs is not None:
+            options.rollout.student_log_probs[index] = log_q.squeeze(-1).to(options.rollout.student_log_probs.dtype)
         if d_hidden is not None:
             d_hidden[index] = head_s.hidden_grad(z_s[:n]).to(sums)
         if d_weight is not None:
@@ -211,7 +221,14 @@ def _process_chunks(
     stats /= options.normalizer
     w = options.objective.kd_weight
     squared = options.objective.temperature**2 if options.objective.squared else 1.0
-    loss = stats[1] if w == 0 else (1 - w) * stats[1] + w * squared * stats[0]
+    if w == 0:
+        loss = stats[1]
+    elif options.objective.policy_gradient:
+        loss = (1 - w) * stats[1]
+    else:
+        loss = (1 - w) * stats[1] + w * squared * stats[0]
+    if options.rollout is not None:
+        loss = loss + stats[STATS.index("policy")]
     return loss, stats, (d_hidden, d_weight, d_bias)
 
 
@@ -228,6 +245,21 @@ def signal_rows(
     if isinstance(signal, Logits):
         return None, None, signal.logits[index][:, : options.vocab].to(options.accumulate).clamp_min(LOWEST)
     return None, None, zt
+
+
+def rollout_rows(options: FusedOptions, index: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """At the positions ``index``, [n, 1] each: log q_w and advantages, None without a policy gradient, and room for log q."""
+    rollout, dtype = options.rollout, options.accumulate
+    if rollout is None:
+        return None, None, None
+    written = advantages = log_q = None
+    if rollout.advantages is not None or options.objective.policy_gradient:
+        written = rollout.log_probs[index].to(dtype).unsqueeze(-1)
+    if rollout.advantages is not None:
+        advantages = rollout.advantages[index].to(dtype).unsqueeze(-1)
+    if rollout.student_log_probs is not None:
+        log_q = torch.empty(len(index), 1, dtype=dtype, device=index.device)
+    return written, advantages, log_q
 
 
 def grad_dtype(options: FusedOptions, weight: Tensor, chunks: int, device: torch.device) -> torch.dtype:

@@ -1,8 +1,10 @@
 """What a distillation loss minimizes (``Objective``) and what it returns (``DistillationLoss``).
 
-    loss = [ (1 − w) Σ u CE  +  w Σ u D(p, q) ] / normalizer    p = softmax(z_t / τ_t),  q = softmax(z_s / τ_s)
+    loss = [ (1 − w) Σ u CE  +  w Σ u D(p, q)  +  Σ u PG ] / normalizer    p = softmax(z_t / τ_t),  q = softmax(z_s / τ_s)
 
-u is the weight of a position, 1 by default. CE is the cross-entropy of the student without temperature.
+u is the weight of a position, 1 by default. CE is the cross-entropy of the student without temperature. PG is the policy
+gradient of tokens that the student has sampled (``limbeck.objectives.policy_gradient``), with the advantages given for them.
+With the objective ``policy_gradient`` there is no D; its advantage w (log p(y) − log q_w(y)) is added to those given.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ class Objective:
         temperature: τ_s, divides the student's logits in D.
         teacher_temperature: τ_t, divides the teacher's logits.
         squared: multiply the divergence by τ_s².
-        topk: 0 for the whole vocabulary. Otherwise D compares the teacher's k most likely tokens.
+        topk: 0 for the whole vocabulary. Otherwise D compares the k most likely tokens of ``topk_from``.
         tail: how the tokens outside the k are treated, one of ``TAILS``.
         sampled: ``divergence_fn`` is an estimator of ``limbeck.objectives.sampled``.
+        policy_gradient: the estimator is measured only; its negative is an advantage.
+        topk_from: ``teacher`` or ``student``, whose most likely tokens are compared. For the gradient the choice is constant.
     """
 
     divergence_fn: DivergenceFn
@@ -43,6 +47,8 @@ class Objective:
     topk: int = 0
     tail: str = "renormalize"
     sampled: bool = False
+    policy_gradient: bool = False
+    topk_from: str = "teacher"
 
     @classmethod
     def of(
@@ -55,12 +61,14 @@ class Objective:
         squared: bool = False,
         topk: int = 0,
         tail: str = "renormalize",
+        topk_from: str = "teacher",
         parameters: Mapping[str, Any] | None = None,
     ) -> Objective:
         """Build the objective of the divergence ``name`` with its ``parameters``.
 
         ``teacher_temperature`` defaults to ``temperature``. The names k1, k2 and k3 select the estimators of the reverse KL on
-        tokens that the student has sampled. Raises LimbeckError for an unknown name and for values outside their range.
+        tokens that the student has sampled, and policy_gradient selects the objective of that module. Raises LimbeckError for
+        an unknown name and for values outside their range.
         """
         tau_t = temperature if teacher_temperature is None else teacher_temperature
         for key, number in {"kd_weight": kd_weight, "temperature": temperature, "teacher_temperature": tau_t}.items():
@@ -74,13 +82,18 @@ class Objective:
             raise LimbeckError(f"logits_topk must be 0 (the whole vocabulary) or more, got {topk}.")
         if tail not in TAILS:
             raise LimbeckError(f"there is no tail called {tail!r}; use one of {', '.join(TAILS)}.")
+        if topk_from not in ("teacher", "student"):
+            raise LimbeckError(f"topk_from must be teacher or student, got {topk_from!r}.")
         sampled = name in ESTIMATORS
         if sampled and topk:
             raise LimbeckError(
                 f"{name} uses the sampled token only, so logits_topk = {topk} has no effect; set it to 0."
             )
         divergence_fn = ESTIMATORS[name] if sampled else make_divergence(name, **(parameters or {}))
-        return cls(divergence_fn, kd_weight, temperature, tau_t, squared, topk, tail, sampled)
+        policy_gradient = name == "policy_gradient"
+        return cls(
+            divergence_fn, kd_weight, temperature, tau_t, squared, topk, tail, sampled, policy_gradient, topk_from
+        )
 
 
 class DistillationLoss(NamedTuple):
@@ -92,9 +105,10 @@ class DistillationLoss(NamedTuple):
     - student_entropy, teacher_entropy: in nats, of q and p as the divergence uses them.
     - top1_agreement: 1 where a token is the most likely one of both models. Of tokens that tie, one shared one is enough, but
       only the first of a ``TopK`` signal counts.
-    - topk_mass: the teacher's probability of its k tokens. topk_overlap: the share of these k among the student's own k.
+    - topk_mass: the teacher's probability of the k tokens. topk_overlap: the share of these k among the other model's own k.
+    - policy: the policy gradient's part of the loss.
 
-    Fields that need a teacher, or top-k, are 0 without one.
+    Fields that need a teacher, top-k, or tokens that the student has sampled, are 0 without them.
     """
 
     loss: Tensor
@@ -105,6 +119,7 @@ class DistillationLoss(NamedTuple):
     top1_agreement: Tensor
     topk_mass: Tensor
     topk_overlap: Tensor
+    policy: Tensor
 
 
 def resolve_normalizer(

@@ -33,4 +33,5 @@ def k3(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
     return torch.expm1(gap) - gap, -torch.expm1(gap)
 
 
-ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
+ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3, "policy_gradient": k1}
+"""By name. The gradient of ``policy_gradient`` is that of ``limbeck.objectives.policy_gradient``, with the advantage −k1."""

@@ -1,7 +1,7 @@
-"""Signals from a teacher's hidden states: top-k log-probabilities, or whole logits.
+"""Signals from a teacher's hidden states: log-probabilities of its k most likely tokens or of the labels, or whole logits.
 
-Positions are processed in chunks, as in the fused loss, so that top-k needs no whole logits. The numbers are those that the
-loss computes itself from the hidden states.
+Positions are processed in chunks, as in the fused loss, so that log-probabilities need no whole logits. The numbers are those
+that the loss computes itself from the hidden states.
 
 Shapes: N positions, V vocabulary, H hidden size, k tokens kept.
 """
@@ -18,7 +18,7 @@ from limbeck.objectives.aligned_head import AlignedHead
 from limbeck.objectives.chunks import default_chunk, shared_bias
 from limbeck.objectives.divergences import EXCLUDED
 from limbeck.objectives.output_head import OutputHead
-from limbeck.objectives.payloads import Logits, TopK
+from limbeck.objectives.payloads import Logits, Sampled, TopK
 
 
 @torch.no_grad()
@@ -38,13 +38,9 @@ def compute_topk(
     A token that the head's bias excludes (−∞) has log-probability −∞. Raises LimbeckError for a k, temperature or
     ``vocab_size`` outside its range.
     """
-    vocab = len(head.weight) if vocab_size is None else vocab_size
+    vocab = _vocab(head, vocab_size)
     if k < 1 or not temperature > 0:
         raise LimbeckError(f"compute_topk needs k of 1 or more and a temperature above 0, got {k} and {temperature}.")
-    if not 0 < vocab <= len(head.weight):
-        raise LimbeckError(
-            f"vocab_size={vocab_size} is not between 1 and the {len(head.weight)} rows of the output head."
-        )
     kept = min(k, vocab)
     log_probs = torch.empty(len(hidden), kept, dtype=_precise(head), device=hidden.device)
     indices = torch.empty(len(hidden), kept, dtype=torch.int64, device=hidden.device)
@@ -57,11 +53,40 @@ def compute_topk(
 
 
 @torch.no_grad()
+def compute_sampled(
+    hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor,
+    *,
+    vocab_size: int | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> Sampled:
+    """Return the log-probability at ``temperature`` of the token labels [N] at each position of hidden [N, H].
+
+    Labels must be in the vocabulary, which is not checked. Other arguments as in ``compute_topk``. Raises LimbeckError for
+    other shapes of the labels, and for a temperature or ``vocab_size`` outside its range.
+    """
+    vocab = _vocab(head, vocab_size)
+    if not temperature > 0:
+        raise LimbeckError(f"compute_sampled needs a temperature above 0, got {temperature}.")
+    if labels.shape != hidden.shape[:1]:
+        raise LimbeckError(
+            f"labels must be one token for each of the {len(hidden)} positions, got the shape {list(labels.shape)}."
+        )
+    log_probs = torch.empty(len(hidden), dtype=_precise(head), device=hidden.device)
+    for part, logits in _chunks(hidden, head, vocab, chunk_size):
+        tempered = logits.div_(temperature)
+        log_probs[part] = tempered.gather(-1, labels[part, None]).squeeze(-1) - tempered.logsumexp(-1)
+    return Sampled(log_probs, temperature)
+
+
+@torch.no_grad()
 def compute_logits(
     hidden: Tensor, head: OutputHead, *, vocab_size: int | None = None, chunk_size: int | None = None
 ) -> Logits:
     """Return the logits [N, V] of hidden [N, H] in the head's precision. Arguments as in ``compute_topk``."""
-    vocab = len(head.weight) if vocab_size is None else vocab_size
+    vocab = _vocab(head, vocab_size)
     everything = torch.empty(len(hidden), vocab, dtype=head.weight.dtype, device=hidden.device)
     for part, logits in _chunks(hidden, head, vocab, chunk_size):
         everything[part] = logits
@@ -78,6 +103,15 @@ def _chunks(hidden: Tensor, head: OutputHead, vocab: int, chunk: int | None) -> 
         part = slice(low, min(low + rows, len(hidden)))
         product = aligned.logits(hidden[part].to(z.dtype), z[: part.stop - low])
         yield part, head.transform(product, bias, _precise(head))
+
+
+def _vocab(head: OutputHead, vocab_size: int | None) -> int:
+    vocab = len(head.weight) if vocab_size is None else vocab_size
+    if not 0 < vocab <= len(head.weight):
+        raise LimbeckError(
+            f"vocab_size={vocab_size} is not between 1 and the {len(head.weight)} rows of the output head."
+        )
+    return vocab
 
 
 def _precise(head: OutputHead) -> torch.dtype:

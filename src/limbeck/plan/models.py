@@ -174,13 +174,15 @@ class _SizedChannel:
         assert request is not None
         count, spec, weight = len(request.supervised), request.spec, self._head.weight
         k = min(spec.topk, spec.vocab_size)
-        sizes = {
-            "top_k": {"log_probs": (k, torch.float32), "indices": (k, torch.int32)},
-            "logits": {"logits": (spec.vocab_size, weight.dtype)},
-            "hidden_states": {"hidden_states": (weight.shape[1], weight.dtype)},
-        }[spec.kind]
+        kinds: dict[str, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {
+            "top_k": {"log_probs": ((count, k), torch.float32), "indices": ((count, k), torch.int32)},
+            "sampled_token": {"log_probs": ((count,), torch.float32)},
+            "logits": {"logits": ((count, spec.vocab_size), weight.dtype)},
+            "hidden_states": {"hidden_states": ((count, weight.shape[1]), weight.dtype)},
+        }
+        shapes = kinds[spec.kind]
         return lambda: TeacherResponse(
-            {name: weight.new_empty(count, width, dtype=dtype) for name, (width, dtype) in sizes.items()}, 0.0
+            {name: weight.new_empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}, 0.0
         )
 
     def offload(self) -> None:

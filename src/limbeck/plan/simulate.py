@@ -19,7 +19,7 @@ from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.models import ModelSource, model_outline, output_head
-from limbeck.objectives import DistillationLoss, TopK
+from limbeck.objectives import DistillationLoss, Sampled, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
 from limbeck.plan.micro_batch import full_micro_batch, longest_row
@@ -286,7 +286,7 @@ def _teacher_step(config: DistillConfig, devices: tuple[int, ...], rank: int, se
             for _ in range(2):  # the first call creates what later ones find
                 tracker.reset()
                 hidden = teacher.compute_hidden(request)
-                sent = spec.encode(hidden, head, chunk)
+                sent = spec.encode(hidden, head, chunk, request.labels)
                 del hidden
     # Ranks that run each pass together receive equally many requests; whole copies divide them.
     in_step = dims.replica_size > 1
@@ -314,4 +314,6 @@ def _signal_bytes(signal: Signal) -> int:
     payload = signal.payload
     if isinstance(payload, TopK):  # its tokens travel in 32 bits
         return payload.log_probs.nbytes + 4 * payload.indices.numel()
+    if isinstance(payload, Sampled):
+        return payload.log_probs.nbytes
     return sum(each.nbytes for each in (signal.hidden, None if payload is None else payload.logits) if each is not None)

@@ -94,7 +94,10 @@ class LocalTeacher:
 
     def encode(self, request: TeacherRequest) -> dict[str, Tensor]:
         """The named tensors of the signal for a request, on the teacher's device."""
-        return request.spec.encode(self.compute_hidden(request), self.model.head)
+        hidden, head = self.compute_hidden(request), self.model.head
+        if request.labels is None:
+            return request.spec.encode(hidden, head)
+        return request.spec.encode(hidden, head, labels=request.labels)
 
     @torch.no_grad()
     def compute_hidden(self, request: TeacherRequest) -> Tensor:

@@ -37,7 +37,7 @@ def broadcast_request(group: ModelParallelGroup, owner: int, own: TeacherRequest
     """
     device = own.input_ids.device
     received = broadcast_named(own.tensors(), group.group, dist.get_group_rank(group.group, owner), device)
-    return replace(TeacherRequest.from_tensors(received, own.spec), supervised=own.supervised)
+    return replace(TeacherRequest.from_tensors(received, own.spec), supervised=own.supervised, labels=own.labels)
 
 
 def _hidden_states(body: nn.Module, head: OutputHead, group: ModelParallelGroup, request: TeacherRequest) -> Tensor:

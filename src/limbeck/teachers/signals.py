@@ -9,7 +9,17 @@ import torch
 from torch import Tensor
 
 from limbeck.data.batch import Batch
-from limbeck.objectives import Logits, OutputHead, TopK, compute_logits, compute_topk
+from limbeck.errors import LimbeckError
+from limbeck.objectives import (
+    Logits,
+    OutputHead,
+    Sampled,
+    SignalPayload,
+    TopK,
+    compute_logits,
+    compute_sampled,
+    compute_topk,
+)
 
 
 @dataclass(frozen=True)
@@ -24,15 +34,16 @@ class Signal:
     hidden: Tensor | None
     head: OutputHead | None
     features: tuple[Tensor, ...] = ()
-    payload: TopK | Logits | None = None
+    payload: SignalPayload | None = None
 
 
 @dataclass(frozen=True)
 class SignalSpec:
     """Which signal to send. This class encodes it on the teacher's side and decodes it on the student's.
 
-    kind: ``"hidden_states"``, ``"top_k"`` (the ``topk`` most likely tokens with log-probabilities at ``temperature``)
-    or ``"logits"``, over the first ``vocab_size`` tokens.
+    kind: ``"hidden_states"``, ``"top_k"`` (the ``topk`` most likely tokens with log-probabilities at ``temperature``),
+    ``"sampled_token"`` (the log-probability of the label at ``temperature``) or ``"logits"``, over the first ``vocab_size``
+    tokens.
     """
 
     kind: str = "hidden_states"
@@ -45,10 +56,13 @@ class SignalSpec:
         """Whether the student needs the teacher's output head."""
         return self.kind == "hidden_states"
 
-    def encode(self, hidden: Tensor, head: OutputHead, chunk: int | None = None) -> dict[str, Tensor]:
+    def encode(
+        self, hidden: Tensor, head: OutputHead, chunk: int | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The named tensors to send, [supervised, …] each, from hidden states [supervised, H].
 
-        chunk: positions whose logits are held at once; by default as many as in the loss.
+        chunk: positions whose logits are held at once; by default as many as in the loss. labels: [supervised], for
+        ``sampled_token``, which raises LimbeckError without them.
         """
         vocab = self.vocab_size
         if self.kind == "top_k":
@@ -56,6 +70,13 @@ class SignalSpec:
                 hidden, head, self.topk, vocab_size=vocab, temperature=self.temperature, chunk_size=chunk
             )
             return {"log_probs": top.log_probs, "indices": top.indices.int()}  # no vocabulary needs more than 32 bits
+        if self.kind == "sampled_token":
+            if labels is None:
+                raise LimbeckError("a request for the signal sampled_token has no labels; make it with from_batch.")
+            found = compute_sampled(
+                hidden, head, labels, vocab_size=vocab, temperature=self.temperature, chunk_size=chunk
+            )
+            return {"log_probs": found.log_probs}
         if self.kind == "logits":
             return {"logits": compute_logits(hidden, head, vocab_size=vocab, chunk_size=chunk).logits}
         return {"hidden_states": hidden}
@@ -64,6 +85,8 @@ class SignalSpec:
         """The signal from the named tensors that ``encode`` made."""
         if self.kind == "top_k":
             return Signal(None, None, payload=TopK(tensors["log_probs"], tensors["indices"].long(), self.temperature))
+        if self.kind == "sampled_token":
+            return Signal(None, None, payload=Sampled(tensors["log_probs"], self.temperature))
         if self.kind == "logits":
             return Signal(None, None, payload=Logits(tensors["logits"]))
         return Signal(tensors["hidden_states"], head)
@@ -78,6 +101,7 @@ class TeacherRequest:
 
     input_ids, position_ids: [batch, time]. documents: lengths of packed documents, or None. supervised: flattened
     positions that need the signal. spec: which signal. cu_seqlens: see ``Batch``; it is not sent to other processes.
+    labels: [supervised], for the signal ``sampled_token``, else None.
     """
 
     input_ids: Tensor
@@ -86,13 +110,17 @@ class TeacherRequest:
     supervised: Tensor
     spec: SignalSpec = HIDDEN_STATES
     cu_seqlens: Tensor | None = None
+    labels: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: Batch, spec: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
         """The request for ``batch``, in the teacher's own tokens where the batch has them."""
         if batch.teacher_tokens is not None:
             return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, spec)
-        return cls(batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec, batch.cu_seqlens)
+        labels = batch.labels.flatten()[batch.supervised] if spec.kind == "sampled_token" else None
+        return cls(
+            batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec, batch.cu_seqlens, labels
+        )
 
     @classmethod
     def empty(cls) -> TeacherRequest:
@@ -104,7 +132,14 @@ class TeacherRequest:
         """The inverse of ``tensors``."""
         documents = tensors.get("documents")
         lengths = None if documents is None else tuple(documents.tolist())
-        return cls(tensors["input_ids"], tensors.get("position_ids"), lengths, tensors["supervised"], spec)
+        return cls(
+            tensors["input_ids"],
+            tensors.get("position_ids"),
+            lengths,
+            tensors["supervised"],
+            spec,
+            labels=tensors.get("labels"),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All but the spec, as named tensors to send."""
@@ -114,14 +149,15 @@ class TeacherRequest:
             "position_ids": self.position_ids,
             "documents": documents,
             "supervised": self.supervised,
+            "labels": self.labels,
         }
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device: torch.device) -> TeacherRequest:
         """The same request on ``device``."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
+        positions, labels = (None if x is None else x.to(device) for x in (self.position_ids, self.labels))
         return TeacherRequest(
-            self.input_ids.to(device), positions, self.documents, self.supervised.to(device), self.spec
+            self.input_ids.to(device), positions, self.documents, self.supervised.to(device), self.spec, labels=labels
         )
 
 

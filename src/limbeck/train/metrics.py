@@ -17,6 +17,7 @@ from limbeck.data.batch import StepBatch
 from limbeck.errors import LimbeckError
 from limbeck.objectives import DistillationLoss
 from limbeck.strategies.world import World
+from limbeck.train.on_policy import LogProbGap
 from limbeck.train.student import StudentLoss
 
 FEATURES = "features/"
@@ -102,8 +103,8 @@ class Timer:
 class StepMetrics:
     """Training metrics between two log lines, by their public names."""
 
-    def __init__(self, world: World, pairs: Sequence[str] = ()) -> None:
-        self.world = world
+    def __init__(self, world: World, pairs: Sequence[str] = (), gap: LogProbGap | None = None) -> None:
+        self.world, self._gap = world, gap
         self.losses = LossSums(world.device, pairs)
         self.timer = Timer(world.device)
         self._norm = torch.zeros((), device=world.device)
@@ -163,6 +164,10 @@ class StepMetrics:
             if losses["topk_mass"]:
                 line["train/topk_mass"] = losses["topk_mass"]
                 line["train/topk_overlap"] = losses["topk_overlap"]
+        if losses["policy"]:
+            line["train/policy_loss"] = losses["policy"]
+        if self._gap is not None:
+            line |= self._gap.read(self.world)
         pairs = {f"train/{name}": value for name, value in losses.items() if name.startswith(FEATURES)}
         if pairs:
             line |= pairs | {f"train/{FEATURES}total": sum(pairs.values()) / len(pairs)}

@@ -43,6 +43,7 @@ class RolloutSource:
                 "student above 1 is not built yet; set all to 1."
             )
         self._settings, self._seed, self._world = config.rollout, config.seed, world
+        self._needs_log_probs = config.has_policy_gradient
         self._examples, self._stream_settings = data.examples, data.stream_settings
         training = config.student.training_args
         samples = training.per_device_train_batch_size * training.gradient_accumulation_steps * world.dims.data_size
@@ -73,7 +74,8 @@ class RolloutSource:
         written = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
         samples = [written[sample] if sample in written else self._given(*sample) for sample in numbered]
         self._num_samples += len(samples)
-        return make_step(to_examples(samples), self._stream_settings, self._world.data_rank, self._world.dims.data_size)
+        examples = to_examples(samples, self._settings.reward_weight)
+        return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         self._writer.weights_changed(weights, step)
@@ -117,6 +119,11 @@ class RolloutSource:
         prompts = [Prompt(self._prompt(row), row) for row, _ in samples]
         seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
         completions = self._writer.write(prompts, seed)
+        if self._needs_log_probs and any(one.log_probs is None for one in completions):
+            raise LimbeckError(
+                f"rollout.generator = {self._settings.generator} gives no log-probabilities of what it writes, which a policy "
+                "gradient needs; use another generator, or a divergence as kd_objective and rollout.reward_weight: 0."
+            )
         return {
             (row, number): Sample.written(
                 row, number, STUDENT, one.prompt.token_ids, one.token_ids, one.log_probs, one.finished

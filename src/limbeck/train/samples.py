@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
+from limbeck.errors import LimbeckError
 
 _BLOCK = 1 << 16  # rows
 
@@ -24,6 +25,7 @@ class Sample:
     row: of the data. number: of the sample among those of its prompt. origin: who wrote the answer.
     tokens, labels: [length] int32, as in ``Examples``. log_probs: [length] float32, of each label under the distribution that
     it was sampled from, NaN elsewhere; None if nothing was sampled. finished: the answer was not cut off.
+    reward: of the answer, from the environment; None without one, or if it is not known.
     """
 
     row: int
@@ -33,6 +35,7 @@ class Sample:
     labels: NDArray[np.int32]
     log_probs: NDArray[np.float32] | None = None
     finished: bool = True
+    reward: float | None = None
 
     @classmethod
     def written(
@@ -61,8 +64,12 @@ class Sample:
         return int((self.labels != IGNORE).sum())
 
 
-def to_examples(samples: Sequence[Sample]) -> Examples:
-    """The samples as rows that can be packed or padded into a step."""
+def to_examples(samples: Sequence[Sample], reward_weight: float = 0.0) -> Examples:
+    """The samples as rows that can be packed or padded into a step.
+
+    reward_weight: factor of the advantages that rewards give; 0 for none. Raises LimbeckError if it is above 0 and none of the
+    student's samples has a reward.
+    """
     offsets = np.concatenate([[0], np.cumsum([len(sample.tokens) for sample in samples])]).astype(np.int64)
     log_probs = None
     if any(sample.log_probs is not None for sample in samples):
@@ -78,7 +85,27 @@ def to_examples(samples: Sequence[Sample]) -> Examples:
         offsets,
         row_ids=np.array([sample.row for sample in samples], dtype=np.int64),
         sampled_log_probs=log_probs,
+        advantages=_reward_advantages(samples, reward_weight) if reward_weight else None,
     )
+
+
+def _reward_advantages(samples: Sequence[Sample], weight: float) -> NDArray[np.float32]:
+    """[total] of each token: ``weight`` times its sample's reward, less the mean of the rewards of the same prompt.
+
+    0 for a sample without a reward.
+    """
+    groups: dict[int, list[float]] = {}
+    for sample in samples:
+        if sample.reward is not None:
+            groups.setdefault(sample.row, []).append(sample.reward)
+    if not groups and any(sample.origin == STUDENT for sample in samples):
+        raise LimbeckError(
+            f"rollout.reward_weight = {weight} needs rewards, and no answer of this step has one; add an environment that "
+            "gives rewards, or set rollout.reward_weight: 0."
+        )
+    means = {row: sum(rewards) / len(rewards) for row, rewards in groups.items()}
+    of_sample = [0.0 if one.reward is None else weight * (one.reward - means[one.row]) for one in samples]
+    return np.repeat(np.array(of_sample, dtype=np.float32), [len(sample.tokens) for sample in samples])
 
 
 def answer_starts(examples: Examples) -> NDArray[np.int64]:

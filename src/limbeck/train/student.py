@@ -23,7 +23,7 @@ from limbeck.objectives import (
     Logits,
     Objective,
     OutputHead,
-    TopK,
+    SignalPayload,
     VocabParallel,
     cross_tokenizer_distillation,
     fused_linear_distillation,
@@ -34,6 +34,7 @@ from limbeck.strategies.pipeline_parallel import PipelineGroup
 from limbeck.strategies.world import World
 from limbeck.teachers.signals import Signal
 from limbeck.train.features import Features
+from limbeck.train.on_policy import OnPolicyLoss
 from limbeck.train.reference_quirks import ReferenceQuirks
 
 
@@ -90,6 +91,7 @@ class LossSettings:
         compiled: compile the elementwise part of the loss; None decides by its size.
         cross: for a teacher with another tokenizer.
         quirks: of another system; used in training only.
+        on_policy: how tokens that the student has written are read, or None.
     """
 
     objective: Objective
@@ -99,6 +101,7 @@ class LossSettings:
     compiled: bool | None = None
     cross: CrossTokenizer | None = None
     quirks: ReferenceQuirks | None = None
+    on_policy: OnPolicyLoss | None = None
 
 
 class StudentWithLoss(nn.Module):
@@ -188,7 +191,9 @@ class StudentWithLoss(nn.Module):
                 weights=batch.weights,
                 normalizer=normalizer,
             )
-        return self.fused(
+        on_policy = self.settings.on_policy
+        written = None if on_policy is None else on_policy.tokens(batch)
+        result = self.fused(
             rows,
             self._head(),
             None if signal is None else signal.hidden,
@@ -202,7 +207,11 @@ class StudentWithLoss(nn.Module):
             all_supervised=True,
             reducer=self.vocab_parallel,
             compiled=self.settings.compiled,
+            rollout=written,
         )
+        if on_policy is not None and written is not None:
+            on_policy.compare(written)
+        return result
 
     def _teacher_head(self, head: OutputHead) -> OutputHead:
         if self.vocab_parallel is None:
@@ -210,7 +219,7 @@ class StudentWithLoss(nn.Module):
         columns = self.vocab_parallel.columns
         return replace(head, weight=head.weight[columns], bias=None if head.bias is None else head.bias[columns])
 
-    def _payload(self, payload: TopK | Logits | None) -> TopK | Logits | None:
+    def _payload(self, payload: SignalPayload | None) -> SignalPayload | None:
         if self.vocab_parallel is None or not isinstance(payload, Logits):
             return payload
         return Logits(payload.logits[:, self.vocab_parallel.columns])

@@ -25,6 +25,9 @@ OBJECTIVES = (
     "cross_entropy",
 )
 
+SAMPLED_OBJECTIVES = ("k2", "k3", "policy_gradient")
+"""Objectives on the one token that the student has sampled at each position."""
+
 
 Tail = Literal["renormalize", "bucket", "drop", "uniform", "zero"]
 
@@ -61,8 +64,13 @@ FEATURE_LOSSES = ("cosine", "mse", "l1", "smooth_l1")
 
 
 def _known_objective(name: str) -> str:
-    if name not in OBJECTIVES:
-        names = DIVERGENCES.names()
+    if name == "k1":
+        raise ValueError(
+            "has an expected gradient of 0 as a loss; use k2, whose gradient is that of the reverse KL, or "
+            "policy_gradient"
+        )
+    if name not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):
+        names = [*DIVERGENCES.names(), *SAMPLED_OBJECTIVES]
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from limbeck.config.schema.base import Section, registered
 from limbeck.registry import GENERATORS
+
+
+def _low_and_high(clip: list[float]) -> list[float]:
+    if len(clip) != 2 or not (0 <= clip[0] <= 1 and clip[1] >= 0):
+        raise ValueError(
+            "is not a range; write [low, high] with low from 0 to 1 and high of 0 or more, such as [0.2, 0.2]"
+        )
+    return clip
+
+
+Clip = Annotated[list[float], AfterValidator(_low_and_high)]
 
 
 class RolloutConfig(Section):
@@ -47,4 +58,26 @@ class RolloutConfig(Section):
         default="hf",
         description="The engine that writes: hf (in the training process), or one that a plug-in registers.",
     )
+    policy_clip: Clip | None = Field(
+        default=[0.2, 0.2],
+        description="[low, high]: the policy gradient of kd_objective: policy_gradient and of rewards clips the ratio of a "
+        "token's probabilities, now and when it was written, to 1 - low and 1 + high. null does not clip.",
+    )
+    reward_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the rewards of an environment, which are added to the loss as a policy gradient. The advantage "
+        "of a sample is its reward minus the mean reward of the samples of its prompt.",
+    )
+    log_prob_gap_limit: float = Field(
+        default=0.1,
+        gt=0,
+        description="Difference between the generator's and the student's log-probability of a written token from which the "
+        "token counts for rollout/log_prob_gap_share. A warning is printed if the mean difference is larger.",
+    )
     generator_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the student writes from a part of the vocabulary, in which tokens have other probabilities."""
+        return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)

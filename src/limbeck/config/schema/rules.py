@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.models import StrategyArgs
-from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
+from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -107,8 +107,10 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
 
 
 def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
-    if config.kd_objective not in OBJECTIVES:  # from a plug-in, which checks its own parameters
+    if config.kd_objective not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):  # from a plug-in, which checks its own parameters
         return
+    if config.kd_objective in SAMPLED_OBJECTIVES:
+        yield from _sampled_contradictions(config)
     readable = OBJECTIVE_KWARGS.get(config.kd_objective, ())
     own = next((key for key, objectives in OBJECTIVE_KEYS.items() if config.kd_objective in objectives), None)
     for key in config.kd_objective_kwargs:
@@ -118,6 +120,40 @@ def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"kd_objective_kwargs.{key}",
                 f"is not read by kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
+
+
+def _sampled_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    """Of an objective on the token that the student has sampled."""
+    needing = {
+        "logits_topk": config.logits_topk > 0,
+        "cross_tokenizer": config.cross_tokenizer != "off",
+        "objective_faults": bool(config.objective_faults),
+        "loss_balance": config.loss_balance != "weighted",
+        "teacher.signal = top_k": config.teacher.signal == "top_k",
+    }
+    for other in (name for name, given in needing.items() if given):
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} reads the sampled token only and cannot be combined with {other}; remove one of them",
+        )
+    if config.rollout is None or config.rollout.on_policy_fraction == 0:
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} needs tokens that the student has sampled; add rollout with an on_policy_fraction above "
+            "0",
+        )
+    elif config.rollout.on_policy_fraction < 1 and config.kd_objective != "policy_gradient":
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} estimates the reverse KL at tokens that the student has sampled, not at answers of the "
+            "data; set rollout.on_policy_fraction: 1, or use policy_gradient, which leaves other tokens out",
+        )
+    elif config.kd_objective == "policy_gradient" and config.rollout.temperature != config.kd_temperature:
+        yield Contradiction(
+            "kd_temperature",
+            f"= {config.kd_temperature:g} is not the rollout.temperature = {config.rollout.temperature:g} at which the student "
+            "writes, and policy_gradient compares with the probabilities there; set both to the same number",
+        )
 
 
 def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -238,6 +274,25 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             f"= {config.distill_loss_weight} adds cross-entropy with what the student has written itself; set "
             "distill_loss_weight: 1, or rollout.on_policy_fraction: 0",
         )
+    if config.has_policy_gradient:
+        key = "kd_objective" if config.kd_objective == "policy_gradient" else "rollout.reward_weight"
+        if rollout.truncates or rollout.temperature == 0:
+            yield Contradiction(
+                key,
+                "has a policy gradient, for which the student must write from its whole distribution; set rollout.top_p: 1, "
+                "rollout.top_k: 0 and a rollout.temperature above 0",
+            )
+    if rollout.reward_weight > 0:
+        if rollout.num_generations == 1:
+            yield Contradiction(
+                "rollout.reward_weight",
+                "compares the samples of a prompt, and there is one; set rollout.num_generations to 2 or more",
+            )
+        if config.cross_tokenizer != "off" or config.objective_faults or config.loss_balance != "weighted":
+            yield Contradiction(
+                "rollout.reward_weight",
+                "cannot be combined with cross_tokenizer, objective_faults or loss_balance; remove one of them",
+            )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
     if config.is_offload_states:
@@ -323,6 +378,17 @@ def _transport_contradictions(config: RunFields) -> Iterator[Contradiction]:
     signal = config.teacher.signal
     if signal == "top_k" and not config.logits_topk:
         yield Contradiction("teacher.signal", "= top_k needs a number of tokens; set logits_topk")
+    if signal == "sampled_token" and config.kd_objective not in SAMPLED_OBJECTIVES:
+        yield Contradiction(
+            "teacher.signal",
+            f"= sampled_token is the probability of one token, and kd_objective = {config.kd_objective} needs a "
+            f"distribution; use hidden_states, or a kd_objective of {', '.join(SAMPLED_OBJECTIVES)}",
+        )
+    if signal == "top_k" and config.topk_from == "student":
+        yield Contradiction(
+            "teacher.signal",
+            "= top_k sends the teacher's most likely tokens, and topk_from: student compares the student's; use hidden_states",
+        )
     if signal in ("top_k", "logits"):
         needing = {"cross_tokenizer": config.cross_tokenizer != "off", "objective_faults": config.objective_faults}
         for key in (key for key, given in needing.items() if given):
@@ -375,6 +441,22 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
         yield "compile_loss", "is not read with objective_faults, whose loss is not compiled"
     if config.logits_topk == 0:
         yield "logits_topk_tail", "is only read with logits_topk"
+        yield "topk_from", "is only read with logits_topk"
+    if config.kd_objective == "policy_gradient":
+        yield "temperature_squared", "is not read by policy_gradient, which is no divergence"
+    if config.rollout is not None:
+        if not config.has_policy_gradient:
+            yield "rollout.policy_clip", "is only read by kd_objective: policy_gradient and with rollout.reward_weight"
+        if config.rollout.truncates:
+            yield (
+                "rollout.log_prob_gap_limit",
+                "is not read with rollout.top_p or rollout.top_k, which change probabilities",
+            )
+        elif config.cross_tokenizer != "off":
+            yield (
+                "rollout.log_prob_gap_limit",
+                "is not read with cross_tokenizer, in which probabilities are not compared",
+            )
     if not config.features.pairs:
         for key in ("weight", "projection", "mask"):
             yield f"features.{key}", "is only read with features.pairs"

@@ -10,7 +10,15 @@ from pydantic import AfterValidator, Field
 from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
 from limbeck.config.schema.data import SourceArgs, ValidationConfig, source_parts
-from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
+from limbeck.config.schema.objective import (
+    FAULTS,
+    OBJECTIVE_KWARGS,
+    OBJECTIVES,
+    SAMPLED_OBJECTIVES,
+    FeaturesConfig,
+    Objective,
+    Tail,
+)
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
@@ -92,7 +100,8 @@ class RunFields(Section):
     kd_objective: Objective = Field(
         default="forward_kl",
         description=f"Divergence between the teacher's and the student's next-token distributions: "
-        f"{', '.join(OBJECTIVES)}, or one that a plug-in registers.",
+        f"{', '.join(OBJECTIVES)}, or one that a plug-in registers; or an objective on the token that the student has "
+        f"sampled, with rollout: {', '.join(SAMPLED_OBJECTIVES)}.",
     )
     kd_objective_kwargs: dict[str, float | str] = Field(
         default_factory=dict,
@@ -128,6 +137,11 @@ class RunFields(Section):
         "bucket "
         "(they count as one further token), drop (they are left out of the sum), uniform (the teacher's remaining "
         "probability is spread evenly), zero (the teacher's remaining probability is 0).",
+    )
+    topk_from: Literal["teacher", "student"] = Field(
+        default="teacher",
+        description="Whose logits_topk most likely tokens are compared. student needs a teacher.signal of hidden_states or "
+        "logits.",
     )
     adaptive_kl_alpha: float = Field(
         default=0.5, ge=0, le=1, description="Probability mass of the teacher that adaptive_kl treats as the tail."
@@ -308,11 +322,20 @@ class RunFields(Section):
         return self.step_source or ("dataset" if self.rollout is None else "rollout")
 
     @property
+    def has_policy_gradient(self) -> bool:
+        """Whether the loss has the term of ``limbeck.objectives.policy_gradient``."""
+        rewarded = self.rollout is not None and self.rollout.reward_weight > 0
+        return rewarded or self.kd_objective == "policy_gradient"
+
+    @property
     def teacher_signal(self) -> str:
         """``teacher.signal`` with auto resolved."""
         if self.teacher.signal != "auto":
             return self.teacher.signal
-        return "top_k" if self.logits_topk and not self.objective_faults else "hidden_states"
+        if self.kd_objective in SAMPLED_OBJECTIVES:
+            return "sampled_token"
+        selects = self.logits_topk and self.topk_from == "teacher"
+        return "top_k" if selects and not self.objective_faults else "hidden_states"
 
     @property
     def teacher_source(self) -> str:

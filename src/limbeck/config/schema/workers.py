@@ -75,11 +75,12 @@ class TeacherConfig(WorkerConfig):
     source_kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Arguments of a teacher source that a plug-in registers."
     )
-    signal: Literal["auto", "hidden_states", "top_k", "logits"] = Field(
+    signal: Literal["auto", "hidden_states", "top_k", "sampled_token", "logits"] = Field(
         default="auto",
         description="What a teacher in other processes sends for each supervised token: hidden_states (the exact "
-        "distribution; the output head is sent once), top_k (the logits_topk most likely tokens) or logits (the whole "
-        "vocabulary). auto is top_k with logits_topk, else hidden_states.",
+        "distribution; the output head is sent once), top_k (the logits_topk most likely tokens), sampled_token (the "
+        "log-probability of the label) or logits (the whole vocabulary). auto is top_k with logits_topk, sampled_token "
+        "with a kd_objective on the sampled token, else hidden_states.",
     )
 
 

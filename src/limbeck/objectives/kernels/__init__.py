@@ -43,7 +43,7 @@ def kernel_pass(
     objective = spec.objective
     if not _usable(device) or reducer is not NO_SHARDING or spec.dtype is not torch.float32:
         return None
-    if objective.sampled or objective.topk:
+    if objective.sampled or objective.topk or spec.rollout_temperature not in (None, 1.0):
         return None
     try:
         source = translate(objective.divergence_fn)
@@ -108,6 +108,8 @@ def launch(tile: TileInputs, spec: ElementwiseSpec, source: KernelSource) -> tup
             enable_fp_fusion=True,
         )
     bias = tile.z.sum(0, dtype=torch.float32) if spec.wants_grad and tile.bias is not None else None
+    if tile.student_log_probs is not None:  # the negative cross-entropy; 0 / 0 is NaN in a row of weight 0
+        torch.div(stats[:, 1:2], -tile.weight, out=tile.student_log_probs)
     return stats.sum(0), bias
 
 

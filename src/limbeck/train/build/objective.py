@@ -38,6 +38,7 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
         squared=config.temperature_squared,
         topk=config.logits_topk,
         tail=config.logits_topk_tail,
+        topk_from=config.topk_from,
         parameters=parameters,
     )
     return objective, schedule

@@ -30,6 +30,7 @@ from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
 from limbeck.train.metrics import StepMetrics, check_best_metric
+from limbeck.train.on_policy import OnPolicyLoss
 from limbeck.train.request_pipeline import RequestPipeline
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource
@@ -151,7 +152,8 @@ def build_run(
             data.tokens * epochs,
         )
         teacher = connect_teacher(context)
-    student = build_student(config, world, data, teacher, LossSettings(objective, 0), epochs)
+    on_policy = OnPolicyLoss.from_config(config, world.device)
+    student = build_student(config, world, data, teacher, LossSettings(objective, 0, on_policy=on_policy), epochs)
     spec = signal_spec(config, student.settings.vocab_size)
     distils = config.distill_loss_weight > 0 or student.settings.features is not None
     colocated = None
@@ -179,7 +181,11 @@ def build_run(
         student=student,
         scheduler=make_scheduler(student.engine.optimizer, training, total_steps),
         saver=Saver(config, world, student, data.tokenizer, taid),
-        metrics=StepMetrics(world, student.settings.features.labels if student.settings.features else ()),
+        metrics=StepMetrics(
+            world,
+            student.settings.features.labels if student.settings.features else (),
+            None if on_policy is None else on_policy.gap,
+        ),
         signal_spec=spec,
         taid=taid,
         colocated=colocated,

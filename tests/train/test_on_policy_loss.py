@@ -1,0 +1,169 @@
+"""What a run reads of tokens that the student has written: sampled objectives, rewards, and the writer's log-probabilities."""
+
+import re
+import warnings
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from runs import metrics
+
+from limbeck import DistillPipeline, LimbeckError
+from limbeck.config import load_mapping
+from limbeck.registry import GENERATORS
+from limbeck.strategies.world import World
+from limbeck.train.on_policy import LogProbGap, OnPolicyLoss
+from limbeck.train.samples import DATASET, STUDENT, Sample, to_examples
+
+SHORT = {
+    "distill_loss_weight": 1.0, "rollout.max_new_tokens": 6, "eval_steps": 0, "save_steps": 0, "max_steps": 2,
+    "student.training_args.per_device_train_batch_size": 4,
+}  # fmt: skip
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kd_objective": "k2", "rollout.temperature": 0.7, "student.use_sequence_packing": True},
+        {"kd_objective": "reverse_kl", "logits_topk": 5, "topk_from": "student", "logits_topk_tail": "bucket"},
+        {"rollout.temperature": 0.0},
+    ],
+    ids=["k2-packed", "student-top-k", "greedy"],
+)
+def test_the_generators_log_probabilities_are_those_of_training(configure, changes):
+    found = DistillPipeline(configure(**{**SHORT, **changes})).run().metrics
+    assert 0 < found["rollout/log_prob_gap_mean"] <= found["rollout/log_prob_gap_max"] < 1e-4
+    assert found["rollout/log_prob_gap_share"] == 0
+    assert found["train/train_distill_loss"] > 0
+
+
+def test_a_policy_gradient_of_fresh_samples_is_the_estimate_of_the_reverse_kl(configure, tmp_path):
+    """The ratio is 1, so the loss is −Σ (log p − log q), over the written tokens of a step that has others too."""
+    changes = {"kd_objective": "policy_gradient", "rollout.on_policy_fraction": 0.5, "max_steps": 1}
+    DistillPipeline(configure(**{**SHORT, **changes, "output_dir": str(tmp_path / "half")})).run()
+    (loss,), (policy,) = (metrics(tmp_path / "half", f"train/{key}") for key in ("loss", "policy_loss"))
+    assert loss == pytest.approx(policy)
+    DistillPipeline(configure(**{**SHORT, **changes, "rollout.on_policy_fraction": 1.0})).run()
+    (policy,), (estimate,) = (
+        metrics(tmp_path / "out", f"train/{key}") for key in ("policy_loss", "train_distill_loss")
+    )
+    assert policy == pytest.approx(estimate, rel=1e-4) and policy != loss
+
+
+def register(name, change):
+    """A generator whose completions are those of hf, changed."""
+
+    def make(config, world):
+        made = GENERATORS.get("hf")(config, world)
+        plain = made.generate
+        made.generate = lambda prompts, sampling: [change(one) for one in plain(prompts, sampling)]
+        return made
+
+    GENERATORS.register(name)(make)
+
+
+def test_a_large_difference_is_warned_about_once(configure):
+    register("wrong", lambda one: replace(one, log_probs=tuple(value - 0.5 for value in one.log_probs)))
+    with pytest.warns(UserWarning, match="differ from the student's in training by 0.500 on average") as seen:
+        found = DistillPipeline(configure(**SHORT, **{"rollout.generator": "wrong"})).run().metrics
+    assert sum("log_prob_gap_limit" in str(one.message) for one in seen) == 1
+    assert found["rollout/log_prob_gap_mean"] == pytest.approx(0.5, abs=1e-4)
+    assert found["rollout/log_prob_gap_max"] == pytest.approx(0.5, abs=1e-4)
+    assert found["rollout/log_prob_gap_share"] == 1
+
+
+def test_the_gap_leaves_out_what_was_not_written_and_starts_anew():
+    gap = LogProbGap(torch.device("cpu"), 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gap.add(torch.tensor([-1.0, torch.nan, -3.0]), torch.tensor([-1.25, -2.0, torch.nan]))
+        gap.add(torch.tensor([-1.0]), torch.tensor([-1.0]))
+        gap.add(torch.zeros(0), torch.zeros(0))
+        assert gap.read(ALONE) == {
+            "rollout/log_prob_gap_mean": 0.125, "rollout/log_prob_gap_max": 0.25, "rollout/log_prob_gap_share": 0.5
+        }  # fmt: skip
+        gap.add(torch.tensor([torch.nan]), torch.tensor([-1.0]))
+        assert gap.read(ALONE) == {}
+
+
+def test_a_truncated_distribution_is_not_compared(configure):
+    assert OnPolicyLoss.from_config(configure(**SHORT, **{"rollout.top_p": 0.9}), ALONE.device) is None
+    assert OnPolicyLoss.from_config(configure(), ALONE.device) is None
+
+
+def sample(row, number, reward, origin=STUDENT):
+    answer = [7, 8]
+    made = Sample.written(row, number, origin, [1, 2], answer, [-0.5, -0.7], True)
+    return Sample(
+        row, number, origin, made.tokens, made.labels, made.log_probs if origin == STUDENT else None, True, reward
+    )
+
+
+def test_a_reward_is_compared_with_those_of_the_same_prompt():
+    rewarded = [sample(0, 0, 1.0), sample(3, 0, 1.0), sample(0, 1, 0.0), sample(0, 2, None), sample(3, 1, 1.0)]
+    given = to_examples([*rewarded, sample(5, 0, None, DATASET)], reward_weight=0.5)
+    per_row = [given.advantages[low:high] for low, high in zip(given.offsets[:-1], given.offsets[1:], strict=True)]
+    assert [row.tolist() for row in per_row] == [[x] * 4 for x in (0.25, 0.0, -0.25, 0.0, 0.0, 0.0)]
+    assert np.isnan(given.sampled_log_probs[-4:]).all()
+    assert to_examples(rewarded).advantages is None
+    with pytest.raises(
+        LimbeckError, match=r"rollout.reward_weight = 0.5 needs rewards, and no answer of this step has one"
+    ):
+        to_examples([sample(0, 0, None)], reward_weight=0.5)
+
+
+def test_rewards_change_the_loss_of_a_divergence(configure, monkeypatch):
+    """By −Σ weight (reward − mean), for fresh samples."""
+    rewards = iter([1.0, 0.0, 3.0, 0.0] * 9)
+    plain = Sample.written.__func__
+    monkeypatch.setattr(Sample, "written", classmethod(lambda cls, *args: _rewarded(plain(cls, *args), next(rewards))))
+    changes = {"rollout.num_generations": 2, "rollout.reward_weight": 2.0, "max_steps": 1}
+    found = DistillPipeline(configure(**SHORT | changes)).run().metrics
+    assert found["train/loss"] == pytest.approx(
+        found["train/train_distill_loss"] + found["train/policy_loss"], rel=1e-6
+    )
+    assert found["train/policy_loss"] != 0
+
+
+def _rewarded(one, reward):
+    return replace(one, reward=reward)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"kd_objective": "policy_gradient", "rollout.top_p": 0.9}, "kd_objective has a policy gradient, for"),
+        ({"rollout.reward_weight": 1.0, "rollout.num_generations": 2, "rollout.temperature": 0.0}, "reward_weight has a"),
+        ({"rollout.reward_weight": 1.0}, "set rollout.num_generations to 2 or more"),
+        (
+            {"kd_objective": "policy_gradient", "rollout.temperature": 0.8},
+            "kd_temperature = 1 is not the rollout.temperature = 0.8",
+        ),
+        ({"kd_objective": "k2", "rollout.on_policy_fraction": 0.5}, "use policy_gradient, which leaves other tokens out"),
+        ({"rollout.policy_clip": [1.2, 0.2]}, "rollout.policy_clip = [1.2, 0.2] is not a range"),
+        ({"kd_objective": "policy_gradient", "kd_objective_kwargs": {"clip": 1.0}}, "kd_objective_kwargs.clip is not read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_combined_is_refused(configure, changes, sentence):
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        configure(**SHORT | changes)
+
+
+def test_a_generator_without_log_probabilities_has_no_policy_gradient(configure):
+    register("silent", lambda one: replace(one, log_probs=None))
+    with pytest.raises(LimbeckError, match=r"rollout.generator = silent gives no log-probabilities"):
+        DistillPipeline(configure(**SHORT, **{"rollout.generator": "silent", "kd_objective": "policy_gradient"})).run()
+
+
+def test_keys_that_nothing_reads_are_reported(settings):
+    changes = {
+        "rollout.policy_clip": [0.1, 0.1],
+        "topk_from": "student",
+        "rollout.top_k": 4,
+        "rollout.log_prob_gap_limit": 1.0,
+    }
+    notices = " ".join(load_mapping(settings(**SHORT | changes)).notices)
+    for key in ("rollout.policy_clip", "topk_from", "rollout.log_prob_gap_limit"):
+        assert f"{key} " in notices
