@@ -148,7 +148,6 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
         ),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
-        ({"student.model_args.lora_target": "all-linear"}, "lora_target with rollout is not built yet"),
         ({"rollout.generator": "gready"}, "is not a known generator; did you mean greedy?"),
     ],
 )

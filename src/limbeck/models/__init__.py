@@ -28,7 +28,7 @@ from limbeck.models.load import (
     model_limits,
     model_outline,
 )
-from limbeck.models.lora import add_lora, has_lora, merged_state_dict
+from limbeck.models.lora import add_lora, has_lora, iter_merged, merged_state_dict
 from limbeck.models.memory import available_memory, explain_oom
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "explain_oom",
     "freeze",
     "has_lora",
+    "iter_merged",
     "hidden_states",
     "load_model",
     "load_tokenizer",

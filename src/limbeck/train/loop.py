@@ -162,7 +162,7 @@ def train_step(run: Run) -> None:
         norm = run.engine.step()
         run.scheduler.step()
     run.step += 1
-    run.source.weights_changed(run.engine.iter_weights, run.step)
+    run.source.weights_changed(run.student.iter_weights, run.step)
     if run.taid:
         run.taid.update(world.sum(kd) / world.dims.loss_ranks, run.step / run.total_steps)
     run.metrics.count(batch, norm)

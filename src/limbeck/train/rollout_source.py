@@ -37,11 +37,6 @@ class RolloutSource:
 
     def __init__(self, config: DistillConfig, world: World, data: Data) -> None:
         assert config.rollout is not None
-        if world.dims.model_parallel_size > 1:
-            raise LimbeckError(
-                "rollout with a tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size of the "
-                "student above 1 is not built yet; set all to 1."
-            )
         self._settings, self._seed, self._world = config.rollout, config.seed, world
         self._examples, self._stream_settings = data.examples, data.stream_settings
         training = config.student.training_args

@@ -48,6 +48,7 @@ class Writer:
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
         self._generator: Generator = GENERATORS.get(config.rollout.generator)(config, world)
+        self._shares_device = config.offloads_colocated
         self._weights: Weights | None = None
         self._version = 0
         self.counts = WritingCounts()
@@ -69,13 +70,15 @@ class Writer:
         if not prompts:
             return []
         begun = time.perf_counter()
+        if self._shares_device:
+            self._generator.reload()
         if self._weights is not None:
             self._generator.update_weights(self._weights(), self._version)
             self._weights = None
             self.counts.sync_seconds += time.perf_counter() - begun
         sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
         wanted = Counter(prompts)
-        mine = list(wanted)[self._world.data_rank :: self._world.dims.data_size]
+        mine = list(wanted)[self._world.rank :: self._world.size]
         own: list[Completion] = []
         for count in sorted(set(wanted.values())):
             group = [prompt for prompt in mine if wanted[prompt] == count]

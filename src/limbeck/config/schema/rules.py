@@ -194,10 +194,6 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
         )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
-    if config.is_offload_states:
-        yield Contradiction("is_offload_states", "with rollout is not built yet; set it to false")
-    if config.student.model_args.lora_target is not None:
-        yield Contradiction("student.model_args.lora_target", "with rollout is not built yet; train all parameters")
 
 
 def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:

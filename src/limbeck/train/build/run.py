@@ -191,7 +191,7 @@ def build_run(
         run.step, position = run.saver.restore(resume)
         source.load_state_dict(position)
         _set_scheduler_step(run.scheduler, run.step)
-    source.weights_changed(student.engine.iter_weights, run.step)
+    source.weights_changed(student.iter_weights, run.step)
     run.trackers = _open_trackers(run)
     for tracker in run.trackers:
         resources.callback(tracker.close)
