@@ -31,7 +31,7 @@ ZERO = {
     "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
 }
 CASES = {  # what one process and two ranks have in common, and what only two ranks have
-    "tensor parallel": ({}, {**rows(8), LAYOUT + "tensor_model_parallel_size": 2}),
+    "tensor parallel": ({"rollout.max_staleness": 1}, {**rows(8), LAYOUT + "tensor_model_parallel_size": 2}),
     "context parallel": ({"student.use_sequence_packing": True}, {**rows(8), LAYOUT + "context_parallel_size": 2}),
     "pipeline parallel": ({}, {**rows(4, 2), LAYOUT + "pipeline_model_parallel_size": 2}),
     "FSDP2 with adapters": (LORA, rows(4)),

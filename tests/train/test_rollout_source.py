@@ -77,6 +77,26 @@ def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(
     assert made.metrics()["rollout/mean_length"] == 0  # counted anew
 
 
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, staleness):
+    made, config, data = source(**{"rollout.generator": "hf", "rollout.temperature": 0.0, "rollout.max_staleness": staleness})
+    student = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    weights, starts = [], answer_starts(data.examples)
+    for step in range(5):
+        with torch.no_grad():
+            for parameter in student.parameters():  # in place, as an optimizer does
+                parameter.add_(0.02 * step)
+        weights.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+        made.weights_changed(lambda: iter(student.state_dict().items()), step)
+        model.load_state_dict(weights[max(0, step - staleness)])
+        for row, ids, _ in texts(made.next(step)):
+            prompt = torch.tensor([data.examples.row(row)[0][: starts[row]].tolist()])
+            assert ids == model.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
+        assert made.metrics()["rollout/staleness"] == min(step, staleness)
+    made.close()
+
+
 def test_the_share_is_drawn_for_each_sample_from_seed_step_and_row(source):
     made, _, data = source(**{"rollout.on_policy_fraction": 0.3, **rows(32)})
     starts, shares = answer_starts(data.examples), []
@@ -112,7 +132,11 @@ def test_several_samples_of_a_prompt_are_in_one_step(source):
     assert len(found) == 8
 
 
-@pytest.mark.parametrize("layout", [{}, {"student.use_sequence_packing": True}], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"student.use_sequence_packing": True}, {"rollout.max_staleness": 1}, {"rollout.max_staleness": 2}],
+    ids=["padded", "packed", "one step ahead", "two steps ahead"],
+)
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(configure, tmp_path, layout):
     common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.5, **rows(4, 2), "max_steps": 6, "save_steps": 3}
     whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
@@ -134,6 +158,17 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
+    common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
+    limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}
+    with pytest.raises(LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"):
+        DistillPipeline(configure(**common, **limit)).run()
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
+    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
+    assert_same_weights(whole.student, parts.student)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -146,6 +181,7 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
             {"distill_loss_weight": 0.5},
             "distill_loss_weight = 0.5 adds cross-entropy with what the student has written",
         ),
+        ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
         ({"rollout.generator": "gready"}, "is not a known generator; did you mean greedy?"),

@@ -5,7 +5,7 @@ meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -47,9 +47,9 @@ class RequestPipeline:
     ) -> None:
         self._source, self._prepare, self._request = source, prepare, request
         self._teacher_turn, self._interval = teacher_turn, offload_interval
-        self._pending: deque[tuple[dict[str, Any], RequestedStep]] = deque()
+        self._pending: deque[tuple[Mapping[str, Any], RequestedStep]] = deque()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         """The source's state at the step that is taken next, though it may have been requested already."""
         return self._pending[0][0] if self._pending else self._source.state_dict()
 
@@ -68,12 +68,12 @@ class RequestPipeline:
                     self._send(state, batch)
         return self._pending.popleft()[1]
 
-    def _make(self, step: int) -> tuple[dict[str, Any], StepBatch]:
+    def _make(self, step: int) -> tuple[Mapping[str, Any], StepBatch]:
         """Step number ``step``, and the source's state before it."""
         state = self._source.state_dict()
         return state, self._prepare(self._source.next(step))
 
-    def _send(self, state: dict[str, Any], batch: StepBatch) -> None:
+    def _send(self, state: Mapping[str, Any], batch: StepBatch) -> None:
         self._pending.append((state, RequestedStep(batch, tuple(map(self._request, batch.micro_batches)))))
 
 
