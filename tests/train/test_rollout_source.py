@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
+from limbeck.registry import GENERATORS
+from limbeck.rollout.hf import make_generator
 from limbeck.strategies.world import World
 from limbeck.train.build.data import make_data
 from limbeck.train.rollout_source import RolloutSource
@@ -79,7 +82,23 @@ def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(
 
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, staleness):
-    made, config, data = source(**{"rollout.generator": "hf", "rollout.temperature": 0.0, "rollout.max_staleness": staleness})
+    calls = []
+
+    def make_slow_generator(config, world):
+        generator = make_generator(config, world)
+        write = generator.generate
+
+        def generate(*args):
+            calls.append(args)
+            time.sleep(0.1)  # so that weights which must not change while it writes would have changed
+            return write(*args)
+
+        generator.generate = generate
+        return generator
+
+    GENERATORS.register("slow")(make_slow_generator)
+    keys = {"rollout.generator": "slow", "rollout.temperature": 0.0, "rollout.max_staleness": staleness, "max_steps": 5}
+    made, config, data = source(**keys)
     student = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     weights, starts = [], answer_starts(data.examples)
@@ -95,6 +114,7 @@ def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, st
             assert ids == model.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
         assert made.metrics()["rollout/staleness"] == min(step, staleness)
     made.close()
+    assert len(calls) == 5  # and none beyond the last step
 
 
 def test_the_share_is_drawn_for_each_sample_from_seed_step_and_row(source):
