@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from limbeck.train.answer_statistics import AnswerStatistics, ends_in_loop
+from limbeck.train.answer_statistics import AnswerStatistics, UnseenStopStrings, ends_in_loop
 from limbeck.train.samples import STUDENT, Sample
 
 
@@ -29,3 +29,16 @@ def test_answers_are_counted_by_length_and_end():
         "rollout/repeated_share": 0.5, "rollout/empty_share": 0.25,
     }  # fmt: skip
     assert set(AnswerStatistics().metrics().values()) == {0.0}
+
+
+def test_a_stop_string_that_no_answer_contains_is_reported_once(recwarn):
+    class Letters:
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+
+    unseen = UnseenStopStrings(["ab", "xy"], Letters())
+    answers = [Sample.written(0, 0, STUDENT, (1, 2), list(map(ord, "abc")), None, True)] * 400
+    for _ in range(4):
+        unseen.add(answers)
+    (found,) = recwarn.list
+    assert "None of the student's first 800 answers contains the stop string 'xy';" in str(found.message)

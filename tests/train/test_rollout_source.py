@@ -1,8 +1,10 @@
 """On-policy steps: which samples the student writes, with which weights, and that a run of them resumes exactly."""
 
 import json
+import re
 import shutil
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 from runs import assert_same_weights, forget_after, metrics, rows, train
+from tiny import TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
@@ -145,6 +148,31 @@ def test_without_any_samples_of_the_student_a_run_is_that_of_the_dataset(configu
     assert_same_weights(plain.student, given.student)
 
 
+def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source):
+    events = []
+
+    def make_recorder(config, world):
+        generator = make_generator(config, world)
+
+        def record(name):
+            call = getattr(generator, name)
+            setattr(generator, name, lambda *args, **kwargs: (events.append(name), call(*args, **kwargs))[1])
+
+        for name in ("reload", "update_weights", "generate", "offload"):
+            record(name)
+        return generator
+
+    GENERATORS.register("recorder")(make_recorder)
+    shared = {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True}
+    made, config, _ = source(**{"rollout.generator": "recorder", **shared})
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    assert made.next(0).num_supervised
+    assert events == ["reload", "update_weights", "generate", "offload"]
+    with pytest.raises(LimbeckError, match="rollout.max_staleness = 1 writes while the student trains"):
+        source(**{**shared, "rollout.max_staleness": 1})
+
+
 def test_several_samples_of_a_prompt_are_in_one_step(source):
     made, _, _ = source(**{"rollout.num_generations": 4})
     found = [row for row, _, _ in texts(made.next(0))]
@@ -178,10 +206,36 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
+def test_answers_that_end_differently_for_data_and_models_are_reported(source, assets, tmp_path):
+    def warned(name: str, role: str, **changes) -> list[str]:
+        folder = tmp_path / name
+        shutil.copytree(assets / role, folder)
+        for file, values in changes.items():
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", "." if name == "marks" else "<|end|>"))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            source(**{f"{role}_pretrain": str(folder)})
+        return [str(one.message) for one in found if "nswer" in str(one.message)]
+
+    pad, ids = {"eos_token": "<pad>"}, {"eos_token_id": 0}
+    assert warned("same", "teacher") == []
+    assert warned("either", "teacher", tokenizer_config=pad) == []  # its configuration has the other
+    (end,) = warned("end", "teacher", tokenizer_config=pad, generation_config=ids, config=ids)
+    assert re.search(r"end with <\|end\|>, and the teacher .*end ends an answer with <pad>", end)
+    (template,) = warned("marks", "teacher")
+    assert "Answer<|end|>'" in template and "Answer.'" in template
+    (ours,) = warned("ours", "student", tokenizer_config=pad, generation_config=ids, config=ids)
+    assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
+
+
 def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
     common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
     limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}
-    with pytest.raises(LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"):
+    with pytest.raises(
+        LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"
+    ):
         DistillPipeline(configure(**common, **limit)).run()
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()

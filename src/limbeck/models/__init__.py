@@ -23,6 +23,7 @@ from limbeck.models.hidden_state_capture import (
 )
 from limbeck.models.load import (
     ModelSource,
+    end_token_ids,
     load_model,
     load_tokenizer,
     model_limits,
@@ -44,6 +45,7 @@ __all__ = [
     "compile_layers",
     "decoder_layers",
     "enable_varlen_attention",
+    "end_token_ids",
     "explain_oom",
     "freeze",
     "has_lora",

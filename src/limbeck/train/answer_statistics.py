@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +17,7 @@ from limbeck.data.masks import IGNORE
 from limbeck.errors import StopTraining
 from limbeck.train.samples import Sample
 
+_ANSWERS = 500  # after which a stop string that has not occurred is reported
 _REPETITIONS, _LOOP_TOKENS = 4, 12  # of the same tokens at the end of an answer, and how many tokens these are at least
 
 
@@ -119,3 +122,26 @@ class StopRule:
                     f"{self._streaks[name]} steps in a row, and was {self._latest[metric]:.3g} in the last one. A checkpoint "
                     "was saved; go on from an earlier one with a lower learning_rate or on_policy_fraction, or change stop_if."
                 )
+
+
+class UnseenStopStrings:
+    """Warns once about stop strings that none of the first 500 answers contains."""
+
+    def __init__(self, stop_strings: Sequence[str], tokenizer: Any) -> None:
+        self._unseen, self._tokenizer, self._count = set(stop_strings), tokenizer, 0
+
+    def add(self, answers: Sequence[Sample]) -> None:
+        """Look for the stop strings in ``answers``."""
+        if not self._unseen:
+            return
+        for answer in answers:
+            text = self._tokenizer.decode(answer.labels[answer.labels != IGNORE].tolist())
+            self._unseen -= {stop for stop in self._unseen if stop in text}
+        self._count += len(answers)
+        if self._unseen and self._count >= _ANSWERS:
+            warnings.warn(
+                f"None of the student's first {self._count} answers contains the stop string "
+                f"{' or '.join(sorted(map(repr, self._unseen)))}; compare rollout.stop_strings with the answers of the data.",
+                stacklevel=2,
+            )
+            self._unseen = set()

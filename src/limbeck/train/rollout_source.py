@@ -7,6 +7,7 @@ continues exactly from a checkpoint, on any number of ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,7 +23,8 @@ from limbeck.data.stream import make_step
 from limbeck.errors import LimbeckError
 from limbeck.rollout import Prompt
 from limbeck.strategies.world import World
-from limbeck.train.answer_statistics import AnswerStatistics, StopRule
+from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
+from limbeck.train.build.answer_ends import disagreements
 from limbeck.train.build.data import Data
 from limbeck.train.samples import DATASET, STUDENT, Sample, answer_starts, to_examples
 from limbeck.train.step_source import Weights, count_steps
@@ -58,7 +60,11 @@ class RolloutSource:
         self.steps_per_epoch: int | None = self._prompts.steps_per_epoch
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
-        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *self._end_tokens()}))
+        ends = self._end_tokens()
+        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *ends}))
+        if world.is_main and self._settings.on_policy_fraction > 0:
+            for sentence in disagreements(config, data.tokenizer, ends):
+                warnings.warn(sentence, stacklevel=2)
         staleness = self._settings.max_staleness
         # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
         self.max_lookahead = max(0, staleness - 1)
@@ -68,6 +74,7 @@ class RolloutSource:
         self._num_samples = 0
         self._answers = AnswerStatistics()
         self._stop_rule = StopRule(self._settings.stop_if)
+        self._unseen = UnseenStopStrings(self._settings.stop_strings if world.is_main else (), data.tokenizer)
         self._staleness: list[int] = []  # of each step
 
     def next(self, step: int) -> StepBatch:
@@ -76,6 +83,7 @@ class RolloutSource:
         samples = taken.samples
         answers = [sample for sample in samples if sample.origin == STUDENT]
         self._stop_rule.add(answers)
+        self._unseen.add(answers)
         self._answers.add(answers)
         self._num_samples += len(samples)
         self._staleness.append(step - taken.version)

@@ -66,7 +66,7 @@ class RolloutConfig(Section):
         ge=0,
         description="Steps by which the weights that write may be older than those that are trained. 0 writes each step with "
         "the weights that it trains. With n, step s is written with the weights after step s - n while earlier steps train; "
-        "the first n + 1 steps are written with the first weights.",
+        "the first n + 1 steps are written with the first weights. Each rank holds a copy of the weights.",
     )
     stop_if: StopIf | None = Field(
         default=None, description="Ends the run with a checkpoint and an error if the student's answers degenerate."

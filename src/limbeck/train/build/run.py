@@ -101,7 +101,9 @@ class Run:
             of_source = self.source.metrics()
             line |= of_source | (self.teacher.metrics() if self.teacher is not None else {})
             apart = sum(seconds for name, seconds in of_source.items() if name.startswith("time/"))
-            line["time/data"] = max(0.0, line["time/data"] - apart)  # the source is timed as data, unless the run only starts
+            line["time/data"] = max(
+                0.0, line["time/data"] - apart
+            )  # the source is timed as data, unless the run only starts
         line = {name: value for name, value in line.items() if isfinite(value)}  # JSON has no infinity
         self.latest |= line
         if "train/loss" in line:
