@@ -169,7 +169,7 @@ def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source
     made.weights_changed(lambda: iter(model.state_dict().items()), 0)
     assert made.next(0).num_supervised
     assert events == ["reload", "update_weights", "generate", "offload"]
-    with pytest.raises(LimbeckError, match="rollout.max_staleness = 1 writes while the student trains"):
+    with pytest.raises(LimbeckError, match=r"rollout.max_staleness = 1 writes while the student trains"):
         source(**{**shared, "rollout.max_staleness": 1})
 
 
