@@ -34,6 +34,7 @@ CASES = {  # what one process and two ranks have in common, and what only two ra
     "tensor parallel": ({"rollout.max_staleness": 1}, {**rows(8), LAYOUT + "tensor_model_parallel_size": 2}),
     "context parallel": ({"student.use_sequence_packing": True}, {**rows(8), LAYOUT + "context_parallel_size": 2}),
     "pipeline parallel": ({}, {**rows(4, 2), LAYOUT + "pipeline_model_parallel_size": 2}),
+    "FSDP2": ({"rollout.num_generations": 2, "rollout.temperature": 1.0}, rows(4)),
     "FSDP2 with adapters": (LORA, rows(4)),
     "ZeRO-3": ({}, {**rows(4), **ZERO}),
 }

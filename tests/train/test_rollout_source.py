@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import assert_same_weights, forget_after, metrics, rows, train
+from runs import assert_same_weights, forget_after, rows
 from tiny import TEMPLATE
 from transformers import AutoModelForCausalLM
 
@@ -194,16 +194,6 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(con
     assert_same_weights(whole.student, parts.student)
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert 0 < np.mean([line["rollout/on_policy_share"] for line in lines if "train/loss" in line]) < 1
-
-
-@pytest.mark.processes
-def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
-    losses = []
-    for ranks, split in ((1, rows(4, 2)), (2, rows(4, 1))):
-        output = tmp_path / f"out{ranks}"
-        train(settings(**{**GREEDY, **split, "max_steps": 3, "output_dir": str(output)}), tmp_path, ranks)
-        losses.append(metrics(output, "train/loss"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_answers_that_end_differently_for_data_and_models_are_reported(source, assets, tmp_path):
