@@ -8,6 +8,10 @@ class LimbeckError(Exception):
     """An error in the input or the environment. The command line prints its message without a traceback."""
 
 
+class StopTraining(LimbeckError):
+    """Ends a run after it has saved a checkpoint: going on makes no sense."""
+
+
 class UnknownMemory(LimbeckError):
     """What a run holds in memory cannot be determined without running it."""
 

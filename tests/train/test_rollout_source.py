@@ -1,20 +1,26 @@
 """On-policy steps: which samples the student writes, with which weights, and that a run of them resumes exactly."""
 
 import json
+import re
 import shutil
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from runs import assert_same_weights, forget_after, metrics, rows, train
+from runs import assert_same_weights, forget_after, rows
+from tiny import TEMPLATE
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
+from limbeck.registry import GENERATORS
+from limbeck.rollout.hf import make_generator
 from limbeck.strategies.world import World
 from limbeck.train.build.data import make_data
 from limbeck.train.rollout_source import RolloutSource
@@ -77,6 +83,43 @@ def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(
     assert made.metrics()["rollout/mean_length"] == 0  # counted anew
 
 
+@pytest.mark.parametrize("staleness", [1, 2])
+def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, staleness):
+    calls = []
+
+    def make_slow_generator(config, world):
+        generator = make_generator(config, world)
+        write = generator.generate
+
+        def generate(*args):
+            calls.append(args)
+            time.sleep(0.1)  # so that weights which must not change while it writes would have changed
+            return write(*args)
+
+        generator.generate = generate
+        return generator
+
+    GENERATORS.register("slow")(make_slow_generator)
+    keys = {"rollout.generator": "slow", "rollout.temperature": 0.0, "rollout.max_staleness": staleness, "max_steps": 5}
+    made, config, data = source(**keys)
+    student = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    weights, starts = [], answer_starts(data.examples)
+    for step in range(5):
+        with torch.no_grad():
+            for parameter in student.parameters():  # in place, as an optimizer does
+                parameter.add_(0.02 * step)
+        weights.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+        made.weights_changed(lambda: iter(student.state_dict().items()), step)
+        model.load_state_dict(weights[max(0, step - staleness)])
+        for row, ids, _ in texts(made.next(step)):
+            prompt = torch.tensor([data.examples.row(row)[0][: starts[row]].tolist()])
+            assert ids == model.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
+        assert made.metrics()["rollout/staleness"] == min(step, staleness)
+    made.close()
+    assert len(calls) == 5  # and none beyond the last step
+
+
 def test_the_share_is_drawn_for_each_sample_from_seed_step_and_row(source):
     made, _, data = source(**{"rollout.on_policy_fraction": 0.3, **rows(32)})
     starts, shares = answer_starts(data.examples), []
@@ -105,6 +148,31 @@ def test_without_any_samples_of_the_student_a_run_is_that_of_the_dataset(configu
     assert_same_weights(plain.student, given.student)
 
 
+def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source):
+    events = []
+
+    def make_recorder(config, world):
+        generator = make_generator(config, world)
+
+        def record(name):
+            call = getattr(generator, name)
+            setattr(generator, name, lambda *args, **kwargs: (events.append(name), call(*args, **kwargs))[1])
+
+        for name in ("reload", "update_weights", "generate", "offload"):
+            record(name)
+        return generator
+
+    GENERATORS.register("recorder")(make_recorder)
+    shared = {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True}
+    made, config, _ = source(**{"rollout.generator": "recorder", **shared})
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    assert made.next(0).num_supervised
+    assert events == ["reload", "update_weights", "generate", "offload"]
+    with pytest.raises(LimbeckError, match=r"rollout.max_staleness = 1 writes while the student trains"):
+        source(**{**shared, "rollout.max_staleness": 1})
+
+
 def test_several_samples_of_a_prompt_are_in_one_step(source):
     made, _, _ = source(**{"rollout.num_generations": 4})
     found = [row for row, _, _ in texts(made.next(0))]
@@ -112,7 +180,11 @@ def test_several_samples_of_a_prompt_are_in_one_step(source):
     assert len(found) == 8
 
 
-@pytest.mark.parametrize("layout", [{}, {"student.use_sequence_packing": True}], ids=["padded", "packed"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, {"student.use_sequence_packing": True}, {"rollout.max_staleness": 1}, {"rollout.max_staleness": 2}],
+    ids=["padded", "packed", "one step ahead", "two steps ahead"],
+)
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(configure, tmp_path, layout):
     common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.5, **rows(4, 2), "max_steps": 6, "save_steps": 3}
     whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
@@ -124,14 +196,41 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(con
     assert 0 < np.mean([line["rollout/on_policy_share"] for line in lines if "train/loss" in line]) < 1
 
 
-@pytest.mark.processes
-def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
-    losses = []
-    for ranks, split in ((1, rows(4, 2)), (2, rows(4, 1))):
-        output = tmp_path / f"out{ranks}"
-        train(settings(**{**GREEDY, **split, "max_steps": 3, "output_dir": str(output)}), tmp_path, ranks)
-        losses.append(metrics(output, "train/loss"))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+def test_answers_that_end_differently_for_data_and_models_are_reported(source, assets, tmp_path):
+    def warned(name: str, role: str, **changes) -> list[str]:
+        folder = tmp_path / name
+        shutil.copytree(assets / role, folder)
+        for file, values in changes.items():
+            path = folder / f"{file}.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", "." if name == "marks" else "<|end|>"))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            source(**{f"{role}_pretrain": str(folder)})
+        return [str(one.message) for one in found if "nswer" in str(one.message)]
+
+    pad, ids = {"eos_token": "<pad>"}, {"eos_token_id": 0}
+    assert warned("same", "teacher") == []
+    assert warned("either", "teacher", tokenizer_config=pad) == []  # its configuration has the other
+    (end,) = warned("end", "teacher", tokenizer_config=pad, generation_config=ids, config=ids)
+    assert re.search(r"end with <\|end\|>, and the teacher .*end ends an answer with <pad>", end)
+    (template,) = warned("marks", "teacher")
+    assert "Answer<|end|>'" in template and "Answer.'" in template
+    (ours,) = warned("ours", "student", tokenizer_config=pad, generation_config=ids, config=ids)
+    assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
+
+
+def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
+    common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
+    limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}
+    with pytest.raises(
+        LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"
+    ):
+        DistillPipeline(configure(**common, **limit)).run()
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
+    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
+    assert_same_weights(whole.student, parts.student)
 
 
 @pytest.mark.parametrize(
@@ -146,9 +245,9 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
             {"distill_loss_weight": 0.5},
             "distill_loss_weight = 0.5 adds cross-entropy with what the student has written",
         ),
+        ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
-        ({"student.model_args.lora_target": "all-linear"}, "lora_target with rollout is not built yet"),
         ({"rollout.generator": "gready"}, "is not a known generator; did you mean greedy?"),
     ],
 )

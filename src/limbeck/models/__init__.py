@@ -23,12 +23,13 @@ from limbeck.models.hidden_state_capture import (
 )
 from limbeck.models.load import (
     ModelSource,
+    end_token_ids,
     load_model,
     load_tokenizer,
     model_limits,
     model_outline,
 )
-from limbeck.models.lora import add_lora, has_lora, merged_state_dict
+from limbeck.models.lora import add_lora, has_lora, iter_merged, merged_state_dict
 from limbeck.models.memory import available_memory, explain_oom
 
 __all__ = [
@@ -44,10 +45,12 @@ __all__ = [
     "compile_layers",
     "decoder_layers",
     "enable_varlen_attention",
+    "end_token_ids",
     "explain_oom",
     "freeze",
     "has_lora",
     "hidden_states",
+    "iter_merged",
     "load_model",
     "load_tokenizer",
     "merged_state_dict",

@@ -6,7 +6,7 @@ import json
 import platform
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import is_flash_attn_2_available
 
 from limbeck.config.schema import ModelArgs
@@ -135,6 +135,23 @@ def model_limits(source: ModelSource) -> tuple[int | None, int | None]:
     with _unreadable(repr(source.name_or_path), source.name_or_path):
         text = _load_config(source).get_text_config()
     return getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None)
+
+
+def end_token_ids(source: ModelSource) -> set[int]:
+    """The tokens with which a checkpoint ends what it generates, by its generation configuration or else its configuration.
+
+    Raises LimbeckError if neither can be read.
+    """
+    found = None
+    if source.name_or_path is not None:
+        with suppress(OSError):  # not every checkpoint has the file
+            found = _from_pretrained(
+                GenerationConfig, source.name_or_path, {"revision": source.revision or "main"}
+            ).eos_token_id
+    if found is None:
+        with _unreadable(f"the {source.role} {source.name_or_path!r}", source.name_or_path):
+            found = getattr(_load_config(source).get_text_config(), "eos_token_id", None)
+    return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
 def _load_config(source: ModelSource) -> Any:

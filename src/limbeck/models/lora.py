@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -60,25 +61,40 @@ def has_lora(model: Any) -> bool:
 
 
 def merged_state_dict(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the state dict of the plain model with every adapter merged: W + (α/r) · B A, computed in float32.
+    """Returns the state dict of the plain model with every adapter merged, see ``iter_merged``.
 
     state: the full (gathered) state dict of the wrapped ``model``.
     """
-    merged: dict[str, Tensor] = {}
-    prefix = "base_model.model."
-    adapter = model.active_adapter
+    return dict(iter_merged(model, state.items()))
+
+
+def iter_merged(model: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the plain model with every adapter merged, W + (α/r) · B A, computed in float32.
+
+    One at a time: a merged matrix follows when its three parts have come.
+
+    weights: names and full tensors of the wrapped ``model``.
+    """
+    adapter, prefix = model.active_adapter, "base_model.model."
+    merged_of: dict[str, tuple[str, str]] = {}  # name of a part: the module, and which of its parts
+    modules = {}
     for name, module in model.named_modules():
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and adapter in scaling:
-            a, b = (state[f"{name}.lora_{x}.{adapter}.weight"].float() for x in "AB")
-            delta = scaling[adapter] * (b @ a)
-            delta = delta.T if module.fan_in_fan_out else delta
-            weight = state[f"{name}.base_layer.weight"]
-            merged[f"{name}.weight".removeprefix(prefix)] = (weight.float() + delta).to(weight.dtype)
-    for key, value in state.items():
-        plain = key.removeprefix(prefix)
-        if ".lora_" in plain or ".original_module." in plain:
-            continue
-        plain = plain.replace(".base_layer.", ".").replace(f".modules_to_save.{adapter}.", ".")
-        merged.setdefault(plain, value)
-    return merged
+            modules[name] = module
+            merged_of[f"{name}.base_layer.weight"] = (name, "weight")
+            merged_of |= {f"{name}.lora_{x}.{adapter}.weight": (name, x) for x in "AB"}
+    waiting: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    for key, value in weights:
+        if key in merged_of:
+            name, part = merged_of[key]
+            waiting[name][part] = value
+            if len(waiting[name]) == len(("weight", "A", "B")):
+                parts, module = waiting.pop(name), modules[name]
+                delta = module.scaling[adapter] * (parts["B"].float() @ parts["A"].float())
+                delta = delta.T if module.fan_in_fan_out else delta
+                weight = parts["weight"]
+                yield f"{name}.weight".removeprefix(prefix), (weight.float() + delta).to(weight.dtype)
+        elif ".lora_" not in key and ".original_module." not in key:
+            plain = key.removeprefix(prefix).replace(".base_layer.", ".")
+            yield plain.replace(f".modules_to_save.{adapter}.", "."), value

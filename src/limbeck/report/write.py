@@ -70,7 +70,7 @@ _WORKING = (
     _Panel("Padding", "Share of padding in a batch.", (("train/padding_share", "padding"),), percent, False, True),
 )
 _WEIGHTED = ("val/loss", "train/loss")  # sums whose weights may differ between runs, so they are not compared
-_TIMES = tuple((f"time/{part}", part) for part in ("data", "teacher", "student", "optimizer"))
+_TIMES = tuple((f"time/{part}", part) for part in ("data", "teacher", "student", "optimizer", "rollout", "weight_sync"))
 _SECRET = re.compile(r"secret|password|credential|api_?key|(^|_)token$", re.IGNORECASE)
 
 

@@ -64,7 +64,11 @@ class Generator(Protocol):
     """Writes completions. Every rank calls every method in the same order."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        """``sampling.n`` completions for each prompt, in order."""
+        """``sampling.n`` completions for each prompt, in order.
+
+        With ``rollout.max_staleness`` it runs in a thread beside a training step. It must then use no collectives of the
+        student's process groups and no random state that is shared with the training.
+        """
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the student's weights: Hugging Face names and full tensors, one at a time, with a tied head under its

@@ -90,8 +90,8 @@ class Engine(Protocol):
         """Reduce and clip the gradients, step the optimizer, clear the gradients; returns the norm before clipping."""
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names within the model and full float32 (or frozen) tensors, one at a time, on every rank of the first
-        data-parallel group. Every rank must exhaust it.
+        """Names within the model and full float32 (or frozen) tensors, one at a time, on every rank. Every rank must exhaust
+        it. A tensor may be the engine's own.
         """
 
     def state_dict(self) -> EngineState:

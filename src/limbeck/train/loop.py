@@ -19,7 +19,7 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, StopTraining
 from limbeck.interrupt import StopRequest, stop_requests
 from limbeck.models import explain_oom
 from limbeck.models.logs import configure_logging
@@ -120,7 +120,12 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
         while run.step < run.total_steps and not stopped:
-            train_step(run)
+            try:
+                train_step(run)
+            except StopTraining:
+                if saved != run.step:
+                    run.saver.save(run.step, run.requests.state_dict(), {})
+                raise
             stopped = int(world.max(stop.poll()))
             ended = stopped or run.step == run.total_steps
             console.advance(run.step)
@@ -162,7 +167,8 @@ def train_step(run: Run) -> None:
         norm = run.engine.step()
         run.scheduler.step()
     run.step += 1
-    run.source.weights_changed(run.engine.iter_weights, run.step)
+    with timer.section("data"):
+        run.source.weights_changed(run.student.iter_weights, run.step)
     if run.taid:
         run.taid.update(world.sum(kd) / world.dims.loss_ranks, run.step / run.total_steps)
     run.metrics.count(batch, norm)

@@ -5,7 +5,7 @@ meanwhile.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -47,27 +47,34 @@ class RequestPipeline:
     ) -> None:
         self._source, self._prepare, self._request = source, prepare, request
         self._teacher_turn, self._interval = teacher_turn, offload_interval
-        self._pending: deque[tuple[dict[str, Any], RequestedStep]] = deque()
+        self._pending: deque[tuple[Mapping[str, Any], RequestedStep]] = deque()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         """The source's state at the step that is taken next, though it may have been requested already."""
         return self._pending[0][0] if self._pending else self._source.state_dict()
 
     def take(self, step: int, remaining: int) -> RequestedStep:
         """Step number ``step``, of which ``remaining`` are left with it."""
         if self._teacher_turn is None:
-            self._fill(step, min(1 + min(1, self._source.max_lookahead), remaining))
+            for number in range(len(self._pending), min(1 + min(1, self._source.max_lookahead), remaining)):
+                self._send(*self._make(step + number))
         elif not self._pending:
+            steps = min(self._interval if self._source.max_lookahead else 1, remaining)
+            made = [
+                self._make(step + number) for number in range(steps)
+            ]  # the student, which may write them, is still there
             with self._teacher_turn():
-                self._fill(step, min(self._interval if self._source.max_lookahead else 1, remaining))
+                for state, batch in made:
+                    self._send(state, batch)
         return self._pending.popleft()[1]
 
-    def _fill(self, step: int, steps: int) -> None:
-        while len(self._pending) < steps:
-            state = self._source.state_dict()
-            batch = self._prepare(self._source.next(step + len(self._pending)))
-            requested = RequestedStep(batch, tuple(map(self._request, batch.micro_batches)))
-            self._pending.append((state, requested))
+    def _make(self, step: int) -> tuple[Mapping[str, Any], StepBatch]:
+        """Step number ``step``, and the source's state before it."""
+        state = self._source.state_dict()
+        return state, self._prepare(self._source.next(step))
+
+    def _send(self, state: Mapping[str, Any], batch: StepBatch) -> None:
+        self._pending.append((state, RequestedStep(batch, tuple(map(self._request, batch.micro_batches)))))
 
 
 def prefetch_requests(batches: Iterable[Batch], request: Request) -> Iterator[tuple[Batch, SignalFuture | None]]:

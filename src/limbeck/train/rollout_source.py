@@ -7,8 +7,9 @@ continues exactly from a checkpoint, on any number of ranks.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,9 +23,12 @@ from limbeck.data.stream import make_step
 from limbeck.errors import LimbeckError
 from limbeck.rollout import Prompt
 from limbeck.strategies.world import World
+from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
+from limbeck.train.build.answer_ends import disagreements
 from limbeck.train.build.data import Data
 from limbeck.train.samples import DATASET, STUDENT, Sample, answer_starts, to_examples
-from limbeck.train.step_source import Weights
+from limbeck.train.step_source import Weights, count_steps
+from limbeck.train.write_ahead import WriteAhead
 from limbeck.train.writer import Writer, WritingCounts
 
 _CHECKED_ROWS = 1000  # of which the answers' last token is looked at
@@ -33,15 +37,8 @@ _CHECKED_ROWS = 1000  # of which the answers' last token is looked at
 class RolloutSource:
     """Steps of which the student writes the share ``rollout.on_policy_fraction``."""
 
-    max_lookahead = 0
-
     def __init__(self, config: DistillConfig, world: World, data: Data) -> None:
         assert config.rollout is not None
-        if world.dims.model_parallel_size > 1:
-            raise LimbeckError(
-                "rollout with a tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size of the "
-                "student above 1 is not built yet; set all to 1."
-            )
         self._settings, self._seed, self._world = config.rollout, config.seed, world
         self._needs_log_probs = config.has_policy_gradient
         self._examples, self._stream_settings = data.examples, data.stream_settings
@@ -64,42 +61,78 @@ class RolloutSource:
         self.steps_per_epoch: int | None = self._prompts.steps_per_epoch
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
-        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *self._end_tokens()}))
+        ends = self._end_tokens()
+        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *ends}))
+        if world.is_main and self._settings.on_policy_fraction > 0:
+            for sentence in disagreements(config, data.tokenizer, ends):
+                warnings.warn(sentence, stacklevel=2)
+        staleness = self._settings.max_staleness
+        # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
+        self.max_lookahead = max(0, staleness - 1)
+        end = count_steps(config, self)
+        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, end)
+        self._version = 0  # of the student's weights
         self._num_samples = 0
+        self._answers = AnswerStatistics()
+        self._stop_rule = StopRule(self._settings.stop_if)
+        self._unseen = UnseenStopStrings(self._settings.stop_strings if world.is_main else (), data.tokenizer)
+        self._staleness: list[int] = []  # of each step
 
     def next(self, step: int) -> StepBatch:
-        rows = [int(unit[0]) for unit in self._prompts.take()]
-        numbered = [(row, number) for row in rows for number in range(self._settings.num_generations)]
-        origins = {sample: self._origin(step, *sample) for sample in numbered}
-        written = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
-        samples = [written[sample] if sample in written else self._given(*sample) for sample in numbered]
+        self._stop_rule.check(step)
+        taken = self._ahead.take(step, self._version)
+        samples = taken.samples
+        answers = [sample for sample in samples if sample.origin == STUDENT]
+        self._stop_rule.add(answers)
+        self._unseen.add(answers)
+        self._answers.add(answers)
         self._num_samples += len(samples)
+        self._staleness.append(step - taken.version)
         examples = to_examples(samples, self._settings.reward_weight)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
+        self._ahead.finish()  # with the weights before these
         self._writer.weights_changed(weights, step)
+        self._version = step
+        if self._settings.max_staleness:
+            self._ahead.fill(step)
 
     def metrics(self) -> dict[str, float]:
-        counts = self._writer.counts
-        written = max(counts.completions, 1)
+        counts, steps = self._writer.counts, max(len(self._staleness), 1)
         found = {
-            "rollout/on_policy_share": counts.completions / max(self._num_samples, 1),
-            "rollout/mean_length": counts.tokens / written,
-            "rollout/truncated_share": counts.truncated / written,
+            "rollout/on_policy_share": self._answers.count / max(self._num_samples, 1),
+            **self._answers.metrics(),
+            "rollout/staleness": sum(self._staleness) / steps,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            "time/rollout": counts.waited_seconds / steps,
+            "time/weight_sync": counts.sync_seconds / steps,
         }
-        self._writer.counts, self._num_samples = WritingCounts(), 0
+        self._writer.counts, self._answers = WritingCounts(), AnswerStatistics()
+        self._num_samples, self._staleness = 0, []
         return found
 
-    def state_dict(self) -> dict[str, Any]:
-        return self._prompts.position
+    def state_dict(self) -> Mapping[str, Any]:
+        return self._ahead.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._prompts.seek(state)
+        self._prompts.seek(self._ahead.load_state_dict(state))
 
     def close(self) -> None:
-        self._writer.offload()
+        self._writer.close()
+
+    def _begin(self, step: int) -> Callable[[], list[Sample]]:
+        """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""
+        rows = [int(unit[0]) for unit in self._prompts.take()]
+        numbered = [(row, number) for row in rows for number in range(self._settings.num_generations)]
+        origins = {sample: self._origin(step, *sample) for sample in numbered}
+        finish = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
+
+        def finish_step() -> list[Sample]:
+            written = finish()
+            return [written[sample] if sample in written else self._given(*sample) for sample in numbered]
+
+        return finish_step
 
     def _origin(self, step: int, row: int, number: int) -> str:
         """Who writes the answer of a sample."""
@@ -114,22 +147,28 @@ class RolloutSource:
         """A sample with the answer of the data."""
         return Sample(row, number, DATASET, *self._examples.row(row))
 
-    def _write(self, step: int, samples: list[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
-        """The samples (row, number) with answers of the student."""
+    def _write(self, step: int, samples: list[tuple[int, int]]) -> Callable[[], dict[tuple[int, int], Sample]]:
+        """Begin to write the samples (row, number); returns the function that waits for them, with answers of the student."""
         prompts = [Prompt(self._prompt(row), row) for row, _ in samples]
         seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
-        completions = self._writer.write(prompts, seed)
-        if self._needs_log_probs and any(one.log_probs is None for one in completions):
-            raise LimbeckError(
-                f"rollout.generator = {self._settings.generator} gives no log-probabilities of what it writes, which a policy "
-                "gradient needs; use another generator, or a divergence as kd_objective and rollout.reward_weight: 0."
-            )
-        return {
-            (row, number): Sample.written(
-                row, number, STUDENT, one.prompt.token_ids, one.token_ids, one.log_probs, one.finished
-            )
-            for (row, number), one in zip(samples, completions, strict=True)
-        }
+        finish = self._writer.begin(prompts, seed)
+
+        def finish_samples() -> dict[tuple[int, int], Sample]:
+            completions = finish()
+            if self._needs_log_probs and any(one.log_probs is None for one in completions):
+                raise LimbeckError(
+                    f"rollout.generator = {self._settings.generator} gives no log-probabilities of what it writes, which a "
+                    "policy gradient needs; use another generator, or a divergence as kd_objective and "
+                    "rollout.reward_weight: 0."
+                )
+            return {
+                (row, number): Sample.written(
+                    row, number, STUDENT, one.prompt.token_ids, one.token_ids, one.log_probs, one.finished
+                )
+                for (row, number), one in zip(samples, completions, strict=True)
+            }
+
+        return finish_samples
 
     def _check_room(self, sequence_length: int) -> None:
         longest = int(self._starts.max())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,9 @@ _BLOCK = 1 << 16  # rows
 
 DATASET, STUDENT = "dataset", "student"
 """Origins of an answer."""
+
+_ARRAYS = {"tokens": "<i4", "labels": "<i4", "log_probs": "<f4"}
+"""Names of a sample's arrays and their types in its state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +62,28 @@ class Sample:
             of_labels = np.full(len(tokens), np.nan, dtype=np.float32)
             of_labels[len(prompt) - 1 : -1] = log_probs
         return cls(row, number, origin, tokens, labels, of_labels, finished)
+
+    @classmethod
+    def from_state(cls, origin: str, state: Mapping[str, Any]) -> Sample:
+        """The inverse of ``state``."""
+        arrays = {
+            name: None if state[name] is None else np.frombuffer(b64decode(state[name]), dtype)
+            for name, dtype in _ARRAYS.items()
+        }
+        return cls(state["row"], state["number"], origin, finished=state["finished"], **arrays)  # type: ignore[arg-type]
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which exactly this sample can be made again; the origin is left out."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        return {
+            "row": self.row,
+            "number": self.number,
+            "finished": self.finished,
+            **{
+                name: None if array is None else b64encode(array.astype(_ARRAYS[name]).tobytes()).decode()
+                for name, array in arrays.items()
+            },
+        }
 
     @property
     def num_answer_tokens(self) -> int:

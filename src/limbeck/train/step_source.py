@@ -7,6 +7,7 @@ loop does not know. Sources are registered in ``limbeck.registry.STEP_SOURCES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import ceil
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.data import BatchStream, PrefetchedStream
 from limbeck.data.batch import StepBatch
+from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 from limbeck.train.build.data import Data
 
@@ -32,7 +34,11 @@ class StepSource(Protocol):
     """Steps in one pass over the data; None if there are no epochs."""
 
     def next(self, step: int) -> StepBatch:
-        """This rank's micro-batches of optimizer step ``step`` (from 0), on the host, with the counts of this rank."""
+        """This rank's micro-batches of optimizer step ``step`` (from 0), on the host, with the counts of this rank.
+
+        Raises:
+            StopTraining: to end the run after a checkpoint; on every rank, and before the state is changed.
+        """
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """The student has taken step ``step``, or is about to begin after it; ``weights`` iterates over its current weights,
@@ -40,9 +46,11 @@ class StepSource(Protocol):
         """
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the steps since the previous call, which are added to a log line."""
+        """Metrics of the steps since the previous call, which are added to a log line. Those that begin with ``time/`` are
+        seconds per step, which the line takes from ``time/data``.
+        """
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         """JSON values from which the next step can be made again, on any number of ranks."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -50,6 +58,20 @@ class StepSource(Protocol):
 
     def close(self) -> None:
         """End background work."""
+
+
+def count_steps(config: DistillConfig, source: StepSource) -> int:
+    """Number of optimizer steps of the whole run.
+
+    Raises:
+        LimbeckError: if only epochs limit the run, and ``source`` has none.
+    """
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        if source.steps_per_epoch is None:
+            raise LimbeckError(f"step_source = {config.effective_step_source} has no epochs; set max_steps.")
+        limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
+    return min(limits)
 
 
 class DatasetSource:

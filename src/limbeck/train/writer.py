@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,20 +25,24 @@ from limbeck.train.step_source import Weights
 
 @dataclass
 class WritingCounts:
-    """What was written since the counts were last reset: completions, their tokens, those cut off, and the seconds.
+    """What was written since the counts were last reset, and the seconds that this took.
 
-    sync_seconds: of ``seconds``, those of loading new weights into the generator.
+    seconds: of writing. waited_seconds: in which the caller did nothing else. sync_seconds: of loading new weights into the
+    generator.
     """
 
     completions: int = 0
     tokens: int = 0
-    truncated: int = 0
     seconds: float = 0.0
+    waited_seconds: float = 0.0
     sync_seconds: float = 0.0
 
 
 class Writer:
     """The generator of a run with the student's weights.
+
+    With ``rollout.max_staleness`` a thread writes. It runs the generator only: weights are loaded and completions gathered by
+    the caller, so that all ranks run their collectives in the same order.
 
     Args:
         config: of the run; ``config.rollout`` names the generator.
@@ -48,13 +55,18 @@ class Writer:
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
         self._generator: Generator = GENERATORS.get(config.rollout.generator)(config, world)
+        self._shares_device = config.offloads_colocated
         self._weights: Weights | None = None
         self._version = 0
+        self._thread = ThreadPoolExecutor(1, "writer") if config.rollout.max_staleness else None
+        self._stream = torch.cuda.Stream(world.device) if self._thread and world.device.type == "cuda" else None
         self.counts = WritingCounts()
 
     def weights_changed(self, weights: Weights, step: int) -> None:
-        """Load ``weights`` before the next completion is written."""
+        """Load ``weights`` before the next completion is written; with a thread now, and then nothing may be being written."""
         self._weights, self._version = weights, step
+        if self._thread is not None:
+            self._load()
 
     def write(self, prompts: Sequence[Prompt], seed: int, **changes: object) -> list[Completion]:
         """One completion for each of ``prompts``, in order. Collective: every rank gives the same prompts.
@@ -66,34 +78,68 @@ class Writer:
             seed: of all randomness, with the row of the prompt and the number of its completion.
             changes: replace fields of the run's ``SamplingParams``.
         """
+        return self.begin(prompts, seed, **changes)()
+
+    def begin(self, prompts: Sequence[Prompt], seed: int, **changes: object) -> Callable[[], list[Completion]]:
+        """The same, in two parts: the function that is returned waits for the completions. Both are collective."""
         if not prompts:
-            return []
-        begun = time.perf_counter()
-        if self._weights is not None:
-            self._generator.update_weights(self._weights(), self._version)
-            self._weights = None
-            self.counts.sync_seconds += time.perf_counter() - begun
-        sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
+            return list
+        if self._shares_device:
+            self._generator.reload()
+        self._load()
         wanted = Counter(prompts)
-        mine = list(wanted)[self._world.data_rank :: self._world.dims.data_size]
+        sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
+        mine = list(wanted)[self._world.rank :: self._world.size]
+        generate = partial(self._generate, {prompt: wanted[prompt] for prompt in mine}, sampling)
+        if self._thread is not None:
+            return partial(self._finish, prompts, self._thread.submit(generate).result)
+        return partial(self._finish, prompts, generate)
+
+    def close(self) -> None:
+        """Wait for what is being written, and free the device."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._generator.offload()
+
+    def _load(self) -> None:
+        if self._weights is None:
+            return
+        begun, weights = time.perf_counter(), self._weights()
+        if self._thread is not None:  # the generator may use tensors as they are, and the optimizer will change them
+            weights = ((name, tensor.detach().clone()) for name, tensor in weights)
+        self._generator.update_weights(weights, self._version)
+        self._weights = None
+        if self._stream is not None:
+            torch.cuda.current_stream().synchronize()  # the thread's stream does not wait for this one
+        self.counts.sync_seconds += time.perf_counter() - begun
+
+    def _generate(self, counts: dict[Prompt, int], sampling: SamplingParams) -> tuple[list[Completion], float]:
+        """As many completions of each prompt as ``counts`` says, and the seconds that they took."""
+        begun = time.perf_counter()
         own: list[Completion] = []
-        for count in sorted(set(wanted.values())):
-            group = [prompt for prompt in mine if wanted[prompt] == count]
-            own += self._generator.generate(group, replace(sampling, n=count)) if group else []
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for count in sorted(set(counts.values())):
+                group = [prompt for prompt, times in counts.items() if times == count]
+                own += self._generator.generate(group, replace(sampling, n=count))
+        return own, time.perf_counter() - begun
+
+    def _finish(
+        self, prompts: Sequence[Prompt], generate: Callable[[], tuple[list[Completion], float]]
+    ) -> list[Completion]:
+        begun = time.perf_counter()
+        own, seconds = generate()
         by_prompt: dict[int, list[Completion]] = {}
-        known = {prompt.row_id: prompt for prompt in wanted}
+        known = {prompt.row_id: prompt for prompt in prompts}
         for completion in _gather(own, known, self._world):
             by_prompt.setdefault(completion.prompt.row_id, []).append(completion)
+        if self._shares_device:
+            self._generator.offload()
         found = [by_prompt[prompt.row_id].pop(0) for prompt in prompts]
         self.counts.completions += len(found)
         self.counts.tokens += sum(len(completion.token_ids) for completion in found)
-        self.counts.truncated += sum(not completion.finished for completion in found)
-        self.counts.seconds += time.perf_counter() - begun
+        self.counts.seconds += seconds
+        self.counts.waited_seconds += time.perf_counter() - begun
         return found
-
-    def offload(self) -> None:
-        """Free the device."""
-        self._generator.offload()
 
 
 def sampling_params(settings: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingParams:

@@ -21,6 +21,24 @@ def _low_and_high(clip: list[float]) -> list[float]:
 Clip = Annotated[list[float], AfterValidator(_low_and_high)]
 
 
+class StopIf(Section):
+    """Limits on the answers that the student writes. The run ends if one of them is passed in several steps in a row."""
+
+    truncated_share: float | None = Field(
+        default=None, gt=0, le=1, description="At least this share of a step's answers is cut off at max_new_tokens."
+    )
+    repeated_share: float | None = Field(
+        default=None, gt=0, le=1, description="At least this share of a step's answers ends in a loop."
+    )
+    empty_share: float | None = Field(
+        default=None, gt=0, le=1, description="At least this share of a step's answers has nothing before its end."
+    )
+    mean_length_below: float | None = Field(
+        default=None, gt=0, description="A step's answers have fewer tokens than this on average."
+    )
+    for_steps: int = Field(default=20, ge=1, description="Number of steps in a row.")
+
+
 class RolloutConfig(Section):
     """Samples that the student writes during training. The prompts are those of the training rows."""
 
@@ -53,6 +71,16 @@ class RolloutConfig(Section):
         default_factory=list,
         description="Token ids that end an answer, beside the tokenizer's end token and the token that ends the answers of "
         "the data.",
+    )
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="Steps by which the weights that write may be older than those that are trained. 0 writes each step with "
+        "the weights that it trains. With n, step s is written with the weights after step s - n while earlier steps train; "
+        "the first n + 1 steps are written with the first weights. Each rank holds a copy of the weights.",
+    )
+    stop_if: StopIf | None = Field(
+        default=None, description="Ends the run with a checkpoint and an error if the student's answers degenerate."
     )
     generator: Annotated[str, registered(GENERATORS)] = Field(
         default="hf",

@@ -295,10 +295,16 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
-    if config.is_offload_states:
-        yield Contradiction("is_offload_states", "with rollout is not built yet; set it to false")
-    if config.student.model_args.lora_target is not None:
-        yield Contradiction("student.model_args.lora_target", "with rollout is not built yet; train all parameters")
+    if rollout.max_staleness and config.offloads_colocated:
+        yield Contradiction(
+            "rollout.max_staleness",
+            f"= {rollout.max_staleness} writes while the student trains, and is_offload_states leaves the device to one of "
+            "them; set one of them to 0 or false",
+        )
+    if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
+        yield Contradiction(
+            "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
+        )
 
 
 def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -484,6 +490,9 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             yield f"student.training_args.{key}", reason
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
+    if config.rollout is not None and config.rollout.on_policy_fraction == 0:
+        for key in ("max_staleness", "stop_if"):
+            yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     if not config.validation_sources:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
 from limbeck.train.request_pipeline import RequestPipeline
 from limbeck.train.saving import Saver, find_checkpoint, shareable
-from limbeck.train.step_source import StepSource
+from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
 from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
 from limbeck.version import VERSION
@@ -99,7 +99,12 @@ class Run:
                 "student.training_args.learning_rate, or clip with max_grad_norm (checkpoints so far are as they were)."
             )
         if "train/loss" in line:
-            line = line | self.source.metrics() | (self.teacher.metrics() if self.teacher is not None else {})
+            of_source = self.source.metrics()
+            line |= of_source | (self.teacher.metrics() if self.teacher is not None else {})
+            apart = sum(seconds for name, seconds in of_source.items() if name.startswith("time/"))
+            line["time/data"] = max(
+                0.0, line["time/data"] - apart
+            )  # the source is timed as data, unless the run only starts
         line = {name: value for name, value in line.items() if isfinite(value)}  # JSON has no infinity
         self.latest |= line
         if "train/loss" in line:
@@ -136,7 +141,7 @@ def build_run(
     data = make_data(config, world, progress)
     source = _make_step_source(config, world, data)
     resources.callback(source.close)
-    total_steps = _total_steps(config, source)
+    total_steps = count_steps(config, source)
     epochs = total_steps / (source.steps_per_epoch or 1)
     teacher = None
     if config.has_teacher:
@@ -197,7 +202,7 @@ def build_run(
         run.step, position = run.saver.restore(resume)
         source.load_state_dict(position)
         _set_scheduler_step(run.scheduler, run.step)
-    source.weights_changed(student.engine.iter_weights, run.step)
+    source.weights_changed(student.iter_weights, run.step)
     run.trackers = _open_trackers(run)
     for tracker in run.trackers:
         resources.callback(tracker.close)
@@ -218,15 +223,6 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
     )
     check_members(f"the step source of step_source = {config.effective_step_source}", source, members)
     return source
-
-
-def _total_steps(config: DistillConfig, source: StepSource) -> int:
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.num_train_epochs is not None:
-        if source.steps_per_epoch is None:
-            raise LimbeckError(f"step_source = {config.effective_step_source} has no epochs; set max_steps.")
-        limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
-    return min(limits)
 
 
 def _set_scheduler_step(scheduler: Any, step: int) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
@@ -20,6 +21,8 @@ from limbeck.models import (
     decoder_layers,
     enable_varlen_attention,
     freeze,
+    has_lora,
+    iter_merged,
     load_model,
     output_head,
     recompute_activations,
@@ -54,6 +57,11 @@ class Student:
     model: Any
     settings: LossSettings
     num_parameters: int
+
+    def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """``Engine.iter_weights`` of the plain model: adapters are merged. Collective."""
+        weights = self.engine.iter_weights()
+        return iter_merged(self.model, weights) if has_lora(self.model) else weights
 
 
 def build_student(

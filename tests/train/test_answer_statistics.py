@@ -1,0 +1,44 @@
+"""Which answers are counted as loops, and the numbers about answers."""
+
+import numpy as np
+import pytest
+
+from limbeck.train.answer_statistics import AnswerStatistics, UnseenStopStrings, ends_in_loop
+from limbeck.train.samples import STUDENT, Sample
+
+
+def test_an_answer_is_a_loop_if_its_end_comes_four_times_over_at_least_twelve_tokens():
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        start, period = random.integers(100, 200, random.integers(0, 30)), random.integers(1, 9)
+        block = 1000 + np.arange(period)  # no shorter block is repeated in it
+        for times in range(1, 16):
+            tokens = np.concatenate([start, np.tile(block, times)]).astype(np.int32)
+            assert ends_in_loop(tokens) == (times >= 4 and times * period >= 12), (period, times)
+        assert not ends_in_loop(np.append(tokens, 5).astype(np.int32))
+
+
+def test_answers_are_counted_by_length_and_end():
+    texts = [([7], True), ([3] * 12 + [7], True), ([3] * 20, False), (list(range(10, 24)), True)]
+    statistics = AnswerStatistics()
+    statistics.add([Sample.written(0, 0, STUDENT, (1, 2), text, None, finished) for text, finished in texts[:2]])
+    statistics.add([Sample.written(0, 0, STUDENT, (1, 2), text, None, finished) for text, finished in texts[2:]])
+    assert statistics.metrics() == {
+        "rollout/mean_length": pytest.approx((1 + 13 + 20 + 14) / 4),
+        "rollout/min_length": 1, "rollout/max_length": 20, "rollout/truncated_share": 0.25,
+        "rollout/repeated_share": 0.5, "rollout/empty_share": 0.25,
+    }  # fmt: skip
+    assert set(AnswerStatistics().metrics().values()) == {0.0}
+
+
+def test_a_stop_string_that_no_answer_contains_is_reported_once(recwarn):
+    class Letters:
+        def decode(self, tokens):
+            return "".join(map(chr, tokens))
+
+    unseen = UnseenStopStrings(["ab", "xy"], Letters())
+    answers = [Sample.written(0, 0, STUDENT, (1, 2), list(map(ord, "abc")), None, True)] * 400
+    for _ in range(4):
+        unseen.add(answers)
+    (found,) = recwarn.list
+    assert "None of the student's first 800 answers contains the stop string 'xy';" in str(found.message)
