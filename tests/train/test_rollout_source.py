@@ -142,10 +142,6 @@ def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
             r"sequence_length = 64 cannot hold the longest prompt, \d+ tokens, and an answer of rollout.max_new_tokens = 60",
         ),
         ({"rollout.num_generations": 3}, "rollout.num_generations = 3 does not divide the 8 samples of a step"),
-        (
-            {"distill_loss_weight": 0.5},
-            "distill_loss_weight = 0.5 adds cross-entropy with what the student has written",
-        ),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
         ({"student.model_args.lora_target": "all-linear"}, "lora_target with rollout is not built yet"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +15,12 @@ from limbeck.data.masks import IGNORE
 
 _BLOCK = 1 << 16  # rows
 
-DATASET, STUDENT = "dataset", "student"
-"""Origins of an answer."""
+DATASET, STUDENT, TEACHER, REPLAY = "dataset", "student", "teacher", "replay"
+"""Origins of an answer. REPLAY: the student has written it in an earlier step."""
+
+
+_ARRAYS = {"tokens": "<i4", "labels": "<i4", "log_probs": "<f4", "weights": "<f4"}
+"""Names of a sample's arrays and their types in its state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +29,8 @@ class Sample:
 
     row: of the data. number: of the sample among those of its prompt. origin: who wrote the answer.
     tokens, labels: [length] int32, as in ``Examples``. log_probs: [length] float32, of each label under the distribution that
-    it was sampled from, NaN elsewhere; None if nothing was sampled. finished: the answer was not cut off.
+    it was sampled from, NaN elsewhere; None if nothing was sampled. finished: the answer was not cut off. weights: [length]
+    float32, factor of each label's loss, 0 where there is none; None when all are 1.
     """
 
     row: int
@@ -33,6 +40,7 @@ class Sample:
     labels: NDArray[np.int32]
     log_probs: NDArray[np.float32] | None = None
     finished: bool = True
+    weights: NDArray[np.float32] | None = None
 
     @classmethod
     def written(
@@ -44,8 +52,12 @@ class Sample:
         answer: Sequence[int],
         log_probs: Sequence[float] | None,
         finished: bool,
+        weight: float = 1.0,
     ) -> Sample:
-        """A prompt with the answer that a generator wrote, which is supervised from its first to its last token."""
+        """A prompt with the answer that a generator wrote, which is supervised from its first to its last token.
+
+        weight: factor of the loss of each token of the answer.
+        """
         tokens = np.array([*prompt, *answer], dtype=np.int32)
         labels = np.full(len(tokens), IGNORE, dtype=np.int32)
         labels[len(prompt) - 1 : -1] = answer
@@ -53,7 +65,30 @@ class Sample:
         if log_probs is not None:
             of_labels = np.full(len(tokens), np.nan, dtype=np.float32)
             of_labels[len(prompt) - 1 : -1] = log_probs
-        return cls(row, number, origin, tokens, labels, of_labels, finished)
+        weights = None if weight == 1 else np.where(labels == IGNORE, 0, weight).astype(np.float32)
+        return cls(row, number, origin, tokens, labels, of_labels, finished, weights)
+
+    @classmethod
+    def from_state(cls, origin: str, state: Mapping[str, Any]) -> Sample:
+        """The inverse of ``state``."""
+        arrays = {
+            name: None if state[name] is None else np.frombuffer(b64decode(state[name]), dtype)
+            for name, dtype in _ARRAYS.items()
+        }
+        return cls(state["row"], state["number"], origin, finished=state["finished"], **arrays)  # type: ignore[arg-type]
+
+    def state(self) -> dict[str, Any]:
+        """JSON values from which exactly this sample can be made again; the origin is left out."""
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        return {
+            "row": self.row,
+            "number": self.number,
+            "finished": self.finished,
+            **{
+                name: None if array is None else b64encode(array.astype(_ARRAYS[name]).tobytes()).decode()
+                for name, array in arrays.items()
+            },
+        }
 
     @property
     def num_answer_tokens(self) -> int:
@@ -61,8 +96,23 @@ class Sample:
         return int((self.labels != IGNORE).sum())
 
 
-def to_examples(samples: Sequence[Sample]) -> Examples:
-    """The samples as rows that can be packed or padded into a step."""
+def to_examples(
+    samples: Sequence[Sample], objectives: Mapping[str, int] | None = None, weights: Mapping[str, float] | None = None
+) -> Examples:
+    """The samples as rows that can be packed or padded into a step.
+
+    objectives: index of the objective of each origin, if they have several. weights: factor of the loss of each origin, 1 if
+    not given.
+    """
+    factors = [(weights or {}).get(sample.origin, 1.0) for sample in samples]
+    of_labels = None
+    if any(factor != 1 or sample.weights is not None for sample, factor in zip(samples, factors, strict=True)):
+        of_labels = np.concatenate(
+            [
+                factor * ((sample.labels != IGNORE).astype(np.float32) if sample.weights is None else sample.weights)
+                for sample, factor in zip(samples, factors, strict=True)
+            ]
+        ).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum([len(sample.tokens) for sample in samples])]).astype(np.int64)
     log_probs = None
     if any(sample.log_probs is not None for sample in samples):
@@ -76,13 +126,17 @@ def to_examples(samples: Sequence[Sample]) -> Examples:
         np.concatenate([sample.tokens for sample in samples]).astype(np.int32),
         np.concatenate([sample.labels for sample in samples]).astype(np.int32),
         offsets,
+        weights=of_labels,
+        objectives=np.array([objectives[sample.origin] for sample in samples], np.int8) if objectives else None,
         row_ids=np.array([sample.row for sample in samples], dtype=np.int64),
         sampled_log_probs=log_probs,
     )
 
 
 def answer_starts(examples: Examples) -> NDArray[np.int64]:
-    """[rows] number of tokens before the last answer of each row, which is what the student would write."""
+    """[rows] number of tokens before the last answer of each row, which is what the student would write. All tokens of a row
+    without an answer count.
+    """
     starts = np.empty(len(examples), dtype=np.int64)
     for low in range(0, len(examples), _BLOCK):  # the arrays may be mapped from files larger than memory
         offsets = examples.offsets[low : low + _BLOCK + 1]
@@ -92,5 +146,6 @@ def answer_starts(examples: Examples) -> NDArray[np.int64]:
         before[offsets[:-1] - begin] = False
         position = np.arange(len(supervised)) - np.repeat(offsets[:-1] - begin, np.diff(offsets))
         first = np.where(supervised & ~before, position, -1)
-        starts[low : low + _BLOCK] = np.maximum.reduceat(first, offsets[:-1] - begin) + 1
+        last = np.maximum.reduceat(first, offsets[:-1] - begin)
+        starts[low : low + _BLOCK] = np.where(last < 0, np.diff(offsets), last + 1)
     return starts

@@ -7,6 +7,7 @@ loop does not know. Sources are registered in ``limbeck.registry.STEP_SOURCES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from math import ceil
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.data import BatchStream, PrefetchedStream
 from limbeck.data.batch import StepBatch
+from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 from limbeck.train.build.data import Data
 
@@ -50,6 +52,20 @@ class StepSource(Protocol):
 
     def close(self) -> None:
         """End background work."""
+
+
+def count_steps(config: DistillConfig, source: StepSource) -> int:
+    """Number of optimizer steps of the whole run.
+
+    Raises:
+        LimbeckError: if only epochs limit the run, and ``source`` has none.
+    """
+    limits = [] if config.max_steps is None else [config.max_steps]
+    if config.num_train_epochs is not None:
+        if source.steps_per_epoch is None:
+            raise LimbeckError(f"step_source = {config.effective_step_source} has no epochs; set max_steps.")
+        limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
+    return min(limits)
 
 
 class DatasetSource:

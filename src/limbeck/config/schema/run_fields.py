@@ -11,6 +11,7 @@ from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
 from limbeck.config.schema.data import SourceArgs, ValidationConfig
 from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
+from limbeck.config.schema.origins import objectives_by_origin
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
@@ -71,7 +72,8 @@ class RunFields(Section):
         ge=0,
         le=1,
         description="Weight of the distillation term in the loss. The cross-entropy with the answer has the weight 1 "
-        "minus this.",
+        "minus this. For answers that the student has written itself (rollout) the weight is always 1, so cross-entropy "
+        "applies to the answers of the data and of the teacher only.",
     )
     plugins: Annotated[Files, AfterValidator(_run_plugins)] = Field(
         default_factory=list,
@@ -301,6 +303,18 @@ class RunFields(Section):
     def has_teacher(self) -> bool:
         """Whether there is a teacher: a model, or a teacher source that needs none."""
         return self.teacher.model_args.names_a_model or TEACHERS.has_trait(self.teacher.source, NEEDS_NO_MODEL)
+
+    @property
+    def distils(self) -> bool:
+        """Whether the objective of any sample has a distillation term."""
+        return any(one.distill_loss_weight > 0 for one in objectives_by_origin(self).values() or (self,))
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether every training row must have an answer: not if the student or the teacher writes all of them."""
+        if self.rollout is None or self.effective_step_source != "rollout":
+            return True
+        return "dataset" in self.rollout.origins
 
     @property
     def effective_step_source(self) -> str:

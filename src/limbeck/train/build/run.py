@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from math import ceil, isfinite
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
 from limbeck.teachers.signals import SignalSpec
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.data import Data, Progress, make_data
-from limbeck.train.build.objective import make_objective, signal_spec
+from limbeck.train.build.objective import make_objective, make_objectives, signal_spec
 from limbeck.train.build.sources import refuse_missing_files
 from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
@@ -32,7 +32,7 @@ from limbeck.train.console import RunConsole
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.request_pipeline import RequestPipeline
 from limbeck.train.saving import Saver, find_checkpoint, shareable
-from limbeck.train.step_source import StepSource
+from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
 from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
 from limbeck.version import VERSION
@@ -132,10 +132,11 @@ def build_run(
     refuse_missing_files(config)
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
+    objectives = make_objectives(config, world.device)
     data = make_data(config, world, progress)
     source = _make_step_source(config, world, data)
     resources.callback(source.close)
-    total_steps = _total_steps(config, source)
+    total_steps = count_steps(config, source)
     epochs = total_steps / (source.steps_per_epoch or 1)
     teacher = None
     if config.has_teacher:
@@ -151,9 +152,9 @@ def build_run(
             data.tokens * epochs,
         )
         teacher = connect_teacher(context)
-    student = build_student(config, world, data, teacher, LossSettings(objective, 0), epochs)
+    student = build_student(config, world, data, teacher, LossSettings(objective, 0, objectives=objectives), epochs)
     spec = signal_spec(config, student.settings.vocab_size)
-    distils = config.distill_loss_weight > 0 or student.settings.features is not None
+    distils = config.distils or student.settings.features is not None
     colocated = None
     if config.offloads_colocated and teacher is not None:
         colocated = ColocatedOffload(student.engine, teacher, world)
@@ -212,15 +213,6 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
     )
     check_members(f"the step source of step_source = {config.effective_step_source}", source, members)
     return source
-
-
-def _total_steps(config: DistillConfig, source: StepSource) -> int:
-    limits = [] if config.max_steps is None else [config.max_steps]
-    if config.num_train_epochs is not None:
-        if source.steps_per_epoch is None:
-            raise LimbeckError(f"step_source = {config.effective_step_source} has no epochs; set max_steps.")
-        limits.append(ceil(config.num_train_epochs * source.steps_per_epoch))
-    return min(limits)
 
 
 def _set_scheduler_step(scheduler: Any, step: int) -> None:
