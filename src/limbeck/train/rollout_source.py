@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema.origins import ORIGINS, weight_of_origin
+from limbeck.config.schema.origin_objectives import weight_of_origin
+from limbeck.config.schema.origins import ORIGINS
 from limbeck.data import BatchStream
 from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE

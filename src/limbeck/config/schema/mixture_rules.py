@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.objective import OBJECTIVE_KEYS
-from limbeck.config.schema.origins import ORIGINS, for_origin, objectives_by_origin
+from limbeck.config.schema.origin_objectives import for_origin, objectives_by_origin
+from limbeck.config.schema.origins import ORIGINS
 
 if TYPE_CHECKING:
     from limbeck.config.schema.run_fields import RunFields

@@ -9,7 +9,8 @@ from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
-from limbeck.config.schema.origins import ORIGINS, for_origin, objectives_by_origin
+from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
+from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -46,7 +47,7 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; set it to "
             "a checkpoint, or set distill_loss_weight: 0 to train without a teacher",
         )
-    elif not config.has_teacher and config.distils:
+    elif not config.has_teacher and distils(config):
         yield Contradiction(
             "teacher_pretrain",
             "is not set, but rollout needs a teacher for what the student writes; set it to a checkpoint",

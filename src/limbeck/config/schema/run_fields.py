@@ -11,7 +11,6 @@ from limbeck.config.plugins import load_plugin
 from limbeck.config.schema.base import Environment, Files, Section, registered
 from limbeck.config.schema.data import SourceArgs, ValidationConfig
 from limbeck.config.schema.objective import FAULTS, OBJECTIVE_KWARGS, OBJECTIVES, FeaturesConfig, Objective, Tail
-from limbeck.config.schema.origins import objectives_by_origin
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.config.schema.training import CheckpointConfig
 from limbeck.config.schema.workers import StudentConfig, TeacherConfig
@@ -303,11 +302,6 @@ class RunFields(Section):
     def has_teacher(self) -> bool:
         """Whether there is a teacher: a model, or a teacher source that needs none."""
         return self.teacher.model_args.names_a_model or TEACHERS.has_trait(self.teacher.source, NEEDS_NO_MODEL)
-
-    @property
-    def distils(self) -> bool:
-        """Whether the objective of any sample has a distillation term."""
-        return any(one.distill_loss_weight > 0 for one in objectives_by_origin(self).values() or (self,))
 
     @property
     def needs_answers(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from limbeck.config import DistillConfig
-from limbeck.config.schema.origins import objective_key, objectives_by_origin
+from limbeck.config.schema.origin_objectives import objective_key, objectives_by_origin
 from limbeck.errors import LimbeckError
 from limbeck.objectives import Objective, TaidSchedule, compiler_found
 from limbeck.teachers.signals import SignalSpec
