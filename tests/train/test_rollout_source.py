@@ -127,10 +127,15 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(con
 @pytest.mark.processes
 def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     losses = []
+    mixture = {"rollout.on_policy_fraction": 0.5, "rollout.off_policy": "teacher", "rollout.replay.fraction": 0.5}
+    mixture |= {"rollout.objectives.teacher.weight": 0.5, "distill_loss_weight": 0.7}
     for ranks, split in ((1, rows(4, 2)), (2, rows(4, 1))):
         output = tmp_path / f"out{ranks}"
-        train(settings(**{**GREEDY, **split, "max_steps": 3, "output_dir": str(output)}), tmp_path, ranks)
+        train(settings(**{**GREEDY, **mixture, **split, "max_steps": 4, "output_dir": str(output)}), tmp_path, ranks)
         losses.append(metrics(output, "train/loss"))
+        assert all(
+            0 < sum(metrics(output, f"rollout/{origin}_share")) < 4 for origin in ("on_policy", "teacher", "replay")
+        )
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
