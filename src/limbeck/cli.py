@@ -179,12 +179,13 @@ def _config(args: argparse.Namespace) -> int:
     if args.config is None:
         raise LimbeckError("limbeck config needs an argument; give a YAML file, or --schema.")
     loaded = _load(args)
-    if loaded.config.kd_objective_kwargs:  # checked by the divergence itself
+    if loaded.config.kd_objective_kwargs or loaded.config.rollout:  # checked by the divergence itself
         import torch
 
-        from limbeck.train.build.objective import make_objective
+        from limbeck.train.build.objective import make_objective, make_objectives
 
         make_objective(loaded.config, torch.device("cpu"))
+        make_objectives(loaded.config, torch.device("cpu"))
     print(f"# dialect: {loaded.dialect}")
     print(render_config(loaded), end="")
     for notice in loaded.notices:

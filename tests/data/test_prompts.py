@@ -65,6 +65,38 @@ def test_a_pretokenised_document_is_not_a_prompt(tmp_path, tokenizer, write_corp
 
 def test_prompts_without_answers_are_refused_in_training(tokenizer):
     with pytest.raises(
-        LimbeckError, match=r"rows:0 is a prompt without an answer \(it has prompt\); a student that writes"
+        LimbeckError, match=r"rows:0 is a prompt without an answer \(it has prompt\); give rows with answers, or let"
     ):
         tokenize_rows([{"prompt": "How many?"}], tokenizer)
+
+
+@pytest.mark.parametrize("case", [case for case in ROWS if case not in ("with an answer", "with a completion")])
+def test_where_answers_may_lack_a_row_without_one_is_a_prompt_and_others_are_learned(native_tokenizer, case):
+    row, messages = ROWS[case]
+    answered = {"messages": [*messages, {"role": "assistant", "content": "3"}]}
+    examples, report = tokenize_rows([row], native_tokenizer, prompts_only=True)
+    wanted = native_tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert examples.row(0)[0].tolist() == wanted
+    assert (report.supervised_tokens, report.dropped) == (0, {})
+    learned, _ = tokenize_rows([answered], native_tokenizer, prompts_only=True)
+    as_before, _ = tokenize_rows([answered], native_tokenizer)
+    for one, other in zip(learned.row(0), as_before.row(0), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_rows_that_lack_an_answer_are_dropped_when_they_are_too_long(tmp_path, tokenizer):
+    path = tmp_path / "rows.jsonl"
+    rows = [{"question": "How many?" * n, **({"answer": "How many?" * 30} if n == 1 else {})} for n in (1, 2, 30)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"cache_dir": tmp_path / "cache", "sequence_length": 64, "prompts_only": True}
+    examples, report = tokenize_files([path], tokenizer, **settings)
+    assert report.dropped == {"longer than 64 tokens": 1}
+    assert report.truncated == 1
+    assert [bool(count) for count in examples.num_supervised] == [True, False]
+    with pytest.raises(LimbeckError, match=r"rows.jsonl:2 has no \"answer\""):  # also after a cache entry was made
+        tokenize_files([path], tokenizer, **{**settings, "prompts_only": False})
+
+
+def test_a_row_without_an_answer_has_no_weight(tokenizer):
+    with pytest.raises(LimbeckError, match='rows:0 has no answer, and its "weight" would weight one; remove it'):
+        tokenize_rows([{"question": "How many?", "weight": 2}], tokenizer, prompts_only=True)

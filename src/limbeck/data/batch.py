@@ -193,6 +193,12 @@ class Batch:
         )
         return whole, own
 
+    def select(self, indices: Tensor) -> Batch:
+        """Returns the batch with some of its supervised positions only: ``indices`` [n] into ``supervised``."""
+        names = ("supervised", "weights", "sampled_log_probs", "advantages")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, objectives=None, **{name: value[indices] for name, value in given.items()})
+
     def pin_memory(self) -> Batch:
         """Returns the batch in page-locked memory."""
         return self._each(Tensor.pin_memory)

@@ -39,6 +39,7 @@ class TokenizeSettings:
     overlong:          handling of longer rows: ``truncate`` (from the right), ``drop``, or ``split`` (into consecutive rows).
     on_bad_row:        ``error`` or ``skip``.
     distill_on_prompt: supervise every token.
+    prompts_only:      a row may lack its answer. It is then a prompt, as with ``prompts``; other rows are not changed.
     prompts:           render each row up to its last answer, followed by the generation prompt. Nothing is supervised, and
                        longer rows are dropped.
     workers:           number of processes; None chooses it by the size of the data.
@@ -59,6 +60,7 @@ class TokenizeSettings:
     overlong: str = "truncate"
     on_bad_row: str = "error"
     distill_on_prompt: bool = False
+    prompts_only: bool = False
     prompts: bool = False
     workers: int | None = None
 
@@ -125,8 +127,9 @@ class Encoder:
                 found, domain = self._texts(item, form, batch)
                 texts += found
                 domains += [domain] * len(found)
-        for domain, encoded in zip(domains, self._encode(texts), strict=True):
-            batch.add(*encoded, domain)
+        prompts = [rendered.is_prompt for rendered in texts]
+        for domain, is_prompt, encoded in zip(domains, prompts, self._encode(texts), strict=True):
+            batch.add(*encoded, domain, is_prompt)
         batch.counts["rows"] = len(items)
         return batch.done()
 
@@ -135,7 +138,7 @@ class Encoder:
 
         Raises LimbeckError for a bad row.
         """
-        conversation = reader(form, self.settings.keys, self.settings.prompts)(record)
+        conversation = reader(form, self.settings.keys, self.settings.prompts, self.settings.prompts_only)(record)
         texts = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, record.where)
         for one in texts:
             if len(one.text) > MAX_ROW:
@@ -230,7 +233,6 @@ class _Batch:
     def __init__(self, settings: TokenizeSettings) -> None:
         self._limit = settings.sequence_length
         self._overlong = settings.overlong
-        self._prompts = settings.prompts
         self._domains: list[str] | None = None if settings.domain_key is None else []
         self._rows: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32] | None, int]] = []
         self.bad: list[BadRow] = []
@@ -243,10 +245,11 @@ class _Batch:
         supervised: NDArray[np.bool_],
         weights: NDArray[np.float32] | None,
         domain: str,
+        is_prompt: bool = False,
     ) -> None:
         """Adds one row of any length."""
         limit, overlong = self._limit, len(ids) > self._limit
-        if overlong and (self._prompts or self._overlong == "drop"):
+        if overlong and (is_prompt or self._overlong == "drop"):
             self.dropped[f"longer than {limit} tokens"] += 1
             return
         if overlong and self._overlong == "truncate":
@@ -255,7 +258,7 @@ class _Batch:
             ids = ids[:limit]
         labels, weights = shift(ids, supervised, weights)
         count = int(np.count_nonzero(labels != IGNORE))
-        if not count and not self._prompts:
+        if not count and not is_prompt:
             cut = overlong and self._overlong == "truncate"
             self.dropped[f"no supervised token in the first {limit}" if cut else "no supervised token"] += 1
             return

@@ -101,17 +101,20 @@ def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
             return name
     if not prompts and "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
         raise LimbeckError(
-            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); a student that writes its own "
-            "answers is not built yet, so give rows with answers."
+            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); give rows with answers, or let the "
+            "student write all of them (rollout.on_policy_fraction: 1)."
         )
     return "question_answer"
 
 
-def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
+def reader(name: str, keys: RowKeys, prompts: bool = False, prompts_only: bool = False) -> ToConversation:
     """Returns the function that reads rows of the format ``name``; with ``prompts``, up to the last answer.
 
-    The function raises RowError, with the row's location, for a row with missing keys, non-text values, or no answer.
+    The function raises RowError, with the row's location, for a row with missing keys, non-text values, or no answer. With
+    ``prompts_only``, a row without an answer is read as a prompt.
     """
+    if prompts_only and not prompts:
+        return _reader_of_both(name, keys)
     form = FORMATS[name]
     answer = _answer_keys(keys).get(name) if prompts else None
 
@@ -134,6 +137,32 @@ def reader(name: str, keys: RowKeys, prompts: bool = False) -> ToConversation:
         if not form.columns:
             messages = _with_system(record, messages)
         return Conversation(_with_answers(record, messages), _tools(record), weight)
+
+    return read
+
+
+def _reader_of_both(name: str, keys: RowKeys) -> ToConversation:
+    """Reads rows with answers, and prompts."""
+    form, column = FORMATS[name], _answer_keys(keys).get(name)
+    read_answered, read_prompt = reader(name, keys), reader(name, keys, prompts=True)
+
+    def has_answer(record: Record) -> bool:
+        if column is not None:
+            value = record.row.get(column)
+            return bool(value.strip() if isinstance(value, str) else value)
+        messages = form.read(record, keys)
+        return bool(messages) and messages[-1]["role"] == "assistant"
+
+    def read(record: Record) -> Conversation:
+        if has_answer(record):
+            return read_answered(record)
+        prompt = read_prompt(record)
+        if prompt.weight != 1:
+            raise RowError(
+                "weight without an answer",
+                f'{record.where} has no answer, and its "{keys.weight}" would weight one; remove it.',
+            )
+        return prompt
 
     return read
 

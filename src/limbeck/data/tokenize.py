@@ -79,7 +79,7 @@ def tokenize_files(
 
     A row is supervised on its assistant turns and the tokens that end them or, with ``distill_on_prompt``, on every token. A
     row without a supervised token is dropped. With ``prompts`` nothing is supervised: each row is the prompt of its last
-    answer, which may be missing.
+    answer, which may be missing. With ``prompts_only`` that applies to the rows that lack it.
 
     Raises LimbeckError for the first row with an error, unless ``on_bad_row`` is ``skip``.
     """
@@ -177,7 +177,7 @@ def read_input(one: Input, source: Source, settings: TokenizeSettings) -> tuple[
             break
         if isinstance(item, (Line, Record)):
             try:
-                form = form or detect(decoded(item), keys, settings.prompts)
+                form = form or detect(decoded(item), keys, settings.prompts or settings.prompts_only)
                 break
             except RowError:
                 pass

@@ -31,7 +31,7 @@ from limbeck.plan.memory import ModelMemory, student_memory, teacher_memory
 from limbeck.strategies.base import dims_of, strategy_of
 from limbeck.strategies.world import World
 from limbeck.teachers.service import find_service
-from limbeck.train.build.objective import make_objective
+from limbeck.train.build.objective import make_objective, make_objectives
 from limbeck.train.build.sources import missing_files
 from limbeck.train.build.student import resolve_parallelism
 
@@ -118,6 +118,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
             config, world, teacher_here=not config.needs_worker_groups, device_type=device_type
         ),
         lambda: make_objective(config, torch.device("cpu")),
+        lambda: make_objectives(config, torch.device("cpu")),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
         *(partial(_check_worker, config, *role, device_type) for role in roles),
     ]

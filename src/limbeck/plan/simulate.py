@@ -155,7 +155,7 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], rank: int, ki
     whole, own = batch.shard_for_context_parallel(dims.coordinates(rank).cp, dims.cp)
     with simulated_student(config, len(devices), rank) as simulated:
         teacher, request = simulated.teacher, None
-        distils = config.distill_loss_weight > 0 or simulated.student.settings.features is not None
+        distils = config.distils or simulated.student.settings.features is not None
         if teacher is not None and distils:
             request = partial(teacher.request, whole, signal_spec(config, simulated.vocab_size))
         steps = _Steps(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,16 @@ class Signal:
     head: OutputHead | None
     features: tuple[Tensor, ...] = ()
     payload: SignalPayload | None = None
+
+    def select(self, indices: Tensor) -> Signal:
+        """The distribution at some of the supervised positions only: ``indices`` [n] into them."""
+        payload = self.payload
+        if payload is not None:
+            tensors: dict[str, Any] = {
+                name: value[indices] for name, value in vars(payload).items() if isinstance(value, Tensor)
+            }
+            payload = replace(payload, **tensors)
+        return replace(self, hidden=None if self.hidden is None else self.hidden[indices], payload=payload)
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,11 @@ class LogProbGap:
     Args:
         device: of the student.
         limit: difference of a token, in nats, from which it counts for the share; a mean above it is warned about once.
+        warns: whether it is; not if older weights write, whose probabilities differ.
     """
 
-    def __init__(self, device: torch.device, limit: float) -> None:
-        self._limit, self._warned = limit, False
+    def __init__(self, device: torch.device, limit: float, warns: bool = True) -> None:
+        self._limit, self._warned = limit, not warns
         self._sums = torch.zeros(
             3, dtype=torch.float64, device=device
         )  # of the differences; tokens off by more; tokens
@@ -84,7 +85,7 @@ class OnPolicyLoss:
         if rollout is None or rollout.truncates:
             return None
         # Of what is written greedily, the generator reports the probability at temperature 1.
-        gap = LogProbGap(device, rollout.log_prob_gap_limit)
+        gap = LogProbGap(device, rollout.log_prob_gap_limit, warns=not rollout.max_staleness)
         clip = None if rollout.policy_clip is None else (rollout.policy_clip[0], rollout.policy_clip[1])
         return cls(rollout.temperature or 1.0, clip, gap)
 

@@ -1,4 +1,6 @@
-"""On-policy steps: for a share of the samples, the student writes the answer; the others have the answer of the data.
+"""On-policy steps: for a share of the samples, the student writes the answer.
+
+The others have the answer of the data or one that the teacher has written, or are earlier samples of the student.
 
 Agarwal et al. (2024), "On-Policy Distillation of Language Models" (https://arxiv.org/abs/2306.13649), algorithm 1, with the
 choice made for each sample instead of each step. Everything random depends on the seed, the step and the row only, so a run
@@ -14,8 +16,11 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from limbeck.config import DistillConfig
+from limbeck.config.schema.origin_objectives import weight_of_origin
+from limbeck.config.schema.origins import ORIGINS
 from limbeck.data import BatchStream
 from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE
@@ -26,8 +31,11 @@ from limbeck.strategies.world import World
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
 from limbeck.train.build.answer_ends import disagreements
 from limbeck.train.build.data import Data
-from limbeck.train.samples import DATASET, STUDENT, Sample, answer_starts, to_examples
+from limbeck.train.build.objective import objective_indices
+from limbeck.train.replay import ReplayBuffer
+from limbeck.train.samples import DATASET, REPLAY, STUDENT, TEACHER, Sample, answer_starts, to_examples
 from limbeck.train.step_source import Weights, count_steps
+from limbeck.train.teacher_writer import TeacherWriter
 from limbeck.train.write_ahead import WriteAhead
 from limbeck.train.writer import Writer, WritingCounts
 
@@ -41,6 +49,9 @@ class RolloutSource:
         assert config.rollout is not None
         self._settings, self._seed, self._world = config.rollout, config.seed, world
         self._needs_log_probs = config.has_policy_gradient
+        self._schedule, self._objectives = config.rollout.schedule, objective_indices(config)
+        self._weights = {origin: weight_of_origin(config, origin) for origin in ORIGINS}
+        self._replay = ReplayBuffer(config.rollout.replay.capacity) if config.rollout.replay.fraction else None
         self._examples, self._stream_settings = data.examples, data.stream_settings
         training = config.student.training_args
         samples = training.per_device_train_batch_size * training.gradient_accumulation_steps * world.dims.data_size
@@ -59,20 +70,22 @@ class RolloutSource:
         )
         self._prompts = BatchStream(data.examples, prompts)
         self.steps_per_epoch: int | None = self._prompts.steps_per_epoch
+        self._total_steps = count_steps(config, self)
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
-        ends = self._end_tokens()
-        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *ends}))
-        if world.is_main and self._settings.on_policy_fraction > 0:
+        ends, origins = self._end_tokens(), self._settings.origins
+        stops = sorted({*self._settings.stop_token_ids, *ends})
+        self._writer = Writer(config, world, stops)
+        self._teacher = TeacherWriter(config, world, data.tokenizer, stops) if TEACHER in origins else None
+        if world.is_main and STUDENT in origins:
             for sentence in disagreements(config, data.tokenizer, ends):
                 warnings.warn(sentence, stacklevel=2)
         staleness = self._settings.max_staleness
         # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
         self.max_lookahead = max(0, staleness - 1)
-        end = count_steps(config, self)
-        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, end)
+        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps)
         self._version = 0  # of the student's weights
-        self._num_samples = 0
+        self._counts: Counter[str] = Counter()  # of the samples by origin
         self._answers = AnswerStatistics()
         self._stop_rule = StopRule(self._settings.stop_if)
         self._unseen = UnseenStopStrings(self._settings.stop_strings if world.is_main else (), data.tokenizer)
@@ -86,9 +99,9 @@ class RolloutSource:
         self._stop_rule.add(answers)
         self._unseen.add(answers)
         self._answers.add(answers)
-        self._num_samples += len(samples)
+        self._counts.update(sample.origin for sample in samples)
         self._staleness.append(step - taken.version)
-        examples = to_examples(samples, self._settings.reward_weight)
+        examples = to_examples(samples, self._objectives, self._weights, self._settings.reward_weight)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
@@ -100,8 +113,10 @@ class RolloutSource:
 
     def metrics(self) -> dict[str, float]:
         counts, steps = self._writer.counts, max(len(self._staleness), 1)
+        origins, total = self._settings.origins, max(self._counts.total(), 1)
         found = {
-            "rollout/on_policy_share": self._answers.count / max(self._num_samples, 1),
+            "rollout/on_policy_share": self._counts[STUDENT] / total,
+            **{f"rollout/{name}_share": self._counts[name] / total for name in (TEACHER, REPLAY) if name in origins},
             **self._answers.metrics(),
             "rollout/staleness": sum(self._staleness) / steps,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
@@ -109,17 +124,22 @@ class RolloutSource:
             "time/weight_sync": counts.sync_seconds / steps,
         }
         self._writer.counts, self._answers = WritingCounts(), AnswerStatistics()
-        self._num_samples, self._staleness = 0, []
+        self._counts, self._staleness = Counter(), []
         return found
 
     def state_dict(self) -> Mapping[str, Any]:
-        return self._ahead.state_dict()
+        position = self._ahead.state_dict()
+        return position if self._replay is None else {**position, "replay": self._replay.state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._prompts.seek(self._ahead.load_state_dict(state))
+        if self._replay is not None:
+            self._replay.load(state.get("replay", ()))
 
     def close(self) -> None:
         self._writer.close()
+        if self._teacher is not None:
+            self._teacher.close()
 
     def _begin(self, step: int) -> Callable[[], list[Sample]]:
         """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""
@@ -127,17 +147,32 @@ class RolloutSource:
         numbered = [(row, number) for row in rows for number in range(self._settings.num_generations)]
         origins = {sample: self._origin(step, *sample) for sample in numbered}
         finish = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
+        of_teacher: dict[tuple[int, int], Sample] = {}
+        if self._teacher is not None:
+            theirs = [sample for sample in numbered if origins[sample] == TEACHER]
+            of_teacher = self._teacher.write(theirs, self._prompt, self._weight)
 
         def finish_step() -> list[Sample]:
             written = finish()
-            return [written[sample] if sample in written else self._given(*sample) for sample in numbered]
+            found = written | of_teacher
+            if self._replay is not None:
+                replayed = (sample for sample in numbered if origins[sample] == REPLAY)
+                found |= {sample: self._replay.pick(self._draws(step, *sample)[2]) for sample in replayed}
+                self._replay.add(written.values())
+            return [found[sample] if sample in found else self._given(*sample) for sample in numbered]
 
         return finish_step
 
+    def _draws(self, step: int, row: int, number: int) -> NDArray[np.float64]:
+        """[3] random numbers of a sample: whether the student writes it, whether it is replayed, and which one is."""
+        return np.random.default_rng((self._seed, step, row, number)).random(3)
+
     def _origin(self, step: int, row: int, number: int) -> str:
-        """Who writes the answer of a sample."""
-        draw = np.random.default_rng((self._seed, step, row, number)).random()
-        return STUDENT if draw < self._settings.on_policy_fraction else DATASET
+        """Who writes the answer of a sample. Nothing is replayed before the student has written something."""
+        on_policy, replayed, _ = self._draws(step, row, number)
+        if on_policy < self._schedule.at(step, self._total_steps):
+            return STUDENT
+        return REPLAY if self._replay and replayed < self._settings.replay.fraction else self._settings.off_policy
 
     def _prompt(self, row: int) -> tuple[int, ...]:
         tokens, _ = self._examples.row(row)
@@ -145,7 +180,17 @@ class RolloutSource:
 
     def _given(self, row: int, number: int) -> Sample:
         """A sample with the answer of the data."""
-        return Sample(row, number, DATASET, *self._examples.row(row))
+        weights = self._examples.weights
+        if weights is not None:
+            weights = weights[self._examples.offsets[row] : self._examples.offsets[row + 1]]
+        return Sample(row, number, DATASET, *self._examples.row(row), weights=weights)
+
+    def _weight(self, row: int) -> float:
+        """The factor of the loss of an answer that replaces that of the data; 1 for a row without one."""
+        weights, start = self._examples.weights, int(self._starts[row])
+        if weights is None or start == self._examples.lengths[row]:
+            return 1.0
+        return float(weights[self._examples.offsets[row] + start - 1])
 
     def _write(self, step: int, samples: list[tuple[int, int]]) -> Callable[[], dict[tuple[int, int], Sample]]:
         """Begin to write the samples (row, number); returns the function that waits for them, with answers of the student."""
@@ -163,7 +208,14 @@ class RolloutSource:
                 )
             return {
                 (row, number): Sample.written(
-                    row, number, STUDENT, one.prompt.token_ids, one.token_ids, one.log_probs, one.finished
+                    row,
+                    number,
+                    STUDENT,
+                    one.prompt.token_ids,
+                    one.token_ids,
+                    one.log_probs,
+                    one.finished,
+                    self._weight(row),
                 )
                 for (row, number), one in zip(samples, completions, strict=True)
             }
@@ -173,7 +225,7 @@ class RolloutSource:
     def _check_room(self, sequence_length: int) -> None:
         longest = int(self._starts.max())
         needed = longest + self._settings.max_new_tokens
-        if self._settings.on_policy_fraction > 0 and needed > sequence_length:
+        if {STUDENT, TEACHER} & set(self._settings.origins) and needed > sequence_length:
             raise LimbeckError(
                 f"sequence_length = {sequence_length} cannot hold the longest prompt, {longest} tokens, and an answer of "
                 f"rollout.max_new_tokens = {self._settings.max_new_tokens}; raise sequence_length to {needed}, or lower "
@@ -183,6 +235,6 @@ class RolloutSource:
     def _end_tokens(self) -> set[int]:
         """The token that ends the answers of the data, if most end with the same one; a chat template may have its own."""
         count = min(len(self._examples), _CHECKED_ROWS)
-        last = Counter(int(labels[labels != IGNORE][-1]) for labels in (self._examples.row(i)[1] for i in range(count)))
-        token, times = last.most_common(1)[0]
-        return {token} if times > count // 2 else set()
+        supervised = (labels[labels != IGNORE] for labels in (self._examples.row(row)[1] for row in range(count)))
+        last = Counter(int(labels[-1]) for labels in supervised if len(labels))
+        return {token for token, times in last.items() if times > last.total() // 2}

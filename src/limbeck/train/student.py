@@ -84,6 +84,7 @@ class LossSettings:
 
     Attributes:
         objective: the divergence and its weight.
+        objectives: those of ``Batch.objectives``; a batch without these has ``objective``.
         vocab_size: size of the vocabulary that both models share.
         features: the term for intermediate features, or None.
         balance: ``weighted`` adds the features to the loss of the logits. ``modelopt`` scales each term to the size of
@@ -102,6 +103,7 @@ class LossSettings:
     cross: CrossTokenizer | None = None
     quirks: ReferenceQuirks | None = None
     on_policy: OnPolicyLoss | None = None
+    objectives: tuple[Objective, ...] = ()
 
 
 class StudentWithLoss(nn.Module):
@@ -154,10 +156,35 @@ class StudentWithLoss(nn.Module):
         if self.settings.balance == "modelopt" and signal is not None:
             result = self._balanced(rows, batch, signal, normalizer, pairs)
         else:
-            result = self._logits_loss(self.settings.objective, rows, batch, signal, normalizer)
+            result = self._sum_of_objectives(rows, batch, signal, normalizer)
             if self.features is not None and pairs is not None:
                 result = result._replace(loss=result.loss + self.features.weight * pairs.mean())
         return StudentLoss(result, None if pairs is None else pairs.detach())
+
+    def _sum_of_objectives(
+        self, rows: Tensor, batch: Batch, signal: Signal | None, normalizer: float | Tensor
+    ) -> DistillationLoss:
+        """The loss of each objective at its own positions; all fields of the result are sums over the objectives."""
+        settings = self.settings
+        present = [
+            (objective, indices)
+            for objective, indices in zip(settings.objectives, batch.objectives or (), strict=False)
+            if len(indices)
+        ]
+        if len(present) < 2:  # all positions have one objective, or there are none
+            objective = present[0][0] if present else settings.objective
+            return self._logits_loss(objective, rows, batch, signal, normalizer)
+        parts = [
+            self._logits_loss(
+                objective,
+                rows[indices],
+                batch.select(indices),
+                None if signal is None else signal.select(indices),
+                normalizer,
+            )
+            for objective, indices in present
+        ]
+        return DistillationLoss(*(torch.stack(values).sum(0) for values in zip(*parts, strict=True)))
 
     def _balanced(
         self, rows: Tensor, batch: Batch, signal: Signal, normalizer: float | Tensor, pairs: Tensor | None

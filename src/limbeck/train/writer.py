@@ -48,13 +48,16 @@ class Writer:
         config: of the run; ``config.rollout`` names the generator.
         world: the processes of the student.
         stop_token_ids: end a completion, beside the model's own end tokens.
+        generator: with weights of its own; by default the generator of the configuration, without weights.
     """
 
-    def __init__(self, config: DistillConfig, world: World, stop_token_ids: Sequence[int]) -> None:
+    def __init__(
+        self, config: DistillConfig, world: World, stop_token_ids: Sequence[int], generator: Generator | None = None
+    ) -> None:
         assert config.rollout is not None
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
-        self._generator: Generator = GENERATORS.get(config.rollout.generator)(config, world)
+        self._generator: Generator = generator or GENERATORS.get(config.rollout.generator)(config, world)
         self._shares_device = config.offloads_colocated
         self._weights: Weights | None = None
         self._version = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import model_validator
 
 from limbeck.config.schema.base import ContradictionError
+from limbeck.config.schema.origin_objectives import distils
 from limbeck.config.schema.rules import contradictions as contradictions_of
 from limbeck.config.schema.run_fields import RunFields
 from limbeck.config.schema.workers import WorkerConfig
@@ -25,3 +26,8 @@ class DistillConfig(RunFields):
         if contradictions:
             raise ContradictionError(contradictions)
         return self
+
+    @property
+    def distils(self) -> bool:
+        """Whether the objective of any sample has a distillation term."""
+        return distils(self)

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
+from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
+from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -45,6 +48,11 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "teacher_pretrain",
             f"is not set, but distill_loss_weight = {config.distill_loss_weight:g} needs a teacher; set it to "
             "a checkpoint, or set distill_loss_weight: 0 to train without a teacher",
+        )
+    elif not config.has_teacher and distils(config):
+        yield Contradiction(
+            "teacher_pretrain",
+            "is not set, but rollout needs a teacher for what the student writes; set it to a checkpoint",
         )
     if config.features.pairs and not teacher.names_a_model:
         yield Contradiction("features.pairs", "need a teacher; set teacher_pretrain")
@@ -107,6 +115,14 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
 
 
 def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    yield from _unknown_parameters(config, "")
+    given = None if config.rollout is None else config.rollout.objectives
+    for origin in ORIGINS if given is not None else ():
+        if getattr(given, origin).kd_objective_kwargs:
+            yield from _unknown_parameters(for_origin(config, origin), f"rollout.objectives.{origin}.")
+
+
+def _unknown_parameters(config: RunFields, prefix: str) -> Iterator[Contradiction]:
     if config.kd_objective not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):  # from a plug-in, which checks its own parameters
         return
     if config.kd_objective in SAMPLED_OBJECTIVES:
@@ -117,7 +133,7 @@ def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
         if key not in readable:
             hint = f"; its parameter is the key {own}" if own else ""
             yield Contradiction(
-                f"kd_objective_kwargs.{key}",
+                f"{prefix}kd_objective_kwargs.{key}",
                 f"is not read by kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
 
@@ -136,13 +152,13 @@ def _sampled_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "kd_objective",
             f"= {config.kd_objective} reads the sampled token only and cannot be combined with {other}; remove one of them",
         )
-    if config.rollout is None or config.rollout.on_policy_fraction == 0:
+    if config.rollout is None or "student" not in config.rollout.origins:
         yield Contradiction(
             "kd_objective",
             f"= {config.kd_objective} needs tokens that the student has sampled; add rollout with an on_policy_fraction above "
             "0",
         )
-    elif config.rollout.on_policy_fraction < 1 and config.kd_objective != "policy_gradient":
+    elif config.rollout.origins != ("student",) and config.kd_objective != "policy_gradient":
         yield Contradiction(
             "kd_objective",
             f"= {config.kd_objective} estimates the reverse KL at tokens that the student has sampled, not at answers of the "
@@ -268,12 +284,7 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
         if config.step_source == "rollout":
             yield Contradiction("step_source", "= rollout needs the section rollout; add it, for example rollout: {}")
         return
-    if rollout.on_policy_fraction > 0 and config.distill_loss_weight < 1:
-        yield Contradiction(
-            "distill_loss_weight",
-            f"= {config.distill_loss_weight} adds cross-entropy with what the student has written itself; set "
-            "distill_loss_weight: 1, or rollout.on_policy_fraction: 0",
-        )
+    yield from mixture_contradictions(config)
     if config.has_policy_gradient:
         key = "kd_objective" if config.kd_objective == "policy_gradient" else "rollout.reward_weight"
         if rollout.truncates or rollout.temperature == 0:
@@ -413,9 +424,12 @@ def _transport_contradictions(config: RunFields) -> Iterator[Contradiction]:
 
 def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     """Keys that have no effect in this combination, with the reason. Setting one causes a notice."""
+    used = {config.kd_objective, *(one.kd_objective for one in objectives_by_origin(config).values())}
     for key, objectives in OBJECTIVE_KEYS.items():
-        if config.kd_objective not in objectives:
-            yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {config.kd_objective}"
+        if not used & set(objectives):
+            yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {' and '.join(sorted(used))}"
+    if config.rollout is not None:
+        yield from unread_mixture_keys(config)
     if config.cross_tokenizer == "off":
         for key in ("rest_weight", "merge", "tokens"):
             yield f"cross_tokenizer_{key}", "is only read with cross_tokenizer"
@@ -490,7 +504,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             yield f"student.training_args.{key}", reason
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
-    if config.rollout is not None and config.rollout.on_policy_fraction == 0:
+    if config.rollout is not None and "student" not in config.rollout.origins:
         for key in ("max_staleness", "stop_if"):
             yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"
     if config.distill_on_prompt:

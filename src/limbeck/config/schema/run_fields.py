@@ -79,7 +79,8 @@ class RunFields(Section):
         ge=0,
         le=1,
         description="Weight of the distillation term in the loss. The cross-entropy with the answer has the weight 1 "
-        "minus this.",
+        "minus this. For answers that the student has written itself (rollout) the weight is always 1, so cross-entropy "
+        "applies to the answers of the data and of the teacher only.",
     )
     plugins: Annotated[Files, AfterValidator(_run_plugins)] = Field(
         default_factory=list,
@@ -315,6 +316,13 @@ class RunFields(Section):
     def has_teacher(self) -> bool:
         """Whether there is a teacher: a model, or a teacher source that needs none."""
         return self.teacher.model_args.names_a_model or TEACHERS.has_trait(self.teacher.source, NEEDS_NO_MODEL)
+
+    @property
+    def needs_answers(self) -> bool:
+        """Whether every training row must have an answer: not if the student or the teacher writes all of them."""
+        if self.rollout is None or self.effective_step_source != "rollout":
+            return True
+        return "dataset" in self.rollout.origins
 
     @property
     def effective_step_source(self) -> str:

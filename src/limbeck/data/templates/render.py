@@ -38,11 +38,13 @@ class Rendered:
     spans:  ``(start, end, weight)`` of each answer including its end token, in characters and in order. Weight 0: not
             supervised.
     weight: weight of all other characters, if prompts are supervised too.
+    is_prompt: the text of a prompt, after which the student writes.
     """
 
     text: str
     spans: tuple[tuple[int, int, float], ...]
     weight: float = 1.0
+    is_prompt: bool = False
 
 
 def render(
@@ -73,7 +75,7 @@ def render(
     )
 
     if not answers:
-        return (Rendered(write(messages, True), (), conversation.weight),)
+        return (Rendered(write(messages, True), (), conversation.weight, conversation.is_prompt),)
     texts: list[tuple[str, list[tuple[int, int, float]]]] = []
     if messages[-1]["role"] != "assistant":
         texts.append((write(messages, False).rstrip(), []))

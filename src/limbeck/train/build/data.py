@@ -139,6 +139,9 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         longest = max(longest, int(held_out[0].lengths.max()))
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     tokens, supervised = report.tokens, report.supervised_tokens
+    if config.rollout is not None and not config.needs_answers:  # what will be written decides what is compiled
+        expected = int((train.num_supervised == 0).sum()) * config.rollout.max_new_tokens
+        tokens, supervised = tokens + expected, supervised + expected
     return Data(
         tokenizer, train, settings, validation, text, largest, longest, num_tokens, tokens, supervised, translator
     )
@@ -172,7 +175,7 @@ def prepare_validation(
     """The same for the validation rows; None if there are none."""
     if not config.validation_sources:
         return None
-    settings = replace(token_settings(config), domain_key=None)
+    settings = replace(token_settings(config), domain_key=None, prompts_only=False)
     return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)
 
 
@@ -195,6 +198,7 @@ def token_settings(config: DistillConfig) -> TokenizeSettings:
         overlong=args.overlong,
         on_bad_row=args.on_bad_row,
         distill_on_prompt=config.distill_on_prompt,
+        prompts_only=not config.needs_answers,
         workers=args.preprocessing_num_workers,
     )
 

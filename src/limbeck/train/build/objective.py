@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.config.schema.origin_objectives import objective_key, objectives_by_origin
 from limbeck.errors import LimbeckError
 from limbeck.objectives import Objective, TaidSchedule, compiler_found
 from limbeck.teachers.signals import SignalSpec
@@ -42,6 +43,22 @@ def make_objective(config: DistillConfig, device: torch.device) -> tuple[Objecti
         parameters=parameters,
     )
     return objective, schedule
+
+
+def objective_indices(config: DistillConfig) -> dict[str, int]:
+    """Origin of a sample → index of its objective among ``make_objectives``; empty if all have the run's objective."""
+    indices: dict[Any, int] = {}
+    return {
+        origin: indices.setdefault(objective_key(one), len(indices))
+        for origin, one in objectives_by_origin(config).items()
+    }
+
+
+def make_objectives(config: DistillConfig, device: torch.device) -> tuple[Objective, ...]:
+    """The objectives that ``objective_indices`` counts."""
+    origins = {index: origin for origin, index in objective_indices(config).items()}
+    by_origin = objectives_by_origin(config)
+    return tuple(make_objective(by_origin[origins[index]], device)[0] for index in range(len(origins)))
 
 
 def signal_spec(config: DistillConfig, vocab: int) -> SignalSpec:

@@ -23,7 +23,7 @@ from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
 from limbeck.teachers.signals import SignalSpec
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.data import Data, Progress, make_data
-from limbeck.train.build.objective import make_objective, signal_spec
+from limbeck.train.build.objective import make_objective, make_objectives, signal_spec
 from limbeck.train.build.sources import refuse_missing_files
 from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
@@ -138,6 +138,7 @@ def build_run(
     refuse_missing_files(config)
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
+    objectives = make_objectives(config, world.device)
     data = make_data(config, world, progress)
     source = _make_step_source(config, world, data)
     resources.callback(source.close)
@@ -158,9 +159,10 @@ def build_run(
         )
         teacher = connect_teacher(context)
     on_policy = OnPolicyLoss.from_config(config, world.device)
-    student = build_student(config, world, data, teacher, LossSettings(objective, 0, on_policy=on_policy), epochs)
+    settings = LossSettings(objective, 0, on_policy=on_policy, objectives=objectives)
+    student = build_student(config, world, data, teacher, settings, epochs)
     spec = signal_spec(config, student.settings.vocab_size)
-    distils = config.distill_loss_weight > 0 or student.settings.features is not None
+    distils = config.distils or student.settings.features is not None
     colocated = None
     if config.offloads_colocated and teacher is not None:
         colocated = ColocatedOffload(student.engine, teacher, world)
