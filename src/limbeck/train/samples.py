@@ -24,6 +24,8 @@ class Sample:
     row: of the data. number: of the sample among those of its prompt. origin: who wrote the answer.
     tokens, labels: [length] int32, as in ``Examples``. log_probs: [length] float32, of each label under the distribution that
     it was sampled from, NaN elsewhere; None if nothing was sampled. finished: the answer was not cut off.
+    reward: of the answer, from the environment; None without one, or if it is not known. reason: why it is not known, or why
+    no answer was found.
     """
 
     row: int
@@ -33,6 +35,8 @@ class Sample:
     labels: NDArray[np.int32]
     log_probs: NDArray[np.float32] | None = None
     finished: bool = True
+    reward: float | None = None
+    reason: str = ""
 
     @classmethod
     def written(
