@@ -20,10 +20,12 @@ from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
 from limbeck.errors import LimbeckError
-from limbeck.rollout import Prompt
 from limbeck.strategies.world import World
+from limbeck.train.answers import AnswerWriter, Question
 from limbeck.train.build.data import Data
+from limbeck.train.sample_files import save_samples
 from limbeck.train.samples import DATASET, STUDENT, Sample, answer_starts, to_examples
+from limbeck.train.scoring import RewardCounts, Scorer
 from limbeck.train.step_source import Weights
 from limbeck.train.writer import Writer, WritingCounts
 
@@ -63,8 +65,15 @@ class RolloutSource:
         self.steps_per_epoch: int | None = self._prompts.steps_per_epoch
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
-        self._writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *self._end_tokens()}))
+        self.writer = Writer(config, world, sorted({*self._settings.stop_token_ids, *self._end_tokens()}))
         self._num_samples = 0
+        self.scorer: Scorer | None = None
+        if self._settings.environment is not None:
+            self.scorer = Scorer(config, world, data.tokenizer)
+            self.scorer.check(data.examples, "training rows")
+        self.answers = AnswerWriter(config, self.writer, self.scorer, data.tokenizer)
+        self._rewards = RewardCounts()
+        self._tokenizer, self._output_dir = data.tokenizer, config.output_dir
 
     def next(self, step: int) -> StepBatch:
         rows = [int(unit[0]) for unit in self._prompts.take()]
@@ -73,21 +82,24 @@ class RolloutSource:
         written = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
         samples = [written[sample] if sample in written else self._given(*sample) for sample in numbered]
         self._num_samples += len(samples)
+        if self._settings.save_samples and self._world.is_main:
+            save_samples(self._output_dir, f"train-{step + 1}", samples, self._tokenizer)
         return make_step(to_examples(samples), self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
-        self._writer.weights_changed(weights, step)
+        self.writer.weights_changed(weights, step)
 
     def metrics(self) -> dict[str, float]:
-        counts = self._writer.counts
+        counts = self.writer.counts
         written = max(counts.completions, 1)
         found = {
             "rollout/on_policy_share": counts.completions / max(self._num_samples, 1),
             "rollout/mean_length": counts.tokens / written,
             "rollout/truncated_share": counts.truncated / written,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
+            **(self._rewards.metrics() if self.scorer is not None else {}),
         }
-        self._writer.counts, self._num_samples = WritingCounts(), 0
+        self.writer.counts, self._num_samples, self._rewards = WritingCounts(), 0, RewardCounts()
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,7 +109,9 @@ class RolloutSource:
         self._prompts.seek(state)
 
     def close(self) -> None:
-        self._writer.offload()
+        self.writer.offload()
+        if self.scorer is not None:
+            self.scorer.close()
 
     def _origin(self, step: int, row: int, number: int) -> str:
         """Who writes the answer of a sample."""
@@ -114,15 +128,12 @@ class RolloutSource:
 
     def _write(self, step: int, samples: list[tuple[int, int]]) -> dict[tuple[int, int], Sample]:
         """The samples (row, number) with answers of the student."""
-        prompts = [Prompt(self._prompt(row), row) for row, _ in samples]
+        questions = [Question(self._prompt(row), row, number) for row, number in samples]
         seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
-        completions = self._writer.write(prompts, seed)
-        return {
-            (row, number): Sample.written(
-                row, number, STUDENT, one.prompt.token_ids, one.token_ids, one.log_probs, one.finished
-            )
-            for (row, number), one in zip(samples, completions, strict=True)
-        }
+        written = self.answers.write(questions, self._examples, STUDENT, seed)
+        for sample in written if self.scorer is not None else ():
+            self._rewards.add(sample.reward, sample.reason)
+        return dict(zip(samples, written, strict=True))
 
     def _check_room(self, sequence_length: int) -> None:
         longest = int(self._starts.max())

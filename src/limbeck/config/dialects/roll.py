@@ -24,11 +24,24 @@ from limbeck.config.dialects.roll_table import (
     UNREAD_BY_TEACHER,
 )
 from limbeck.config.locations import SourceLocation
-from limbeck.config.schema import DistillConfig, StudentConfig, TeacherConfig, reads_deepspeed_block
+from limbeck.config.schema import (
+    DistillConfig,
+    StudentConfig,
+    TeacherConfig,
+    ValidationConfig,
+    ValidationDataArgs,
+    reads_deepspeed_block,
+)
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
 from limbeck.registry import STRATEGIES
+
+_VALIDATION = {
+    "validation": ValidationConfig.model_fields.keys(),
+    "validation.data_args": ValidationDataArgs.model_fields.keys(),
+}
+"""The keys of ``validation`` that Limbeck reads. ROLL's has the keys of any worker, of which it reads the files only."""
 
 
 class RollDialect:
@@ -90,10 +103,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
     if isinstance(data_args.get("template"), str) and data_args["template"] in TEMPLATES:
         yield "student.data_args.template"
     validation = result.section("validation") or {}
-    yield from (f"validation.{key}" for key in validation if key != "data_args")
-    yield from (
-        f"validation.data_args.{key}" for key in result.section("validation.data_args") or {} if key != "file_name"
-    )
+    for path, section in (("validation", validation), ("validation.data_args", validation.get("data_args"))):
+        yield from (f"{path}.{key}" for key in section or {} if key not in _VALIDATION[path])
     for part, keys in UNREAD_BY_TEACHER.items():
         yield from (f"teacher.{part}.{key}" for key in result.section(f"teacher.{part}") or {} if key in keys)
     student_keys = StudentConfig.model_fields.keys() - TeacherConfig.model_fields.keys()
@@ -101,8 +112,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
 
 
 def _ignore_validation_settings(result: Translation) -> None:
-    for path, kept in (("validation", "data_args"), ("validation.data_args", "file_name")):
-        result.ignore(path, (result.section(path) or {}).keys() - {kept})
+    for path, kept in _VALIDATION.items():
+        result.ignore(path, (result.section(path) or {}).keys() - kept)
 
 
 def _refuse_strategies(result: Translation) -> None:

@@ -4,7 +4,7 @@ Keys are named after those of ROLL's distillation pipeline where it has them.
 """
 
 from limbeck.config.schema.base import Contradiction, ContradictionError, Section, walk_keys
-from limbeck.config.schema.data import DataArgs, SourceArgs
+from limbeck.config.schema.data import DataArgs, SourceArgs, ValidationConfig, ValidationDataArgs
 from limbeck.config.schema.distill import DistillConfig
 from limbeck.config.schema.models import (
     ModelArgs,
@@ -37,6 +37,8 @@ __all__ = [
     "StudentModelArgs",
     "TeacherConfig",
     "TrainingArgs",
+    "ValidationConfig",
+    "ValidationDataArgs",
     "WorkerConfig",
     "reads_deepspeed_block",
     "unread_keys",
