@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from runs import metric_by_step, rows, train
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
@@ -16,6 +16,7 @@ from limbeck.data.masks import IGNORE
 from limbeck.registry import ENVIRONMENTS
 from limbeck.rollout import EnvironmentStep
 from limbeck.strategies.world import World
+from limbeck.train.answers import Question
 from limbeck.train.build.data import make_data
 from limbeck.train.rollout_source import RolloutSource
 
@@ -239,3 +240,68 @@ def test_what_cannot_run_is_refused_before_the_first_step(configure, tmp_path, c
     with pytest.raises(LimbeckError, match=sentence.replace("?", r"\?")):
         DistillPipeline(configure(**{**SHORT, **changes})).run()
     assert not (tmp_path / "out").exists()
+
+
+class Counting:
+    """Replies with a number in each turn but the last."""
+
+    turns: tuple = ()
+
+    def reset(self, row):
+        return {"turn": 0}
+
+    def step(self, episodes, completions):
+        found = []
+        for episode in episodes:
+            episode["turn"] += 1
+            last = episode["turn"] == 3
+            found.append(EnvironmentStep(None if last else f"result {episode['turn']}", reward=1.0 if last else 0.5))
+        return found
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 4])
+def test_only_the_tokens_that_the_student_wrote_are_supervised_in_all_turns(source, max_turns):
+    ENVIRONMENTS.register("counting")(Counting)
+    half = list(range(0, 320, 2))  # end a completion, so that most are short
+    made, config, data = source(
+        **{
+            "rollout.environment": "counting",
+            "rollout.max_turns": max_turns,
+            "rollout.max_new_tokens": 40,
+            "rollout.stop_token_ids": half,
+            "sequence_length": 200,
+        }
+    )
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    questions = [Question(made._prompt(row), row, number) for row in (3, 1) for number in range(4)]
+    turns = min(max_turns, 3)
+    replies = "".join(f"<|tool|>result {turn}<|end|><|assistant|>" for turn in range(1, turns))
+    lengths = set()
+    for sample, question in zip(made.answers.write(questions, data.examples, "student", 0), questions, strict=True):
+        assert (sample.reward, sample.reason) == (0.5 * turns + 0.5 * (turns == 3), "max_turns reached" * (turns < 3))
+        written = sample.labels != IGNORE
+        assert (sample.labels[written] == sample.tokens[1:][written[:-1]]).all()
+        given = np.concatenate([[True], ~written[:-1]])  # which tokens the student did not write
+        assert given[: len(question.tokens)].all()
+        text = data.tokenizer.decode(sample.tokens[given][len(question.tokens) :])
+        assert text.replace("<|end|><|tool|>", "<|tool|>") == replies
+        assert (np.isfinite(sample.log_probs) == written).all()
+        # The same log-probabilities as of one pass over the whole text.
+        logits = model(torch.tensor(sample.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+        expected = logits[torch.tensor(written), torch.tensor(sample.labels[written].astype(np.int64))]
+        torch.testing.assert_close(torch.tensor(sample.log_probs[written]), expected.detach(), rtol=0, atol=1e-4)
+        lengths.add(int(written.sum()))
+    assert len(lengths) > 1
+
+
+def test_the_calculator_of_the_examples_trains(configure, tmp_path):
+    plugin = Path(__file__).parents[2] / "examples" / "rollout" / "calculator.py"
+    changes = {"rollout.environment": "calculator", "rollout.environment_kwargs.answer_key": "answer"}
+    DistillPipeline(
+        configure(**{**SHORT, **changes, "plugins": [str(plugin)], "rollout.max_turns": 3, "max_steps": 2})
+    ).run()
+    assert list(metric_by_step(tmp_path / "out", "rollout/reward")) == [1, 2]
