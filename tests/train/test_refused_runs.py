@@ -91,7 +91,10 @@ def test_resuming_with_edited_data_of_the_same_size_is_an_error(configure, asset
 def test_an_unknown_best_metric_is_an_error_before_anything_is_loaded(configure):
     with pytest.raises(LimbeckError, match=r"best_metric = 'val/accuracy' .*val/kd"):
         DistillPipeline(
-            configure(**{"checkpoint_config.best_metric": "val/accuracy"}, student_pretrain="/nowhere")
+            configure(
+                **{"checkpoint_config.best_metric": "val/accuracy", "checkpoint_config.best_mode": "max"},
+                student_pretrain="/nowhere",
+            )
         ).run()
 
 

@@ -249,9 +249,9 @@ def test_the_earliest_of_equals_is_the_best_and_one_without_a_metric_never(tmp_p
 
 def test_several_best_stay_and_those_of_another_metric_are_not_compared(build, tmp_path):
     best = {"checkpoint_config.best_metric": "val/ce", "checkpoint_config.keep_best": 2}
-    saver, out = build(max_ckpt_to_keep=1, **best).saver, tmp_path / "out"
+    run, out = build(max_ckpt_to_keep=1, **best), tmp_path / "out"
     for step, value in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 1.5), (5, 4.0)):
-        saver.save(step, {}, {"val/ce": value})
+        run.saver.save(step, run.requests.state_dict(), {"val/ce": value})
     assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
     saver = build(
         max_ckpt_to_keep=1, resume_from_checkpoint=True, **{**best, "checkpoint_config.best_metric": "val/kd"}

@@ -184,12 +184,15 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[str]) -> None:
+def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[str] | None = None) -> None:
     """Raise LimbeckError unless ``checkpoint_config.best_metric`` is a metric of the run. Collective.
 
-    of_source: names of the metrics of the step source.
+    of_source: names of the metrics of the step source. Before there is one, only names that begin with val/, train/ or student/
+    are checked.
     """
     metric, teacher = config.checkpoint_config.best_metric, config.has_teacher
+    if metric is None or (of_source is None and not metric.startswith(("val/", "train/", "student/"))):
+        return
     validation = [*_STUDENT_METRICS, *(_TEACHER_METRICS if teacher else ())]
     if config.effective_validation.rollout is not None:
         validation += WRITTEN_METRICS
@@ -201,8 +204,8 @@ def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[s
         f"train/{FEATURES}total": bool(config.features.pairs),
     }
     trained = [name for name in training if name.startswith(("train/", "student/"))]
-    known = [*validation, *of_source, *trained, *(name for name, given in optional.items() if given)]
-    if metric is not None and metric not in known:
+    known = [*validation, *(of_source or ()), *trained, *(name for name, given in optional.items() if given)]
+    if metric not in known:
         close = difflib.get_close_matches(metric, known, n=1)
         raise LimbeckError(
             f"checkpoint_config.best_metric = {metric!r} is not a metric of this run; "

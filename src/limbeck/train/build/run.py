@@ -131,6 +131,7 @@ def build_run(
     if config.has_teacher and not workers:
         dims = dims_of(config.teacher, world.size, "teacher")
         strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
+    check_best_metric(config, world)
     refuse_missing_files(config)
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
