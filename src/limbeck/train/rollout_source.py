@@ -70,7 +70,11 @@ class RolloutSource:
         self.scorer: Scorer | None = None
         if self._settings.environment is not None:
             self.scorer = Scorer(config, world, data.tokenizer)
-            self.scorer.check(data.examples, "training rows")
+            try:
+                self.scorer.check(data.examples, "training rows")
+            except LimbeckError:
+                self.scorer.close()
+                raise
         self.answers = AnswerWriter(config, self.writer, self.scorer, data.tokenizer)
         self._rewards = RewardCounts()
         self._tokenizer, self._output_dir = data.tokenizer, config.output_dir

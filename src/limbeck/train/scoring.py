@@ -115,7 +115,10 @@ class Episodes:
         alive = [number for number in mine if number not in failed]
         stepped = self._scorer.step([self._states[number] for number in alive], [completions[n] for n in alive])
         found = failed | dict(zip(alive, stepped, strict=True))
-        own = [[number, one.reply, one.reward, one.reason] for number, one in found.items()]
+        own = [
+            [number, one.reply, None if one.reward is None else float(one.reward), one.reason]
+            for number, one in found.items()
+        ]
         return {
             number: EnvironmentStep(reply, reward, reason)
             for of_rank in gather_json(own, self._world)

@@ -102,9 +102,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
         yield "student.data_args.dataset_dir"
     if isinstance(data_args.get("template"), str) and data_args["template"] in TEMPLATES:
         yield "student.data_args.template"
-    validation = result.section("validation") or {}
-    for path, section in (("validation", validation), ("validation.data_args", validation.get("data_args"))):
-        yield from (f"{path}.{key}" for key in section or {} if key not in _VALIDATION[path])
+    for path, kept in _VALIDATION.items():
+        yield from (f"{path}.{key}" for key in result.section(path) or {} if key not in kept)
     for part, keys in UNREAD_BY_TEACHER.items():
         yield from (f"teacher.{part}.{key}" for key in result.section(f"teacher.{part}") or {} if key in keys)
     student_keys = StudentConfig.model_fields.keys() - TeacherConfig.model_fields.keys()
