@@ -1,6 +1,6 @@
 """An environment with a tool: the student writes <calc>12*7</calc> and gets the result as the next turn.
 
-A step source gets it with ``make_environment("calculator", answer_key="answer")``. The prompts must describe the tool.
+Set ``rollout.environment: calculator``, its environment_kwargs and ``max_turns``. The prompts must describe the tool.
 """
 
 import ast

@@ -12,6 +12,7 @@ from runs import metrics
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
 from limbeck.registry import GENERATORS
+from limbeck.rollout.environments import EnvironmentStep, MathEnvironment
 from limbeck.strategies.world import World
 from limbeck.train.on_policy import LogProbGap, OnPolicyLoss
 from limbeck.train.samples import DATASET, STUDENT, Sample, to_examples
@@ -95,10 +96,8 @@ def test_a_truncated_distribution_is_not_compared(configure):
 
 def sample(row, number, reward, origin=STUDENT):
     answer = [7, 8]
-    made = Sample.written(row, number, origin, [1, 2], answer, [-0.5, -0.7], True)
-    return Sample(
-        row, number, origin, made.tokens, made.labels, made.log_probs if origin == STUDENT else None, True, reward
-    )
+    log_probs = [-0.5, -0.7] if origin == STUDENT else None
+    return replace(Sample.written(row, number, origin, [1, 2], answer, log_probs, True), reward=reward)
 
 
 def test_a_reward_is_compared_with_those_of_the_same_prompt():
@@ -108,27 +107,24 @@ def test_a_reward_is_compared_with_those_of_the_same_prompt():
     assert [row.tolist() for row in per_row] == [[x] * 4 for x in (0.25, 0.0, -0.25, 0.0, 0.0, 0.0)]
     assert np.isnan(given.sampled_log_probs[-4:]).all()
     assert to_examples(rewarded).advantages is None
-    with pytest.raises(
-        LimbeckError, match=r"rollout.reward_weight = 0.5 needs rewards, and no answer of this step has one"
-    ):
-        to_examples([sample(0, 0, None)], reward_weight=0.5)
+    assert not to_examples([sample(0, 0, None)], reward_weight=0.5).advantages.any()
 
 
 def test_rewards_change_the_loss_of_a_divergence(configure, monkeypatch):
     """By −Σ weight (reward − mean), for fresh samples."""
     rewards = iter([1.0, 0.0, 3.0, 0.0] * 9)
-    plain = Sample.written.__func__
-    monkeypatch.setattr(Sample, "written", classmethod(lambda cls, *args: _rewarded(plain(cls, *args), next(rewards))))
+
+    def step(self, episodes, completions):
+        return [EnvironmentStep(reward=next(rewards)) for _ in completions]
+
+    monkeypatch.setattr(MathEnvironment, "step", step)
     changes = {"rollout.num_generations": 2, "rollout.reward_weight": 2.0, "max_steps": 1}
+    changes["rollout.environment"] = "exact"
     found = DistillPipeline(configure(**SHORT | changes)).run().metrics
     assert found["train/loss"] == pytest.approx(
         found["train/train_distill_loss"] + found["train/policy_loss"], rel=1e-6
     )
     assert found["train/policy_loss"] != 0
-
-
-def _rewarded(one, reward):
-    return replace(one, reward=reward)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +133,7 @@ def _rewarded(one, reward):
         ({"kd_objective": "policy_gradient", "rollout.top_p": 0.9}, "kd_objective has a policy gradient, for"),
         ({"rollout.reward_weight": 1.0, "rollout.num_generations": 2, "rollout.temperature": 0.0}, "reward_weight has a"),
         ({"rollout.reward_weight": 1.0}, "set rollout.num_generations to 2 or more"),
+        ({"rollout.reward_weight": 1.0}, "rollout.reward_weight needs rewards; set rollout.environment"),
         (
             {"kd_objective": "policy_gradient", "rollout.temperature": 0.8},
             "kd_temperature = 1 is not the rollout.temperature = 0.8",

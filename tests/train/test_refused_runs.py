@@ -52,9 +52,9 @@ def test_an_edited_manifest_is_an_error_and_an_unreadable_one_is_never_the_best(
     (out / "checkpoint-2" / "manifest.json").rename(out / "saved")
     DistillPipeline(configure(max_steps=1, output_dir=str(out / "other"))).run()
     (out / "checkpoint-2" / "manifest.json").write_text("{")
-    from limbeck.train.checkpoint import best_checkpoint
+    from limbeck.train.checkpoint import best_checkpoints
 
-    assert best_checkpoint(out, "min") is None
+    assert best_checkpoints(out, "min") == []
 
 
 def test_a_diverged_run_ends_with_an_error_and_saves_nothing(configure):
@@ -91,7 +91,10 @@ def test_resuming_with_edited_data_of_the_same_size_is_an_error(configure, asset
 def test_an_unknown_best_metric_is_an_error_before_anything_is_loaded(configure):
     with pytest.raises(LimbeckError, match=r"best_metric = 'val/accuracy' .*val/kd"):
         DistillPipeline(
-            configure(**{"checkpoint_config.best_metric": "val/accuracy"}, student_pretrain="/nowhere")
+            configure(
+                **{"checkpoint_config.best_metric": "val/accuracy", "checkpoint_config.best_mode": "max"},
+                student_pretrain="/nowhere",
+            )
         ).run()
 
 

@@ -17,7 +17,7 @@ from limbeck import LimbeckError
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.checkpoint import (
     Checkpoint,
-    best_checkpoint,
+    best_checkpoints,
     find_damage,
     find_resume,
     list_checkpoints,
@@ -231,16 +231,34 @@ def test_what_resume_from_checkpoint_names(tmp_path):
 def test_the_oldest_go_and_the_best_and_the_newest_stay(tmp_path, keep, mode, left):
     for step, metric in ((1, 5.0), (2, 1.0), (3, 2.0), (4, 3.0)):
         write(tmp_path, step, metric)
-    prune(tmp_path, keep, mode)
+    prune(tmp_path, keep, best_checkpoints(tmp_path, mode)[:1])
     assert names(tmp_path) == {f"checkpoint-{step}" for step in left}
 
 
 def test_the_earliest_of_equals_is_the_best_and_one_without_a_metric_never(tmp_path):
-    assert best_checkpoint(tmp_path, "min") is None
+    assert best_checkpoints(tmp_path, "min") == []
     for step, metric in ((9, 1.0), (10, 1.0), (11, None), (12, 2.0)):
         write(tmp_path, step, metric)
-    assert best_checkpoint(tmp_path, "min") == tmp_path / "checkpoint-9"
-    assert best_checkpoint(tmp_path, "max") == tmp_path / "checkpoint-12"
+    assert [path.name for path in best_checkpoints(tmp_path, "min")] == [
+        "checkpoint-9",
+        "checkpoint-10",
+        "checkpoint-12",
+    ]
+    assert best_checkpoints(tmp_path, "max")[0] == tmp_path / "checkpoint-12"
+
+
+def test_several_best_stay_and_those_of_another_metric_are_not_compared(build, tmp_path):
+    best = {"checkpoint_config.best_metric": "val/ce", "checkpoint_config.keep_best": 2}
+    run, out = build(max_ckpt_to_keep=1, **best), tmp_path / "out"
+    for step, value in ((1, 2.0), (2, 1.0), (3, 3.0), (4, 1.5), (5, 4.0)):
+        run.saver.save(step, run.requests.state_dict(), {"val/ce": value})
+    assert names(out) == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
+    saver = build(
+        max_ckpt_to_keep=1, resume_from_checkpoint=True, **{**best, "checkpoint_config.best_metric": "val/kd"}
+    ).saver
+    saver.save(6, {}, {"val/kd": 9.0})
+    assert (out / "best").resolve() == out / "checkpoint-6"
+    assert names(out) == {"checkpoint-6"}
 
 
 def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path):

@@ -147,13 +147,16 @@ def test_sums_are_in_float64_and_start_again_when_read():
     assert sums.read(ALONE, 2.0)["loss"] == 1.5
 
 
-@pytest.mark.parametrize("name", [None, "val/loss", "val/ce", "val/student_entropy", "student/val_loss"])
-def test_a_best_metric_of_every_validation_is_accepted(name):
-    check_best_metric(name, has_teacher=False)
+@pytest.mark.parametrize("name", [None, "val/loss", "student/val_loss", "train/loss", "rollout/reward"])
+def test_a_best_metric_of_validation_training_or_the_source_is_accepted(configure, name):
+    best = {"checkpoint_config.best_metric": name, "checkpoint_config.best_mode": "max"}
+    check_best_metric(configure(**best), ALONE, ["rollout/reward"])
 
 
-@pytest.mark.parametrize("name", ["val/kd", "val/teacher_entropy", "val/top1_agreement"])
-def test_a_best_metric_of_the_teacher_needs_one(name):
-    check_best_metric(name, has_teacher=True)
-    with pytest.raises(LimbeckError, match=f"{name}' is not a .*use one of val/loss"):
-        check_best_metric(name, has_teacher=False)
+@pytest.mark.parametrize("name", ["val/kd", "val/teacher_entropy", "train/train_distill_loss"])
+def test_a_best_metric_of_the_teacher_needs_one(configure, name):
+    best = {"checkpoint_config.best_metric": name}
+    check_best_metric(configure(**best), ALONE, ())
+    alone = configure(**best, teacher_pretrain=None, distill_loss_weight=0.0)
+    with pytest.raises(LimbeckError, match=f"{name}' is not a metric of this run; .*here are val/loss"):
+        check_best_metric(alone, ALONE, ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ class TokenizeSettings:
     prompts_only:      a row may lack its answer. It is then a prompt, as with ``prompts``; other rows are not changed.
     prompts:           render each row up to its last answer, followed by the generation prompt. Nothing is supervised, and
                        longer rows are dropped.
+    keep_columns:      keep the columns of each row as well; see ``Examples.columns_of``.
     workers:           number of processes; None chooses it by the size of the data.
     """
 
@@ -62,6 +64,7 @@ class TokenizeSettings:
     distill_on_prompt: bool = False
     prompts_only: bool = False
     prompts: bool = False
+    keep_columns: bool = False
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -83,7 +86,8 @@ class TokenizeSettings:
 class Encoded:
     """An encoded batch of rows: its part of ``Examples``, and counts for the report.
 
-    lengths, supervised: [rows]. domains: of each row, if a column names it. bad: unusable rows, in order. counts: see the
+    lengths, supervised: [rows]. domains: of each row, if a column names it. columns: of each row, as UTF-8 JSON, if they are
+    kept. bad: unusable rows, in order. counts: see the
     fields of ``DataReport``. dropped: number of rows, by reason.
     """
 
@@ -93,6 +97,7 @@ class Encoded:
     lengths: NDArray[np.int64]
     supervised: NDArray[np.int32]
     domains: list[str] | None
+    columns: list[bytes] | None
     bad: list[BadRow]
     counts: Counter[str]
     dropped: Counter[str]
@@ -111,6 +116,7 @@ class Encoder:
         batch = _Batch(self.settings)
         texts: list[Rendered] = []
         domains: list[str] = []  # of each text
+        columns: list[bytes] = []
         for item in items:
             if isinstance(item, BadRow):
                 batch.bad.append(item)
@@ -122,14 +128,15 @@ class Encoder:
                 except RowError as error:
                     batch.bad.append(BadRow(item.file, 0, item.number, error.kind, str(error)))
                 else:
-                    batch.add(ids, np.ones(len(ids), dtype=bool), None, "")
+                    batch.add(ids, np.ones(len(ids), dtype=bool), None, "", b"{}")
             else:
-                found, domain = self._texts(item, form, batch)
+                found, domain, row = self._texts(item, form, batch)
                 texts += found
                 domains += [domain] * len(found)
+                columns += [row] * len(found)
         prompts = [rendered.is_prompt for rendered in texts]
-        for domain, is_prompt, encoded in zip(domains, prompts, self._encode(texts), strict=True):
-            batch.add(*encoded, domain, is_prompt)
+        for domain, row, is_prompt, encoded in zip(domains, columns, prompts, self._encode(texts), strict=True):
+            batch.add(*encoded, domain, row, is_prompt)
         batch.counts["rows"] = len(items)
         return batch.done()
 
@@ -157,8 +164,10 @@ class Encoder:
             raise RowError("no domain", f'{record.where}: "{key}" must name the row\'s domain; correct domain_key.')
         return str(value)
 
-    def _texts(self, item: Record | Line, form: str, batch: _Batch) -> tuple[tuple[Rendered, ...], str]:
-        """Returns the texts of an item and its domain. A bad row has no text and is added to ``batch.bad``."""
+    def _texts(self, item: Record | Line, form: str, batch: _Batch) -> tuple[tuple[Rendered, ...], str, bytes]:
+        """Returns the texts of an item, its domain and its columns, if they are kept. A bad row has no text and is added to
+        ``batch.bad``.
+        """
         number = item.number if isinstance(item, Record) else None
         where = place(item.file, item.line, number)
         try:
@@ -177,8 +186,8 @@ class Encoder:
         else:
             if len(texts) > 1:
                 batch.counts.update(rewritten=1, texts=len(texts))
-            return texts, domain
-        return (), ""
+            return texts, domain, columns_json(record.row) if self.settings.keep_columns else b""
+        return (), "", b""
 
     def _encode(
         self, rendered: Sequence[Rendered]
@@ -215,6 +224,11 @@ def make_encoder(tokenizer: PreTrainedTokenizerBase, settings: TokenizeSettings)
     return Encoder(tokenizer, template, settings)
 
 
+def columns_json(row: Mapping[str, Any]) -> bytes:
+    """Returns a row as UTF-8 JSON; values without a JSON form, such as dates, become text."""
+    return json.dumps(row, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+
+
 def document_ids(document: Document) -> NDArray[np.int32]:
     """Returns the token ids [n] of a document. Raises RowError for a number outside of the range of token ids."""
     ids = document.ids
@@ -234,6 +248,7 @@ class _Batch:
         self._limit = settings.sequence_length
         self._overlong = settings.overlong
         self._domains: list[str] | None = None if settings.domain_key is None else []
+        self._columns: list[bytes] | None = [] if settings.keep_columns else None
         self._rows: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32] | None, int]] = []
         self.bad: list[BadRow] = []
         self.counts: Counter[str] = Counter()
@@ -245,6 +260,7 @@ class _Batch:
         supervised: NDArray[np.bool_],
         weights: NDArray[np.float32] | None,
         domain: str,
+        columns: bytes,
         is_prompt: bool = False,
     ) -> None:
         """Adds one row of any length."""
@@ -266,7 +282,7 @@ class _Batch:
             if overlong:
                 self.counts["truncated"] += 1
                 self.counts["cut_answers"] += inside
-            self._keep(ids, labels, weights, count, domain)
+            self._keep(ids, labels, weights, count, domain, columns)
             return
         self.counts["split"] += 1
         for start in range(0, len(ids), limit):
@@ -274,7 +290,7 @@ class _Batch:
             # Labels are shifted before the split, so the last position of a piece keeps its target.
             here = int(np.count_nonzero(labels[part] != IGNORE))
             if here:
-                self._keep(ids[part], labels[part], None if weights is None else weights[part], here, domain)
+                self._keep(ids[part], labels[part], None if weights is None else weights[part], here, domain, columns)
             else:
                 self.dropped["pieces of split rows without a supervised token"] += 1
 
@@ -285,10 +301,13 @@ class _Batch:
         weights: NDArray[np.float32] | None,
         count: int,
         domain: str,
+        columns: bytes,
     ) -> None:
         self._rows.append((ids, labels, weights, count))
         if self._domains is not None:
             self._domains.append(domain)
+        if self._columns is not None:
+            self._columns.append(columns)
 
     def done(self) -> Encoded:
         rows = self._rows
@@ -305,6 +324,7 @@ class _Batch:
             lengths=np.array([len(row[0]) for row in rows], dtype=np.int64),
             supervised=np.array([row[3] for row in rows], dtype=np.int32),
             domains=self._domains,
+            columns=self._columns,
             bad=self.bad,
             counts=self.counts,
             dropped=self.dropped,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,6 +27,8 @@ class Examples:
     weights: [total] float32, factor of each position's loss, 0 at unsupervised positions; None when all are 1.
     supervised: [rows] number of supervised positions per row, if already counted.
     groups:  [rows] int32, index into ``DataReport.groups``; None with only one group.
+    columns: [bytes] uint8, the columns of each row as UTF-8 JSON; None if they were not kept. column_ends: [rows] int64, where
+    each row's columns end.
     row_ids: [rows] int64, the number of the dataset row that each was made from; None if it is the row's own number.
     objectives: [rows] int8, index of the objective of each row; None when all have the same.
     sampled_log_probs: [total] float32, log-probability of each label under the distribution that it was sampled from; NaN
@@ -39,6 +42,8 @@ class Examples:
     weights: NDArray[np.float32] | None = None
     supervised: NDArray[np.int32] | None = None
     groups: NDArray[np.int32] | None = None
+    columns: NDArray[np.uint8] | None = None
+    column_ends: NDArray[np.int64] | None = None
     row_ids: NDArray[np.int64] | None = None
     objectives: NDArray[np.int8] | None = None
     sampled_log_probs: NDArray[np.float32] | None = None
@@ -51,6 +56,13 @@ class Examples:
         """Returns views of the tokens and labels of one row."""
         here = slice(self.offsets[index], self.offsets[index + 1])
         return self.tokens[here], self.labels[here]
+
+    def columns_of(self, index: int) -> dict[str, Any]:
+        """Returns the columns of the dataset row from which row ``index`` was made. They must have been kept."""
+        assert self.columns is not None and self.column_ends is not None
+        start = self.column_ends[index - 1] if index else 0
+        found: dict[str, Any] = json.loads(self.columns[start : self.column_ends[index]].tobytes())
+        return found
 
     @cached_property
     def lengths(self) -> NDArray[np.int64]:

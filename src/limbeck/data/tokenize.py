@@ -239,7 +239,7 @@ class _Tally:
         self._counts = Counter[str]()
         self._dropped = Counter[str]()
         self._bad = Counter[str]()
-        self._tokens = self._supervised = self._largest = 0
+        self._tokens = self._supervised = self._largest = self._column_bytes = 0
         self.formats: list[str] = []
 
     @property
@@ -271,6 +271,10 @@ class _Tally:
         self._put("offsets", ends if self._tokens else np.concatenate(([0], ends)))
         self._put("supervised", encoded.supervised)
         self._put("groups", self._group(batch.source, encoded))
+        if encoded.columns is not None:
+            self._put("columns", np.frombuffer(b"".join(encoded.columns), dtype=np.uint8))
+            self._put("column_ends", self._column_bytes + np.cumsum([len(row) for row in encoded.columns]))
+            self._column_bytes += sum(map(len, encoded.columns))
         self._tokens = int(ends[-1])
         self._supervised += int(encoded.supervised.sum(dtype=np.int64))
         self._largest = max(self._largest, int(encoded.tokens.max()))

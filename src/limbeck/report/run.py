@@ -13,6 +13,7 @@ import numpy as np
 
 from limbeck.errors import LimbeckError
 from limbeck.report.curves import Curve
+from limbeck.report.written import WrittenSample, load_written
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Run:
     facts:   ``run.json``: exp_name, student, teacher, limbeck_version, parameters, config, data.
     rows:    measurements by step, in increasing order; training and validation of one step share a row.
     notices: warnings about the folder, for the report.
+    samples: some answers of the newest validation by writing.
     """
 
     name: str
     facts: Mapping[str, Any]
     rows: Mapping[int, Mapping[str, float]]
     notices: tuple[str, ...] = ()
+    samples: tuple[WrittenSample, ...] = ()
 
     def curve(self, key: str, label: str = "") -> Curve:
         """Returns the finite values of ``key`` over steps; empty if it was never measured."""
@@ -67,7 +70,8 @@ def load_run(folder: str | Path) -> Run:
     if not rows:
         raise LimbeckError(f"{path} contains no measurement; wait for the first logged step, or use another folder.")
     rows = dict(sorted(rows.items()))
-    return Run(str(facts.get("exp_name") or folder.name), facts, rows, tuple(_notices(rows, torn)))
+    name = str(facts.get("exp_name") or folder.name)
+    return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder))
 
 
 def _notices(rows: Mapping[int, Mapping[str, float]], torn: list[int]) -> Iterator[str]:

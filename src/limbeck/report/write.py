@@ -22,6 +22,7 @@ from limbeck.report.curves import Curve
 from limbeck.report.page import page
 from limbeck.report.results import ResultTable, Sample, sample_html, table_html
 from limbeck.report.run import Run
+from limbeck.report.written import written_html
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ _LEARNING = (
         "Nats per token; the uncertainty of each model.",
         (("train/student_entropy", "student"), ("train/teacher_entropy", "teacher")),
     ),
+    _Panel(
+        "Accuracy of written answers",
+        "Mean reward of the student's answers: to validation prompts, and to training prompts.",
+        (("val/accuracy", "validation"), ("rollout/reward", "training")),
+    ),
     _Panel("Gradient norm", "Before clipping.", (("student/grad_norm", "gradient norm"),), log=True),
     _Panel("Learning rate", "Set by the schedule.", (("student/lr", "learning rate"),), from_zero=True),
 )
@@ -90,6 +96,11 @@ def write_report(
     """
     runs = _with_distinct_names(runs)
     version = next((run.facts["limbeck_version"] for run in runs if "limbeck_version" in run.facts), None)
+    written = [
+        (f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 and number == 0 else "") + written_html(sample)
+        for run in runs
+        for number, sample in enumerate(run.samples)
+    ]
     parts = [
         f'<header><div class="eyebrow">{escape(f"Limbeck {version}" if version else "Limbeck")}</div>'
         f"<h1>{escape(title)}</h1>",
@@ -98,7 +109,7 @@ def write_report(
         "</header>",
         _cards(runs[0]) if len(runs) == 1 else "",
         _section("Result", [table_html(table)]) if table else "",
-        _section("Samples", map(sample_html, samples)) if samples else "",
+        _section("Samples", [*map(sample_html, samples), *written]) if samples or written else "",
         _section("Learning", _grid(_charts(_LEARNING, runs, levels))),
         _section("Time and throughput", _grid([*_charts(_WORKING, runs, levels), *_times(runs)])),
         _section("Runs", [_comparison(runs)]) if len(runs) > 1 else "",

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Checkpoint:
         masters: trained parameters in float32, by name.
         optimizer: tensors of the optimizer state, by name.
         state: JSON values, such as the position in the data.
-        metric: the validation metric; None without validation.
+        metric: the value that selects the best checkpoints; None if it was not measured. metric_name: which metric that is.
     """
 
     step: int
@@ -47,6 +47,7 @@ class Checkpoint:
     optimizer: Mapping[str, Tensor]
     state: Mapping[str, Any]
     metric: float | None = None
+    metric_name: str | None = None
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callable[[Path], None]) -> Path:
@@ -72,6 +73,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callabl
     manifest: dict[str, Any] = {
         "step": checkpoint.step,
         "metric": checkpoint.metric,
+        "metric_name": checkpoint.metric_name,
         "files": {str(path.relative_to(temporary)): _fingerprint(path) for path in files},
     }
     manifest["sha256"] = _own_digest(manifest)
@@ -190,28 +192,33 @@ def refuse_later_checkpoints(resume: Path, folder: Path) -> None:
         )
 
 
-def prune(folder: Path, keep: int, best_mode: str) -> None:
-    """Remove the oldest checkpoints so that ``keep`` remain; 0 keeps all. The best and the newest are never removed."""
+def prune(folder: Path, keep: int, best: Collection[Path]) -> None:
+    """Remove the oldest checkpoints so that ``keep`` remain; 0 keeps all. Those in ``best`` and the newest are never
+    removed.
+    """
     existing = list_checkpoints(folder)
     if keep <= 0 or len(existing) <= keep:
         return
-    best = best_checkpoint(folder, best_mode)
-    removable = [path for path in existing[:-1] if path != best]
+    removable = [path for path in existing[:-1] if path not in best]
     for path in removable[: len(existing) - keep]:
         shutil.rmtree(path)
 
 
-def best_checkpoint(folder: Path, mode: str) -> Path | None:
-    """The checkpoint with the lowest (``min``) or highest (``max``) metric; the earliest of equal ones."""
+def best_checkpoints(folder: Path, mode: str, metric_name: str | None = None) -> list[Path]:
+    """The checkpoints with a metric, the best first: the lowest (``min``) or highest (``max``), the earliest of equal ones.
+
+    metric_name: leaves out those that were measured by another metric, before the configuration was changed.
+    """
     ranked = []
     for path in list_checkpoints(folder):
         try:
-            metric = json.loads((path / MANIFEST).read_text())["metric"]
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = json.loads((path / MANIFEST).read_text())
+            metric, name = manifest["metric"], manifest.get("metric_name")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # damaged; resuming from it is an error
-        if metric is not None:
+        if metric is not None and (metric_name is None or name in (None, metric_name)):
             ranked.append((metric if mode == "min" else -metric, int(path.name.split("-")[1]), path))
-    return min(ranked)[2] if ranked else None
+    return [path for _, _, path in sorted(ranked)]
 
 
 def point(link: Path, target: Path) -> None:

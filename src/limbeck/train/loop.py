@@ -34,7 +34,7 @@ from limbeck.train.console import RunConsole
 from limbeck.train.introduction import introduce
 from limbeck.train.result import RunResult
 from limbeck.train.student import TrainInput, to_device
-from limbeck.train.validate import validate
+from limbeck.train.validate import validation_metrics
 
 _LESS_TO_LOAD = (
     "give student and teacher devices of their own (teacher.device_mapping), use more devices with fsdp2_train and "
@@ -116,9 +116,13 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
     config, world = run.config, run.world
     current = config.checkpoint_dir / f"checkpoint-{run.step}"
     saved = run.step if run.resumed_from is not None and current.is_dir() else -1
-    stopped = 0
+    stopped, settings = 0, config.effective_validation
+    validates = bool(run.data.validation) and config.eval_steps > 0
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
+        if validates and settings.at_start and run.step == 0:
+            with run.metrics.exclude_from_timing():
+                run.log(console, validation_metrics(run, console))
         while run.step < run.total_steps and not stopped:
             try:
                 train_step(run)
@@ -130,16 +134,16 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
             ended = stopped or run.step == run.total_steps
             console.advance(run.step)
             due = config.save_steps and run.step % config.save_steps == 0
+            measured: dict[str, float] = {}
             if ended or due or run.step % config.logging_steps == 0:
-                run.log(console, run.metrics.line(run.learning_rate, run.distils and run.teacher is not None))
+                line = run.metrics.line(run.learning_rate, run.distils and run.teacher is not None)
+                measured = run.log(console, line)
             with run.metrics.exclude_from_timing():
-                val_metrics: dict[str, float] = {}
-                validates = run.data.validation and config.eval_steps > 0 and not stopped
-                if validates and (ended or due or run.step % config.eval_steps == 0):
-                    val_metrics = validate(run)
-                    run.log(console, val_metrics)
+                at_end = ended and settings.at_end
+                if validates and not stopped and (at_end or due or run.step % config.eval_steps == 0):
+                    measured = measured | run.log(console, validation_metrics(run, console))
                 if ended or due:
-                    run.saver.save(run.step, run.requests.state_dict(), val_metrics)
+                    run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
         if saved != run.step:
             run.saver.save(run.step, run.requests.state_dict(), {})

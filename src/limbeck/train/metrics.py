@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from limbeck.config import DistillConfig
 from limbeck.data.batch import StepBatch
 from limbeck.errors import LimbeckError
 from limbeck.objectives import DistillationLoss
@@ -23,6 +25,8 @@ from limbeck.train.student import StudentLoss
 FEATURES = "features/"
 _STUDENT_METRICS = ("val/loss", "val/ce", "val/student_entropy", "student/val_loss")
 _TEACHER_METRICS = ("val/kd", "val/teacher_entropy", "val/top1_agreement")
+WRITTEN_METRICS = ("val/accuracy", "val/mean_length", "val/truncated_share", "val/reward_unknown_share")
+"""Metrics of validation by writing."""
 _LOSS_NAMES = DistillationLoss._fields
 
 
@@ -185,11 +189,30 @@ def peak_memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def check_best_metric(metric: str | None, *, has_teacher: bool) -> None:
-    """Raise LimbeckError unless ``metric`` (``checkpoint_config.best_metric``) is a validation metric of the run."""
-    known = [*_STUDENT_METRICS, *(_TEACHER_METRICS if has_teacher else ())]
-    if metric is not None and metric not in known:
+def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[str] | None = None) -> None:
+    """Raise LimbeckError unless ``checkpoint_config.best_metric`` is a metric of the run. Collective.
+
+    of_source: names of the metrics of the step source. Before there is one, only names that begin with val/, train/ or student/
+    are checked.
+    """
+    metric, teacher = config.checkpoint_config.best_metric, config.has_teacher
+    if metric is None or (of_source is None and not metric.startswith(("val/", "train/", "student/"))):
+        return
+    validation = [*_STUDENT_METRICS, *(_TEACHER_METRICS if teacher else ())]
+    if config.effective_validation.rollout is not None:
+        validation += WRITTEN_METRICS
+    training = StepMetrics(world).line(0.0, teacher)
+    optional = {
+        "train/topk_mass": teacher and config.logits_topk > 0,
+        "train/topk_overlap": teacher and config.logits_topk > 0,
+        "train/aligned_share": config.cross_tokenizer != "off",
+        f"train/{FEATURES}total": bool(config.features.pairs),
+    }
+    trained = [name for name in training if name.startswith(("train/", "student/"))]
+    known = [*validation, *(of_source or ()), *trained, *(name for name, given in optional.items() if given)]
+    if metric not in known:
+        close = difflib.get_close_matches(metric, known, n=1)
         raise LimbeckError(
-            f"checkpoint_config.best_metric = {metric!r} is not a validation metric of this run; "
-            f"use one of {', '.join(known)}."
+            f"checkpoint_config.best_metric = {metric!r} is not a metric of this run; "
+            f"{f'did you mean {close[0]}? There ' if close else 'there '}are {', '.join(known)}."
         )

@@ -26,14 +26,16 @@ from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
 from limbeck.errors import LimbeckError
-from limbeck.rollout import Prompt
 from limbeck.strategies.world import World
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
+from limbeck.train.answers import AnswerWriter, Question
 from limbeck.train.build.answer_ends import disagreements
 from limbeck.train.build.data import Data
 from limbeck.train.build.objective import objective_indices
 from limbeck.train.replay import ReplayBuffer
+from limbeck.train.sample_files import save_samples
 from limbeck.train.samples import DATASET, REPLAY, STUDENT, TEACHER, Sample, answer_starts, to_examples
+from limbeck.train.scoring import RewardCounts, Scorer
 from limbeck.train.step_source import Weights, count_steps
 from limbeck.train.teacher_writer import TeacherWriter
 from limbeck.train.write_ahead import WriteAhead
@@ -75,7 +77,7 @@ class RolloutSource:
         self._check_room(config.sequence_length)
         ends, origins = self._end_tokens(), self._settings.origins
         stops = sorted({*self._settings.stop_token_ids, *ends})
-        self._writer = Writer(config, world, stops)
+        self.writer = Writer(config, world, stops)
         self._teacher = TeacherWriter(config, world, data.tokenizer, stops) if TEACHER in origins else None
         if world.is_main and STUDENT in origins:
             for sentence in disagreements(config, data.tokenizer, ends):
@@ -86,10 +88,21 @@ class RolloutSource:
         self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps)
         self._version = 0  # of the student's weights
         self._counts: Counter[str] = Counter()  # of the samples by origin
-        self._answers = AnswerStatistics()
+        self._statistics = AnswerStatistics()
         self._stop_rule = StopRule(self._settings.stop_if)
         self._unseen = UnseenStopStrings(self._settings.stop_strings if world.is_main else (), data.tokenizer)
         self._staleness: list[int] = []  # of each step
+        self.scorer: Scorer | None = None
+        if self._settings.environment is not None:
+            self.scorer = Scorer(config, world, data.tokenizer)
+            try:
+                self.scorer.check(data.examples, "training rows")
+            except LimbeckError:
+                self.scorer.close()
+                raise
+        self.answers = AnswerWriter(config, self.writer, self.scorer, data.tokenizer)
+        self._rewards = RewardCounts()
+        self._tokenizer, self._output_dir = data.tokenizer, config.output_dir
 
     def next(self, step: int) -> StepBatch:
         self._stop_rule.check(step)
@@ -98,33 +111,38 @@ class RolloutSource:
         answers = [sample for sample in samples if sample.origin == STUDENT]
         self._stop_rule.add(answers)
         self._unseen.add(answers)
-        self._answers.add(answers)
+        self._statistics.add(answers)
         self._counts.update(sample.origin for sample in samples)
         self._staleness.append(step - taken.version)
+        for sample in answers if self.scorer is not None else ():
+            self._rewards.add(sample.reward, sample.reason)
+        if self._settings.save_samples and self._world.is_main:
+            save_samples(self._output_dir, f"train-{step + 1}", samples, self._tokenizer)
         examples = to_examples(samples, self._objectives, self._weights, self._settings.reward_weight)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         self._ahead.finish()  # with the weights before these
-        self._writer.weights_changed(weights, step)
+        self.writer.weights_changed(weights, step)
         self._version = step
         if self._settings.max_staleness:
             self._ahead.fill(step)
 
     def metrics(self) -> dict[str, float]:
-        counts, steps = self._writer.counts, max(len(self._staleness), 1)
+        counts, steps = self.writer.counts, max(len(self._staleness), 1)
         origins, total = self._settings.origins, max(self._counts.total(), 1)
         found = {
             "rollout/on_policy_share": self._counts[STUDENT] / total,
             **{f"rollout/{name}_share": self._counts[name] / total for name in (TEACHER, REPLAY) if name in origins},
-            **self._answers.metrics(),
+            **self._statistics.metrics(),
             "rollout/staleness": sum(self._staleness) / steps,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
             "time/rollout": counts.waited_seconds / steps,
             "time/weight_sync": counts.sync_seconds / steps,
+            **(self._rewards.metrics() if self.scorer is not None else {}),
         }
-        self._writer.counts, self._answers = WritingCounts(), AnswerStatistics()
-        self._counts, self._staleness = Counter(), []
+        self.writer.counts, self._statistics = WritingCounts(), AnswerStatistics()
+        self._counts, self._staleness, self._rewards = Counter(), [], RewardCounts()
         return found
 
     def state_dict(self) -> Mapping[str, Any]:
@@ -137,9 +155,11 @@ class RolloutSource:
             self._replay.load(state.get("replay", ()))
 
     def close(self) -> None:
-        self._writer.close()
+        self.writer.close()
         if self._teacher is not None:
             self._teacher.close()
+        if self.scorer is not None:
+            self.scorer.close()
 
     def _begin(self, step: int) -> Callable[[], list[Sample]]:
         """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""
@@ -194,31 +214,19 @@ class RolloutSource:
 
     def _write(self, step: int, samples: list[tuple[int, int]]) -> Callable[[], dict[tuple[int, int], Sample]]:
         """Begin to write the samples (row, number); returns the function that waits for them, with answers of the student."""
-        prompts = [Prompt(self._prompt(row), row) for row, _ in samples]
+        questions = [Question(self._prompt(row), row, number, self._weight(row)) for row, number in samples]
         seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
-        finish = self._writer.begin(prompts, seed)
+        finish = self.answers.begin(questions, self._examples, STUDENT, seed)
 
         def finish_samples() -> dict[tuple[int, int], Sample]:
-            completions = finish()
-            if self._needs_log_probs and any(one.log_probs is None for one in completions):
+            written = finish()
+            if self._needs_log_probs and any(one.log_probs is None for one in written):
                 raise LimbeckError(
                     f"rollout.generator = {self._settings.generator} gives no log-probabilities of what it writes, which a "
                     "policy gradient needs; use another generator, or a divergence as kd_objective and "
                     "rollout.reward_weight: 0."
                 )
-            return {
-                (row, number): Sample.written(
-                    row,
-                    number,
-                    STUDENT,
-                    one.prompt.token_ids,
-                    one.token_ids,
-                    one.log_probs,
-                    one.finished,
-                    self._weight(row),
-                )
-                for (row, number), one in zip(samples, completions, strict=True)
-            }
+            return dict(zip(samples, written, strict=True))
 
         return finish_samples
 

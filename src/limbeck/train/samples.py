@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
-from limbeck.errors import LimbeckError
 
 _BLOCK = 1 << 16  # rows
 
@@ -21,6 +20,7 @@ DATASET, STUDENT, TEACHER, REPLAY = "dataset", "student", "teacher", "replay"
 
 _ARRAYS = {"tokens": "<i4", "labels": "<i4", "log_probs": "<f4", "weights": "<f4"}
 """Names of a sample's arrays and their types in its state."""
+_VALUES = ("row", "number", "finished", "reward", "reason")
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,8 @@ class Sample:
     tokens, labels: [length] int32, as in ``Examples``. log_probs: [length] float32, of each label under the distribution that
     it was sampled from, NaN elsewhere; None if nothing was sampled. finished: the answer was not cut off. weights: [length]
     float32, factor of each label's loss, 0 where there is none; None when all are 1.
-    reward: of the answer, from the environment; None without one, or if it is not known.
+    reward: of the answer, from the environment; None without one, or if it is not known. reason: why it is not known, or why
+    no answer was found.
     """
 
     row: int
@@ -43,6 +44,7 @@ class Sample:
     finished: bool = True
     weights: NDArray[np.float32] | None = None
     reward: float | None = None
+    reason: str = ""
 
     @classmethod
     def written(
@@ -73,20 +75,17 @@ class Sample:
     @classmethod
     def from_state(cls, origin: str, state: Mapping[str, Any]) -> Sample:
         """The inverse of ``state``."""
-        arrays = {
+        arrays: dict[str, Any] = {
             name: None if state[name] is None else np.frombuffer(b64decode(state[name]), dtype)
             for name, dtype in _ARRAYS.items()
         }
-        return cls(state["row"], state["number"], origin, finished=state["finished"], reward=state["reward"], **arrays)  # type: ignore[arg-type]
+        return cls(origin=origin, **{name: state[name] for name in _VALUES}, **arrays)
 
     def state(self) -> dict[str, Any]:
         """JSON values from which exactly this sample can be made again; the origin is left out."""
         arrays = {name: getattr(self, name) for name in _ARRAYS}
         return {
-            "row": self.row,
-            "number": self.number,
-            "finished": self.finished,
-            "reward": self.reward,
+            **{name: getattr(self, name) for name in _VALUES},
             **{
                 name: None if array is None else b64encode(array.astype(_ARRAYS[name]).tobytes()).decode()
                 for name, array in arrays.items()
@@ -108,8 +107,7 @@ def to_examples(
     """The samples as rows that can be packed or padded into a step.
 
     objectives: index of the objective of each origin, if they have several. weights: factor of the loss of each origin, 1 if
-    not given. reward_weight: factor of the advantages that rewards give; 0 for none. Raises LimbeckError if it is above 0 and
-    none of the student's samples has a reward.
+    not given. reward_weight: factor of the advantages that rewards give; 0 for none.
     """
     factors = [(weights or {}).get(sample.origin, 1.0) for sample in samples]
     of_labels = None
@@ -150,11 +148,6 @@ def _reward_advantages(samples: Sequence[Sample], weight: float) -> NDArray[np.f
     for sample in samples:
         if sample.reward is not None:
             groups.setdefault(sample.row, []).append(sample.reward)
-    if not groups and any(sample.origin == STUDENT for sample in samples):
-        raise LimbeckError(
-            f"rollout.reward_weight = {weight} needs rewards, and no answer of this step has one; add an environment that "
-            "gives rewards, or set rollout.reward_weight: 0."
-        )
     means = {row: sum(rewards) / len(rewards) for row, rewards in groups.items()}
     of_sample = [0.0 if one.reward is None else weight * (one.reward - means[one.row]) for one in samples]
     return np.repeat(np.array(of_sample, dtype=np.float32), [len(sample.tokens) for sample in samples])

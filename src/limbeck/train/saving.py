@@ -38,8 +38,11 @@ class Saver:
         self._tokenizer, self._taid = tokenizer, taid
         self._folder = config.checkpoint_dir
 
-    def save(self, step: int, data_state: Mapping[str, Any], val_metrics: Mapping[str, float]) -> None:
-        """Write ``checkpoint-<step>``, update the links, and remove old checkpoints. Collective."""
+    def save(self, step: int, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Write ``checkpoint-<step>``, update the links, and remove old checkpoints. Collective.
+
+        metrics: measured at this step, of which one selects the best checkpoints.
+        """
         settings, engine, is_main = self._config.checkpoint_config, self._student.engine, self._world.is_main
         state = engine.state_dict()
         weights = {name: tensor.cpu() for name, tensor in engine.iter_weights() if is_main}
@@ -54,14 +57,15 @@ class Saver:
                     "taid": self._taid.state() if self._taid else None,
                     "config": shareable(self._config),
                 },
-                val_metrics.get(settings.best_metric) if settings.best_metric else None,
+                metrics.get(settings.best_metric) if settings.best_metric else None,
+                settings.best_metric,
             )
             path = checkpoints.save_checkpoint(self._folder, checkpoint, lambda to: self._write_student(to, weights))
             checkpoints.point(self._folder / "student", path)
-            checkpoints.prune(self._folder, self._config.max_ckpt_to_keep, settings.best_mode)
-            best = checkpoints.best_checkpoint(self._folder, settings.best_mode)
-            if best is not None:
-                checkpoints.point(self._folder / "best", best)
+            best = checkpoints.best_checkpoints(self._folder, settings.best_mode, settings.best_metric)
+            if best:
+                checkpoints.point(self._folder / "best", best[0])
+            checkpoints.prune(self._folder, self._config.max_ckpt_to_keep, best[: settings.keep_best])
         self._world.barrier()
 
     def restore(self, path: Path) -> tuple[int, Mapping[str, Any]]:

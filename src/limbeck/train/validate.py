@@ -9,14 +9,24 @@ import torch
 from limbeck.data.batch import Batch
 from limbeck.teachers.protocol import SignalFuture, receive_signal
 from limbeck.train.build.run import Run
+from limbeck.train.console import RunConsole
 from limbeck.train.metrics import LossSums
 from limbeck.train.request_pipeline import prefetch_requests
 from limbeck.train.student import TrainInput, to_device
 
 
+def validation_metrics(run: Run, console: RunConsole) -> dict[str, float]:
+    """All validation metrics of the current student. Collective.
+
+    console: shows some of the answers, if the student writes any.
+    """
+    written = {} if run.rollout_validation is None else run.rollout_validation.run(run.step, console.print)
+    return {**validate(run), **written}
+
+
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """The validation metrics of the current student. Collective."""
+    """The metrics of the validation rows, which need no writing. Collective."""
     world, batches = run.world, run.data.validation
     sums = LossSums(world.device, run.feature_labels)
     count = sum(batch.normalizer for batch in batches)

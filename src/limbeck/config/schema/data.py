@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from limbeck.config.schema.base import Files, Section
 from limbeck.config.schema.named_datasets import NAMED_DATASETS, expand_name
+from limbeck.config.schema.rollout import ValidationRolloutConfig
 
 RowFormat = Literal["question_answer", "messages", "conversations", "prompt_completion", "instruction", "text"]
 
@@ -186,3 +187,10 @@ class ValidationConfig(Section):
     """Validation of the student during training."""
 
     data_args: ValidationDataArgs = Field(default_factory=ValidationDataArgs, description="Validation data.")
+    at_start: bool = Field(default=False, description="Validate before the first step.")
+    at_end: bool = Field(default=True, description="Validate after the last step.")
+    rollout: ValidationRolloutConfig | None = Field(
+        default=None,
+        description="Let the student answer the validation prompts as well, and measure val/accuracy. If unset, only the loss "
+        "is measured.",
+    )

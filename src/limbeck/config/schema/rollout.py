@@ -10,7 +10,13 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from limbeck.config.schema.base import Section, registered
 from limbeck.config.schema.origins import OriginObjectives
-from limbeck.registry import GENERATORS
+from limbeck.registry import ENVIRONMENTS, GENERATORS
+
+ENVIRONMENT_KWARGS: dict[str, tuple[str, ...]] = {
+    "math": ("answer_key", "workers", "seconds"),
+    "exact": ("answer_key",),
+}
+"""The environment_kwargs that each built-in environment reads."""
 
 
 def _low_and_high(clip: list[float]) -> list[float]:
@@ -180,6 +186,28 @@ class RolloutConfig(Section):
         "token counts for rollout/log_prob_gap_share. A warning is printed if the mean difference is larger.",
     )
     generator_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
+    environment: Annotated[str, registered(ENVIRONMENTS)] | None = Field(
+        default=None,
+        description="What rewards the answers that the student writes: math (1 for the right expression, compared by "
+        "math-verify), exact (1 for the right number or text), or one that a plug-in registers. If unset, there "
+        "are no rewards.",
+    )
+    environment_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the environment. math and exact read answer_key, the column of the reference answer (by "
+        "default the top-level answer_key); math also reads workers, the number of processes that compare answers (2), and "
+        "seconds, the time limit of one comparison (10).",
+    )
+    max_turns: int = Field(
+        default=1,
+        ge=1,
+        description="Maximum number of completions in one answer. After each one but the last, the student goes on if the "
+        "environment replies.",
+    )
+    save_samples: bool = Field(
+        default=False,
+        description="Write the samples of each training step to `<output_dir>/rollouts/train-<step>.jsonl`.",
+    )
 
     @property
     def truncates(self) -> bool:
@@ -201,3 +229,17 @@ class RolloutConfig(Section):
             *((self.off_policy,) if least < 1 else ()),
             *(("replay",) if replays else ()),
         )
+
+
+class ValidationRolloutConfig(Section):
+    """Validation by writing: the student answers the validation prompts, and rollout.environment compares the answers."""
+
+    max_samples: int | None = Field(
+        default=None, ge=1, description="Number of validation rows that are answered, the first ones. If unset, all."
+    )
+    num_generations: int = Field(default=1, ge=1, description="Answers to each validation row.")
+    temperature: float | None = Field(default=None, ge=0, description="If unset, rollout.temperature.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="If unset, rollout.top_p.")
+    top_k: int | None = Field(default=None, ge=0, description="If unset, rollout.top_k.")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="If unset, rollout.max_new_tokens.")
+    print_samples: int = Field(default=5, ge=0, description="Number of answers that are printed.")

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
@@ -31,6 +32,7 @@ def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
     yield from _rollout_contradictions(config)
+    yield from environment_contradictions(config)
     yield from _placement_contradictions(config)
     yield from _transport_contradictions(config)
 
@@ -294,6 +296,8 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 "rollout.top_k: 0 and a rollout.temperature above 0",
             )
     if rollout.reward_weight > 0:
+        if rollout.environment is None:
+            yield Contradiction("rollout.reward_weight", "needs rewards; set rollout.environment")
         if rollout.num_generations == 1:
             yield Contradiction(
                 "rollout.reward_weight",
@@ -511,6 +515,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     if not config.validation_sources:
         yield "eval_steps", "is only read with validation files"
+    yield from unread_environment_keys(config)
 
 
 def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:

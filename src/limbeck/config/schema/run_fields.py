@@ -239,7 +239,10 @@ class RunFields(Section):
         description="Number of optimizer steps between checkpoints. The last step is always saved; 0 saves only that.",
     )
     max_ckpt_to_keep: int = Field(
-        default=0, ge=0, description="Number of newest checkpoints to keep, in addition to the best one. 0 keeps all."
+        default=0,
+        ge=0,
+        description="Maximum number of checkpoints. The oldest are removed, but never the newest one and the best ones "
+        "(checkpoint_config.keep_best). 0 keeps all.",
     )
     resume_from_checkpoint: bool | str = Field(
         default=False,
@@ -391,6 +394,11 @@ class RunFields(Section):
         given = self.validation.data_args if self.validation else None
         files = (given.file_name if given else None) or self.student.data_args.eval_file_name
         return source_parts((given.sources if given else None) or (), files or ())
+
+    @property
+    def effective_validation(self) -> ValidationConfig:
+        """``validation``, or its defaults."""
+        return self.validation or ValidationConfig()
 
     @property
     def data_sources(self) -> list[SourceArgs]:

@@ -137,8 +137,14 @@ class CheckpointConfig(Section):
     )
     best_metric: str | None = Field(
         default="val/loss",
-        description="Metric that selects the best checkpoint, such as val/loss; `null` selects none.",
+        description="Metric that selects the best checkpoints: any metric of the run whose name begins with train/, val/ or "
+        "rollout/, such as val/loss or val/accuracy; `null` selects none.",
     )
     best_mode: Literal["min", "max"] = Field(
         default="min", description="Whether the smallest or the largest value of best_metric is the best."
+    )
+    keep_best: int = Field(
+        default=1,
+        ge=1,
+        description="Number of best checkpoints that max_ckpt_to_keep never removes.",
     )

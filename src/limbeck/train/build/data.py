@@ -41,7 +41,7 @@ class Data:
     examples: the tokenised training rows; stream_settings: how they become steps. tokens and supervised_tokens: in
     one epoch.
     largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
-    translator: adds the tokens of a teacher with another tokenizer.
+    translator: adds the tokens of a teacher with another tokenizer. held_out: the validation rows, or None.
     """
 
     tokenizer: Any
@@ -55,6 +55,7 @@ class Data:
     tokens: int
     supervised_tokens: int
     translator: Translator | None = None
+    held_out: Examples | None = None
 
 
 def cache_folder(config: DistillConfig) -> Path:
@@ -143,7 +144,18 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         expected = int((train.num_supervised == 0).sum()) * config.rollout.max_new_tokens
         tokens, supervised = tokens + expected, supervised + expected
     return Data(
-        tokenizer, train, settings, validation, text, largest, longest, num_tokens, tokens, supervised, translator
+        tokenizer,
+        train,
+        settings,
+        validation,
+        text,
+        largest,
+        longest,
+        num_tokens,
+        tokens,
+        supervised,
+        translator,
+        None if held_out is None else held_out[0],
     )
 
 
@@ -199,6 +211,7 @@ def token_settings(config: DistillConfig) -> TokenizeSettings:
         on_bad_row=args.on_bad_row,
         distill_on_prompt=config.distill_on_prompt,
         prompts_only=not config.needs_answers,
+        keep_columns=config.rollout is not None and config.rollout.environment is not None,
         workers=args.preprocessing_num_workers,
     )
 

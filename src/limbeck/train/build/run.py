@@ -36,6 +36,7 @@ from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
 from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
+from limbeck.train.validate_rollout import RolloutValidation
 from limbeck.version import VERSION
 
 
@@ -60,6 +61,7 @@ class Run:
     signal_spec: SignalSpec
     taid: TaidSchedule | None
     colocated: ColocatedOffload | None
+    rollout_validation: RolloutValidation | None
     distils: bool
     total_steps: int
     step: int = 0
@@ -90,8 +92,8 @@ class Run:
         quirks = self.student.settings.quirks
         return batch if quirks is None else quirks.compared_batch(batch)
 
-    def log(self, console: RunConsole, line: dict[str, float]) -> None:
-        """Show and track one line of metrics. Raises LimbeckError if the loss is not finite."""
+    def log(self, console: RunConsole, line: dict[str, float]) -> dict[str, float]:
+        """Show and track one line of metrics, and return what was tracked. Raises LimbeckError if the loss is not finite."""
         broken = [name for name in ("train/loss", "val/loss") if not isfinite(line.get(name, 0.0))]
         if broken:
             raise LimbeckError(
@@ -113,6 +115,7 @@ class Run:
             console.print("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
         for tracker in self.trackers:
             tracker.log(self.step, line)
+        return line
 
 
 def build_run(
@@ -134,7 +137,7 @@ def build_run(
     if config.has_teacher and not workers:
         dims = dims_of(config.teacher, world.size, "teacher")
         strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
-    check_best_metric(config.checkpoint_config.best_metric, has_teacher=config.has_teacher)
+    check_best_metric(config, world)
     refuse_missing_files(config)
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
@@ -142,6 +145,10 @@ def build_run(
     data = make_data(config, world, progress)
     source = _make_step_source(config, world, data)
     resources.callback(source.close)
+    check_best_metric(config, world, source.metrics())
+    rollout_validation = None
+    if config.effective_validation.rollout is not None:
+        rollout_validation = RolloutValidation(config, world, data, source)
     total_steps = count_steps(config, source)
     epochs = total_steps / (source.steps_per_epoch or 1)
     teacher = None
@@ -196,6 +203,7 @@ def build_run(
         signal_spec=spec,
         taid=taid,
         colocated=colocated,
+        rollout_validation=rollout_validation,
         distils=distils,
         total_steps=total_steps,
         resumed_from=resume,

@@ -1,0 +1,24 @@
+"""JSON values of every rank, on every rank."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from limbeck.strategies.world import World
+
+
+def gather_json(value: Any, world: World) -> list[Any]:
+    """The values of all ranks, in their order. Collective; each rank may have a value of another size."""
+    if world.size == 1:
+        return [value]
+    own = torch.frombuffer(bytearray(json.dumps(value), "utf-8"), dtype=torch.uint8).to(world.device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=world.device) for _ in range(world.size)]
+    dist.all_gather(sizes, torch.tensor([len(own)], device=world.device))
+    longest = max(int(size) for size in sizes)
+    parts = [torch.zeros(longest, dtype=torch.uint8, device=world.device) for _ in range(world.size)]
+    dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))))
+    return [json.loads(bytes(part[: int(size)].tolist())) for size, part in zip(sizes, parts, strict=True)]

@@ -1,0 +1,307 @@
+"""Rewards of what the student writes, validation by writing, and the files of samples."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from runs import metric_by_step, rows, train
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from limbeck import DistillPipeline, LimbeckError
+from limbeck.config import load_mapping
+from limbeck.data import tokenize_files
+from limbeck.data.masks import IGNORE
+from limbeck.registry import ENVIRONMENTS
+from limbeck.rollout import EnvironmentStep
+from limbeck.strategies.world import World
+from limbeck.train.answers import Question
+from limbeck.train.build.data import make_data
+from limbeck.train.rollout_source import RolloutSource
+
+ALONE = World(0, 1, torch.device("cpu"))
+SHORT = {
+    "distill_loss_weight": 1.0,
+    "rollout.max_new_tokens": 6,
+    "rollout.environment": "lengths",
+    "eval_steps": 0,
+    "save_steps": 0,
+}
+
+
+class Lengths:
+    """Rewards with the number of characters; raises for one row, and does not know the reward of another."""
+
+    def reset(self, row):
+        if row["question"].startswith("What is 3 "):
+            raise ValueError("no threes")
+        return row["question"]
+
+    def step(self, episodes, completions):
+        return [
+            EnvironmentStep(reason="timeout")
+            if "is 4 " in episode
+            else EnvironmentStep(reward=float(len(text)), reason="" if text else "no answer found")
+            for episode, text in zip(episodes, completions, strict=True)
+        ]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def _lengths(_only_built_in_extensions):
+    ENVIRONMENTS.register("lengths")(Lengths)
+
+
+@pytest.fixture
+def source(configure):
+    def build(**changes):
+        config = configure(**{**SHORT, **changes})
+        data = make_data(config, ALONE)
+        made = RolloutSource(config, ALONE, data)
+        return made, config, data
+
+    return build
+
+
+def saved(folder, name):
+    return [json.loads(line) for line in (folder / "rollouts" / f"{name}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_the_columns_of_a_row_stay_with_it_when_rows_are_dropped_split_and_cached(assets, tmp_path, overlong):
+    given = [{"question": f"q{i}", "answer": "a " * (1 + 60 * (i % 3 == 1)), "id": i, "名": "é"} for i in range(20)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in given))
+    tokenizer = AutoTokenizer.from_pretrained(assets / "student")
+    for _ in range(2):  # the second reads the cache
+        examples, _ = tokenize_files(
+            [path], tokenizer, cache_dir=tmp_path / "c", sequence_length=32, overlong=overlong, keep_columns=True
+        )
+        found = [examples.columns_of(i) for i in range(len(examples))]
+        assert len(found) == 13 if overlong == "drop" else len(found) > 20
+        for i, columns in enumerate(found):
+            assert columns == given[columns["id"]]
+            text = tokenizer.decode(examples.row(i)[0])
+            assert overlong == "split" or f"q{columns['id']}<" in text
+    plain, _ = tokenize_files([path], tokenizer, cache_dir=tmp_path / "c", sequence_length=32, overlong=overlong)
+    assert plain.columns is None
+
+
+def test_written_samples_are_rewarded_saved_and_counted(configure, tmp_path):
+    config = configure(
+        **{**SHORT, "max_steps": 3, "rollout.save_samples": True, "rollout.on_policy_fraction": 0.6, **rows(32)}
+    )
+    DistillPipeline(config).run()
+    out = tmp_path / "out"
+    for step in (1, 2, 3):
+        lines = saved(out, f"train-{step}")
+        assert len(lines) == 32
+        written = [line for line in lines if line["origin"] == "student"]
+        assert 0 < len(written) < 32
+        assert all(line["reward"] is None for line in lines if line["origin"] == "dataset")
+        known = [line["reward"] for line in written if line["reward"] is not None]
+        for line in written:
+            failed, late = "is 3 " in line["prompt"], "is 4 " in line["prompt"]
+            assert (line["reward"] is None) == (failed or late)
+            assert line["reason"].startswith("error: ValueError") == failed
+        assert metric_by_step(out, "rollout/reward")[step] == pytest.approx(np.mean(known))
+        unknown = metric_by_step(out, "rollout/reward_unknown_share")[step]
+        assert unknown == pytest.approx(1 - len(known) / len(written))
+    for reason, words in (("error", "is 3 "), ("timeout", "is 4 ")):
+        counted = sum(metric_by_step(out, f"rollout/reward_reasons/{reason}").values())
+        lines = [line for step in (1, 2, 3) for line in saved(out, f"train-{step}") if line["origin"] == "student"]
+        assert counted == sum(words in line["prompt"] for line in lines) > 0
+
+
+VALIDATED = {
+    **SHORT,
+    "rollout.environment": "exact",
+    "rollout.on_policy_fraction": 0.0,
+    "validation.rollout.max_samples": 10,
+    "validation.rollout.num_generations": 2,
+    "validation.rollout.print_samples": 1,
+    "eval_steps": 2,
+    "max_steps": 3,
+    "validation.at_start": True,
+    "checkpoint_config.best_metric": "val/accuracy",
+    "checkpoint_config.best_mode": "max",
+}
+
+
+def test_validation_writes_answers_and_measures_them(configure, tmp_path, capsys):
+    DistillPipeline(configure(**VALIDATED)).run()
+    out = tmp_path / "out"
+    accuracy = metric_by_step(out, "val/accuracy")
+    assert list(accuracy) == [0, 2, 3]
+    assert metric_by_step(out, "rollout/mean_length") == {1: 0, 2: 0, 3: 0}  # validation is not counted as training
+    for step, value in accuracy.items():
+        lines = saved(out, f"val-{step}")
+        assert [(line["row"], line["number"]) for line in lines] == [(row, n) for row in range(10) for n in range(2)]
+        assert value == np.mean([line["reward"] for line in lines])
+        assert metric_by_step(out, "val/truncated_share")[step] == np.mean([not line["finished"] for line in lines])
+        prompt = "<|user|>What is 1 plus 7?<|end|><|assistant|>"
+        assert [line["prompt"] for line in lines[2:4]] == [prompt] * 2
+        assert lines[2]["completion"] != lines[3]["completion"]
+    printed = capsys.readouterr().out
+    assert printed.count("prompt: <|user|>") == 3
+    assert (out / "best").resolve().name == "checkpoint-3"
+    assert json.loads((out / "checkpoint-3" / "manifest.json").read_text())["metric_name"] == "val/accuracy"
+
+
+def test_without_validation_at_the_end_the_last_checkpoint_has_no_metric(configure, tmp_path):
+    DistillPipeline(configure(**{**VALIDATED, "validation.at_end": False, "validation.at_start": False})).run()
+    assert list(metric_by_step(tmp_path / "out", "val/accuracy")) == [2]
+    assert not (tmp_path / "out" / "best").is_symlink()
+
+
+def test_greedy_validation_gives_the_reference_to_the_environment(configure, tmp_path, monkeypatch):
+    """An environment that gets the answer as column and the decoded completion: trained answers would be right."""
+    seen = []
+
+    class Spy(Lengths):
+        def reset(self, row):
+            return row["answer"]
+
+        def step(self, episodes, completions):
+            seen.extend(zip(episodes, completions, strict=True))
+            return [EnvironmentStep(reward=float("indeed" in episode)) for episode in episodes]
+
+    ENVIRONMENTS.register("spy")(Spy)
+    changes = {
+        "rollout.environment": "spy",
+        "validation.at_start": False,
+        "validation.rollout.temperature": 0.0,
+        "validation.rollout.max_samples": None,
+    }
+    DistillPipeline(configure(**{**VALIDATED, **changes, "max_steps": 1})).run()
+    assert metric_by_step(tmp_path / "out", "val/accuracy") == {1: 0.75}
+    assert len(seen) == 192
+    assert seen[::2] == seen[1::2]  # greedy
+    assert all("<|" not in text for _, text in seen)
+
+
+@pytest.mark.processes
+def test_two_ranks_score_what_one_does(settings, tmp_path):
+    found = []
+    for ranks, split in ((1, rows(4, 2)), (2, rows(4, 1))):
+        output = tmp_path / f"out{ranks}"
+        changes = {"rollout.environment": "exact", "rollout.on_policy_fraction": 1.0, "rollout.save_samples": True}
+        config = settings(**{**VALIDATED, **changes, **split, "max_steps": 2, "output_dir": str(output)})
+        if ranks > 1:
+            train(config, tmp_path, ranks)
+        else:
+            DistillPipeline(load_mapping(config).config).run()
+        names = (
+            "rollout/reward",
+            "rollout/reward_unknown_share",
+            "rollout/reward_reasons/no_answer_found",
+            "val/accuracy",
+        )
+        found.append(
+            [saved(output, "train-1"), saved(output, "val-0"), *(metric_by_step(output, name) for name in names)]
+        )
+    assert found[0] == found[1]
+    assert any(found[0][4].values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"rollout.environment": "exakt"}, "is not a known environment; did you mean exact?"),
+        (
+            {"rollout.environment": "exact", "rollout.environment_kwargs.answer_key": "solution"},
+            "rollout.environment = exact cannot use the training rows: a row has no reference answer in the column solution; "
+            "its columns are question, answer",
+        ),
+        (
+            {"rollout.environment": "exact", "rollout.environment_kwargs.workers": 2},
+            "rollout.environment_kwargs.workers is not read by environment = exact, which reads answer_key",
+        ),
+        (
+            {"rollout.environment": None, "validation.rollout": {}},
+            "validation.rollout needs a generator and an environment",
+        ),
+        ({"rollout.environment": None, "rollout.max_turns": 2}, "rollout.max_turns = 2 needs an environment"),
+        (
+            {"checkpoint_config.best_metric": "val/accuracy", "checkpoint_config.best_mode": "max"},
+            "'val/accuracy' is not a metric of this run",
+        ),
+        (
+            {"checkpoint_config.best_metric": "rollout/rewards", "checkpoint_config.best_mode": "max"},
+            "did you mean rollout/reward?",
+        ),
+        ({"checkpoint_config.best_metric": "rollout/reward"}, "best_mode = min selects the lowest rollout/reward"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_the_first_step(configure, tmp_path, changes, sentence):
+    with pytest.raises(LimbeckError, match=sentence.replace("?", r"\?")):
+        DistillPipeline(configure(**{**SHORT, **changes})).run()
+    assert not (tmp_path / "out").exists()
+
+
+class Counting:
+    """Replies with a number in each turn but the last."""
+
+    turns: tuple = ()
+
+    def reset(self, row):
+        return {"turn": 0}
+
+    def step(self, episodes, completions):
+        found = []
+        for episode in episodes:
+            episode["turn"] += 1
+            last = episode["turn"] == 3
+            found.append(EnvironmentStep(None if last else f"result {episode['turn']}", reward=1.0 if last else 0.5))
+        return found
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 4])
+def test_only_the_tokens_that_the_student_wrote_are_supervised_in_all_turns(source, max_turns):
+    ENVIRONMENTS.register("counting")(Counting)
+    half = list(range(0, 320, 2))  # end a completion, so that most are short
+    made, config, data = source(
+        **{
+            "rollout.environment": "counting",
+            "rollout.max_turns": max_turns,
+            "rollout.max_new_tokens": 40,
+            "rollout.stop_token_ids": half,
+            "sequence_length": 200,
+        }
+    )
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    questions = [Question(made._prompt(row), row, number) for row in (3, 1) for number in range(4)]
+    turns = min(max_turns, 3)
+    replies = "".join(f"<|tool|>result {turn}<|end|><|assistant|>" for turn in range(1, turns))
+    lengths = set()
+    for sample, question in zip(made.answers.write(questions, data.examples, "student", 0), questions, strict=True):
+        assert (sample.reward, sample.reason) == (0.5 * turns + 0.5 * (turns == 3), "max_turns reached" * (turns < 3))
+        written = sample.labels != IGNORE
+        assert (sample.labels[written] == sample.tokens[1:][written[:-1]]).all()
+        given = np.concatenate([[True], ~written[:-1]])  # which tokens the student did not write
+        assert given[: len(question.tokens)].all()
+        text = data.tokenizer.decode(sample.tokens[given][len(question.tokens) :])
+        assert text.replace("<|end|><|tool|>", "<|tool|>") == replies
+        assert (np.isfinite(sample.log_probs) == written).all()
+        # The same log-probabilities as of one pass over the whole text.
+        logits = model(torch.tensor(sample.tokens[None].astype(np.int64))).logits[0].log_softmax(-1)
+        expected = logits[torch.tensor(written), torch.tensor(sample.labels[written].astype(np.int64))]
+        torch.testing.assert_close(torch.tensor(sample.log_probs[written]), expected.detach(), rtol=0, atol=1e-4)
+        lengths.add(int(written.sum()))
+    assert len(lengths) > 1
+
+
+def test_the_calculator_of_the_examples_trains(configure, tmp_path):
+    plugin = Path(__file__).parents[2] / "examples" / "rollout" / "calculator.py"
+    changes = {"rollout.environment": "calculator", "rollout.environment_kwargs.answer_key": "answer"}
+    DistillPipeline(
+        configure(**{**SHORT, **changes, "plugins": [str(plugin)], "rollout.max_turns": 3, "max_steps": 2})
+    ).run()
+    assert list(metric_by_step(tmp_path / "out", "rollout/reward")) == [1, 2]
