@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,29 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "is only read with LoRA; set student.model_args.lora_target too",
         )
 
+    freezing = {
+        name: getattr(student, name) is not None
+        for name in ("freeze_module_prefix", "unfrozen_parameters", "frozen_parameters", "lora_target")
+    }
+    given = [name for name, is_set in freezing.items() if is_set]
+    if freezing["lora_target"] and len(given) > 1:
+        yield Contradiction(
+            f"student.model_args.{given[0]}",
+            "contradicts lora_target: LoRA freezes everything but its adapters; keep one",
+        )
+    elif freezing["unfrozen_parameters"] and freezing["freeze_module_prefix"]:
+        yield Contradiction(
+            "student.model_args.freeze_module_prefix", "contradicts unfrozen_parameters; use frozen_parameters instead"
+        )
+    for name in ("unfrozen_parameters", "frozen_parameters"):
+        for entry in getattr(student, name) or ():
+            if problem := _bad_pattern(entry, student.parameter_match):
+                yield Contradiction(f"student.model_args.{name}", f"has the entry {entry!r}, which {problem}")
+    if student.unfrozen_parameters == []:
+        yield Contradiction(
+            "student.model_args.unfrozen_parameters", "is empty, which freezes everything; name parameters"
+        )
+
     if config.cross_tokenizer != "off":
         if teacher.model_name_or_path is None:
             yield Contradiction(
@@ -102,6 +126,17 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             yield Contradiction(
                 "loss_balance", f"= {config.loss_balance} cannot be combined with cross_tokenizer; use weighted"
             )
+
+
+def _bad_pattern(entry: str, match: str) -> str | None:
+    if not entry.strip():
+        return "is empty; remove it"
+    if match == "regex":
+        try:
+            re.compile(entry)
+        except re.error as error:
+            return f"is not a regular expression ({error}); correct it"
+    return None
 
 
 def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -355,6 +390,11 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             )
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
+    if not student.model_args.unfrozen_parameters and not student.model_args.frozen_parameters:
+        yield "student.model_args.parameter_match", "is only read with unfrozen_parameters or frozen_parameters"
+    if config.checkpoint_config.save_to_hub.repo_id is None:
+        for key in ("private", "branch"):
+            yield f"checkpoint_config.save_to_hub.{key}", "is only read with save_to_hub.repo_id"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     if not config.validation_files:
