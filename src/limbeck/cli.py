@@ -113,6 +113,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="seed of the problems and the weights; default: 0")
     demo.set_defaults(run=_demo)
 
+    push = commands.add_parser("push", help="upload the student of a run to the Hugging Face hub")
+    push.add_argument("run_folder", type=Path, metavar="RUN", help="output folder of a run, or a checkpoint in it")
+    push.add_argument("--repo-id", metavar="OWNER/NAME", help="repository; default: that of the run's configuration")
+    push.add_argument("--checkpoint", metavar="NAME", help="such as best or checkpoint-50; default: the newest")
+    push.add_argument("--branch", help="branch to upload to; default: that of the configuration, else main")
+    visibility = push.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", help="make a new repository private; default: configured")
+    visibility.add_argument("--public", dest="private", action="store_false", help="make a new repository public")
+    push.set_defaults(private=None)
+    push.set_defaults(run=_push)
+
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
         "runs", type=Path, nargs="+", metavar="RUN", help="output folder of a run; several runs are compared"
@@ -308,6 +319,16 @@ def _demo(args: argparse.Namespace) -> int:
     from limbeck.demo.run import run_demo
 
     run_demo(args.output, seed=args.seed)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from limbeck.train.push import push_run
+
+    address = push_run(
+        args.run_folder, args.repo_id, checkpoint=args.checkpoint, private=args.private, branch=args.branch
+    )
+    print(f"uploaded to {address}")
     return 0
 
 

@@ -15,7 +15,7 @@ from limbeck.config.schema.models import (
 )
 from limbeck.config.schema.objective import FAULTS, FEATURE_LOSSES, OBJECTIVES
 from limbeck.config.schema.rules import unread_keys
-from limbeck.config.schema.training import TRACKER_KWARGS, TrainingArgs
+from limbeck.config.schema.training import TRACKER_KWARGS, HubConfig, TrainingArgs
 from limbeck.config.schema.workers import SERVICE_NAME, StudentConfig, TeacherConfig, WorkerConfig
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "ContradictionError",
     "DataArgs",
     "DistillConfig",
+    "HubConfig",
     "ModelArgs",
     "Section",
     "SourceArgs",
