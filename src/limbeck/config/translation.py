@@ -58,7 +58,7 @@ class Translation:
     def set(self, path: str, value: object, derived_from: str) -> None:
         """As ``put``, but it is an error if ``path`` already has another value."""
         present = self.get(path)
-        if present is not None and present != value:
+        if present is not None and present != value and str(present) != str(value):  # flags have values of text
             self.refuse(
                 derived_from,
                 f"= {format_value(value)} contradicts {self.derived.get(path, path)} = {format_value(present)}; "

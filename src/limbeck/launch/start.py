@@ -9,6 +9,7 @@ from pathlib import Path
 
 from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_config
 from limbeck.errors import LimbeckError
+from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
 
 
@@ -20,7 +21,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str 
     Returns:
         The exit status.
     """
-    loaded = load_config(config_file, overrides, dialect)
+    loaded = load_config(config_file, overrides, dialect, launcher_settings(os.environ))
     options = [] if dialect is None else ["--dialect", dialect]
     return _train(loaded, [sys.executable, "-m", "limbeck", "train", str(config_file), *options, *overrides])
 
@@ -32,10 +33,12 @@ def train_from_arguments(script: str, argv: Sequence[str], dialect: str) -> int:
         script: the program that received ``argv``; each process of a ``device_mapping`` runs it again.
         dialect: of the arguments.
     """
-    return _train(load_arguments(argv, dialect), [sys.executable, script, *argv])
+    loaded = load_arguments(argv, dialect, launcher=launcher_settings(os.environ))
+    return _train(loaded, [sys.executable, script, *argv])
 
 
 def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
+    check_world_size(os.environ)
     config = loaded.config
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not os.environ.get(STARTED_HERE):
