@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         for pattern, statuses in self.hub.fail:
             if statuses and re.fullmatch(pattern, f"{self.command} {path}"):
-                return self.reply({"error": "no"}, statuses.pop(0))
+                return self.reply({"error": f"no {self.headers.get('Authorization')}"}, statuses.pop(0))
         if path.startswith("/objects/"):  # as signed addresses of a store: no token
             self.hub.objects[path.rpartition("/")[2]] = body
             return self.reply({})

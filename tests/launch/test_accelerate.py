@@ -15,7 +15,7 @@ import torch
 from runs import forget_after, metric_by_step, weights
 
 from limbeck import DistillPipeline, LimbeckError
-from limbeck.config import load_arguments, load_mapping
+from limbeck.config import load_arguments, load_config
 from limbeck.launch import accelerate
 from limbeck.launch.accelerate import check_world_size, launcher_settings, requested_processes
 
@@ -61,13 +61,15 @@ def test_the_default_stage_gives_way_to_that_of_the_configuration(tmp_path):
         stage({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, own)
 
 
-def test_the_precision_is_that_of_the_launcher_unless_a_flag_contradicts_it():
+def test_the_precision_is_that_of_the_launcher_unless_a_flag_contradicts_it(tmp_path):
     assert loaded({"ACCELERATE_MIXED_PRECISION": "fp16"}).config.teacher.model_args.dtype == "fp16"
     assert loaded(LAUNCHED).config.student.model_args.dtype == "bf16"
     with pytest.raises(LimbeckError, match="accelerate launch --mixed_precision = bf16 contradicts --fp16 = fp16"):
         loaded({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--fp16")
-    spelled = {"student_pretrain": "s", "teacher_pretrain": "t", "student": {"data_args": {"file_name": "d"}}}
-    assert load_mapping(spelled).config.student.model_args.dtype == "bf16"
+    file = tmp_path / "run.yaml"  # another spelling of the same precision is no contradiction
+    file.write_text("student_pretrain: s\nstudent: {model_args: {dtype: bfloat16}, data_args: {file_name: d}}\n")
+    settings = launcher_settings({"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert load_config(file, ["teacher_pretrain=t"], launcher=settings).config.student.model_args.dtype == "bf16"
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,14 @@ def test_a_failed_upload_leaves_the_checkpoint_and_can_be_repeated(hub, configur
     assert hub.files("me/student")["model.safetensors"] == (out / "student" / "model.safetensors").read_bytes()
 
 
+def test_a_token_in_the_hubs_answer_is_not_shown(hub, trained, capsys):
+    hub.fail.append((r"POST /api/models/me/student/commit/main", [400]))
+    assert main(["push", str(trained), "--repo-id", "me/student"]) == 2
+    message = capsys.readouterr().err
+    assert "cannot upload the student me/student" in message and "(token)" in message
+    assert "hf_writer" not in message
+
+
 def test_a_checkpoint_and_a_branch_can_be_chosen(hub, trained):
     push = ["push", str(trained), "--repo-id", "me/student"]
     assert main([*push, "--checkpoint", "checkpoint-1", "--branch", "first"]) == 0
@@ -128,7 +136,10 @@ def test_the_users_own_readme_is_kept(hub, trained):
     assert hub.files("me/student")["README.md"] == b"mine"
 
 
-def test_a_token_without_write_access_stops_the_run_before_the_first_step(hub, configure, tmp_path, monkeypatch):
+def test_a_missing_or_insufficient_token_stops_the_run_before_the_first_step(hub, configure, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(LimbeckError, match=r"save_to_hub.repo_id = me/student needs a token; set HF_TOKEN"):
+        DistillPipeline(configure(**REPO)).run()
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     with pytest.raises(LimbeckError) as caught:
         DistillPipeline(configure(**REPO)).run()
