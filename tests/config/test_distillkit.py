@@ -105,6 +105,15 @@ def test_hidden_states_are_features_between_layers() -> None:
     assert any("divides the loss by 6" in notice for notice in loaded.notices)
 
 
+def test_limbecks_keys_may_be_added() -> None:
+    config = load(
+        max_steps=7, student={"strategy_args": {"strategy_name": "fsdp2_train"}}, teacher__model_args={"revision": "v2"}
+    ).config
+    assert (config.max_steps, config.student.strategy_args.strategy_name) == (7, "fsdp2_train")
+    assert (config.teacher.model_args.revision, config.teacher.model_args.dtype) == ("v2", "bf16")
+    assert config.student.data_args.num_samples == 100
+
+
 def test_zero_renormalises_the_teacher_alone() -> None:
     assert load(loss_functions=[{"function": "kl", "weight": 1, "temperature": 1}]).config.logits_topk_tail == "zero"
 
@@ -114,7 +123,8 @@ def test_zero_renormalises_the_teacher_alone() -> None:
     [
         ({"teacher": {"kind": "dataset", "logprob_compressor": {}}}, "teacher.kind = dataset is not supported yet"),
         ({"teacher__kind": "vllm"}, "is not hf or dataset"),
-        ({"losses": []}, "losses is not a key of DistillKit"),
+        ({"losses": []}, "losses is a key of neither DistillKit nor Limbeck"),
+        ({"kd_temperature": 3}, "loss_functions = 2.0 contradicts kd_temperature = 3; keep one"),
         ({"teacher__kwargs": {"load_in_4bit": True}}, "teacher.kwargs.load_in_4bit is not supported"),
         ({"model_auto_class": "AutoModelForImageTextToText"}, "model_auto_class = AutoModelForImageTextToText is not"),
         ({"loss_functions": [{"function": "hinge", "weight": 1}]}, "has the loss hinge, which is not supported"),

@@ -38,7 +38,8 @@ def train_from_arguments(script: str, argv: Sequence[str], dialect: str) -> int:
 
 
 def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
-    check_world_size(os.environ)
+    if not os.environ.get(STARTED_HERE):  # a device_mapping starts more processes than the launcher
+        check_world_size(os.environ)
     config = loaded.config
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not os.environ.get(STARTED_HERE):

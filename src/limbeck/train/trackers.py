@@ -77,8 +77,9 @@ class WandB:
         try:
             self._run: Any = wandb.init(dir=str(log_dir), **arguments)
         except wandb.errors.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
             raise LimbeckError(
-                f"Weights & Biases cannot be used: {' '.join(str(error).split())}; set WANDB_API_KEY, or WANDB_MODE=offline."
+                f"Weights & Biases cannot be used: {reason}; set WANDB_API_KEY, or WANDB_MODE=offline."
             ) from error
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

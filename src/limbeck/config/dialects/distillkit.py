@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from limbeck.config.dialects import training_arguments
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.files import use_wandb
 from limbeck.config.locations import SourceLocation
+from limbeck.config.schema import DistillConfig, TeacherConfig
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
@@ -129,15 +131,23 @@ DIALECT = DistillKitDialect()
 
 
 def _flatten(source: Mapping[str, Any], result: Translation) -> dict[str, Any]:
-    """The keys by dotted path. An unknown key is an error; DistillKit ignores it."""
+    """DistillKit's keys by dotted path; those of Limbeck beside them become ``result.values``.
+
+    Any other key is an error; DistillKit ignores it.
+    """
     given: dict[str, Any] = {}
     for key, value in source.items():
         if key in ("dataset", "teacher") and isinstance(value, Mapping):
             given |= {f"{key}.{name}": inner for name, inner in value.items()}
-        elif key != "plugins":
+        else:
             given[key] = value
-    for key in given.keys() - KEYS - OFFLINE:
-        result.refuse(key, "is not a key of DistillKit")
+    for key in [key for key in given if key not in KEYS | OFFLINE]:
+        section, _, name = key.rpartition(".")
+        if (section == "teacher" and name in TeacherConfig.model_fields) or key in DistillConfig.model_fields:
+            result.put(key, copy.deepcopy(given[key]), key)
+            del result.derived[key]
+        else:
+            result.refuse(key, "is a key of neither DistillKit nor Limbeck")
     return given
 
 
@@ -145,20 +155,20 @@ def _models(result: Translation, given: Mapping[str, Any]) -> None:
     if given.get("teacher.kind") not in (None, "hf"):
         result.refuse("teacher.kind", f"= {format_value(given['teacher.kind'])} is not hf or dataset")
     if given.get("use_flash_attention"):
-        result.put("student.model_args.attn_implementation", "flash_attention_2", "use_flash_attention")
+        result.set("student.model_args.attn_implementation", "flash_attention_2", "use_flash_attention")
     for role, key in (("student", "model_kwargs"), ("teacher", "teacher.kwargs")):
         for name, value in (given.get(key) or {}).items():
             if name in LOADING:
-                result.put(f"{role}.model_args.{LOADING[name]}", value, key)
+                result.set(f"{role}.model_args.{LOADING[name]}", value, key)
             elif name in ("device_map", "low_cpu_mem_usage", "use_cache"):
                 result.ignored.append(f"{key}.{name}")
             else:
                 result.refuse(f"{key}.{name}", f"is not supported; known are {', '.join(LOADING)}")
     if modules := given.get("frozen_modules"):
         # A prefix that ends in a dot is the module of exactly this name.
-        result.put("student.model_args.freeze_module_prefix", [f"{name}." for name in modules], "frozen_modules")
+        result.set("student.model_args.freeze_module_prefix", [f"{name}." for name in modules], "frozen_modules")
     if given.get("frozen_res") is not None:
-        result.put("student.model_args.parameter_match", "regex", "frozen_res")
+        result.set("student.model_args.parameter_match", "regex", "frozen_res")
 
 
 def _datasets(result: Translation, given: Mapping[str, Any]) -> None:
@@ -166,7 +176,7 @@ def _datasets(result: Translation, given: Mapping[str, Any]) -> None:
     if not isinstance(train, Mapping) or not (train.get("repo_id") or train.get("disk_path")):
         result.refuse("dataset.train_dataset", "must have repo_id or disk_path")
         return
-    result.put("student.data_args.sources", [_source(train)], "dataset.train_dataset")
+    result.set("student.data_args.sources", [_source(train)], "dataset.train_dataset")
     if held_out is None:
         return
     source = _source(held_out)
@@ -178,7 +188,7 @@ def _datasets(result: Translation, given: Mapping[str, Any]) -> None:
         )
         return
     name = source.get("path") or f"hub:{source['hub']}"
-    result.put("validation.data_args.file_name", [name], "dataset.eval_dataset")
+    result.set("validation.data_args.file_name", [name], "dataset.eval_dataset")
 
 
 def _source(dataset: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +233,7 @@ def _losses(result: Translation, given: Mapping[str, Any]) -> None:
     if ce + kd <= 0:
         result.refuse(key, "needs cross_entropy or a divergence with a weight above 0")
         return
-    result.put("distill_loss_weight", kd / (ce + kd), origin)
+    result.set("distill_loss_weight", kd / (ce + kd), origin)
     if by_kind["kd"]:
         _divergence(result, by_kind["kd"][0], given.get("teacher.top_k"), origin)
     elif given.get("teacher.top_k"):
@@ -232,17 +242,17 @@ def _losses(result: Translation, given: Mapping[str, Any]) -> None:
 
 
 def _divergence(result: Translation, term: Mapping[str, Any], top_k: Any, origin: str) -> None:
-    result.put("kd_objective", DIVERGENCES[str(term["function"])], origin)
-    result.put("kd_temperature", 1.0 if term.get("temperature") is None else term["temperature"], origin)
-    result.put("temperature_squared", True, origin)
+    result.set("kd_objective", DIVERGENCES[str(term["function"])], origin)
+    result.set("kd_temperature", 1.0 if term.get("temperature") is None else term["temperature"], origin)
+    result.set("temperature_squared", True, origin)
     if top_k is None:
         return
-    result.put("logits_topk", top_k, "teacher.top_k")
+    result.set("logits_topk", top_k, "teacher.top_k")
     missing = term.get("missing_probability_handling") or "zero"
     if missing not in TAILS:
         result.refuse(origin, f"has missing_probability_handling: {missing}, which is not one of {', '.join(TAILS)}")
     else:
-        result.put("logits_topk_tail", TAILS[missing], origin)
+        result.set("logits_topk_tail", TAILS[missing], origin)
 
 
 def _hidden_states(
@@ -265,10 +275,10 @@ def _hidden_states(
     # Entry i of the hidden states is the output of layer i − 1, counted from 0.
     loss = FEATURES[str(terms[0]["function"])]
     named = [[*(f"model.layers.{index - 1}" for index in pair), loss] for pair in pairs]
-    result.put("features.pairs", named, "layer_mapping")
-    result.put("features.mask", "supervised", "layer_mapping")
+    result.set("features.pairs", named, "layer_mapping")
+    result.set("features.mask", "supervised", "layer_mapping")
     weight = float(terms[0]["weight"])
-    result.put("features.weight", weight / others, origin)
+    result.set("features.weight", weight / others, origin)
     result.notices.append(
         f"loss_functions: DistillKit divides the loss by {others + weight:g}, the sum of all weights, and Limbeck by "
         f"{others:g}, without that of the hidden states; the ratios of the terms are the same."
