@@ -105,6 +105,10 @@ def test_hidden_states_are_features_between_layers() -> None:
     assert any("divides the loss by 6" in notice for notice in loaded.notices)
 
 
+def test_prompts_are_left_out_where_trl_leaves_them_out() -> None:
+    assert not load(training_args__assistant_only_loss=True).config.distill_on_prompt
+
+
 def test_limbecks_keys_may_be_added() -> None:
     config = load(
         max_steps=7, student={"strategy_args": {"strategy_name": "fsdp2_train"}}, teacher__model_args={"revision": "v2"}

@@ -300,8 +300,7 @@ def _training(result: Translation, given: Mapping[str, Any]) -> None:
     if result.get("max_steps") in (None, -1):
         result.default("student.training_args.num_train_epochs", 3, DEFAULT)
     # TRL learns every token unless it is configured otherwise.
-    answers_only = arguments.get("assistant_only_loss") or arguments.get("completion_only_loss")
-    result.default("distill_on_prompt", not answers_only, DEFAULT)
+    result.default("distill_on_prompt", True, DEFAULT)
 
 
 def _is_number(value: object) -> bool:

@@ -37,16 +37,16 @@ MOVED: dict[str, str] = {
     "packing": "student.use_sequence_packing",
     "max_length": "sequence_length",
     "max_seq_length": "sequence_length",
-    "metric_for_best_model": "checkpoint_config.best_metric",
-    "assistant_only_loss": "",
-    "completion_only_loss": "",
 }
-"""Arguments with the same meaning in Limbeck; an empty key is translated by ``translate``."""
+"""Arguments with the same meaning in Limbeck."""
+
+ANSWERS_ONLY = ("assistant_only_loss", "completion_only_loss")
+"""Arguments of TRL that leave prompts out of the loss."""
 
 SPECIAL = (
     *("num_train_epochs", "gradient_checkpointing", "gradient_checkpointing_kwargs", "report_to", "bf16", "fp16"),
     *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_revision", "deepspeed", "optim", "save_strategy"),
-    "eval_strategy",
+    *("eval_strategy", *ANSWERS_ONLY),
 )
 
 IGNORED = frozenset(
@@ -93,7 +93,7 @@ def translate(translation: Translation, given: Mapping[str, Any], origins: Mappi
             translation.ignored.append(origin)
         elif name not in MOVED and name not in SPECIAL:
             translation.refuse(origin, "is not an argument that Limbeck can translate; remove it")
-        elif value is not None and MOVED.get(name):
+        elif value is not None and name in MOVED:
             translation.set(MOVED[name], value, origin)
     for name, (supported, sentence) in ONLY.items():
         if given.get(name) not in (None, *supported):
@@ -102,6 +102,9 @@ def translate(translation: Translation, given: Mapping[str, Any], origins: Mappi
         translation.set(
             "student.training_args.num_train_epochs", given["num_train_epochs"], origins["num_train_epochs"]
         )
+    for name in ANSWERS_ONLY:
+        if given.get(name):
+            translation.set("distill_on_prompt", False, origins[name])
     _recomputation(translation, given, origins)
     _tracker(translation, given, origins)
     _hub(translation, given, origins)

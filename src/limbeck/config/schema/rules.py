@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.freezing import freezing_contradictions
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES
 from limbeck.config.schema.training import (
@@ -85,29 +85,7 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "student.model_args.additional_target",
             "is only read with LoRA; set student.model_args.lora_target too",
         )
-
-    freezing = {
-        name: getattr(student, name) is not None
-        for name in ("freeze_module_prefix", "unfrozen_parameters", "frozen_parameters", "lora_target")
-    }
-    given = [name for name, is_set in freezing.items() if is_set]
-    if freezing["lora_target"] and len(given) > 1:
-        yield Contradiction(
-            f"student.model_args.{given[0]}",
-            "contradicts lora_target: LoRA freezes everything but its adapters; keep one",
-        )
-    elif freezing["unfrozen_parameters"] and freezing["freeze_module_prefix"]:
-        yield Contradiction(
-            "student.model_args.freeze_module_prefix", "contradicts unfrozen_parameters; use frozen_parameters instead"
-        )
-    for name in ("unfrozen_parameters", "frozen_parameters"):
-        for entry in getattr(student, name) or ():
-            if problem := _bad_pattern(entry, student.parameter_match):
-                yield Contradiction(f"student.model_args.{name}", f"has the entry {entry!r}, which {problem}")
-    if student.unfrozen_parameters == []:
-        yield Contradiction(
-            "student.model_args.unfrozen_parameters", "is empty, which freezes everything; name parameters"
-        )
+    yield from freezing_contradictions(student)
 
     if config.cross_tokenizer != "off":
         if teacher.model_name_or_path is None:
@@ -126,17 +104,6 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             yield Contradiction(
                 "loss_balance", f"= {config.loss_balance} cannot be combined with cross_tokenizer; use weighted"
             )
-
-
-def _bad_pattern(entry: str, match: str) -> str | None:
-    if not entry.strip():
-        return "is empty; remove it"
-    if match == "regex":
-        try:
-            re.compile(entry)
-        except re.error as error:
-            return f"is not a regular expression ({error}); correct it"
-    return None
 
 
 def _objective_contradictions(config: RunFields) -> Iterator[Contradiction]:
