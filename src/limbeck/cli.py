@@ -97,10 +97,32 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON with bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
+    spectrum = commands.add_parser("spectrum", help="select the parameters to train by their signal-to-noise ratio")
+    spectrum.add_argument("model", help="folder or Hugging Face id of the student's checkpoint")
+    spectrum.add_argument(
+        "--top-percent", type=float, default=50, metavar="P", help="share of each kind of matrix; default: 50"
+    )
+    spectrum.add_argument(
+        "--output", type=Path, default=Path("spectrum.yaml"), help="file to write; default: spectrum.yaml"
+    )
+    spectrum.add_argument("--revision", help="branch, tag or commit on the hub")
+    spectrum.set_defaults(run=_spectrum)
+
     demo = commands.add_parser("demo", help="compare training with and without a teacher on a small example")
     demo.add_argument("--output", type=Path, default=Path("limbeck-demo"), help="output folder; default: limbeck-demo")
     demo.add_argument("--seed", type=int, default=0, help="seed of the problems and the weights; default: 0")
     demo.set_defaults(run=_demo)
+
+    push = commands.add_parser("push", help="upload the student of a run to the Hugging Face hub")
+    push.add_argument("run_folder", type=Path, metavar="RUN", help="output folder of a run, or a checkpoint in it")
+    push.add_argument("--repo-id", metavar="OWNER/NAME", help="repository; default: that of the run's configuration")
+    push.add_argument("--checkpoint", metavar="NAME", help="such as best or checkpoint-50; default: the newest")
+    push.add_argument("--branch", help="branch to upload to; default: that of the configuration, else main")
+    visibility = push.add_mutually_exclusive_group()
+    visibility.add_argument("--private", action="store_true", help="make a new repository private; default: configured")
+    visibility.add_argument("--public", dest="private", action="store_false", help="make a new repository public")
+    push.set_defaults(private=None)
+    push.set_defaults(run=_push)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
@@ -268,10 +290,46 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _spectrum(args: argparse.Namespace) -> int:
+    import torch
+    from rich.console import Console
+    from rich.status import Status
+
+    from limbeck.models import ModelSource, load_model
+    from limbeck.models.load import checkpoint_dtype
+    from limbeck.models.logs import configure_logging
+    from limbeck.models.spectrum import rank_matrices, render_yaml
+
+    configure_logging()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = ModelSource(args.model, "student", revision=args.revision)
+    model = load_model(source, checkpoint_dtype(source))
+    with Status("", console=Console(stderr=True)) as status:
+        ranked = rank_matrices(model, args.top_percent, device, status.update)
+    args.output.write_text(
+        render_yaml(ranked, f"limbeck spectrum {args.model} --top-percent {args.top_percent:g}"), encoding="utf-8"
+    )
+    selected = {one.name for one in ranked if one.selected}
+    trained = sum(parameter.numel() for name, parameter in model.named_parameters() if name in selected)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{args.output}: {len(selected)} of {len(ranked)} matrices, {trained:,} of {total:,} parameters")
+    return 0
+
+
 def _demo(args: argparse.Namespace) -> int:
     from limbeck.demo.run import run_demo
 
     run_demo(args.output, seed=args.seed)
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from limbeck.train.push import push_run
+
+    address = push_run(
+        args.run_folder, args.repo_id, checkpoint=args.checkpoint, private=args.private, branch=args.branch
+    )
+    print(f"uploaded to {address}")
     return 0
 
 

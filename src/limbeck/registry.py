@@ -202,6 +202,7 @@ TRACKERS: Registry[Any] = Registry(
     "tracker",
     {
         "tensorboard": "limbeck.train.trackers:make_tensorboard",
+        "wandb": "limbeck.train.trackers:make_wandb",
         "stdout": "limbeck.train.trackers:make_nothing",
         "none": "limbeck.train.trackers:make_nothing",
     },
@@ -214,6 +215,8 @@ DIALECTS: Registry[Any] = Registry(
         "limbeck": "limbeck.config.dialects.native:DIALECT",
         "nemo_rl": "limbeck.config.dialects.nemo_rl:DIALECT",
         "roll": "limbeck.config.dialects.roll:DIALECT",
+        "hyperpod": "limbeck.config.dialects.hyperpod:DIALECT",
+        "distillkit": "limbeck.config.dialects.distillkit:DIALECT",
     },
     members=lambda name: ("name", "system", "recognises", "translate"),
 )

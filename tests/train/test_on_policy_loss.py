@@ -17,6 +17,7 @@ from limbeck.strategies.world import World
 from limbeck.train.on_policy import LogProbGap, OnPolicyLoss
 from limbeck.train.samples import DATASET, STUDENT, Sample, to_examples
 
+REWARDED = {"rollout.environment": "exact", "rollout.num_generations": 2, "rollout.reward_weight": 2.0}
 SHORT = {
     "distill_loss_weight": 1.0, "rollout.max_new_tokens": 6, "eval_steps": 0, "save_steps": 0, "max_steps": 2,
     "student.training_args.per_device_train_batch_size": 4,
@@ -118,9 +119,7 @@ def test_rewards_change_the_loss_of_a_divergence(configure, monkeypatch):
         return [EnvironmentStep(reward=next(rewards)) for _ in completions]
 
     monkeypatch.setattr(MathEnvironment, "step", step)
-    changes = {"rollout.num_generations": 2, "rollout.reward_weight": 2.0, "max_steps": 1}
-    changes["rollout.environment"] = "exact"
-    found = DistillPipeline(configure(**SHORT | changes)).run().metrics
+    found = DistillPipeline(configure(**SHORT | REWARDED | {"max_steps": 1})).run().metrics
     assert found["train/loss"] == pytest.approx(
         found["train/train_distill_loss"] + found["train/policy_loss"], rel=1e-6
     )
@@ -131,9 +130,9 @@ def test_rewards_change_the_loss_of_a_divergence(configure, monkeypatch):
     ("changes", "sentence"),
     [
         ({"kd_objective": "policy_gradient", "rollout.top_p": 0.9}, "kd_objective has a policy gradient, for"),
-        ({"rollout.reward_weight": 1.0, "rollout.num_generations": 2, "rollout.temperature": 0.0}, "reward_weight has a"),
-        ({"rollout.reward_weight": 1.0}, "set rollout.num_generations to 2 or more"),
-        ({"rollout.reward_weight": 1.0}, "rollout.reward_weight needs rewards; set rollout.environment"),
+        (REWARDED | {"rollout.temperature": 0.0}, "reward_weight has a"),
+        (REWARDED | {"rollout.num_generations": 1}, "set rollout.num_generations to 2 or more"),
+        (REWARDED | {"rollout.environment": None}, "rollout.reward_weight needs rewards; set rollout.environment"),
         (
             {"kd_objective": "policy_gradient", "rollout.temperature": 0.8},
             "kd_temperature = 1 is not the rollout.temperature = 0.8",

@@ -11,9 +11,11 @@ import torch
 from runs import weights
 from safetensors.torch import load_file
 from strategies.engines import ALONE
-from tiny import make_model
+from tiny import TEMPLATE, make_model
+from transformers import AutoTokenizer
 
 from limbeck import LimbeckError
+from limbeck.data.templates import NAMED
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.checkpoint import (
     Checkpoint,
@@ -107,6 +109,14 @@ def test_a_checkpoint_holds_trained_parameters_by_their_own_names_and_the_positi
     assert state["config"]["max_steps"] == 4
     assert json.loads((path / "manifest.json").read_text())["metric"] == 0.5
     assert find_damage(path) is None
+
+
+@pytest.mark.parametrize(("template", "saved"), [("chatml", NAMED["chatml"]), (None, TEMPLATE), ("native", TEMPLATE)])
+def test_the_tokenizer_is_saved_with_the_template_of_the_run(build, tmp_path, template, saved):
+    run = build(**{"student.data_args.template": template})
+    run.saver.save(1, {}, {})
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "student").chat_template == saved
+    assert run.data.tokenizer.chat_template == TEMPLATE, "the run itself is not changed"
 
 
 def test_a_tied_head_is_saved_once_also_in_another_precision_than_it_is_trained_in(build, tmp_path):

@@ -234,6 +234,7 @@ def _references(value: object) -> Iterator[str]:
 
 
 def format_error(found: Contradiction, location: SourceLocation | str) -> str:
-    """One line: location, key, problem."""
+    """One line: location, key, problem. A flag is both its key and its location."""
     end = "?" if found.sentence.endswith("?") else "."
-    return f"{location}: {found.path} {found.sentence.rstrip('.?')}{end}"
+    place = "" if str(location) == found.path else f"{location}: "
+    return f"{place}{found.path} {found.sentence.rstrip('.?')}{end}"

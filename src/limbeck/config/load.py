@@ -22,6 +22,23 @@ from limbeck.errors import LimbeckError
 
 
 @dataclass(frozen=True)
+class LauncherSetting:
+    """A setting of the program that started the process.
+
+    Attributes:
+        key: Limbeck's key.
+        value: its value. Another value in the configuration is an error, unless ``is_default``.
+        origin: the flag of the launcher, for messages.
+        is_default: the launcher was not given the flag, and the configuration takes precedence.
+    """
+
+    key: str
+    value: Any
+    origin: str
+    is_default: bool = False
+
+
+@dataclass(frozen=True)
 class LoadedConfig:
     """A checked configuration.
 
@@ -38,7 +55,12 @@ class LoadedConfig:
     dialect: str = native.NATIVE
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), dialect: str | None = None) -> LoadedConfig:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    dialect: str | None = None,
+    launcher: Sequence[LauncherSetting] = (),
+) -> LoadedConfig:
     """Load a YAML file.
 
     Args:
@@ -46,13 +68,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), dialect: str | 
         overrides: ``key=value`` sets a key, whether or not the file has it. ``+key=value``, ``++key=value`` and ``~key``
             have Hydra's meaning.
         dialect: a name in ``limbeck.registry.DIALECTS``; by default the dialect is recognised.
+        launcher: settings of the program that started this process.
 
     Raises:
         LimbeckError: with one line per mistake, each with its file and line.
     """
     file = find_file(Path(path))
     composed = compose_file(file, overrides)
-    return _load_values(composed, str(file), dialect, file.parent)
+    return _load_values(composed, str(file), dialect, file.parent, launcher)
 
 
 def load_mapping(values: Mapping[str, Any], source: str = "arguments", dialect: str | None = None) -> LoadedConfig:
@@ -70,13 +93,19 @@ def load_mapping(values: Mapping[str, Any], source: str = "arguments", dialect: 
     return _load_values(Composed(content, frozenset(), locations), source, dialect)
 
 
-def load_arguments(argv: Sequence[str], dialect: str | None = None, plugins: Sequence[str] = ()) -> LoadedConfig:
+def load_arguments(
+    argv: Sequence[str],
+    dialect: str | None = None,
+    plugins: Sequence[str] = (),
+    launcher: Sequence[LauncherSetting] = (),
+) -> LoadedConfig:
     """Load the command-line arguments of another system.
 
     Args:
         argv: the arguments, without the name of the program.
         dialect: as in ``load_config``; there is no default dialect for arguments.
         plugins: files that register dialects, as the key ``plugins``.
+        launcher: as in ``load_config``.
 
     Raises:
         LimbeckError: with one line per mistake, each with its flag.
@@ -88,14 +117,20 @@ def load_arguments(argv: Sequence[str], dialect: str | None = None, plugins: Seq
     flags = [word.partition("=")[0] for word in arguments if word.startswith("-")]
     locations = {flag: SourceLocation(flag) for flag in flags}
     chosen = choose_dialect(arguments, "arguments", dialect)
-    translation = _translate(chosen, arguments, locations, list(plugins))
+    translation = _translate(chosen, arguments, locations, list(plugins), launcher)
     return _check(translation, chosen, Composed({}, frozenset(), locations), "arguments")
 
 
-def _load_values(composed: Composed, source: str, dialect: str | None, folder: Path | None = None) -> LoadedConfig:
+def _load_values(
+    composed: Composed,
+    source: str,
+    dialect: str | None,
+    folder: Path | None = None,
+    launcher: Sequence[LauncherSetting] = (),
+) -> LoadedConfig:
     plugins = _run_plugins(composed, source)
     chosen = choose_dialect(composed.values, source, dialect)
-    translation = _translate(chosen, composed.values, composed.locations, plugins)
+    translation = _translate(chosen, composed.values, composed.locations, plugins, launcher)
     if folder is not None:
         _find_data_files(folder, translation.values)
     return _check(translation, chosen, composed, source)
@@ -117,9 +152,19 @@ def _run_plugins(composed: Composed, source: str) -> list[str]:
 
 
 def _translate(
-    dialect: Dialect, source: Source, locations: dict[str, SourceLocation], plugins: list[str]
+    dialect: Dialect,
+    source: Source,
+    locations: dict[str, SourceLocation],
+    plugins: list[str],
+    launcher: Sequence[LauncherSetting],
 ) -> Translation:
     translation = dialect.translate(source, locations)
+    if launcher:
+        native.normalise(translation)  # so that another spelling of the same value is no contradiction
+        for setting in launcher:
+            locations[setting.origin] = SourceLocation(setting.origin)
+            put = translation.default if setting.is_default else translation.set
+            put(setting.key, setting.value, setting.origin)
     if plugins:
         translation.values["plugins"] = plugins
     native.expand(translation, locations)

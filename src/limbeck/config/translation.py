@@ -55,6 +55,23 @@ class Translation:
         section[key] = value
         self.derived[path] = derived_from
 
+    def set(self, path: str, value: object, derived_from: str) -> None:
+        """As ``put``, but it is an error if ``path`` already has another value."""
+        present = self.get(path)
+        if present is not None and present != value and str(present) != str(value):  # flags have values of text
+            self.refuse(
+                derived_from,
+                f"= {format_value(value)} contradicts {self.derived.get(path, path)} = {format_value(present)}; "
+                "keep one of them",
+            )
+        else:
+            self.put(path, value, derived_from)
+
+    def default(self, path: str, value: object, derived_from: str) -> None:
+        """As ``put``, unless ``path`` has a value."""
+        if self.get(path) is None:
+            self.put(path, value, derived_from)
+
     def get(self, path: str) -> Any:
         """The value at ``path``, or None."""
         parent, _, key = path.rpartition(".")

@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from limbeck.errors import USER_MISTAKE, LimbeckError
 
@@ -34,8 +33,8 @@ def visible_devices(devices: Sequence[int], allowed: str | None) -> str:
     return ",".join(names[device] for device in devices) if names else allowed
 
 
-def run_ranks(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
-    """Run ``limbeck train`` once per rank on this machine. If one process fails, the others are terminated.
+def run_ranks(ranks: int, command: Sequence[str]) -> int:
+    """Run ``command`` once per rank on this machine. If one process fails, the others are terminated.
 
     Returns:
         The exit status of the first rank that failed, else 0.
@@ -46,7 +45,6 @@ def run_ranks(ranks: int, config_file: Path, overrides: Sequence[str]) -> int:
     common = {**os.environ, STARTED_HERE: "1", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
-    command = [sys.executable, "-m", "limbeck", "train", str(config_file), *overrides]
     with tempfile.TemporaryFile("w+") as others:
         processes = [
             subprocess.Popen(

@@ -7,20 +7,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from limbeck.config import DistillConfig, load_config
+from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_config
 from limbeck.errors import LimbeckError
+from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
 
 
 def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
-    """Run the distillation that a YAML file describes. All entry points call this function.
+    """Run the distillation that a YAML file describes.
 
     A ``device_mapping`` of several devices starts that many processes on this machine, unless torchrun has started them.
 
     Returns:
         The exit status.
     """
-    loaded = load_config(config_file, overrides, dialect)
+    loaded = load_config(config_file, overrides, dialect, launcher_settings(os.environ))
+    options = [] if dialect is None else ["--dialect", dialect]
+    return _train(loaded, [sys.executable, "-m", "limbeck", "train", str(config_file), *options, *overrides])
+
+
+def train_from_arguments(script: str, argv: Sequence[str], dialect: str) -> int:
+    """Run the distillation that the command-line arguments of another system describe, as ``train_from_config``.
+
+    Args:
+        script: the program that received ``argv``; each process of a ``device_mapping`` runs it again.
+        dialect: of the arguments.
+    """
+    loaded = load_arguments(argv, dialect, launcher=launcher_settings(os.environ))
+    return _train(loaded, [sys.executable, script, *argv])
+
+
+def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
+    if not os.environ.get(STARTED_HERE):  # a device_mapping starts more processes than the launcher
+        check_world_size(os.environ)
     config = loaded.config
     main_process = int(os.environ.get("RANK", "0")) == 0
     if main_process and not os.environ.get(STARTED_HERE):
@@ -42,8 +61,7 @@ def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str 
     if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
         return _train_on_ray(config)
     if len(devices) > 1 and not launched:
-        options = [] if dialect is None else ["--dialect", dialect]
-        return run_ranks(len(devices), config_file, [*options, *overrides])
+        return run_ranks(len(devices), command)
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 

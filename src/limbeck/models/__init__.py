@@ -2,7 +2,7 @@
 
 from limbeck.models.activation_checkpointing import recompute_activations
 from limbeck.models.compile import compile_layers, should_compile, undo_around
-from limbeck.models.freeze import freeze
+from limbeck.models.freeze import freeze, select_trained
 from limbeck.models.heads import (
     body,
     check_head,
@@ -59,6 +59,7 @@ __all__ = [
     "output_head",
     "recompute_activations",
     "resolve_pairs",
+    "select_trained",
     "should_compile",
     "submodules",
     "undo_around",

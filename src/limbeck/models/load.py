@@ -154,6 +154,14 @@ def end_token_ids(source: ModelSource) -> set[int]:
     return set() if found is None else {found} if isinstance(found, int) else set(found)
 
 
+def checkpoint_dtype(source: ModelSource) -> torch.dtype:
+    """The precision that a checkpoint's configuration names, else bfloat16."""
+    check_folder(source.name_or_path, source.role, holds="config.json")
+    with _unreadable(f"the {source.role} {source.name_or_path!r}", source.name_or_path):
+        dtype = _load_config(source).get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
 def _load_config(source: ModelSource) -> Any:
     changes = dict(source.config_kwargs)
     if source.name_or_path is None:

@@ -90,8 +90,8 @@ class Fsdp2Strategy:
         pipeline = pipeline_of(dims, world)
         if pipeline is not None and world.max(not any(p.requires_grad for p in model.parameters())):
             raise LimbeckError(
-                f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {dims.pp}: freeze_module_prefix "
-                "leaves one of the stages nothing to train; use fewer stages, or freeze less."
+                f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {dims.pp}: one of the "
+                "stages has only frozen parameters and nothing to train; use fewer stages, or freeze less."
             )
         root = spec.make_root(Placement(outline, rows, world.group(TP), pipeline))
         root.train()

@@ -32,6 +32,7 @@ from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
 from limbeck.train.introduction import introduce
+from limbeck.train.push import push_checkpoint
 from limbeck.train.result import RunResult
 from limbeck.train.student import TrainInput, to_device
 from limbeck.train.validate import validation_metrics
@@ -108,7 +109,25 @@ class DistillPipeline:
             # Until here there is nothing to save, and a signal ends the process at once.
             signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
-                return train(run, stop, given.console)
+                result = train(run, stop, given.console)
+        if config.checkpoint_config.save_to_hub.repo_id is not None and not result.stopped_by:
+            _push(config, world, result, given.console)
+        return result
+
+
+def _push(config: DistillConfig, world: World, result: RunResult, console_file: TextIO | None) -> None:
+    """Upload the student from the main process, while the others wait."""
+    try:
+        if world.is_main:
+            address = push_checkpoint(config.checkpoint_config.save_to_hub, result.student)
+            print(f"uploaded to {address}", file=console_file, flush=True)
+    except LimbeckError as error:
+        raise LimbeckError(
+            f"the student is saved in {result.student}, but not on the hub: {str(error).rstrip('.')}; "
+            f"`limbeck push {result.student}` uploads it."
+        ) from error
+    finally:
+        world.barrier()
 
 
 def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> RunResult:

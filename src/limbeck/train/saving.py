@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.data.templates.named import LONG_COT
+from limbeck.data.templates.resolve import resolve_template
 from limbeck.errors import LimbeckError
 from limbeck.models import has_lora, merged_state_dict
 from limbeck.models.dtypes import DTYPES
@@ -110,7 +113,16 @@ class Saver:
         described = json.loads((folder / "config.json").read_text())
         described["dtype"] = str(dtype).removeprefix("torch.")
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        self._tokenizer.save_pretrained(folder)
+        self._tokenizer_to_save().save_pretrained(folder)
+
+    def _tokenizer_to_save(self) -> Any:
+        """The tokenizer with the chat template that the student was trained with."""
+        name = self._config.student.data_args.template
+        if name in (None, "native", *LONG_COT):  # the tokenizer's own, or with text that the student writes itself
+            return self._tokenizer
+        tokenizer = copy.deepcopy(self._tokenizer)
+        tokenizer.chat_template = resolve_template(name, tokenizer).jinja
+        return tokenizer
 
 
 def find_checkpoint(config: DistillConfig) -> Path | None:

@@ -65,6 +65,35 @@ def make_tensorboard(log_dir: Path, kwargs: dict[str, Any]) -> Tracker:
     return TensorBoard(log_dir, kwargs.get("log_dir"))
 
 
+class WandB:
+    """A run of Weights & Biases; ``arguments`` are those of ``wandb.init``."""
+
+    def __init__(self, log_dir: Path, arguments: Mapping[str, Any]) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise LimbeckError("track_with: wandb needs the package wandb; pip install wandb.") from error
+        log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._run: Any = wandb.init(dir=str(log_dir), **arguments)
+        except wandb.errors.Error as error:
+            reason = " ".join(str(error).split()).rstrip(".")
+            raise LimbeckError(
+                f"Weights & Biases cannot be used: {reason}; set WANDB_API_KEY, or WANDB_MODE=offline."
+            ) from error
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def make_wandb(log_dir: Path, kwargs: dict[str, Any]) -> Tracker:
+    """The tracker of Weights & Biases; ``kwargs`` are passed to ``wandb.init``."""
+    return WandB(log_dir, kwargs)
+
+
 def make_nothing(log_dir: Path, kwargs: dict[str, Any]) -> None:
     """No tracker: ``metrics.jsonl`` is written and the console prints every line anyway."""
 

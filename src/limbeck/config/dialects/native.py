@@ -1,7 +1,7 @@
 """Limbeck's own dialect, and the abbreviations that every dialect may use.
 
-The abbreviations are other spellings of a value, DeepSpeed keys in ``strategy_config``, ModelOpt's ``distillation_config``
-and ``objective_preset``. They are expanded after the translation of any dialect.
+The abbreviations are other spellings of a value, DeepSpeed keys in ``strategy_config``, ModelOpt's ``distillation_config``,
+Spectrum's file and ``objective_preset``. They are expanded after the translation of any dialect.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from limbeck.config import deepspeed
-from limbeck.config.dialects import modelopt, presets
+from limbeck.config.dialects import modelopt, presets, spectrum
 from limbeck.config.dialects.base import NATIVE, Source
 from limbeck.config.locations import SourceLocation
 from limbeck.config.schema import ModelArgs, StrategyConfig, reads_deepspeed_block
@@ -67,6 +67,7 @@ def expand(translation: Translation, locations: dict[str, SourceLocation]) -> No
     """Expand all abbreviations in place. ``locations`` gets the keys of a ModelOpt file."""
     normalise(translation)
     modelopt.translate(translation, locations)
+    spectrum.read(translation, locations)
     presets.apply(translation)
 
 

@@ -16,7 +16,7 @@ from limbeck.config.schema.models import (
 from limbeck.config.schema.named_datasets import NAMED_DATASETS
 from limbeck.config.schema.objective import FAULTS, FEATURE_LOSSES, OBJECTIVES
 from limbeck.config.schema.rules import unread_keys
-from limbeck.config.schema.training import SEQUENTIAL_KWARGS, TRACKER_KWARGS, TrainingArgs
+from limbeck.config.schema.training import SEQUENTIAL_KWARGS, TRACKER_KWARGS, HubConfig, TrainingArgs
 from limbeck.config.schema.workers import SERVICE_NAME, StudentConfig, TeacherConfig, WorkerConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "ContradictionError",
     "DataArgs",
     "DistillConfig",
+    "HubConfig",
     "ModelArgs",
     "Section",
     "SourceArgs",

@@ -64,6 +64,21 @@ class StudentModelArgs(ModelArgs):
     freeze_module_prefix: CommaList | None = Field(
         default=None, description="Name prefixes of the parameters that are not trained, separated by commas."
     )
+    unfrozen_parameters: list[str] | None = Field(
+        default=None,
+        description="Names of the parameters that are trained; all others are frozen. A list, or a YAML file with the key "
+        "unfrozen_parameters, as `limbeck spectrum` and Spectrum write it. An entry that matches no parameter is an error.",
+    )
+    frozen_parameters: list[str] | None = Field(
+        default=None,
+        description="Names of parameters that are not trained; they take precedence over unfrozen_parameters. An entry that "
+        "matches no parameter is an error.",
+    )
+    parameter_match: Literal["substring", "regex"] = Field(
+        default="substring",
+        description="How unfrozen_parameters and frozen_parameters match the names of parameters: substring (the entry is a "
+        "part of the name) or regex (the regular expression matches a part of the name).",
+    )
     lora_target: CommaList | None = Field(
         default=None,
         description="Modules that get LoRA adapters: names separated by commas, a regular expression, or all-linear. "

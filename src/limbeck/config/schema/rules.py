@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
+from limbeck.config.schema.freezing import freezing_contradictions
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
 from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
@@ -96,6 +97,7 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "student.model_args.additional_target",
             "is only read with LoRA; set student.model_args.lora_target too",
         )
+    yield from freezing_contradictions(student)
 
     if config.cross_tokenizer != "off":
         if teacher.model_name_or_path is None:
@@ -511,6 +513,11 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if config.rollout is not None and "student" not in config.rollout.origins:
         for key in ("max_staleness", "stop_if"):
             yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"
+    if not student.model_args.unfrozen_parameters and not student.model_args.frozen_parameters:
+        yield "student.model_args.parameter_match", "is only read with unfrozen_parameters or frozen_parameters"
+    if config.checkpoint_config.save_to_hub.repo_id is None:
+        for key in ("private", "branch"):
+            yield f"checkpoint_config.save_to_hub.{key}", "is only read with save_to_hub.repo_id"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     if not config.validation_sources:

@@ -260,14 +260,13 @@ class RunFields(Section):
     )
     track_with: Annotated[str, registered(TRACKERS)] = Field(
         default="tensorboard",
-        description="Tracker of the metrics, in addition to `<output_dir>/metrics.jsonl`: tensorboard, stdout, none, "
-        "or one "
-        "that a plug-in registers.",
+        description="Tracker of the metrics, in addition to `<output_dir>/metrics.jsonl`: tensorboard, wandb (Weights & "
+        "Biases), stdout, none, or one that a plug-in registers.",
     )
     tracker_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the tracker. tensorboard reads `log_dir`, the folder of its event files (by default "
-        "logging_dir).",
+        "logging_dir); wandb reads `project`, `entity`, `name`, `group`, `tags` and `mode`.",
     )
 
     system_envs: Environment = Field(

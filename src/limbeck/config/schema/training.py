@@ -67,7 +67,12 @@ SEQUENTIAL_REQUIRED: dict[str, str] = {"CosineAnnealingLR": "T_max", "Exponentia
 """The argument of each that has no default."""
 
 
-TRACKER_KWARGS: dict[str, tuple[str, ...]] = {"tensorboard": ("log_dir",), "stdout": (), "none": ()}
+TRACKER_KWARGS: dict[str, tuple[str, ...]] = {
+    "tensorboard": ("log_dir",),
+    "wandb": ("project", "entity", "name", "group", "tags", "mode"),
+    "stdout": (),
+    "none": (),
+}
 """The tracker_kwargs that each built-in tracker reads."""
 
 
@@ -128,8 +133,24 @@ class TrainingArgs(Section):
     data_seed: int | None = Field(default=None, ge=0, description="Seed of the order of the data. If unset, `seed`.")
 
 
+class HubConfig(Section):
+    """The repository on the Hugging Face hub that the student is uploaded to at the end of the run."""
+
+    repo_id: str | None = Field(
+        default=None,
+        pattern=r"^[\w.-]+/[\w.-]+$",
+        description="OWNER/NAME of the repository; it is made if it does not exist. If unset, nothing is uploaded. The token "
+        "is read from HF_TOKEN or from the file that `hf auth login` writes.",
+    )
+    private: bool = Field(default=True, description="Whether a new repository is private.")
+    branch: str | None = Field(
+        default=None,
+        description="Branch that is uploaded to; it is made if it does not exist. If unset, the main branch.",
+    )
+
+
 class CheckpointConfig(Section):
-    """Checkpoint folder, and the choice of the best checkpoint."""
+    """Checkpoint folder, the choice of the best checkpoint, and the upload of the student."""
 
     output_dir: str | None = Field(
         default=None,
@@ -147,4 +168,7 @@ class CheckpointConfig(Section):
         default=1,
         ge=1,
         description="Number of best checkpoints that max_ckpt_to_keep never removes.",
+    )
+    save_to_hub: HubConfig = Field(
+        default_factory=HubConfig, description="Upload of the student to the Hugging Face hub at the end of the run."
     )

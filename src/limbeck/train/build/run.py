@@ -31,6 +31,7 @@ from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
+from limbeck.train.push import check_token, make_repository
 from limbeck.train.request_pipeline import RequestPipeline
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
@@ -139,6 +140,8 @@ def build_run(
         strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
     check_best_metric(config, world)
     refuse_missing_files(config)
+    if world.is_main:
+        check_token(config.checkpoint_config.save_to_hub)
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
     objectives = make_objectives(config, world.device)
@@ -213,6 +216,8 @@ def build_run(
         source.load_state_dict(position)
         _set_scheduler_step(run.scheduler, run.step)
     source.weights_changed(student.iter_weights, run.step)
+    if world.is_main:  # an upload that is not permitted is reported before the first step
+        make_repository(config.checkpoint_config.save_to_hub)
     run.trackers = _open_trackers(run)
     for tracker in run.trackers:
         resources.callback(tracker.close)

@@ -26,6 +26,7 @@ from limbeck.models import (
     load_model,
     output_head,
     recompute_activations,
+    select_trained,
     should_compile,
     undo_around,
 )
@@ -154,11 +155,6 @@ def distribute_student(
 def prepare_student(config: DistillConfig, model: Any) -> Any:
     """``model`` with LoRA adapters or frozen parameters, as configured."""
     args = config.student.model_args
-    if args.freeze_module_prefix and args.lora_target:
-        raise LimbeckError(
-            "student.model_args.freeze_module_prefix and lora_target contradict: LoRA freezes everything but its adapters; "
-            "give only one."
-        )
     if args.lora_target:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -172,6 +168,8 @@ def prepare_student(config: DistillConfig, model: Any) -> Any:
             )
     if args.freeze_module_prefix:
         freeze(model, [prefix.strip() for prefix in args.freeze_module_prefix.split(",")])
+    if args.unfrozen_parameters is not None or args.frozen_parameters is not None:
+        select_trained(model, args.unfrozen_parameters, args.frozen_parameters, args.parameter_match)
     return model
 
 

@@ -1,0 +1,194 @@
+"""``accelerate launch``: its settings, the number of processes, and real runs over gloo."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import forget_after, metric_by_step, weights
+
+from limbeck import DistillPipeline, LimbeckError
+from limbeck.config import load_arguments, load_config
+from limbeck.launch import accelerate
+from limbeck.launch.accelerate import check_world_size, launcher_settings, requested_processes
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "distil_logits_cli.py"
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no"}
+DEEPSPEED = {**LAUNCHED, "ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+def loaded(environment, *argv):
+    return load_arguments(argv, "hyperpod", launcher=launcher_settings(environment))
+
+
+def test_without_the_launcher_nothing_is_set():
+    assert launcher_settings({"WORLD_SIZE": "2"}) == []
+    assert launcher_settings(LAUNCHED) == []
+
+
+def test_deepspeed_flags_become_the_students_strategy():
+    flags = {"DEEPSPEED_ZERO_STAGE": "3", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu", "GRADIENT_CLIPPING": "0.5",
+             "GRADIENT_ACCUMULATION_STEPS": "8", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}  # fmt: skip
+    found = loaded({**DEEPSPEED, **{f"ACCELERATE_{name}": value for name, value in flags.items()}})
+    strategy = found.config.student.strategy_args
+    assert strategy.strategy_name == "deepspeed_train"
+    assert strategy.strategy_config.deepspeed == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    assert found.config.max_grad_norm == 0.5
+    assert found.origins["max_grad_norm"] == "accelerate launch --gradient_clipping"
+    assert found.origins["student.strategy_args.strategy_name"] == "accelerate launch --use_deepspeed"
+
+
+def test_the_default_stage_gives_way_to_that_of_the_configuration(tmp_path):
+    def stage(environment, *argv):
+        return loaded(environment, *argv).config.student.strategy_args.strategy_config.deepspeed["zero_optimization"][
+            "stage"
+        ]
+
+    own = "student.strategy_args.strategy_config={zero_optimization: {stage: 1}}"
+    assert stage(DEEPSPEED) == 2
+    assert stage(DEEPSPEED, own) == 1
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, "train_batch_size": "auto"}))
+    assert stage({**DEEPSPEED, "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}) == 3
+    with pytest.raises(LimbeckError, match=r"accelerate launch --zero_stage = 2 contradicts .*stage = 1; keep one"):
+        stage({**DEEPSPEED, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, own)
+
+
+def test_the_precision_is_that_of_the_launcher_unless_a_flag_contradicts_it(tmp_path):
+    assert loaded({"ACCELERATE_MIXED_PRECISION": "fp16"}).config.teacher.model_args.dtype == "fp16"
+    assert loaded(LAUNCHED).config.student.model_args.dtype == "bf16"
+    with pytest.raises(LimbeckError, match="accelerate launch --mixed_precision = bf16 contradicts --fp16 = fp16"):
+        loaded({"ACCELERATE_MIXED_PRECISION": "bf16"}, "--fp16")
+    file = tmp_path / "run.yaml"  # another spelling of the same precision is no contradiction
+    file.write_text("student_pretrain: s\nstudent: {model_args: {dtype: bfloat16}, data_args: {file_name: d}}\n")
+    settings = launcher_settings({"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert load_config(file, ["teacher_pretrain=t"], launcher=settings).config.student.model_args.dtype == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "--use_megatron_lm is not read"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config is not read"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, "--mixed_precision fp8 is not supported"),
+        ({"ACCELERATE_DEEPSPEED_CONFIG_FILE": "/nowhere.json"}, "--deepspeed_config_file /nowhere.json cannot be read"),
+    ],
+)
+def test_what_is_configured_otherwise_here_is_refused(environment, sentence):
+    with pytest.raises(LimbeckError, match=sentence):
+        launcher_settings({**DEEPSPEED, **environment})
+
+
+@pytest.mark.parametrize(
+    ("command", "processes"),
+    [
+        ("python /bin/accelerate launch --num_processes=16 --num_machines=2 a.py --num_processes 3", 16),
+        ("python -m accelerate.commands.launch --num-processes 4 a.py", 4),
+        ("accelerate-launch --use_deepspeed --num_processes 2 -m limbeck train --config_file x.yaml", 2),
+        ("python /bin/accelerate launch --config_file FILE a.py --config_file other.yaml", 6),
+        ("python /bin/accelerate launch a.py --num_processes 3", None),
+        ("python /bin/accelerate config", None),
+        ("torchrun --nproc-per-node 2 a.py", None),
+        ("bash", None),
+    ],
+)
+def test_the_number_of_processes_is_read_from_the_command(command, processes, tmp_path):
+    (tmp_path / "accelerate.yaml").write_text("num_processes: 6\nnum_machines: 2\n")
+    assert requested_processes(command.replace("FILE", str(tmp_path / "accelerate.yaml")).split()) == processes
+
+
+def test_another_number_of_processes_than_requested_is_an_error(monkeypatch):
+    monkeypatch.setattr(accelerate, "_ancestors", lambda: [["sh"], ["accelerate", "launch", "--num_processes", "16"]])
+    check_world_size({**LAUNCHED, "WORLD_SIZE": "16"})
+    check_world_size({"WORLD_SIZE": "2"})
+    for environment in ({"WORLD_SIZE": "8"}, {}):
+        with pytest.raises(LimbeckError, match="was asked for 16 processes, but this run has"):
+            check_world_size({**LAUNCHED, **environment})
+    monkeypatch.setattr(accelerate, "_ancestors", list)
+    check_world_size(LAUNCHED)
+    with pytest.raises(LimbeckError, match="was asked for several processes, but this run has 1"):
+        check_world_size({**LAUNCHED, "MASTER_ADDR": "127.0.0.1"})
+
+
+def run(command, environment):
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.processes
+@pytest.mark.workers
+@pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ("accelerate", "deepspeed")), reason="needs both packages"
+)
+def test_two_machines_under_accelerate_give_the_run_of_one_process(assets, tmp_path):
+    """ZeRO-2 on two machines as the sample's manifest starts them, and one process, which resumes the former."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    arguments = [
+        "--teacher_model", str(assets / "teacher"), "--student_model", str(assets / "student"),
+        "--dataset_name", str(assets / "rows.jsonl"), "--max_length", "128", "--no-bf16", "--save_steps", "2",
+        "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3", "max_steps=4", "track_with=none",
+    ]  # fmt: skip
+    many = [str(SCRIPT), *arguments, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "many")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    launcher = [
+        "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1",
+        f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no", "--use_deepspeed",
+        "--deepspeed_multinode_launcher=standard",
+    ]  # fmt: skip
+    machines = [run([*launcher, f"--machine_rank={rank}", *many], environment) for rank in range(2)]
+    one = [*arguments, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
+    DistillPipeline(load_arguments(one, "hyperpod").config).run()
+    for process in machines:
+        output = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, output
+    state = json.loads((tmp_path / "many" / "run.json").read_text())
+    assert state["ranks"] == 2
+    assert state["config"]["student"]["strategy_args"]["strategy_name"] == "deepspeed_train"
+
+    def compare():
+        expected = metric_by_step(tmp_path / "one", "train/loss")
+        assert metric_by_step(tmp_path / "many", "train/loss") == pytest.approx(expected, abs=1e-4)
+        first, second = (weights(tmp_path / name / "student") for name in ("one", "many"))
+        for name, tensor in first.items():
+            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4)
+
+    compare()
+    forget_after(tmp_path / "many", 2)
+    alone = [
+        "--per_device_train_batch_size",
+        "4",
+        "--output_dir",
+        str(tmp_path / "many"),
+        "--resume_from_checkpoint=latest",
+    ]
+    DistillPipeline(load_arguments([*arguments, *alone], "hyperpod").config).run()
+    assert len(metric_by_step(tmp_path / "many", "train/loss")) == 4
+    compare()
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
+def test_a_launcher_that_starts_one_process_silently_is_stopped(tmp_path):
+    command = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        str(SCRIPT),
+        "--output_dir",
+        str(tmp_path / "o"),
+    ]
+    process = run(command, {**os.environ})
+    assert "accelerate launch was asked for 2 processes, but this run has 1" in process.communicate(timeout=120)[0]
+    assert process.returncode != 0
+    assert not (tmp_path / "o").exists()
