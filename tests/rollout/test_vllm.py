@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    """A generator that every test of this file gives new weights."""
+    """A generator that tests give new weights. A process has one engine: the tests that start another come before or last."""
     return start(folder)
 
 
@@ -91,6 +91,19 @@ class TestContract:
         completions = contract.check_greedy(generator, model, contract.make_prompts(model.config.vocab_size))
         assert {completion.version for completion in completions} == {7}
         assert len({token for completion in completions for token in completion.token_ids}) > 20
+
+    def test_rows_that_pad_the_head_are_never_written(self, tmp_path):
+        folder = make_student(tmp_path / "padded", vocab_size=384)  # more than the tokenizer has
+        model, num_tokens = load(folder), len(load_tokenizer(ModelSource(str(folder))))
+        with torch.no_grad():
+            model.lm_head.weight[num_tokens:] = 100 * model.lm_head.weight[num_tokens:].sign()
+        generator = start(folder)
+        with pytest.raises(LimbeckError, match="no weights yet; call update_weights"):
+            generator.generate([Prompt((5,), 0)], SamplingParams(1))
+        generator.update_weights(iter_model(model), 1)
+        prompts = contract.make_prompts(num_tokens)
+        for sampling in (SamplingParams(8, temperature=0), SamplingParams(8, temperature=2.0)):
+            assert max(max(row) for row in contract.tokens(generator.generate(prompts, sampling))) < 320
 
     @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
     def test_log_probs_are_those_of_the_sampling_distribution(self, generator, model, prompts, sampling):
@@ -122,30 +135,22 @@ class TestContract:
             assert contract.check_greedy(generator, model, prompts) != before
             contract.check_log_probs(generator, model, prompts, SETTINGS[0])
 
-    def test_weights_that_do_not_fit_the_model_are_refused(self, generator, model):
-        weights = dict(model.state_dict())
-        norm = "model.norm.weight"
-        with pytest.raises(LimbeckError, match=rf"did not receive {norm} \(1 weights of Qwen3ForCausalLM\)"):
-            generator.update_weights([item for item in weights.items() if item[0] != norm], 1)
-        with pytest.raises(
-            LimbeckError, match=r"received the weight model.norm.scale, which Qwen3ForCausalLM does not"
-        ):
-            generator.update_weights([*weights.items(), ("model.norm.scale", weights[norm])], 1)
-        with pytest.raises(LimbeckError, match=rf"{norm} with the shape \[2\] in place of \[32\]"):
-            generator.update_weights({**weights, norm: torch.ones(2)}.items(), 1)
-
-    def test_rows_that_pad_the_head_are_never_written(self, tmp_path):
-        folder = make_student(tmp_path / "padded", vocab_size=384)  # the tokenizer has 320 tokens
-        model = load(folder)
-        with torch.no_grad():
-            model.lm_head.weight[320:] = 100 * model.lm_head.weight[320:].sign()
-        generator = start(folder)
-        with pytest.raises(LimbeckError, match="no weights yet; call update_weights"):
+    @pytest.mark.parametrize(
+        ("name", "sent", "sentence"),
+        [
+            ("model.norm.weight", {}, r"did not receive model.norm.weight \(1 weights of Qwen3ForCausalLM\)"),
+            ("model.norm.scale", {"model.norm.scale": torch.ones(32)}, "received the weight model.norm.scale, which"),
+            ("model.norm.weight", {"model.norm.weight": torch.ones(2)}, r"with the shape \[2\] in place of \[32\]"),
+        ],
+    )
+    def test_weights_that_do_not_fit_the_model_are_refused(self, generator, model, monkeypatch, name, sent, sentence):
+        load = lambda method, kwargs: dict(kwargs["weights_iterator"])  # noqa: E731
+        monkeypatch.setattr(generator._llm, "collective_rpc", load)  # the engine is left as it is
+        monkeypatch.setattr(generator, "_has_failed", False)
+        with pytest.raises(LimbeckError, match=sentence):
+            generator.update_weights({**{n: w for n, w in iter_model(model) if n != name}, **sent}.items(), 2)
+        with pytest.raises(LimbeckError, match="has failed or was ended"):
             generator.generate([Prompt((5,), 0)], SamplingParams(1))
-        generator.update_weights(iter_model(model), 1)
-        prompts = contract.make_prompts(320)
-        for sampling in (SamplingParams(8, temperature=0), SamplingParams(8, temperature=2.0)):
-            assert max(max(row) for row in contract.tokens(generator.generate(prompts, sampling))) < 320
 
     def test_a_completion_ends_where_the_positions_do(self, generator, model, prompts):
         positions = model.config.max_position_embeddings
@@ -169,18 +174,23 @@ class TestContract:
         contract.check_greedy(generator, model, prompts)
 
     def test_an_engine_that_fails_in_a_batch_is_reported(self, generator, prompts, monkeypatch):
-        step, steps = generator._llm.llm_engine.step, iter(range(4))
+        engine = generator._llm.llm_engine
+        step, steps = engine.step, iter(range(4))
 
         def failing():
             if next(steps, None) is None:
                 raise RuntimeError("out of order")
             return step()
 
-        monkeypatch.setattr(generator._llm.llm_engine, "step", failing)
+        monkeypatch.setattr(engine, "step", failing)
+        monkeypatch.setattr(generator, "_has_failed", False)
         with pytest.raises(
             LimbeckError, match=r"vLLM failed while it wrote 7 completions.*: RuntimeError: out of order"
         ):
             generator.generate(prompts, SamplingParams(12))
+        with pytest.raises(LimbeckError, match="has failed or was ended"):
+            generator.generate(prompts, SamplingParams(12))
+        engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
     def test_other_prompts_than_those_given_are_noticed(self, generator, prompts, monkeypatch):
         generate = generator._llm.generate
@@ -199,11 +209,13 @@ class TestContract:
             LimbeckError, match=r"cannot run the student with these rollout.generator_kwargs: TypeError: .*spede"
         ):
             start(folder, arguments={"spede": 3})
-        start(folder, max_model_len=64)
+        first, _ = start(folder, max_model_len=64), start(folder, max_model_len=64)
         assert torch.equal(torch.rand(1), expected)
         torch.set_num_threads(threads + 1)
         assert torch.get_num_threads() == threads + 1
         torch.set_num_threads(threads)
+        with pytest.raises(LimbeckError, match="has failed or was ended"):
+            first.update_weights(iter_model(load(folder)), 1)
 
 
 @needs_vllm
@@ -211,7 +223,7 @@ class TestContract:
 class TestRuns:
     @pytest.mark.parametrize("ranks", [1, 2])
     def test_twenty_steps_have_the_losses_of_hf(self, settings, tmp_path, ranks):
-        student = make_student(tmp_path / "student", tie_word_embeddings=True)
+        student = make_student(tmp_path / "student", "qwen2", tie_word_embeddings=True)
         losses = []
         for name in ("hf", "vllm"):
             output = tmp_path / name
@@ -227,7 +239,7 @@ class TestRuns:
                 "rollout.temperature": 0.0,
                 **rows(4, 2 // ranks),
             }
-            train(settings(**changes), tmp_path, ranks)
+            assert "Traceback" not in train(settings(**changes), tmp_path, ranks)
             losses.append(metrics(output, "train/loss"))
         assert len(losses[0]) == 20
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -11,6 +11,7 @@ Every sample is a request of its own, with a seed that depends on the seed of th
 sample. The same engine therefore writes the same completions for any batch, up to rounding of the logits.
 
 Every rank has a whole engine for its part of the prompts. vLLM joins the process group of the training, if there is one.
+It keeps groups of its own for the whole process, so that a process has one engine at a time: a new one ends the one before.
 """
 
 from __future__ import annotations
@@ -59,6 +60,11 @@ _CACHE_ARGUMENTS = ("gpu_memory_utilization", "kv_cache_memory_bytes")
 _GPU_SHARE = 0.4  # of a GPU, for weights and cache: the rest is the training's
 _CPU_CACHE = 2**30  # bytes
 
+_running: list[VllmGenerator] = []
+"""The generator with the engine of this process. vLLM destroys the process group when an engine is collected, even if the
+training needs it still; so it lives as long as the process, or until the next one.
+"""
+
 _LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to it."""
 
@@ -75,7 +81,8 @@ class VllmGenerator:
         arguments: of ``vllm.LLM``, which override the defaults of this class.
 
     Raises:
-        LimbeckError: if vLLM is not installed, or refuses the model or the arguments.
+        LimbeckError: if vLLM is not installed, refuses the model or the arguments, or would end an engine that shares a
+            process group with others.
     """
 
     def __init__(
@@ -93,7 +100,7 @@ class VllmGenerator:
         positions = getattr(text, "max_position_embeddings", None) or max_model_len
         self._weights = _CheckpointWeights(model, min(num_tokens(tokenizer), text.vocab_size))
         self._end_ids = end_token_ids(model, tokenizer)
-        self._has_weights = self._is_offloaded = False
+        self._has_weights = self._is_offloaded = self._has_failed = False
         chosen = {
             "max_model_len": min(max_model_len, positions),
             "trust_remote_code": trust_remote_code,
@@ -103,9 +110,13 @@ class VllmGenerator:
         }
         if ranks > 1:
             chosen["distributed_executor_backend"] = "external_launcher"
+        _end_engine(ranks)
         self._vllm, self._llm = _start_engine(model, tokenizer, self._weights.vocab_size, chosen)
         self._max_model_len: int = self._llm.llm_engine.model_config.max_model_len
         self._can_sleep: bool = self._llm.llm_engine.model_config.enable_sleep_mode
+        _running.append(self)
+        if ranks > 1:  # at exit, vLLM would destroy a process group that the training has destroyed already
+            self._llm.llm_engine.engine_core._finalizer.detach()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``Generator``. One name of tied parameters is enough.
@@ -115,7 +126,7 @@ class VllmGenerator:
         """
         self.reload()
         complete = self._weights.complete(weights)
-        with _explained("vLLM could not load the student's weights"):
+        with self._usable("vLLM could not load the student's weights"):
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": complete})
         self._has_weights, self.version = True, version
 
@@ -153,12 +164,13 @@ class VllmGenerator:
         samples = [(prompt, number) for prompt in prompts for number in range(sampling.n)]
         if not samples:
             return []
-        with _explained(f"vLLM failed while it wrote {len(samples)} completions, none of which is kept"):
+        requests = [self._request(prompt, number, sampling) for prompt, number in samples]
+        with self._usable(f"vLLM failed while it wrote {len(samples)} completions, none of which is kept"):
             # A prefix in the cache may be of earlier weights, and changes the rounding of the logits.
             self._llm.reset_prefix_cache()
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt.token_ids)} for prompt, _ in samples],
-                [self._request(prompt, number, sampling) for prompt, number in samples],
+                requests,
                 use_tqdm=False,
             )
         if len(outputs) != len(samples):
@@ -166,6 +178,18 @@ class VllmGenerator:
                 f"vLLM returned {len(outputs)} completions for {len(samples)} requests; restart the run."
             )
         return [self._completion(prompt, output) for (prompt, _), output in zip(samples, outputs, strict=True)]
+
+    @contextmanager
+    def _usable(self, failed: str) -> Iterator[None]:
+        """Like ``_explained``; refuses to use the engine again, which keeps requests and half of the weights."""
+        if self._has_failed:
+            raise LimbeckError(
+                "vLLM's engine has failed or was ended by another one, and cannot be used any more; restart the run."
+            )
+        self._has_failed = True
+        with _explained(failed):
+            yield
+        self._has_failed = False
 
     def _request(self, prompt: Prompt, number: int, sampling: SamplingParams) -> Any:
         """The parameters of the request for one sample."""
@@ -274,6 +298,18 @@ def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
             "student's weights; remove it."
         )
     return dict(arguments)
+
+
+def _end_engine(ranks: int) -> None:
+    """End the engine of this process, if it has one, and free its memory."""
+    if not _running:
+        return
+    if ranks > 1:
+        raise LimbeckError("a process of several ranks can have one generator vllm only; start the second run anew.")
+    generator = _running.pop()
+    generator._has_failed = True
+    generator._llm.llm_engine.engine_core.shutdown()
+    del generator._llm
 
 
 def _start_engine(model: Any, tokenizer: Any, vocab_size: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
