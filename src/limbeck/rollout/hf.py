@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
 from limbeck.rollout.sampling import sample_tokens
 from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
-from limbeck.rollout.weights import SharedWeights
+from limbeck.rollout.weights import SharedWeights, transposed_linears
 from limbeck.strategies.world import World
 
 _PREFILL_TOKENS = 8192
@@ -137,12 +138,13 @@ class HfGenerator:
             max((len(row.prompt.token_ids) + row.max_tokens - 1 for row in rows), default=0),
         )
         active: list[_Row] = []  # by slot
-        while waiting or active:
-            added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
-            if added:
-                self._admit(added, active, cache)
-            self._decode(active, cache, sampling)
-            active = _remove_ended(active, cache)
+        with transposed_linears(self.model) if self._device.type == "cpu" else nullcontext():
+            while waiting or active:
+                added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
+                if added:
+                    self._admit(added, active, cache)
+                self._decode(active, cache, sampling)
+                active = _remove_ended(active, cache)
         return [
             Completion(row.prompt, tuple(row.token_ids), tuple(row.log_probs), row.finished, self.version)
             for row in rows
