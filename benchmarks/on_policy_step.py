@@ -5,7 +5,7 @@
 
 A step has 64 prompts of 8 to 64 tokens. The student writes up to 128 tokens for each at temperature 1, and the reverse KL
 divergence is trained on them. 1 token in 64 is an end token, so that completions have different lengths: 55 tokens on average.
-TRL's side writes with ``model.generate`` and trains in padded micro-batches of 8; Limbeck's packs the samples. Each side runs in
+TRL's side writes with ``model.generate`` and trains in padded micro-batches of 8; Limbeck packs samples. Each side runs in
 its own process, TRL in a separate environment that is created on first use (benchmarks/.venv-trl); the sides alternate step by
 step, so that other load on the machine affects both. "student" is the forward and backward pass, the loss and the optimizer.
 """

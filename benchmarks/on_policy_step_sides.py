@@ -59,7 +59,7 @@ def limbeck(folder: Path, steps: int) -> None:
     loop.train_step = measured
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
-        sequence_length=256, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
+        sequence_length=512, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
         kd_objective="reverse_kl", distill_loss_weight=1.0, rollout={"max_new_tokens": MAX_TOKENS},
         student={
             "use_sequence_packing": True,
