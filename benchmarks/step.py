@@ -32,9 +32,11 @@ STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024
 class Side:
     """The process of one side. It takes one step per request and returns the seconds."""
 
-    def __init__(self, name: str, python: str, folder: Path, dtype: str, steps: int) -> None:
+    def __init__(
+        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py"
+    ) -> None:
         self.name = name
-        command = [python, str(HERE / "step_sides.py"), name, str(folder), dtype, str(steps)]
+        command = [python, str(HERE / script), name, str(folder), dtype, str(steps)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.receive()
 

@@ -186,7 +186,13 @@ STEP_SOURCES: Registry[Any] = Registry(
 )
 """``step_source`` to a function ``(config, world, data) -> limbeck.train.step_source.StepSource``."""
 
-GENERATORS: Registry[Any] = Registry("generator", {"hf": "limbeck.rollout.hf:make_generator"})
+GENERATORS: Registry[Any] = Registry(
+    "generator",
+    {
+        "hf": "limbeck.rollout.hf:make_generator",
+        "vllm": "limbeck.rollout.vllm:make_generator",
+    },
+)
 """Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources."""
 
 ENVIRONMENTS: Registry[Any] = Registry(

@@ -19,8 +19,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import ModelSource, body, load_tokenizer, model_outline
+from limbeck.models import body
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
 from limbeck.rollout.sampling import sample_tokens
-from limbeck.rollout.weights import SharedWeights
+from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
+from limbeck.rollout.weights import SharedWeights, transposed_linears
 from limbeck.strategies.world import World
 
 _PREFILL_TOKENS = 8192
@@ -101,8 +103,8 @@ class HfGenerator:
         self._weights = SharedWeights(self.model, self._device)
         self._has_weights = False
         self._num_positions = getattr(config, "max_position_embeddings", None)
-        self._num_tokens = 1 + max(tokenizer.get_vocab().values())  # rows that pad the head are no tokens
-        self._end_ids = _ids(tokenizer.eos_token_id) | _ids(model.generation_config.eos_token_id)
+        self._num_tokens = num_tokens(tokenizer)
+        self._end_ids = end_token_ids(model, tokenizer)
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``Generator``. A tensor of the generator's dtype and device is shared, not copied."""
@@ -136,12 +138,13 @@ class HfGenerator:
             max((len(row.prompt.token_ids) + row.max_tokens - 1 for row in rows), default=0),
         )
         active: list[_Row] = []  # by slot
-        while waiting or active:
-            added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
-            if added:
-                self._admit(added, active, cache)
-            self._decode(active, cache, sampling)
-            active = _remove_ended(active, cache)
+        with transposed_linears(self.model) if self._device.type == "cpu" else nullcontext():
+            while waiting or active:
+                added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
+                if added:
+                    self._admit(added, active, cache)
+                self._decode(active, cache, sampling)
+                active = _remove_ended(active, cache)
         return [
             Completion(row.prompt, tuple(row.token_ids), tuple(row.log_probs), row.finished, self.version)
             for row in rows
@@ -227,15 +230,21 @@ def _remove_ended(rows: list[_Row], cache: SlotCache) -> list[_Row]:
     return rows[: len(kept)]
 
 
-def _ids(value: int | Sequence[int] | None) -> set[int]:
-    return set() if value is None else {value} if isinstance(value, int) else set(value)
-
-
 def make_generator(config: DistillConfig, world: World) -> HfGenerator:
-    """The generator of a run's student, without weights, in float32 on a CPU and in bfloat16 on a GPU."""
-    args = config.student.model_args
-    source, name = ModelSource.from_args(args, "student"), str(config.tokenizer_name_or_path)
-    revision = args.revision if name == args.model_name_or_path else None
-    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
-    tokenizer = load_tokenizer(replace(source, name_or_path=name, revision=revision))
-    return HfGenerator(model_outline(source, dtype), tokenizer, world.device)
+    """The generator of a run's student, without weights. ``rollout.generator_kwargs`` may set ``slots``.
+
+    Raises:
+        LimbeckError: if ``rollout.generator_kwargs`` has another key, or ``slots`` is not a positive number.
+    """
+    arguments = config.rollout.generator_kwargs if config.rollout else {}
+    unknown, slots = sorted(arguments.keys() - {"slots"}), arguments.get("slots", 64)
+    if unknown or type(slots) is not int or slots < 1:
+        wrong = (
+            f"{unknown[0]} is no argument of the generator hf" if unknown else f"slots = {slots} is no positive number"
+        )
+        raise LimbeckError(
+            f"rollout.generator_kwargs.{wrong}; set slots, the number of completions that are written at the same time, or "
+            "nothing."
+        )
+    model, tokenizer = student_outline(config, world)
+    return HfGenerator(model, tokenizer, world.device, slots)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +78,23 @@ class SharedWeights:
         for module, attribute in slots:
             is_parameter = isinstance(present, nn.Parameter)
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+@contextmanager
+def transposed_linears(model: nn.Module) -> Iterator[None]:
+    """Linear layers of ``model`` compute with copies of their weights [out, in] that are stored as [in, out].
+
+    On a CPU, products of few rows with such a matrix are faster: PyTorch's BLAS rearranges the other kind as a whole in
+    every product. The copies need the memory of the weights once more.
+    """
+    originals = [(module, module.weight) for module in model.modules() if type(module) is nn.Linear]
+    try:
+        for module, weight in originals:
+            module.weight = nn.Parameter(weight.detach().t().contiguous().t(), requires_grad=False)
+        yield
+    finally:
+        for module, weight in originals:
+            module.weight = weight
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

@@ -1,0 +1,148 @@
+"""The two programs that on_policy_step.py compares. Each reads requests from stdin, takes one training step per request, and
+prints the seconds of its parts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from step_sides import send, turns
+
+MAX_TOKENS, SAMPLES, MICRO_BATCH = 128, 64, 8
+
+
+def timed(seconds: Counter[str], name: str, function: Any) -> Any:
+    """``function``, whose seconds are added to ``name``."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        begun = time.perf_counter()
+        try:
+            return function(*args, **options)
+        finally:
+            seconds[name] += time.perf_counter() - begun
+
+    return call
+
+
+def limbeck(folder: Path, steps: int) -> None:
+    from limbeck.config import DistillConfig
+    from limbeck.train import loop
+    from limbeck.train.build.run import Run
+
+    seconds: Counter[str] = Counter()
+    requests, step = turns(), loop.train_step
+
+    def measured(run: Run) -> None:
+        generator = run.source._generator
+        if run.step == 0:
+            generator.generate = timed(seconds, "writing", generator.generate)
+            generator.update_weights = timed(seconds, "weight sync", generator.update_weights)
+        if next(requests, None) is None:
+            sys.exit()
+        seconds.clear()
+        run.metrics.timer.read()
+        begun = time.perf_counter()
+        step(run)
+        whole, parts = time.perf_counter() - begun, run.metrics.timer.read()
+        send(
+            seconds=whole, teacher=parts["teacher"], student=parts["student"] + parts["optimizer"],
+            written=run.source._counts["tokens"], writing=seconds["writing"], **{"weight sync": seconds["weight sync"]},
+        )  # fmt: skip
+        run.source.metrics()  # begins to count anew
+
+    loop.train_step = measured
+    config = DistillConfig(
+        student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
+        sequence_length=512, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
+        kd_objective="reverse_kl", distill_loss_weight=1.0, rollout={"max_new_tokens": MAX_TOKENS},
+        student={
+            "use_sequence_packing": True,
+            "model_args": {"dtype": "fp32", "disable_gradient_checkpointing": True},
+            "training_args": {
+                "per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": SAMPLES // MICRO_BATCH,
+                "learning_rate": 1e-5,
+            },
+            "data_args": {"file_name": [str(folder / "data.jsonl")], "cache_path": str(folder / "cache")},
+        },
+        teacher={"model_args": {"dtype": "fp32"}},
+    )  # fmt: skip
+    loop.DistillPipeline(config).run()
+
+
+def trl(folder: Path, steps: int) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    rows = [tokenizer(json.loads(line)["question"])["input_ids"] for line in (folder / "data.jsonl").open()]
+    seconds: Counter[str] = Counter()
+
+    def batch(rows: list[list[int]]) -> dict[str, Any]:
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.clone(),
+            "prompts": ids,
+            "prompt_attention_mask": mask,
+        }
+
+    class SameBatches(GKDTrainer):
+        def get_train_dataloader(self):
+            return [batch(rows[i : i + MICRO_BATCH]) for i in range(0, len(rows), MICRO_BATCH)]
+
+        @staticmethod
+        def generate_on_policy_outputs(model, inputs, generation_config):
+            write = timed(seconds, "writing", GKDTrainer.generate_on_policy_outputs)
+            ids, mask, labels = write(model, inputs, generation_config)
+            seconds["written"] += int((labels != -100).sum())
+            return ids, mask, labels
+
+    class TimedSteps(TrainerCallback):
+        requests = turns()
+
+        def on_step_begin(self, *args, **kwargs):
+            if next(self.requests, None) is None:
+                sys.exit()
+            seconds.clear()
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            whole = time.perf_counter() - self.begun
+            student = whole - seconds["writing"] - seconds["teacher"]
+            send(
+                seconds=whole, student=student, teacher=seconds["teacher"], writing=seconds["writing"],
+                written=seconds["written"], **{"weight sync": 0.0},
+            )  # fmt: skip
+
+    config = GKDConfig(
+        output_dir=str(folder / "trl"), lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=MAX_TOKENS, bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False, per_device_train_batch_size=MICRO_BATCH,
+        gradient_accumulation_steps=SAMPLES // MICRO_BATCH, max_steps=steps + 1, learning_rate=1e-5, report_to="none",
+        save_strategy="no", logging_strategy="no", disable_tqdm=True, max_length=256,
+    )  # fmt: skip
+    load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)  # noqa: E731
+    messages = [{"messages": [{"role": "user", "content": "w500"}, {"role": "assistant", "content": "w600"}]}] * SAMPLES
+    trainer = SameBatches(
+        model=load("student"), teacher_model=load("teacher"), args=config, processing_class=tokenizer,
+        train_dataset=Dataset.from_list(messages), callbacks=[TimedSteps()],
+    )  # fmt: skip
+    trainer.teacher_model.forward = timed(seconds, "teacher", trainer.teacher_model.forward)
+    trainer.train()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    side, where, _, count = sys.argv[1:]
+    {"limbeck": limbeck, "trl": trl}[side](Path(where), int(count))
