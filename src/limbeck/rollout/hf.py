@@ -83,12 +83,20 @@ class HfGenerator:
         device: where to compute.
         slots: number of completions that are written at the same time. The cache holds as many, each as long as the
             longest prompt with max_tokens.
+        max_length: most tokens of a prompt and its completion; the model's positions if it has fewer, or if None.
 
     Raises:
         LimbeckError: if the model keeps state other than keys and values.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, device: torch.device | str = "cpu", slots: int = 64) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        device: torch.device | str = "cpu",
+        slots: int = 64,
+        max_length: int | None = None,
+    ) -> None:
         config = model.config.get_text_config()
         unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
         if unknown or not model._supports_attention_backend:
@@ -102,7 +110,10 @@ class HfGenerator:
         self.model.set_attn_implementation(SLOT_ATTENTION)
         self._weights = SharedWeights(self.model, self._device)
         self._has_weights = False
-        self._num_positions = getattr(config, "max_position_embeddings", None)
+        limits = [
+            limit for limit in (getattr(config, "max_position_embeddings", None), max_length) if limit is not None
+        ]
+        self._max_length = min(limits, default=None)
         self._num_tokens = num_tokens(tokenizer)
         self._end_ids = end_token_ids(model, tokenizer)
 
@@ -124,7 +135,7 @@ class HfGenerator:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        """See ``Generator``. A completion also ends, not finished, where the model's positions do.
+        """See ``Generator``. A completion also ends, not finished, where the model's positions or max_length do.
 
         Raises:
             LimbeckError: if a prompt is empty or leaves no position for a token.
@@ -154,14 +165,15 @@ class HfGenerator:
         length, most = len(prompt.token_ids), sampling.max_tokens
         if length == 0:
             raise LimbeckError(f"the prompt of row {prompt.row_id} has no tokens; leave the row out.")
-        if self._num_positions is not None:
-            if length >= self._num_positions:
+        if self._max_length is not None:
+            if length >= self._max_length:
                 raise LimbeckError(
-                    f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: "
-                    f"{type(self.model).__name__} has {self._num_positions} positions; leave out longer prompts, or set "
-                    "student.model_args.model_config_kwargs.max_position_embeddings if it supports more."
+                    f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: a prompt and its "
+                    f"answer have at most {self._max_length} tokens, by sequence_length or the positions of "
+                    f"{type(self.model).__name__}; leave out longer prompts, raise sequence_length, or set "
+                    "student.model_args.model_config_kwargs.max_position_embeddings if the model supports more."
                 )
-            most = min(most, self._num_positions - length)
+            most = min(most, self._max_length - length)
         return [
             _Row(prompt, index, most, np.random.default_rng((sampling.seed, prompt.row_id, sample)))
             for sample in range(sampling.n)
@@ -247,4 +259,4 @@ def make_generator(config: DistillConfig, world: World) -> HfGenerator:
             "nothing."
         )
     model, tokenizer = student_outline(config, world)
-    return HfGenerator(model, tokenizer, world.device, slots)
+    return HfGenerator(model, tokenizer, world.device, slots, config.sequence_length)

@@ -231,13 +231,20 @@ class RolloutSource:
         return finish_samples
 
     def _check_room(self, sequence_length: int) -> None:
-        longest = int(self._starts.max())
-        needed = longest + self._settings.max_new_tokens
-        if {STUDENT, TEACHER} & set(self._settings.origins) and needed > sequence_length:
+        """Answers end at ``sequence_length``. Raises LimbeckError if a prompt leaves no room for one."""
+        longest, wanted = int(self._starts.max()), self._settings.max_new_tokens
+        if not {STUDENT, TEACHER} & set(self._settings.origins):
+            return
+        if longest >= sequence_length:
             raise LimbeckError(
-                f"sequence_length = {sequence_length} cannot hold the longest prompt, {longest} tokens, and an answer of "
-                f"rollout.max_new_tokens = {self._settings.max_new_tokens}; raise sequence_length to {needed}, or lower "
-                "max_new_tokens."
+                f"sequence_length = {sequence_length} leaves no room for an answer to the longest prompt, {longest} tokens; "
+                "raise it, or remove longer prompts."
+            )
+        if self._world.is_main and longest + wanted > sequence_length:
+            warnings.warn(
+                f"The longest prompt has {longest} tokens, so that sequence_length = {sequence_length} leaves its answer "
+                f"{sequence_length - longest} of rollout.max_new_tokens = {wanted}; longer answers are cut off.",
+                stacklevel=2,
             )
 
     def _end_tokens(self) -> set[int]:

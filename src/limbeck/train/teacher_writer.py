@@ -38,7 +38,9 @@ class TeacherWriter:
     def __init__(self, config: DistillConfig, world: World, tokenizer: object, stop_token_ids: Sequence[int]) -> None:
         source = ModelSource.from_args(config.teacher.model_args, "teacher")
         dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
-        generator = HfGenerator(model_outline(source, dtype), tokenizer, world.device)
+        generator = HfGenerator(
+            model_outline(source, dtype), tokenizer, world.device, max_length=config.sequence_length
+        )
         generator.update_weights(load_model(source, dtype, config.seed).state_dict().items(), 0)
         assert config.rollout is not None
         at_once = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 0})})

@@ -13,9 +13,9 @@ from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.nemo_rl_data import translate_data
 from limbeck.config.dialects.nemo_rl_file import NemoRlFile
 from limbeck.config.dialects.nemo_rl_steps import put_steps, translate_batches, translate_schedule
-from limbeck.config.dialects.nemo_rl_table import MOVED, PENDING, READ
+from limbeck.config.dialects.nemo_rl_table import MOVED, READ
 from limbeck.config.locations import SourceLocation, find_location
-from limbeck.config.schema import TRACKER_KWARGS, DistillConfig, walk_keys
+from limbeck.config.schema import TRACKER_KWARGS
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
@@ -59,7 +59,8 @@ class NemoRlDialect:
         _translate_trackers(file)
         if file.result.get("validation.data_args.sources") is None:
             file.result.pop("validation")
-        _hold_back_pending(file.result)
+        elif file.result.get("rollout.environment") and file.result.get("validation.rollout") is None:
+            file.put("validation.rollout.num_generations", 1, "data")  # NeMo-RL validates by writing only
         return file.result
 
 
@@ -225,23 +226,3 @@ def _translate_trackers(file: NemoRlFile) -> None:
         file.result.ignored += [f"logger.{known[0]}.{key}" for key in given if key not in kept]
     elif file.get("logger.log_dir") is not None:
         file.put("tracker_kwargs.log_dir", f"{file.get('logger.log_dir')}/tensorboard", "logger.log_dir")
-
-
-def _hold_back_pending(result: Translation) -> None:
-    """Remove Limbeck's keys that this version lacks, with a notice of the settings that would have become them."""
-    known = {path for path, _ in walk_keys(DistillConfig)}
-    lacking = [path for path in sorted(PENDING) if not any(key == path or key.startswith(f"{path}.") for key in known)]
-    held = []
-    if "checkpoint_config.keep_best" in lacking and (keep := result.get("checkpoint_config.keep_best")) is not None:
-        result.put("max_ckpt_to_keep", keep, result.derived["checkpoint_config.keep_best"])
-    for path in lacking:
-        if result.pop(path) is not None:
-            held += [
-                result.derived.pop(key) for key in list(result.derived) if key == path or key.startswith(f"{path}.")
-            ]
-    if held:
-        result.notices.append(f"These settings are not built yet and have no effect: {', '.join(dict.fromkeys(held))}.")
-    if "validation.rollout" in lacking and result.get("checkpoint_config.best_metric") == "val/accuracy":
-        result.values["checkpoint_config"]["best_metric"] = None
-    if result.section("validation") == {}:
-        result.pop("validation")

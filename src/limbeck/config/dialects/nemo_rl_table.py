@@ -250,9 +250,3 @@ DISABLED_BY: dict[str, Fixed | None] = {
 
 TEACHER_READS = words("model_name precision logprob_batch_size hf_config_overrides dtensor_cfg megatron_cfg is_vlm")
 """The keys of ``teacher`` that NeMo-RL reads for a teacher, which is not trained and does not generate."""
-
-PENDING = words(
-    """rollout.environment rollout.environment_kwargs validation.rollout validation.at_start validation.at_end
-    checkpoint_config.keep_best"""
-)
-"""Limbeck's keys that this version may lack. The settings that become them are then listed in a notice."""

@@ -89,8 +89,9 @@ def unread_mixture_keys(config: RunFields) -> Iterator[tuple[str, str]]:
         yield "rollout.replay.capacity", f"is only read with replay, and {reason}"
     if not {"dataset", "teacher"} & set(origins):
         yield "rollout.off_policy", "is not read with on_policy_fraction: 1"
-        reason = "is only read in validation, because answers that the student has written have no cross-entropy"
-        yield "distill_loss_weight", reason
+        if config.distill_loss_weight < 1:
+            reason = "is only read in validation, because answers that the student has written have no cross-entropy"
+            yield "distill_loss_weight", reason
     for origin in ORIGINS:
         one, path = for_origin(config, origin), f"rollout.objectives.{origin}"
         given = [key for key, value in getattr(rollout.objectives, origin) if isinstance(value, int | float | str)]
