@@ -45,6 +45,11 @@ class RolloutConfig(Section):
     )
     generator: Annotated[str, registered(GENERATORS)] = Field(
         default="hf",
-        description="The engine that writes: hf (in the training process), or one that a plug-in registers.",
+        description="The engine that writes: hf (the student's own model, in the training process), vllm (needs "
+        "limbeck[vllm]; also in the training process), or one that a plug-in registers.",
     )
-    generator_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
+    generator_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the generator. hf: slots, the number of answers that are written at a time. vllm: those of "
+        "vllm.LLM, such as gpu_memory_utilization.",
+    )
