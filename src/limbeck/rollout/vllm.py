@@ -284,7 +284,7 @@ def _defaults(device_type: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     on_cpu = device_type == "cpu"
     cache = {"kv_cache_memory_bytes": _CPU_CACHE} if on_cpu else {"gpu_memory_utilization": _GPU_SHARE}
     return {
-        "enforce_eager": on_cpu,  # CUDA graphs are captured in seconds; code for a CPU is compiled in minutes
+        "enforce_eager": on_cpu,  # code for a CPU takes longer to compile than CUDA graphs to capture
         "enable_sleep_mode": not on_cpu,
         **({} if {*_CACHE_ARGUMENTS} & arguments.keys() else cache),
     }

@@ -166,7 +166,13 @@ class RolloutConfig(Section):
     )
     generator: Annotated[str, registered(GENERATORS)] = Field(
         default="hf",
-        description="The engine that writes: hf (in the training process), or one that a plug-in registers.",
+        description="The engine that writes: hf (the student's own model, in the training process), vllm (needs "
+        "limbeck[vllm]; also in the training process), or one that a plug-in registers.",
+    )
+    generator_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the generator. hf: slots, the number of answers that are written at a time. vllm: those of "
+        "vllm.LLM, such as gpu_memory_utilization.",
     )
     policy_clip: Clip | None = Field(
         default=[0.2, 0.2],
@@ -185,7 +191,6 @@ class RolloutConfig(Section):
         description="Difference between the generator's and the student's log-probability of a written token from which the "
         "token counts for rollout/log_prob_gap_share. A warning is printed if the mean difference is larger.",
     )
-    generator_kwargs: dict[str, Any] = Field(default_factory=dict, description="Arguments of the generator.")
     environment: Annotated[str, registered(ENVIRONMENTS)] | None = Field(
         default=None,
         description="What rewards the answers that the student writes: math (1 for the right expression, compared by "
