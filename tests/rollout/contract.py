@@ -115,6 +115,19 @@ def check_stops(generator: Generator, prompt: Prompt, decode) -> None:
         assert (stopped.token_ids, stopped.finished) == (whole.token_ids[:first], True)
 
 
+def check_special_stop(generator: Generator, model, prompts: list[Prompt], token: int, text: str) -> None:
+    """A special token is part of the text in which stop strings are found. Changes the tied head of ``model``."""
+    with torch.no_grad():  # so that the token is written often
+        model.lm_head.weight[token] *= 4
+    generator.update_weights([(name, tensor.detach()) for name, tensor in model.state_dict().items()], 2)
+    sampling = SamplingParams(24, n=8)
+    for stops in ((), (text,)):
+        completions = generator.generate(prompts, replace(sampling, stop_strings=stops))
+        before = [token in completion.token_ids[:-1] for completion in completions]
+        assert any(before) == (not stops)
+    assert any(completion.token_ids[-1] == token and completion.finished for completion in completions)
+
+
 def check_distribution(generator: Generator, model, prompt: Prompt, sampling: SamplingParams) -> None:
     """The first tokens of many samples have the frequencies of the sampling distribution (chi-square)."""
     count = 4000

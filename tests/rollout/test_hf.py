@@ -120,6 +120,11 @@ def test_completions_end_at_stop_ids_stop_strings_and_max_tokens(generator, fold
     contract.check_stops(generator, prompts[1], load_tokenizer(ModelSource(str(folder))).decode)
 
 
+def test_a_special_token_can_be_a_stop_string(generator, folder, model, prompts):
+    token = load_tokenizer(ModelSource(str(folder))).convert_tokens_to_ids("<|user|>")
+    contract.check_special_stop(generator, model, prompts, token, "<|user|>")
+
+
 def test_rows_that_end_early_make_room_for_others(generator, model, prompts):
     end = model.config.eos_token_id
     with torch.no_grad():  # the tied embedding of the end token grows, so that it becomes likely

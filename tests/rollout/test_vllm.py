@@ -124,6 +124,10 @@ class TestContract:
     def test_completions_end_at_stop_ids_stop_strings_and_max_tokens(self, generator, folder, prompts):
         contract.check_stops(generator, prompts[1], load_tokenizer(ModelSource(str(folder))).decode)
 
+    def test_a_special_token_can_be_a_stop_string(self, generator, folder, model, prompts):
+        token = load_tokenizer(ModelSource(str(folder))).convert_tokens_to_ids("<|user|>")
+        contract.check_special_stop(generator, model, prompts, token, "<|user|>")
+
     def test_an_update_replaces_the_weights_of_a_tied_head_too(self, generator, model, prompts):
         before = contract.check_greedy(generator, model, prompts)
         with torch.no_grad():
