@@ -200,7 +200,7 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
     for _ in range(2):  # a second demo replaces the first
         assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     shown = capsys.readouterr().out
-    for words in ("Held-out loss", "Divergence from the teacher", "Exact match", "on-policy", "report.html"):
+    for words in ("Teacher", "Cross-entropy", "Distilled", "then off-policy", "then on-policy", "report.html"):
         assert words in shown
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Distilled" in page

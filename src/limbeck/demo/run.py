@@ -142,9 +142,12 @@ def _print_table(console: Any, table: ResultTable) -> None:
 
     drawn = Table(title="On unseen problems", title_justify="left")
     drawn.add_column("", no_wrap=True)
-    for column in table.columns:
-        drawn.add_column(column, justify="right")
     for row in table.rows:
-        cells = ("–" if value is None else f"{value:.1%}" if row.percent else f"{value:.3f}" for value in row.values)
-        drawn.add_row(row.label, *cells)
+        drawn.add_column(row.label, justify="right")
+    for column, name in enumerate(table.columns):
+        values = ((row.values[column], row.percent) for row in table.rows)
+        drawn.add_row(
+            name,
+            *("–" if value is None else f"{value:.1%}" if percent else f"{value:.3f}" for value, percent in values),
+        )
     console.print(drawn)
