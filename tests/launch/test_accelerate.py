@@ -109,11 +109,11 @@ def test_another_number_of_processes_than_requested_is_an_error(monkeypatch):
     check_world_size({**LAUNCHED, "WORLD_SIZE": "16"})
     check_world_size({"WORLD_SIZE": "2"})
     for environment in ({"WORLD_SIZE": "8"}, {}):
-        with pytest.raises(LimbeckError, match="was asked for 16 processes, but this run has"):
+        with pytest.raises(LimbeckError, match="was to start 16 processes, but this run has"):
             check_world_size({**LAUNCHED, **environment})
     monkeypatch.setattr(accelerate, "_ancestors", list)
     check_world_size(LAUNCHED)
-    with pytest.raises(LimbeckError, match="was asked for several processes, but this run has 1"):
+    with pytest.raises(LimbeckError, match="was to start several processes, but this run has 1"):
         check_world_size({**LAUNCHED, "MASTER_ADDR": "127.0.0.1"})
 
 
@@ -189,6 +189,6 @@ def test_a_launcher_that_starts_one_process_silently_is_stopped(tmp_path):
         str(tmp_path / "o"),
     ]
     process = run(command, {**os.environ})
-    assert "accelerate launch was asked for 2 processes, but this run has 1" in process.communicate(timeout=120)[0]
+    assert "accelerate launch was to start 2 processes, but this run has 1" in process.communicate(timeout=120)[0]
     assert process.returncode != 0
     assert not (tmp_path / "o").exists()

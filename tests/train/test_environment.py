@@ -16,7 +16,7 @@ from limbeck.data.masks import IGNORE
 from limbeck.registry import ENVIRONMENTS
 from limbeck.rollout import EnvironmentStep
 from limbeck.strategies.world import World
-from limbeck.train.answers import Question
+from limbeck.train.answers import NumberedPrompt
 from limbeck.train.build.data import make_data
 from limbeck.train.rollout_source import RolloutSource
 
@@ -277,7 +277,7 @@ def test_only_the_tokens_that_the_student_wrote_are_supervised_in_all_turns(sour
     )
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     made.weights_changed(lambda: iter(model.state_dict().items()), 0)
-    questions = [Question(made._prompt(row), row, number) for row in (3, 1) for number in range(4)]
+    questions = [NumberedPrompt(made._prompt(row), row, number) for row in (3, 1) for number in range(4)]
     turns = min(max_turns, 3)
     replies = "".join(f"<|tool|>result {turn}<|end|><|assistant|>" for turn in range(1, turns))
     lengths = set()

@@ -65,7 +65,7 @@ def _deepspeed(environment: Mapping[str, str]) -> Iterator[LauncherSetting]:
 
 
 def check_world_size(environment: Mapping[str, str]) -> None:
-    """Raise LimbeckError if ``accelerate launch`` has started another number of processes than it was asked for.
+    """Raise LimbeckError if ``accelerate launch`` has started another number of processes than requested.
 
     It starts a single one with --cpu, and on several machines with its default DeepSpeed launcher it starts those of one
     machine, which would each train a student of their own.
@@ -73,12 +73,14 @@ def check_world_size(environment: Mapping[str, str]) -> None:
     if "ACCELERATE_MIXED_PRECISION" not in environment:
         return
     started = int(environment.get("WORLD_SIZE", "1"))
-    asked: int | str | None = next((n for argv in _ancestors() if (n := requested_processes(argv)) is not None), None)
-    if asked is None and started == 1 and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
-        asked = "several"  # it sets the address only if there is more than one process
-    if asked not in (None, started):
+    requested: int | str | None = next(
+        (n for argv in _ancestors() if (n := requested_processes(argv)) is not None), None
+    )
+    if requested is None and started == 1 and "WORLD_SIZE" not in environment and "MASTER_ADDR" in environment:
+        requested = "several"  # it sets the address only if there is more than one process
+    if requested not in (None, started):
         raise LimbeckError(
-            f"{_COMMAND} was asked for {asked} processes, but this run has {started}; on several machines add "
+            f"{_COMMAND} was to start {requested} processes, but this run has {started}; on several machines add "
             "--deepspeed_multinode_launcher standard and give each machine its --machine_rank, and without GPUs use torchrun "
             "or --use_deepspeed instead of --cpu."
         )

@@ -22,7 +22,7 @@ MAX_TURNS = "max_turns reached"
 
 
 @dataclass(frozen=True)
-class Question:
+class NumberedPrompt:
     """What is answered: the tokens of the prompt, the row of the data, and the number of the answer among those of the
     row. weight: factor of the loss of each token of the answer.
     """
@@ -51,39 +51,39 @@ class AnswerWriter:
         self._renderer = ReplyRenderer(config, tokenizer) if self._max_turns > 1 else None
 
     def write(
-        self, questions: Sequence[Question], examples: Examples, origin: str, seed: int, **changes: Any
+        self, prompts: Sequence[NumberedPrompt], examples: Examples, origin: str, seed: int, **changes: Any
     ) -> list[Sample]:
-        """An answer to each question, in order. Collective.
+        """An answer to each prompt, in order. Collective.
 
         Args:
-            questions: to answer.
+            prompts: to answer.
             examples: whose rows they are of, with their columns if there is an environment.
             origin: of the samples.
             seed: of all randomness.
             changes: replace fields of the run's ``SamplingParams``.
         """
-        return self.begin(questions, examples, origin, seed, **changes)()
+        return self.begin(prompts, examples, origin, seed, **changes)()
 
     def begin(
-        self, questions: Sequence[Question], examples: Examples, origin: str, seed: int, **changes: Any
+        self, prompts: Sequence[NumberedPrompt], examples: Examples, origin: str, seed: int, **changes: Any
     ) -> Callable[[], list[Sample]]:
         """The same, in two parts: the function that is returned waits for the first turn, scores it and writes the others."""
-        finish = self._writer.begin([Prompt(one.tokens, one.row) for one in questions], seed, **changes)
-        return lambda: self._finish(questions, finish(), examples, origin, seed, **changes)
+        finish = self._writer.begin([Prompt(one.tokens, one.row) for one in prompts], seed, **changes)
+        return lambda: self._finish(prompts, finish(), examples, origin, seed, **changes)
 
     def _finish(
         self,
-        questions: Sequence[Question],
+        prompts: Sequence[NumberedPrompt],
         completions: Sequence[Completion],
         examples: Examples,
         origin: str,
         seed: int,
         **changes: Any,
     ) -> list[Sample]:
-        samples = [_first_turn(one, origin, completion) for one, completion in zip(questions, completions, strict=True)]
+        samples = [_first_turn(one, origin, completion) for one, completion in zip(prompts, completions, strict=True)]
         if self._scorer is None:
             return samples
-        episodes = self._scorer.begin(examples, [one.row for one in questions])
+        episodes = self._scorer.begin(examples, [one.row for one in prompts])
         max_tokens = int(changes.get("max_tokens", self._max_tokens))
         last = dict(enumerate(completions))
         for turn in range(1, self._max_turns + 1):
@@ -101,9 +101,9 @@ class AnswerWriter:
             if not going:
                 break
             # Each has a prompt of its own now, so the number in this list takes the place of the row.
-            prompts = [Prompt(tuple(one.tokens.tolist()), number) for number, one in going.items()]
+            continued = [Prompt(tuple(one.tokens.tolist()), number) for number, one in going.items()]
             of_turn = int(np.random.default_rng((seed, turn)).integers(2**62))
-            last = dict(zip(going, self._writer.write(prompts, of_turn, **changes), strict=True))
+            last = dict(zip(going, self._writer.write(continued, of_turn, **changes), strict=True))
             for number, completion in last.items():
                 samples[number] = _next_turn(samples[number], completion)
         return samples
@@ -120,16 +120,16 @@ class AnswerWriter:
         return _extended(sample, tokens, None)
 
 
-def _first_turn(question: Question, origin: str, completion: Completion) -> Sample:
+def _first_turn(prompt: NumberedPrompt, origin: str, completion: Completion) -> Sample:
     return Sample.written(
-        question.row,
-        question.number,
+        prompt.row,
+        prompt.number,
         origin,
-        question.tokens,
+        prompt.tokens,
         completion.token_ids,
         completion.log_probs,
         completion.finished,
-        question.weight,
+        prompt.weight,
     )
 
 

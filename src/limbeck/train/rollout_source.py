@@ -28,7 +28,7 @@ from limbeck.data.stream import make_step
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
-from limbeck.train.answers import AnswerWriter, Question
+from limbeck.train.answers import AnswerWriter, NumberedPrompt
 from limbeck.train.build.answer_ends import disagreements
 from limbeck.train.build.data import Data
 from limbeck.train.build.objective import objective_indices
@@ -214,9 +214,9 @@ class RolloutSource:
 
     def _write(self, step: int, samples: list[tuple[int, int]]) -> Callable[[], dict[tuple[int, int], Sample]]:
         """Begin to write the samples (row, number); returns the function that waits for them, with answers of the student."""
-        questions = [Question(self._prompt(row), row, number, self._weight(row)) for row, number in samples]
+        prompts = [NumberedPrompt(self._prompt(row), row, number, self._weight(row)) for row, number in samples]
         seed = int(np.random.default_rng((self._seed, step)).integers(2**62))
-        finish = self.answers.begin(questions, self._examples, STUDENT, seed)
+        finish = self.answers.begin(prompts, self._examples, STUDENT, seed)
 
         def finish_samples() -> dict[tuple[int, int], Sample]:
             written = finish()

@@ -10,7 +10,7 @@ from limbeck.config import DistillConfig
 from limbeck.data.examples import Examples
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
-from limbeck.train.answers import Question
+from limbeck.train.answers import NumberedPrompt
 from limbeck.train.build.data import Data
 from limbeck.train.rollout_source import RolloutSource
 from limbeck.train.sample_files import sample_row, save_samples
@@ -48,8 +48,8 @@ class RolloutValidation:
         self._tokenizer, self._output_dir = data.tokenizer, config.output_dir
         starts = answer_starts(data.held_out)
         rows = range(min(len(data.held_out), settings.max_samples or len(data.held_out)))
-        self._questions = [
-            Question(tuple(data.held_out.row(row)[0][: starts[row]].tolist()), row, number)
+        self._prompts = [
+            NumberedPrompt(tuple(data.held_out.row(row)[0][: starts[row]].tolist()), row, number)
             for row in rows
             for number in range(settings.num_generations)
         ]
@@ -69,7 +69,7 @@ class RolloutValidation:
         writer = self._source.writer
         of_training, writer.counts = writer.counts, WritingCounts()
         try:
-            samples = self._source.answers.write(self._questions, self._examples, STUDENT, self._seed, **self._changes)
+            samples = self._source.answers.write(self._prompts, self._examples, STUDENT, self._seed, **self._changes)
         finally:
             writer.counts = of_training
         if self._world.is_main:
