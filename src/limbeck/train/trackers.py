@@ -72,7 +72,9 @@ class WandB:
         try:
             import wandb
         except ImportError as error:
-            raise LimbeckError("track_with: wandb needs the package wandb; pip install wandb.") from error
+            raise LimbeckError(
+                "track_with: wandb needs the package wandb; install it with: pip install 'limbeck[wandb]'."
+            ) from error
         log_dir.mkdir(parents=True, exist_ok=True)
         try:
             self._run: Any = wandb.init(dir=str(log_dir), **arguments)
