@@ -62,9 +62,8 @@ class TeacherWriter:
             weight: factor of the loss of the tokens of a row's answer.
         """
         missing = [sample for sample in samples if sample not in self._written]
-        for number in sorted(
-            {number for _, number in missing}
-        ):  # each number has its own seed, whoever writes the others
+        # Each number has its own seed, so that an answer does not depend on which other numbers are missing.
+        for number in sorted({number for _, number in missing}):
             rows = [row for row, other in missing if other == number]
             seed = int(np.random.default_rng((self._seed, number, _STREAM)).integers(2**62))
             for one in self._writer.write([Prompt(prompt(row), row) for row in rows], seed):
