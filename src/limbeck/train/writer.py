@@ -31,6 +31,7 @@ class WritingCounts:
     generator.
     """
 
+    completions: int = 0
     tokens: int = 0
     seconds: float = 0.0
     waited_seconds: float = 0.0
@@ -137,6 +138,7 @@ class Writer:
         if self._shares_device:
             self._generator.offload()
         found = [by_prompt[prompt.row_id].pop(0) for prompt in prompts]
+        self.counts.completions += len(found)
         self.counts.tokens += sum(len(completion.token_ids) for completion in found)
         self.counts.seconds += seconds
         self.counts.waited_seconds += time.perf_counter() - begun
