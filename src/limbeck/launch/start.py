@@ -11,6 +11,7 @@ from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_con
 from limbeck.errors import LimbeckError
 from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
+from limbeck.train.run_lock import lock_run
 
 
 def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
@@ -58,10 +59,19 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
             "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
             "launcher."
         )
-    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
-        return _train_on_ray(config)
-    if len(devices) > 1 and not launched:
-        return run_ranks(len(devices), command)
+    if not main_process:
+        return _train_here(config)
+    with lock_run(config):  # before anything slow is imported or started
+        if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+            return _train_on_ray(config)
+        if len(devices) > 1 and not launched:
+            return run_ranks(len(devices), command)
+        return _train_here(config)
+
+
+def _train_here(config: DistillConfig) -> int:
+    """Train as one rank, in this process."""
+    devices = config.device_mapping or []
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
@@ -69,7 +79,7 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
     from limbeck.train.loop import DistillPipeline
 
     result = DistillPipeline(config, choose_recomputation).run()
-    if main_process:
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 

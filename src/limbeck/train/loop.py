@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -20,7 +20,7 @@ import torch
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining
-from limbeck.interrupt import StopRequest, stop_requests
+from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import explain_oom
 from limbeck.models.logs import configure_logging
 from limbeck.strategies.base import MicroBatches
@@ -31,9 +31,11 @@ from limbeck.train.build.data import Progress
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import FULL, explain_disk_errors, remove_unfinished
 from limbeck.train.introduction import introduce
 from limbeck.train.push import push_checkpoint
 from limbeck.train.result import RunResult
+from limbeck.train.run_lock import lock_run
 from limbeck.train.student import TrainInput, to_device
 from limbeck.train.validate import validation_metrics
 
@@ -93,7 +95,8 @@ class DistillPipeline:
                 "the teacher is a service, or has other devices than the student, and a single process cannot be both; start "
                 "this configuration with `limbeck train`."
             )
-        with start_world() as world:
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        with lock_run(self.config) if is_main else nullcontext(), start_world() as world:
             return self.run_in(world)
 
     def run_in(self, world: World, surroundings: Surroundings | None = None) -> RunResult:
@@ -103,11 +106,15 @@ class DistillPipeline:
         configure_logging()
         if world.device.type == "cpu":
             keep_freed_pages()
-        with ExitStack() as resources:
+        if world.is_main:
+            remove_unfinished(config.checkpoint_dir)  # which a killed run left
+        with explain_disk_errors("a file of the run", config.checkpoint_dir, FULL), ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
                 run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
             # Until here there is nothing to save, and a signal ends the process at once.
-            signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
+            signals = (
+                nullcontext(given.stop) if given.stop is not None else stop_requests(SAVES if world.is_main else None)
+            )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 result = train(run, stop, given.console)
         if config.checkpoint_config.save_to_hub.repo_id is not None and not result.stopped_by:
@@ -147,7 +154,7 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                 train_step(run)
             except StopTraining:
                 if saved != run.step:
-                    run.saver.save(run.step, run.requests.state_dict(), {})
+                    _save(run, {})
                 raise
             stopped = int(world.max(stop.poll()))
             ended = stopped or run.step == run.total_steps
@@ -162,16 +169,22 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                 if validates and not stopped and (at_end or due or run.step % config.eval_steps == 0):
                     measured = measured | run.log(console, validation_metrics(run, console))
                 if ended or due:
-                    run.saver.save(run.step, run.requests.state_dict(), measured)
+                    _save(run, measured)
                     saved = run.step
         if saved != run.step:
-            run.saver.save(run.step, run.requests.state_dict(), {})
+            _save(run, {})
         if stopped:
             console.print(
                 f"Stopped by {signal.Signals(stopped).name} after step {run.step}; "
                 f"resume_from_checkpoint=true goes on from there."
             )
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped)
+
+
+def _save(run: Run, metrics: Mapping[str, float]) -> None:
+    folder = run.config.checkpoint_dir
+    with explain_disk_errors(f"{folder / f'checkpoint-{run.step}'}", folder):
+        run.saver.save(run.step, run.requests.state_dict(), metrics)
 
 
 def train_step(run: Run) -> None:

@@ -21,6 +21,7 @@ from limbeck.strategies.base import MODEL, EngineState
 from limbeck.strategies.world import World
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.build.student import Student
+from limbeck.train.resume import refuse_model
 
 
 class Saver:
@@ -134,6 +135,7 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
     resume = checkpoints.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
     checkpoints.refuse_earlier_checkpoints(config.resume_from_checkpoint, config.checkpoint_dir)
     if resume is not None:
+        refuse_model(resume)
         checkpoints.refuse_later_checkpoints(resume, config.checkpoint_dir)
     return resume
 

@@ -29,10 +29,12 @@ from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import explain_disk_errors
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
 from limbeck.train.push import check_token, make_repository
 from limbeck.train.request_pipeline import RequestPipeline
+from limbeck.train.resume import changed_settings
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
@@ -46,7 +48,7 @@ class Run:
     """The state of a run on one rank.
 
     distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
-    taken. latest: the last value of every metric.
+    taken. latest: the last value of every metric. changed: settings that differ from those of ``resumed_from``.
     """
 
     config: DistillConfig
@@ -67,6 +69,7 @@ class Run:
     total_steps: int
     step: int = 0
     resumed_from: Path | None = None
+    changed: Sequence[str] = ()
     trackers: list[Tracker] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 
@@ -114,8 +117,9 @@ class Run:
             console.log(self.step, line)
         else:
             console.print("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
-        for tracker in self.trackers:
-            tracker.log(self.step, line)
+        with explain_disk_errors(f"the metrics of step {self.step}", self.config.checkpoint_dir):
+            for tracker in self.trackers:
+                tracker.log(self.step, line)
         return line
 
 
@@ -212,13 +216,13 @@ def build_run(
         resumed_from=resume,
     )
     if resume is not None:
-        run.step, position = run.saver.restore(resume)
-        source.load_state_dict(position)
+        _restore(run, resume)
         _set_scheduler_step(run.scheduler, run.step)
     source.weights_changed(student.iter_weights, run.step)
     if world.is_main:  # an upload that is not permitted is reported before the first step
         make_repository(config.checkpoint_config.save_to_hub)
-    run.trackers = _open_trackers(run)
+    with explain_disk_errors(f"run.json or the metrics in {config.output_dir}", config.checkpoint_dir):
+        run.trackers = _open_trackers(run)
     for tracker in run.trackers:
         resources.callback(tracker.close)
     return run
@@ -238,6 +242,17 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
     )
     check_members(f"the step source of step_source = {config.effective_step_source}", source, members)
     return source
+
+
+def _restore(run: Run, resume: Path) -> None:
+    try:
+        run.step, position = run.saver.restore(resume)
+        run.changed = changed_settings(resume, shareable(run.config))
+        run.source.load_state_dict(position)
+    except LimbeckError as error:
+        if not run.changed:
+            raise
+        raise LimbeckError("\n".join([str(error), "Changed since that checkpoint:", *run.changed])) from error
 
 
 def _set_scheduler_step(scheduler: Any, step: int) -> None:
