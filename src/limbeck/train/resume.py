@@ -29,8 +29,13 @@ def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
     """The differences between the configuration of the checkpoint ``path`` and ``config``, as "key: was → now".
 
     config: in the form in which a checkpoint stores it, without secrets.
+
+    A damaged checkpoint has none; loading it is an error.
     """
-    stored = json.loads((path / TRAINING / "state.json").read_text()).get("config", {})
+    try:
+        stored = json.loads((path / TRAINING / "state.json").read_text())["config"]
+    except (OSError, ValueError, KeyError):
+        return []
     before, now = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(config))))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != _NOT_COMPARED]
     return [f"{key}: {_shown(before.get(key))} → {_shown(now.get(key))}" for key in changed]

@@ -245,9 +245,9 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
 
 
 def _restore(run: Run, resume: Path) -> None:
+    run.changed = changed_settings(resume, shareable(run.config))
     try:
         run.step, position = run.saver.restore(resume)
-        run.changed = changed_settings(resume, shareable(run.config))
         run.source.load_state_dict(position)
     except LimbeckError as error:
         if not run.changed:
