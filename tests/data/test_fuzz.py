@@ -37,7 +37,14 @@ ROWS = {
     "text": {"text": "How many? 12", "weight": 3},
 }
 NAMES = sorted({name for row in ROWS.values() for name in row} | {"id", "domain"})
-SETTINGS = [{}, {"prompts_only": True}, {"template": "chatml"}, {"template": "qwen3"}, {"train_on": "last"}, {"domain_key": "domain"}]
+SETTINGS = [
+    {},
+    {"prompts_only": True},
+    {"template": "chatml"},
+    {"template": "qwen3"},
+    {"train_on": "last"},
+    {"domain_key": "domain"},
+]
 
 
 @pytest.mark.parametrize("form", list(ROWS))
