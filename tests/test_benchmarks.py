@@ -57,11 +57,11 @@ def test_a_side_that_fails_is_reported_and_leaves_the_others_standing(tmp_path):
 @pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forks")
 def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_run(tmp_path):
-    counts = ["--one", "10", "--two", "3", "--ray", "0", "--json", str(tmp_path / "result.json")]
+    counts = ["--one", "10", "--two", "2", "--ray", "0", "--json", str(tmp_path / "result.json")]
     command = [sys.executable, str(BENCHMARKS / "kill.py"), *counts]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = json.loads((tmp_path / "result.json").read_text())
-    assert (one["kills"], two["kills"]) == (10, 3)
-    assert all(found[moment] > 0 for found in (one, two) for moment in ("loading", "between saves", "inside a save"))
+    assert (one["kills"], two["kills"]) == (10, 2)
+    assert all(one[moment] > 0 for moment in ("loading", "between saves", "inside a save"))
     assert one["other final weights"] == two["other final weights"] == 0

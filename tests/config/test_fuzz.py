@@ -21,7 +21,7 @@ from limbeck.config.dialects.hyperpod import SETTINGS
 from limbeck.config.schema import DistillConfig, walk_keys
 from limbeck.train.build.objective import make_objective, make_objectives
 
-COUNT = count(default=20)
+COUNT = count(default=15)
 EXAMPLES = Path(__file__).parents[2] / "examples"
 ROWS = {"data_args": {"file_name": "rows.jsonl"}}
 DISTILLKIT = {

@@ -11,7 +11,7 @@ from fuzzing import count, mutate, refusal
 
 from limbeck.data import tokenize_rows
 
-COUNT = count(default=200)
+COUNT = count(default=120)
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 CHAT = [
