@@ -268,6 +268,16 @@ def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size in the same section; keep one"
             )
+    if student.strategy_args.strategy_config.offload_policy:
+        yield Contradiction(
+            "student.strategy_args.strategy_config.offload_policy",
+            "= true is for the teacher; use deepspeed_train with offload_optimizer and offload_param, or set it to false",
+        )
+    if teacher.strategy_args.strategy_config.offload_policy and config.offloads_colocated:
+        yield Contradiction(
+            "teacher.strategy_args.strategy_config.offload_policy",
+            "and is_offload_states both keep the teacher in host memory; keep one of them",
+        )
     if config.num_gpus_per_node is not None and config.device_mapping:
         available = config.num_nodes * config.num_gpus_per_node
         for role, mapping in (("student", config.student.device_mapping), ("teacher", teacher.device_mapping)):
