@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StrategyConfig, WorkerConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.models import body, compile_layers, decoder_layers, output_head
 from limbeck.models.dtypes import DTYPES, compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
@@ -28,7 +28,7 @@ from limbeck.strategies.model_parallel import (
     outline_of,
     pipeline_of,
 )
-from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.optimizer import check_optimizer, make_optimizer
 from limbeck.strategies.parallel_dims import TP, ParallelDims
 from limbeck.strategies.parameter_offload import copy_in_forward, keep_on_host
 from limbeck.strategies.pipeline_engine import PipelineEngine
@@ -58,6 +58,7 @@ class Fsdp2Strategy:
                 "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
             )
         if role == "student":
+            check_optimizer(config.student.training_args.optimizer_name, dims)
             for size, kind in ((dims.tp, "tensor"), (dims.pp, "pipeline")):
                 if args.lora_target and size > 1:
                     raise LimbeckError(
@@ -70,6 +71,11 @@ class Fsdp2Strategy:
 
     @contextmanager
     def simulate(self, worker: WorkerConfig, role: str) -> Iterator[LibraryFunctions]:
+        if role == "student" and worker.training_args.optimizer_name == "adamw_8bit":  # type: ignore[attr-defined]
+            raise UnknownMemory(
+                "student.training_args.optimizer_name = adamw_8bit: limbeck plan does not know the size of torchao's moments; "
+                "plan with adamw, which has 4 times the moments."
+            )
         # Private modules, and needed by a plan only.
         from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
         from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState

@@ -421,6 +421,9 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if student.model_args.disable_gradient_checkpointing:
         key = "student.model_args.gradient_checkpointing_use_reentrant"
         yield key, "is only read with disable_gradient_checkpointing: false"
+    if student.training_args.optimizer_name == "adafactor":
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield f"student.training_args.{key}", "is not read by optimizer_name: adafactor"
     without_warmup = {
         "constant": "is not read by lr_scheduler_type: constant; use constant_with_warmup",
         "sequential": "is not read by lr_scheduler_type: sequential; begin with a LinearLR",
