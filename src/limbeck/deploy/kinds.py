@@ -74,10 +74,8 @@ def train_job(job: Job) -> Manifest:
         "securityContext": pod.CONTAINER_SECURITY,
         "volumeMounts": pod.volume_mounts(job),
     }
-    patch = {
-        "name": "node",
-        "template": {"spec": {"template": {"spec": {**pod.pod_placement(job), "containers": [container]}}}},
-    }
+    pod_patch = {"template": {"spec": {**pod.pod_placement(job), "containers": [container]}}}
+    patch = {"name": "node", "template": {"spec": pod_patch}}
     return {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",

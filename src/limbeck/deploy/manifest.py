@@ -38,18 +38,13 @@ def make_manifest(
     if kind not in KINDS:
         raise LimbeckError(f"--kind {kind} is not a kind of job; use one of {', '.join(KINDS)}.")
     file = find_file(config_file)
-    resume = load_config(file, overrides, dialect).config.resume_from_checkpoint
-    if isinstance(resume, str) and resume != "latest":
-        raise LimbeckError(
-            f"resume_from_checkpoint = {resume} would be used again after every restart, which must resume from the newest "
-            "checkpoint; remove it."
-        )
+    loaded = load_config(file, overrides, dialect)
+    _check_resume(loaded.config)
     overrides = [*overrides, "resume_from_checkpoint=latest"]
     if kind == "rayjob":
         overrides += [f"num_nodes={job.nodes}", f"num_gpus_per_node={job.gpus_per_node}"]
-    loaded = load_config(file, overrides, dialect)
-    if kind == "rayjob" and loaded.config.device_mapping is None:
-        overrides.append(f"student.device_mapping={','.join(map(str, range(_processes(job))))}")
+        if loaded.config.device_mapping is None:
+            overrides.append(f"student.device_mapping={','.join(map(str, range(_processes(job))))}")
         loaded = load_config(file, overrides, dialect)
     _check_launch(kind, job, loaded.config)
     _check_folders(job, loaded.config)
@@ -98,6 +93,15 @@ def _read(config_file: Path) -> str:
             f"{config_file} > whole.yaml`, and use that."
         )
     return text
+
+
+def _check_resume(config: DistillConfig) -> None:
+    resume = config.resume_from_checkpoint
+    if isinstance(resume, str) and resume != "latest":
+        raise LimbeckError(
+            f"resume_from_checkpoint = {resume} would be used again after every restart, which must resume from the newest "
+            "checkpoint; remove it."
+        )
 
 
 def _check_launch(kind: str, job: Job, config: DistillConfig) -> None:
