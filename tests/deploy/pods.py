@@ -42,16 +42,18 @@ class Pod:
     Args:
         container: with ``command`` and ``env``.
         operator: environment variables that the operator sets.
+        folder: working directory, unless the command changes it.
+        log: file of its output.
     """
 
-    def __init__(self, container: dict, operator: dict[str, str], folder: Path, name: str) -> None:
+    def __init__(self, container: dict, operator: dict[str, str], folder: Path, log: Path) -> None:
         own = {one["name"]: one["value"] for one in container["env"] if "value" in one}
         inside = {**own, **operator, "PET_LOCAL_ADDR": "127.0.0.1"}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, **inside, "PATH": path}
         expanded = [re.sub(r"\$\((\w+)\)", lambda found: inside[found.group(1)], word) for word in container["command"]]
         self._command = [word.replace("/etc/limbeck", str(folder / "etc")) for word in expanded]
-        self._folder, self._log = folder, folder / f"{name}.log"
+        self._folder, self._log = folder, log
         self.restart()
 
     def restart(self) -> None:

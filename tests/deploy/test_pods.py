@@ -16,12 +16,12 @@ from limbeck.config import load_config
 from .pods import Pod, free_port, manifest, wait_for
 
 pytestmark = [pytest.mark.processes, pytest.mark.workers]
-STEPS = 60
+STEPS = 40
 
 
 @pytest.fixture
 def volume(settings, tmp_path) -> Path:
-    """A volume with the configuration of a run on two ranks, and the student that one process trains."""
+    """A volume with the configuration ``two.yaml`` of a run on two ranks, and the student ``one`` of a single process."""
     shared = {"max_steps": STEPS, "eval_steps": 0, "save_steps": 0, "student.training_args.num_train_epochs": 100}
     for name, batch, folder in (("one", 8, str(tmp_path / "one")), ("two", 4, "two")):
         values = settings(**rows(batch), **shared, output_dir=folder)
@@ -44,8 +44,9 @@ def test_a_pytorch_job_survives_the_eviction_of_a_pod(volume, capsys):
         "PET_MAX_RESTARTS": str(policy["maxRestarts"]),
         "PET_RDZV_CONF": ",".join(f"{one['key']}={one['value']}" for one in policy["rdzvConf"]),
     }
-    container = spec["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
-    pods = [Pod(container, operator, volume, f"worker-{index}") for index in range(spec_replicas(spec))]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
+    container = worker["template"]["spec"]["containers"][0]
+    pods = [Pod(container, operator, volume, volume / f"worker-{index}.log") for index in range(worker["replicas"])]
     lines = volume / "two" / "metrics.jsonl"
     deadline = time.monotonic() + 100
     while not (lines.is_file() and lines.read_text().count("\n") > 2):
@@ -62,12 +63,23 @@ def test_a_pytorch_job_survives_the_eviction_of_a_pod(volume, capsys):
     assert_same_weights(volume / "one" / "student", volume / "two" / "student", tolerance=1e-4)
 
 
-def spec_replicas(spec: dict) -> int:
-    return spec["pytorchReplicaSpecs"]["Worker"]["replicas"]
+PRINTS_RANK = """
+import os, torch.distributed as dist
+dist.init_process_group("gloo")
+ranks = [None, None]
+dist.all_gather_object(ranks, (int(os.environ["RANK"]), os.getcwd()))
+print("ranks", ranks)
+dist.destroy_process_group()
+"""
 
 
-def test_a_train_job_is_one_run_over_its_pods(volume, capsys):
-    trainer = manifest(volume / "two.yaml", volume, capsys, "--kind", "trainjob")["spec"]["trainer"]
+def test_the_pods_of_a_train_job_meet_in_one_process_group(settings, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(output_dir="out")))
+    trainer = manifest(config, tmp_path, capsys, "--kind", "trainjob")["spec"]["trainer"]
+    (tmp_path / "prints_rank.py").write_text(PRINTS_RANK)
+    command = trainer["command"]
+    trainer["command"] = [*command[: command.index("-m")], "prints_rank.py"]
     port = str(free_port())
     pods = [
         Pod(
@@ -79,10 +91,11 @@ def test_a_train_job_is_one_run_over_its_pods(volume, capsys):
                 "PET_MASTER_ADDR": "localhost",
                 "PET_MASTER_PORT": port,
             },
-            volume,
-            f"node-{index}",
+            Path("/"),
+            tmp_path / f"node-{index}.log",
         )
         for index in range(2)
     ]
     assert wait_for(pods) == 0
-    assert_same_weights(volume / "one" / "student", volume / "two" / "student", tolerance=1e-4)
+    for pod in pods:
+        assert f"ranks [(0, '{tmp_path}'), (1, '{tmp_path}')]" in pod.log
