@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -12,7 +14,7 @@ import pytest
 import yaml
 
 from limbeck.cli import main
-from limbeck.config import load_config
+from limbeck.config import load_arguments, load_config
 from limbeck.deploy import hyperpod
 
 REPOSITORY = Path(__file__).parents[2]
@@ -243,5 +245,30 @@ def test_the_template_becomes_a_valid_job_with_the_variables_of_the_walkthrough(
     worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
     command = worker["template"]["spec"]["containers"][0]["command"]
     assert worker["replicas"] == 2 and job["metadata"]["name"] == "distill"
-    assert "--nproc-per-node=8" in command and "--hub_location=me/student" in command
+    assert "--nproc-per-node=8" in command
+    loaded = load_arguments(command[command.index(hyperpod.SCRIPT) + 1 :], "hyperpod").config
+    assert loaded.checkpoint_config.save_to_hub.repo_id == "me/student"
+    assert (loaded.output_dir, loaded.resume_from_checkpoint) == ("/fsx", "latest")
+    per_step = loaded.student.training_args.gradient_accumulation_steps * int(WALKTHROUGH["TOTAL_PROCESSES"])
+    assert per_step <= int(WALKTHROUGH["NUM_SAMPLES"])  # else the walkthrough has no step
     assert_valid(job)
+
+
+def test_the_image_has_the_files_that_it_names():
+    dockerfile = (REPOSITORY / "Dockerfile").read_text(encoding="utf-8")
+    copied = [
+        line.split()[1:-1] for line in dockerfile.splitlines() if line.startswith("COPY ") and "--from" not in line
+    ]
+    names = [name for sources in copied for name in sources]
+    assert names and not [name for name in names if not (REPOSITORY / name).exists()]
+    script = names[names.index("src/distil_logits_cli.py")]
+    assert f"/distillation/{Path(script).name}" == hyperpod.SCRIPT
+    if (hadolint := shutil.which("hadolint")) is not None:
+        done = subprocess.run([hadolint, str(REPOSITORY / "Dockerfile")], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_script_of_the_image_reads_the_flags_of_the_sample(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["distil_logits_cli.py", "--alhpa", "0.5"])
+    assert runpy.run_path(str(REPOSITORY / "src" / "distil_logits_cli.py"))["main"]() == 2
+    assert "--alhpa is not a flag, did you mean --alpha?" in capsys.readouterr().err
