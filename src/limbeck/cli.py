@@ -153,7 +153,7 @@ def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         ("instance-type", "TYPE", "type of the machines, such as ml.p5en.48xlarge; default: any"),
         ("secret", "NAME", "Secret with HF_TOKEN and WANDB_API_KEY, if it exists; default: hf-token"),
         ("shm-size", "SIZE", "maximum size of /dev/shm, such as 64Gi; default: half of the memory"),
-        ("max-restarts", "N", "restarts of the processes after failures; default: 100"),
+        ("max-restarts", "N", "restarts after failures; default: 10"),
         ("grace-period", "SECONDS", "time to save in after SIGTERM; default: 600"),
         ("runtime", "NAME", "ClusterTrainingRuntime of a trainjob; default: torch-distributed"),
         ("user", "UID", "user and group id of the processes; default: 1000"),

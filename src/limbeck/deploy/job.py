@@ -36,7 +36,7 @@ class Job:
         node_selector, annotations: labels that the nodes must have, and annotations of the job.
         secret: the Secret with the keys HF_TOKEN and WANDB_API_KEY, both optional.
         shm_size: maximum size of /dev/shm; None for half of the node's memory.
-        max_restarts: number of times that the processes are started again after a failure.
+        max_restarts: number of times that the processes, and that failed containers, are started again.
         grace_period: seconds in which a pod that must end may complete its step and save.
         runtime: the ClusterTrainingRuntime of a TrainJob.
         fi_provider: the libfabric provider of NCCL.
@@ -58,7 +58,7 @@ class Job:
     annotations: dict[str, str] = field(default_factory=dict)
     secret: str = "hf-token"
     shm_size: str | None = None
-    max_restarts: int = 100
+    max_restarts: int = 10
     grace_period: int = 600
     runtime: str = "torch-distributed"
     fi_provider: str = "efa"

@@ -46,7 +46,7 @@ def pytorch_job(job: Job) -> Manifest:
                 "maxRestarts": job.max_restarts,
                 "rdzvConf": [{"key": "join_timeout", "value": "1800"}],  # a node may take long to be replaced
             },
-            "runPolicy": {"cleanPodPolicy": "None"},  # keeps the logs
+            "runPolicy": {"backoffLimit": job.max_restarts, "cleanPodPolicy": "None"},  # keeps the logs
             "pytorchReplicaSpecs": {"Worker": worker},
         },
     }
