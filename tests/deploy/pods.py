@@ -48,7 +48,9 @@ class Pod:
 
     def __init__(self, container: dict, operator: dict[str, str], folder: Path, log: Path) -> None:
         own = {one["name"]: one["value"] for one in container["env"] if "value" in one}
-        inside = {**own, **operator, "PET_LOCAL_ADDR": "127.0.0.1"}
+        address = {"fieldRef": {"fieldPath": "status.podIP"}}
+        own |= {one["name"]: "127.0.0.1" for one in container["env"] if one.get("valueFrom") == address}
+        inside = {**own, **operator}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self._environment = {**os.environ, **inside, "PATH": path}
         expanded = [re.sub(r"\$\((\w+)\)", lambda found: inside[found.group(1)], word) for word in container["command"]]

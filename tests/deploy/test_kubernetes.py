@@ -157,6 +157,8 @@ def test_pods_have_the_devices_volumes_nodes_and_secrets_but_no_privileges(deplo
     environment = {one["name"]: one for one in container["env"]}
     assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["name"] == "hf-token"
     assert environment["FI_PROVIDER"]["value"] == "efa"
+    if kind != "rayjob":  # torchrun kills processes that still save when this time is over, and Kubernetes torchrun
+        assert int(environment["PET_SHUTDOWN_TIMEOUT"]["value"]) == pods(job)[0]["terminationGracePeriodSeconds"] - 10
 
 
 def test_the_configuration_in_the_manifest_is_the_file(deploy, config, tmp_path):
