@@ -392,9 +392,9 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from limbeck.report import load_run, write_report
+    from limbeck.report import load_runs, write_report
 
-    runs = [load_run(folder) for folder in args.runs]
+    runs = load_runs(args.runs)
     path = args.output or args.runs[0] / "report.html"
     print(write_report(runs, path, title=" and ".join(run.name for run in runs)))
     return 0
