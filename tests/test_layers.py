@@ -16,10 +16,10 @@ LAYERS = (
     ("cluster",),
     ("teachers",),
     ("rollout",),
+    ("report",),
     ("train",),
     ("plan",),
     ("launch",),
-    ("report",),
     ("demo",),
     ("api", "trainer", "cli", "__init__", "__main__"),
 )
