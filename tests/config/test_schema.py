@@ -170,7 +170,7 @@ def test_a_registered_objective_is_an_objective() -> None:
         ),
         (
             {"track_with": ["wandb", "mlflow"], "tracker_kwargs": {"project": "p"}},
-            "tracker_kwargs.project is not one of the trackers (wandb, mlflow)",
+            "tracker_kwargs.project is not one of the trackers .wandb, mlflow.;",
         ),
         (
             {"track_with": ["wandb"], "tracker_kwargs": {"wandb": "p"}},
