@@ -24,20 +24,20 @@ from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
 from limbeck.teachers.signals import SignalSpec
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.data import Data, Progress, make_data
+from limbeck.train.build.early_checks import early_checks
 from limbeck.train.build.objective import make_objective, make_objectives, signal_spec
-from limbeck.train.build.sources import refuse_missing_files
 from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
-from limbeck.train.push import check_token, make_repository
+from limbeck.train.push import make_repository
 from limbeck.train.request_pipeline import RequestPipeline
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
-from limbeck.train.trackers import BackgroundTracker, check_trackers, make_trackers
+from limbeck.train.trackers import BackgroundTracker, make_trackers
 from limbeck.train.trackers.metrics_file import MetricsFile
 from limbeck.train.validate_rollout import RolloutValidation
 from limbeck.version import VERSION
@@ -162,11 +162,8 @@ def build_run(
     if config.has_teacher and not workers:
         dims = dims_of(config.teacher, world.size, "teacher")
         strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
-    check_best_metric(config, world)
-    refuse_missing_files(config)
-    if world.is_main:
-        check_token(config.checkpoint_config.save_to_hub)
-        check_trackers(config.trackers)
+    for check in early_checks(config, world):
+        check()
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
     objectives = make_objectives(config, world.device)
