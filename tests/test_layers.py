@@ -18,9 +18,11 @@ LAYERS = (
     ("rollout",),
     ("report",),
     ("train",),
+    ("evaluate",),
     ("plan",),
     ("launch",),
     ("demo",),
+    ("commands",),
     ("api", "trainer", "cli", "__init__", "__main__"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.commands.dialogue import add_dialogue_commands
+from limbeck.commands.evaluation import add_eval_command
 from limbeck.errors import USER_MISTAKE, LimbeckError, Stopped
 from limbeck.version import VERSION
 
@@ -123,6 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     visibility.add_argument("--public", dest="private", action="store_false", help="make a new repository public")
     push.set_defaults(private=None)
     push.set_defaults(run=_push)
+
+    add_dialogue_commands(commands)
+    add_eval_command(commands)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
