@@ -34,6 +34,20 @@ def test_accuracy_is_the_share_of_right_answers(seven, questions, tmp_path, caps
     assert len((tmp_path / "results" / "sums--seven.jsonl").read_text().splitlines()) == 6
 
 
+def test_conversations_are_questions_up_to_their_last_answer(seven, tmp_path, capsys):
+    chat = tmp_path / "chat.jsonl"
+    turns = [("user", "one?"), ("assistant", "1"), ("user", "seven?"), ("assistant", "7")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    chat.write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"messages": messages[:2]}) + "\n")
+    assert main(["eval", str(seven), "--device", "cpu", "--data", str(chat), "--output", str(tmp_path)]) == 0
+    assert "accuracy 0.5" in capsys.readouterr().out
+    first = json.loads((tmp_path / "chat--seven.jsonl").read_text().splitlines()[0])
+    assert first["prompt"].endswith("<|user|>seven?<|end|><|assistant|>") and first["reference"] == "7"
+    chat.write_text(json.dumps({"messages": messages[:3]}) + "\n")
+    assert main(["eval", str(seven), "--device", "cpu", "--data", str(chat)]) == 2
+    assert f"{chat}:1 ends without an answer" in capsys.readouterr().err
+
+
 def test_the_report_of_a_run_shows_its_evaluations(configure, seven, questions, tmp_path):
     DistillPipeline(configure(max_steps=1)).run()
     out = tmp_path / "out"

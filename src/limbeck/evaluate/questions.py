@@ -53,6 +53,10 @@ def _questions(file: str, encoder: Encoder) -> Iterator[Question]:
             record = decoded(item)
             _, (rendered,) = encoder.texts_of(record, form)
             answer = reader(form, encoder.settings.keys)(record).messages[-1]
+            if answer["role"] != "assistant":
+                raise LimbeckError(
+                    f"{record.where} ends without an answer; give a reference answer to its last question."
+                )
             yield Question(rendered.text, str(answer["content"]))
 
 
