@@ -21,6 +21,7 @@ LAYERS = (
     ("evaluate",),
     ("plan",),
     ("launch",),
+    ("deploy",),
     ("demo",),
     ("commands",),
     ("api", "trainer", "cli", "__init__", "__main__"),
