@@ -134,10 +134,14 @@ class Run:
         """Close the trackers, after those that take files have the report of the run."""
         if self.latest and any(tracker.takes_files for tracker in self.trackers):
             folder = Path(self.config.output_dir)
-            run = load_run(folder)
-            path = write_report([run], folder / "report.html", title=run.name)
-            for tracker in self.trackers:
-                tracker.log_file(path)
+            try:
+                run = load_run(folder)
+                path = write_report([run], folder / "report.html", title=run.name)
+            except OSError as error:  # the student is saved
+                console.print(f"note: there is no report for the trackers: {error}")
+            else:
+                for tracker in self.trackers:
+                    tracker.log_file(path)
         for tracker in self.trackers:
             tracker.close()
         self.show_notices(console)
