@@ -172,6 +172,7 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                     saved = run.step
         if saved != run.step:
             run.saver.save(run.step, run.requests.state_dict(), {})
+        run.finish(console)
         if stopped:
             console.print(
                 f"Stopped by {signal.Signals(stopped).name} after step {run.step}; "

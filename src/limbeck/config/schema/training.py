@@ -69,7 +69,12 @@ SEQUENTIAL_REQUIRED: dict[str, str] = {"CosineAnnealingLR": "T_max", "Exponentia
 
 TRACKER_KWARGS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("log_dir",),
-    "wandb": ("project", "entity", "name", "group", "tags", "mode"),
+    "wandb": ("project", "entity", "name", "group", "tags", "notes", "mode", "log_dir", "settings"),
+    "mlflow": ("tracking_uri", "experiment_name", "artifact_location", "run_name", "run_id"),
+    "swanlab": (
+        *("project", "workspace", "name", "experiment_name", "description", "group", "tags", "mode"),
+        *("log_dir", "logdir"),
+    ),
     "stdout": (),
     "none": (),
 }
