@@ -207,8 +207,10 @@ ENVIRONMENTS: Registry[Any] = Registry(
 TRACKERS: Registry[Any] = Registry(
     "tracker",
     {
-        "tensorboard": "limbeck.train.trackers:make_tensorboard",
-        "wandb": "limbeck.train.trackers:make_wandb",
+        "tensorboard": "limbeck.train.trackers.tensorboard:TensorBoard",
+        "wandb": "limbeck.train.trackers.wandb:WandB",
+        "mlflow": "limbeck.train.trackers.mlflow:MLflow",
+        "swanlab": "limbeck.train.trackers.swanlab:SwanLab",
         "stdout": "limbeck.train.trackers:make_nothing",
         "none": "limbeck.train.trackers:make_nothing",
     },

@@ -123,6 +123,24 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
 
 
+def test_every_enabled_logger_is_a_tracker() -> None:
+    logger = {
+        "log_dir": "logs", "tensorboard_enabled": True, "wandb_enabled": True, "mlflow_enabled": True,
+        "swanlab_enabled": True, "wandb": {"project": "p", "name": "n", "log_nemo_gym_full_result_tables": False},
+        "mlflow": {"experiment_name": "e", "tracking_uri": "http://host"}, "swanlab": {"project": "s"},
+    }  # fmt: skip
+    source = {"policy": {"model_name": "s"}, "data": {"train": {"dataset_name": "gsm8k"}}, "logger": logger}
+    translation = DIALECT.translate(source, {})
+    assert translation.values["track_with"] == ["tensorboard", "wandb", "mlflow", "swanlab"]
+    assert translation.values["tracker_kwargs"] == {
+        "tensorboard": {"log_dir": "logs/tensorboard"},
+        "wandb": {"project": "p", "name": "n"},
+        "mlflow": logger["mlflow"],
+        "swanlab": logger["swanlab"],
+    }
+    assert "logger.wandb.log_nemo_gym_full_result_tables" in translation.ignored
+
+
 def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
     source = {
         "distillation": {"max_val_samples": 50, "val_at_start": True, "val_at_end": False},

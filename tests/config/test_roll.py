@@ -181,7 +181,8 @@ def test_the_error_for_megatron_names_a_supported_strategy(mistakes: Mistakes, r
         f"{role}.strategy_args.strategy_name=megatron_{suffix}",
         f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=2",
     )
-    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not supported yet; use fsdp2_{suffix}" in line
+    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not supported yet" in line
+    assert line.endswith(f"add {role}.strategy_args.strategy_name=fsdp2_{suffix} to the command line.")
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -241,7 +242,6 @@ def test_a_disabled_setting_is_accepted(kind: str, key: str, off: tuple[object, 
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
         ),
         ("student.training_args.seed=1", "student.training_args.seed = 1 contradicts seed = 42"),
-        ("student.training_args.max_steps=9", "student.training_args.max_steps = 9 contradicts max_steps = null"),
         ("model_download_type=MODELSCOPE", "model_download_type = MODELSCOPE is not supported yet"),
         ("checkpoint_config.type=oss", "checkpoint_config.type = oss is not supported yet; use file_system"),
         ("response_length=long", "response_length = long and prompt_length = 1024 must be whole numbers"),
