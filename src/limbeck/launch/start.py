@@ -55,7 +55,7 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
             "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
             "launcher."
         )
-    if not main_process:
+    if int(os.environ.get("RANK", "0")) > 0:
         return _train_here(loaded)
     with lock_run(config):  # before anything slow is imported or started
         if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
