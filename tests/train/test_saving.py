@@ -307,7 +307,9 @@ def test_a_failed_write_is_an_error_and_leaves_the_checkpoints_as_they_were(buil
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", fail)
-    with pytest.raises(LimbeckError, match=r"checkpoint-2 could not be written .*No space left.*before it are complete"):
+    with pytest.raises(
+        LimbeckError, match=r"checkpoint-2 could not be written .*No space left.*before it are complete"
+    ):
         run.saver.save(2, {}, {})
         assert not at_once
         run.saver.save(3, {}, {})
@@ -319,9 +321,7 @@ def test_a_failed_write_is_an_error_and_leaves_the_checkpoints_as_they_were(buil
 
 
 @pytest.mark.parametrize("failing", [False, True])
-def test_a_run_that_ends_waits_for_its_checkpoint_and_loses_no_error(
-    configure, tmp_path, monkeypatch, capsys, failing
-):
+def test_a_run_that_ends_waits_for_its_checkpoint_and_loses_no_error(configure, tmp_path, monkeypatch, capsys, failing):
     """Also when the run ends by an error of its own, which is then the one that is raised."""
     resources = ExitStack()
     run = build_run(configure(eval_steps=0), ALONE, resources)

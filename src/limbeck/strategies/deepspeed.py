@@ -400,7 +400,7 @@ class ZeroEngine:
         mine = torch.cat(parts) if parts else torch.empty(0)
         if not self._is_sharded:
             if owner._hp_mapping is not None:
-                owner._hp_mapping.get_hp_fragment(entry).copy_(mine)
+                owner._hp_mapping.get_hp_fragment(entry).data.copy_(mine)
             return
         piece = torch.zeros(owner.ds_tensor.numel(), device=self._engine.device)  # the last rank's is padded
         piece[: mine.numel()] = mine
