@@ -180,9 +180,7 @@ def train(
         if cut_short:
             limit = config.checkpoint_config.save_before
             reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
-            console.print(
-                f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there."
-            )
+            console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
 
 

@@ -181,20 +181,31 @@ class Saver:
 
     def _write(self, save: _Save, started: float) -> None:
         """The job behind the loop, on every rank."""
-        is_main, together = self._world.is_main, self._background.together
+        together = self._background.together
         temporary = checkpoints.temporary_folder(self._folder, save.step)
         try:
-            together(lambda: is_main and str(checkpoints.start_checkpoint(self._folder, save.step)))
+            together(lambda: self._start(save))
             files = together(lambda: self._write_files(temporary, save))
-            together(lambda: is_main and self._finish(temporary, save, files))
+            together(lambda: self._finish(temporary, save, files))
         except LimbeckError as error:
-            if is_main:
+            if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise LimbeckError(
                 f"checkpoint-{save.step} could not be written to {self._folder} ({str(error).rstrip('.')}); the checkpoints "
                 "before it are complete, and the run can resume from them."
             ) from error
         self.longest = max(self.longest, time.monotonic() - started)
+
+    def _start(self, save: _Save) -> None:
+        """What the main process does before any rank writes."""
+        if not self._world.is_main:
+            return
+        temporary = checkpoints.start_checkpoint(self._folder, save.step)
+        self._export.write_configuration(temporary)
+        if has_lora(self._student.model):
+            self._student.model.save_pretrained(temporary / "adapter", state_dict=save.adapter)
+        self._tokenizer_to_save().save_pretrained(temporary)
+        (temporary / checkpoints.TRAINING / "state.json").write_text(json.dumps(save.state, indent=1))
 
     def _write_files(self, temporary: Path, save: _Save) -> dict[str, Any]:
         """This rank's files."""
@@ -209,15 +220,13 @@ class Saver:
                 training[name] = write_shards(temporary / name, shards)
         return {"training": training, "student": self._export.write_weights(temporary, save.export)}
 
-    def _finish(self, temporary: Path, save: _Save, of_ranks: Sequence[Mapping[str, Any]]) -> str:
+    def _finish(self, temporary: Path, save: _Save, of_ranks: Sequence[Mapping[str, Any]]) -> None:
         """What the main process does when the files of all ranks are on the disk."""
+        if not self._world.is_main:
+            return
         settings = self._settings
         student = dict(sorted(item for files in of_ranks for item in files["student"].items()))
-        self._export.write_description(temporary, student)
-        if has_lora(self._student.model):
-            self._student.model.save_pretrained(temporary / "adapter", state_dict=save.adapter)
-        self._tokenizer_to_save().save_pretrained(temporary)
-        (temporary / checkpoints.TRAINING / "state.json").write_text(json.dumps(save.state, indent=1))
+        self._export.write_index(temporary, student)
         written = {name: file for files in of_ranks for name, file in files["training"].items()}
         written |= {name: file["fingerprint"] for name, file in student.items()}
         path = checkpoints.finish_checkpoint(temporary, save.step, written, save.metric, settings.best_metric)
@@ -226,7 +235,6 @@ class Saver:
         if best:
             checkpoints.point(self._folder / "best", best[0])
         checkpoints.prune(self._folder, self._config.max_ckpt_to_keep, best[: settings.keep_best])
-        return str(path)
 
     def _tokenizer_to_save(self) -> Any:
         """The tokenizer with the chat template that the student was trained with."""

@@ -16,7 +16,8 @@ Owned = Mapping[str, set[tuple[int, ...]]]
 def assign_shards(state: EngineState[Sequence[Shard]], world: World) -> Owned:
     """The parts of each parameter that this rank writes. Collective.
 
-    A part goes to that of its holders which has the fewest values so far, so replicas share the work.
+    Beginning with the largest, a part goes to that of its holders which has the fewest values so far, so replicas share the
+    work.
     """
     held = {name: [[list(part.offsets), part.size] for part in parts] for name, parts in state.model.items()}
     holders: dict[tuple[str, tuple[int, ...]], list[int]] = {}
@@ -29,7 +30,7 @@ def assign_shards(state: EngineState[Sequence[Shard]], world: World) -> Owned:
                     sizes[name, tuple(offsets)] = size
     load = [0] * world.size
     owned: dict[str, set[tuple[int, ...]]] = {}
-    for name, offsets in sorted(holders):
+    for name, offsets in sorted(holders, key=lambda part: (-sizes[part], part)):
         rank = min(holders[name, offsets], key=lambda rank: load[rank])
         load[rank] += sizes[name, offsets]
         if rank == world.rank:

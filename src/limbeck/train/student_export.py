@@ -1,6 +1,7 @@
 """The student as a Hugging Face folder: each rank writes whole layers of it, one file after the other.
 
-``collect`` is called by every rank in the training loop, ``write_weights`` and ``write_description`` later, in any thread.
+``collect`` is called by every rank in the training loop, the ``write_`` methods later, in any thread: the configuration
+first, since transformers removes files of weights when it writes that.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ class StudentExport:
         share.files = number + 1
         return share
 
+    def write_configuration(self, folder: Path) -> None:
+        """Write what is beside the weights."""
+        self.model.save_pretrained(folder, state_dict={})
+        # save_pretrained writes the precision of the model to config.json, not that of the tensors.
+        described = json.loads((folder / "config.json").read_text())
+        described["dtype"] = str(self.dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
     def write_weights(self, folder: Path, share: ExportShare) -> dict[str, dict[str, Any]]:
         """Write this rank's files.
 
@@ -87,13 +96,8 @@ class StudentExport:
             }
         return written
 
-    def write_description(self, folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the configuration, and the index of all ranks' files if there are several."""
-        self.model.save_pretrained(folder, state_dict={})
-        # save_pretrained writes the precision of the model to config.json, not that of the tensors.
-        described = json.loads((folder / "config.json").read_text())
-        described["dtype"] = str(self.dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    def write_index(self, folder: Path, written: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the index of all ranks' files, if there are several."""
         if len(written) > 1:
             sizes = {key: size for file in written.values() for key, size in file["bytes"].items()}
             index = {
