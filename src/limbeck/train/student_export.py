@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers.core_model_loading import revert_weight_conversion
 
 from limbeck.strategies.world import World
-from limbeck.train.tensor_files import write_tensors
+from limbeck.train.tensor_files import stored_dtype, write_tensors
 
 _FILE_BYTES = 1 << 30  # a file ends with the layer that fills it
 _LAYER = re.compile(r".*?\.\d+\.")
@@ -62,7 +62,7 @@ class StudentExport:
             size += tensor.numel() * self.dtype.itemsize
             if number % world.size == world.rank:
                 held = on_host.get(name)
-                dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+                dtype = stored_dtype(tensor, self.dtype)
                 copied = tensor.detach().to("cpu", dtype, copy=True) if held is None else held
                 share.tensors.setdefault(number, {})[name] = copied
         share.files = number + 1
@@ -88,11 +88,13 @@ class StudentExport:
             name = (
                 "model.safetensors" if share.files == 1 else f"model-{number + 1:05d}-of-{share.files:05d}.safetensors"
             )
-            kept = {key: self._cast(tensor) for key, tensor in tensors.items() if key not in ignored}
+            kept = {key: tensor for key, tensor in tensors.items() if key not in ignored}
             state = revert_weight_conversion(self.model, kept)
             written[name] = {
-                "fingerprint": write_tensors(folder / name, state, {"format": "pt"}),
-                "bytes": {key: tensor.numel() * tensor.element_size() for key, tensor in state.items()},
+                "fingerprint": write_tensors(folder / name, state, {"format": "pt"}, self.dtype),
+                "bytes": {
+                    key: value.numel() * stored_dtype(value, self.dtype).itemsize for key, value in state.items()
+                },
             }
         return written
 
@@ -105,6 +107,3 @@ class StudentExport:
                 "weight_map": {key: name for name, file in written.items() for key in file["bytes"]},
             }
             (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _cast(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.dtype) if tensor.is_floating_point() else tensor

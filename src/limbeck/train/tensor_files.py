@@ -40,8 +40,16 @@ _BLOCK = 1 << 24  # bytes; hashing and writing such a block releases the interpr
 _SHARDS = "shards"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Write CPU tensors to a safetensors file and flush it to disk, with less than one tensor of extra memory.
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """Write CPU tensors to a safetensors file and flush it to disk, with the extra memory of one tensor.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: of the header.
+        dtype: precision of the floating-point tensors in the file; by default their own.
 
     Returns:
         The fingerprint of the file, see ``fingerprint``.
@@ -49,13 +57,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        stored = stored_dtype(tensor, dtype)
+        start, end = end, end + tensor.numel() * stored.itemsize
+        header[name] = {"dtype": _DTYPES[stored], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for block in _blocks(len(text).to_bytes(8, "little") + text, tensors.values()):
+        for block in _blocks(len(text).to_bytes(8, "little") + text, tensors.values(), dtype):
             digest.update(block)
             size += file.write(block)
         file.flush()
@@ -63,11 +72,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     return {"size": size, "sha256": digest.hexdigest()}
 
 
-def _blocks(header: bytes, tensors: Iterable[Tensor]) -> Iterator[bytes | memoryview]:
+def stored_dtype(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The precision in which ``write_tensors`` writes ``tensor``."""
+    return tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+
+
+def _blocks(header: bytes, tensors: Iterable[Tensor], dtype: torch.dtype | None) -> Iterator[bytes | memoryview]:
     yield header
     for tensor in tensors:
         if tensor.numel():
-            data = memoryview(cast(Any, tensor.contiguous().flatten().view(torch.uint8).numpy()))
+            stored = tensor.to(stored_dtype(tensor, dtype)).contiguous()
+            data = memoryview(cast(Any, stored.flatten().view(torch.uint8).numpy()))
             yield from (data[i : i + _BLOCK] for i in range(0, len(data), _BLOCK))
 
 
