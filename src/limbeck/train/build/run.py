@@ -237,6 +237,7 @@ def build_run(
         total_steps=total_steps,
         resumed_from=resume,
     )
+    resources.enter_context(run.saver)
     if resume is not None:
         run.step, position = run.saver.restore(resume)
         source.load_state_dict(position)
