@@ -227,6 +227,9 @@ class Translator:
 
     def translate(self, batch: Batch) -> Batch:
         """Returns the batch with its ``teacher_tokens``. Every document becomes one row, cut after its last span."""
+        if batch.teacher_batch is not None:  # the supervised positions correspond one to one
+            read = self.translate(replace(batch.teacher_batch, weights=batch.weights))
+            return replace(batch, teacher_tokens=read.teacher_tokens, teacher_batch=None)
         time = batch.labels.shape[1]
         labels = batch.labels.numpy()
         ids = batch.input_ids.numpy()

@@ -25,6 +25,7 @@ from limbeck.data import BatchStream
 from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
+from limbeck.data.teacher_prompts import with_teacher_prompts
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
@@ -119,6 +120,8 @@ class RolloutSource:
         if self._settings.save_samples and self._world.is_main:
             save_samples(self._output_dir, f"train-{step + 1}", samples, self._tokenizer)
         examples = to_examples(samples, self._objectives, self._weights, self._settings.reward_weight)
+        if self._examples.teacher_prompts is not None:
+            examples = with_teacher_prompts(examples, self._examples)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:

@@ -13,6 +13,7 @@ from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
+from limbeck.config.schema.teacher_rules import teacher_contradictions
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
+    yield from teacher_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
     yield from _rollout_contradictions(config)

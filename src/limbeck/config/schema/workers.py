@@ -55,8 +55,35 @@ class WorkerConfig(Section):
     )
 
 
+class TeacherPromptConfig(Section):
+    """A prompt that only the teacher reads, such as one with the reference answer."""
+
+    key: str | None = Field(
+        default=None,
+        description="Column of the teacher's prompt: a text, which takes the place of the row's last question, or a list of "
+        "messages, which takes the place of the conversation before the answer.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Jinja template of a text that takes the place of the row's last question for the teacher; its variables "
+        "are the columns of the row. Example: `{{ question }} The answer is {{ answer }}`.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of tokens of the teacher's prompt. Rows with a longer one are left out and counted. If "
+        "unset, sequence_length.",
+    )
+
+
 class TeacherConfig(WorkerConfig):
     """The teacher. It reads the student's batches, so it has no data and no batch sizes of its own."""
+
+    prompt: TeacherPromptConfig | None = Field(
+        default=None,
+        description="Prompt that the teacher reads in place of the student's; the answer that follows is the same. If unset, "
+        "both read the same.",
+    )
 
     service: str | None = Field(
         default=None,

@@ -160,7 +160,7 @@ def build_run(
         context = TeacherContext(
             config,
             world,
-            data.longest_row,
+            data.longest_for_teacher,
             data.largest_token,
             shares_tokenizer,
             workers,
