@@ -35,13 +35,13 @@ def iter_model(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor
 def gather_model(model: nn.Module, names: Collection[str], *, keep: bool) -> dict[str, Tensor]:
     """The parameters ``names``, whole, on the CPU of the processes that ``keep`` them. Every process must call it."""
     state = get_model_state_dict(model)
-    return _gather({name: value for name, value in state.items() if name in names}, keep)
+    return gather_tensors({name: value for name, value in state.items() if name in names}, keep)
 
 
 def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a whole state, given in every process, into a model however it is sharded."""
     like: dict[str, Any] = get_model_state_dict(model)
-    local: dict[str, Any] = {name: _shard_like(tensor, like[name]) for name, tensor in state.items()}
+    local: dict[str, Any] = {name: shard_like(tensor, like[name]) for name, tensor in state.items()}
     set_model_state_dict(model, local, options=_PARTIAL)
 
 
@@ -49,7 +49,7 @@ def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep
     """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the processes that ``keep`` them. Collective."""
     state: Any = get_optimizer_state_dict(model, optimizer)["state"]
     entries = {f"{name}|{entry}": value for name, values in state.items() for entry, value in values.items()}
-    return _gather(entries, keep)
+    return gather_tensors(entries, keep)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -59,7 +59,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, ten
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
         parameter = like[name]
-        state.setdefault(name, {})[entry] = _shard_like(value, parameter) if value.shape == parameter.shape else value
+        state.setdefault(name, {})[entry] = shard_like(value, parameter) if value.shape == parameter.shape else value
     options = StateDictOptions()
     # get_… first: it creates the optimizer's empty state, so that its groups are known under plain names.
     groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
@@ -72,8 +72,11 @@ def whole(value: Any) -> Tensor:
     return tensor.detach()
 
 
-def _gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Tensor]:
-    """One after the other, so that no device holds more than one whole tensor beside its shards."""
+def gather_tensors(tensors: Mapping[str, Any], keep: bool) -> dict[str, Tensor]:
+    """The whole tensors on the CPU of the processes that ``keep`` them. Every process must call it.
+
+    One after the other, so that no device holds more than one whole tensor beside its shards.
+    """
     gathered = {}
     for name, value in tensors.items():
         tensor = whole(value)
@@ -82,7 +85,7 @@ def _gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Tensor]:
     return gathered
 
 
-def _shard_like(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """This process's shard of ``full``, placed as ``like`` is.
 
     ``distribute_tensor`` (torch 2.13) cannot shard unevenly over a dimension that FSDP and tensor parallelism share.

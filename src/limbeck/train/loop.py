@@ -189,6 +189,8 @@ def train_step(run: Run) -> None:
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
+        if run.average is not None:
+            run.average.update(run.student.iter_weights())
     run.step += 1
     with timer.section("data"):
         run.source.weights_changed(run.student.iter_weights, run.step)

@@ -18,9 +18,14 @@ from limbeck.models import has_lora, merged_state_dict
 from limbeck.models.dtypes import DTYPES
 from limbeck.objectives import TaidSchedule
 from limbeck.strategies.base import MODEL, EngineState
+from limbeck.strategies.state import gather_tensors
 from limbeck.strategies.world import World
+from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.build.student import Student
+
+_AVERAGE = "averaged_teacher|"
+"""Prefix of the teacher's averages among the optimizer's tensors."""
 
 
 class Saver:
@@ -32,13 +37,20 @@ class Saver:
         student: the student in its engine.
         tokenizer: saved with the student.
         taid: the schedule of the objective TAID, or None.
+        average: the teacher that is an average of the student's weights, or None.
     """
 
     def __init__(
-        self, config: DistillConfig, world: World, student: Student, tokenizer: Any, taid: TaidSchedule | None
+        self,
+        config: DistillConfig,
+        world: World,
+        student: Student,
+        tokenizer: Any,
+        taid: TaidSchedule | None,
+        average: AveragedTeacher | None = None,
     ) -> None:
         self._config, self._world, self._student = config, world, student
-        self._tokenizer, self._taid = tokenizer, taid
+        self._tokenizer, self._taid, self._average = tokenizer, taid, average
         self._folder = config.checkpoint_dir
 
     def save(self, step: int, data_state: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
@@ -48,6 +60,9 @@ class Saver:
         """
         settings, engine, is_main = self._config.checkpoint_config, self._student.engine, self._world.is_main
         state = engine.state_dict()
+        if self._average is not None:
+            averages = gather_tensors(self._average.averages, keep=is_main)
+            state.optimizer |= {_AVERAGE + name: tensor for name, tensor in averages.items()}
         weights = {name: tensor.cpu() for name, tensor in engine.iter_weights() if is_main}
         if is_main:
             checkpoint = checkpoints.Checkpoint(
@@ -89,7 +104,15 @@ class Saver:
                 "the configuration of the checkpoint, or set another output_dir."
             )
         model = {names[name]: tensor for name, tensor in checkpoint.masters.items()}
-        engine.load_state_dict(EngineState(model, dict(checkpoint.optimizer), checkpoint.state["scaler"]))
+        averages = {name: tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(_AVERAGE)}
+        optimizer = {name: tensor for name, tensor in checkpoint.optimizer.items() if name not in averages}
+        engine.load_state_dict(EngineState(model, optimizer, checkpoint.state["scaler"]))
+        if self._average is not None:
+            if not averages:
+                raise LimbeckError(
+                    f"{path} has no average of the student's weights; set the teacher of the checkpoint, or another output_dir."
+                )
+            self._average.load((name.removeprefix(_AVERAGE), tensor) for name, tensor in averages.items())
         if self._taid:
             if not checkpoint.state.get("taid"):
                 raise LimbeckError(

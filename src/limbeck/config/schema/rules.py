@@ -13,7 +13,7 @@ from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
-from limbeck.config.schema.teacher_rules import teacher_contradictions
+from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
@@ -436,6 +436,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     for key, objectives in OBJECTIVE_KEYS.items():
         if not used & set(objectives):
             yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {' and '.join(sorted(used))}"
+    yield from unread_teacher_keys(config)
     if config.rollout is not None:
         yield from unread_mixture_keys(config)
     if config.cross_tokenizer == "off":

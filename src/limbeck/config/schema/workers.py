@@ -17,7 +17,16 @@ SERVICE_NAME = r"^[A-Za-z0-9._-]+$"
 """Allowed names of a teacher service."""
 
 
-TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"auto": (), "model": (), "ray": ()}
+STUDENT_SOURCES = ("student_initial", "student_average")
+"""Teacher sources that are made of the student's own weights."""
+
+TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "model": (),
+    "ray": (),
+    "student_initial": (),
+    "student_average": ("decay",),
+}
 """The teacher.source_kwargs that each built-in teacher source reads."""
 
 
@@ -94,13 +103,14 @@ class TeacherConfig(WorkerConfig):
     )
     source: Annotated[str, registered(TEACHERS, "auto")] = Field(
         default="auto",
-        description="Where the teacher's signals come from: model (a model in the student's processes), ray (Ray "
-        "workers), "
-        "or a source that a plug-in registers. auto is ray with a teacher.service or devices of the teacher's own, else "
-        "model.",
+        description="Where the teacher's signals come from: model (a model in the student's processes), ray (Ray workers), "
+        "student_initial (the student before the first step), student_average (a moving average of the student's weights), or "
+        "a source that a plug-in registers. auto is ray with a teacher.service or devices of the teacher's own, else model.",
     )
     source_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of a teacher source that a plug-in registers."
+        default_factory=dict,
+        description="Arguments of the teacher source. student_average reads decay (0.999): after each step the average is "
+        "decay x average + (1 - decay) x student. A source from a plug-in reads its own.",
     )
     signal: Literal["auto", "hidden_states", "top_k", "sampled_token", "logits"] = Field(
         default="auto",
