@@ -141,7 +141,7 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
         introduce(run, console)
         if validates and settings.at_start and run.step == 0:
             with run.metrics.exclude_from_timing():
-                run.log(console, validation_metrics(run, console))
+                _validate(run, console)
         while run.step < run.total_steps and not stopped:
             try:
                 train_step(run)
@@ -160,7 +160,7 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
                 if validates and not stopped and (at_end or due or run.step % config.eval_steps == 0):
-                    measured = measured | run.log(console, validation_metrics(run, console))
+                    measured = measured | _validate(run, console)
                 if ended or due:
                     run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
@@ -172,6 +172,12 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                 f"resume_from_checkpoint=true goes on from there."
             )
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped)
+
+
+def _validate(run: Run, console: RunConsole) -> dict[str, float]:
+    found = run.log(console, validation_metrics(run, console))
+    run.source.validated(found)
+    return found
 
 
 def train_step(run: Run) -> None:

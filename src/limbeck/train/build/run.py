@@ -238,6 +238,7 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
         "steps_per_epoch",
         "next",
         "weights_changed",
+        "validated",
         "metrics",
         "state_dict",
         "load_state_dict",
