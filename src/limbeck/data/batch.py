@@ -22,7 +22,8 @@ from limbeck.objectives.spans import Spans
 class TeacherTokens:
     """The documents of a batch, tokenised by a teacher with another tokenizer.
 
-    input_ids:      [documents, time'] int64, right-padded.
+    input_ids:      [documents, time'] int64, right-padded; [1, tokens] of concatenated documents for a packed batch.
+    position_ids, documents, cu_seqlens: as in ``Batch``, for a packed batch; else None.
     supervised:     [M] int64; positions in the flattened input_ids that predict a token of a span, in order.
     labels:         [M] int64; the tokens to predict at those positions.
     spans:          which of them correspond to which of the batch's supervised positions; its weights sum to total_weight.
@@ -35,16 +36,16 @@ class TeacherTokens:
     spans: Spans
     aligned_tokens: int
     total_weight: float
+    position_ids: Tensor | None = None
+    documents: tuple[int, ...] | None = None
+    cu_seqlens: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTokens:
         """Returns a copy with ``change`` applied to every tensor."""
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            supervised=change(self.supervised),
-            labels=change(self.labels),
-            spans=self.spans.each(change),
-        )
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, spans=self.spans.each(change), **changed)
 
 
 def cumulative_lengths(documents: Sequence[int]) -> Tensor:

@@ -129,7 +129,8 @@ class TeacherRequest:
         if batch.teacher_batch is not None and batch.teacher_tokens is None:
             return cls.from_batch(batch.teacher_batch, spec)
         if batch.teacher_tokens is not None:
-            return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, spec)
+            own = batch.teacher_tokens
+            return cls(own.input_ids, own.position_ids, own.documents, own.supervised, spec, own.cu_seqlens)
         labels = batch.labels.flatten()[batch.supervised] if spec.kind == "sampled_token" else None
         return cls(
             batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec, batch.cu_seqlens, labels
