@@ -1,5 +1,5 @@
-"""What benchmarks of two sides share: the environments of the libraries that are compared with, which are created on first use in
-this folder, the process of a side, and models with random weights.
+"""What benchmarks of two sides share: the environments of the compared libraries, which are created on first use in this
+folder, the process of a side, and models with random weights.
 """
 
 from __future__ import annotations

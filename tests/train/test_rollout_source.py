@@ -148,7 +148,11 @@ def test_without_any_samples_of_the_student_a_run_is_that_of_the_dataset(configu
     assert_same_weights(plain.student, given.student)
 
 
-def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source):
+@pytest.mark.parametrize("shared", [
+    {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True},
+    {"rollout.offload": True},
+])  # fmt: skip
+def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source, shared):
     events = []
 
     def make_recorder(config, world):
@@ -163,12 +167,13 @@ def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source
         return generator
 
     GENERATORS.register("recorder")(make_recorder)
-    shared = {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True}
     made, config, _ = source(**{"rollout.generator": "recorder", **shared})
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     made.weights_changed(lambda: iter(model.state_dict().items()), 0)
     assert made.next(0).num_supervised
-    assert events == ["reload", "update_weights", "generate", "offload"]
+    made.weights_changed(lambda: iter(model.state_dict().items()), 1)
+    assert made.next(1).num_supervised
+    assert events == ["reload", "update_weights", "generate", "offload"] * 2
     with pytest.raises(LimbeckError, match=r"rollout.max_staleness = 1 writes while the student trains"):
         source(**{**shared, "rollout.max_staleness": 1})
 

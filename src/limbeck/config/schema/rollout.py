@@ -153,6 +153,11 @@ class RolloutConfig(Section):
         description="Arguments of the generator. hf: slots, the number of answers that are written at a time. vllm: those of "
         "vllm.LLM, such as gpu_memory_utilization.",
     )
+    offload: bool = Field(
+        default=False,
+        description="Free the generator's devices after each writing and load it again before the next one: hf moves its copy of "
+        "the weights to host memory, and vllm sleeps. With is_offload_states that is always so.",
+    )
     policy_clip: Clip | None = Field(
         default=[0.2, 0.2],
         description="[low, high]: the policy gradient of kd_objective: policy_gradient and of rewards clips the ratio of a "

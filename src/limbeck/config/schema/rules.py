@@ -314,11 +314,12 @@ def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
-    if rollout.max_staleness and config.offloads_colocated:
+    if rollout.max_staleness and (config.offloads_colocated or rollout.offload):
+        key = "rollout.offload" if rollout.offload else "is_offload_states"
         yield Contradiction(
             "rollout.max_staleness",
-            f"= {rollout.max_staleness} writes while the student trains, and is_offload_states leaves the device to one of "
-            "them; set one of them to 0 or false",
+            f"= {rollout.max_staleness} writes while the student trains, and {key} leaves the device to one of them; set one "
+            "of them to 0 or false",
         )
     if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
         yield Contradiction(
