@@ -90,7 +90,8 @@ class RolloutSource:
         staleness = self._settings.max_staleness
         # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
         self.max_lookahead = max(0, staleness - 1)
-        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps)
+        block = self._settings.steps_per_rollout
+        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps, block)
         self._version = 0  # of the student's weights
         self._counts: Counter[str] = Counter()  # of the samples by origin
         self._statistics = AnswerStatistics()

@@ -47,6 +47,14 @@ def mixture_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "rollout.replay.fraction",
             "cannot be combined with a policy gradient, which reads the probabilities and rewards of this step; set it to 0",
         )
+    if rollout.steps_per_rollout > 1:
+        others = {"max_staleness": rollout.max_staleness > 0, "replay.fraction": rollout.replay.is_used}
+        for key in (key for key, given in others.items() if given):
+            yield Contradiction(
+                "rollout.steps_per_rollout",
+                f"= {rollout.steps_per_rollout} writes the samples of several steps together and cannot be combined with "
+                f"rollout.{key}; set one of them to its default",
+            )
     if isinstance(rollout.schedule, AdaptiveSchedule):
         if not config.validation_sources or config.eval_steps == 0:
             yield Contradiction(

@@ -140,6 +140,12 @@ class RolloutConfig(Section):
         "the weights that it trains. With n, step s is written with the weights after step s - n while earlier steps train; "
         "the first n + 1 steps are written with the first weights. Each rank holds a copy of the weights.",
     )
+    steps_per_rollout: int = Field(
+        default=1,
+        ge=1,
+        description="Number of optimizer steps whose samples are written together, with the weights before the first of them. "
+        "A policy gradient compares with the probabilities under those weights.",
+    )
     stop_if: StopIf | None = Field(
         default=None, description="Ends the run with a checkpoint and an error if the student's answers degenerate."
     )
@@ -155,8 +161,8 @@ class RolloutConfig(Section):
     )
     offload: bool = Field(
         default=False,
-        description="Free the generator's devices after each writing and load it again before the next one: hf moves its copy of "
-        "the weights to host memory, and vllm sleeps. With is_offload_states that is always so.",
+        description="Free the generator's devices after each writing and load it again before the next one: hf moves its copy "
+        "of the weights to host memory, and vllm sleeps. With is_offload_states that is always so.",
     )
     policy_clip: Clip | None = Field(
         default=[0.2, 0.2],

@@ -515,7 +515,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
     if config.rollout is not None and "student" not in config.rollout.origins:
-        for key in ("max_staleness", "stop_if"):
+        for key in ("max_staleness", "steps_per_rollout", "stop_if"):
             yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"
     if not student.model_args.unfrozen_parameters and not student.model_args.frozen_parameters:
         yield "student.model_args.parameter_match", "is only read with unfrozen_parameters or frozen_parameters"
