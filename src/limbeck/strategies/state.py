@@ -42,7 +42,7 @@ def model_shards(model: nn.Module, names: Collection[str]) -> dict[str, list[Sha
 def load_model_state(model: nn.Module, state: Mapping[str, Sliceable]) -> None:
     """Load a whole state, given in every process, into a model however it is sharded; reads this rank's part."""
     like: dict[str, Any] = get_model_state_dict(model)
-    local: dict[str, Any] = {name: _shard_like(tensor, like[name]) for name, tensor in state.items()}
+    local: dict[str, Any] = {name: shard_like(tensor, like[name]) for name, tensor in state.items()}
     set_model_state_dict(model, local, options=_PARTIAL)
 
 
@@ -96,7 +96,7 @@ def _restored(entry: str, fresh: Any, entries: Mapping[str, Sliceable], paramete
     value = entries[entry]
     if not isinstance(fresh, Tensor):
         return _whole(value).item()
-    return _shard_like(value, parameter) if tuple(value.shape) == tuple(parameter.shape) else _whole(value)
+    return shard_like(value, parameter) if tuple(value.shape) == tuple(parameter.shape) else _whole(value)
 
 
 def _whole(value: Sliceable) -> Tensor:
@@ -109,7 +109,7 @@ def whole(value: Any) -> Tensor:
     return tensor.detach()
 
 
-def _shard_like(full: Sliceable, like: Tensor) -> Tensor:
+def shard_like(full: Sliceable, like: Tensor) -> Tensor:
     """This process's shard of ``full``, placed as ``like`` is."""
     part = full[local_box(like)]
     if not isinstance(like, DTensor):

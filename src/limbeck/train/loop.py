@@ -153,7 +153,7 @@ def train(
         introduce(run, console)
         if validates and settings.at_start and run.step == 0:
             with run.metrics.exclude_from_timing():
-                run.log(console, validation_metrics(run, console))
+                _validate(run, console)
         limits.training_starts()
         while run.step < run.total_steps and not cut_short:
             try:
@@ -175,7 +175,7 @@ def train(
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
                 if validates and not cut_short and (at_end or due or run.step % config.eval_steps == 0):
-                    measured = measured | run.log(console, validation_metrics(run, console))
+                    measured = measured | _validate(run, console)
                 if ended or due:
                     run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
@@ -189,6 +189,12 @@ def train(
             reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
             console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
+
+
+def _validate(run: Run, console: RunConsole) -> dict[str, float]:
+    found = run.log(console, validation_metrics(run, console))
+    run.source.validated(found)
+    return found
 
 
 def train_step(run: Run) -> None:
@@ -206,6 +212,8 @@ def train_step(run: Run) -> None:
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
+        if run.average is not None:
+            run.average.update(run.student.iter_weights())
     run.step += 1
     with timer.section("data"):
         run.source.weights_changed(run.student.iter_weights, run.step)

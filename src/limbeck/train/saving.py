@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from limbeck.models import has_lora, iter_merged
 from limbeck.models.dtypes import DTYPES
 from limbeck.objectives import TaidSchedule
 from limbeck.strategies.base import MODEL, EngineState
-from limbeck.strategies.shards import Shard, whole_box
+from limbeck.strategies.shards import Shard, shard_of, whole_box
 from limbeck.strategies.world import World
+from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.background import BackgroundWork
 from limbeck.train.build.student import Student
@@ -52,6 +53,10 @@ class _Save:
     metric: float | None
 
 
+_AVERAGE = "averaged_teacher/"
+"""Prefix of the teacher's averages among the tensors of the state."""
+
+
 class Saver:
     """Writes the checkpoints of a run, and restores the run from a checkpoint.
 
@@ -61,16 +66,23 @@ class Saver:
         student: the student in its engine.
         tokenizer: saved with the student.
         taid: the schedule of the objective TAID, or None.
+        average: the teacher that is an average of the student's weights, or None.
 
     Attributes:
         longest: seconds of the longest save so far, with the writing.
     """
 
     def __init__(
-        self, config: DistillConfig, world: World, student: Student, tokenizer: Any, taid: TaidSchedule | None
+        self,
+        config: DistillConfig,
+        world: World,
+        student: Student,
+        tokenizer: Any,
+        taid: TaidSchedule | None,
+        average: AveragedTeacher | None = None,
     ) -> None:
         self._config, self._world, self._student = config, world, student
-        self._tokenizer, self._taid = tokenizer, taid
+        self._tokenizer, self._taid, self._average = tokenizer, taid, average
         self._folder, self._settings = config.checkpoint_dir, config.checkpoint_config
         model = student.model.get_base_model() if has_lora(student.model) else student.model
         self._export = StudentExport(model, DTYPES[config.student.model_args.dtype])
@@ -94,9 +106,13 @@ class Saver:
         self.wait()
         started, settings = time.monotonic(), self._settings
         state = self._student.engine.state_dict()
+        if self._average is not None:
+            averages = {_AVERAGE + name: [shard_of(tensor)] for name, tensor in self._average.averages.items()}
+            state = replace(state, model={**state.model, **averages})
         if self._owned is None:
             self._owned = assign_shards(state, self._world)
         masters, optimizer = (_on_host(shards) for shards in owned_shards(state, self._owned))
+        optimizer |= {name: masters.pop(name) for name in list(masters) if name.startswith(_AVERAGE)}
         adapter: dict[str, Tensor] = {}
         save = _Save(
             step,
@@ -155,7 +171,17 @@ class Saver:
                 "the configuration of the checkpoint, or set another output_dir."
             )
         model = {names[name]: tensor for name, tensor in checkpoint.masters.items()}
-        engine.load_state_dict(EngineState(model, checkpoint.optimizer, checkpoint.state["scaler"]))
+        averages = {name: tensor for name, tensor in checkpoint.optimizer.items() if name.startswith(_AVERAGE)}
+        optimizer = {name: tensor for name, tensor in checkpoint.optimizer.items() if name not in averages}
+        engine.load_state_dict(EngineState(model, optimizer, checkpoint.state["scaler"]))
+        if self._average is not None:
+            if not averages:
+                raise LimbeckError(
+                    f"{path} has no average of the student's weights; set the teacher of the checkpoint, or another output_dir."
+                )
+            self._average.load(
+                (name.removeprefix(_AVERAGE), tensor[whole_box(tensor.shape)]) for name, tensor in averages.items()
+            )
         if self._taid:
             if not checkpoint.state.get("taid"):
                 raise LimbeckError(
