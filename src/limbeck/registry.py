@@ -171,7 +171,10 @@ TEACHERS: Registry[Any] = Registry(
     {
         "model": "limbeck.teachers.local:load_teacher",
         "ray": "limbeck.teachers.ray_workers:connect_to_workers",
+        "student_initial": "limbeck.teachers.student_weights:load_initial",
+        "student_average": "limbeck.teachers.student_weights:load_averaged",
     },
+    dict.fromkeys(("student_initial", "student_average"), frozenset({NEEDS_NO_MODEL})),
 )
 """``teacher.source`` to a function ``(limbeck.teachers.protocol.TeacherContext) ->
 limbeck.teachers.protocol.Teacher``.

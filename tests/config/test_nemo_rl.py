@@ -90,6 +90,7 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     # 32 samples are two optimizer steps of 16: 4 data-parallel ranks x 2 rows x 2 micro-batches
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 2)
     assert (config.max_steps, config.eval_steps, config.save_steps) == (14, 10, 8)
+    assert rollout.steps_per_rollout == 2
     assert any("trains 2 optimizer steps" in notice for notice in loaded.notices)
     assert training.lr_scheduler_kwargs == {
         "schedulers": [

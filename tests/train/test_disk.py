@@ -8,7 +8,6 @@ import pytest
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.train.checkpoint import find_damage, list_checkpoints
-from limbeck.train.run_lock import LOCK_FILE
 
 SHORT = {"eval_steps": 0, "max_steps": 2, "validation": None}
 
@@ -28,23 +27,17 @@ def files_of_at_most(size: int):
 def test_a_disk_that_fills_up_while_saving(configure, tmp_path, begun):
     out, steps = tmp_path / "out", 4 if begun else 2
     DistillPipeline(configure(**SHORT, output_dir=str(out if begun else tmp_path / "fills the token cache"))).run()
-    after = "continue from .*checkpoint-2 with resume_from_checkpoint" if begun else "no checkpoint was written yet"
     config = configure(**{**SHORT, "max_steps": steps}, resume_from_checkpoint=True)
     with (
         files_of_at_most(20_000),
-        pytest.raises(LimbeckError, match=rf"checkpoint-{steps} cannot be written: File too large; .*{after}"),
+        pytest.raises(
+            LimbeckError, match=rf"checkpoint-{steps} could not be written .*File too large.* before it are complete"
+        ),
     ):
         DistillPipeline(config).run()
     assert [path.name for path in list_checkpoints(out)] == (["checkpoint-2"] if begun else [])
     assert all(find_damage(path) is None for path in list_checkpoints(out))
     assert not [path for path in out.iterdir() if path.name.startswith(".")], "neither a half-written folder nor a lock"
-
-
-def test_what_a_killed_run_left_is_removed(configure, tmp_path):
-    (tmp_path / "out" / ".checkpoint-7.writing" / "training").mkdir(parents=True)
-    DistillPipeline(configure(**SHORT)).run()
-    assert not list((tmp_path / "out").glob(".checkpoint-*"))
-    assert not (tmp_path / "out" / LOCK_FILE).exists()
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
 
 from limbeck.errors import LimbeckError
 from limbeck.train.checkpoint import list_checkpoints
@@ -22,9 +19,8 @@ ANY = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, e
 
 @contextmanager
 def explain_disk_errors(what: str, checkpoints: Path, errors: Collection[int] = ANY) -> Iterator[None]:
-    """Turn an error of the disk inside the block into a LimbeckError: "``what`` cannot be written: …".
-
-    The half-written checkpoint is removed, and the message names the last whole one.
+    """Turn an error of the disk inside the block into a LimbeckError: "``what`` cannot be written: …", which names the
+    last whole checkpoint.
 
     Args:
         what: what the block writes.
@@ -33,11 +29,9 @@ def explain_disk_errors(what: str, checkpoints: Path, errors: Collection[int] = 
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = _reason(error, errors)
-        if reason is None:
+    except OSError as error:
+        if error.errno is None or error.errno not in errors:
             raise
-        remove_unfinished(checkpoints)
         existing = list_checkpoints(checkpoints)
         after = (
             f"then continue from {existing[-1]} with resume_from_checkpoint: true"
@@ -45,17 +39,5 @@ def explain_disk_errors(what: str, checkpoints: Path, errors: Collection[int] = 
             else "then start again, since no checkpoint was written yet"
         )
         raise LimbeckError(
-            f"{what} cannot be written: {reason}; make room there or correct the path, {after}."
+            f"{what} cannot be written: {os.strerror(error.errno)}; make room there or correct the path, {after}."
         ) from error
-
-
-def _reason(error: OSError | SafetensorError, errors: Collection[int]) -> str | None:
-    if isinstance(error, SafetensorError):  # has the text of the operating system, but not its number
-        return next((os.strerror(number) for number in errors if f"(os error {number})" in str(error)), None)
-    return os.strerror(error.errno) if error.errno is not None and error.errno in errors else None
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove the checkpoints that were not completed. The caller holds the lock of the run, so nobody writes them."""
-    for path in folder.glob(".checkpoint-*.writing"):
-        shutil.rmtree(path, ignore_errors=True)

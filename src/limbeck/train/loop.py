@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -32,12 +32,13 @@ from limbeck.train.build.data import Progress
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
-from limbeck.train.disk import FULL, explain_disk_errors, remove_unfinished
+from limbeck.train.disk import FULL, explain_disk_errors
 from limbeck.train.introduction import introduce
 from limbeck.train.push import push_checkpoint
 from limbeck.train.result import RunResult
 from limbeck.train.run_lock import lock_run
 from limbeck.train.student import TrainInput, to_device
+from limbeck.train.time_limits import TimeLimits
 from limbeck.train.validate import validation_metrics
 
 _LESS_TO_LOAD = (
@@ -107,11 +108,10 @@ class DistillPipeline:
         """The same as one rank of ``world``, whose process group exists already."""
         configure_logging()
         given, config = surroundings or Surroundings(), self._adapt(self.config, world)
+        limits = TimeLimits(config, world)
         world = resolve_parallelism(config, world, teacher_here=not given.workers)
         if world.device.type == "cpu":
             keep_freed_pages()
-        if world.is_main:
-            remove_unfinished(config.checkpoint_dir)  # which a killed run left
         with explain_disk_errors("a file of the run", config.checkpoint_dir, FULL), ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
                 run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
@@ -122,8 +122,9 @@ class DistillPipeline:
                 nullcontext(given.stop) if given.stop is not None else stop_requests(SAVES if world.is_main else None)
             )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
-                result = train(run, stop, given.console)
-        if config.checkpoint_config.save_to_hub.repo_id is not None and not result.stopped_by:
+                result = train(run, stop, given.console, limits)
+        completed = not (result.stopped_by or result.out_of_time)
+        if completed and config.checkpoint_config.save_to_hub.repo_id is not None:
             _push(config, world, result, given.console)
         return result
 
@@ -143,55 +144,62 @@ def _push(config: DistillConfig, world: World, result: RunResult, console_file: 
         world.barrier()
 
 
-def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> RunResult:
-    """Train ``run`` from its current step to the end, or until ``stop``."""
+def train(
+    run: Run, stop: StopRequest, console_file: TextIO | None = None, limits: TimeLimits | None = None
+) -> RunResult:
+    """Train ``run`` from its current step to the end, until ``stop``, or until the time of ``limits`` is over."""
     config, world = run.config, run.world
+    limits = limits or TimeLimits(config, world)
     current = config.checkpoint_dir / f"checkpoint-{run.step}"
     saved = run.step if run.resumed_from is not None and current.is_dir() else -1
-    stopped, settings = 0, config.effective_validation
+    stopped, out_of_time, cut_short, settings = 0, False, False, config.effective_validation
     validates = bool(run.data.validation) and config.eval_steps > 0
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
         if validates and settings.at_start and run.step == 0:
             with run.metrics.exclude_from_timing():
-                run.log(console, validation_metrics(run, console))
-        while run.step < run.total_steps and not stopped:
+                _validate(run, console)
+        limits.training_starts()
+        while run.step < run.total_steps and not cut_short:
             try:
                 train_step(run)
             except StopTraining:
                 if saved != run.step:
-                    _save(run, {})
+                    run.saver.save(run.step, run.requests.state_dict(), {})
                 raise
             stopped = int(world.max(stop.poll()))
-            ended = stopped or run.step == run.total_steps
+            out_of_time = run.step < run.total_steps and limits.is_out_of_time(run.saver.longest)
+            cut_short = bool(stopped) or out_of_time
+            ended = cut_short or run.step == run.total_steps
             console.advance(run.step)
-            due = config.save_steps and run.step % config.save_steps == 0
+            due = limits.save_is_due() or (config.save_steps and run.step % config.save_steps == 0)
             measured: dict[str, float] = {}
             if ended or due or run.step % config.logging_steps == 0:
                 line = run.metrics.line(run.learning_rate, run.distils and run.teacher is not None)
                 measured = run.log(console, line)
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
-                if validates and not stopped and (at_end or due or run.step % config.eval_steps == 0):
-                    measured = measured | run.log(console, validation_metrics(run, console))
+                if validates and not cut_short and (at_end or due or run.step % config.eval_steps == 0):
+                    measured = measured | _validate(run, console)
                 if ended or due:
-                    _save(run, measured)
+                    run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
+                    limits.saved()
         if saved != run.step:
-            _save(run, {})
+            run.saver.save(run.step, run.requests.state_dict(), {})
+        run.saver.wait()
         run.finish(console)
-        if stopped:
-            console.print(
-                f"Stopped by {signal.Signals(stopped).name} after step {run.step}; "
-                f"resume_from_checkpoint=true goes on from there."
-            )
-    return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped)
+        if cut_short:
+            limit = config.checkpoint_config.save_before
+            reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
+            console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
+    return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
 
 
-def _save(run: Run, metrics: Mapping[str, float]) -> None:
-    folder = run.config.checkpoint_dir
-    with explain_disk_errors(f"{folder / f'checkpoint-{run.step}'}", folder):
-        run.saver.save(run.step, run.requests.state_dict(), metrics)
+def _validate(run: Run, console: RunConsole) -> dict[str, float]:
+    found = run.log(console, validation_metrics(run, console))
+    run.source.validated(found)
+    return found
 
 
 def train_step(run: Run) -> None:
@@ -209,6 +217,8 @@ def train_step(run: Run) -> None:
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
+        if run.average is not None:
+            run.average.update(run.student.iter_weights())
     run.step += 1
     with timer.section("data"):
         run.source.weights_changed(run.student.iter_weights, run.step)

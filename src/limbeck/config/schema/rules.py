@@ -14,6 +14,7 @@ from limbeck.config.schema.origin_objectives import distils, for_origin, objecti
 from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.path_rules import path_contradictions
 from limbeck.config.schema.rollout_rules import rollout_contradictions, sampled_contradictions, unread_rollout_keys
+from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
 from limbeck.config.schema.tracker_rules import tracker_contradictions
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from path_contradictions(config)
     yield from _model_contradictions(config)
+    yield from teacher_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
     yield from rollout_contradictions(config)
@@ -370,6 +372,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     for key, objectives in OBJECTIVE_KEYS.items():
         if not used & set(objectives):
             yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {' and '.join(sorted(used))}"
+    yield from unread_teacher_keys(config)
     yield from unread_rollout_keys(config)
     if config.cross_tokenizer == "off":
         for key in ("rest_weight", "merge", "tokens"):

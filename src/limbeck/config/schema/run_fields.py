@@ -238,6 +238,12 @@ class RunFields(Section):
         ge=0,
         description="Number of optimizer steps between checkpoints. The last step is always saved; 0 saves only that.",
     )
+    save_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Number of minutes between checkpoints, in addition to save_steps: a checkpoint is written when the last "
+        "one is that old.",
+    )
     max_ckpt_to_keep: int = Field(
         default=0,
         ge=0,

@@ -22,6 +22,7 @@ from limbeck.strategies.world import World
 from limbeck.teachers.connect import connect_teacher
 from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
 from limbeck.teachers.signals import SignalSpec
+from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.data import Data, Progress, make_data
 from limbeck.train.build.early_checks import early_checks
@@ -49,6 +50,7 @@ from limbeck.version import VERSION
 class Run:
     """The state of a run on one rank.
 
+    average: the teacher, if it is an average of the student's weights, which each step changes; else None.
     distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
     taken. metrics_file, trackers: on the main process. latest: the last value of every metric. changed: settings that
     differ from those of ``resumed_from``.
@@ -66,6 +68,7 @@ class Run:
     metrics: StepMetrics
     signal_spec: SignalSpec
     taid: TaidSchedule | None
+    average: AveragedTeacher | None
     colocated: ColocatedOffload | None
     rollout_validation: RolloutValidation | None
     distils: bool
@@ -191,7 +194,7 @@ def build_run(
         context = TeacherContext(
             config,
             world,
-            data.longest_row,
+            data.longest_for_teacher,
             data.largest_token,
             shares_tokenizer,
             workers,
@@ -202,6 +205,7 @@ def build_run(
     on_policy = OnPolicyLoss.from_config(config, world.device)
     settings = LossSettings(objective, 0, on_policy=on_policy, objectives=objectives)
     student = build_student(config, world, data, teacher, settings, epochs)
+    average = teacher if isinstance(teacher, AveragedTeacher) else None
     spec = signal_spec(config, student.settings.vocab_size)
     distils = config.distils or student.settings.features is not None
     colocated = None
@@ -228,7 +232,7 @@ def build_run(
         teacher=teacher,
         student=student,
         scheduler=make_scheduler(student.engine.optimizer, training, total_steps),
-        saver=Saver(config, world, student, data.tokenizer, taid),
+        saver=Saver(config, world, student, data.tokenizer, taid, average),
         metrics=StepMetrics(
             world,
             student.settings.features.labels if student.settings.features else (),
@@ -236,12 +240,16 @@ def build_run(
         ),
         signal_spec=spec,
         taid=taid,
+        average=average,
         colocated=colocated,
         rollout_validation=rollout_validation,
         distils=distils,
         total_steps=total_steps,
         resumed_from=resume,
     )
+    resources.enter_context(run.saver)
+    if average is not None and resume is None:
+        average.load(student.iter_weights())
     if resume is not None:
         _restore(run, resume)
         _set_scheduler_step(run.scheduler, run.step)
@@ -261,6 +269,7 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
         "steps_per_epoch",
         "next",
         "weights_changed",
+        "validated",
         "metrics",
         "state_dict",
         "load_state_dict",
