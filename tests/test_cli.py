@@ -70,6 +70,15 @@ def test_an_error_is_printed_to_stderr_with_status_two(run_file, capsys):
     assert "Traceback" not in text
 
 
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_output_to_a_full_disk_is_one_sentence():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "limbeck", "config", "--schema"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "limbeck: the output cannot be written: No space left on device.\n")
+
+
 def test_data_show_prints_the_tokens_of_a_row(run_file, capsys):
     assert main(["data", "show", str(run_file), "--row", "3", "--ids", "student.data_args.default_system=Brief"]) == 0
     text = capsys.readouterr().out

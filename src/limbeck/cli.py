@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -43,9 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `limbeck data show … | head`; at exit, the interpreter would flush into the closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `limbeck data show … | head`
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _discard_output()
+        print(f"limbeck: {error.filename or 'the output'} cannot be written: {error.strerror}.", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def _discard_output() -> None:
+    """At exit, the interpreter would flush into standard output, which takes nothing any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_override(argument: str) -> bool:

@@ -109,6 +109,7 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, text
     assert f"Stopped by {number.name}" in text
+    assert text.count("Stopping after this step and saving") == 1, "by the main rank only"
     assert (out / "student" / "model.safetensors").is_file()
 
 

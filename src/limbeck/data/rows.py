@@ -229,7 +229,10 @@ def _prompt_completion(record: Record, keys: RowKeys) -> list[Message]:
 
 def _instruction(record: Record, keys: RowKeys) -> list[Message]:
     messages = []
-    for turn, pair in enumerate(record.row.get("history") or []):
+    history = record.row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError("wrong type", f'{record.where}: "history" must be a list of pairs of a question and its answer.')
+    for turn, pair in enumerate(history):
         where = f'{record.where}: "history"[{turn}]'
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise RowError("wrong type", f"{where} must be a pair of a question and its answer.")

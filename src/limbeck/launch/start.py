@@ -11,6 +11,7 @@ from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_con
 from limbeck.errors import LimbeckError
 from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
+from limbeck.train.run_lock import lock_run
 
 
 def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
@@ -54,12 +55,22 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
             "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
             "launcher."
         )
-    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
-        for notice in loaded.notices:
-            print(f"note: {notice}", file=sys.stderr)
-        return _train_on_ray(config)
-    if len(devices) > 1 and not launched:
-        return run_ranks(len(devices), command)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return _train_here(loaded)
+    with lock_run(config):  # before anything slow is imported or started
+        if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+            for notice in loaded.notices:
+                print(f"note: {notice}", file=sys.stderr)
+            return _train_on_ray(config)
+        if len(devices) > 1 and not launched:
+            return run_ranks(len(devices), command)
+        return _train_here(loaded)
+
+
+def _train_here(loaded: LoadedConfig) -> int:
+    """Train as one rank, in this process."""
+    config = loaded.config
+    devices = config.device_mapping or []
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 

@@ -21,7 +21,7 @@ import torch
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining
-from limbeck.interrupt import StopRequest, stop_requests
+from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import explain_oom
 from limbeck.models.logs import configure_logging
 from limbeck.strategies.base import MicroBatches
@@ -32,9 +32,11 @@ from limbeck.train.build.data import Progress
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import FULL, explain_disk_errors
 from limbeck.train.introduction import introduce
 from limbeck.train.push import push_checkpoint
 from limbeck.train.result import RunResult
+from limbeck.train.run_lock import lock_run
 from limbeck.train.student import TrainInput, to_device
 from limbeck.train.time_limits import TimeLimits
 from limbeck.train.validate import validation_metrics
@@ -98,7 +100,8 @@ class DistillPipeline:
                 "the teacher is a service, or has other devices than the student, and a single process cannot be both; start "
                 "this configuration with `limbeck train`."
             )
-        with start_world() as world:
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        with lock_run(self.config) if is_main else nullcontext(), start_world() as world:
             return self.run_in(world)
 
     def run_in(self, world: World, surroundings: Surroundings | None = None) -> RunResult:
@@ -109,13 +112,15 @@ class DistillPipeline:
         world = resolve_parallelism(config, world, teacher_here=not given.workers)
         if world.device.type == "cpu":
             keep_freed_pages()
-        with ExitStack() as resources:
+        with explain_disk_errors("a file of the run", config.checkpoint_dir, FULL), ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
                 run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
             for notice in self._notices if world.is_main else ():
                 print(f"note: {notice}", file=sys.stderr)
             # Until here there is nothing to save, and a signal ends the process at once.
-            signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
+            signals = (
+                nullcontext(given.stop) if given.stop is not None else stop_requests(SAVES if world.is_main else None)
+            )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 result = train(run, stop, given.console, limits)
         completed = not (result.stopped_by or result.out_of_time)

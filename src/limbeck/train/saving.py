@@ -32,6 +32,7 @@ from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.background import BackgroundWork
 from limbeck.train.build.student import Student
+from limbeck.train.resume import refuse_model
 from limbeck.train.shard_owners import Owned, assign_shards, owned_shards
 from limbeck.train.student_export import ExportShare, StudentExport
 from limbeck.train.tensor_files import write_shards
@@ -300,6 +301,7 @@ def find_checkpoint(config: DistillConfig) -> Path | None:
     resume = checkpoints.find_resume(config.resume_from_checkpoint, config.checkpoint_dir)
     checkpoints.refuse_earlier_checkpoints(config.resume_from_checkpoint, config.checkpoint_dir)
     if resume is not None:
+        refuse_model(resume)
         checkpoints.refuse_later_checkpoints(resume, config.checkpoint_dir)
     return resume
 

@@ -139,7 +139,7 @@ def _recomputation(translation: Translation, given: Mapping[str, Any], origins: 
 def _tracker(translation: Translation, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     reports = given.get("report_to")
     reports = reports if isinstance(reports, list) else [] if reports in (None, "all") else [reports]
-    known = [REPORTS[one] for one in reports if one in REPORTS]
+    known = [REPORTS[one] for one in map(str, reports) if one in REPORTS]
     if len(known) < len(reports):
         translation.refuse(
             origins["report_to"], f"= {format_value(given['report_to'])} must be one of {', '.join(REPORTS)}"

@@ -12,6 +12,7 @@ from limbeck.config.schema.models import StrategyArgs
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
+from limbeck.config.schema.path_rules import path_contradictions
 from limbeck.config.schema.rollout_rules import rollout_contradictions, sampled_contradictions, unread_rollout_keys
 from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
 from limbeck.config.schema.tracker_rules import tracker_contradictions
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 
 def contradictions(config: RunFields) -> Iterator[Contradiction]:
+    yield from path_contradictions(config)
     yield from _model_contradictions(config)
     yield from teacher_contradictions(config)
     yield from _objective_contradictions(config)

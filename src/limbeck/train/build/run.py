@@ -31,10 +31,12 @@ from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import explain_disk_errors
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
 from limbeck.train.push import make_repository
 from limbeck.train.request_pipeline import RequestPipeline
+from limbeck.train.resume import changed_settings
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
@@ -50,7 +52,8 @@ class Run:
 
     average: the teacher, if it is an average of the student's weights, which each step changes; else None.
     distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
-    taken. metrics_file, trackers: on the main process. latest: the last value of every metric.
+    taken. metrics_file, trackers: on the main process. latest: the last value of every metric. changed: settings that
+    differ from those of ``resumed_from``.
     """
 
     config: DistillConfig
@@ -72,6 +75,7 @@ class Run:
     total_steps: int
     step: int = 0
     resumed_from: Path | None = None
+    changed: Sequence[str] = ()
     metrics_file: MetricsFile | None = None
     trackers: list[BackgroundTracker] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
@@ -121,7 +125,8 @@ class Run:
         else:
             console.print("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
         if self.metrics_file is not None:
-            self.metrics_file.log(self.step, line)
+            with explain_disk_errors(f"the metrics of step {self.step}", self.config.checkpoint_dir):
+                self.metrics_file.log(self.step, line)
         for tracker in self.trackers:
             tracker.log(self.step, line)
         self.show_notices(console)
@@ -246,14 +251,14 @@ def build_run(
     if average is not None and resume is None:
         average.load(student.iter_weights())
     if resume is not None:
-        run.step, position = run.saver.restore(resume)
-        source.load_state_dict(position)
+        _restore(run, resume)
         _set_scheduler_step(run.scheduler, run.step)
     source.weights_changed(student.iter_weights, run.step)
     if world.is_main:  # an upload that is not permitted is reported before the first step
         make_repository(config.checkpoint_config.save_to_hub)
     if world.is_main:
-        _open_trackers(run, resources)
+        with explain_disk_errors(f"run.json or the metrics in {config.output_dir}", config.checkpoint_dir):
+            _open_trackers(run, resources)
     return run
 
 
@@ -272,6 +277,17 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
     )
     check_members(f"the step source of step_source = {config.effective_step_source}", source, members)
     return source
+
+
+def _restore(run: Run, resume: Path) -> None:
+    run.changed = changed_settings(resume, shareable(run.config))
+    try:
+        run.step, position = run.saver.restore(resume)
+        run.source.load_state_dict(position)
+    except LimbeckError as error:
+        if not run.changed:
+            raise
+        raise LimbeckError("\n".join([str(error), "Changed since that checkpoint:", *run.changed])) from error
 
 
 def _set_scheduler_step(scheduler: Any, step: int) -> None:

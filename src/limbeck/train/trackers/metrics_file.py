@@ -13,13 +13,15 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        # Without a buffer: a line that a full disk does not take must not be written again when the file is closed.
+        self._file = path.open("ab", buffering=0)
         if self._file.tell() and not path.read_bytes().endswith(b"\n"):
-            self._file.write("\n")  # a line that a kill cut short must not be joined with the next one
+            self._file.write(b"\n")  # a line that a kill cut short must not be joined with the next one
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values}).encode() + b"\n"
+        while line:  # a write may take a part of it
+            line = line[self._file.write(line) :]
 
     def close(self) -> None:
         self._file.close()
