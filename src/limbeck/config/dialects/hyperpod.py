@@ -102,7 +102,7 @@ MOVED = {
     "distillation.alpha": "distill_loss_weight",
     "spectrum.layers_to_unfreeze": "student.model_args.unfrozen_parameters",
 }
-PARITY = ["zero_padded_vocabulary", "every_token", "mean_of_micro_batches"]
+PARITY = ["trained_padding", "zero_padded_vocabulary", "every_token", "mean_of_micro_batches"]
 
 Values = dict[str, tuple[Any, str]]
 """Dotted path of a setting to its value and the flag or key that set it."""
