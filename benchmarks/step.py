@@ -30,13 +30,13 @@ STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024
 
 
 class Side:
-    """The process of one side. It takes one step per request and returns the seconds."""
+    """The process of one side. It takes one step per request and returns the seconds. ``options`` are for its script."""
 
     def __init__(
-        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py"
+        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py", *options: str
     ) -> None:
         self.name = name
-        command = [python, str(HERE / script), name, str(folder), dtype, str(steps)]
+        command = [python, str(HERE / script), name, str(folder), dtype, str(steps), *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.receive()
 
@@ -54,25 +54,30 @@ class Side:
         return self.receive()
 
 
-def prepare(folder: Path) -> None:
-    """Write both models with random weights, a tokenizer with one token per word, and rows of exactly TIME tokens."""
-    import random
-
+def save_models(folder: Path, teacher: dict, student: dict) -> None:
+    """Write both models with random weights, and a tokenizer with one token per word."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, student["vocab_size"])}}
     backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         chat_template="{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}",
     )  # fmt: skip
-    for name, config, seed in (("teacher", TEACHER, 1), ("student", STUDENT, 0)):
+    for name, config, seed in (("teacher", teacher, 1), ("student", student, 0)):
         torch.manual_seed(seed)
         LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
+
+
+def prepare(folder: Path) -> None:
+    """Write both models, and rows of exactly TIME tokens."""
+    import random
+
+    save_models(folder, TEACHER, STUDENT)
     rng = random.Random(0)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(64):
