@@ -58,8 +58,10 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
     save_models(folder, TEACHER | shape, STUDENT | shape)
     write_rows(folder, args.vocab, args.length, args.rows)
     steps, length = args.rounds + args.warmup, str(args.length)
-    everywhere = ["distill_on_prompt=true"] if args.rows == "full" else []
-    ours = Side("limbeck", sys.executable, folder, args.dtype, steps, SCRIPT, length, *everywhere)
+    options = ["compile_loss=true"]  # as ``auto`` decides for a run of a few hundred such steps
+    if args.rows == "full":
+        options.append("distill_on_prompt=true")
+    ours = Side("limbeck", sys.executable, folder, args.dtype, steps, SCRIPT, length, *options)
     theirs = Side("sample", sys.executable, folder, args.dtype, steps, SCRIPT, length)
     found = alternate([ours, theirs], args.rounds, args.warmup)
     growth = {side.name: side.request("memory")["growth_mb"] for side in (ours, theirs)}

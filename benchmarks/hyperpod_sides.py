@@ -32,7 +32,6 @@ def limbeck(folder: Path, dtype: str, steps: int, length: int, *overrides: str) 
     fixed = [
         f"max_steps={steps + 1}", "track_with=none", f"student.data_args.cache_path={folder / 'cache'}",
         "student.model_args.disable_gradient_checkpointing=true",
-        "compile_loss=true",  # as ``auto`` decides for a run of a few hundred such steps
     ]  # fmt: skip
     precision = ["--no-bf16"] if dtype == "fp32" else ["--bf16"]
     take_turns(load_arguments([*argv, *precision, *fixed, *overrides], "hyperpod").config)
