@@ -29,13 +29,13 @@ def python_of(name: str, requirements: tuple[str, ...]) -> str:
 
 
 class Side:
-    """The process of one side. It takes one step per request and returns the seconds."""
+    """The process of one side. It takes one step per request and returns the seconds. ``options`` are for its script."""
 
     def __init__(
-        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py"
+        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py", *options: str
     ) -> None:
         self.name = name
-        command = [python, str(HERE / script), name, str(folder), dtype, str(steps)]
+        command = [python, str(HERE / script), name, str(folder), dtype, str(steps), *options]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.receive()
 
@@ -51,6 +51,11 @@ class Side:
         self.process.stdin.write(what + "\n")
         self.process.stdin.flush()
         return self.receive()
+
+
+def numbered_words(vocab: int) -> dict[str, int]:
+    """The ids of ``vocab`` words: three special tokens, w3, w4 and so on."""
+    return {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, vocab)}}
 
 
 def save_models(folder: Path, models: dict[str, dict], words: dict[str, int], **special: str) -> None:

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from side import TRL, Side, python_of, save_models
+from side import TRL, Side, numbered_words, python_of, save_models
 
 ROWS, TIME, VOCAB = 4, 256, 32_000
 MODEL = {"num_key_value_heads": 8, "num_attention_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 512,
@@ -30,8 +30,8 @@ STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024
 
 def prepare(folder: Path) -> None:
     """Write both models with random weights, a tokenizer with one token per word, and rows of exactly TIME tokens."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
-    save_models(folder, {"teacher": TEACHER, "student": STUDENT}, words, bos_token="<s>", eos_token="</s>")
+    models = {"teacher": TEACHER, "student": STUDENT}
+    save_models(folder, models, numbered_words(VOCAB), bos_token="<s>", eos_token="</s>")
     rng = random.Random(0)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(64):

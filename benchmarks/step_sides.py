@@ -36,10 +36,12 @@ def turns():
             yield line.strip()
 
 
-def limbeck(folder: Path, dtype: str, steps: int) -> None:
+def take_turns(config) -> None:
+    """Train what a ``DistillConfig`` describes, one step per request. ``parts`` is answered by the work of a step, each part
+    measured alone, and the memory of gradients and optimizer.
+    """
     import torch
 
-    from limbeck.config import DistillConfig
     from limbeck.strategies.base import MicroBatches
     from limbeck.train import loop
     from limbeck.train.build.run import Run
@@ -48,37 +50,49 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
     requests = None
     step = loop.train_step
 
-    def parts(run: Run) -> float:
-        """The work of a step, each part measured alone."""
+    def held_mb(run: Run, what: str) -> float:
+        return sum(tensor.nbytes for tensor in run.engine.held_tensors()[what]) / 2**20
+
+    def parts(run: Run) -> dict[str, float]:
         batch = run.source.next(0)
-        (micro,) = batch.micro_batches
         begun = time.perf_counter()
-        signal = run.teacher.request(micro, run.signal_spec)(micro)
+        signals = [run.teacher.request(micro, run.signal_spec)(micro) for micro in batch.micro_batches]
         seconds = time.perf_counter() - begun
         begun = time.perf_counter()
-        inputs = TrainInput(micro, signal, batch.normalizer)
-        for _ in run.engine.forward_backward(MicroBatches(1, lambda: iter([inputs]))):
+        inputs = [TrainInput(*pair, batch.normalizer) for pair in zip(batch.micro_batches, signals, strict=True)]
+        for _ in run.engine.forward_backward(MicroBatches(len(inputs), lambda: iter(inputs))):
             pass
         seconds += time.perf_counter() - begun
+        gradients = held_mb(run, "gradients")
         begun = time.perf_counter()
         run.engine.step()
-        return seconds + time.perf_counter() - begun
+        seconds += time.perf_counter() - begun
+        return {"seconds": seconds, "gradients_mb": gradients, "optimizer_mb": held_mb(run, "optimizer")}
 
     def timed(run: Run) -> None:
         nonlocal requests
         requests = requests or turns()
         for what in requests:
             if what == "parts":
-                send(seconds=parts(run))
+                send(**parts(run))
                 continue
-            waited, begun = run.metrics.timer._seconds["data"], time.perf_counter()
+            waited, tokens = run.metrics.timer._seconds["data"], run.metrics._tokens
+            begun = time.perf_counter()
             step(run)
             seconds = time.perf_counter() - begun
-            send(seconds=seconds, data=run.metrics.timer._seconds["data"] - waited)
+            waited = run.metrics.timer._seconds["data"] - waited
+            send(seconds=seconds, data=waited, tokens=run.metrics._tokens - tokens)
             return
         sys.exit()
 
     loop.train_step = timed
+    torch.set_num_threads(os.cpu_count() or 1)
+    loop.DistillPipeline(config).run()
+
+
+def limbeck(folder: Path, dtype: str, steps: int) -> None:
+    from limbeck.config import DistillConfig
+
     training = {"per_device_train_batch_size": 4, "learning_rate": 1e-4}
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
@@ -91,8 +105,7 @@ def limbeck(folder: Path, dtype: str, steps: int) -> None:
         },
         teacher={"model_args": {"dtype": dtype}},
     )  # fmt: skip
-    torch.set_num_threads(os.cpu_count() or 1)
-    loop.DistillPipeline(config).run()
+    take_turns(config)
 
 
 def trl(folder: Path, dtype: str, steps: int) -> None:

@@ -7,8 +7,10 @@ import hashlib
 import json
 import re
 import threading
+import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 OID = "c" * 40
@@ -19,6 +21,8 @@ class Hub:
 
     repositories: name → {"private": bool, "branches": {branch: {path: bytes}}}. writers: tokens that may write. fail: pairs of
     a pattern of "METHOD /path" and the statuses that the next matching requests get. requests: all "METHOD /path".
+    part_size: if set, large files are sent by HTTP in parts of so many bytes. xet_store: the folder to which the Xet client
+    writes large files; the server knows only their sizes and hashes, as the hub does.
     """
 
     def __init__(self):
@@ -28,6 +32,8 @@ class Hub:
         self.fail: list[tuple[str, list[int]]] = []
         self.requests: list[str] = []
         self.url = ""
+        self.part_size: int | None = None
+        self.xet_store: Path | None = None
 
     def files(self, name: str, branch: str = "main") -> dict[str, bytes]:
         branches = self.repositories[name]["branches"]
@@ -58,8 +64,7 @@ class Handler(BaseHTTPRequestHandler):
             if statuses and re.fullmatch(pattern, f"{self.command} {path}"):
                 return self.reply({"error": f"no {self.headers.get('Authorization')}"}, statuses.pop(0))
         if path.startswith("/objects/"):  # as signed addresses of a store: no token
-            self.hub.objects[path.rpartition("/")[2]] = body
-            return self.reply({})
+            return self.store(*path.split("/")[2:], body=body)
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         reads = self.command in ("GET", "HEAD")
         if not reads and token not in self.hub.writers:
@@ -73,6 +78,7 @@ class Handler(BaseHTTPRequestHandler):
             (r"/api/models/([^/]+/[^/]+)/commit/(.+)", self.commit),
             (r"/api/models/([^/]+/[^/]+)/branch/(.+)", self.branch),
             (r"/api/models/([^/]+/[^/]+)/tree/(.+)", self.tree),
+            (r"/api/models/([^/]+/[^/]+)/xet-write-token/(.+)", self.xet_token),
             (r"/api/models/([^/]+/[^/]+?)(?:/revision/(.+))?", self.info),
             (r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch()", self.batch),
             (r"/([^/]+/[^/]+)/resolve/(.+)", self.resolve),
@@ -120,11 +126,32 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def batch(self, name: str, branch: str, body: bytes) -> None:
-        objects = []
+        objects, size = [], self.hub.part_size
         for one in json.loads(body)["objects"]:
-            href = {"upload": {"href": f"{self.hub.url}/objects/{one['oid']}"}}
-            objects.append(one | ({} if one["oid"] in self.hub.objects else {"actions": href}))
-        self.reply({"transfer": "basic", "objects": objects})
+            address = f"{self.hub.url}/objects/{one['oid']}"
+            upload = {"href": address}
+            if size is not None:
+                parts = {str(n): f"{address}/{n}" for n in range(1, -(-one["size"] // size) + 1)}
+                upload["header"] = {"chunk_size": str(size), **parts}
+            objects.append(one | ({} if one["oid"] in self.hub.objects else {"actions": {"upload": upload}}))
+        self.reply({"transfer": "basic" if size is None else "multipart", "objects": objects})
+
+    def store(self, oid: str, part: str = "", *, body: bytes) -> None:
+        if self.command == "PUT":
+            self.hub.objects[f"{oid}/{part}" if part else oid] = body
+        else:
+            parts = sorted(json.loads(body)["parts"], key=lambda one: one["partNumber"])
+            self.hub.objects[oid] = b"".join(self.hub.objects[f"{oid}/{one['etag']}"] for one in parts)
+        self.reply({}, 200, {"ETag": part})
+
+    def xet_token(self, name: str, branch: str, body: bytes) -> None:
+        reply = {
+            "casUrl": f"local://{self.hub.xet_store}",
+            "accessToken": "short-lived",
+            "exp": int(time.time()) + 3600,
+        }
+        names = ("X-Xet-Cas-Url", "X-Xet-Access-Token", "X-Xet-Token-Expiration")
+        self.reply(reply, 200, dict(zip(names, map(str, reply.values()), strict=True)))
 
     def commit(self, name: str, branch: str, body: bytes) -> None:
         files = self.hub.files(name, branch)
@@ -132,6 +159,8 @@ class Handler(BaseHTTPRequestHandler):
             value = line["value"]
             if line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile" and self.hub.xet_store is not None:
+                files[value["path"]] = f"{value['oid']} {value['size']}".encode()
             elif line["key"] == "lfsFile":
                 content = self.hub.objects[value["oid"]]
                 assert hashlib.sha256(content).hexdigest() == value["oid"] and len(content) == value["size"]

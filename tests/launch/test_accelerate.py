@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from runs import forget_after, metric_by_step, weights
+import tiny
+from runs import assert_same_weights, metric_by_step
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_arguments, load_config
@@ -34,12 +34,14 @@ def test_without_the_launcher_nothing_is_set():
 
 
 def test_deepspeed_flags_become_the_students_strategy():
-    flags = {"DEEPSPEED_ZERO_STAGE": "3", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu", "GRADIENT_CLIPPING": "0.5",
+    flags = {"DEEPSPEED_ZERO_STAGE": "3", "DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme", "GRADIENT_CLIPPING": "0.5",
+             "DEEPSPEED_OFFLOAD_PARAM_NVME_PATH": "/local",
              "GRADIENT_ACCUMULATION_STEPS": "8", "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "none"}  # fmt: skip
     found = loaded({**DEEPSPEED, **{f"ACCELERATE_{name}": value for name, value in flags.items()}})
     strategy = found.config.student.strategy_args
     assert strategy.strategy_name == "deepspeed_train"
-    assert strategy.strategy_config.deepspeed == {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    offload = {"device": "nvme", "nvme_path": "/local"}
+    assert strategy.strategy_config.deepspeed == {"zero_optimization": {"stage": 3, "offload_param": offload}}
     assert found.config.max_grad_norm == 0.5
     assert found.origins["max_grad_norm"] == "accelerate launch --gradient_clipping"
     assert found.origins["student.strategy_args.strategy_name"] == "accelerate launch --use_deepspeed"
@@ -117,63 +119,99 @@ def test_another_number_of_processes_than_requested_is_an_error(monkeypatch):
         check_world_size({**LAUNCHED, "MASTER_ADDR": "127.0.0.1"})
 
 
+def test_the_command_of_process_1_is_looked_at():
+    """In a container the launcher may be that process."""
+    assert list(accelerate._ancestors())[-1] == Path("/proc/1/cmdline").read_bytes().decode().split("\0")
+
+
 def run(command, environment):
     return subprocess.Popen(
         [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-@pytest.mark.processes
-@pytest.mark.workers
-@pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("accelerate", "deepspeed")), reason="needs both packages"
-)
-def test_two_machines_under_accelerate_give_the_run_of_one_process(assets, tmp_path):
-    """ZeRO-2 on two machines as the sample's manifest starts them, and one process, which resumes the former."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    arguments = [
+RUN_AND_RESUME = str(Path(__file__).with_name("run_and_resume.py"))
+
+
+@pytest.fixture(scope="module")
+def arguments(assets, tmp_path_factory):
+    """Four steps of the script on rows in ShareGPT's format, saved every two, without the batch size and the output folder."""
+    rows = tmp_path_factory.mktemp("sharegpt") / "rows.jsonl"
+    turns = [
+        [{"from": "human", "value": row["question"]}, {"from": "gpt", "value": row["answer"]}] for row in tiny.rows()
+    ]
+    rows.write_text("".join(json.dumps({"conversations": one}) + "\n" for one in turns))
+    return [
         "--teacher_model", str(assets / "teacher"), "--student_model", str(assets / "student"),
-        "--dataset_name", str(assets / "rows.jsonl"), "--max_length", "128", "--no-bf16", "--save_steps", "2",
+        "--dataset_name", str(rows), "--max_length", "192", "--no-bf16", "--save_steps", "2",
         "--gradient_accumulation_steps", "2", "--learning_rate", "1e-3", "max_steps=4", "track_with=none",
     ]  # fmt: skip
-    many = [str(SCRIPT), *arguments, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "many")]
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
-    launcher = [
-        "-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1",
-        f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no", "--use_deepspeed",
-        "--deepspeed_multinode_launcher=standard",
+
+
+@pytest.fixture(scope="module")
+def alone(arguments, tmp_path_factory):
+    """The run of one process."""
+    folder = tmp_path_factory.mktemp("alone") / "out"
+    argv = [*arguments, "--per_device_train_batch_size", "4", "--output_dir", str(folder)]
+    DistillPipeline(load_arguments(argv, "hyperpod").config).run()
+    return folder
+
+
+def two_machines():
+    """The launchers of two machines. With c10d, which of two on one machine opens the port would be a matter of luck."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return [
+        ["-m", "accelerate.commands.launch", "--num_processes=2", "--num_machines=2", f"--machine_rank={rank}",
+         "--main_process_ip=127.0.0.1", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no",
+         "--use_deepspeed", "--deepspeed_multinode_launcher=standard"]
+        for rank in range(2)
     ]  # fmt: skip
-    machines = [run([*launcher, f"--machine_rank={rank}", *many], environment) for rank in range(2)]
-    one = [*arguments, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")]
-    DistillPipeline(load_arguments(one, "hyperpod").config).run()
-    for process in machines:
-        output = process.communicate(timeout=240)[0]
-        assert process.returncode == 0, output
-    state = json.loads((tmp_path / "many" / "run.json").read_text())
+
+
+def torchrun():
+    return [["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]]
+
+
+@pytest.mark.processes
+@pytest.mark.workers
+@pytest.mark.parametrize(
+    ("launchers", "strategy"),
+    [
+        pytest.param(
+            two_machines, "deepspeed_train", id="accelerate",
+            marks=pytest.mark.skipif(
+                any(importlib.util.find_spec(name) is None for name in ("accelerate", "deepspeed")),
+                reason="needs both packages",
+            ),
+        ),
+        pytest.param(torchrun, None, id="torchrun"),
+    ],
+)  # fmt: skip
+def test_two_processes_give_the_run_of_one_and_resume_exactly(arguments, alone, tmp_path, launchers, strategy):
+    """ZeRO-2 under accelerate, and the strategy that a run has by default under torchrun."""
+    out, first = tmp_path / "out", tmp_path / "out-first"
+    script = [RUN_AND_RESUME, *arguments, "--per_device_train_batch_size", "2", "--output_dir", str(out)]
+    started = [run([*launcher, *script], {**os.environ, "DS_ACCELERATOR": "cpu"}) for launcher in launchers()]
+    try:
+        outputs = [process.communicate(timeout=240)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * len(started), outputs
+    assert "checkpoint-2 at step 2." in " ".join(outputs[0].split())
+    state = json.loads((first / "run.json").read_text())
     assert state["ranks"] == 2
-    assert state["config"]["student"]["strategy_args"]["strategy_name"] == "deepspeed_train"
-
-    def compare():
-        expected = metric_by_step(tmp_path / "one", "train/loss")
-        assert metric_by_step(tmp_path / "many", "train/loss") == pytest.approx(expected, abs=1e-4)
-        first, second = (weights(tmp_path / name / "student") for name in ("one", "many"))
-        for name, tensor in first.items():
-            torch.testing.assert_close(second[name], tensor, rtol=0, atol=1e-4)
-
-    compare()
-    forget_after(tmp_path / "many", 2)
-    alone = [
-        "--per_device_train_batch_size",
-        "4",
-        "--output_dir",
-        str(tmp_path / "many"),
-        "--resume_from_checkpoint=latest",
-    ]
-    DistillPipeline(load_arguments([*arguments, *alone], "hyperpod").config).run()
-    assert len(metric_by_step(tmp_path / "many", "train/loss")) == 4
-    compare()
+    worker = state["config"]["student"]["strategy_args"]
+    assert worker["strategy_name"] == strategy
+    if strategy == "deepspeed_train":
+        assert worker["strategy_config"]["deepspeed"]["zero_optimization"] == {"stage": 2}
+    losses = metric_by_step(first, "train/loss")
+    assert losses == pytest.approx(metric_by_step(alone, "train/loss"), abs=1e-4)
+    assert_same_weights(first / "student", alone / "student", tolerance=1e-4)
+    assert metric_by_step(out, "train/loss") == losses
+    assert_same_weights(first / "student", out / "student")
 
 
 @pytest.mark.processes

@@ -1,5 +1,6 @@
 """Uploads of the student to a local server that speaks the hub's HTTP API, with the real client."""
 
+import hashlib
 import json
 
 import pytest
@@ -19,13 +20,13 @@ REPO = {**SHORT, "checkpoint_config.save_to_hub.repo_id": "me/student"}
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A hub on this machine that the real client uses, with a token that may write."""
+    """A hub on this machine that the real client uses, with a token that may write. Large files are sent by HTTP."""
     with serve_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         address = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, beside the hub's
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr("limbeck.train.push._DELAYS", (0.0, 0.0))
         monkeypatch.setenv("HF_TOKEN", "hf_writer")
@@ -86,6 +87,44 @@ def test_an_upload_is_repeated_and_sends_nothing_twice(hub, trained):
     assert sum("/commit/" in request for request in hub.requests) == 2
     assert not hub.repositories["me/student"]["private"]
     assert "model.safetensors" in hub.files("me/student")
+
+
+def test_a_large_file_is_sent_in_parts(hub, trained):
+    hub.part_size = 10_000
+    local = (trained / "student" / "model.safetensors").read_bytes()
+    hub.fail.append((r"PUT /objects/.*/2", [500]))
+    assert main(["push", str(trained), "--repo-id", "me/student"]) == 0
+    parts = -(-len(local) // hub.part_size)
+    assert sum(request.startswith("PUT /objects/") for request in hub.requests) == parts + 1 > 3, "one is repeated"
+    assert hub.files("me/student")["model.safetensors"] == local
+
+
+def test_large_files_are_sent_with_xet_where_it_is_installed(hub, trained, tmp_path, monkeypatch):
+    """As installed by default. The Xet client writes to a folder, which has its format, in place of a service."""
+    hf_xet = pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    monkeypatch.setenv("HF_XET_CACHE", str(tmp_path / "xet-cache"))
+    hub.xet_store = tmp_path / "store"
+    file = trained / "student" / "model.safetensors"
+    hub.fail.append((r"POST /api/models/me/student/commit/main", [500]))
+
+    def stored():
+        return sorted((path.name, path.stat().st_size) for path in hub.xet_store.rglob("xorbs/default.*"))
+
+    assert main(["push", str(trained), "--repo-id", "me/student"]) == 0
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert hub.files("me/student")["model.safetensors"] == f"{digest} {file.stat().st_size}".encode()
+    assert not any("/objects/" in request for request in hub.requests), "nothing is sent by HTTP"
+    (info,) = hf_xet.hash_files([str(file)])
+    back = hf_xet.PyXetDownloadInfo(str(tmp_path / "back"), info.hash, info.file_size)
+    hf_xet.download_files(
+        [back], endpoint=f"local://{hub.xet_store}", token_info=None, token_refresher=None, progress_updater=None
+    )
+    assert (tmp_path / "back").read_bytes() == file.read_bytes()
+    sent = stored()
+    assert sent
+    assert main(["push", str(trained), "--repo-id", "me/student", "--branch", "again"]) == 0
+    assert stored() == sent, "what has arrived is not sent again"
 
 
 def test_a_failed_upload_leaves_the_checkpoint_and_can_be_repeated(hub, configure, tmp_path, capsys):

@@ -1,12 +1,15 @@
 """Each quirk of another system gives that system's formula on whole logits; without quirks nothing changes."""
 
+import json
+
 import pytest
 import torch
 from runs import rows
-from tiny import make_model
+from tiny import TEMPLATE, make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
+from limbeck.config import load_arguments
 from limbeck.data import BatchStream, StreamSettings, tokenize_files
 from limbeck.models import ModelSource, load_tokenizer
 
@@ -146,20 +149,6 @@ def roll(parts, base):
     return 0.5 * ce / count + 0.5 * kd / count
 
 
-def hyperpod(parts, base):
-    """The student's logits padded with zeros, every token that is not padding, each micro-batch divided by its own count."""
-    total = 0
-    for batch, z_s, z_t in parts:
-        targets, real = batch.labels != -100, torch.zeros(batch.labels.numel(), dtype=torch.bool)
-        real[batch.real if batch.real is not None else slice(None)] = True
-        ce = torch.nn.functional.cross_entropy(z_s[targets], batch.labels[targets])
-        padded = torch.nn.functional.pad(z_s, (0, z_t.shape[-1] - z_s.shape[-1]))
-        log_p, log_q = log_softmaxes(z_t, padded, 2.0, 2.0)
-        kd = (log_p.exp() * (log_p - log_q)).sum(-1).flatten()[real].sum() / real.sum()
-        total = total + 0.5 * ce + 0.5 * 4 * kd
-    return total / len(parts)
-
-
 def modelopt(parts, base):
     """The mean over positions and vocabulary, and over micro-batches."""
     total = 0
@@ -183,7 +172,6 @@ def trl(parts, base):
     ("system", "faults", "changes"),
     [
         (roll, ["unshifted_mask", "base_vocabulary"], {"kd_temperature": 2.0, "teacher_temperature": 1.5}),
-        (hyperpod, ["zero_padded_vocabulary", "every_token", "mean_of_micro_batches"], {}),
         (modelopt, ["mean_over_vocabulary", "mean_of_micro_batches"], {}),
         (trl, ["mean_of_micro_batches"], {}),
     ],
@@ -202,6 +190,40 @@ def test_a_preset_with_all_its_quirks_gives_the_formula_of_its_system(configure,
     assert found == pytest.approx(system(parts, load_tokenizer(ModelSource(pair[0])).vocab_size).item(), rel=1e-5)
 
 
+def test_parity_is_the_arithmetic_of_hyperpods_sample(pair, tmp_path):
+    """Its rows are padded to max_length with attention everywhere and labels equal to the input. Its ``compute_loss`` pads
+    logits with zeros, sums the divergence over all positions, and divides by batch · max_length.
+    """
+    T, alpha, max_length = 3.0, 0.3, 120
+    told = [(f"What is {i}?", f"It is {i}." + " Indeed." * i) for i in range(8)]
+    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in told]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"conversations": one}) + "\n" for one in turns))
+    argv = [
+        "--parity", "--teacher_model", pair[1], "--student_model", pair[0], "--dataset_name", str(tmp_path / "rows.jsonl"),
+        "--max_length", str(max_length), "--temperature", str(T), "--alpha", str(alpha), "--no-bf16",
+        "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "4", "--chat_template", TEMPLATE,
+        "--output_dir", str(tmp_path), "max_steps=1", "track_with=none",
+    ]  # fmt: skip
+    found = DistillPipeline(load_arguments(argv, "hyperpod").config).run().metrics
+
+    tokenizer = load_tokenizer(ModelSource(pair[0]))
+    system = {"role": "system", "content": "You are a helpful assistant."}
+    chats = [[system, {"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in told]
+    texts = [tokenizer.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False) for chat in chats]
+    padded = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
+    ids, everywhere = padded["input_ids"], torch.ones_like(padded["input_ids"])
+    assert len(set(padded["attention_mask"].sum(1).tolist())) > 4, "rows of different lengths"
+    student, teacher = (AutoModelForCausalLM.from_pretrained(folder) for folder in pair)
+    with torch.no_grad():
+        out = student(ids, attention_mask=everywhere, labels=ids)
+        z_t = teacher(ids, attention_mask=everywhere).logits
+    z_s = torch.nn.functional.pad(out.logits, (0, z_t.shape[-1] - out.logits.shape[-1]))
+    q, p = (z_s / T).log_softmax(-1), (z_t / T).softmax(-1)
+    kd = torch.nn.functional.kl_div(q, p, reduction="batchmean") * T**2 / max_length
+    assert found["train/train_student_loss"] == pytest.approx(out.loss.item(), rel=1e-5)
+    assert found["train/loss"] == pytest.approx(alpha * kd.item() + (1 - alpha) * out.loss.item(), rel=1e-5)
+
+
 def test_quirks_can_be_combined_and_do_not_affect_validation(configure, tmp_path):
     config = configure(
         **{**STEP, "max_steps": 3, "eval_steps": 3}, objective_faults=["unshifted_mask", "base_vocabulary"]
@@ -217,6 +239,10 @@ def test_quirks_can_be_combined_and_do_not_affect_validation(configure, tmp_path
     [
         ({"objective_faults": ["unshifted_mask", "every_token"]}, "which contradict"),
         ({"objective_faults": ["every_token"], "loss_balance": "modelopt"}, "cannot be combined with loss_balance"),
+        (
+            {"objective_faults": ["trained_padding"], "student.use_sequence_packing": True},
+            "cannot be combined with student.use_sequence_packing",
+        ),
         ({"objective_faults": ["shifted_mask"]}, "objective_faults"),
     ],
 )

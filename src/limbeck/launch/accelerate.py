@@ -54,8 +54,10 @@ def _deepspeed(environment: Mapping[str, str]) -> Iterator[LauncherSetting]:
     for what in ("optimizer", "param"):
         device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none")
         if device != "none":
-            key = f"{_ZERO}.zero_optimization.offload_{what}"
-            yield LauncherSetting(key, {"device": device}, f"{_COMMAND} --offload_{what}_device")
+            key, offload = f"{_ZERO}.zero_optimization.offload_{what}", {"device": device}
+            if path := environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_NVME_PATH"):
+                offload["nvme_path"] = path
+            yield LauncherSetting(key, offload, f"{_COMMAND} --offload_{what}_device")
     for variable, kind, key in (
         ("GRADIENT_ACCUMULATION_STEPS", int, "student.training_args.gradient_accumulation_steps"),
         ("GRADIENT_CLIPPING", float, "max_grad_norm"),
@@ -111,7 +113,7 @@ def requested_processes(argv: Sequence[str]) -> int | None:
 def _ancestors() -> Iterator[list[str]]:
     """The command lines of the processes around this one, nearest first; none where there is no /proc."""
     pid = os.getppid()
-    while pid > 1:
+    while pid:  # in a container the launcher may be process 1
         try:
             argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

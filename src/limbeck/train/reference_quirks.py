@@ -1,7 +1,7 @@
 """Deviations of other systems from the objective (``objective_faults``), for users who must reproduce their numbers.
 
-A quirk changes the positions at which the divergence is computed, the vocabulary, or the divisor. The divergence and the
-cross-entropy are therefore computed separately, which takes the time of two losses. Without quirks this module is not used.
+A quirk changes the positions at which the divergence is computed, the vocabulary, the divisor, or the rows. The divergence and
+the cross-entropy are therefore computed separately, which takes the time of two losses. Without quirks this module is not used.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from limbeck.config.schema import FAULTS
+from limbeck.data import Examples
 from limbeck.data.batch import Batch
+from limbeck.data.masks import IGNORE
 from limbeck.objectives import DistillationLoss, Objective, OutputHead, fused_linear_distillation
 from limbeck.teachers.signals import Signal
 
@@ -118,6 +121,20 @@ class ReferenceQuirks:
             all_supervised=True,
         )
         return kd._replace(loss=(1 - w) * ce.loss + w * kd.loss, ce=ce.ce)
+
+
+def train_padding(examples: Examples, length: int, pad_id: int) -> Examples:
+    """The rows, filled to ``length`` tokens with ``pad_id``, which models attend to and predict like the tokens of prompt and
+    answer. Rows have at most ``length`` tokens.
+    """
+    tokens = np.full((len(examples), length), pad_id, np.int32)
+    tokens[np.arange(length) < examples.lengths[:, None]] = examples.tokens
+    labels = np.full_like(tokens, IGNORE)
+    labels[:, :-1] = tokens[:, 1:]
+    offsets = np.arange(len(examples) + 1, dtype=np.int64) * length
+    return replace(
+        examples, tokens=tokens.ravel(), labels=labels.ravel(), offsets=offsets, weights=None, supervised=None
+    )
 
 
 def _padded(head: OutputHead, rows: int) -> OutputHead:

@@ -26,6 +26,8 @@ from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
 
 DEFAULT = "HyperPod's default"
+FSX = Path("/fsx")
+"""Where the sample's cluster mounts its file system, which outlives a pod."""
 SYSTEM_MESSAGE = "You are a helpful assistant."
 
 
@@ -60,7 +62,12 @@ SETTINGS = (
     Setting("chat_template", "tokenizer.chat_template", "chatml", "Jinja source, .jinja file or built-in template"),
     Setting("save_location", "save_location", None, "hub, fsx or both; default: both with hub_location, else fsx"),
     Setting("hub_location", "hub_location", None, "OWNER/NAME on the hub; there is no default"),
-    Setting("output_dir", "training.output_dir", "./output", "folder of the checkpoints, such as /fsx"),
+    Setting(
+        "output_dir",
+        "training.output_dir",
+        None,
+        "folder of the checkpoints; default: /fsx/model if /fsx is mounted, else ./output",
+    ),
     Setting("num_train_epochs", "training.num_train_epochs", 3, "number of epochs"),
     Setting(
         "per_device_train_batch_size", "training.per_device_train_batch_size", 1, "rows in a micro-batch of a process"
@@ -102,7 +109,7 @@ MOVED = {
     "distillation.alpha": "distill_loss_weight",
     "spectrum.layers_to_unfreeze": "student.model_args.unfrozen_parameters",
 }
-PARITY = ["zero_padded_vocabulary", "every_token", "mean_of_micro_batches"]
+PARITY = ["trained_padding", "zero_padded_vocabulary", "every_token", "mean_of_micro_batches"]
 
 Values = dict[str, tuple[Any, str]]
 """Dotted path of a setting to its value and the flag or key that set it."""
@@ -299,6 +306,7 @@ def _defaults(result: Translation) -> None:
             result.default(ours, setting.default, f"{DEFAULT} of --{setting.flag}")
     if result.get("max_steps") in (None, -1):
         result.default("student.training_args.num_train_epochs", BY_KEY["training.num_train_epochs"].default, DEFAULT)
+    result.default("output_dir", str(FSX / "model") if FSX.is_dir() else "./output", f"{DEFAULT} of --output_dir")
     result.default("temperature_squared", True, DEFAULT)
     result.default("student.data_args.default_system", SYSTEM_MESSAGE, DEFAULT)
 

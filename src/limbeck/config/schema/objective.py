@@ -39,6 +39,7 @@ FAULTS = (
     "zero_padded_vocabulary",
     "mean_over_vocabulary",
     "mean_of_micro_batches",
+    "trained_padding",
 )
 """Quirks of other systems that ``objective_faults`` reproduces; see docs/objectives.md."""
 

@@ -79,6 +79,11 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "loss_balance": config.loss_balance != "weighted",
             "distill_loss_weight = 0": config.distill_loss_weight == 0,
         }
+        if "trained_padding" in config.objective_faults:
+            others |= {
+                "rollout": config.rollout is not None,
+                "student.use_sequence_packing": config.student.use_sequence_packing,
+            }
         for other in (name for name, given in others.items() if given):
             yield Contradiction("objective_faults", f"cannot be combined with {other}; remove one of them")
         both = [name for name in ("unshifted_mask", "every_token") if name in config.objective_faults]

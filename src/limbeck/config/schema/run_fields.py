@@ -96,7 +96,8 @@ class RunFields(Section):
     objective_faults: list[Literal[FAULTS]] = Field(  # type: ignore[valid-type]
         default_factory=list,
         description="Quirks of other systems to reproduce, in order to match their results: unshifted_mask, "
-        "every_token, base_vocabulary, zero_padded_vocabulary, mean_over_vocabulary, mean_of_micro_batches.",
+        "every_token, base_vocabulary, zero_padded_vocabulary, mean_over_vocabulary, mean_of_micro_batches, "
+        "trained_padding.",
     )
     kd_objective: Objective = Field(
         default="forward_kl",

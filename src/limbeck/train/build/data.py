@@ -33,6 +33,7 @@ from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.sources import training_sources, validation_sources
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.console import row_counter
+from limbeck.train.reference_quirks import train_padding
 from limbeck.train.samples import answer_starts
 
 Progress = Callable[[int], None]
@@ -109,6 +110,8 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     held_out = prepare_validation(config, tokenizer, show=world.is_main, progress=progress)
     if world.is_main:
         world.barrier()
+    if "trained_padding" in config.objective_faults:
+        train = train_padding(train, config.sequence_length, tokenizer.pad_token_id)
     mixture = mix(train, report, mixture_settings(config), config.data_seed)
     text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
     if train.weights is not None:
