@@ -26,11 +26,13 @@ from limbeck.config.dialects.roll_table import (
 from limbeck.config.locations import SourceLocation
 from limbeck.config.schema import (
     DistillConfig,
+    MegatronConfig,
     StudentConfig,
     TeacherConfig,
     ValidationConfig,
     ValidationDataArgs,
     reads_deepspeed_block,
+    reads_megatron_keys,
 )
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
@@ -90,7 +92,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
             beside = result.get(path.removesuffix("strategy_config.") + "strategy_name")
             if kind == "strategy_config" and reads_deepspeed_block(beside):
                 continue  # the keys are DeepSpeed's
-            yield from (f"{path}{key}" for key in section if key in known)
+            ours = MegatronConfig.model_fields.keys() if reads_megatron_keys(beside) else set()
+            yield from (f"{path}{key}" for key in section if key in known - ours)
             for key, values in SPELLINGS.get(kind, {}).items():
                 if key in section and native.respelled(section[key], values) is not section[key]:
                     yield f"{path}{key}"

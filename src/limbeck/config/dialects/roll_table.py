@@ -53,7 +53,10 @@ NO_MEANING: dict[str, frozenset[str]] = {
         gpu_memory_utilization"""
     ),
 }
-"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result."""
+"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result.
+
+Megatron's strategies read some of them, which have then been moved (``limbeck.config.schema.MegatronConfig``).
+"""
 
 _PARALLEL = (
     (None, 1),
@@ -131,7 +134,7 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "fp8_recipe": ((None,), "is not supported yet; remove it"),
         "fp8_param": ((None, False), "is not supported yet; remove it"),
         "optimizer": ((None, "adam", "adamw"), "is not supported yet; the optimizer is AdamW, so remove it"),
-        "additional_configs": ((None, {}), "passes settings to Megatron, which is not supported yet; remove it"),
+        "additional_configs": ((None, {}), "passes settings to Megatron that Limbeck does not know; remove it"),
         "mtp_num_layers": ((None, 0), "(multi-token prediction) is not supported yet; set it to 0"),
         "moe_aux_loss_coeff": _MOE,
         "moe_expert_capacity_factor": ((None,), "drops tokens of experts, which is not supported yet; remove it"),
@@ -151,11 +154,7 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
 }
 """Keys that may change a result: the values that match what Limbeck does, and the error message for all others."""
 
-_FSDP2 = "without the sizes in strategy_config"
-
 STRATEGIES_INSTEAD: dict[str, str] = {
-    "megatron_train": f"use fsdp2_train {_FSDP2}: it shards the same model over the same devices",
-    "megatron_infer": f"use fsdp2_infer {_FSDP2}: it shards the same model over the same devices",
     "vllm": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "sglang": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "mock_infer": "use hf_infer",

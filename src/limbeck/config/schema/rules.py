@@ -9,7 +9,7 @@ from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.freezing import freezing_contradictions
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
-from limbeck.config.schema.models import StrategyArgs
+from limbeck.config.schema.models import StrategyArgs, reads_megatron_keys
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
@@ -526,8 +526,15 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
 
 
 def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
-    """DeepSpeed keys with another strategy, and other keys with DeepSpeed."""
+    """Keys of DeepSpeed and Megatron with another strategy, and other keys with these."""
     given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    reads_megatron = reads_megatron_keys(strategy.strategy_name)
+    if given.megatron.model_fields_set and not reads_megatron:
+        which = "megatron_train" if role == "student" else "megatron_infer"
+        yield Contradiction(f"{path}.megatron", f"is only read by strategy_name: {which}; set that, or remove it")
+    for key in ("fsdp_size", "replicate", "reshard_after_forward") if reads_megatron else ():
+        if key in given.model_fields_set and getattr(given, key):
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     if not strategy.reads_deepspeed_block:
         if given.deepspeed:
             which = "deepspeed_train" if role == "student" else "deepspeed_infer"
