@@ -172,13 +172,14 @@ def wrap_body(model: Any, gpt: Any, groups: ProcessGroups, dims: ParallelDims) -
 
 
 def replace_body(model: Any, trunk: MegatronBody) -> None:
-    """Let ``model`` consist of ``trunk``, whose layers are the last ones, and Megatron's slice of the output head."""
-    shell = unwrap_model(model)
+    """Let ``model`` consist of ``trunk`` and, if these are the last layers, of Megatron's slice of the output head."""
+    shell, gpt = unwrap_model(model), trunk.gpt
     setattr(shell, shell.base_model_prefix, trunk)
-    gpt = trunk.gpt
-    tied = gpt.share_embeddings_and_output_weights
-    weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
-    shell.set_output_embeddings(_Head(weight))
+    head = None
+    if gpt.post_process:
+        tied = gpt.share_embeddings_and_output_weights
+        head = _Head(gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight)
+    shell.set_output_embeddings(head)
 
 
 class _Head(nn.Module):
@@ -240,7 +241,6 @@ def _transformer_config(
         bf16=dtype is torch.bfloat16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
-        perform_initialization=False,  # the weights are loaded
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_recomputation(given, recompute=recompute),

@@ -17,7 +17,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.config.schema import MegatronConfig, WorkerConfig
 from limbeck.errors import LimbeckError, UnknownMemory
-from limbeck.models import hidden_states, output_head, unwrap_model
+from limbeck.models import hidden_states, unwrap_model
 from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.fsdp2 import freeze_for_inference
@@ -99,7 +99,7 @@ class MegatronStrategy:
             rows = padded_rows(bodies[-1].get_input_embeddings().num_embeddings, dims.tp)
             root = spec.make_root(Placement(outline, rows, world.group(TP)))
         else:
-            _drop_body(model)
+            replace_body(model, bodies[0])
         last = len(bodies) - 1
         dtype = compute_dtype(spec.worker)
         engine = MegatronEngine(
@@ -162,13 +162,6 @@ def _build(
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
     bodies = [wrap_body(spec.model, chunk.to(world.device), groups, dims) for chunk in chunks]
     return groups, bodies, WeightMap(chunks, spec.model, groups.tensor)
-
-
-def _drop_body(model: Any) -> None:
-    """Free the weights of a model of which only the configuration is needed."""
-    shell = unwrap_model(model)
-    setattr(shell, shell.base_model_prefix, torch.nn.Identity())
-    shell.set_output_embeddings(None)
 
 
 def _has_cuda_device() -> bool:
