@@ -177,8 +177,8 @@ class StrategyArgs(Section):
     strategy_name: Annotated[str, registered(STRATEGIES)] | None = Field(
         default=None,
         description="Strategy that distributes the model: fsdp2_train, deepspeed_train or megatron_train for the student; "
-        "fsdp2_infer, deepspeed_infer, megatron_infer or hf_infer (a whole copy on each rank) for the teacher; or one that a plug-in registers. If "
-        "unset, one rank holds the whole model and several ranks use FSDP2.",
+        "fsdp2_infer, deepspeed_infer, megatron_infer or hf_infer (a whole copy on each rank) for the teacher; or one that a "
+        "plug-in registers. If unset, one rank holds the whole model and several ranks use FSDP2.",
     )
     strategy_config: StrategyConfig = Field(default_factory=StrategyConfig, description="Options of the strategy.")
 

@@ -36,6 +36,7 @@ class MegatronBody(nn.Module):
     """
 
     _no_split_modules: tuple[str, ...] = ()  # nothing here is compiled or sharded layer by layer
+    inv_freq: Tensor
 
     def __init__(self, gpt: Any, shell: Any, groups: ProcessGroups, context: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -68,7 +69,9 @@ class MegatronBody(nn.Module):
         given = inputs_embeds if input_ids is None else input_ids
         assert given is not None
         time = given.shape[1]
-        return SimpleNamespace(last_hidden_state=self.rows(self.message(time, input_ids, position_ids, **options), time))
+        return SimpleNamespace(
+            last_hidden_state=self.rows(self.message(time, input_ids, position_ids, **options), time)
+        )
 
     def receive(self, hidden: Tensor) -> None:
         """Let the next forward pass begin with ``hidden`` [batch, time, hidden], of an earlier stage."""
@@ -118,7 +121,6 @@ class MegatronBody(nn.Module):
         """``time`` rounded up to what sequence parallelism can divide."""
         config = self.gpt.config
         return padded_rows(time, config.tensor_model_parallel_size) if config.sequence_parallel else time
-
 
 
 def build_gpt_chunks(
@@ -266,8 +268,8 @@ def _check_layers(layers: int, stages: int, given: MegatronConfig, name: str, ro
     parts = stages * (given.virtual_pipeline_model_parallel_size or 1)
     if counted % parts:
         raise LimbeckError(
-            f"{role}.strategy_args.strategy_config: Megatron gives each of {parts} (virtual) pipeline stages as many layers, and "
-            f"{parts} does not divide the {counted} of {name}; change pipeline_model_parallel_size or "
+            f"{role}.strategy_args.strategy_config: Megatron gives each of {parts} (virtual) pipeline stages as many layers, "
+            f"and {parts} does not divide the {counted} of {name}; change pipeline_model_parallel_size or "
             "virtual_pipeline_model_parallel_size, set account_for_embedding_in_pipeline_split and "
             "account_for_loss_in_pipeline_split, which each count as a layer, or use fsdp2_train and fsdp2_infer."
         )

@@ -64,6 +64,8 @@ class ProcessGroups:
             pipeline_model_parallel_size=dims.pp,
             virtual_pipeline_model_parallel_size=virtual_stages,
             context_parallel_size=dims.cp,
+            # There are no experts, but Megatron wants as many data-parallel ranks for them as for the rest.
+            expert_tensor_parallel_size=dims.tp * dims.cp,
             order="tp-cp-ep-pp-dp",  # as ParallelDims numbers ranks
             create_gloo_process_groups=False,
         )

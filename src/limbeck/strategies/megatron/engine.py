@@ -104,10 +104,10 @@ class MegatronEngine:
 
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
         self._set_training(True)
-        self._groups.activate()
         count, outputs = len(micro_batches), []
         # The stages compute different micro-batches at a time, but all ranks of a teacher compute one together.
         inputs = micro_batches if self._pipeline is None else list(micro_batches)
+        self._groups.activate()  # a teacher may have computed with its own
         sizes: dict[str, int] = {"seq_length": 1, "micro_batch_size": 1}
         if self._pipeline is not None:
             shapes = {tuple(one.batch.input_ids.shape) for one in inputs}
@@ -123,7 +123,7 @@ class MegatronEngine:
 
         def forward_step(iterator: Iterator[Any], chunk: nn.Module) -> tuple[Any, Any]:
             micro_batch = next(iterator)
-            self._groups.activate()  # a teacher may have computed with its own
+            self._groups.activate()
             return chunk(micro_batch), loss
 
         iterators = [iter(inputs) for _ in self._chunks]
@@ -205,7 +205,8 @@ class MegatronEngine:
         return {
             "parameters": list(parameters),
             "gradients": [one.main_grad for one in parameters if hasattr(one, "main_grad")],
-            "optimizer": [x for x in states if torch.is_tensor(x)] + [x for x in stepped if id(x) not in map(id, parameters)],
+            "optimizer": [x for x in states if torch.is_tensor(x)]
+            + [x for x in stepped if id(x) not in map(id, parameters)],
         }
 
     def _stream(self, entry: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -33,7 +33,9 @@ class CoreAttention(nn.Module):
 
     is_causal = True
 
-    def __init__(self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any) -> None:
+    def __init__(
+        self, config: Any, softmax_scale: float | None = None, pg_collection: Any = None, **unused: Any
+    ) -> None:
         super().__init__()
         ranks, context = (group.size() for group in (pg_collection.tp, pg_collection.cp))
         heads, keys = config.num_attention_heads // ranks, config.num_query_groups // ranks

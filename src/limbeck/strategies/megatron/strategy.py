@@ -127,7 +127,10 @@ class MegatronStrategy:
 
     def build_teacher(self, spec: TeacherSpec, world: World) -> FrozenModel:
         dims = self.dims(spec.worker, world.size, "teacher")
-        frozen, before = freeze_for_inference(spec.model, world), hidden_before(spec.model, dims) if spec.verify else None
+        frozen, before = (
+            freeze_for_inference(spec.model, world),
+            hidden_before(spec.model, dims) if spec.verify else None,
+        )
         initial = dict(unwrap_model(spec.model).state_dict())
         given = spec.worker.strategy_args.strategy_config.megatron
         _, bodies, weights = _build(spec, world, dims, given, "teacher", recompute=False)
