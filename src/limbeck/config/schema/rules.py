@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.freezing import freezing_contradictions
+from limbeck.config.schema.megatron import MegatronConfig
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
-from limbeck.config.schema.models import StrategyArgs, reads_megatron_keys
+from limbeck.config.schema.models import StrategyArgs, StrategyConfig, reads_megatron_keys
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
@@ -529,11 +530,11 @@ def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contra
     """Keys of DeepSpeed and Megatron with another strategy, and other keys with these."""
     given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
     reads_megatron = reads_megatron_keys(strategy.strategy_name)
-    if given.megatron.model_fields_set and not reads_megatron:
+    if not reads_megatron and given.megatron != MegatronConfig():
         which = "megatron_train" if role == "student" else "megatron_infer"
         yield Contradiction(f"{path}.megatron", f"is only read by strategy_name: {which}; set that, or remove it")
     for key in ("fsdp_size", "replicate", "reshard_after_forward") if reads_megatron else ():
-        if key in given.model_fields_set and getattr(given, key):
+        if getattr(given, key) != StrategyConfig.model_fields[key].default:
             yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     if not strategy.reads_deepspeed_block:
         if given.deepspeed:
