@@ -192,7 +192,9 @@ def test_megatron_reads_the_keys_that_other_strategies_ignore(load: Load) -> Non
         "ddp_bucket_size": 1000,
     }
     settings = [f"{MEGATRON}.{key}={value}" for key, value in keys.items()]
-    loaded = load("student.strategy_args.strategy_name=megatron_train", f"{MEGATRON}.overlap_param_gather=true", *settings)
+    loaded = load(
+        "student.strategy_args.strategy_name=megatron_train", f"{MEGATRON}.overlap_param_gather=true", *settings
+    )
     given = loaded.config.student.strategy_args.strategy_config.megatron
     assert {key: getattr(given, key) for key in keys} == keys
     (ignored,) = [notice for notice in loaded.notices if f"{MEGATRON}.overlap_param_gather" in notice]
@@ -202,14 +204,25 @@ def test_megatron_reads_the_keys_that_other_strategies_ignore(load: Load) -> Non
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        (["strategy_name=megatron_train", "strategy_config.fsdp_size=2"], "fsdp_size is not read by megatron_train; remove it"),
+        (
+            ["strategy_name=megatron_train", "strategy_config.fsdp_size=2"],
+            "fsdp_size is not read by megatron_train; remove it",
+        ),
         (["strategy_name=megatron_train", "strategy_config.fp8=true"], "fp8 = true is not supported yet; remove it"),
-        (["strategy_name=megatron_train", "strategy_config.recompute_granularity=all"], "= all is not one of full, selective"),
+        (
+            ["strategy_name=megatron_train", "strategy_config.recompute_granularity=all"],
+            "= all is not one of full, selective",
+        ),
         (["strategy_config.virtual_pipeline_model_parallel_size=2"], "= 2 is not supported yet; remove it"),
-        (["strategy_config.megatron.recompute_num_layers=2"], "is only read by strategy_name: megatron_train; set that"),
+        (
+            ["strategy_config.megatron.recompute_num_layers=2"],
+            "is only read by strategy_name: megatron_train; set that",
+        ),
     ],
 )
-def test_a_key_that_a_strategy_does_not_take_is_an_error(mistakes: Mistakes, settings: list[str], sentence: str) -> None:
+def test_a_key_that_a_strategy_does_not_take_is_an_error(
+    mistakes: Mistakes, settings: list[str], sentence: str
+) -> None:
     (line,) = mistakes(*(f"student.strategy_args.{setting}" for setting in settings))
     assert sentence in line
 

@@ -7,8 +7,7 @@ for this rank's layers and slices, takes its weights and then its place.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,10 +15,10 @@ from torch import Tensor
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import MegatronConfig, WorkerConfig
-from limbeck.errors import LimbeckError, UnknownMemory
+from limbeck.errors import LimbeckError
 from limbeck.models import hidden_states, unwrap_model
 from limbeck.models.dtypes import compute_dtype
-from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
+from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.megatron.body import MegatronBody, build_gpt_chunks, replace_body, wrap_body
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
@@ -68,14 +67,6 @@ class MegatronStrategy:
 
     def check_model(self, model: Any, dims: ParallelDims, name: str, role: str) -> None:
         check_family(model, dims, name, role)
-
-    @contextmanager
-    def simulate(self, worker: WorkerConfig, role: str) -> Iterator[LibraryFunctions]:
-        raise UnknownMemory(
-            f"{role}.strategy_args.strategy_name: sizes alone do not determine what megatron-core allocates; plan with "
-            "fsdp2_train and fsdp2_infer."
-        )
-        yield []  # a context manager is a generator
 
     def build_student(self, spec: StudentSpec, world: World) -> Engine:
         model, dims, config = spec.model, world.dims, spec.worker.strategy_args.strategy_config
