@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tiny import make_data, make_model
 
-from limbeck import LimbeckError
+from limbeck import DistillPipeline, LimbeckError
 from limbeck.cli import main
 from limbeck.launch.local_ranks import visible_devices
 
@@ -208,3 +208,14 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["demo", "--output", str(tmp_path / "mine")]) == 2
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_notices_wait_until_everything_is_loaded(settings, configure, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(js_beta=0.25, teacher_pretrain=str(tmp_path / "nowhere"))))
+    assert main(["train", str(config)]) == 2
+    printed = capsys.readouterr().err
+    assert "nowhere" in printed
+    assert "note:" not in printed
+    DistillPipeline(configure(max_steps=1, eval_steps=0), notices=["js_beta has no effect."]).run()
+    assert "note: js_beta has no effect.\n" in capsys.readouterr().err

@@ -20,6 +20,7 @@ LAYERS = (
     ("plan",),
     ("launch",),
     ("report",),
+    ("deploy",),
     ("demo",),
     ("api", "trainer", "cli", "__init__", "__main__"),
 )

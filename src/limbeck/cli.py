@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON with bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
+    _add_deploy(commands)
+
     spectrum = commands.add_parser("spectrum", help="select the parameters to train by their signal-to-noise ratio")
     spectrum.add_argument("model", help="folder or Hugging Face id of the student's checkpoint")
     spectrum.add_argument(
@@ -131,6 +133,38 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--output", type=Path, help="file to write; default: report.html in the first RUN")
     report.set_defaults(run=_report)
     return parser
+
+
+def _add_deploy(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    deploy = commands.add_parser("deploy", help="write the files that start a run on a cluster")
+    targets = deploy.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    kubernetes = targets.add_parser("kubernetes", help="write the manifest of a run on Kubernetes")
+    _add_config_arguments(kubernetes, "YAML file; relative paths in it are relative to the volume")
+    for flag, metavar, description in (
+        ("kind", "KIND", "pytorchjob, trainjob (Kubeflow Trainer v2) or rayjob; default: pytorchjob"),
+        ("image", "IMAGE", "image with registry and tag; required"),
+        ("pvc", "NAME", "PersistentVolumeClaim with models, data and checkpoints; required"),
+        ("nodes", "N", "number of machines; default: 1"),
+        ("gpus-per-node", "M", "GPUs, and processes, of each machine; default: 8"),
+        ("efa-per-node", "M", "EFA adapters of each machine; default: 0"),
+        ("name", "NAME", "name of the job; default: distill"),
+        ("namespace", "NAME", "namespace; default: that of kubectl"),
+        ("mount-path", "PATH", "where the volume is mounted, and the working directory; default: /fsx"),
+        ("instance-type", "TYPE", "type of the machines, such as ml.p5en.48xlarge; default: any"),
+        ("secret", "NAME", "Secret with HF_TOKEN and WANDB_API_KEY, if it exists; default: hf-token"),
+        ("shm-size", "SIZE", "maximum size of /dev/shm, such as 64Gi; default: half of the memory"),
+        ("max-restarts", "N", "restarts after failures; default: 10"),
+        ("grace-period", "SECONDS", "time to save in after SIGTERM; default: 600"),
+        ("runtime", "NAME", "ClusterTrainingRuntime of a trainjob; default: torch-distributed"),
+        ("user", "UID", "user and group id of the processes; default: 1000"),
+    ):
+        kubernetes.add_argument(f"--{flag}", metavar=metavar, help=description)
+    for flag, description in (("node-selector", "label that the nodes must have"), ("annotation", "of the job")):
+        kubernetes.add_argument(
+            f"--{flag}", action="append", default=[], metavar="KEY=VALUE", help=f"{description}; may be repeated"
+        )
+    kubernetes.add_argument("--output", type=Path, metavar="FILE", help="file to write; default: standard output")
+    kubernetes.set_defaults(run=_deploy_kubernetes)
 
 
 def _add_config_arguments(
@@ -290,6 +324,30 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _deploy_kubernetes(args: argparse.Namespace) -> int:
+    from limbeck.deploy.job import job_from_flags
+    from limbeck.deploy.manifest import make_manifest
+
+    text, notices = make_manifest(
+        args.kind or "pytorchjob", job_from_flags(vars(args)), args.config, args.overrides, args.dialect
+    )
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+    if args.output is None:
+        print(text, end="")
+        return 0
+    if args.output.exists() and args.output.samefile(args.config):
+        raise LimbeckError(f"--output {args.output} is the configuration itself; name another file.")
+    try:
+        args.output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise LimbeckError(
+            f"--output {args.output} cannot be written ({error.strerror}); name another file."
+        ) from error
+    print(args.output)
+    return 0
+
+
 def _spectrum(args: argparse.Namespace) -> int:
     import torch
     from rich.console import Console
@@ -334,9 +392,9 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from limbeck.report import load_run, write_report
+    from limbeck.report import load_runs, write_report
 
-    runs = [load_run(folder) for folder in args.runs]
+    runs = load_runs(args.runs)
     path = args.output or args.runs[0] / "report.html"
     print(write_report(runs, path, title=" and ".join(run.name for run in runs)))
     return 0

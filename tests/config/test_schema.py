@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from limbeck.config import DistillConfig, render_schema
+from limbeck.config.foreign_keys import FOREIGN_KEYS
 from limbeck.config.schema import walk_keys
+from limbeck.config.validation_errors import explain_unknown_key
 
 
 def config(**changes: Any) -> DistillConfig:
@@ -172,3 +175,13 @@ def test_a_registered_objective_is_an_objective() -> None:
 def test_contradictory_keys_are_an_error(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         config(**changes)
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_a_key_of_trl_or_transformers_is_answered_with_a_key_of_limbeck(key: str) -> None:
+    known = dict(walk_keys(DistillConfig))
+    system, instead = FOREIGN_KEYS[key]
+    assert explain_unknown_key(key, known) == f"is a key of {system}; use {instead}"
+    sections = {path.rpartition(".")[0] for path in known}
+    first = next((word for word in re.findall(r"[a-z]\w*(?:\.\w+)*", instead) if "_" in word or "." in word), None)
+    assert first is None or first in {*known, *sections}

@@ -9,7 +9,7 @@ from runs import weights
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from limbeck import DistillPipeline
+from limbeck import DistillPipeline, LimbeckError
 from limbeck.config.schema import TrainingArgs
 from limbeck.strategies.base import EngineState, MicroBatches
 from limbeck.strategies.optimizer import make_optimizer
@@ -22,9 +22,11 @@ SHORT = {"max_steps": 2, "save_steps": 0, "eval_steps": 0}
 ARGS = TrainingArgs(learning_rate=0.05, weight_decay=0.1)
 
 
-def make_engine(**options) -> TorchEngine:
-    root = make_root()
-    return TorchEngine(root, make_optimizer(root, ARGS), ALONE, **options)
+def make_engine(optimizer: str = "adamw", root: torch.nn.Module | None = None, **options) -> TorchEngine:
+    root = make_root() if root is None else root
+    return TorchEngine(
+        root, make_optimizer(root, ARGS.model_copy(update={"optimizer_name": optimizer})), ALONE, **options
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -70,8 +72,11 @@ def test_the_state_has_trained_parameters_only_and_the_moments_of_each():
             torch.testing.assert_close(state.optimizer[f"{name}|exp_avg"], moments["exp_avg"], rtol=0, atol=0)
 
 
-def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it():
-    first, second = make_engine(max_norm=0.5), make_engine(max_norm=0.5)
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it(name):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon is in PyTorch 2.9 and later")
+    first, second = make_engine(name, max_norm=0.5), make_engine(name, max_norm=0.5)
     *before, last = make_inputs(4)
     for inputs in before:
         train_step(first, inputs)
@@ -91,6 +96,41 @@ def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it():
     after, resumed = first.state_dict().optimizer, second.state_dict().optimizer
     for key, value in after.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0, msg=key)
+
+
+class Wide(torch.nn.Module):
+    """A matrix that is large enough for moments in 8 bits, and a bias that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.model = torch.nn.Linear(4, 2048)
+
+    def forward(self, inputs):
+        return SimpleNamespace(loss=self.model(inputs).square().mean())
+
+
+def test_moments_in_8_bits_are_saved_exactly():
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        first, second = make_engine("adamw_8bit", Wide()), make_engine("adamw_8bit", Wide())
+        *before, last = make_inputs(4)
+        for inputs in before:
+            train_step(first, inputs)
+        state = first.state_dict()
+        assert state.optimizer["model.weight|exp_avg.codes"].dtype is torch.uint8
+        assert all(type(value) is torch.Tensor for value in state.optimizer.values())
+        second.load_state_dict(EngineState(state.model, {key: value.clone() for key, value in state.optimizer.items()}))
+        assert train_step(first, last) == train_step(second, last)
+    for (name, one), (_, other) in zip(first.iter_weights(), second.iter_weights(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    first = make_engine("adafactor")
+    train_step(first, make_inputs(1)[0])
+    with pytest.raises(LimbeckError, match="state of another optimizer"):
+        make_engine().load_state_dict(first.state_dict())
 
 
 def test_the_loss_scale_of_fp16_is_part_of_the_state():

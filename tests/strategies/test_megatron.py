@@ -1,6 +1,7 @@
 """Megatron's layouts give what FSDP2 gives with the Hugging Face model, and their checkpoints are everybody's."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -208,9 +209,10 @@ SHARED = Path(__file__).parents[3] / "shared" / "references" / "configs" / "roll
 @pytest.mark.processes
 @pytest.mark.workers
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ROLL's distill_megatron.yaml")
+@pytest.mark.skipif((os.cpu_count() or 1) < 8, reason="needs 8 cores")
 def test_the_megatron_example_of_roll_runs_with_other_paths(tmp_path):
-    make_model(tmp_path / "student", layers=4, hidden=64, num_attention_heads=8, num_key_value_heads=4)
-    make_model(tmp_path / "teacher", layers=4, hidden=64, seed=1, num_attention_heads=8, num_key_value_heads=4)
+    make_model(tmp_path / "student", layers=2, hidden=64, num_attention_heads=8, num_key_value_heads=4)
+    make_model(tmp_path / "teacher", layers=2, hidden=64, seed=1, num_attention_heads=8, num_key_value_heads=4)
     for name in ("student", "teacher"):
         config = tmp_path / name / "config.json"
         config.write_text(

@@ -261,11 +261,12 @@ def _notices(
     origins: Mapping[str, str],
 ) -> Iterator[str]:
     if translation.ignored:
+        written = sorted(translation.derived.get(path, path) for path in translation.ignored)
         listed = ", ".join(
             f"{path} ({location.short})"
             if (location := find_location(path, locations)) and str(location) != path
             else path
-            for path in sorted(translation.ignored)
+            for path in written
         )
         yield f"These settings of {dialect.system} have no effect in Limbeck: {listed}."
     yield from translation.notices

@@ -41,10 +41,6 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
     if not os.environ.get(STARTED_HERE):  # a device_mapping starts more processes than the launcher
         check_world_size(os.environ)
     config = loaded.config
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process and not os.environ.get(STARTED_HERE):
-        for notice in loaded.notices:
-            print(f"note: {notice}", file=sys.stderr)
     os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
     devices = config.device_mapping or []
     launched = "WORLD_SIZE" in os.environ
@@ -59,6 +55,8 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
             "launcher."
         )
     if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+        for notice in loaded.notices:
+            print(f"note: {notice}", file=sys.stderr)
         return _train_on_ray(config)
     if len(devices) > 1 and not launched:
         return run_ranks(len(devices), command)
@@ -68,8 +66,8 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
     from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline
 
-    result = DistillPipeline(config, choose_recomputation).run()
-    if main_process:
+    result = DistillPipeline(config, choose_recomputation, loaded.notices).run()
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,16 @@ def load_run(folder: str | Path) -> Run:
     rows = dict(sorted(rows.items()))
     name = str(facts.get("exp_name") or folder.name)
     return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder))
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Reads several runs. If two have the same name, all are called after their folders."""
+    runs, names = [load_run(folder) for folder in folders], [Path(folder).name for folder in folders]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _notices(rows: Mapping[int, Mapping[str, float]], torn: list[int]) -> Iterator[str]:

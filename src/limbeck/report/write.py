@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from html import escape
 from pathlib import Path
@@ -92,9 +92,9 @@ def write_report(
 ) -> Path:
     """Writes one self-contained HTML file and returns its path. Creates missing folders.
 
+    runs: with distinct names, as ``load_runs`` gives them.
     levels: values drawn as dashed lines in the charts of their key, such as the teacher's ``val/ce``.
     """
-    runs = _with_distinct_names(runs)
     version = next((run.facts["limbeck_version"] for run in runs if "limbeck_version" in run.facts), None)
     written = [
         (f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 and number == 0 else "") + written_html(sample)
@@ -121,13 +121,6 @@ def write_report(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(title, "\n".join(part for part in parts if part), series=SERIES), encoding="utf-8")
     return target
-
-
-def _with_distinct_names(runs: Sequence[Run]) -> Sequence[Run]:
-    """Numbers the runs if two have the same name."""
-    if len({run.name for run in runs}) == len(runs):
-        return runs
-    return [replace(run, name=f"{run.name} ({index})") for index, run in enumerate(runs, start=1)]
 
 
 def _section(title: str, parts: Iterable[str]) -> str:

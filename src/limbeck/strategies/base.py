@@ -204,7 +204,8 @@ class FrozenModel:
     """A model distributed for inference.
 
     body: gives last hidden states. head: whole on every rank. num_parameters: of the whole model. group: None unless
-    several ranks compute one batch together. can_compile: whether the layers may be compiled.
+    several ranks compute one batch together. can_compile: whether the layers may be compiled. offloaded: parameters that are in
+    host memory between forward passes.
     """
 
     body: nn.Module
@@ -212,12 +213,14 @@ class FrozenModel:
     num_parameters: int
     group: ModelParallelGroup | None = None
     can_compile: bool = True
+    offloaded: frozenset[nn.Parameter] = frozenset()
 
     def held_tensors(self) -> list[Tensor]:
-        """What this rank holds of the model; for memory planning."""
+        """What this rank holds of the model on its device; for memory planning."""
         head = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
         # Of a parameter that ZeRO-3 shards, this rank's part.
-        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.body.parameters()]
+        kept = (parameter for parameter in self.body.parameters() if parameter not in self.offloaded)
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in kept]
         return [*shards, *self.body.buffers(), *head]
 
 

@@ -39,7 +39,7 @@ from limbeck.strategies.base import (
 )
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.model_parallel import outline_of
-from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.optimizer import check_optimizer, make_optimizer
 from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
 
@@ -91,6 +91,8 @@ class DeepSpeedStrategy:
 
     def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
         import_deepspeed()
+        if role == "student":
+            check_optimizer(config.student.training_args.optimizer_name, dims, deepspeed=True)
         if dims.model_parallel_size > 1:
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "

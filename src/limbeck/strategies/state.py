@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from limbeck.errors import LimbeckError
 from limbeck.strategies.parallel_dims import TP
 
 _PARTIAL = StateDictOptions(strict=False)  # checkpoints do not contain frozen parameters
@@ -48,22 +50,55 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 def gather_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, *, keep: bool) -> dict[str, Tensor]:
     """The optimizer's tensors as ``<parameter>|<entry>`` on the CPU of the processes that ``keep`` them. Collective."""
     state: Any = get_optimizer_state_dict(model, optimizer)["state"]
-    entries = {f"{name}|{entry}": value for name, values in state.items() for entry, value in values.items()}
+    entries = {
+        f"{name}|{key}": value
+        for name, values in state.items()
+        for entry, given in values.items()
+        for key, value in _plain_tensors(entry, given).items()
+    }
     return _gather(entries, keep)
 
 
 def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of ``gather_optimizer``, given the tensors in every process; learning rates stay as they are."""
     like: dict[str, Any] = get_model_state_dict(model)
-    state: dict[str, Any] = {}
+    given: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         name, entry = key.rsplit("|", 1)
-        parameter = like[name]
-        state.setdefault(name, {})[entry] = _shard_like(value, parameter) if value.shape == parameter.shape else value
+        given.setdefault(name, {})[entry] = value
     options = StateDictOptions()
-    # get_… first: it creates the optimizer's empty state, so that its groups are known under plain names.
-    groups = get_optimizer_state_dict(model, optimizer, options=options)["param_groups"]
-    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": groups}, options=options)
+    # get_… creates the optimizer's empty state, so that its groups and entries are known under plain names.
+    empty: Any = get_optimizer_state_dict(model, optimizer, options=options)
+    state: dict[str, Any] = {}
+    for name, entries in given.items():
+        fresh = empty["state"].get(name, entries)
+        if {key for entry in fresh for key in _plain_tensors(entry, fresh[entry])} != entries.keys():
+            raise LimbeckError(
+                "the checkpoint has the state of another optimizer; set student.training_args.optimizer_name as it was in the "
+                "run of the checkpoint."
+            )
+        state[name] = {entry: _restored(entry, value, entries, like[name]) for entry, value in fresh.items()}
+    set_optimizer_state_dict(model, optimizer, {"state": state, "param_groups": empty["param_groups"]}, options=options)
+
+
+def _plain_tensors(entry: str, value: Any) -> dict[str, Any]:
+    """An entry of an optimizer's state as plain tensors: those inside a quantised tensor, such as torchao's, have a suffix."""
+    if not is_traceable_wrapper_subclass(value) or isinstance(value, DTensor):
+        return {entry: value}
+    names, _ = value.__tensor_flatten__()
+    return {f"{entry}.{name}": getattr(value, name) for name in names}
+
+
+def _restored(entry: str, fresh: Any, entries: Mapping[str, Tensor], parameter: Tensor) -> Any:
+    """The inverse of ``_plain_tensors``, in the type and the sharding of the entry's ``fresh`` value."""
+    if is_traceable_wrapper_subclass(fresh) and not isinstance(fresh, DTensor):
+        names, context = fresh.__tensor_flatten__()
+        inner = {name: entries[f"{entry}.{name}"].to(getattr(fresh, name).device) for name in names}
+        return type(fresh).__tensor_unflatten__(inner, context, fresh.size(), fresh.stride())
+    value = entries[entry]
+    if not isinstance(fresh, Tensor):
+        return value.item()
+    return _shard_like(value, parameter) if value.shape == parameter.shape else value
 
 
 def whole(value: Any) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -72,10 +73,13 @@ class DistillPipeline:
     Args:
         config: of the run.
         adapt: completes what ``config`` leaves open, when the devices are known.
+        notices: printed to stderr by the main process when everything is loaded, so that they do not hide an error.
     """
 
-    def __init__(self, config: DistillConfig, adapt: Adapt = lambda config, world: config) -> None:
-        self.config, self._adapt = config, adapt
+    def __init__(
+        self, config: DistillConfig, adapt: Adapt = lambda config, world: config, notices: Sequence[str] = ()
+    ) -> None:
+        self.config, self._adapt, self._notices = config, adapt, notices
 
     def run(self) -> RunResult:
         """Train to the end, or until SIGINT or SIGTERM; either way a whole checkpoint is left. Resumes if
@@ -98,14 +102,16 @@ class DistillPipeline:
 
     def run_in(self, world: World, surroundings: Surroundings | None = None) -> RunResult:
         """The same as one rank of ``world``, whose process group exists already."""
+        configure_logging()
         given, config = surroundings or Surroundings(), self._adapt(self.config, world)
         world = resolve_parallelism(config, world, teacher_here=not given.workers)
-        configure_logging()
         if world.device.type == "cpu":
             keep_freed_pages()
         with ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
                 run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
+            for notice in self._notices if world.is_main else ():
+                print(f"note: {notice}", file=sys.stderr)
             # Until here there is nothing to save, and a signal ends the process at once.
             signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):

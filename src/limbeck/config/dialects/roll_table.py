@@ -110,6 +110,10 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "autocast_adapter_dtype": ((None, True), "is not supported yet; set it to true"),
     },
     "data_args": {
+        "interleave_probs": (
+            (None, "1.0", 1.0),
+            "sets the shares of several files; use student.data_args.sources with a weight for each",
+        ),
         "custom_data_kwargs_func": ((None,), "is a function of your own, which Limbeck does not run; remove it"),
     },
     "training_args": {
@@ -125,7 +129,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
             _PARALLEL,
         ),
         "pipeline_model_parallel_layout": ((None,), _PARALLEL[1]),
-        "offload_policy": _OFFLOAD,
         "optimizer_cpu_offload": _OFFLOAD,
         "optimizer_offload_fraction": ((None, 0, 0.0), _OFFLOAD[1]),
         "save_only_model": ((None, False), "would make resuming impossible and is not supported; set it to false"),
@@ -169,6 +172,7 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
 
 MOVED: dict[str, str] = {
     "student.training_args.max_grad_norm": "max_grad_norm",
+    "student.training_args.max_steps": "max_steps",
     "global_template": "student.data_args.template",
     **{
         f"{role}.{foreign}": f"{role}.strategy_args.strategy_config.{ours}"
@@ -189,7 +193,6 @@ MOVED: dict[str, str] = {
 SAME_AS: dict[str, str] = {
     "student.training_args.seed": "seed",
     "student.training_args.output_dir": "output_dir",
-    "student.training_args.max_steps": "max_steps",
 }
 """Keys that ROLL sets from another key: removed if both agree, an error otherwise."""
 

@@ -140,6 +140,11 @@ class StrategyConfig(Section):
         description="Free gathered parameters after the forward pass (less memory, one more all-gather). If unset, "
         "true.",
     )
+    offload_policy: bool = Field(
+        default=False,
+        description="Keep the teacher's parameters in host memory and copy each layer to the GPU for its forward pass, which "
+        "is slower and needs less GPU memory. For the teacher only; deepspeed_train offloads a student.",
+    )
     param_dtype: Dtype | None = Field(
         default=None,
         description="Data type of the gathered parameters and of the computation. If unset, `model_args.dtype`.",

@@ -89,7 +89,13 @@ class TrainingArgs(Section):
         description="Number of epochs; fractions are allowed. If unset, `max_steps` decides, or one epoch if that is "
         "unset too.",
     )
-    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate of AdamW.")
+    optimizer_name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="The optimizer: adamw; adamw_8bit (torchao's, with moments in 8 bits; needs limbeck[torchao]); adafactor "
+        "(transformers', with factored second moments and this learning rate as it is); or muon (torch.optim.Muon of PyTorch "
+        "2.9 or later for the matrices of the layers, AdamW for embeddings, output head, biases and norms).",
+    )
+    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate.")
     lr_scheduler_type: Scheduler = Field(
         default="linear",
         description="Learning rate schedule, by its name in transformers. sequential is a sequence of schedules of "
@@ -110,7 +116,7 @@ class TrainingArgs(Section):
     warmup_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Warm-up steps as a fraction of all optimizer steps."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     adam_beta1: float = Field(
         default=0.9, ge=0, lt=1, description="Decay rate of AdamW's running mean of the gradient."
     )

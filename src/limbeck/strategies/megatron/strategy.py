@@ -43,7 +43,9 @@ class MegatronStrategy:
         given = worker.strategy_args.strategy_config.megatron
         virtual = given.virtual_pipeline_model_parallel_size
         lora = role == "student" and config.student.model_args.lora_target is not None
+        name = config.student.training_args.optimizer_name
         refused = {
+            f"student.training_args.optimizer_name = {name}": role == "student" and name != "adamw",
             f"{role}.model_args.dtype = fp16": compute_dtype(worker) is torch.float16,
             "student.model_args.lora_target": lora,
             "features.pairs": bool(config.features.pairs),

@@ -1,0 +1,20 @@
+"""The script of the image, under the name and the flags of the HyperPod sample; the same as examples/distil_logits_cli.py."""
+
+from __future__ import annotations
+
+import sys
+
+from limbeck.errors import USER_MISTAKE, LimbeckError
+from limbeck.launch.start import train_from_arguments
+
+
+def main() -> int:
+    try:
+        return train_from_arguments(__file__, sys.argv[1:], "hyperpod")
+    except LimbeckError as error:
+        print(f"limbeck: {error}", file=sys.stderr)
+        return USER_MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
