@@ -385,8 +385,8 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if not config.offloads_colocated:
         yield (
             "is_offload_states",
-            "is only read if the device_mappings of both roles have common devices, and not with DeepSpeed, which has its "
-            "own offloading",
+            "is only read if the device_mappings of both roles have common devices, and not with Megatron, nor with "
+            "DeepSpeed, which has its own offloading",
         )
         yield "offload_interval", "is only read with is_offload_states"
     elif config.logits_transfer_backend not in ("auto", "ray"):
