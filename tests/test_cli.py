@@ -12,6 +12,7 @@ from tiny import make_data, make_model
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.cli import main
 from limbeck.launch.local_ranks import visible_devices
+from limbeck.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,6 +45,12 @@ def test_help_imports_nothing_heavy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "train" in done.stdout
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"limbeck {VERSION}\n")
 
 
 def test_train_then_report(run_file, tmp_path, capsys):
@@ -141,7 +148,7 @@ def test_config_prints_the_dialect(run_file, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["config"], ["plan"], ["data", "show"], ["data", "cache"], ["cluster", "check"], ["serve-teacher"]],
+    [["train"], ["config"], ["plan"], ["data", "show"], ["data", "cache"], ["check"], ["serve-teacher"]],
 )
 def test_every_command_with_a_configuration_takes_a_dialect(run_file, capsys, command):
     assert main([*command, "--dialect", "rol", str(run_file), "seed=3"]) == 2

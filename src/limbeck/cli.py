@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.commands.dialogue import add_dialogue_commands
+from limbeck.commands.evaluation import add_eval_command
 from limbeck.errors import USER_MISTAKE, LimbeckError, Stopped
+from limbeck.version import VERSION
 
 if TYPE_CHECKING:
     from limbeck.config import DistillConfig, LoadedConfig
@@ -51,6 +54,7 @@ def _is_override(argument: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="limbeck", description="Distil large language models.")
+    parser.add_argument("--version", action="version", version=f"limbeck {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="distil a student as a configuration describes")
@@ -64,11 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve_teacher)
 
-    cluster = commands.add_parser("cluster", help="commands for Ray clusters")
-    checks = cluster.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    check = checks.add_parser("check", help="check whether a run fits the cluster, before anything is loaded")
+    check = commands.add_parser("check", help="check files, machines, memory and data of a run, without training")
     _add_config_arguments(check)
-    check.set_defaults(run=_cluster_check)
+    check.set_defaults(run=_check)
 
     config = commands.add_parser("config", help="print a configuration with all defaults and the origin of each value")
     _add_config_arguments(config, optional=True)
@@ -125,6 +127,9 @@ def _parser() -> argparse.ArgumentParser:
     visibility.add_argument("--public", dest="private", action="store_false", help="make a new repository public")
     push.set_defaults(private=None)
     push.set_defaults(run=_push)
+
+    add_dialogue_commands(commands)
+    add_eval_command(commands)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
@@ -196,18 +201,17 @@ def _serve_teacher(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cluster_check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> int:
     config = _load_and_print_notices(args)
 
-    from limbeck.launch.preflight import check_cluster
+    from limbeck.launch.preflight import check_run
+    from limbeck.models.logs import configure_logging
 
-    problems = check_cluster(config)
+    configure_logging()
+    problems = check_run(config)
     for problem in problems:
         print(f"limbeck: {problem}", file=sys.stderr)
-    if problems:
-        return USER_MISTAKE
-    print("fits")
-    return 0
+    return USER_MISTAKE if problems else 0
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:

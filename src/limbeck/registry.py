@@ -177,7 +177,10 @@ TEACHERS: Registry[Any] = Registry(
     {
         "model": "limbeck.teachers.local:load_teacher",
         "ray": "limbeck.teachers.ray_workers:connect_to_workers",
+        "student_initial": "limbeck.teachers.student_weights:load_initial",
+        "student_average": "limbeck.teachers.student_weights:load_averaged",
     },
+    dict.fromkeys(("student_initial", "student_average"), frozenset({NEEDS_NO_MODEL})),
 )
 """``teacher.source`` to a function ``(limbeck.teachers.protocol.TeacherContext) ->
 limbeck.teachers.protocol.Teacher``.
@@ -213,8 +216,10 @@ ENVIRONMENTS: Registry[Any] = Registry(
 TRACKERS: Registry[Any] = Registry(
     "tracker",
     {
-        "tensorboard": "limbeck.train.trackers:make_tensorboard",
-        "wandb": "limbeck.train.trackers:make_wandb",
+        "tensorboard": "limbeck.train.trackers.tensorboard:TensorBoard",
+        "wandb": "limbeck.train.trackers.wandb:WandB",
+        "mlflow": "limbeck.train.trackers.mlflow:MLflow",
+        "swanlab": "limbeck.train.trackers.swanlab:SwanLab",
         "stdout": "limbeck.train.trackers:make_nothing",
         "none": "limbeck.train.trackers:make_nothing",
     },

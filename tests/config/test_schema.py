@@ -162,6 +162,23 @@ def test_a_registered_objective_is_an_objective() -> None:
             "not sent between worker groups",
         ),
         ({"tracker_kwargs": {"project": "p"}}, "tracker_kwargs.project is not read by track_with = tensorboard"),
+        (
+            {"track_with": "wandb", "tracker_kwargs": {"api_key": "k"}},
+            "is a secret, which is not read from a file; set WA",
+        ),
+        ({"track_with": ["wandb", "mlfow"]}, "has mlfow, which is not a known tracker; did you mean mlflow?"),
+        (
+            {"track_with": ["wandb", "mlflow"], "tracker_kwargs": {"wandb": {"projct": "p"}}},
+            "tracker_kwargs.wandb.projct is not read by track_with = wandb",
+        ),
+        (
+            {"track_with": ["wandb", "mlflow"], "tracker_kwargs": {"project": "p"}},
+            "tracker_kwargs.project is not one of the trackers .wandb, mlflow.;",
+        ),
+        (
+            {"track_with": ["wandb"], "tracker_kwargs": {"wandb": "p"}},
+            "tracker_kwargs.wandb must be a section with the arguments of wandb",
+        ),
         ({"student": {"model_args": {"additional_target": "lm_head"}}}, "set student.model_args.lora_target too"),
         (
             {

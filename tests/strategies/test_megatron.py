@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import assert_same_weights, forget_after, metrics, nested, rows
+from runs import assert_same_weights, forget_after, metrics, nested, rows, training_state
 from safetensors.torch import load_file, save_file
 from tiny import make_data, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -183,7 +183,7 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         assert_same_weights(tmp_path / "4" / "student", again / "student")  # exactly
         started = load_file(folder / "qwen3" / "model.safetensors")
         for name in ("bf16-dp", "bf16-pp"):
-            for key, master in load_file(tmp_path / name / "checkpoint-1/training/masters.safetensors").items():
+            for key, master in training_state(tmp_path / name / "checkpoint-1", "masters").items():
                 torch.testing.assert_close(master, started[key], rtol=0, atol=1e-8)
     else:
         assert_same_weights(runs_of_fsdp2["llama"] / "student", again / "student", tolerance=1e-5)
@@ -196,7 +196,7 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
 
 def assert_same_state(one: Path, other: Path) -> None:
     for name in ("masters", "optimizer"):
-        first, second = (load_file(path / f"training/{name}.safetensors") for path in (one, other))
+        first, second = (training_state(path, name) for path in (one, other))
         assert first.keys() == second.keys()
         for key, value in first.items():
             torch.testing.assert_close(second[key], value, rtol=0, atol=1e-5, msg=key)

@@ -80,11 +80,11 @@ def explain_unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
         return "is a section, not a key with a value"
     if section in known:
         return f"is below {section}, which is not a section but holds one value"
-    if leaf in elsewhere:
-        return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
     if leaf in FOREIGN_KEYS:
         system, instead = FOREIGN_KEYS[leaf]
         return f"is a key of {system}; use {instead}"
+    if leaf in elsewhere:
+        return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
     siblings = [name for name, paths in elsewhere.items() if any(p.rpartition(".")[0] == section for p in paths)]
     inner = {
         p[len(section) :].lstrip(".").partition(".")[0] for p in known if p.startswith(f"{section}.") or not section

@@ -30,7 +30,7 @@ from limbeck.models.load import (
     model_limits,
     model_outline,
 )
-from limbeck.models.lora import add_lora, has_lora, iter_merged, merged_state_dict
+from limbeck.models.lora import add_lora, has_lora, iter_merged
 from limbeck.models.memory import available_memory, explain_oom
 from limbeck.models.varlen_attention import causal_mask
 
@@ -57,7 +57,6 @@ __all__ = [
     "iter_merged",
     "load_model",
     "load_tokenizer",
-    "merged_state_dict",
     "model_limits",
     "model_outline",
     "output_head",

@@ -13,6 +13,7 @@ import numpy as np
 
 from limbeck.errors import LimbeckError
 from limbeck.report.curves import Curve
+from limbeck.report.evaluations import Evaluation, load_evaluations
 from limbeck.report.written import WrittenSample, load_written
 
 
@@ -24,6 +25,7 @@ class Run:
     rows:    measurements by step, in increasing order; training and validation of one step share a row.
     notices: warnings about the folder, for the report.
     samples: some answers of the newest validation by writing.
+    evaluations: results of ``limbeck eval``.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Run:
     rows: Mapping[int, Mapping[str, float]]
     notices: tuple[str, ...] = ()
     samples: tuple[WrittenSample, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     def curve(self, key: str, label: str = "") -> Curve:
         """Returns the finite values of ``key`` over steps; empty if it was never measured."""
@@ -71,7 +74,7 @@ def load_run(folder: str | Path) -> Run:
         raise LimbeckError(f"{path} contains no measurement; wait for the first logged step, or use another folder.")
     rows = dict(sorted(rows.items()))
     name = str(facts.get("exp_name") or folder.name)
-    return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder))
+    return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder), load_evaluations(folder))
 
 
 def load_runs(folders: Sequence[str | Path]) -> list[Run]:

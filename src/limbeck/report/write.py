@@ -19,6 +19,7 @@ import numpy as np
 
 from limbeck.report.charts import SERIES, Level, area_chart, line_chart, number, percent
 from limbeck.report.curves import Curve
+from limbeck.report.evaluations import evaluations_html
 from limbeck.report.page import page
 from limbeck.report.results import ResultTable, Sample, sample_html, table_html
 from limbeck.report.run import Run
@@ -101,6 +102,7 @@ def write_report(
         for run in runs
         for number, sample in enumerate(run.samples)
     ]
+    evaluated = evaluations_html([(_of(run, runs), run.evaluations) for run in runs])
     parts = [
         f'<header><div class="eyebrow">{escape(f"Limbeck {version}" if version else "Limbeck")}</div>'
         f"<h1>{escape(title)}</h1>",
@@ -109,6 +111,7 @@ def write_report(
         "</header>",
         _cards(runs[0]) if len(runs) == 1 else "",
         _section("Result", [table_html(table)]) if table else "",
+        _section("Evaluation", [evaluated]) if evaluated else "",
         _section("Samples", [*map(sample_html, samples), *written]) if samples or written else "",
         _section("Learning", _grid(_charts(_LEARNING, runs, levels))),
         _section("Time and throughput", _grid([*_charts(_WORKING, runs, levels), *_times(runs)])),

@@ -76,11 +76,12 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
-    if rollout.max_staleness and config.offloads_colocated:
+    if rollout.max_staleness and (config.offloads_colocated or rollout.offload):
+        key = "rollout.offload" if rollout.offload else "is_offload_states"
         yield Contradiction(
             "rollout.max_staleness",
-            f"= {rollout.max_staleness} writes while the student trains, and is_offload_states leaves the device to one of "
-            "them; set one of them to 0 or false",
+            f"= {rollout.max_staleness} writes while the student trains, and {key} leaves the device to one of them; set one "
+            "of them to 0 or false",
         )
     if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
         yield Contradiction(
@@ -106,5 +107,5 @@ def unread_rollout_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             "is not read with cross_tokenizer, in which probabilities are not compared",
         )
     if "student" not in config.rollout.origins:
-        for key in ("max_staleness", "stop_if"):
+        for key in ("max_staleness", "steps_per_rollout", "stop_if"):
             yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"

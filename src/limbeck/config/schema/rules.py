@@ -14,13 +14,14 @@ from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OB
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.rollout_rules import rollout_contradictions, sampled_contradictions, unread_rollout_keys
+from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
+from limbeck.config.schema.tracker_rules import tracker_contradictions
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
     SEQUENTIAL_KWARGS,
     SEQUENTIAL_REQUIRED,
     STEP_SOURCE_KWARGS,
-    TRACKER_KWARGS,
 )
 from limbeck.config.schema.workers import TEACHER_SOURCE_KWARGS
 from limbeck.registry import STRATEGIES
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 def contradictions(config: RunFields) -> Iterator[Contradiction]:
     yield from _model_contradictions(config)
+    yield from teacher_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
     yield from rollout_contradictions(config)
@@ -202,16 +204,16 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if scheduler == "sequential":
         yield from _sequential_contradictions(kwargs)
+    yield from tracker_contradictions(config)
     for path, name, given, known in (
-        ("track_with", config.track_with, config.tracker_kwargs, TRACKER_KWARGS),
         ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
         ("teacher.source", config.teacher.source, config.teacher.source_kwargs, TEACHER_SOURCE_KWARGS),
     ):
-        prefix = "tracker_kwargs" if path == "track_with" else f"{path}_kwargs"
         for key in given if name in known else ():  # one from a plug-in checks its own arguments
             if key not in known[name]:
                 yield Contradiction(
-                    f"{prefix}.{key}", f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}"
+                    f"{path}_kwargs.{key}",
+                    f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}",
                 )
 
 
@@ -369,6 +371,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     for key, objectives in OBJECTIVE_KEYS.items():
         if not used & set(objectives):
             yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {' and '.join(sorted(used))}"
+    yield from unread_teacher_keys(config)
     yield from unread_rollout_keys(config)
     if config.cross_tokenizer == "off":
         for key in ("rest_weight", "merge", "tokens"):

@@ -69,7 +69,12 @@ SEQUENTIAL_REQUIRED: dict[str, str] = {"CosineAnnealingLR": "T_max", "Exponentia
 
 TRACKER_KWARGS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("log_dir",),
-    "wandb": ("project", "entity", "name", "group", "tags", "mode"),
+    "wandb": ("project", "entity", "name", "group", "tags", "notes", "mode", "log_dir", "settings"),
+    "mlflow": ("tracking_uri", "experiment_name", "artifact_location", "run_name", "run_id"),
+    "swanlab": (
+        *("project", "workspace", "name", "experiment_name", "description", "group", "tags", "mode"),
+        *("log_dir", "logdir"),
+    ),
     "stdout": (),
     "none": (),
 }
@@ -169,6 +174,17 @@ class CheckpointConfig(Section):
     )
     best_mode: Literal["min", "max"] = Field(
         default="min", description="Whether the smallest or the largest value of best_metric is the best."
+    )
+    async_save: bool = Field(
+        default=True,
+        description="Whether training goes on while a checkpoint is written. It waits for the copy to host memory only, and "
+        "the next save waits for the previous one. false: training waits until the checkpoint is complete.",
+    )
+    save_before: str | None = Field(
+        default=None,
+        pattern=r"^\d{1,3}:[0-5]\d$",
+        description="Time limit of the job, HH:MM since the run has started. The run saves and stops in time, judged by its "
+        "longest step and save so far, with the exit status 0. Leave out of it what the job does before it starts the run.",
     )
     keep_best: int = Field(
         default=1,

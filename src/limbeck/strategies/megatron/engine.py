@@ -5,7 +5,7 @@ States have Hugging Face names, so a checkpoint is the same as any other strateg
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from limbeck.strategies.megatron.core import OptimizerTensors, ProcessGroups, im
 from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD
 from limbeck.strategies.megatron.weights import WeightMap
 from limbeck.strategies.pipeline_parallel import PipelineGroup
+from limbeck.strategies.shards import Shard, Sliceable, shard_of
 from limbeck.strategies.world import World
 
 
@@ -165,20 +166,20 @@ class MegatronEngine:
             if name == EMBEDDINGS and self._weights.tied:
                 yield HEAD, value
 
-    def state_dict(self) -> EngineState:
-        trained, model, optimizer = self.trained_names(), {}, {}
+    def state_dict(self) -> EngineState[Sequence[Shard]]:
+        trained = self.trained_names()
+        model: dict[str, list[Shard]] = {}
+        optimizer: dict[str, list[Shard]] = {}
         for entry in (None, *self._tensors.MOMENTS) if self._steps else (None,):
             for name, value in self._stream(entry):
-                if self._world.is_main and f"{MODEL}{name}" in trained:
-                    if entry is None:
-                        model[f"{MODEL}{name}"] = value.float().cpu()
-                    else:
-                        optimizer[f"{MODEL}{name}|{entry}"] = value.float().cpu()
+                if self._world.is_main and f"{MODEL}{name}" in trained:  # which alone keeps whole tensors, on the host
+                    kept, ending = (model, "") if entry is None else (optimizer, f"|{entry}")
+                    kept[f"{MODEL}{name}{ending}"] = [shard_of(value.float().cpu())]
         if optimizer:
-            optimizer |= {f"{name}|step": torch.tensor(float(self._steps)) for name in model}
+            optimizer |= {f"{name}|step": [shard_of(torch.tensor(float(self._steps)))] for name in model}
         return EngineState(model, optimizer)
 
-    def load_state_dict(self, state: EngineState) -> None:
+    def load_state_dict(self, state: EngineState[Sliceable]) -> None:
         self._load({name.removeprefix(MODEL): value for name, value in state.model.items()}, None)
         if not state.optimizer:
             return
@@ -186,7 +187,7 @@ class MegatronEngine:
             ending = f"|{entry}"
             found = {key.removesuffix(ending): value for key, value in state.optimizer.items() if key.endswith(ending)}
             self._load({name.removeprefix(MODEL): value for name, value in found.items()}, entry)
-        self._steps = int(next(value for key, value in state.optimizer.items() if key.endswith("|step")))
+        self._steps = int(next(value[()] for key, value in state.optimizer.items() if key.endswith("|step")))
         self._tensors.set_steps(self._steps)
 
     def trained_names(self) -> set[str]:
@@ -214,7 +215,7 @@ class MegatronEngine:
         own = self._weights.stream(partial(self._tensors.read, entry=entry), trained_only=entry is not None)
         return own if self._pipeline is None else self._pipeline.broadcast_all(own, self._world.device)
 
-    def _load(self, tensors: dict[str, Tensor], entry: str | None) -> None:
+    def _load(self, tensors: Mapping[str, Sliceable], entry: str | None) -> None:
         for parameter, value in self._weights.slices(tensors):
             self._tensors.write(parameter, entry, value)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
 from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, slice_of
+from limbeck.strategies.shards import Sliceable, whole_box
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +45,12 @@ class WeightMap:
         own_copy = {id(chunk.output_layer.weight) for chunk in chunks if self.tied and chunk.post_process}
         self.streamed = [held for held in self.held if id(held.parameter) not in own_copy]
 
-    def slices(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    def slices(self, tensors: Mapping[str, Sliceable]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of this rank of which ``tensors`` has the whole sources, and its slice of them."""
         rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         for held in self.held:
             if held.sources[0] in tensors:
-                sources = [tensors[name] for name in held.sources]
+                sources = [tensors[name][whole_box(tensors[name].shape)] for name in held.sources]
                 yield held.parameter, slice_of(held.kind, sources, self._heads, rank, ranks)
 
     def whole(self, held: HeldParameter, value: Tensor) -> Iterator[tuple[str, Tensor]]:
