@@ -140,6 +140,9 @@ OFFLOADS = "offloads"
 READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
 """Trait of a strategy that reads ``strategy_config.deepspeed``."""
 
+READS_MEGATRON_KEYS = "reads_megatron_keys"
+"""Trait of a strategy that reads ``strategy_config.megatron``."""
+
 NEEDS_NO_MODEL = "needs_no_model"
 """Trait of a teacher source that reads no checkpoint, so that ``teacher_pretrain`` may be unset."""
 
@@ -157,10 +160,13 @@ STRATEGIES: Registry[Any] = Registry(
         "fsdp2_infer": "limbeck.strategies.fsdp2:STRATEGY",
         "deepspeed_train": "limbeck.strategies.deepspeed:STRATEGY",
         "deepspeed_infer": "limbeck.strategies.deepspeed:STRATEGY",
+        "megatron_train": "limbeck.strategies.megatron.strategy:STRATEGY",
+        "megatron_infer": "limbeck.strategies.megatron.strategy:STRATEGY",
     },
     {
         **dict.fromkeys(("hf_infer", "fsdp2_train", "fsdp2_infer"), frozenset({OFFLOADS})),
         **dict.fromkeys(("deepspeed_train", "deepspeed_infer"), frozenset({READS_DEEPSPEED_BLOCK})),
+        **dict.fromkeys(("megatron_train", "megatron_infer"), frozenset({READS_MEGATRON_KEYS})),
     },
     _strategy_members,
 )

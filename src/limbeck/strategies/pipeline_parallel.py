@@ -45,12 +45,12 @@ class PipelineGroup:
         return self.stage == self.num_stages - 1
 
     def send_forward(self, x: Tensor) -> None:
-        """Send ``x`` to the next stage."""
-        dist.send(x.contiguous(), group=self.group, group_dst=self.stage + 1)
+        """Send ``x`` to the next stage; after the last comes the first, which may hold further layers."""
+        dist.send(x.contiguous(), group=self.group, group_dst=(self.stage + 1) % self.num_stages)
 
     def recv_forward(self, out: Tensor) -> Tensor:
         """Receive the previous stage's output into ``out`` and return it."""
-        dist.recv(out, group=self.group, group_src=self.stage - 1)
+        dist.recv(out, group=self.group, group_src=(self.stage - 1) % self.num_stages)
         return out
 
     def broadcast_last(self, x: Tensor) -> Tensor:

@@ -30,11 +30,13 @@ from limbeck.config.locations import SourceLocation, find_location
 from limbeck.config.schema import (
     Contradiction,
     DistillConfig,
+    MegatronConfig,
     StudentConfig,
     TeacherConfig,
     ValidationConfig,
     ValidationDataArgs,
     reads_deepspeed_block,
+    reads_megatron_keys,
 )
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
@@ -108,7 +110,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
             beside = result.get(path.removesuffix("strategy_config.") + "strategy_name")
             if kind == "strategy_config" and reads_deepspeed_block(beside):
                 continue  # the keys are DeepSpeed's
-            yield from (f"{path}{key}" for key in section if key in known)
+            ours = MegatronConfig.model_fields.keys() if reads_megatron_keys(beside) else set()
+            yield from (f"{path}{key}" for key in section if key in known - ours)
             for key, values in SPELLINGS.get(kind, {}).items():
                 if key in section and native.respelled(section[key], values) is not section[key]:
                     yield f"{path}{key}"
@@ -174,25 +177,13 @@ def _refuse_other_pipelines(values: Mapping[str, Any], locations: Mapping[str, S
 
 
 def _refuse_strategies(result: Translation) -> None:
-    megatron: dict[str, str] = {}
     for path, section in result.sections("strategy_args"):
         name = section.get("strategy_name")
         if isinstance(name, str) and name in STRATEGIES_INSTEAD and name not in STRATEGIES:
-            if name.startswith("megatron_"):
-                megatron[f"{path}strategy_name"] = name
-            else:
-                result.refuse(f"{path}strategy_name", f"= {name} is not supported yet; {STRATEGIES_INSTEAD[name]}")
+            result.refuse(f"{path}strategy_name", f"= {name} is not supported yet; {STRATEGIES_INSTEAD[name]}")
             # Errors about the settings of an unsupported strategy would hide the one that matters.
             del section["strategy_name"]
             section.pop("strategy_config", None)
-    if megatron:
-        overrides = [f"{result.derived.get(path, path)}={STRATEGIES_INSTEAD[name]}" for path, name in megatron.items()]
-        path, name = next(iter(megatron.items()))
-        result.refuse(
-            path,
-            f"= {name} is not supported yet; FSDP2 runs the same models with the same parallel sizes: add "
-            f"{' '.join(overrides)} to the command line",
-        )
 
 
 def _drop_precision_flags(result: Translation) -> None:

@@ -53,7 +53,10 @@ NO_MEANING: dict[str, frozenset[str]] = {
         gpu_memory_utilization"""
     ),
 }
-"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result."""
+"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result.
+
+Megatron's strategies read some of them, which have then been moved (``limbeck.config.schema.MegatronConfig``).
+"""
 
 _PARALLEL = (
     (None, 1),
@@ -134,7 +137,7 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "fp8_recipe": ((None,), "is not supported yet; remove it"),
         "fp8_param": ((None, False), "is not supported yet; remove it"),
         "optimizer": ((None, "adam", "adamw"), "is not supported yet; the optimizer is AdamW, so remove it"),
-        "additional_configs": ((None, {}), "passes settings to Megatron, which is not supported yet; remove it"),
+        "additional_configs": ((None, {}), "passes settings to Megatron that Limbeck does not know; remove it"),
         "mtp_num_layers": ((None, 0), "(multi-token prediction) is not supported yet; set it to 0"),
         "moe_aux_loss_coeff": _MOE,
         "moe_expert_capacity_factor": ((None,), "drops tokens of experts, which is not supported yet; remove it"),
@@ -155,14 +158,11 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
 """Keys that may change a result: the values that match what Limbeck does, and the error message for all others."""
 
 STRATEGIES_INSTEAD: dict[str, str] = {
-    "megatron_train": "fsdp2_train",
-    "megatron_infer": "fsdp2_infer",
     "vllm": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "sglang": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "mock_infer": "use hf_infer",
 }
-"""ROLL's strategies that Limbeck does not have, unless a plug-in registers them, and what to use instead: for Megatron the name
-of a strategy, for the others the end of the error message."""
+"""ROLL's strategies that Limbeck does not have, unless a plug-in registers them, and what to use instead."""
 
 SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
     "run": {"logits_transfer_backend": {"nccl_only": "nccl-only", None: "auto"}},

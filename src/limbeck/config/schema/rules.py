@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.freezing import freezing_contradictions
-from limbeck.config.schema.models import StrategyArgs
+from limbeck.config.schema.megatron import MegatronConfig
+from limbeck.config.schema.models import StrategyArgs, StrategyConfig, reads_megatron_keys
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
@@ -394,8 +395,8 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if not config.offloads_colocated:
         yield (
             "is_offload_states",
-            "is only read if the device_mappings of both roles have common devices, and not with DeepSpeed, which has its "
-            "own offloading",
+            "is only read if the device_mappings of both roles have common devices, and not with Megatron, nor with "
+            "DeepSpeed, which has its own offloading",
         )
         yield "offload_interval", "is only read with is_offload_states"
     elif config.logits_transfer_backend not in ("auto", "ray"):
@@ -456,8 +457,15 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
 
 
 def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
-    """DeepSpeed keys with another strategy, and other keys with DeepSpeed."""
+    """Keys of DeepSpeed and Megatron with another strategy, and other keys with these."""
     given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    reads_megatron = reads_megatron_keys(strategy.strategy_name)
+    if not reads_megatron and given.megatron != MegatronConfig():
+        which = "megatron_train" if role == "student" else "megatron_infer"
+        yield Contradiction(f"{path}.megatron", f"is only read by strategy_name: {which}; set that, or remove it")
+    for key in ("fsdp_size", "replicate", "reshard_after_forward", "offload_policy") if reads_megatron else ():
+        if getattr(given, key) != StrategyConfig.model_fields[key].default:
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     if not strategy.reads_deepspeed_block:
         if given.deepspeed:
             which = "deepspeed_train" if role == "student" else "deepspeed_infer"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.models import reads_megatron_keys
 from limbeck.config.schema.workers import STUDENT_SOURCES
 
 if TYPE_CHECKING:
@@ -52,7 +53,9 @@ def _own_weights_contradictions(config: RunFields) -> Iterator[Contradiction]:
         )
     strategy = teacher.strategy_args
     if source == "student_average" and (
-        strategy.reads_deepspeed_block or strategy.strategy_config.ranks_of_a_model > 1
+        strategy.reads_deepspeed_block
+        or reads_megatron_keys(strategy.strategy_name)
+        or strategy.strategy_config.ranks_of_a_model > 1
     ):
         yield Contradiction(
             "teacher.strategy_args",
