@@ -1,6 +1,6 @@
 """Whatever a row contains, it is read or refused with a sentence; never another error, and no hang.
 
-``LIMBECK_FUZZ=2000 pytest tests/data/test_fuzz.py`` tries 2000 rows of each format, 14 000 in all.
+``LIMBECK_FUZZ=2000 pytest tests/data/test_random_rows.py`` tries 2000 rows of each format, 14 000 in all.
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Whatever a configuration contains, it is accepted or refused with sentences; never another error, and no hang.
 
-``LIMBECK_FUZZ=200 pytest tests/config/test_fuzz.py`` tries 200 configurations of each dialect, 1400 in all.
+``LIMBECK_FUZZ=200 pytest tests/config/test_random_configurations.py`` tries 200 configurations of each dialect, 1400 in all.
 """
 
 from __future__ import annotations
