@@ -45,7 +45,7 @@ from limbeck.train.run_lock import LOCK_FILE
 STEPS, SAVE_STEPS = 8, 2
 SECONDS = 300  # after which a run counts as hung
 MARK = "LIMBECK_KILL_BENCHMARK"  # in the environment of the processes of a run on Ray
-MOMENTS = ("loading", "between saves", "inside a save")
+MOMENTS = ("while loading", "between saves", "inside a save")
 
 
 class Run(Protocol):
@@ -233,7 +233,7 @@ class Campaign:
             saves -= saving and not was_saving
             was_saving = saving
             if not due:
-                if moment == "loading":
+                if moment == "while loading":
                     due = begun + delay * self.loading
                 elif moment == "between saves" and _steps(out) >= step:
                     due = now + delay * self.running / STEPS
@@ -356,7 +356,7 @@ def main() -> int:
                     "kills": count,
                     **{moment: campaign.kills[moment] for moment in MOMENTS},
                     "left an unfinished checkpoint": campaign.unfinished,
-                    "started again from the beginning": campaign.without_checkpoint,
+                    "had no checkpoint yet": campaign.without_checkpoint,
                     "other final weights": len(campaign.wrong),
                     "victims": dict(campaign.victims),
                     "wrong": campaign.wrong,

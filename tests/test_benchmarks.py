@@ -63,5 +63,5 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_run(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = json.loads((tmp_path / "result.json").read_text())
     assert (one["kills"], two["kills"]) == (10, 2)
-    assert all(one[moment] > 0 for moment in ("loading", "between saves", "inside a save"))
+    assert all(one[moment] > 0 for moment in ("while loading", "between saves", "inside a save"))
     assert one["other final weights"] == two["other final weights"] == 0
