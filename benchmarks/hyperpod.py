@@ -23,10 +23,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from step import STUDENT, TEACHER, Side, save_models
+from side import Side, numbered_words, save_models
+from step import STUDENT, TEACHER
 
 SCRIPT = "hyperpod_sides.py"
 SPECTRUM = {"num_hidden_layers": 8, "vocab_size": 2_000}
+
+
+def save_both(folder: Path, shape: dict[str, int]) -> None:
+    """Write teacher and student of ``benchmarks/step.py`` with another ``shape``."""
+    models = {"teacher": TEACHER | shape, "student": STUDENT | shape}
+    save_models(folder, models, numbered_words(shape["vocab_size"]), bos_token="<s>", eos_token="</s>")
 
 
 def write_rows(folder: Path, vocab: int, length: int, kind: str) -> None:
@@ -55,7 +62,7 @@ def alternate(sides: list[Side], rounds: int, warmup: int) -> dict[str, list[dic
 
 def compare(args: argparse.Namespace, folder: Path) -> None:
     shape = {"vocab_size": args.vocab, "max_position_embeddings": args.length}
-    save_models(folder, TEACHER | shape, STUDENT | shape)
+    save_both(folder, shape)
     write_rows(folder, args.vocab, args.length, args.rows)
     steps, length = args.rounds + args.warmup, str(args.length)
     options = ["compile_loss=true"]  # as ``auto`` decides for a run of a few hundred such steps
@@ -83,7 +90,7 @@ def compare(args: argparse.Namespace, folder: Path) -> None:
 
 def compare_frozen(args: argparse.Namespace, folder: Path) -> None:
     shape = SPECTRUM | {"max_position_embeddings": args.length}
-    save_models(folder, TEACHER | shape, STUDENT | shape)
+    save_both(folder, shape)
     write_rows(folder, shape["vocab_size"], args.length, "full")
     layers = [f"model.layers.{i}." for i in range(shape["num_hidden_layers"])]
     sides = []

@@ -21,8 +21,7 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from side import TRL, python_of
-from step import Side
+from side import TRL, Side, python_of, save_models
 
 VOCAB, ENDS, PROMPTS, LONGEST = 8192, list(range(1, 129)), 64, 64
 MODEL = {"vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": ENDS, "pad_token_id": 0,
@@ -34,21 +33,8 @@ PARTS = ("writing", "weight sync", "teacher", "student")
 
 def prepare(folder: Path, steps: int) -> None:
     """Write both models with random weights, a tokenizer with one token per word, and the prompts of all steps."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
     words = {f"w{i}": i for i in range(VOCAB)}
-    backend = Tokenizer(models.WordLevel(words, unk_token=f"w{VOCAB - 1}"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="w0", eos_token="w1",
-        chat_template="{% for m in messages %}{{ m['content'] + (' w1' if m['role'] == 'assistant' else ' ') }}{% endfor %}",
-    )  # fmt: skip
-    for name, config, seed in (("teacher", TEACHER, 1), ("student", STUDENT, 0)):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    save_models(folder, {"teacher": TEACHER, "student": STUDENT}, words, pad_token="w0", eos_token="w1")
     rng = random.Random(0)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(PROMPTS * steps):
@@ -92,6 +78,8 @@ def main() -> None:
         )
         for side, all_of in found.items()
     }
+    padding = ", ".join(f"{role} {middle['limbeck'][f'{role} padding']:.2%}" for role in ("teacher", "student"))
+    print(f"  limbeck: padding of what a model computes: {padding}")
     print(f"  limbeck: {speed['limbeck'] / speed['trl']:.2f} × the written and trained tokens/s")
 
 

@@ -32,27 +32,46 @@ def timed(seconds: Counter[str], name: str, function: Any) -> Any:
 
 def limbeck(folder: Path, steps: int) -> None:
     from limbeck.config import DistillConfig
+    from limbeck.teachers.signals import TeacherRequest
     from limbeck.train import loop
     from limbeck.train.build.run import Run
 
     seconds: Counter[str] = Counter()
+    slots: Counter[str] = Counter()
     requests, step = turns(), loop.train_step
 
+    def counted(request: Any) -> Any:
+        """``request``, of whose batches the slots of both models and the tokens are counted."""
+
+        def call(batch: Any, spec: Any) -> Any:
+            slots.update(
+                student=batch.input_ids.numel(),
+                teacher=TeacherRequest.from_batch(batch).input_ids.numel(),
+                tokens=batch.num_tokens,
+            )
+            return request(batch, spec)
+
+        return call
+
     def measured(run: Run) -> None:
-        generator = run.source._generator
+        generator = run.source.writer._generator
         if run.step == 0:
+            run.teacher.request = counted(run.teacher.request)
             generator.generate = timed(seconds, "writing", generator.generate)
             generator.update_weights = timed(seconds, "weight sync", generator.update_weights)
         if next(requests, None) is None:
             sys.exit()
         seconds.clear()
+        slots.clear()
         run.metrics.timer.read()
         begun = time.perf_counter()
         step(run)
         whole, parts = time.perf_counter() - begun, run.metrics.timer.read()
         send(
             seconds=whole, teacher=parts["teacher"], student=parts["student"] + parts["optimizer"],
-            written=run.source._counts["tokens"], writing=seconds["writing"], **{"weight sync": seconds["weight sync"]},
+            written=run.source.writer.counts.tokens, writing=seconds["writing"],
+            **{"weight sync": seconds["weight sync"]},
+            **{f"{role} padding": 1 - slots["tokens"] / slots[role] for role in ("teacher", "student")},
         )  # fmt: skip
         run.source.metrics()  # begins to count anew
 

@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from side import TRL, python_of
+from side import TRL, Side, numbered_words, python_of, save_models
 
-HERE = Path(__file__).resolve().parent
 ROWS, TIME, VOCAB = 4, 256, 32_000
 MODEL = {"num_key_value_heads": 8, "num_attention_heads": 8, "vocab_size": VOCAB, "max_position_embeddings": 512,
          "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "tie_word_embeddings": False}  # fmt: skip
@@ -29,55 +28,10 @@ TEACHER = {"num_hidden_layers": 8, "hidden_size": 512, "intermediate_size": 2048
 STUDENT = {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 1024, **MODEL}
 
 
-class Side:
-    """The process of one side. It takes one step per request and returns the seconds. ``options`` are for its script."""
-
-    def __init__(
-        self, name: str, python: str, folder: Path, dtype: str, steps: int, script: str = "step_sides.py", *options: str
-    ) -> None:
-        self.name = name
-        command = [python, str(HERE / script), name, str(folder), dtype, str(steps), *options]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.receive()
-
-    def receive(self) -> dict:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        raise SystemExit(f"{self.name} ended unexpectedly; see its output above")
-
-    def request(self, what: str = "step") -> dict:
-        assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
-        self.process.stdin.flush()
-        return self.receive()
-
-
-def save_models(folder: Path, teacher: dict, student: dict) -> None:
-    """Write both models with random weights, and a tokenizer with one token per word."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, student["vocab_size"])}}
-    backend = Tokenizer(models.WordLevel(words, unk_token="w3"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
-        chat_template="{% for m in messages %}{{ m['content'] + (' </s>' if m['role'] == 'assistant' else ' ') }}{% endfor %}",
-    )  # fmt: skip
-    for name, config, seed in (("teacher", teacher, 1), ("student", student, 0)):
-        torch.manual_seed(seed)
-        LlamaForCausalLM(LlamaConfig(**config)).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-
-
 def prepare(folder: Path) -> None:
-    """Write both models, and rows of exactly TIME tokens."""
-    import random
-
-    save_models(folder, TEACHER, STUDENT)
+    """Write both models with random weights, a tokenizer with one token per word, and rows of exactly TIME tokens."""
+    models = {"teacher": TEACHER, "student": STUDENT}
+    save_models(folder, models, numbered_words(VOCAB), bos_token="<s>", eos_token="</s>")
     rng = random.Random(0)
     with (folder / "data.jsonl").open("w") as file:
         for _ in range(64):

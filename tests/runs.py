@@ -10,6 +10,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from limbeck.strategies.shards import whole_box
+from limbeck.train.tensor_files import open_shards
+
 
 def nested(flat: dict) -> dict:
     """``{"dotted.key": value}`` as nested dictionaries."""
@@ -53,6 +56,12 @@ def rows(per_device: int, accumulation: int = 1) -> dict:
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """A saved student's tensors."""
     return load_file(folder / "model.safetensors")
+
+
+def training_state(checkpoint: Path, kind: str) -> dict[str, torch.Tensor]:
+    """The whole tensors of ``masters`` or ``optimizer`` in a checkpoint of any number of ranks."""
+    stored = open_shards((checkpoint / "training").glob(f"{kind}*.safetensors"))
+    return {name: tensor[whole_box(tensor.shape)] for name, tensor in stored.items()}
 
 
 def assert_same_weights(one: Path, other: Path, tolerance: float = 0.0) -> None:

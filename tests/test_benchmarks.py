@@ -1,6 +1,7 @@
 """The benchmarks of a GPU run from end to end, on tiny models and a CPU."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -51,3 +52,16 @@ def test_a_side_that_fails_is_reported_and_leaves_the_others_standing(tmp_path):
     assert products["status"] == "ok"
     assert ours["status"].startswith("failed: ")
     assert "no_such_objective" in ours["status"]
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the ranks are forks")
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_run(tmp_path):
+    counts = ["--one", "10", "--two", "2", "--ray", "0", "--json", str(tmp_path / "result.json")]
+    command = [sys.executable, str(BENCHMARKS / "kill.py"), *counts]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    one, two = json.loads((tmp_path / "result.json").read_text())
+    assert (one["kills"], two["kills"]) == (10, 2)
+    assert all(one[moment] > 0 for moment in ("loading", "between saves", "inside a save"))
+    assert one["other final weights"] == two["other final weights"] == 0

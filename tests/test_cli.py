@@ -9,9 +9,10 @@ import pytest
 import yaml
 from tiny import make_data, make_model
 
-from limbeck import LimbeckError
+from limbeck import DistillPipeline, LimbeckError
 from limbeck.cli import main
 from limbeck.launch.local_ranks import visible_devices
+from limbeck.version import VERSION
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,6 +47,12 @@ def test_help_imports_nothing_heavy():
     assert "train" in done.stdout
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"limbeck {VERSION}\n")
+
+
 def test_train_then_report(run_file, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["train", str(run_file), f"output_dir={out}", "seed=3"]) == 0
@@ -61,6 +68,15 @@ def test_an_error_is_printed_to_stderr_with_status_two(run_file, capsys):
     assert "student.training_args.learning_rat" in text
     assert "learning_rate" in text
     assert "Traceback" not in text
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a file that is always full")
+def test_output_to_a_full_disk_is_one_sentence():
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "limbeck", "config", "--schema"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "limbeck: the output cannot be written: No space left on device.\n")
 
 
 def test_data_show_prints_the_tokens_of_a_row(run_file, capsys):
@@ -141,7 +157,7 @@ def test_config_prints_the_dialect(run_file, capsys):
 
 @pytest.mark.parametrize(
     "command",
-    [["train"], ["config"], ["plan"], ["data", "show"], ["data", "cache"], ["cluster", "check"], ["serve-teacher"]],
+    [["train"], ["config"], ["plan"], ["data", "show"], ["data", "cache"], ["check"], ["serve-teacher"]],
 )
 def test_every_command_with_a_configuration_takes_a_dialect(run_file, capsys, command):
     assert main([*command, "--dialect", "rol", str(run_file), "seed=3"]) == 2
@@ -208,3 +224,14 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["demo", "--output", str(tmp_path / "mine")]) == 2
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+
+
+def test_notices_wait_until_everything_is_loaded(settings, configure, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(settings(js_beta=0.25, teacher_pretrain=str(tmp_path / "nowhere"))))
+    assert main(["train", str(config)]) == 2
+    printed = capsys.readouterr().err
+    assert "nowhere" in printed
+    assert "note:" not in printed
+    DistillPipeline(configure(max_steps=1, eval_steps=0), notices=["js_beta has no effect."]).run()
+    assert "note: js_beta has no effect.\n" in capsys.readouterr().err

@@ -16,12 +16,14 @@ LAYERS = (
     ("cluster",),
     ("teachers",),
     ("rollout",),
+    ("report",),
     ("train",),
+    ("evaluate",),
     ("plan",),
     ("launch",),
-    ("report",),
     ("deploy",),
     ("demo",),
+    ("commands",),
     ("api", "trainer", "cli", "__init__", "__main__"),
 )
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}

@@ -65,6 +65,11 @@ def test_its_loss_equals_the_definition_with_any_accumulation(tmp_path):
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
 
 
+def test_the_loss_of_an_evaluation_does_not_depend_on_its_batches(tmp_path):
+    losses = [trainer(tmp_path, per_device_eval_batch_size=size).evaluate()["eval_loss"] for size in (32, 5, 1)]
+    torch.testing.assert_close(torch.tensor(losses), torch.full((3,), losses[0]), rtol=1e-4, atol=1e-5)
+
+
 def test_the_arguments_of_the_trainer_apply_to_the_student(tmp_path):
     run = trainer(
         tmp_path, gradient_checkpointing=True, load_best_model_at_end=True, eval_strategy="steps", eval_steps=3,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,13 +65,11 @@ def distill(
             _set(values, f"teacher.model_args.{key}", value)
     _set(values, "student.data_args.file_name", _files(data, Path(values.get("output_dir", "output"))))
     loaded = load_mapping(values, "distill()")
-    for notice in loaded.notices:
-        print(f"note: {notice}", file=sys.stderr)
 
     from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline
 
-    return DistillPipeline(loaded.config, choose_recomputation).run()
+    return DistillPipeline(loaded.config, choose_recomputation, loaded.notices).run()
 
 
 def _path(key: str) -> str:

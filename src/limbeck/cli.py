@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import signal
@@ -11,7 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from limbeck.commands.dialogue import add_dialogue_commands
+from limbeck.commands.evaluation import add_eval_command
 from limbeck.errors import USER_MISTAKE, LimbeckError, Stopped
+from limbeck.version import VERSION
 
 if TYPE_CHECKING:
     from limbeck.config import DistillConfig, LoadedConfig
@@ -40,9 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USER_MISTAKE
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `limbeck data show … | head`; at exit, the interpreter would flush into the closed pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `limbeck data show … | head`
+        _discard_output()
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        _discard_output()
+        print(f"limbeck: {error.filename or 'the output'} cannot be written: {error.strerror}.", file=sys.stderr)
+        return USER_MISTAKE
+
+
+def _discard_output() -> None:
+    """At exit, the interpreter would flush into standard output, which takes nothing any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_override(argument: str) -> bool:
@@ -51,6 +66,7 @@ def _is_override(argument: str) -> bool:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="limbeck", description="Distil large language models.")
+    parser.add_argument("--version", action="version", version=f"limbeck {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="distil a student as a configuration describes")
@@ -64,11 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve_teacher)
 
-    cluster = commands.add_parser("cluster", help="commands for Ray clusters")
-    checks = cluster.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    check = checks.add_parser("check", help="check whether a run fits the cluster, before anything is loaded")
+    check = commands.add_parser("check", help="check files, machines, memory and data of a run, without training")
     _add_config_arguments(check)
-    check.set_defaults(run=_cluster_check)
+    check.set_defaults(run=_check)
 
     config = commands.add_parser("config", help="print a configuration with all defaults and the origin of each value")
     _add_config_arguments(config, optional=True)
@@ -125,6 +139,9 @@ def _parser() -> argparse.ArgumentParser:
     visibility.add_argument("--public", dest="private", action="store_false", help="make a new repository public")
     push.set_defaults(private=None)
     push.set_defaults(run=_push)
+
+    add_dialogue_commands(commands)
+    add_eval_command(commands)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(
@@ -196,18 +213,17 @@ def _serve_teacher(args: argparse.Namespace) -> int:
     return 0
 
 
-def _cluster_check(args: argparse.Namespace) -> int:
+def _check(args: argparse.Namespace) -> int:
     config = _load_and_print_notices(args)
 
-    from limbeck.launch.preflight import check_cluster
+    from limbeck.launch.preflight import check_run
+    from limbeck.models.logs import configure_logging
 
-    problems = check_cluster(config)
+    configure_logging()
+    problems = check_run(config)
     for problem in problems:
         print(f"limbeck: {problem}", file=sys.stderr)
-    if problems:
-        return USER_MISTAKE
-    print("fits")
-    return 0
+    return USER_MISTAKE if problems else 0
 
 
 def _load(args: argparse.Namespace) -> LoadedConfig:
@@ -392,9 +408,9 @@ def _push(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from limbeck.report import load_run, write_report
+    from limbeck.report import load_runs, write_report
 
-    runs = [load_run(folder) for folder in args.runs]
+    runs = load_runs(args.runs)
     path = args.output or args.runs[0] / "report.html"
     print(write_report(runs, path, title=" and ".join(run.name for run in runs)))
     return 0

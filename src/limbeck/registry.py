@@ -140,6 +140,9 @@ OFFLOADS = "offloads"
 READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
 """Trait of a strategy that reads ``strategy_config.deepspeed``."""
 
+READS_MEGATRON_KEYS = "reads_megatron_keys"
+"""Trait of a strategy that reads ``strategy_config.megatron``."""
+
 NEEDS_NO_MODEL = "needs_no_model"
 """Trait of a teacher source that reads no checkpoint, so that ``teacher_pretrain`` may be unset."""
 
@@ -157,10 +160,13 @@ STRATEGIES: Registry[Any] = Registry(
         "fsdp2_infer": "limbeck.strategies.fsdp2:STRATEGY",
         "deepspeed_train": "limbeck.strategies.deepspeed:STRATEGY",
         "deepspeed_infer": "limbeck.strategies.deepspeed:STRATEGY",
+        "megatron_train": "limbeck.strategies.megatron.strategy:STRATEGY",
+        "megatron_infer": "limbeck.strategies.megatron.strategy:STRATEGY",
     },
     {
         **dict.fromkeys(("hf_infer", "fsdp2_train", "fsdp2_infer"), frozenset({OFFLOADS})),
         **dict.fromkeys(("deepspeed_train", "deepspeed_infer"), frozenset({READS_DEEPSPEED_BLOCK})),
+        **dict.fromkeys(("megatron_train", "megatron_infer"), frozenset({READS_MEGATRON_KEYS})),
     },
     _strategy_members,
 )
@@ -171,7 +177,10 @@ TEACHERS: Registry[Any] = Registry(
     {
         "model": "limbeck.teachers.local:load_teacher",
         "ray": "limbeck.teachers.ray_workers:connect_to_workers",
+        "student_initial": "limbeck.teachers.student_weights:load_initial",
+        "student_average": "limbeck.teachers.student_weights:load_averaged",
     },
+    dict.fromkeys(("student_initial", "student_average"), frozenset({NEEDS_NO_MODEL})),
 )
 """``teacher.source`` to a function ``(limbeck.teachers.protocol.TeacherContext) ->
 limbeck.teachers.protocol.Teacher``.
@@ -207,8 +216,10 @@ ENVIRONMENTS: Registry[Any] = Registry(
 TRACKERS: Registry[Any] = Registry(
     "tracker",
     {
-        "tensorboard": "limbeck.train.trackers:make_tensorboard",
-        "wandb": "limbeck.train.trackers:make_wandb",
+        "tensorboard": "limbeck.train.trackers.tensorboard:TensorBoard",
+        "wandb": "limbeck.train.trackers.wandb:WandB",
+        "mlflow": "limbeck.train.trackers.mlflow:MLflow",
+        "swanlab": "limbeck.train.trackers.swanlab:SwanLab",
         "stdout": "limbeck.train.trackers:make_nothing",
         "none": "limbeck.train.trackers:make_nothing",
     },

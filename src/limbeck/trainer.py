@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.data import IGNORE, Batch
@@ -110,6 +111,24 @@ class DistillTrainer(Trainer):
         super().__init__(_Distilled(StudentWithLoss(model, LossSettings(goal, vocab)), local), *args, **kwargs)
         if teacher is not None:
             teacher.to(self.args.device)
+        self._evaluated = (0.0, 0)  # the sum of the losses of an evaluation, and the number of its supervised tokens
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As in ``Trainer``, with the loss per supervised token: its mean over batches depends on their size."""
+        self._evaluated = (0.0, 0)
+        output = super().evaluation_loop(*args, **kwargs)
+        sums = self.accelerator.reduce(torch.tensor(self._evaluated, device=self.args.device))
+        key = f"{kwargs.get('metric_key_prefix', 'eval')}_loss"
+        if key in output.metrics and sums[1] > 0:
+            output.metrics[key] = (sums[0] / sums[1]).item()
+        return output
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        loss, tokens = self._evaluated
+        count = int((inputs["labels"][:, 1:] != IGNORE).sum())
+        self._evaluated = (loss + result[0].item() * count, tokens + count)
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, self._student if model is None else model)

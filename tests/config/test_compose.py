@@ -73,7 +73,7 @@ def test_errors_are_in_the_order_of_their_lines(mistakes: Mistakes) -> None:
     teacher_pretrain: t
     teacher: {source: modle}
     student: {packing_algorithm: random, data_args: {file_name: d}}
-    track_with: mlflow
+    track_with: trackio
     student_pretrain: s
     """
     assert [line.split(": ")[0] for line in mistakes("seed=x", yaml=yaml)] == [

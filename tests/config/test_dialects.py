@@ -203,7 +203,7 @@ def test_a_plugin_registers_names_that_the_schema_accepts(write: Write) -> None:
         from limbeck.registry import STEP_SOURCES, STRATEGIES, TEACHERS, TRACKERS
         from limbeck.strategies.fsdp2 import Fsdp2Strategy
 
-        STRATEGIES.register("megatron_train")(Fsdp2Strategy())
+        STRATEGIES.register("other_train")(Fsdp2Strategy())
         for registry, name in ((TRACKERS, "csv"), (TEACHERS, "http"), (STEP_SOURCES, "written")):
             registry.register(name)(lambda *arguments: None)
         """,
@@ -218,8 +218,8 @@ def test_a_plugin_registers_names_that_the_schema_accepts(write: Write) -> None:
             "step_source": "written",
             "step_source_kwargs": {"length": 3},
             "teacher": {"source": "http", "source_kwargs": {"url": "http://localhost"}},
-            "student": {"data_args": {"file_name": "d"}, "strategy_args": {"strategy_name": "megatron_train"}},
+            "student": {"data_args": {"file_name": "d"}, "strategy_args": {"strategy_name": "other_train"}},
         }
     ).config
     assert (config.teacher_source, config.step_source, config.track_with) == ("http", "written", "csv")
-    assert config.student.strategy_args.strategy_name == "megatron_train"
+    assert config.student.strategy_args.strategy_name == "other_train"

@@ -232,13 +232,15 @@ def test_a_spectrum_file_lists_the_trained_parameters(write: Write) -> None:
     assert load_config(native).config.student.model_args.unfrozen_parameters == ["layers.0", "lm_head"]
 
 
-def test_metrics_go_to_the_project_of_weights_and_biases(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_go_to_the_project_of_weights_and_biases(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     assert arguments("--project_name", "mine").track_with == "tensorboard"
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr("limbeck.config.dialects.files.find_spec", lambda name: name)
     config = arguments("--project_name", "mine")
     assert (config.track_with, config.tracker_kwargs) == ("wandb", {"project": "mine"})
+    config = arguments("--project_name", "mine", "--config_file", str(write("training: {report_to: [mlflow, wandb]}")))
+    assert config.trackers == {"mlflow": {}, "wandb": {"project": "mine"}}
 
 
 def test_folders_and_files_are_local_datasets(tmp_path: Path) -> None:
@@ -294,7 +296,11 @@ def test_mistakes_are_one_sentence(argv: list[str], sentence: str) -> None:
         ("distillation: {temprature: 2}", "cfg.yaml", "cfg.yaml:1: distillation.temprature is not a key of HyperPod's"),
         ("training: {optim: sgd}", "cfg.yaml", "cfg.yaml:1: training.optim = sgd is not supported"),
         ("training: {neftune_noise_alpha: 5}", "cfg.yaml", "is not an argument that Limbeck can translate"),
-        ("training: {report_to: [wandb, tensorboard]}", "cfg.yaml", "must be one of tensorboard, wandb, none"),
+        (
+            "training: {report_to: [wandb, neptune]}",
+            "cfg.yaml",
+            "must be one of tensorboard, wandb, mlflow, swanlab, none",
+        ),
         ("training: {deepspeed: ds.json}", "cfg.yaml", "accelerate launch --use_deepspeed"),
         ("training: {bf16: true, fp16: true}", "cfg.yaml", "training.fp16 and training.bf16 contradict"),
         ("training: {push_to_hub: true}", "cfg.yaml", "set hub_model_id"),

@@ -104,6 +104,13 @@ def test_mistakes_are_reported(keys: dict[str, Any], sentence: str) -> None:
         inline(**keys)
 
 
+def test_a_contradiction_shows_the_number_of_the_file() -> None:
+    keys = {"skip_lm_loss": False, "kd_loss_scale": 10.0}
+    sentence = r"kd_loss_scale = 10\.0 \(distill_loss_weight = 0\.9091\) contradicts distill_loss_weight = 0\.5"
+    with pytest.raises(LimbeckError, match=sentence):
+        load_mapping({**BASE, "distill_loss_weight": 0.5, "distillation_config": keys})
+
+
 def test_a_mistake_in_its_file_is_reported_with_file_and_line(run) -> None:
     with pytest.raises(LimbeckError, match=r"kd\.yaml:2: distillation_config\.nonsense"):
         load_config(run("skip_lm_loss: true\nnonsense: 1\n"))

@@ -90,6 +90,7 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     # 32 samples are two optimizer steps of 16: 4 data-parallel ranks x 2 rows x 2 micro-batches
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (2, 2)
     assert (config.max_steps, config.eval_steps, config.save_steps) == (14, 10, 8)
+    assert rollout.steps_per_rollout == 2
     assert any("trains 2 optimizer steps" in notice for notice in loaded.notices)
     assert training.lr_scheduler_kwargs == {
         "schedulers": [
@@ -121,6 +122,24 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     assert "policy.generation.port_range_low (run.yaml:" in ignored
     assert "teacher" not in ignored
     assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
+
+
+def test_every_enabled_logger_is_a_tracker() -> None:
+    logger = {
+        "log_dir": "logs", "tensorboard_enabled": True, "wandb_enabled": True, "mlflow_enabled": True,
+        "swanlab_enabled": True, "wandb": {"project": "p", "name": "n", "log_nemo_gym_full_result_tables": False},
+        "mlflow": {"experiment_name": "e", "tracking_uri": "http://host"}, "swanlab": {"project": "s"},
+    }  # fmt: skip
+    source = {"policy": {"model_name": "s"}, "data": {"train": {"dataset_name": "gsm8k"}}, "logger": logger}
+    translation = DIALECT.translate(source, {})
+    assert translation.values["track_with"] == ["tensorboard", "wandb", "mlflow", "swanlab"]
+    assert translation.values["tracker_kwargs"] == {
+        "tensorboard": {"log_dir": "logs/tensorboard"},
+        "wandb": {"project": "p", "name": "n"},
+        "mlflow": logger["mlflow"],
+        "swanlab": logger["swanlab"],
+    }
+    assert "logger.wandb.log_nemo_gym_full_result_tables" in translation.ignored
 
 
 def test_validation_by_writing_becomes_keys_of_limbeck() -> None:

@@ -174,14 +174,57 @@ def test_a_moved_key_has_the_original_key_as_its_origin(load: Load) -> None:
     assert origins["sequence_length"] == "derived from prompt_length + response_length"
 
 
-@pytest.mark.parametrize("role", ["student", "teacher"])
-def test_the_error_for_megatron_names_a_supported_strategy(mistakes: Mistakes, role: str) -> None:
-    suffix = {"student": "train", "teacher": "infer"}[role]
-    (line,) = mistakes(
-        f"{role}.strategy_args.strategy_name=megatron_{suffix}",
-        f"{role}.strategy_args.strategy_config.tensor_model_parallel_size=2",
+def test_the_error_for_a_strategy_that_only_roll_has_names_a_supported_one(mistakes: Mistakes) -> None:
+    path = "teacher.strategy_args.strategy_name"
+    (line,) = mistakes(f"{path}=sglang")
+    assert f"{path} = sglang is not supported yet; use fsdp2_infer or hf_infer" in line
+
+
+MEGATRON = "student.strategy_args.strategy_config"
+
+
+def test_megatron_reads_the_keys_that_other_strategies_ignore(load: Load) -> None:
+    keys = {
+        "virtual_pipeline_model_parallel_size": 2,
+        "use_distributed_optimizer": True,
+        "recompute_granularity": "selective",
+        "recompute_num_layers": 2,
+        "ddp_bucket_size": 1000,
+    }
+    settings = [f"{MEGATRON}.{key}={value}" for key, value in keys.items()]
+    loaded = load(
+        "student.strategy_args.strategy_name=megatron_train", f"{MEGATRON}.overlap_param_gather=true", *settings
     )
-    assert f"{role}.strategy_args.strategy_name = megatron_{suffix} is not supported yet; use fsdp2_{suffix}" in line
+    given = loaded.config.student.strategy_args.strategy_config.megatron
+    assert {key: getattr(given, key) for key in keys} == keys
+    (ignored,) = [notice for notice in loaded.notices if f"{MEGATRON}.overlap_param_gather" in notice]
+    assert f"{MEGATRON}.use_distributed_optimizer" not in ignored
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (
+            ["strategy_name=megatron_train", "strategy_config.fsdp_size=2"],
+            "fsdp_size is not read by megatron_train; remove it",
+        ),
+        (["strategy_name=megatron_train", "strategy_config.fp8=true"], "fp8 = true is not supported yet; remove it"),
+        (
+            ["strategy_name=megatron_train", "strategy_config.recompute_granularity=all"],
+            "= all is not one of full, selective",
+        ),
+        (["strategy_config.virtual_pipeline_model_parallel_size=2"], "= 2 is not supported yet; remove it"),
+        (
+            ["strategy_config.megatron.recompute_num_layers=2"],
+            "is only read by strategy_name: megatron_train; set that",
+        ),
+    ],
+)
+def test_a_key_that_a_strategy_does_not_take_is_an_error(
+    mistakes: Mistakes, settings: list[str], sentence: str
+) -> None:
+    (line,) = mistakes(*(f"student.strategy_args.{setting}" for setting in settings))
+    assert sentence in line
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
@@ -241,7 +284,6 @@ def test_a_disabled_setting_is_accepted(kind: str, key: str, off: tuple[object, 
             "student.training_args.fp16 = true contradicts student.model_args.dtype = bf16",
         ),
         ("student.training_args.seed=1", "student.training_args.seed = 1 contradicts seed = 42"),
-        ("student.training_args.max_steps=9", "student.training_args.max_steps = 9 contradicts max_steps = null"),
         ("model_download_type=MODELSCOPE", "model_download_type = MODELSCOPE is not supported yet"),
         ("checkpoint_config.type=oss", "checkpoint_config.type = oss is not supported yet; use file_system"),
         ("response_length=long", "response_length = long and prompt_length = 1024 must be whole numbers"),

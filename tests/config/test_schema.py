@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from limbeck.config import DistillConfig, render_schema
+from limbeck.config.foreign_keys import FOREIGN_KEYS
 from limbeck.config.schema import walk_keys
+from limbeck.config.validation_errors import explain_unknown_key
 
 
 def config(**changes: Any) -> DistillConfig:
@@ -159,6 +162,23 @@ def test_a_registered_objective_is_an_objective() -> None:
             "not sent between worker groups",
         ),
         ({"tracker_kwargs": {"project": "p"}}, "tracker_kwargs.project is not read by track_with = tensorboard"),
+        (
+            {"track_with": "wandb", "tracker_kwargs": {"api_key": "k"}},
+            "is a secret, which is not read from a file; set WA",
+        ),
+        ({"track_with": ["wandb", "mlfow"]}, "has mlfow, which is not a known tracker; did you mean mlflow?"),
+        (
+            {"track_with": ["wandb", "mlflow"], "tracker_kwargs": {"wandb": {"projct": "p"}}},
+            "tracker_kwargs.wandb.projct is not read by track_with = wandb",
+        ),
+        (
+            {"track_with": ["wandb", "mlflow"], "tracker_kwargs": {"project": "p"}},
+            "tracker_kwargs.project is not one of the trackers .wandb, mlflow.;",
+        ),
+        (
+            {"track_with": ["wandb"], "tracker_kwargs": {"wandb": "p"}},
+            "tracker_kwargs.wandb must be a section with the arguments of wandb",
+        ),
         ({"student": {"model_args": {"additional_target": "lm_head"}}}, "set student.model_args.lora_target too"),
         (
             {
@@ -172,3 +192,13 @@ def test_a_registered_objective_is_an_objective() -> None:
 def test_contradictory_keys_are_an_error(changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValidationError, match=sentence):
         config(**changes)
+
+
+@pytest.mark.parametrize("key", FOREIGN_KEYS)
+def test_a_key_of_trl_or_transformers_is_answered_with_a_key_of_limbeck(key: str) -> None:
+    known = dict(walk_keys(DistillConfig))
+    system, instead = FOREIGN_KEYS[key]
+    assert explain_unknown_key(key, known) == f"is a key of {system}; use {instead}"
+    sections = {path.rpartition(".")[0] for path in known}
+    first = next((word for word in re.findall(r"[a-z]\w*(?:\.\w+)*", instead) if "_" in word or "." in word), None)
+    assert first is None or first in {*known, *sections}

@@ -320,7 +320,7 @@ def test_special_tokens_can_be_translated(small):
             Translator(student, teacher, tokens=tokens)
 
 
-def test_packed_documents_are_rows_of_the_teacher(small, large):
+def test_packed_documents_are_packed_for_the_teacher_too(small, large):
     rows = [{"question": "What is two and three?", "answer": "five " + "indeed " * i} for i in range(8)]
     examples, _ = tokenize_rows(rows, small, template="base", sequence_length=96)
     options = {
@@ -334,7 +334,8 @@ def test_packed_documents_are_rows_of_the_teacher(small, large):
     view = translator.translate(packed).teacher_tokens
     documents = int((packed.position_ids == 0).sum())
     assert documents > packed.input_ids.shape[0]
-    assert view.input_ids.shape[0] == documents
+    assert view.input_ids.shape == (1, sum(view.documents)) and len(view.documents) == documents
+    assert view.position_ids[0].tolist() == [at for length in view.documents for at in range(length)]
     assert view.aligned_tokens == len(packed.supervised)
     alone = [
         translator.translate(batch).teacher_tokens

@@ -1,4 +1,6 @@
-"""``limbeck cluster check`` prints the placement and finds what would fail, before anything is loaded."""
+"""``limbeck check`` prints the placement and the first batch, and finds what would fail, before a model is loaded."""
+
+import sys
 
 import pytest
 import torch
@@ -6,7 +8,9 @@ import yaml
 
 from limbeck.cli import main
 from limbeck.cluster.actors import versions
+from limbeck.errors import LimbeckError
 from limbeck.launch import preflight
+from limbeck.launch.first_batch import describe_data
 from limbeck.models import ModelSource, load_model
 from limbeck.plan.memory import student_memory, teacher_memory
 from limbeck.registry import NEEDS_NO_MODEL, TEACHERS
@@ -20,7 +24,7 @@ def check(settings, tmp_path, monkeypatch, capsys):
     def run(**changes) -> tuple[int, str, str]:
         config = tmp_path / "run.yaml"
         config.write_text(yaml.safe_dump(settings(**changes)))
-        status = main(["cluster", "check", str(config)])
+        status = main(["check", str(config)])
         printed = capsys.readouterr()
         return status, printed.out, printed.err
 
@@ -35,10 +39,40 @@ def test_a_run_that_fits_prints_its_placement(check, assets):
     status, out, err = check(**APART)
     parameters = sum(p.numel() for p in load_model(ModelSource(str(assets / "student")), torch.float32).parameters())
     assert (status, err) == (0, "")
-    assert out.rstrip().endswith("fits")
+    assert out.startswith("versions: python ") and "\nfits\n" in out
+    assert "first batch of each rank: 8×" in out.splitlines()[-1]
     assert f"{parameters:,}" in out
     if not torch.cuda.is_available():
         assert "no GPU was found, so device_mapping counts CPU slots" in out
+
+
+def test_the_data_is_read_as_in_training(check, configure, tmp_path):
+    rows = tmp_path / "mine.jsonl"
+    rows.write_text('{"question": "one?", "answer": "two"}\n{"question": "three?"}\n')
+    data = {"student.data_args.file_name": [str(rows)]}
+    status, out, err = check(**data)
+    assert status == 2 and "\nfits\n" in out
+    assert err.startswith(f"limbeck: {rows}:2 ") and err.count("\n") == 1
+    rows.write_text('{"question": "one?", "answer": "two"}\n')
+    with pytest.raises(LimbeckError, match="1 row"):  # less than one step
+        describe_data(configure(**data))
+    environment = {"rollout.environment": "exact", "rollout.max_new_tokens": 8}
+    assert describe_data(configure(**environment)).endswith("\nfirst batch: written by the student when it trains")
+    with pytest.raises(LimbeckError, match="a row has no reference answer in the column result"):
+        describe_data(configure(**environment, **{"rollout.environment_kwargs": {"answer_key": "result"}}))
+
+
+def test_versions_and_trackers_are_checked(check, monkeypatch):
+    monkeypatch.setattr(
+        preflight, "requires", lambda name: ["torch>=999", "numpy>=1", 'hypothesis>999; extra == "dev"']
+    )
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    status, out, err = check(track_with="wandb")
+    assert status == 2 and "\nfits\n" not in out
+    note, library, tracker = err.splitlines()
+    assert note.startswith("note: hypothesis ")
+    assert library.startswith("limbeck: torch ") and library.endswith("needs >=999; pip install 'torch>=999'.")
+    assert tracker.endswith("install it with: pip install 'limbeck[wandb]'.")
 
 
 def test_everything_that_is_missing_is_an_error_before_anything_starts(check, tmp_path):
@@ -108,7 +142,7 @@ def test_memory_that_sizes_do_not_determine_is_a_notice(check):
     status, out, err = check(
         **{"student.strategy_args.strategy_name": "deepspeed_train", f"{STUDENT}.zero_optimization": offload}
     )
-    assert status == 0 and out.rstrip().endswith("fits")
+    assert status == 0 and "\nfits\n" in out
     assert err.startswith("note: memory is not checked: student") and "offload_optimizer" in err
     assert " teacher " in out and " student " not in out
 
@@ -171,7 +205,7 @@ def test_each_problem_is_one_sentence(check, changes, sentence):
     assert status == 2
     assert sentence in err
     assert all(line.startswith(("limbeck: ", "note: ")) for line in err.splitlines())
-    assert "fits" not in out
+    assert "\nfits\n" not in out
 
 
 @pytest.mark.parametrize(("gpu_memory", "fits"), [(2**20, True), (2**19, False)])

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.report import Answer, Level, ResultRow, ResultTable, Run, Sample, load_run, write_report
-from limbeck.report.charts import line_chart, number
+from limbeck.report import Answer, Level, ResultRow, ResultTable, Run, Sample, load_run, load_runs, write_report
+from limbeck.report.charts import line_chart, number, percent
 from limbeck.report.curves import Curve
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -107,10 +107,31 @@ def test_a_run_keeps_its_colour_where_another_has_no_such_curve(tmp_path):
     assert 'class="line s1"' not in figure
 
 
-def test_runs_with_the_same_name_are_numbered(tmp_path):
-    html = report(tmp_path, [make(tmp_path / "a", "night"), make(tmp_path / "b", "night")])
-    assert "night (1) <b>" in html
-    assert "night (2) <b>" in html
+def test_runs_with_the_same_name_are_called_after_their_folders(tmp_path):
+    for folder in ("a", "b", "c/a"):
+        (tmp_path / folder).mkdir(parents=True)
+        make(tmp_path / folder, "night")
+    assert [run.name for run in load_runs([tmp_path / "a", tmp_path / "b"])] == ["a", "b"]
+    same = [tmp_path / "a", tmp_path / "c/a"]
+    assert [run.name for run in load_runs(same)] == [str(folder) for folder in same]
+    assert [run.name for run in load_runs([tmp_path / "a"])] == ["night"]
+
+
+def y_labels(drawn):
+    return re.findall(r'text-anchor="end">([^<]*)</text>', drawn)[:-1]  # the last one is that of the steps
+
+
+@settings(max_examples=50)
+@given(low=st.floats(-1e6, 1e6), span=st.floats(1e-4, 1e6))
+def test_no_two_ticks_have_the_same_label(low, span):
+    labels = y_labels(line_chart("x", [Curve("x", np.array([1.0, 2.0]), np.array([low, low + span]))]))
+    assert len(set(labels)) == len(labels)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_the_axis_of_a_share_stays_between_0_and_100_percent(value):
+    drawn = line_chart("x", [Curve("x", np.array([1.0, 2.0]), np.full(2, value))], show=percent)
+    assert all(0 <= float(label.rstrip("%")) <= 100 for label in y_labels(drawn))
 
 
 def test_the_better_value_is_marked_and_the_reference_does_not_compete(tmp_path):

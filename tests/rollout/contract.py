@@ -1,4 +1,4 @@
-"""What every generator must do, as functions that a test of each generator calls.
+"""What every generator must do, as functions that a test of each generator calls, and a class of the tests that are the same.
 
 ``generator`` has the weights of ``model``, a float32 model of transformers in evaluation mode.
 """
@@ -6,10 +6,82 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import pytest
 import torch
 
+from limbeck.models import ModelSource, load_model, load_tokenizer
 from limbeck.rollout import Completion, Generator, Prompt, SamplingParams
+from limbeck.strategies.state import iter_model
+
+SETTINGS = [
+    SamplingParams(12),
+    SamplingParams(12, temperature=0.7),
+    SamplingParams(12, top_k=9),
+    SamplingParams(12, top_p=0.8),
+    SamplingParams(12, temperature=0.7, top_k=20, top_p=0.9),
+    SamplingParams(12, temperature=0),
+]
+
+
+class SharedTests:
+    """Tests of every generator. Subclasses run them with the fixtures ``generator``, ``wide_generator`` (which writes many
+    answers at a time), ``model``, ``prompts`` and ``folder``, that of the model.
+    """
+
+    @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+    def test_log_probs_are_those_of_the_sampling_distribution(self, generator, model, prompts, sampling):
+        check_log_probs(generator, model, prompts, sampling)
+
+    @pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[4]], ids=str)
+    def test_samples_have_the_frequencies_of_the_sampling_distribution(self, wide_generator, model, prompts, sampling):
+        check_distribution(wide_generator, model, prompts[0], sampling)
+
+    def test_samples_depend_on_seed_row_and_position_only(self, generator, prompts):
+        once = check_seeds(generator, prompts, SamplingParams(12, temperature=1.5, seed=3))
+        longer = generator.generate(prompts, SamplingParams(20, temperature=1.5, seed=3))
+        assert [written[:12] for written in tokens(longer)] == tokens(once)
+
+    def test_each_prompt_gets_n_completions_in_order(self, generator, prompts):
+        check_n(generator, prompts, SamplingParams(12, temperature=1.5))
+
+    def test_completions_end_at_stop_ids_stop_strings_and_max_tokens(self, generator, folder, prompts):
+        check_stops(generator, prompts[1], load_tokenizer(ModelSource(str(folder))).decode)
+
+    def test_a_special_token_can_be_a_stop_string(self, generator, folder, model, prompts):
+        token = load_tokenizer(ModelSource(str(folder))).convert_tokens_to_ids("<|user|>")
+        check_special_stop(generator, model, prompts, token, "<|user|>")
+
+    def test_offload_and_reload_keep_the_weights(self, generator, model, prompts):
+        generator.offload()
+        generator.reload()
+        check_greedy(generator, model, prompts)
+
+
+def load(folder: Path):
+    """The model of a folder in float32 and evaluation mode."""
+    return load_model(ModelSource(str(folder)), torch.float32).eval()
+
+
+def check_new(generator: Generator, folder: Path) -> None:
+    """A generator without weights writes greedily what the model of ``folder`` does, once it has its weights."""
+    model = load(folder)
+    generator.update_weights(iter_model(model), 7)
+    completions = check_greedy(generator, model, make_prompts(model.config.vocab_size))
+    assert {completion.version for completion in completions} == {7}
+    assert len({token for completion in completions for token in completion.token_ids}) > 20
+
+
+def check_padded(generator: Generator, folder: Path, num_tokens: int) -> None:
+    """Rows of the output head beyond ``num_tokens``, which only pad it, are never written."""
+    model = load(folder)
+    with torch.no_grad():
+        model.lm_head.weight[num_tokens:] = 100 * model.lm_head.weight[num_tokens:].sign()
+    generator.update_weights(iter_model(model), 1)
+    prompts = make_prompts(num_tokens)
+    for sampling in (SamplingParams(8, temperature=0), SamplingParams(8, temperature=2.0)):
+        assert max(max(row) for row in tokens(generator.generate(prompts, sampling))) < num_tokens
 
 
 def make_prompts(vocab_size: int, lengths=(3, 20, 1, 9, 30, 8, 2), seed: int = 0) -> list[Prompt]:

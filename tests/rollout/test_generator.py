@@ -44,6 +44,9 @@ class WrittenRows:
     def weights_changed(self, weights, step):
         self.generator.update_weights(weights(), step)
 
+    def validated(self, metrics):
+        """A step does not depend on it."""
+
     def metrics(self):
         return {}
 

@@ -26,23 +26,11 @@ KINDS = {
     "gemma3_text": SLIDING,
     "phi3": {"resid_pdrop": 0.5},  # dropout, which must be off
 }
-SETTINGS = [
-    SamplingParams(12),
-    SamplingParams(12, temperature=0.7),
-    SamplingParams(12, top_k=9),
-    SamplingParams(12, top_p=0.8),
-    SamplingParams(12, temperature=0.7, top_k=20, top_p=0.9),
-    SamplingParams(12, temperature=0),
-]
 
 
 def needs_gpu(test):
     """Skips ``test`` without a GPU."""
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test))
-
-
-def load(folder: Path):
-    return load_model(ModelSource(str(folder)), torch.float32).eval()
 
 
 def make_generator(
@@ -58,16 +46,6 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def model(folder):
-    return load(folder)
-
-
-@pytest.fixture
-def prompts(model):
-    return contract.make_prompts(model.config.vocab_size)
-
-
-@pytest.fixture
 def generator(folder, model):
     """With three slots for seven prompts, sharing the memory of ``model``."""
     made = make_generator(folder)
@@ -78,51 +56,31 @@ def generator(folder, model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_completions_equal_those_of_transformers(kind, tmp_path):
     folder = make_model(tmp_path, kind=kind.split()[0], **KINDS[kind])
-    model, generator = load(folder), make_generator(folder)
-    generator.update_weights(iter_model(model), 7)
-    completions = contract.check_greedy(generator, model, contract.make_prompts(model.config.vocab_size))
-    assert {completion.version for completion in completions} == {7}
-    assert len({token for completion in completions for token in completion.token_ids}) > 20
+    contract.check_new(make_generator(folder), folder)
 
 
-@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-def test_log_probs_are_those_of_the_sampling_distribution(generator, model, prompts, sampling):
-    contract.check_log_probs(generator, model, prompts, sampling)
+@pytest.fixture
+def wide_generator(folder, model):
+    made = make_generator(folder, slots=256)
+    made.update_weights(iter_model(model), 1)
+    return made
 
 
-@pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[4]], ids=str)
-def test_samples_have_the_frequencies_of_the_sampling_distribution(folder, model, prompts, sampling):
-    generator = make_generator(folder, slots=256)
-    generator.update_weights(iter_model(model), 1)
-    contract.check_distribution(generator, model, prompts[0], sampling)
+class TestContract(contract.SharedTests):
+    """The tests of every generator."""
 
 
-def test_samples_depend_on_seed_row_and_position_only(folder, model, generator, prompts):
+def test_samples_do_not_depend_on_the_number_of_slots(folder, model, generator, prompts):
     sampling = SamplingParams(12, temperature=1.5, seed=3)
-    once = contract.check_seeds(generator, prompts, sampling)
+    once = generator.generate(prompts, sampling)
     for slots in (1, 2, 64):
         other = make_generator(folder, slots)
         other.update_weights(iter_model(model), 1)
         assert contract.tokens(other.generate(prompts, sampling)) == contract.tokens(once)
-    longer = generator.generate(prompts, SamplingParams(20, temperature=1.5, seed=3))
-    assert [written[:12] for written in contract.tokens(longer)] == contract.tokens(once)
-
-
-def test_each_prompt_gets_n_completions_in_order(generator, prompts):
-    contract.check_n(generator, prompts, SamplingParams(12, temperature=1.5))
 
 
 def test_samples_of_a_prompt_continue_it_whether_they_were_prefilled_or_copied(generator, model, prompts):
     contract.check_log_probs(generator, model, prompts, SamplingParams(9, n=4))
-
-
-def test_completions_end_at_stop_ids_stop_strings_and_max_tokens(generator, folder, prompts):
-    contract.check_stops(generator, prompts[1], load_tokenizer(ModelSource(str(folder))).decode)
-
-
-def test_a_special_token_can_be_a_stop_string(generator, folder, model, prompts):
-    token = load_tokenizer(ModelSource(str(folder))).convert_tokens_to_ids("<|user|>")
-    contract.check_special_stop(generator, model, prompts, token, "<|user|>")
 
 
 def test_rows_that_end_early_make_room_for_others(generator, model, prompts):
@@ -158,7 +116,7 @@ def test_the_student_trains_while_its_memory_is_shared(generator, model, prompts
 
 
 def test_an_update_never_writes_to_weights_that_are_shared(generator, folder, model, prompts, tmp_path):
-    other = load(make_model(tmp_path, kind="qwen3", head_dim=8, tie_word_embeddings=True, seed=5))
+    other = contract.load(make_model(tmp_path, kind="qwen3", head_dim=8, tie_word_embeddings=True, seed=5))
     generator.update_weights(iter_model(other), 2)
     contract.check_greedy(generator, other, prompts)
     generator.update_weights(iter_model(other.double()), 3)  # into copies
@@ -166,19 +124,19 @@ def test_an_update_never_writes_to_weights_that_are_shared(generator, folder, mo
     generator.update_weights(iter_model(model), 4)
     generator.update_weights(iter_model(other), 5)
     contract.check_greedy(generator, other, prompts)
-    for parameter, expected in zip(model.parameters(), load(folder).parameters(), strict=True):
+    for parameter, expected in zip(model.parameters(), contract.load(folder).parameters(), strict=True):
         assert torch.equal(parameter, expected)
 
 
 def test_weights_of_another_dtype_are_copied_into_the_same_memory(folder, model, prompts):
     generator = make_generator(folder, dtype=torch.float64)
     generator.update_weights(iter_model(model), 1)
-    before = contract.check_greedy(generator, load(folder).double(), prompts)
+    before = contract.check_greedy(generator, contract.load(folder).double(), prompts)
     places = [parameter.data_ptr() for parameter in generator.model.parameters()]
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.2).add_(0.03)
-    assert contract.check_greedy(generator, load(folder).double(), prompts) == before
+    assert contract.check_greedy(generator, contract.load(folder).double(), prompts) == before
     generator.update_weights(iter_model(model), 2)
     assert [parameter.data_ptr() for parameter in generator.model.parameters()] == places
     contract.check_greedy(generator, model.double(), prompts)
@@ -211,15 +169,8 @@ def test_a_generator_without_weights_is_refused(folder, prompts):
 
 
 def test_rows_that_pad_the_head_are_never_written(tmp_path):
-    folder = make_model(tmp_path / "padded", vocab_size=384)  # the tokenizer has 320 tokens
-    model = load(folder)
-    with torch.no_grad():
-        model.lm_head.weight[320:] = 100 * model.lm_head.weight[320:].sign()
-    generator = make_generator(folder)
-    generator.update_weights(iter_model(model), 1)
-    prompts = contract.make_prompts(320)
-    for sampling in (SamplingParams(8, temperature=0), SamplingParams(8, temperature=2.0)):
-        assert max(max(row) for row in contract.tokens(generator.generate(prompts, sampling))) < 320
+    folder = make_model(tmp_path / "padded", vocab_size=384)  # more than the tokenizer has
+    contract.check_padded(make_generator(folder), folder, len(load_tokenizer(ModelSource(str(folder)))))
 
 
 def test_no_prompts_give_no_completions(generator):
@@ -258,15 +209,9 @@ def test_a_model_with_another_state_is_refused(tmp_path):
 def test_a_soft_cap_in_the_attention_is_refused(tmp_path):
     folder = make_model(tmp_path, kind="gemma2", **SLIDING)
     generator = make_generator(folder)
-    generator.update_weights(iter_model(load(folder)), 1)
+    generator.update_weights(iter_model(contract.load(folder)), 1)
     with pytest.raises(LimbeckError, match="Gemma2Attention has a soft-cap or sinks"):
         generator.generate([Prompt((5, 6, 7), 0)], SamplingParams(1))
-
-
-def test_offload_and_reload_keep_the_weights(generator, model, prompts):
-    generator.offload()
-    generator.reload()
-    contract.check_greedy(generator, model, prompts)
 
 
 def test_a_configuration_that_other_models_share_is_not_changed(folder):
@@ -296,7 +241,7 @@ def test_offload_frees_the_gpu(folder, model, prompts):
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_completions_equal_those_of_transformers_on_a_gpu(kind, tmp_path):
     folder = make_model(tmp_path, kind=kind.split()[0], **KINDS[kind])
-    model, generator = load(folder), make_generator(folder, device="cuda")
+    model, generator = contract.load(folder), make_generator(folder, device="cuda")
     generator.update_weights(iter_model(model), 1)
     contract.check_greedy(generator, model, contract.make_prompts(model.config.vocab_size))
 

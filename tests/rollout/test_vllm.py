@@ -11,7 +11,7 @@ from tiny import make_model
 
 from limbeck import registry
 from limbeck.errors import LimbeckError
-from limbeck.models import ModelSource, load_model, load_tokenizer, model_outline
+from limbeck.models import ModelSource, load_tokenizer, model_outline
 from limbeck.rollout import Prompt, SamplingParams
 from limbeck.rollout.vllm import VllmGenerator
 from limbeck.strategies.state import iter_model
@@ -23,14 +23,6 @@ def needs_vllm(test):
     return pytest.mark.vllm(pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: make test-vllm")(test))
 
 
-SETTINGS = [
-    SamplingParams(12),
-    SamplingParams(12, temperature=0.7),
-    SamplingParams(12, top_k=9),
-    SamplingParams(12, top_p=0.8),
-    SamplingParams(12, temperature=0.7, top_k=20, top_p=0.9),
-    SamplingParams(12, temperature=0),
-]
 KINDS = {"llama": {}, "qwen2": {}, "qwen3 tied": {"tie_word_embeddings": True}}
 
 
@@ -41,10 +33,6 @@ def make_student(folder, kind="qwen3", **changes):
         kind=kind,
         **{"head_dim": 32, "initializer_range": 0.01, "hidden": 128 if kind == "qwen2" else 32, **changes},
     )
-
-
-def load(folder):
-    return load_model(ModelSource(str(folder)), torch.float32).eval()
 
 
 def start(folder, **changes):
@@ -66,68 +54,33 @@ def engine(folder):
 
 
 @pytest.fixture
-def model(folder):
-    return load(folder)
-
-
-@pytest.fixture
-def prompts(model):
-    return contract.make_prompts(model.config.vocab_size)
-
-
-@pytest.fixture
 def generator(engine, model):
     engine.update_weights(iter_model(model), 1)
     return engine
 
 
+@pytest.fixture
+def wide_generator(generator):
+    return generator
+
+
 @needs_vllm
-class TestContract:
+class TestNewEngines:
     @pytest.mark.parametrize("kind", KINDS)
     def test_greedy_completions_equal_those_of_transformers(self, kind, tmp_path):
         folder = make_student(tmp_path, kind.split()[0], **KINDS[kind])
-        model, generator = load(folder), start(folder)
-        generator.update_weights(iter_model(model), 7)
-        completions = contract.check_greedy(generator, model, contract.make_prompts(model.config.vocab_size))
-        assert {completion.version for completion in completions} == {7}
-        assert len({token for completion in completions for token in completion.token_ids}) > 20
+        contract.check_new(start(folder), folder)
 
     def test_rows_that_pad_the_head_are_never_written(self, tmp_path):
         folder = make_student(tmp_path / "padded", vocab_size=384)  # more than the tokenizer has
-        model, num_tokens = load(folder), len(load_tokenizer(ModelSource(str(folder))))
-        with torch.no_grad():
-            model.lm_head.weight[num_tokens:] = 100 * model.lm_head.weight[num_tokens:].sign()
         generator = start(folder)
         with pytest.raises(LimbeckError, match="no weights yet; call update_weights"):
             generator.generate([Prompt((5,), 0)], SamplingParams(1))
-        generator.update_weights(iter_model(model), 1)
-        prompts = contract.make_prompts(num_tokens)
-        for sampling in (SamplingParams(8, temperature=0), SamplingParams(8, temperature=2.0)):
-            assert max(max(row) for row in contract.tokens(generator.generate(prompts, sampling))) < 320
+        contract.check_padded(generator, folder, len(load_tokenizer(ModelSource(str(folder)))))
 
-    @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
-    def test_log_probs_are_those_of_the_sampling_distribution(self, generator, model, prompts, sampling):
-        contract.check_log_probs(generator, model, prompts, sampling)
 
-    @pytest.mark.parametrize("sampling", [SETTINGS[0], SETTINGS[4]], ids=str)
-    def test_samples_have_the_frequencies_of_the_sampling_distribution(self, generator, model, prompts, sampling):
-        contract.check_distribution(generator, model, prompts[0], sampling)
-
-    def test_samples_depend_on_seed_row_and_position_only(self, generator, prompts):
-        once = contract.check_seeds(generator, prompts, SamplingParams(12, temperature=1.5, seed=3))
-        longer = generator.generate(prompts, SamplingParams(20, temperature=1.5, seed=3))
-        assert [written[:12] for written in contract.tokens(longer)] == contract.tokens(once)
-
-    def test_each_prompt_gets_n_completions_in_order(self, generator, prompts):
-        contract.check_n(generator, prompts, SamplingParams(12, temperature=1.5))
-
-    def test_completions_end_at_stop_ids_stop_strings_and_max_tokens(self, generator, folder, prompts):
-        contract.check_stops(generator, prompts[1], load_tokenizer(ModelSource(str(folder))).decode)
-
-    def test_a_special_token_can_be_a_stop_string(self, generator, folder, model, prompts):
-        token = load_tokenizer(ModelSource(str(folder))).convert_tokens_to_ids("<|user|>")
-        contract.check_special_stop(generator, model, prompts, token, "<|user|>")
-
+@needs_vllm
+class TestContract(contract.SharedTests):
     def test_an_update_replaces_the_weights_of_a_tied_head_too(self, generator, model, prompts):
         before = contract.check_greedy(generator, model, prompts)
         with torch.no_grad():
@@ -137,7 +90,7 @@ class TestContract:
         for left_out in ("", "lm_head.weight", "model.embed_tokens.weight"):
             generator.update_weights(((n, w) for n, w in weights.items() if n != left_out), 2)
             assert contract.check_greedy(generator, model, prompts) != before
-            contract.check_log_probs(generator, model, prompts, SETTINGS[0])
+            contract.check_log_probs(generator, model, prompts, contract.SETTINGS[0])
 
     @pytest.mark.parametrize(
         ("name", "sent", "sentence"),
@@ -171,11 +124,6 @@ class TestContract:
         with pytest.raises(LimbeckError, match=r"cannot sample at temperature 0\.005"):
             generator.generate(prompts, SamplingParams(1, temperature=0.005))
         assert generator.generate([], SamplingParams(4)) == []
-
-    def test_offload_and_reload_keep_the_weights(self, generator, model, prompts):
-        generator.offload()
-        generator.reload()
-        contract.check_greedy(generator, model, prompts)
 
     def test_an_engine_that_fails_in_a_batch_is_reported(self, generator, prompts, monkeypatch):
         engine = generator._llm.llm_engine
@@ -219,7 +167,7 @@ class TestContract:
         assert torch.get_num_threads() == threads + 1
         torch.set_num_threads(threads)
         with pytest.raises(LimbeckError, match="has failed or was ended"):
-            first.update_weights(iter_model(load(folder)), 1)
+            first.update_weights(iter_model(contract.load(folder)), 1)
 
 
 @needs_vllm
@@ -239,6 +187,7 @@ class TestRuns:
                 "eval_steps": 0,
                 "distill_loss_weight": 1.0,
                 "rollout.generator": name,
+                "rollout.offload": True,
                 "rollout.max_new_tokens": 12,
                 "rollout.temperature": 0.0,
                 **rows(4, 2 // ranks),

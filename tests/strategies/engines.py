@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from limbeck.strategies.base import MicroBatches
+from limbeck.strategies.base import EngineState, MicroBatches
+from limbeck.strategies.shards import whole_box
 from limbeck.strategies.world import World
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -49,6 +50,17 @@ def make_inputs(steps: int) -> list[Tensor]:
 
 def micro_batches(*inputs: Tensor) -> MicroBatches[Tensor]:
     return MicroBatches(len(inputs), lambda: iter(inputs))
+
+
+def whole_state(engine) -> EngineState[Tensor]:
+    """The state of an engine that is alone in its process, as whole tensors of their own."""
+    state = engine.state_dict()
+
+    def whole(shards) -> dict[str, Tensor]:
+        assert all(part.box == whole_box(part.shape) for (part,) in shards.values())
+        return {name: part.read().clone() for name, (part,) in shards.items()}
+
+    return EngineState(whole(state.model), whole(state.optimizer), state.scaler)
 
 
 def train_step(engine, *inputs: Tensor) -> float:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from runs import assert_same_weights, forget_after, metrics, rows, train
+from runs import assert_same_weights, forget_after, metrics, rows, train, training_state
 from safetensors.torch import load_file
 from tiny import make_model
 from transformers import AutoModelForCausalLM
@@ -64,7 +64,7 @@ def test_a_zero_stage_gives_the_run_of_one_process(configure, settings, tmp_path
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
     assert_same_weights(tmp_path / "one" / "student", tmp_path / "many" / "student", tolerance=1e-5)
     for name in ("masters", "optimizer"):
-        one, many = (load_file(tmp_path / run / f"student/training/{name}.safetensors") for run in ("one", "many"))
+        one, many = (training_state(tmp_path / run / "student", name) for run in ("one", "many"))
         assert one.keys() == many.keys()
         for key, value in one.items():
             torch.testing.assert_close(many[key], value, rtol=0, atol=1e-5)

@@ -9,22 +9,24 @@ from runs import weights
 from tiny import make_model
 from transformers import AutoModelForCausalLM
 
-from limbeck import DistillPipeline
+from limbeck import DistillPipeline, LimbeckError
 from limbeck.config.schema import TrainingArgs
-from limbeck.strategies.base import EngineState, MicroBatches
+from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.optimizer import make_optimizer
 from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.train.build.run import build_run
 from limbeck.train.loop import train_step as run_step
-from strategies.engines import ALONE, make_inputs, make_root, micro_batches, train_step
+from strategies.engines import ALONE, make_inputs, make_root, micro_batches, train_step, whole_state
 
 SHORT = {"max_steps": 2, "save_steps": 0, "eval_steps": 0}
 ARGS = TrainingArgs(learning_rate=0.05, weight_decay=0.1)
 
 
-def make_engine(**options) -> TorchEngine:
-    root = make_root()
-    return TorchEngine(root, make_optimizer(root, ARGS), ALONE, **options)
+def make_engine(optimizer: str = "adamw", root: torch.nn.Module | None = None, **options) -> TorchEngine:
+    root = make_root() if root is None else root
+    return TorchEngine(
+        root, make_optimizer(root, ARGS.model_copy(update={"optimizer_name": optimizer})), ALONE, **options
+    )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -40,6 +42,7 @@ def test_weights_have_hugging_face_names_and_are_what_a_checkpoint_holds(configu
     run_step(run)
     run_step(run)
     run.saver.save(run.step, run.requests.state_dict(), {})
+    run.saver.wait()
     run.source.close()
     now, saved = dict(run.engine.iter_weights()), weights(tmp_path / "out" / "checkpoint-2")
     assert now.keys() - saved.keys() == ({"lm_head.weight"} if tied else set())
@@ -57,7 +60,7 @@ def test_the_state_has_trained_parameters_only_and_the_moments_of_each():
     engine = make_engine()
     for inputs in make_inputs(2):
         train_step(engine, inputs)
-    state = engine.state_dict()
+    state = whole_state(engine)
     trained = {"model.0.weight", "model.0.bias", "model.1.weight"}
     assert engine.trained_names() == state.model.keys() == trained
     entries = ("exp_avg", "exp_avg_sq", "step")
@@ -70,16 +73,15 @@ def test_the_state_has_trained_parameters_only_and_the_moments_of_each():
             torch.testing.assert_close(state.optimizer[f"{name}|exp_avg"], moments["exp_avg"], rtol=0, atol=0)
 
 
-def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it():
-    first, second = make_engine(max_norm=0.5), make_engine(max_norm=0.5)
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
+def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it(name):
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        pytest.skip("torch.optim.Muon is in PyTorch 2.9 and later")
+    first, second = make_engine(name, max_norm=0.5), make_engine(name, max_norm=0.5)
     *before, last = make_inputs(4)
     for inputs in before:
         train_step(first, inputs)
-    state = first.state_dict()
-    copied = EngineState(
-        {name: tensor.clone() for name, tensor in state.model.items()},
-        {name: tensor.clone() for name, tensor in state.optimizer.items()},
-    )
+    copied = whole_state(first)
     second.optimizer.param_groups[0]["lr"] = first.optimizer.param_groups[0]["lr"] = 0.02
     second.load_state_dict(copied)
     assert second.optimizer.param_groups[0]["lr"] == 0.02  # the schedule sets it, not the state
@@ -88,9 +90,44 @@ def test_an_engine_that_loads_a_state_goes_on_as_the_one_that_gave_it():
     assert train_step(first, last) == train_step(second, last)
     for (name, one), (_, other) in zip(first.iter_weights(), second.iter_weights(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
-    after, resumed = first.state_dict().optimizer, second.state_dict().optimizer
+    after, resumed = whole_state(first).optimizer, whole_state(second).optimizer
     for key, value in after.items():
         torch.testing.assert_close(resumed[key], value, rtol=0, atol=0, msg=key)
+
+
+class Wide(torch.nn.Module):
+    """A matrix that is large enough for moments in 8 bits, and a bias that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.model = torch.nn.Linear(4, 2048)
+
+    def forward(self, inputs):
+        return SimpleNamespace(loss=self.model(inputs).square().mean())
+
+
+def test_moments_in_8_bits_are_saved_exactly():
+    pytest.importorskip("torchao")
+    with torch.compiler.set_stance("force_eager"):
+        first, second = make_engine("adamw_8bit", Wide()), make_engine("adamw_8bit", Wide())
+        *before, last = make_inputs(4)
+        for inputs in before:
+            train_step(first, inputs)
+        state = whole_state(first)
+        assert state.optimizer["model.weight|exp_avg.codes"].dtype is torch.uint8
+        assert all(type(value) is torch.Tensor for value in state.optimizer.values())
+        second.load_state_dict(state)
+        assert train_step(first, last) == train_step(second, last)
+    for (name, one), (_, other) in zip(first.iter_weights(), second.iter_weights(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, msg=name)
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    first = make_engine("adafactor")
+    train_step(first, make_inputs(1)[0])
+    with pytest.raises(LimbeckError, match="state of another optimizer"):
+        make_engine().load_state_dict(whole_state(first))
 
 
 def test_the_loss_scale_of_fp16_is_part_of_the_state():
@@ -98,14 +135,14 @@ def test_the_loss_scale_of_fp16_is_part_of_the_state():
     train_step(first, torch.full((5, 4), 3e4))  # overflows, which halves the scale
     scale = first.state_dict().scaler["scale"]
     assert scale < second.state_dict().scaler["scale"]
-    second.load_state_dict(first.state_dict())
+    second.load_state_dict(whole_state(first))
     assert second.state_dict().scaler["scale"] == scale
 
 
 def test_a_state_without_a_loss_scale_leaves_that_of_an_fp16_engine():
     plain, half = make_engine(), make_engine(compute_dtype=torch.float16)
     before = half.state_dict().scaler
-    half.load_state_dict(plain.state_dict())
+    half.load_state_dict(whole_state(plain))
     assert plain.state_dict().scaler == {}
     assert half.state_dict().scaler == before
 

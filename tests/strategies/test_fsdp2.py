@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
 from runs import assert_same_weights, forget_after, metrics, rows, train
 
@@ -108,6 +109,7 @@ def test_a_stop_signal_reaches_every_rank(settings, tmp_path, number):
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, text
     assert f"Stopped by {number.name}" in text
+    assert text.count("Stopping after this step and saving") == 1, "by the main rank only"
     assert (out / "student" / "model.safetensors").is_file()
 
 
@@ -133,3 +135,13 @@ def test_ranks_wait_for_a_long_tokenisation_but_not_for_a_dead_one(tmp_path, mai
     done = subprocess.run([*launcher, str(script), main], capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode == 0) == (main == "lives"), done.stderr
     assert done.stdout.count("goes on") == (2 if main == "lives" else 0)
+
+
+@pytest.mark.processes
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon is in PyTorch 2.9 and later")
+def test_muon_on_ranks_gives_the_losses_of_one(configure, settings, tmp_path):
+    muon = {"student.training_args.optimizer_name": "muon", "max_steps": 3, "eval_steps": 0, "save_steps": 0}
+    DistillPipeline(configure(**muon, output_dir=str(tmp_path / "one"))).run()
+    train(settings(**muon, **rows(4), output_dir=str(tmp_path / "many")), tmp_path, 2)
+    one, many = (metrics(tmp_path / name, "train/loss") for name in ("one", "many"))
+    assert many == pytest.approx(one, rel=2e-4)  # Muon computes in bfloat16

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from limbeck.config.schema import TrainingArgs
 from limbeck.strategies.optimizer import make_optimizer
 from limbeck.strategies.torch_engine import TorchEngine
-from strategies.engines import ALONE, micro_batches
+from strategies.engines import ALONE, micro_batches, whole_state
 
 SIZE = 32
 
@@ -77,7 +77,7 @@ def test_masters_take_steps_that_bfloat16_cannot_hold_and_a_checkpoint_keeps_the
     ((_, weight),) = engine.iter_weights()
     torch.testing.assert_close(weight, torch.full_like(weight, 1 - 3e-5), rtol=0, atol=1e-6)
     other = make_engine(learning_rate=0.05)
-    other.load_state_dict(engine.state_dict())
+    other.load_state_dict(whole_state(engine))
     ((_, loaded),) = other.iter_weights()
     assert loaded.dtype is torch.float32 and torch.equal(loaded, weight)
     other.offload()

@@ -1,5 +1,7 @@
 """Whole states are cut into the shards of every rank as the mesh divides them, also where the sizes do not fit."""
 
+import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,7 +13,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from limbeck.strategies.state import gather_model, gather_optimizer, iter_model, load_model_state, load_optimizer_state
+from limbeck.strategies.shards import flat_boxes
+from limbeck.strategies.state import (
+    iter_model,
+    load_model_state,
+    load_optimizer_state,
+    model_shards,
+    optimizer_shards,
+)
 
 
 @contextmanager
@@ -79,9 +88,16 @@ def test_every_rank_gets_its_shard_of_the_weights_and_moments(sizes, placements,
             assert state["step"].item() == 9.0
             torch.testing.assert_close(model.weight.to_local(), expected, rtol=0, atol=0)
             assert optimizer.param_groups[0]["lr"] == 0.25
+            held = model_shards(model, ["weight"]) | optimizer_shards(model, optimizer)
+            for name, whole in (("weight", full), ("weight|exp_avg", full + 1), ("weight|exp_avg_sq", full + 2)):
+                (shard,) = held[name]
+                assert shard.shape == (5, 4)
+                torch.testing.assert_close(shard.read(), whole[shard.box], rtol=0, atol=0)
+                torch.testing.assert_close(shard.read(), expected + (whole - full)[0, 0], rtol=0, atol=0)
+            assert [part.shape for part in held["weight|step"]] == [()]
 
 
-def test_whole_tensors_are_gathered_only_where_they_are_kept():
+def test_what_a_rank_holds_is_read_as_plain_tensors():
     full = torch.arange(20.0).view(5, 4)
     with mesh_of(0, {"dp_shard": 1}) as mesh:
         model = sharded_model(full, full, mesh, [Shard(0)])
@@ -91,15 +107,9 @@ def test_whole_tensors_are_gathered_only_where_they_are_kept():
             model, optimizer,
             {"weight|exp_avg": full, "weight|exp_avg_sq": full, "weight|step": torch.tensor(1.0)},
         )  # fmt: skip
-        kept, dropped = (gather_model(model, ["weight"], keep=keep) for keep in (True, False))
-        assert kept.keys() == {"weight"}
-        assert type(kept["weight"]) is Tensor
-        torch.testing.assert_close(kept["weight"], full, rtol=0, atol=0)
-        assert dropped == {}
-        moments = gather_optimizer(model, optimizer, keep=True)
-        assert moments.keys() == {"weight|exp_avg", "weight|exp_avg_sq", "weight|step"}
-        assert all(type(value) is Tensor for value in moments.values())
-        assert gather_optimizer(model, optimizer, keep=False) == {}
+        held = model_shards(model, ["weight"]) | optimizer_shards(model, optimizer)
+        assert held.keys() == {"weight", "weight|exp_avg", "weight|exp_avg_sq", "weight|step"}
+        assert all(type(part.read()) is Tensor for (part,) in held.values())
         weights = dict(iter_model(model))
         assert weights.keys() == {"weight", "frozen"}
         assert not any(isinstance(value, DTensor) or value.requires_grad for value in weights.values())
@@ -109,4 +119,16 @@ def test_only_names_under_the_prefix_are_given_without_it():
     root = nn.Module()
     root.model, root.features = nn.Linear(2, 2), nn.Linear(3, 3)
     assert {name: tuple(value.shape) for name, value in iter_model(root, "model.")} == {"weight": (2, 2), "bias": (2,)}
-    assert gather_model(root, ["features.bias"], keep=True).keys() == {"features.bias"}
+    assert model_shards(root, ["features.bias"]).keys() == {"features.bias"}
+
+
+def test_a_range_of_a_flattened_tensor_is_a_few_boxes():
+    generator = random.Random(0)
+    for _ in range(300):
+        shape = [generator.randint(1, 4) for _ in range(generator.randint(0, 4))]
+        tensor = torch.arange(math.prod(shape)).view(shape)
+        start, stop = sorted(generator.randint(0, tensor.numel()) for _ in range(2))
+        boxes = list(flat_boxes(shape, start, stop))
+        found = [value for box in boxes for value in tensor[box].flatten().tolist()]
+        assert found == list(range(start, stop)), (shape, start, stop)
+        assert len(boxes) < max(2, 2 * len(shape)), (shape, start, stop)

@@ -107,6 +107,23 @@ def test_with_equal_tokenizers_the_losses_are_those_of_an_ordinary_run(configure
     assert set(lines(tmp_path / "hybrid", "train/aligned_share")) == {1.0}
 
 
+@pytest.mark.parametrize("prompt", [{}, {"teacher.prompt.template": "{{ question }} It is {{ answer }}"}])
+def test_packed_answers_of_the_student_give_the_losses_of_padded_ones(configure, cross, tmp_path, prompt):
+    changes = {**cross, **prompt, "max_steps": 2, "eval_steps": 0, "sequence_length": 96}
+    changes |= {"rollout": {"on_policy_fraction": 0.6, "max_new_tokens": 16}}
+    packing = {
+        "student.use_sequence_packing": True,
+        "student.use_dynamic_batching_in_train": True,
+        "student.max_tokens_per_microbatch_in_train": 128,
+    }
+    for name, more in {"padded": {}, "packed": packing}.items():
+        DistillPipeline(configure(**changes, **more, output_dir=str(tmp_path / name))).run()
+    for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "train/aligned_share"):
+        assert lines(tmp_path / "packed", key) == pytest.approx(lines(tmp_path / "padded", key), rel=2e-5), key
+    assert all(share > 0 for share in lines(tmp_path / "padded", "train/aligned_share"))
+    assert lines(tmp_path / "padded", "rollout/mean_length")[0] > 4
+
+
 def test_another_tokenizer_is_an_error_without_cross_tokenizer(configure, cross):
     with pytest.raises(LimbeckError, match=r"differ in \d+ of \d+ ids .* or set cross_tokenizer: hybrid"):
         DistillPipeline(configure(**{**cross, "cross_tokenizer": "off"})).run()

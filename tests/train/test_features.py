@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_weights, forget_after, metrics, rows, train, weights
+from runs import assert_same_weights, forget_after, metrics, rows, train, training_state, weights
 from safetensors.torch import load_file
 from tiny import make_model
 from transformers import AutoModelForCausalLM
@@ -122,9 +122,7 @@ def test_several_ranks_give_the_losses_of_one(configure, settings, tmp_path, cha
     train(settings(output_dir=str(tmp_path / "many"), **{**changes, **common}), tmp_path, ranks)
     for key in ("train/loss", TOTAL, "train/features/model.layers.0.mlp", "student/grad_norm", "val/loss"):
         assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5), key
-    projections = [
-        load_file(tmp_path / name / "checkpoint-12/training/masters.safetensors") for name in ("one", "many")
-    ]
+    projections = [training_state(tmp_path / name / "checkpoint-12", "masters") for name in ("one", "many")]
     name = "features.losses.projections.0.weight"
     torch.testing.assert_close(projections[1][name], projections[0][name], rtol=0, atol=1e-4)
 
@@ -139,11 +137,11 @@ def test_resume_is_bit_exact_and_projections_stay_out_of_the_student(configure, 
     forget_after(out, 5)
     DistillPipeline(configure(**changes, resume_from_checkpoint=True)).run()
     assert_same_weights(tmp_path / "full" / "checkpoint-12", out / "checkpoint-12")
-    masters = [load_file(folder / "checkpoint-12/training/masters.safetensors") for folder in (tmp_path / "full", out)]
+    masters = [training_state(folder / "checkpoint-12", "masters") for folder in (tmp_path / "full", out)]
     mine = [name for name in masters[0] if name.startswith("features.")]
     assert len(mine) == 6  # three pairs of different widths, a weight and a bias each
     assert all(masters[0][name].equal(masters[1][name]) for name in masters[0])
-    first = load_file(out / "checkpoint-5/training/masters.safetensors")
+    first = training_state(out / "checkpoint-5", "masters")
     assert not any(first[name].equal(masters[0][name]) for name in mine)  # they are trained
     assert not any(name.startswith("features.") for name in weights(out / "checkpoint-12"))
     AutoModelForCausalLM.from_pretrained(out / "student")
@@ -163,7 +161,7 @@ def test_lora_trains_projections_and_adapters(configure):
         max_steps=2, eval_steps=0, **{"features.pairs": PAIRS, "student.model_args.lora_target": "all-linear"}
     )
     result = DistillPipeline(config).run()
-    masters = load_file(result.student / "training" / "masters.safetensors")
+    masters = training_state(result.student, "masters")
     assert {"features.losses.projections.2.bias"} <= masters.keys()
     assert all(name.startswith("features.") or "lora_" in name for name in masters)
     assert not any("features" in name for name in load_file(result.student / "adapter" / "adapter_model.safetensors"))

@@ -160,6 +160,7 @@ def test_a_stop_signal_saves_a_checkpoint_and_exits(settings, tmp_path, number):
     process.send_signal(number)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + number, text
+    assert "Stopping after this step and saving; press Ctrl-C again to quit without saving." in text
     assert f"Stopped by {number.name}" in text
     (checkpoint,) = list_checkpoints(out)
     assert find_damage(checkpoint) is None

@@ -54,6 +54,18 @@ def test_a_policy_gradient_of_fresh_samples_is_the_estimate_of_the_reverse_kl(co
     assert policy == pytest.approx(estimate, rel=1e-4) and policy != loss
 
 
+def test_later_steps_on_one_rollout_are_compared_with_the_weights_that_wrote(configure, tmp_path):
+    changes = {"kd_objective": "policy_gradient", "rollout.steps_per_rollout": 2, "max_steps": 4}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The generator's log-prob")  # older weights are no mistake
+        DistillPipeline(configure(**{**SHORT, **changes})).run()
+    gaps = metrics(tmp_path / "out", "rollout/log_prob_gap_mean")
+    assert max(gaps[0::2]) < 1e-4 < 1e-2 < min(gaps[1::2])
+    policy, estimate = (metrics(tmp_path / "out", f"train/{key}") for key in ("policy_loss", "train_distill_loss"))
+    assert policy[0::2] == pytest.approx(estimate[0::2], rel=1e-3)  # the ratios are 1
+    assert abs(policy[1] - estimate[1]) > 1e-4
+
+
 def register(name, change):
     """A generator whose completions are those of hf, changed."""
 

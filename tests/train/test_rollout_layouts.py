@@ -30,12 +30,19 @@ ZERO = {
     "student.strategy_args.strategy_name": "deepspeed_train",
     "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
 }
+AVERAGE = {
+    "teacher_pretrain": None,
+    "teacher.source": "student_average",
+    "teacher.source_kwargs": {"decay": 0.6},
+    "teacher.strategy_args.strategy_name": "fsdp2_infer",
+}
 CASES = {  # what one process and two ranks have in common, and what only two ranks have
     "tensor parallel": ({"rollout.max_staleness": 1}, {**rows(8), LAYOUT + "tensor_model_parallel_size": 2}),
     "context parallel": ({"student.use_sequence_packing": True}, {**rows(8), LAYOUT + "context_parallel_size": 2}),
     "pipeline parallel": ({}, {**rows(4, 2), LAYOUT + "pipeline_model_parallel_size": 2}),
     "FSDP2": ({"rollout.num_generations": 2, "rollout.temperature": 1.0}, rows(4)),
     "FSDP2 with adapters": (LORA, rows(4)),
+    "FSDP2 with the student's average as the teacher": (AVERAGE, rows(4)),
     "ZeRO-3": ({}, {**rows(4), **ZERO}),
 }
 
@@ -60,3 +67,8 @@ def test_two_ranks_write_and_learn_what_one_process_does(configure, settings, tm
     for name, (one, many) in outputs.items():
         for key in ("train/loss", "rollout/mean_length", "rollout/on_policy_share", "student/grad_norm"):
             assert metrics(many, key) == pytest.approx(metrics(one, key), rel=1e-4), (name, key)
+        if "average" in name:  # the averages of two ranks go on in one process
+            for folder in (one, many):
+                more = {"max_steps": 3, "resume_from_checkpoint": True, "output_dir": str(folder)}
+                DistillPipeline(configure(**WRITING | common | more, student_pretrain=tied)).run()
+            assert metrics(many, "train/loss") == pytest.approx(metrics(one, "train/loss"), rel=1e-4)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
-from limbeck.config.schema.rollout import FractionSchedule
+from limbeck.config.schema.schedules import AdaptiveSchedule, FractionSchedule
 from limbeck.strategies.world import World
 from limbeck.train import rollout_source
+from limbeck.train.adaptive_share import AdaptiveShare
 from limbeck.train.build.data import make_data
 from limbeck.train.replay import ReplayBuffer
 from limbeck.train.rollout_source import RolloutSource
@@ -70,6 +71,45 @@ def test_the_share_that_the_student_writes_follows_its_schedule(source):
         made.next(step)
     shares = [np.mean([one.origin == "student" for one in samples]) for samples in steps]
     assert shares[0] == 0 and 0 < np.mean(shares[1:6]) < 1 and shares[6:] == [1, 1]
+
+
+def test_an_adaptive_share_grows_when_the_validation_is_no_better_than_at_the_last_increase():
+    schedule = AdaptiveSchedule(shape="adaptive", start=0.2, end=0.5, increment=0.2, tolerance=0.1, metric="val/ce")
+    share, found = AdaptiveShare(schedule), []
+    for loss in (2.0, 1.5, 2.05, 2.1, 2.15, 2.3, 9.0):
+        share.validated({"val/ce": loss, "val/loss": 0.0})
+        found.append(share.at(0, 1))
+    share.validated({})
+    assert found == pytest.approx([0.2, 0.2, 0.2, 0.4, 0.4, 0.5, 0.5])
+    other = AdaptiveShare(schedule)
+    other.load(json.loads(json.dumps(share.state())))
+    assert other.state() == share.state() == {"share": 0.5, "reference": 9.0}
+
+
+def test_a_resumed_run_with_an_adaptive_share_and_decreasing_writing_is_that_of_one_that_went_through(
+    configure, tmp_path
+):
+    common = {
+        **SHORT,
+        **rows(4, 2),
+        "rollout.on_policy_fraction": {"shape": "adaptive", "start": 0.4, "increment": 0.3, "tolerance": -9.0},
+        "rollout.replay": {"fraction": {"start": 0, "end": 1, "share": 1}, "replaces": "student", "capacity": 4},
+        "validation.at_start": True,
+        "max_steps": 8,
+        "eval_steps": 2,
+        "save_steps": 4,
+    }
+    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
+    assert metrics(tmp_path / "whole", "rollout/adaptive_share") == pytest.approx([0.4, 0.4, 0.7, 0.7, 1, 1, 1, 1])
+    written, replayed = (metrics(tmp_path / "whole", f"rollout/{name}_share") for name in ("on_policy", "replay"))
+    assert [one + other for one, other in zip(written[4:], replayed[4:], strict=True)] == [1] * 4
+    assert replayed[0] == 0 and replayed[7] > written[7] > 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts", symlinks=True)
+    forget_after(tmp_path / "parts", 4)
+    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True, output_dir=str(tmp_path / "parts"))).run()
+    assert_same_weights(whole.student, parts.student)
+    shares = {key: metrics(tmp_path / "parts", key)[-4:] for key in ("rollout/adaptive_share", "rollout/replay_share")}
+    assert shares == {key: metrics(tmp_path / "whole", key)[4:] for key in shares}
 
 
 def test_replay_draws_from_the_newest_samples_of_the_student(source):
@@ -217,6 +257,13 @@ def test_a_row_without_an_answer_is_refused_where_the_data_answers(settings, tmp
         ({"rollout.on_policy_fraction": "half"}, "rollout.on_policy_fraction"),
         ({"rollout.off_policy": "teacher", "cross_tokenizer": "uld"}, "cannot be combined with cross_tokenizer"),
         ({"rollout.replay.fraction": 1.5}, "rollout.replay.fraction"),
+        ({"rollout.replay.fraction": {"shape": "adaptive"}}, "with the shape linear or cosine"),
+        ({"rollout.on_policy_fraction": {"shape": "adaptive"}}, "which follows the validation; set"),
+        ({"rollout.on_policy_fraction": {"shape": "adaptive", "start": 0.5, "end": 0}}, "end must not be below start"),
+        (
+            {"rollout.on_policy_fraction": {"shape": "adaptive"}, "eval_steps": 4, "rollout.max_staleness": 1},
+            "set it to 0",
+        ),
     ],
 )
 def test_what_cannot_be_mixed_is_refused(configure, changes, sentence):

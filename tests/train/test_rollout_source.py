@@ -83,8 +83,13 @@ def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(
     assert made.metrics()["rollout/mean_length"] == 0  # counted anew
 
 
-@pytest.mark.parametrize("staleness", [1, 2])
-def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, staleness):
+@pytest.mark.parametrize(("key", "number", "ages"), [
+    ("max_staleness", 1, [0, 1, 1, 1, 1]),
+    ("max_staleness", 2, [0, 1, 2, 2, 2]),
+    ("steps_per_rollout", 2, [0, 1, 0, 1, 0]),
+    ("steps_per_rollout", 3, [0, 1, 2, 0, 1]),
+])  # fmt: skip
+def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, key, number, ages):
     calls = []
 
     def make_slow_generator(config, world):
@@ -100,7 +105,7 @@ def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, st
         return generator
 
     GENERATORS.register("slow")(make_slow_generator)
-    keys = {"rollout.generator": "slow", "rollout.temperature": 0.0, "rollout.max_staleness": staleness, "max_steps": 5}
+    keys = {"rollout.generator": "slow", "rollout.temperature": 0.0, f"rollout.{key}": number, "max_steps": 5}
     made, config, data = source(**keys)
     student = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
@@ -111,11 +116,11 @@ def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, st
                 parameter.add_(0.02 * step)
         weights.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
         made.weights_changed(lambda: iter(student.state_dict().items()), step)
-        model.load_state_dict(weights[max(0, step - staleness)])
+        model.load_state_dict(weights[step - ages[step]])
         for row, ids, _ in texts(made.next(step)):
             prompt = torch.tensor([data.examples.row(row)[0][: starts[row]].tolist()])
             assert ids == model.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
-        assert made.metrics()["rollout/staleness"] == min(step, staleness)
+        assert made.metrics()["rollout/staleness"] == ages[step]
     made.close()
     assert len(calls) == 5  # and none beyond the last step
 
@@ -148,7 +153,11 @@ def test_without_any_samples_of_the_student_a_run_is_that_of_the_dataset(configu
     assert_same_weights(plain.student, given.student)
 
 
-def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source):
+@pytest.mark.parametrize("shared", [
+    {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True},
+    {"rollout.offload": True},
+])  # fmt: skip
+def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source, shared):
     events = []
 
     def make_recorder(config, world):
@@ -163,12 +172,13 @@ def test_a_generator_that_shares_the_device_is_there_only_while_it_writes(source
         return generator
 
     GENERATORS.register("recorder")(make_recorder)
-    shared = {"student.device_mapping": [0], "teacher.device_mapping": [0], "is_offload_states": True}
     made, config, _ = source(**{"rollout.generator": "recorder", **shared})
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     made.weights_changed(lambda: iter(model.state_dict().items()), 0)
     assert made.next(0).num_supervised
-    assert events == ["reload", "update_weights", "generate", "offload"]
+    made.weights_changed(lambda: iter(model.state_dict().items()), 1)
+    assert made.next(1).num_supervised
+    assert events == ["reload", "update_weights", "generate", "offload"] * 2
     with pytest.raises(LimbeckError, match=r"rollout.max_staleness = 1 writes while the student trains"):
         source(**{**shared, "rollout.max_staleness": 1})
 
@@ -182,8 +192,14 @@ def test_several_samples_of_a_prompt_are_in_one_step(source):
 
 @pytest.mark.parametrize(
     "layout",
-    [{}, {"student.use_sequence_packing": True}, {"rollout.max_staleness": 1}, {"rollout.max_staleness": 2}],
-    ids=["padded", "packed", "one step ahead", "two steps ahead"],
+    [
+        {},
+        {"student.use_sequence_packing": True},
+        {"rollout.max_staleness": 1},
+        {"rollout.max_staleness": 2},
+        {"rollout.steps_per_rollout": 2},
+    ],
+    ids=["padded", "packed", "one step ahead", "two steps ahead", "two steps together"],
 )
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(configure, tmp_path, layout):
     common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.5, **rows(4, 2), "max_steps": 6, "save_steps": 3}

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -10,28 +11,30 @@ import pytest
 import torch
 from runs import weights
 from safetensors.torch import load_file
-from strategies.engines import ALONE
+from strategies.engines import ALONE, whole_state
 from tiny import TEMPLATE, make_model
 from transformers import AutoTokenizer
 
 from limbeck import LimbeckError
 from limbeck.data.templates import NAMED
+from limbeck.strategies.shards import whole_box
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.checkpoint import (
-    Checkpoint,
     best_checkpoints,
     find_damage,
     find_resume,
+    finish_checkpoint,
     list_checkpoints,
     load_checkpoint,
     point,
     prune,
     refuse_earlier_checkpoints,
     refuse_later_checkpoints,
-    save_checkpoint,
+    start_checkpoint,
 )
 from limbeck.train.loop import train_step
 from limbeck.train.saving import find_checkpoint, shareable
+from limbeck.train.tensor_files import write_tensors
 
 
 def names(folder: Path) -> set[str]:
@@ -41,21 +44,23 @@ def names(folder: Path) -> set[str]:
 def write(folder: Path, step: int, metric: float | None = None, **changes) -> Path:
     """A checkpoint with a student of one file."""
     given = {"masters": {"w": torch.full((2,), float(step))}, "optimizer": {}, "state": {"data": step}, **changes}
-    return save_checkpoint(folder, Checkpoint(step, metric=metric, **given), write_student)
-
-
-def write_student(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"student")
-    (folder / "model.safetensors").chmod(0o600)
+    temporary = start_checkpoint(folder, step)
+    (temporary / "model.safetensors").write_bytes(b"student")
+    (temporary / "model.safetensors").chmod(0o600)
+    files = {f"training/{kind}.safetensors": given[kind] for kind in ("masters", "optimizer")}
+    written = {name: write_tensors(temporary / name, tensors, {}) for name, tensors in files.items()}
+    (temporary / "training" / "state.json").write_text(json.dumps(given["state"]))
+    return finish_checkpoint(temporary, step, written, metric)
 
 
 @pytest.fixture
 def build(configure):
-    """``build(**changes)`` → a run whose background work has ended."""
+    """``build(**changes)`` → a run whose background work has ended; saves are complete when they return."""
     runs: list[Run] = []
+    settings = {"eval_steps": 0, "max_steps": 4, "checkpoint_config.async_save": False}
 
     def make(**changes) -> Run:
-        runs.append(build_run(configure(**{"eval_steps": 0, "max_steps": 4, **changes}), ALONE, ExitStack()))
+        runs.append(build_run(configure(**{**settings, **changes}), ALONE, ExitStack()))
         return runs[-1]
 
     yield make
@@ -140,7 +145,7 @@ def test_a_restored_run_has_weights_moments_position_and_learning_rate(build, tm
     assert second.learning_rate == first.learning_rate == pytest.approx(1e-3 / 2)
     assert {group["lr"] for group in second.engine.optimizer.param_groups} == {first.learning_rate}
     for kind in ("model", "optimizer"):
-        expected, found = (getattr(run.engine.state_dict(), kind) for run in (first, second))
+        expected, found = (getattr(whole_state(run.engine), kind) for run in (first, second))
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, rtol=0, atol=0)
@@ -273,14 +278,14 @@ def test_several_best_stay_and_those_of_another_metric_are_not_compared(build, t
 
 def test_a_checkpoint_is_read_back_as_it_was_written(tmp_path):
     shared = torch.arange(6.0).view(2, 3)
-    masters = {"a": shared, "b": shared[0], "c": shared.t()}  # memory that safetensors would refuse
+    masters = {"a": shared, "b": shared[0], "c": shared.t()}  # memory that they share
     path = write(tmp_path, 7, 0.25, masters=masters, optimizer={"a|step": torch.tensor(7.0)}, state={"data": [1]})
     read = load_checkpoint(path)
     assert (read.step, read.metric, read.state) == (7, 0.25, {"data": [1]})
     assert read.masters.keys() == masters.keys()
     for name, tensor in masters.items():
-        torch.testing.assert_close(read.masters[name], tensor, rtol=0, atol=0)
-    assert read.optimizer["a|step"].item() == 7.0
+        torch.testing.assert_close(read.masters[name][whole_box(tensor.shape)], tensor, rtol=0, atol=0)
+    assert read.optimizer["a|step"][()].item() == 7.0
     assert list_checkpoints(tmp_path) == [path]
 
 
@@ -292,15 +297,61 @@ def test_a_checkpoint_replaces_one_of_the_same_step_and_what_a_kill_left(tmp_pat
     assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint-1"}
 
 
-def test_a_failed_write_leaves_the_checkpoints_as_they_were(tmp_path):
-    path = write(tmp_path, 1)
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_failed_write_is_an_error_and_leaves_the_checkpoints_as_they_were(build, tmp_path, monkeypatch, at_once):
+    run, out = build(**{"checkpoint_config.async_save": not at_once}), tmp_path / "out"
+    run.saver.save(1, {}, {})
+    run.saver.wait()
 
-    def fail(folder: Path) -> None:
-        raise OSError("disk full")
+    def fail(*args) -> None:
+        raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(tmp_path, Checkpoint(2, {}, {}, {}), fail)
-    assert list_checkpoints(tmp_path) == [path]
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(
+        LimbeckError, match=r"checkpoint-2 could not be written .*No space left.*before it are complete"
+    ):
+        run.saver.save(2, {}, {})
+        assert not at_once
+        run.saver.save(3, {}, {})
+    assert {entry.name for entry in out.glob("*checkpoint*")} == {"checkpoint-1"}
+    monkeypatch.undo()
+    run.saver.save(4, {}, {})
+    run.saver.wait()
+    assert names(out) == {"checkpoint-1", "checkpoint-4"}
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_run_that_ends_waits_for_its_checkpoint_and_loses_no_error(configure, tmp_path, monkeypatch, capsys, failing):
+    """Also when the run ends by an error of its own, which is then the one that is raised."""
+    resources = ExitStack()
+    run = build_run(configure(eval_steps=0), ALONE, resources)
+    held = threading.Event()
+    monkeypatch.setattr("os.fsync", lambda _: held.wait() and failing and 1 / 0)
+    run.saver.save(1, {}, {})
+    assert names(tmp_path / "out") == set()  # the loop goes on while it is written
+    threading.Timer(0.1, held.set).start()
+    with pytest.raises(KeyboardInterrupt), resources:
+        raise KeyboardInterrupt
+    assert names(tmp_path / "out") == (set() if failing else {"checkpoint-1"})
+    assert ("ZeroDivisionError" in capsys.readouterr().err) == failing
+
+
+def test_training_does_not_change_what_is_being_written(build, tmp_path, monkeypatch):
+    run, held = build(**{"checkpoint_config.async_save": True}), threading.Event()
+    train_step(run)
+    expected = whole_state(run.engine)
+    started = run.saver._write
+    monkeypatch.setattr(run.saver, "_write", lambda *args: held.wait() and started(*args))
+    run.saver.save(1, {}, {})
+    train_step(run)
+    held.set()
+    run.saver.wait()
+    training = tmp_path / "out" / "checkpoint-1" / "training"
+    for name, tensor in load_file(training / "optimizer.safetensors").items():
+        torch.testing.assert_close(tensor, expected.optimizer[name], rtol=0, atol=0)
+    for name, tensor in load_file(training / "masters.safetensors").items():
+        torch.testing.assert_close(tensor, expected.model[f"model.{name}"], rtol=0, atol=0)
+        torch.testing.assert_close(weights(training.parent)[name], tensor, rtol=0, atol=0)
 
 
 def test_every_file_can_be_read_by_others_and_is_in_the_manifest(tmp_path):

@@ -159,6 +159,7 @@ def test_a_source_without_a_method_is_refused_before_training(record):
             raise AssertionError("training has started")
 
     with pytest.raises(
-        LimbeckError, match="recording lacks weights_changed, metrics, state_dict, load_state_dict, close; define"
+        LimbeckError,
+        match="recording lacks weights_changed, validated, metrics, state_dict, load_state_dict, close; define",
     ):
         record(kind=Incomplete)

@@ -261,11 +261,12 @@ def _notices(
     origins: Mapping[str, str],
 ) -> Iterator[str]:
     if translation.ignored:
+        written = sorted(translation.derived.get(path, path) for path in translation.ignored)
         listed = ", ".join(
             f"{path} ({location.short})"
             if (location := find_location(path, locations)) and str(location) != path
             else path
-            for path in sorted(translation.ignored)
+            for path in written
         )
         yield f"These settings of {dialect.system} have no effect in Limbeck: {listed}."
     yield from translation.notices
@@ -287,8 +288,11 @@ def _find_data_files(folder: Path, values: dict[str, Any]) -> None:
         if "\0" in name:  # not a file name; the reader reports it
             return name
         path = folder / name
-        exists = path.exists() or path.with_name(f"{path.name}.bin").exists() or glob.glob(str(path), recursive=True)  # noqa: PTH207
-        return str(path) if exists else name
+        try:
+            exists = path.exists() or path.with_name(f"{path.name}.bin").exists()
+        except OSError:  # the name is too long, or no folder may be read; the reader reports it
+            return name
+        return str(path) if exists or glob.glob(str(path), recursive=True) else name  # noqa: PTH207
 
     for section, keys in (
         (("student", "data_args"), ("file_name", "eval_file_name", "sources", "template", "prompt_file")),

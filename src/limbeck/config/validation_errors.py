@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from limbeck.config.foreign_keys import FOREIGN_KEYS
 from limbeck.config.locations import leaves
 from limbeck.config.schema import Contradiction, ContradictionError, DistillConfig, walk_keys
 
@@ -79,6 +80,9 @@ def explain_unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
         return "is a section, not a key with a value"
     if section in known:
         return f"is below {section}, which is not a section but holds one value"
+    if leaf in FOREIGN_KEYS:
+        system, instead = FOREIGN_KEYS[leaf]
+        return f"is a key of {system}; use {instead}"
     if leaf in elsewhere:
         return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
     siblings = [name for name, paths in elsewhere.items() if any(p.rpartition(".")[0] == section for p in paths)]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from limbeck.data.batch import IGNORE, Batch, TeacherTokens
+from limbeck.data.batch import IGNORE, Batch, TeacherTokens, cumulative_lengths
 from limbeck.errors import LimbeckError
 from limbeck.objectives.spans import Spans, Vocabularies
 
@@ -226,7 +226,12 @@ class Translator:
         return groups
 
     def translate(self, batch: Batch) -> Batch:
-        """Returns the batch with its ``teacher_tokens``. Every document becomes one row, cut after its last span."""
+        """Returns the batch with its ``teacher_tokens``. Every document is cut after its last span. Those of a packed batch
+        are packed, and others become one row each.
+        """
+        if batch.teacher_batch is not None:  # the supervised positions correspond one to one
+            read = self.translate(replace(batch.teacher_batch, weights=batch.weights))
+            return replace(batch, teacher_tokens=read.teacher_tokens, teacher_batch=None)
         time = batch.labels.shape[1]
         labels = batch.labels.numpy()
         ids = batch.input_ids.numpy()
@@ -266,11 +271,12 @@ class Translator:
             targets.append(teacher_ids[members])
             count += len(mine)
 
-        longest = max((len(row) for row in rows), default=1)
-        input_ids = np.zeros((max(1, len(rows)), longest), dtype=np.int64)
-        for i, tokens in enumerate(rows):
-            input_ids[i, : len(tokens)] = tokens
-            positions[i] += i * longest
+        lengths, packed = [len(tokens) for tokens in rows] or [1], batch.documents is not None
+        starts = np.cumsum([0, *lengths[:-1]]) if packed else np.arange(len(lengths)) * max(lengths)
+        input_ids = np.zeros((1, sum(lengths)) if packed else (len(lengths), max(lengths)), dtype=np.int64)
+        for start, tokens, of_row in zip(starts, rows, positions, strict=False):
+            input_ids.reshape(-1)[start : start + len(tokens)] = tokens
+            of_row += start
         spans = Spans.of(student_span, _joined(teacher_span), _weights(batch, student_span, count))
         teacher_tokens = TeacherTokens(
             input_ids=torch.from_numpy(input_ids),
@@ -279,6 +285,9 @@ class Translator:
             spans=spans,
             aligned_tokens=int((student_span >= 0).sum()),
             total_weight=float(spans.weight.sum()),
+            position_ids=torch.cat([torch.arange(length) for length in lengths])[None] if packed else None,
+            documents=tuple(lengths) if packed else None,
+            cu_seqlens=cumulative_lengths(lengths) if packed else None,
         )
         return replace(batch, teacher_tokens=teacher_tokens)
 

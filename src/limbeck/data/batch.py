@@ -22,7 +22,8 @@ from limbeck.objectives.spans import Spans
 class TeacherTokens:
     """The documents of a batch, tokenised by a teacher with another tokenizer.
 
-    input_ids:      [documents, time'] int64, right-padded.
+    input_ids:      [documents, time'] int64, right-padded; [1, tokens] of concatenated documents for a packed batch.
+    position_ids, documents, cu_seqlens: as in ``Batch``, for a packed batch; else None.
     supervised:     [M] int64; positions in the flattened input_ids that predict a token of a span, in order.
     labels:         [M] int64; the tokens to predict at those positions.
     spans:          which of them correspond to which of the batch's supervised positions; its weights sum to total_weight.
@@ -35,16 +36,16 @@ class TeacherTokens:
     spans: Spans
     aligned_tokens: int
     total_weight: float
+    position_ids: Tensor | None = None
+    documents: tuple[int, ...] | None = None
+    cu_seqlens: Tensor | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> TeacherTokens:
         """Returns a copy with ``change`` applied to every tensor."""
-        return replace(
-            self,
-            input_ids=change(self.input_ids),
-            supervised=change(self.supervised),
-            labels=change(self.labels),
-            spans=self.spans.each(change),
-        )
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, spans=self.spans.each(change), **changed)
 
 
 def cumulative_lengths(documents: Sequence[int]) -> Tensor:
@@ -79,6 +80,8 @@ class Batch:
     cu_seqlens:     with packing, their ``cumulative_lengths``, which attention kernels read on the device. All layers of
                     student and teacher share them.
     teacher_tokens: the input of a teacher with another tokenizer; None when both models share one.
+    teacher_batch:  the same documents after the prompts that only the teacher reads, with the same labels in the same order;
+                    None when both models read the same.
     row_ids:        dataset row number of each document, in order; the same row has the same number after a resume and on
                     any number of ranks. Empty for a batch that does not come from a dataset.
     """
@@ -97,6 +100,7 @@ class Batch:
     objectives: tuple[Tensor, ...] | None = None
     sampled_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    teacher_batch: Batch | None = None
 
     @classmethod
     def of(
@@ -178,7 +182,8 @@ class Batch:
             )
         }
         objectives = None if self.objectives is None else tuple(rank_of[one[mine[one]]] for one in self.objectives)
-        whole = replace(self, supervised=supervised, real=real, objectives=objectives, **of_shard)
+        theirs = None if self.teacher_batch is None else self.teacher_batch.select(mine.nonzero().squeeze(-1))
+        whole = replace(self, supervised=supervised, real=real, objectives=objectives, teacher_batch=theirs, **of_shard)
         positions = torch.arange(time).expand_as(self.labels) if self.position_ids is None else self.position_ids
         documents = None if self.documents is None else (*self.documents[:-1], self.documents[-1] + padding)
         own = replace(
@@ -190,6 +195,7 @@ class Batch:
             real=within_shard(real),
             documents=documents,
             cu_seqlens=None if documents is None else cumulative_lengths(documents),
+            teacher_batch=None,
         )
         return whole, own
 
@@ -207,6 +213,8 @@ class Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
+        if self.teacher_batch is not None:
+            changed["teacher_batch"] = self.teacher_batch._each(change)
         if self.teacher_tokens is not None:
             changed["teacher_tokens"] = self.teacher_tokens.each(change)
         if self.objectives is not None:

@@ -31,7 +31,7 @@ VERSION = 4
 """Increase it whenever the same input gives other arrays or another report."""
 
 ARRAYS = ("tokens", "labels", "offsets", "supervised")
-OPTIONAL_ARRAYS = ("weights", "groups", "columns", "column_ends")
+OPTIONAL_ARRAYS = ("weights", "groups", "columns", "column_ends", "teacher_prompts", "teacher_prompt_ends")
 _REMEMBERED = 1 << 26
 """File size in bytes above which a file's hash is kept; smaller files are hashed again each time."""
 

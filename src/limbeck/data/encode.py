@@ -16,6 +16,7 @@ from limbeck.data.masks import IGNORE, shift, supervise
 from limbeck.data.rows import Conversation, RowKeys, check_characters, reader
 from limbeck.data.sources import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 from limbeck.data.sources.items import too_long
+from limbeck.data.teacher_prompts import TeacherPrompt
 from limbeck.data.templates import Rendered, Template, check_template_kwargs, render, resolve_template
 from limbeck.errors import LimbeckError
 
@@ -44,6 +45,7 @@ class TokenizeSettings:
     prompts:           render each row up to its last answer, followed by the generation prompt. Nothing is supervised, and
                        longer rows are dropped.
     keep_columns:      keep the columns of each row as well; see ``Examples.columns_of``.
+    teacher_prompt:    the prompt that the teacher reads instead of the student's, or None if they read the same.
     workers:           number of processes; None chooses it by the size of the data.
     """
 
@@ -65,6 +67,7 @@ class TokenizeSettings:
     prompts_only: bool = False
     prompts: bool = False
     keep_columns: bool = False
+    teacher_prompt: TeacherPrompt | None = None
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -73,6 +76,10 @@ class TokenizeSettings:
         for name, allowed in (("overlong", OVERLONG), ("on_bad_row", ("error", "skip"))):
             if getattr(self, name) not in allowed:
                 raise LimbeckError(f"{name} = {getattr(self, name)} is not one of {', '.join(allowed)}.")
+        if self.teacher_prompt is not None and self.overlong == "split":
+            raise LimbeckError(
+                "overlong = split cuts answers from their prompts, which teacher.prompt needs; use drop."
+            )
 
     @cached_property
     def keys(self) -> RowKeys:
@@ -87,8 +94,8 @@ class Encoded:
     """An encoded batch of rows: its part of ``Examples``, and counts for the report.
 
     lengths, supervised: [rows]. domains: of each row, if a column names it. columns: of each row, as UTF-8 JSON, if they are
-    kept. bad: unusable rows, in order. counts: see the
-    fields of ``DataReport``. dropped: number of rows, by reason.
+    kept. teacher_prompts: token ids of each row's prompt for the teacher, if it has its own. bad: unusable rows, in order.
+    counts: see the fields of ``DataReport``. dropped: number of rows, by reason.
     """
 
     tokens: NDArray[np.int32]
@@ -98,6 +105,7 @@ class Encoded:
     supervised: NDArray[np.int32]
     domains: list[str] | None
     columns: list[bytes] | None
+    teacher_prompts: list[NDArray[np.int32]] | None
     bad: list[BadRow]
     counts: Counter[str]
     dropped: Counter[str]
@@ -117,6 +125,7 @@ class Encoder:
         texts: list[Rendered] = []
         domains: list[str] = []  # of each text
         columns: list[bytes] = []
+        of_teacher: list[Rendered] = []
         for item in items:
             if isinstance(item, BadRow):
                 batch.bad.append(item)
@@ -124,19 +133,26 @@ class Encoder:
                 try:
                     if self.settings.prompts:
                         raise RowError("no question", f"{item.where} is pretokenised text, which has no question.")
+                    if self.settings.teacher_prompt is not None:
+                        raise RowError(
+                            "no teacher prompt",
+                            f"{item.where} is pretokenised text, to which teacher.prompt does not apply.",
+                        )
                     ids = document_ids(item)
                 except RowError as error:
                     batch.bad.append(BadRow(item.file, 0, item.number, error.kind, str(error)))
                 else:
                     batch.add(ids, np.ones(len(ids), dtype=bool), None, "", b"{}")
             else:
-                found, domain, row = self._texts(item, form, batch)
+                found, domain, row, prompt = self._texts(item, form, batch)
                 texts += found
+                of_teacher += prompt
                 domains += [domain] * len(found)
                 columns += [row] * len(found)
         prompts = [rendered.is_prompt for rendered in texts]
+        teacher_ids = (ids for ids, _, _ in self._encode(of_teacher))
         for domain, row, is_prompt, encoded in zip(domains, columns, prompts, self._encode(texts), strict=True):
-            batch.add(*encoded, domain, row, is_prompt)
+            batch.add(*encoded, domain, row, is_prompt, next(teacher_ids, None))
         batch.counts["rows"] = len(items)
         return batch.done()
 
@@ -146,13 +162,27 @@ class Encoder:
         Raises LimbeckError for a bad row.
         """
         conversation = reader(form, self.settings.keys, self.settings.prompts, self.settings.prompts_only)(record)
+        return conversation, self._rendered(conversation, record)
+
+    def teacher_prompt_of(
+        self, record: Record, conversation: Conversation, texts: Sequence[Rendered]
+    ) -> tuple[Rendered, ...]:
+        """Returns the teacher's prompt for a row; empty if it reads that of the student.
+
+        Raises LimbeckError for a row without one.
+        """
+        if self.settings.teacher_prompt is None or self.settings.prompts:
+            return ()
+        return self._rendered(self.settings.teacher_prompt.conversation(record, conversation, texts), record)
+
+    def _rendered(self, conversation: Conversation, record: Record) -> tuple[Rendered, ...]:
         texts = render(conversation, self.template, self.tokenizer, self.settings.template_kwargs, record.where)
         for one in texts:
             if len(one.text) > MAX_ROW:
                 raise RowError("too long", too_long(record.where))
             if not one.text.isascii():
                 check_characters(one.text, record.where)
-        return conversation, texts
+        return texts
 
     def domain_of(self, record: Record) -> str:
         """Returns the value of the row's ``domain_key`` column; empty if none is configured."""
@@ -164,16 +194,19 @@ class Encoder:
             raise RowError("no domain", f'{record.where}: "{key}" must name the row\'s domain; correct domain_key.')
         return str(value)
 
-    def _texts(self, item: Record | Line, form: str, batch: _Batch) -> tuple[tuple[Rendered, ...], str, bytes]:
-        """Returns the texts of an item, its domain and its columns, if they are kept. A bad row has no text and is added to
-        ``batch.bad``.
+    def _texts(
+        self, item: Record | Line, form: str, batch: _Batch
+    ) -> tuple[tuple[Rendered, ...], str, bytes, tuple[Rendered, ...]]:
+        """Returns the texts of an item, its domain, its columns if they are kept, and the teacher's prompt if it has its own.
+        A bad row has no text and is added to ``batch.bad``.
         """
         number = item.number if isinstance(item, Record) else None
         where = place(item.file, item.line, number)
         try:
             record = decoded(item)
             domain = self.domain_of(record)
-            _, texts = self.texts_of(record, form)
+            conversation, texts = self.texts_of(record, form)
+            of_teacher = self.teacher_prompt_of(record, conversation, texts)
         except RowError as error:
             batch.bad.append(BadRow(item.file, item.line, number, error.kind, str(error)))
         except LimbeckError as error:
@@ -186,8 +219,8 @@ class Encoder:
         else:
             if len(texts) > 1:
                 batch.counts.update(rewritten=1, texts=len(texts))
-            return texts, domain, columns_json(record.row) if self.settings.keep_columns else b""
-        return (), "", b""
+            return texts, domain, columns_json(record.row) if self.settings.keep_columns else b"", of_teacher
+        return (), "", b"", ()
 
     def _encode(
         self, rendered: Sequence[Rendered]
@@ -249,6 +282,8 @@ class _Batch:
         self._overlong = settings.overlong
         self._domains: list[str] | None = None if settings.domain_key is None else []
         self._columns: list[bytes] | None = [] if settings.keep_columns else None
+        self._teacher = None if settings.prompts else settings.teacher_prompt
+        self._teacher_prompts: list[NDArray[np.int32]] | None = None if self._teacher is None else []
         self._rows: list[tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32] | None, int]] = []
         self.bad: list[BadRow] = []
         self.counts: Counter[str] = Counter()
@@ -262,8 +297,12 @@ class _Batch:
         domain: str,
         columns: bytes,
         is_prompt: bool = False,
+        teacher_prompt: NDArray[np.int32] | None = None,
     ) -> None:
         """Adds one row of any length."""
+        if self._teacher is not None and teacher_prompt is not None and len(teacher_prompt) > self._teacher.max_length:
+            self.dropped[f"prompt of the teacher longer than {self._teacher.max_length} tokens"] += 1
+            return
         limit, overlong = self._limit, len(ids) > self._limit
         if overlong and (is_prompt or self._overlong == "drop"):
             self.dropped[f"longer than {limit} tokens"] += 1
@@ -283,6 +322,8 @@ class _Batch:
                 self.counts["truncated"] += 1
                 self.counts["cut_answers"] += inside
             self._keep(ids, labels, weights, count, domain, columns)
+            if self._teacher_prompts is not None and teacher_prompt is not None:
+                self._teacher_prompts.append(teacher_prompt)
             return
         self.counts["split"] += 1
         for start in range(0, len(ids), limit):
@@ -325,6 +366,7 @@ class _Batch:
             supervised=np.array([row[3] for row in rows], dtype=np.int32),
             domains=self._domains,
             columns=self._columns,
+            teacher_prompts=self._teacher_prompts,
             bad=self.bad,
             counts=self.counts,
             dropped=self.dropped,

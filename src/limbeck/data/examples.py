@@ -29,6 +29,8 @@ class Examples:
     groups:  [rows] int32, index into ``DataReport.groups``; None with only one group.
     columns: [bytes] uint8, the columns of each row as UTF-8 JSON; None if they were not kept. column_ends: [rows] int64, where
     each row's columns end.
+    teacher_prompts: [tokens] int32, the prompts that the teacher reads instead of the student's; None if they read the same.
+    teacher_prompt_ends: [rows] int64, where each row's prompt of the teacher ends.
     row_ids: [rows] int64, the number of the dataset row that each was made from; None if it is the row's own number.
     objectives: [rows] int8, index of the objective of each row; None when all have the same.
     sampled_log_probs: [total] float32, log-probability of each label under the distribution that it was sampled from; NaN
@@ -48,6 +50,8 @@ class Examples:
     objectives: NDArray[np.int8] | None = None
     sampled_log_probs: NDArray[np.float32] | None = None
     advantages: NDArray[np.float32] | None = None
+    teacher_prompts: NDArray[np.int32] | None = None
+    teacher_prompt_ends: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

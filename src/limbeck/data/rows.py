@@ -101,7 +101,7 @@ def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
             return name
     if not prompts and "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
         raise LimbeckError(
-            f"{first.where} is a prompt without an answer (it has {_listed(first.row)}); give rows with answers, or let the "
+            f"{first.where} is a prompt without an answer (it has {listed(first.row)}); give rows with answers, or let the "
             "student write all of them (rollout.on_policy_fraction: 1)."
         )
     return "question_answer"
@@ -209,11 +209,11 @@ def _question_answer(record: Record, keys: RowKeys) -> list[Message]:
 
 
 def _messages(record: Record, keys: RowKeys) -> list[Message]:
-    return _turns(record, "messages")
+    return turns_of(record, "messages")
 
 
 def _conversations(record: Record, keys: RowKeys) -> list[Message]:
-    return _turns(record, "conversations")
+    return turns_of(record, "conversations")
 
 
 def _prompt_completion(record: Record, keys: RowKeys) -> list[Message]:
@@ -221,30 +221,33 @@ def _prompt_completion(record: Record, keys: RowKeys) -> list[Message]:
     for key, role in (("prompt", "user"), ("completion", "assistant")):
         value = _given(record, key)
         if isinstance(value, (list, dict)):
-            messages += _turns(record, key)
+            messages += turns_of(record, key)
         else:
-            messages.append({"role": role, "content": _checked_text(value, f'{record.where}: "{key}"')})
+            messages.append({"role": role, "content": checked_text(value, f'{record.where}: "{key}"')})
     return messages
 
 
 def _instruction(record: Record, keys: RowKeys) -> list[Message]:
     messages = []
-    for turn, pair in enumerate(record.row.get("history") or []):
+    history = record.row.get("history") or []
+    if not isinstance(history, list):
+        raise RowError("wrong type", f'{record.where}: "history" must be a list of pairs of a question and its answer.')
+    for turn, pair in enumerate(history):
         where = f'{record.where}: "history"[{turn}]'
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise RowError("wrong type", f"{where} must be a pair of a question and its answer.")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            messages.append({"role": role, "content": _checked_text(text, where)})
-    instruction = _checked_text(_given(record, "instruction"), f'{record.where}: "instruction"')
+            messages.append({"role": role, "content": checked_text(text, where)})
+    instruction = checked_text(_given(record, "instruction"), f'{record.where}: "instruction"')
     more = record.row.get("input")
-    more = "" if more is None else _checked_text(more, f'{record.where}: "input"')
-    answer = _answer(record, "output", _checked_text(_given(record, "output"), f'{record.where}: "output"'))
+    more = "" if more is None else checked_text(more, f'{record.where}: "input"')
+    answer = _answer(record, "output", checked_text(_given(record, "output"), f'{record.where}: "output"'))
     question = "\n".join(part for part in (instruction, more) if part)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _running_text(record: Record, keys: RowKeys) -> list[Message]:
-    text = _answer(record, "text", _checked_text(_given(record, "text"), f'{record.where}: "text"'))
+    text = _answer(record, "text", checked_text(_given(record, "text"), f'{record.where}: "text"'))
     return [{"role": "assistant", "content": text}]
 
 
@@ -259,7 +262,7 @@ FORMATS: dict[str, Format] = {
 """Name -> format, in the order in which they are detected."""
 
 
-def _turns(record: Record, key: str) -> list[Message]:
+def turns_of(record: Record, key: str) -> list[Message]:
     """Returns the messages of a list of turns, each ``{"role", "content"}`` or ``{"from", "value"}``."""
     turns = _given(record, key)
     if isinstance(turns, str):  # a column of a table that holds JSON
@@ -293,7 +296,7 @@ def _message(item: dict[str, Any], where: str) -> Message:
         message["content"] = ""
     else:
         key = "value" if share else "content"
-        message["content"] = _checked_text(_joined(_present(item, key, where)), f'{where}: "{key}"')
+        message["content"] = checked_text(_joined(_present(item, key, where)), f'{where}: "{key}"')
     train = item.get("train", True)
     if not isinstance(train, bool):
         raise RowError("wrong type", f'{where}: "train" must be true or false.')
@@ -313,7 +316,7 @@ def _joined(content: Any) -> Any:
 
 def _calls(text: Any, where: str) -> list[Any]:
     """Parses ShareGPT tool calls, which are JSON in the turn's text: one object or a list."""
-    found = _parsed(_checked_text(text, f'{where}: "value"'))
+    found = _parsed(checked_text(text, f'{where}: "value"'))
     found = found if isinstance(found, list) else [found]
     if not found or not all(isinstance(call, dict) and "name" in call for call in found):
         raise RowError("bad tool call", f'{where} is a function_call; write it as JSON with "name" and "arguments".')
@@ -359,7 +362,7 @@ def _tools(record: Record) -> list[dict[str, Any]] | None:
 def _with_system(record: Record, messages: list[Message]) -> list[Message]:
     """Prepends the row's ``system`` field, unless the conversation already begins with it."""
     system = record.row.get("system")
-    system = "" if system is None else _checked_text(system, f'{record.where}: "system"')
+    system = "" if system is None else checked_text(system, f'{record.where}: "system"')
     if not system or (messages and messages[0]["role"] == "system" and messages[0]["content"] == system):
         return messages
     return [{"role": "system", "content": system}, *messages]
@@ -403,7 +406,7 @@ def _given(record: Record, key: str) -> Any:
     if key not in record.row:
         raise RowError(
             "missing key",
-            f'{record.where} has no "{key}" (it has {_listed(record.row)}) although the source\'s first row does; '
+            f'{record.where} has no "{key}" (it has {listed(record.row)}) although the source\'s first row does; '
             "keep one format per file.",
         )
     return record.row[key]
@@ -411,12 +414,12 @@ def _given(record: Record, key: str) -> Any:
 
 def _present(item: dict[str, Any], key: str, where: str) -> Any:
     if key not in item:
-        raise RowError("missing key", f'{where} has no "{key}" (it has {_listed(item)}).')
+        raise RowError("missing key", f'{where} has no "{key}" (it has {listed(item)}).')
     return item[key]
 
 
 def _member(item: dict[str, Any], key: str, where: str) -> str:
-    return _checked_text(_present(item, key, where), f'{where}: "{key}"')
+    return checked_text(_present(item, key, where), f'{where}: "{key}"')
 
 
 def _answer(record: Record, key: str, answer: str) -> str:
@@ -432,8 +435,8 @@ def _text(record: Record, key: str, setting: str) -> str:
         usual = _QUESTION_NAMES if setting == "question_key" else _ANSWER_NAMES
         guess = next((name for name in usual if name in record.row), None)
         advice = f"{setting}: {guess}" if guess else f"{setting} to the column that holds it"
-        raise RowError("missing key", f'{record.where} has no "{key}" (it has {_listed(record.row)}); set {advice}.')
-    return _checked_text(record.row[key], f'{record.where}: "{key}"')
+        raise RowError("missing key", f'{record.where} has no "{key}" (it has {listed(record.row)}); set {advice}.')
+    return checked_text(record.row[key], f'{record.where}: "{key}"')
 
 
 def _optional_text(record: Record, key: str | None, setting: str) -> str:
@@ -443,13 +446,13 @@ def _optional_text(record: Record, key: str | None, setting: str) -> str:
     if key not in record.row:
         raise RowError(
             "missing key",
-            f'{record.where} has no "{key}" (it has {_listed(record.row)}); correct {setting}, or remove that setting.',
+            f'{record.where} has no "{key}" (it has {listed(record.row)}); correct {setting}, or remove that setting.',
         )
     value = record.row[key]
-    return "" if value is None else _checked_text(value, f'{record.where}: "{key}"')
+    return "" if value is None else checked_text(value, f'{record.where}: "{key}"')
 
 
-def _checked_text(value: Any, what: str) -> str:
+def checked_text(value: Any, what: str) -> str:
     if not isinstance(value, str):
         raise RowError("wrong type", f"{what} must be a string, but is a {type(value).__name__}.")
     if "\0" in value:
@@ -471,6 +474,6 @@ def check_characters(text: str, what: str) -> None:
         ) from error
 
 
-def _listed(names: Sequence[str] | Mapping[Any, Any]) -> str:
+def listed(names: Sequence[str] | Mapping[Any, Any]) -> str:
     shown = ", ".join(str(name)[:40] for name in list(names)[:20]).encode("utf-8", "replace").decode("utf-8")
     return shown + (", …" if len(names) > 20 else "") or "no keys"

@@ -156,6 +156,11 @@ def print_row(
         _print_tokens(console, tokens, ids)
         if teacher is not None:
             _print_teacher(console, tokens, encoder.tokenizer, teacher)
+    if texts is not None and not isinstance(found.item, Document):
+        for prompt in encoder.teacher_prompt_of(found.item, conversation, texts):
+            tokens = tokens_of(prompt, encoder)
+            _line(console, f"\nteacher, in place of the text before the answer: {len(tokens):,} tokens")
+            _print_tokens(console, tokens, ids)
     if translator is not None:
         _print_translations(console, found, encoder, translator, ids)
     if teacher is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +21,7 @@ from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
 from limbeck.data.packing import Packs, pack
 from limbeck.data.partition import partition_balanced, partition_neighbours_within_budget, partition_within_budget
+from limbeck.data.teacher_prompts import teacher_view
 from limbeck.errors import LimbeckError
 
 Ints = NDArray[np.integer[Any]]
@@ -324,9 +325,21 @@ def _rank_batch(
     """
     lengths = [[int(examples.lengths[unit].sum()) for unit in group] for group in micro_batches]
     assigned = partition_balanced([sum(of_group) for of_group in lengths], world_size, len(micro_batches) // world_size)
-    return StepBatch.of(
-        [_collate(examples, micro_batches[i], layout.shape(lengths[i]), layout) for i in assigned[rank]]
-    )
+    batches = [_collate(examples, micro_batches[i], layout.shape(lengths[i]), layout) for i in assigned[rank]]
+    if examples.teacher_prompts is not None:
+        batches = [
+            replace(batch, teacher_batch=_collate_for_teacher(examples, micro_batches[i], layout))
+            for batch, i in zip(batches, assigned[rank], strict=True)
+        ]
+    return StepBatch.of(batches)
+
+
+def _collate_for_teacher(examples: Examples, group: Sequence[Ints], layout: _Layout) -> Batch:
+    """Makes the same micro-batch as the teacher reads it: its rows have other lengths and are in the same order."""
+    view = teacher_view(examples, [int(row) for unit in group for row in unit])
+    units = list(np.arange(len(view))[:, None])
+    layout = replace(layout, limit=int(view.lengths.max(initial=1)))
+    return _collate(view, units, layout.shape(view.lengths.tolist()), layout)
 
 
 def _collate(examples: Examples, group: Sequence[Ints], shape: tuple[int, int], layout: _Layout) -> Batch:
@@ -397,7 +410,8 @@ def _checksum(examples: Examples) -> int:
     """A checksum of the data. Of large arrays it reads evenly spaced blocks, so that mapped files stay on disk."""
     found = 0
     arrays: list[Any] = [examples.offsets, examples.tokens, examples.labels]
-    for array in arrays if examples.weights is None else [*arrays, examples.weights]:
+    arrays += [array for array in (examples.weights, examples.teacher_prompts) if array is not None]
+    for array in arrays:
         contiguous: Any = np.ascontiguousarray(
             array
         )  # does not copy an array that is contiguous already, mapped or not

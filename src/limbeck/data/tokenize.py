@@ -239,7 +239,7 @@ class _Tally:
         self._counts = Counter[str]()
         self._dropped = Counter[str]()
         self._bad = Counter[str]()
-        self._tokens = self._supervised = self._largest = self._column_bytes = 0
+        self._tokens = self._supervised = self._largest = self._column_bytes = self._prompt_tokens = 0
         self.formats: list[str] = []
 
     @property
@@ -275,6 +275,12 @@ class _Tally:
             self._put("columns", np.frombuffer(b"".join(encoded.columns), dtype=np.uint8))
             self._put("column_ends", self._column_bytes + np.cumsum([len(row) for row in encoded.columns]))
             self._column_bytes += sum(map(len, encoded.columns))
+        if encoded.teacher_prompts is not None:
+            self._put("teacher_prompts", np.concatenate(encoded.teacher_prompts))
+            of_teacher = self._prompt_tokens + np.cumsum([len(prompt) for prompt in encoded.teacher_prompts])
+            self._put("teacher_prompt_ends", of_teacher)
+            self._prompt_tokens = int(of_teacher[-1])
+            self._largest = max(self._largest, *(int(prompt.max()) for prompt in encoded.teacher_prompts))
         self._tokens = int(ends[-1])
         self._supervised += int(encoded.supervised.sum(dtype=np.int64))
         self._largest = max(self._largest, int(encoded.tokens.max()))

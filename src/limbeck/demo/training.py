@@ -10,6 +10,8 @@ from typing import Any
 
 from limbeck.config import DistillConfig
 from limbeck.demo.problems import Problem, final_answer, generate, write_jsonl
+from limbeck.evaluate.text_model import TextModel
+from limbeck.rollout.generator import SamplingParams
 from limbeck.train.loop import DistillPipeline
 from limbeck.train.result import RunResult
 
@@ -190,26 +192,12 @@ def go_on(
     )
 
 
-def write_answers(student: Path, problems: Iterable[Problem], batch: int = 125) -> list[str]:
+def write_answers(student: Path, problems: Iterable[Problem]) -> list[str]:
     """Returns the model's greedy answers."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(student).eval(), AutoTokenizer.from_pretrained(student)
-    prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": problem.question}], tokenize=False)
-        for problem in problems
-    ]
-    answers: list[str] = []
-    with torch.no_grad():
-        for first in range(0, len(prompts), batch):
-            inputs = tokenizer(
-                prompts[first : first + batch], return_tensors="pt", padding=True, add_special_tokens=False
-            )
-            inputs.pop("token_type_ids", None)
-            output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
-            answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return answers
+    model = TextModel.load(str(student), device="cpu")
+    prompts = [model.prompt([{"role": "user", "content": problem.question}]) for problem in problems]
+    completions = model.write(prompts, SamplingParams(max_tokens=64, temperature=0.0), slots=125)
+    return [model.decode(completion) for completion in completions]
 
 
 def is_right(answer: str, problem: Problem) -> bool:

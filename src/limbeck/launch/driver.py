@@ -20,7 +20,7 @@ from limbeck.cluster.placement import Placement, place
 from limbeck.cluster.session import load_ray, ray_address, ray_has_ended
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError, Stopped
-from limbeck.interrupt import StopRequest
+from limbeck.interrupt import SAVES, StopRequest
 from limbeck.launch.progress import ProgressMonitor
 from limbeck.launch.workers import StudentWorker
 from limbeck.strategies.base import dims_of
@@ -214,6 +214,8 @@ class Driver:
                 self.log(line)
             if not progress.latest.steps:  # the students still load, and there is nothing to save
                 poll()
+            else:
+                stop.notice = SAVES
             if stop.signal and not stopping_since:
                 stopping_since = time.monotonic()
                 for actor in students.actors:

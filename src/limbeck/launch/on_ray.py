@@ -12,7 +12,7 @@ from limbeck.cluster.placement import describe_devices
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
-from limbeck.interrupt import stop_requests
+from limbeck.interrupt import ENDS, stop_requests
 
 if TYPE_CHECKING:
     from limbeck.train.result import RunResult
@@ -37,7 +37,11 @@ def run_on_ray(config: DistillConfig, log: Callable[[str], None] = print) -> Run
     Thread(target=_import_ahead, daemon=True).start()
     timeline = config.log_dir / "timeline.json"
     # Interrupted while it starts, Ray leaves processes behind; it also replaces our signal handler.
-    with stop_requests() as early, ray_session(sum(map(len, mappings)), timeline) as where, stop_requests() as stop:
+    with (
+        stop_requests(ENDS) as early,
+        ray_session(sum(map(len, mappings)), timeline) as where,
+        stop_requests(ENDS) as stop,
+    ):
         stop.signal = early.signal
         log(f"{where} {describe_devices(mappings)}")
         from limbeck.launch.driver import Driver

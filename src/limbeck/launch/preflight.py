@@ -1,7 +1,7 @@
-"""Checks whether a configuration fits the machines that it would run on, without loading a model.
+"""``limbeck check``: everything that a run checks before its first step, without loading a model.
 
-Activations are not counted: what does not fit here does not run, and what fits may still run out of memory.
-``limbeck plan`` counts them.
+First come the files, the machines and the memory; if those are right, also the data. Activations are not counted: what does
+not fit here does not run, and what fits may still run out of memory. ``limbeck plan`` counts them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import PackageNotFoundError, requires, version
 
 import torch
+from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
@@ -25,14 +28,14 @@ from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.launch.driver import refuse_backend
+from limbeck.launch.first_batch import FirstRank, describe_data
 from limbeck.models import ModelSource, model_outline
 from limbeck.models.dtypes import DTYPES
 from limbeck.plan.memory import ModelMemory, student_memory, teacher_memory
 from limbeck.strategies.base import dims_of, strategy_of
-from limbeck.strategies.world import World
 from limbeck.teachers.service import find_service
+from limbeck.train.build.early_checks import early_checks
 from limbeck.train.build.objective import make_objective, make_objectives
-from limbeck.train.build.sources import missing_files
 from limbeck.train.build.student import resolve_parallelism
 
 
@@ -48,8 +51,54 @@ class Machine:
     versions: dict[str, str]
 
 
-def check_cluster(config: DistillConfig) -> list[str]:
-    """Print the placement, and return a sentence for everything that does not fit.
+def check_run(config: DistillConfig) -> list[str]:
+    """Print what a run would use and read, and return a sentence for everything that would end it before its first step.
+
+    The data is read only if nothing else is wrong.
+    """
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
+    problems = [*wrong_versions(), *check_machines(config)]
+    if problems:
+        return problems
+    print("fits")
+    try:
+        print(describe_data(config))
+    except LimbeckError as error:
+        return [str(error)]
+    return []
+
+
+def wrong_versions() -> list[str]:
+    """A sentence for every library whose version is not among those that Limbeck supports. One that only some runs need is
+    a note.
+    """
+    problems = []
+    with suppress(PackageNotFoundError):  # Limbeck runs from a folder of sources
+        for required in map(Requirement, requires("limbeck") or []):
+            optional = required.marker is not None and "extra" in str(required.marker)
+            found = _installed(required.name)
+            if found is None or required.specifier.contains(found, prereleases=True):
+                continue
+            sentence = (
+                f"{required.name} {found} is installed, but Limbeck needs {required.specifier}; "
+                f"pip install '{required.name}{required.specifier}'."
+            )
+            if optional:
+                print(f"note: {sentence}", file=sys.stderr)
+            else:
+                problems.append(sentence)
+    return problems
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def check_machines(config: DistillConfig) -> list[str]:
+    """Print the placement, and return a sentence for everything that is missing or does not fit.
 
     The machines are those of the Ray at RAY_ADDRESS if that is set, else this machine.
     """
@@ -80,7 +129,7 @@ def this_machine() -> Machine:
 
 
 def _check(config: DistillConfig, machines: Sequence[Machine]) -> list[str]:
-    problems = [*missing_files(config), *_layout_problems(config, on_gpus=any(machine.gpus for machine in machines))]
+    problems = _layout_problems(config, on_gpus=any(machine.gpus for machine in machines))
     print(describe_device_slots(sum(machine.gpus for machine in machines)))
     ours = versions()
     for machine in machines:
@@ -112,8 +161,9 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         )
     ]
     device_type = "cuda" if on_gpus else "cpu"
-    world = World(0, len(mappings[0]), torch.device("cpu"))
+    world = FirstRank(0, len(mappings[0]), torch.device("cpu"))
     checks: list[Callable[[], object]] = [
+        *early_checks(config, world),
         lambda: resolve_parallelism(
             config, world, teacher_here=not config.needs_worker_groups, device_type=device_type
         ),
@@ -127,7 +177,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         try:
             check()
         except LimbeckError as error:
-            problems.append(str(error))
+            problems += str(error).splitlines()
     return problems
 
 

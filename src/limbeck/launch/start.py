@@ -11,6 +11,7 @@ from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_con
 from limbeck.errors import LimbeckError
 from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
+from limbeck.train.run_lock import lock_run
 
 
 def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str | None = None) -> int:
@@ -41,10 +42,6 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
     if not os.environ.get(STARTED_HERE):  # a device_mapping starts more processes than the launcher
         check_world_size(os.environ)
     config = loaded.config
-    main_process = int(os.environ.get("RANK", "0")) == 0
-    if main_process and not os.environ.get(STARTED_HERE):
-        for notice in loaded.notices:
-            print(f"note: {notice}", file=sys.stderr)
     os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
     devices = config.device_mapping or []
     launched = "WORLD_SIZE" in os.environ
@@ -58,18 +55,30 @@ def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
             "the teacher is a service or has its own devices, so Ray must start the processes; run `limbeck train` without a "
             "launcher."
         )
-    if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
-        return _train_on_ray(config)
-    if len(devices) > 1 and not launched:
-        return run_ranks(len(devices), command)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return _train_here(loaded)
+    with lock_run(config):  # before anything slow is imported or started
+        if config.needs_worker_groups or (config.num_nodes > 1 and not launched):
+            for notice in loaded.notices:
+                print(f"note: {notice}", file=sys.stderr)
+            return _train_on_ray(config)
+        if len(devices) > 1 and not launched:
+            return run_ranks(len(devices), command)
+        return _train_here(loaded)
+
+
+def _train_here(loaded: LoadedConfig) -> int:
+    """Train as one rank, in this process."""
+    config = loaded.config
+    devices = config.device_mapping or []
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
 
     from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline
 
-    result = DistillPipeline(config, choose_recomputation).run()
-    if main_process:
+    result = DistillPipeline(config, choose_recomputation, loaded.notices).run()
+    if int(os.environ.get("RANK", "0")) == 0:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0
 

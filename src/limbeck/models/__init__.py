@@ -4,6 +4,7 @@ from limbeck.models.activation_checkpointing import recompute_activations
 from limbeck.models.compile import compile_layers, should_compile, undo_around
 from limbeck.models.freeze import freeze, select_trained
 from limbeck.models.heads import (
+    attending_within,
     body,
     check_head,
     check_length,
@@ -29,16 +30,19 @@ from limbeck.models.load import (
     model_limits,
     model_outline,
 )
-from limbeck.models.lora import add_lora, has_lora, iter_merged, merged_state_dict
+from limbeck.models.lora import add_lora, has_lora, iter_merged
 from limbeck.models.memory import available_memory, explain_oom
+from limbeck.models.varlen_attention import causal_mask
 
 __all__ = [
     "HiddenStateCapture",
     "ModelSource",
     "NamedPair",
     "add_lora",
+    "attending_within",
     "available_memory",
     "body",
+    "causal_mask",
     "check_head",
     "check_length",
     "check_logit_layer",
@@ -53,7 +57,6 @@ __all__ = [
     "iter_merged",
     "load_model",
     "load_tokenizer",
-    "merged_state_dict",
     "model_limits",
     "model_outline",
     "output_head",

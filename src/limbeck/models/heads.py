@@ -45,15 +45,26 @@ def hidden_states(
     embedded:     [batch, time, hidden] inputs to use in place of the embeddings of ``input_ids``, or None.
     cu_seqlens:   the boundaries of ``documents``, see ``Batch``; made here if None.
     """
+    with attending_within(model_body, input_ids, documents, cu_seqlens) as extra:
+        given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
+        return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
+
+
+@contextmanager
+def attending_within(
+    model_body: Any, input_ids: Tensor, documents: Sequence[int] | None, cu_seqlens: Tensor | None
+) -> Iterator[dict[str, Any]]:
+    """Tokens attend only within ``documents`` in the block. Yields keyword arguments for the body, beside ids and positions.
+
+    The arguments are those of ``hidden_states``.
+    """
     separated: AbstractContextManager[None] = nullcontext()
     if documents is not None:
         if cu_seqlens is None:
             cu_seqlens = cumulative_lengths(documents).to(input_ids.device, non_blocking=True)
         separated = separate_documents(documents, cu_seqlens)
-    extra = varlen_kwargs(model_body.config._attn_implementation, input_ids, documents, cu_seqlens)
     with separated:
-        given = {"input_ids": input_ids} if embedded is None else {"inputs_embeds": embedded}
-        return model_body(**given, position_ids=position_ids, use_cache=False, **extra).last_hidden_state
+        yield varlen_kwargs(model_body.config._attn_implementation, input_ids, documents, cu_seqlens)
 
 
 def output_head(model: Any) -> OutputHead:

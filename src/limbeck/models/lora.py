@@ -60,14 +60,6 @@ def has_lora(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
 
-def merged_state_dict(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the state dict of the plain model with every adapter merged, see ``iter_merged``.
-
-    state: the full (gathered) state dict of the wrapped ``model``.
-    """
-    return dict(iter_merged(model, state.items()))
-
-
 def iter_merged(model: Any, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """The weights of the plain model with every adapter merged, W + (α/r) · B A, computed in float32.
 

@@ -143,20 +143,36 @@ def _mask_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
         positions = arguments.get("cache_position")
         queries = {"q_length": longest} if positions is None else {"cache_position": positions[:longest]}
         changed = {"batch_size": 1, **queries, "kv_length": longest, "attention_mask": None}
-        obstacle = _device_obstacle(documents.cu_seqlens.device)
-        if obstacle is None and not arguments.get("allow_is_causal_skip", True):  # other masks are joined with it
+        obstacle = None
+        if not arguments.get("allow_is_causal_skip", True):  # other masks are joined with it
             obstacle = "its mask is not only causal"
-        return _DocumentMask(
-            documents.lengths,
-            documents.cu_seqlens,
-            # Rounded, because a compiled layer is compiled anew for another length. Too many blocks of queries cost little.
-            max(128, 1 << (longest - 1).bit_length()),
-            arguments.get("local_size"),
-            obstacle,
-            lambda: plain(**{**arguments, **changed}),
-        )
+        window = arguments.get("local_size")
+        return _document_mask(documents, window, obstacle, lambda: plain(**{**arguments, **changed}))
 
     return mask
+
+
+def _document_mask(
+    documents: _Documents, window: int | None, obstacle: str | None, make_dense: Callable[[], Tensor | None]
+) -> _DocumentMask:
+    longest = max(documents.lengths)
+    return _DocumentMask(
+        documents.lengths,
+        documents.cu_seqlens,
+        # Rounded, because a compiled layer is compiled anew for another length. Too many blocks of queries cost little.
+        max(128, 1 << (longest - 1).bit_length()),
+        window,
+        _device_obstacle(documents.cu_seqlens.device) or obstacle,
+        make_dense,
+    )
+
+
+def causal_mask() -> Any:
+    """The mask to pass to a registered attention function for causal attention: within the documents of
+    ``separate_documents`` if they are separated, else None, for which the function applies it itself.
+    """
+    documents = _documents.get()
+    return None if documents is None else _document_mask(documents, None, None, lambda: None)
 
 
 def _attention_by_document(own: str, plain: Callable[..., Any]) -> Callable[..., Any]:

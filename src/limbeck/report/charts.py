@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
 import numpy as np
 
@@ -102,7 +103,8 @@ def line_chart(
         low, high = low / 1.1, high * 1.1
     else:
         pad = 0.06 * (high - low) or abs(high) / 2 or 1.0
-        low, high = (0.0 if from_zero and low >= 0 else low - pad), high + pad
+        least, most = (0.0, 1.0) if show is percent and low >= 0 and high <= 1 else (-math.inf, math.inf)
+        low, high = (0.0 if from_zero and low >= 0 else max(low - pad, least)), min(high + pad, most)
     x, y = _x_axis(curves), _Axis(low, high, _BOTTOM, _TOP, log)
     marks = []
     for index, curve in enumerate(curves):
@@ -150,10 +152,11 @@ def _points(curve: Curve, x: _Axis, y: _Axis) -> str:
 
 
 def _frame(x: _Axis, y: _Axis, show: Callable[[float], str]) -> str:
+    ticks = y.ticks()
     grid = [
         f'<line class="grid" x1="{_LEFT}" x2="{_RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>'
-        f'<text x="{_LEFT - 7}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{_tick(tick, show)}</text>'
-        for tick in y.ticks()
+        f'<text x="{_LEFT - 7}" y="{y(tick) + 3.5:.1f}" text-anchor="end">{label}</text>'
+        for tick, label in zip(ticks, _labels(ticks, show), strict=True)
     ]
     steps = [tick for tick in x.ticks() if tick == int(tick) and x(tick) > _LEFT + 12]
     grid += [f'<text x="{x(t):.1f}" y="{_BOTTOM + 17}" text-anchor="middle">{number(t)}</text>' for t in steps]
@@ -161,8 +164,13 @@ def _frame(x: _Axis, y: _Axis, show: Callable[[float], str]) -> str:
     return "".join(grid) + f'<line class="base" x1="{_LEFT}" x2="{_RIGHT}" y1="{_BOTTOM}" y2="{_BOTTOM}"/>'
 
 
-def _tick(value: float, show: Callable[[float], str]) -> str:
-    return _ZEROS.sub(lambda found: found[1].rstrip("."), show(value))
+def _labels(ticks: Sequence[float], show: Callable[[float], str]) -> list[str]:
+    """The ticks as text, with so many digits that no two are the same."""
+    labels = [_ZEROS.sub(lambda found: found[1].rstrip("."), show(tick)) for tick in ticks]
+    if len(set(labels)) < len(labels):
+        digits = max(0, -math.floor(math.log10(min(b - a for a, b in pairwise(ticks)))))
+        labels = [f"{tick:.{max(digits - 2, 0)}%}" if show is percent else f"{tick:,.{digits}f}" for tick in ticks]
+    return labels
 
 
 def _svg(title: str, curves: Sequence[Curve], body: str, show: Callable[[float], str]) -> str:

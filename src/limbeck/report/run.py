@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from limbeck.errors import LimbeckError
 from limbeck.report.curves import Curve
+from limbeck.report.evaluations import Evaluation, load_evaluations
 from limbeck.report.written import WrittenSample, load_written
 
 
@@ -24,6 +25,7 @@ class Run:
     rows:    measurements by step, in increasing order; training and validation of one step share a row.
     notices: warnings about the folder, for the report.
     samples: some answers of the newest validation by writing.
+    evaluations: results of ``limbeck eval``.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Run:
     rows: Mapping[int, Mapping[str, float]]
     notices: tuple[str, ...] = ()
     samples: tuple[WrittenSample, ...] = ()
+    evaluations: tuple[Evaluation, ...] = ()
 
     def curve(self, key: str, label: str = "") -> Curve:
         """Returns the finite values of ``key`` over steps; empty if it was never measured."""
@@ -71,7 +74,17 @@ def load_run(folder: str | Path) -> Run:
         raise LimbeckError(f"{path} contains no measurement; wait for the first logged step, or use another folder.")
     rows = dict(sorted(rows.items()))
     name = str(facts.get("exp_name") or folder.name)
-    return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder))
+    return Run(name, facts, rows, tuple(_notices(rows, torn)), load_written(folder), load_evaluations(folder))
+
+
+def load_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Reads several runs. If two have the same name, all are called after their folders."""
+    runs, names = [load_run(folder) for folder in folders], [Path(folder).name for folder in folders]
+    if len({run.name for run in runs}) == len(runs):
+        return runs
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+    return [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
 
 
 def _notices(rows: Mapping[int, Mapping[str, float]], torn: list[int]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from html import escape
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 
 from limbeck.report.charts import SERIES, Level, area_chart, line_chart, number, percent
 from limbeck.report.curves import Curve
+from limbeck.report.evaluations import evaluations_html
 from limbeck.report.page import page
 from limbeck.report.results import ResultTable, Sample, sample_html, table_html
 from limbeck.report.run import Run
@@ -92,15 +93,16 @@ def write_report(
 ) -> Path:
     """Writes one self-contained HTML file and returns its path. Creates missing folders.
 
+    runs: with distinct names, as ``load_runs`` gives them.
     levels: values drawn as dashed lines in the charts of their key, such as the teacher's ``val/ce``.
     """
-    runs = _with_distinct_names(runs)
     version = next((run.facts["limbeck_version"] for run in runs if "limbeck_version" in run.facts), None)
     written = [
         (f"<h3>{escape(run.name)}</h3>" if len(runs) > 1 and number == 0 else "") + written_html(sample)
         for run in runs
         for number, sample in enumerate(run.samples)
     ]
+    evaluated = evaluations_html([(_of(run, runs), run.evaluations) for run in runs])
     parts = [
         f'<header><div class="eyebrow">{escape(f"Limbeck {version}" if version else "Limbeck")}</div>'
         f"<h1>{escape(title)}</h1>",
@@ -109,6 +111,7 @@ def write_report(
         "</header>",
         _cards(runs[0]) if len(runs) == 1 else "",
         _section("Result", [table_html(table)]) if table else "",
+        _section("Evaluation", [evaluated]) if evaluated else "",
         _section("Samples", [*map(sample_html, samples), *written]) if samples or written else "",
         _section("Learning", _grid(_charts(_LEARNING, runs, levels))),
         _section("Time and throughput", _grid([*_charts(_WORKING, runs, levels), *_times(runs)])),
@@ -121,13 +124,6 @@ def write_report(
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(title, "\n".join(part for part in parts if part), series=SERIES), encoding="utf-8")
     return target
-
-
-def _with_distinct_names(runs: Sequence[Run]) -> Sequence[Run]:
-    """Numbers the runs if two have the same name."""
-    if len({run.name for run in runs}) == len(runs):
-        return runs
-    return [replace(run, name=f"{run.name} ({index})") for index, run in enumerate(runs, start=1)]
 
 
 def _section(title: str, parts: Iterable[str]) -> str:

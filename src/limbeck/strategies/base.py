@@ -8,7 +8,7 @@ states, offloading. Nothing here knows what the loss is: a root module takes one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -23,6 +23,7 @@ from limbeck.objectives import OutputHead
 from limbeck.registry import STRATEGIES
 from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.pipeline_parallel import PipelineGroup
+from limbeck.strategies.shards import Shard, Sliceable
 from limbeck.strategies.world import World
 
 T = TypeVar("T")
@@ -55,17 +56,17 @@ class MicroBatches(Generic[T]):
 
 
 @dataclass
-class EngineState:
-    """What a checkpoint keeps of an engine, on the main process; empty on the others.
+class EngineState(Generic[T]):
+    """What a checkpoint keeps of an engine.
 
     model: trained parameters in float32 by their names in the root module. optimizer: its tensors as
-    ``<parameter>|<entry>``.
+    ``<parameter>|<entry>``; those of a parameter's shape are divided as the parameter is.
     scaler: JSON values of the fp16 loss scaler, empty without one.
     """
 
-    model: dict[str, Tensor] = field(default_factory=dict)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
-    scaler: dict[str, Any] = field(default_factory=dict)
+    model: Mapping[str, T] = field(default_factory=dict)
+    optimizer: Mapping[str, T] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol):
@@ -94,11 +95,13 @@ class Engine(Protocol):
         it. A tensor may be the engine's own.
         """
 
-    def state_dict(self) -> EngineState:
-        """Trained parameters, optimizer and scaler, gathered on the main process."""
+    def state_dict(self) -> EngineState[Sequence[Shard]]:
+        """What this rank holds of trained parameters and optimizer, and the scaler. The values are the engine's own: they
+        are read before the next step.
+        """
 
-    def load_state_dict(self, state: EngineState) -> None:
-        """The inverse of ``state_dict``, given the whole state on every rank; learning rates stay as they are."""
+    def load_state_dict(self, state: EngineState[Sliceable]) -> None:
+        """Load whole tensors, of which each rank reads what it holds; learning rates stay as they are."""
 
     def trained_names(self) -> set[str]:
         """Names of the trained parameters of the whole root module, also of those on other pipeline stages."""
@@ -204,7 +207,8 @@ class FrozenModel:
     """A model distributed for inference.
 
     body: gives last hidden states. head: whole on every rank. num_parameters: of the whole model. group: None unless
-    several ranks compute one batch together. can_compile: whether the layers may be compiled.
+    several ranks compute one batch together. can_compile: whether the layers may be compiled. offloaded: parameters that are in
+    host memory between forward passes.
     """
 
     body: nn.Module
@@ -212,12 +216,14 @@ class FrozenModel:
     num_parameters: int
     group: ModelParallelGroup | None = None
     can_compile: bool = True
+    offloaded: frozenset[nn.Parameter] = frozenset()
 
     def held_tensors(self) -> list[Tensor]:
-        """What this rank holds of the model; for memory planning."""
+        """What this rank holds of the model on its device; for memory planning."""
         head = [tensor for tensor in (self.head.weight, self.head.bias) if tensor is not None]
         # Of a parameter that ZeRO-3 shards, this rank's part.
-        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in self.body.parameters()]
+        kept = (parameter for parameter in self.body.parameters() if parameter not in self.offloaded)
+        shards = [getattr(parameter, "ds_tensor", parameter) for parameter in kept]
         return [*shards, *self.body.buffers(), *head]
 
 

@@ -34,7 +34,7 @@ def apply_context_parallel(model: Any, trunk: Any, group: dist.ProcessGroup, nam
             f"{name}: context_parallel_size = {ranks} needs another attn_implementation than {own}; use sdpa."
         )
     exchanged = f"{own}{CONTEXT_PARALLEL_MARK}{ranks}_{group.group_name}"
-    AttentionInterface.register(exchanged, _exchange_heads(attention, group))
+    AttentionInterface.register(exchanged, exchange_heads(attention, group))
     AttentionMaskInterface.register(exchanged, _whole_row_mask(mask, ranks))
     model.set_attn_implementation(exchanged)
     for module in trunk.modules():
@@ -63,7 +63,8 @@ def _whole_row_mask(plain: Any, ranks: int) -> Any:
     return mask
 
 
-def _exchange_heads(plain: Any, group: dist.ProcessGroup) -> Any:
+def exchange_heads(plain: Any, group: dist.ProcessGroup) -> Any:
+    """The attention function ``plain`` for ranks of ``group`` that each hold a part of every row's time."""
     ranks = dist.get_world_size(group)
 
     def attention(

@@ -1,19 +1,19 @@
 """DeepSpeed ZeRO stages 1, 2 and 3, by DeepSpeed itself. Registered as ``deepspeed_train`` and ``deepspeed_infer``.
 
-DeepSpeed keeps float32 masters and moments in flat pieces, one per rank. Here they are joined into and cut from whole
-tensors under plain names, so a checkpoint is the same as any other strategy's and resumes on another stage or number of
-ranks.
+DeepSpeed keeps float32 masters and moments in flat pieces, one per rank. Here these are boxes of whole tensors under plain
+names, so a checkpoint is the same as any other strategy's and resumes on another stage or number of ranks.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import torch
@@ -39,8 +39,9 @@ from limbeck.strategies.base import (
 )
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.model_parallel import outline_of
-from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.optimizer import check_optimizer, make_optimizer
 from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.strategies.shards import Shard, Sliceable, flat_boxes, shard_of, whole_box
 from limbeck.strategies.world import World
 
 _PRECISIONS = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -91,6 +92,8 @@ class DeepSpeedStrategy:
 
     def check(self, config: DistillConfig, dims: ParallelDims, role: str, device_type: str) -> None:
         import_deepspeed()
+        if role == "student":
+            check_optimizer(config.student.training_args.optimizer_name, dims, deepspeed=True)
         if dims.model_parallel_size > 1:
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_config: {dims.describe()} with DeepSpeed is not built; use fsdp2_train and "
@@ -190,7 +193,7 @@ class ZeroEngine:
         max_norm: float = 0.0,
         accumulates: bool = False,
     ) -> None:
-        self.root, self.optimizer, self._is_main = root, optimizer, world.is_main
+        self.root, self.optimizer = root, optimizer
         # References, not copies: DeepSpeed makes its masters from the rounded parameters, so these are set again below.
         exact = {name: p.detach() for name, p in root.named_parameters() if p.requires_grad} if compute_dtype else {}
         config = _configuration(block, compute_dtype)
@@ -238,15 +241,11 @@ class ZeroEngine:
                 tied[id(tensor)] = value
             yield name.removeprefix(MODEL), value
 
-    def state_dict(self) -> EngineState:
-        model = {}
-        for name, parameter in self._trained():
-            value = self._whole(parameter)
-            if self._is_main:
-                model[name] = value.cpu()
-        return EngineState(model, self._gather_optimizer(), self._scaler_state())
+    def state_dict(self) -> EngineState[Sequence[Shard]]:
+        model = {name: self._shards(parameter, None) for name, parameter in self._trained()}
+        return EngineState(model, self._optimizer_shards(), self._scaler_state())
 
-    def load_state_dict(self, state: EngineState) -> None:
+    def load_state_dict(self, state: EngineState[Sliceable]) -> None:
         self._load_model(state.model)
         self._load_optimizer(state.optimizer)
         for key in _SCALER:
@@ -290,40 +289,76 @@ class ZeroEngine:
         with self._gathered([tensor]):
             return tensor.detach().clone()
 
-    def _load_model(self, state: Mapping[str, Tensor]) -> None:
+    def _load_model(self, state: Mapping[str, Sliceable]) -> None:
         for name, value in state.items():
             parameter = self._by_name[name]
             with self._gathered([parameter], writer=0), torch.no_grad():
-                parameter.copy_(value)
+                if not self._is_sharded or dist.get_rank() == 0:
+                    parameter.copy_(value[whole_box(value.shape)])
             if parameter.requires_grad:
                 self._set(parameter, value, None)
 
-    def _gather_optimizer(self) -> dict[str, Tensor]:
+    def _optimizer_shards(self) -> dict[str, list[Shard]]:
         entries = self.optimizer.state.get(self._flat_masters()[0], {})
-        whole: dict[str, Tensor] = {}
         if entries:
             self._link_moments()
-        for name, parameter in self._trained():
-            for entry, value in entries.items():
-                if _is_moment(value):
-                    value = self._deepspeed.utils.safe_get_full_optimizer_state(parameter, entry)
-                if self._is_main:
-                    whole[f"{name}|{entry}"] = torch.as_tensor(value).detach().cpu().float()
-        return whole
+        return {
+            f"{name}|{entry}": self._shards(parameter, entry)
+            if _is_moment(value)
+            else [shard_of(torch.as_tensor(value).detach().float())]
+            for name, parameter in self._trained()
+            for entry, value in entries.items()
+        }
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+    def _shards(self, parameter: nn.Parameter, entry: str | None) -> list[Shard]:
+        """This rank's piece of the float32 master (``entry`` None) or of a moment: boxes of the flattened tensor."""
+        shape, (start, stop) = self._shape(parameter), self._piece(parameter)
+        shards: list[Shard] = []
+        for box in flat_boxes(shape, start, stop):
+            sizes = [part.stop - part.start for part in box]
+            read = partial(self._read_piece, parameter, entry, sum(shard.size for shard in shards), sizes)
+            shards.append(Shard(shape, box, read))
+        return shards
+
+    def _read_piece(self, parameter: nn.Parameter, entry: str | None, start: int, sizes: list[int]) -> Tensor:
+        utils, mapping = self._deepspeed.utils, getattr(parameter, "_hp_mapping", None)
+        if mapping is not None:
+            piece = mapping.get_hp_fragment(entry)
+        elif entry is None:
+            piece = utils.safe_get_local_fp32_param(parameter)
+        else:
+            piece = utils.safe_get_local_optimizer_state(parameter, entry)
+        return piece.detach()[start : start + math.prod(sizes)].view(sizes)
+
+    def _piece(self, parameter: Any) -> tuple[int, int]:
+        """Where this rank's piece of the flattened parameter begins and ends."""
+        if self._is_sharded:
+            size, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+            # The last rank's piece is padded.
+            return min(rank * size, parameter.ds_numel), min((rank + 1) * size, parameter.ds_numel)
+        if parameter._hp_mapping is None:
+            return 0, 0
+        address = parameter._hp_mapping.lp_fragment_address
+        return address.start, address.start + address.numel
+
+    @staticmethod
+    def _shape(parameter: Any) -> tuple[int, ...]:
+        return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def _load_optimizer(self, tensors: Mapping[str, Sliceable]) -> None:
         first = next(iter(self._trained()))[0]
-        entries = {key.rpartition("|")[2]: value for key, value in tensors.items() if key.startswith(f"{first}|")}
+        keys = [key for key in tensors if key.startswith(f"{first}|")]
+        moments = {key.rpartition("|")[2] for key in keys if len(tensors[key].shape)}
+        counts = {key.rpartition("|")[2]: tensors[key][()] for key in keys if not len(tensors[key].shape)}
         for flat in self._flat_masters():  # the optimizer makes its state in its first step, which is still to come
             self.optimizer.state[flat] = {
-                entry: torch.zeros_like(flat) if _is_moment(value) else self._count_of(value)
-                for entry, value in entries.items()
+                **{entry: torch.zeros_like(flat) for entry in moments},
+                **{entry: self._count_of(value) for entry, value in counts.items()},
             }
         self._link_moments()
         for name, parameter in self._trained():
-            for entry, value in entries.items():
-                if _is_moment(value):
-                    self._set(parameter, tensors[f"{name}|{entry}"], entry)
+            for entry in moments:
+                self._set(parameter, tensors[f"{name}|{entry}"], entry)
 
     def _scaler_state(self) -> dict[str, Any]:
         scaler = self._scaler
@@ -360,21 +395,16 @@ class ZeroEngine:
             return nullcontext()
         return self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=writer)
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, entry: str | None) -> None:
-        """Put this rank's part of a whole tensor into the masters (``entry`` None) or a moment of them."""
-        utils = self._deepspeed.utils
-        value = value.to(self._engine.device, torch.float32)
+    def _set(self, parameter: nn.Parameter, value: Sliceable, entry: str | None) -> None:
+        """Put this rank's piece of a whole tensor into the masters (``entry`` None) or a moment of them."""
+        utils, owner = self._deepspeed.utils, cast(Any, parameter)
+        parts = [value[box].flatten().float() for box in flat_boxes(self._shape(parameter), *self._piece(parameter))]
+        mine = torch.cat(parts) if parts else torch.empty(0)
         if not self._is_sharded:
-            if entry is None:
-                utils.safe_set_full_fp32_param(parameter, value)
-            else:
-                utils.safe_set_full_optimizer_state(parameter, value, entry)
+            if owner._hp_mapping is not None:
+                owner._hp_mapping.get_hp_fragment(entry).data.copy_(mine)
             return
-        # The last rank's piece is padded, which DeepSpeed's setters of whole tensors do not allow for.
-        owner: Any = parameter
-        size, rank = owner.ds_tensor.numel(), dist.get_rank(owner.ds_process_group)
-        piece = value.new_zeros(size)
-        mine = value.flatten()[rank * size : (rank + 1) * size]
+        piece = torch.zeros(owner.ds_tensor.numel(), device=self._engine.device)  # the last rank's is padded
         piece[: mine.numel()] = mine
         if entry is None:
             utils.safe_set_local_fp32_param(parameter, piece)

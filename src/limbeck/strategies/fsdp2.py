@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StrategyConfig, WorkerConfig
-from limbeck.errors import LimbeckError
+from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.models import body, compile_layers, decoder_layers, output_head
 from limbeck.models.dtypes import DTYPES, compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, LibraryFunctions, Placement, StudentSpec, TeacherSpec
@@ -28,8 +28,9 @@ from limbeck.strategies.model_parallel import (
     outline_of,
     pipeline_of,
 )
-from limbeck.strategies.optimizer import make_optimizer
+from limbeck.strategies.optimizer import check_optimizer, make_optimizer
 from limbeck.strategies.parallel_dims import TP, ParallelDims
+from limbeck.strategies.parameter_offload import copy_in_forward, keep_on_host
 from limbeck.strategies.pipeline_engine import PipelineEngine
 from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
@@ -57,6 +58,7 @@ class Fsdp2Strategy:
                 "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
             )
         if role == "student":
+            check_optimizer(config.student.training_args.optimizer_name, dims)
             for size, kind in ((dims.tp, "tensor"), (dims.pp, "pipeline")):
                 if args.lora_target and size > 1:
                     raise LimbeckError(
@@ -69,6 +71,11 @@ class Fsdp2Strategy:
 
     @contextmanager
     def simulate(self, worker: WorkerConfig, role: str) -> Iterator[LibraryFunctions]:
+        if role == "student" and worker.training_args.optimizer_name == "adamw_8bit":  # type: ignore[attr-defined]
+            raise UnknownMemory(
+                "student.training_args.optimizer_name = adamw_8bit: limbeck plan does not know the size of torchao's moments; "
+                "plan with adamw, which has 4 times the moments."
+            )
         # Private modules, and needed by a plan only.
         from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
         from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
@@ -122,11 +129,17 @@ class Fsdp2Strategy:
         dims = self.dims(spec.worker, world.size, "teacher")
         frozen = freeze_for_inference(model, world)
         apply_model_parallel(model, dims, world, spec.name, verify=spec.verify)
+        layers = decoder_layers(frozen.body)
         if self.shards:
-            shard(frozen.body, decoder_layers(frozen.body), world, dims, given, _param_dtype(spec.worker))
-        move(frozen.body, world.device)
+            shard(frozen.body, layers, world, dims, given, _param_dtype(spec.worker))
+        if not given.offload_policy:
+            move(frozen.body, world.device)
+        elif self.shards and world.size > 1:  # fully_shard copies what it gathers
+            frozen.offloaded = keep_on_host(frozen.body, frozen.body.parameters(), world.device)
+        else:
+            frozen.offloaded = copy_in_forward(frozen.body, layers, world.device)
         frozen.group = model_parallel_group(dims, world)
-        frozen.can_compile = not dims.sequence_parallel
+        frozen.can_compile = not dims.sequence_parallel and not given.offload_policy
         return frozen
 
 
@@ -147,12 +160,15 @@ def shard(
         return root
     mesh = dims.fsdp_mesh(world.device.type, replicate=given.replicate)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=DTYPES[given.reduce_dtype])
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    if given.offload_policy and world.device.type != "cpu":  # there, parameters are in host memory anyway
+        options["offload_policy"] = CPUOffloadPolicy()
     reshard = True if given.reshard_after_forward is None else given.reshard_after_forward
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(layer, reshard_after_forward=reshard, **options)
     # The loss reads the output head inside the root's forward, so the root's own parameters stay gathered until
     # backward.
-    fully_shard(root, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(root, reshard_after_forward=False, **options)
     return root
 
 

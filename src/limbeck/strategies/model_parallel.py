@@ -84,7 +84,7 @@ def apply_model_parallel(
     if dims.model_parallel_size == 1:
         return lambda: None
     pipeline = pipeline_of(dims, world)
-    before = _hidden_before(model, dims) if verify else None
+    before = hidden_before(model, dims) if verify else None
     trunk = body(model)
     partial_gradients: list[nn.Module] = []
     with torch.no_grad():
@@ -106,18 +106,19 @@ def apply_model_parallel(
     return partial(sum_partial_gradients, partial_gradients, dims.mesh(world.device.type)[TP])
 
 
-def _example(model: Any, dims: ParallelDims) -> Tensor:
+def example(model: Any, dims: ParallelDims) -> Tensor:
+    """[1, time] token ids for comparing hidden states before and after ``model`` is divided."""
     time = _TOKENS * dims.cp
     return torch.arange(1, 1 + time).unsqueeze(0) % model.config.get_text_config().vocab_size
 
 
 @torch.no_grad()
-def _hidden_before(model: Any, dims: ParallelDims) -> Tensor:
+def hidden_before(model: Any, dims: ParallelDims) -> Tensor:
     """[1, time, hidden] of the whole model, computed where it was loaded: on the CPU."""
     was_training = model.training
     trunk = body(model).eval()
     with use_eager_on_cpu(unwrap_model(model), model.device):
-        hidden = hidden_states(trunk, _example(model, dims).to(model.device), None)
+        hidden = hidden_states(trunk, example(model, dims).to(model.device), None)
     model.train(was_training)
     return hidden
 
@@ -128,7 +129,7 @@ def _verify(
 ) -> None:
     was_training = model.training
     trunk = body(model.to(world.device)).eval()
-    ids = _example(model, dims).to(world.device)
+    ids = example(model, dims).to(world.device)
     part = dims.coordinates(world.rank).cp
     own = slice(_TOKENS * part, _TOKENS * (part + 1)) if dims.cp > 1 else slice(None)
     positions = torch.arange(ids.shape[1], device=world.device).unsqueeze(0)

@@ -27,26 +27,6 @@ def broadcast_named(
     return _receive(share, device)
 
 
-def send_named(tensors: Mapping[str, Tensor], group: dist.ProcessGroup, destination: int) -> None:
-    """Send CPU ``tensors`` to rank ``destination`` within ``group``."""
-
-    def send(tensor: Tensor) -> Tensor:
-        dist.send(tensor, group=group, group_dst=destination)
-        return tensor
-
-    _send(tensors, send, "cpu")
-
-
-def recv_named(group: dist.ProcessGroup, source: int) -> dict[str, Tensor]:
-    """The CPU tensors that rank ``source`` within ``group`` sends."""
-
-    def recv(tensor: Tensor) -> Tensor:
-        dist.recv(tensor, group=group, group_src=source)
-        return tensor
-
-    return _receive(recv, "cpu")
-
-
 def _send(
     tensors: Mapping[str, Tensor], transmit: Callable[[Tensor], Tensor], device: torch.device | str
 ) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
-"""AdamW over masters in float32, and a learning-rate schedule of transformers or a sequence of PyTorch's."""
+"""The optimizer over masters in float32, and a learning-rate schedule of transformers or a sequence of PyTorch's."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -11,11 +12,47 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import get_scheduler
+from transformers import Adafactor, get_scheduler
 
 from limbeck.config.schema import SEQUENTIAL_KWARGS, TrainingArgs
+from limbeck.errors import LimbeckError
+from limbeck.strategies.parallel_dims import ParallelDims
 
 _ADAMW = partial(torch.optim.AdamW, fused=True)
+
+
+class CombinedOptimizer(torch.optim.Optimizer):
+    """Optimizers over different parameters as one: their groups one after the other, and one state."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        super().__init__([group for optimizer in optimizers for group in optimizer.param_groups], {})
+        self._optimizers = optimizers
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        groups = iter(self.param_groups)
+        for optimizer in self._optimizers:  # load_state_dict replaces groups and state
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
+            optimizer.step()
+
+
+def check_optimizer(name: str, dims: ParallelDims, *, deepspeed: bool = False) -> None:
+    """Raise LimbeckError if the optimizer does not run in this layout."""
+    key = f"student.training_args.optimizer_name = {name}"
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise LimbeckError(f"{key} needs PyTorch 2.9 or later; upgrade torch, or use adamw.")
+    if name == "adamw_8bit" and importlib.util.find_spec("torchao") is None:
+        raise LimbeckError(f"{key} needs torchao; pip install 'limbeck[torchao]', or use adamw.")
+    if name == "adamw":
+        return
+    if deepspeed:
+        raise LimbeckError(f"{key} does not run with deepspeed_train; use adamw, or fsdp2_train.")
+    if name == "muon" and dims.tp == dims.pp == 1:
+        return
+    if dims.size > 1:
+        where = "with tensor or pipeline parallelism" if name == "muon" else "on several ranks"
+        raise LimbeckError(f"{key} does not run {where}; use adamw.")
 
 
 def make_optimizer(
@@ -23,18 +60,49 @@ def make_optimizer(
     args: TrainingArgs,
     adamw: Callable[..., torch.optim.Optimizer] = _ADAMW,
 ) -> torch.optim.Optimizer:
-    """AdamW, in the implementation that is given; weight decay acts on matrices, not on biases and norms."""
+    """The optimizer ``args.optimizer_name``; weight decay acts on matrices, not on biases and norms.
+
+    Args:
+        adamw: the implementation of AdamW.
+    """
     trainable = [p for p in module.parameters() if p.requires_grad]
+    rest = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer_name == "adamw_8bit":
+        from torchao.optim import AdamW8bit
+
+        return AdamW8bit(_groups(trainable, args), **rest)
+    if args.optimizer_name == "adafactor":
+        return Adafactor(_groups(trainable, args), lr=args.learning_rate, scale_parameter=False, relative_step=False)
+    if args.optimizer_name == "muon":
+        inner = _layer_matrices(module)
+        # Scaled so that its updates are as large as AdamW's (https://arxiv.org/abs/2502.16982), which has the same rate.
+        muon = torch.optim.Muon(
+            [p for p in trainable if p in inner],
+            lr=args.learning_rate,
+            weight_decay=args.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        outer = _groups([p for p in trainable if p not in inner], args)
+        return CombinedOptimizer(muon, adamw(outer, **rest)) if outer else muon
+    return adamw(_groups(trainable, args), **rest)
+
+
+def _groups(parameters: list[nn.Parameter], args: TrainingArgs) -> list[dict[str, Any]]:
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": args.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return adamw(
-        [group for group in groups if group["params"]],
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        eps=args.adam_epsilon,
-    )
+    return [group for group in groups if group["params"]]
+
+
+def _layer_matrices(module: nn.Module) -> set[nn.Parameter]:
+    """The trained matrices of ``module`` without embeddings and output head."""
+    outside = {p for part in module.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+    for part in module.modules():
+        find_head: Any = getattr(part, "get_output_embeddings", None)
+        head = None if find_head is None else find_head()
+        outside |= set() if head is None else set(head.parameters())
+    return {p for p in module.parameters() if p.requires_grad and p.ndim == 2} - outside
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArgs, total_steps: int) -> Any:

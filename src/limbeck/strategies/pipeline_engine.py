@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 from limbeck.strategies.base import MODEL, EngineState, MicroBatches, ModelOutline
 from limbeck.strategies.gradient_clipping import gradient_norm
 from limbeck.strategies.pipeline_parallel import PipelineGroup
-from limbeck.strategies.state import gather_model, gather_optimizer, iter_model
+from limbeck.strategies.shards import Shard, Sliceable
+from limbeck.strategies.state import iter_model, model_shards, optimizer_shards
 from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
 
@@ -119,16 +120,15 @@ class PipelineEngine(TorchEngine):
         own = ((name, tensor) for name, tensor in iter_model(self.root, MODEL) if f"{MODEL}{name}" != self._tied_copy)
         return self._pipeline.broadcast_all(own, self._target)
 
-    def state_dict(self) -> EngineState:
-        keep = self._collects
+    def state_dict(self) -> EngineState[Sequence[Shard]]:
         return EngineState(
-            self._collected(gather_model(self.root, super().trained_names(), keep=keep)),
-            self._collected(gather_optimizer(self.root, self.optimizer, keep=keep)),
+            self._without_copy(model_shards(self.root, super().trained_names())),
+            self._without_copy(optimizer_shards(self.root, self.optimizer)),
             self._scaler.state_dict(),
         )
 
-    def load_state_dict(self, state: EngineState) -> None:
-        entries: dict[str, dict[str, Tensor]] = {}
+    def load_state_dict(self, state: EngineState[Sliceable]) -> None:
+        entries: dict[str, dict[str, Sliceable]] = {}
         for key, value in state.optimizer.items():
             name, entry = key.rsplit("|", 1)
             entries.setdefault(name, {})[entry] = value
@@ -151,14 +151,8 @@ class PipelineEngine(TorchEngine):
         """The name of this stage's copy of them, if it has one beside the first stage's."""
         return self._outline.tied[1] if self._outline.tied and self._pipeline.is_last else ""
 
-    @property
-    def _collects(self) -> bool:
-        """Whether this rank is in the main process's pipeline, which gathers the stages."""
-        return dist.get_process_group_ranks(self._pipeline.group)[0] == 0
-
-    def _collected(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = {name: tensor for name, tensor in tensors.items() if name.split("|")[0] != self._tied_copy}
-        return self._pipeline.gather_first(own) if self._collects else {}
+    def _without_copy(self, shards: dict[str, list[Shard]]) -> dict[str, list[Shard]]:
+        return {name: parts for name, parts in shards.items() if name.split("|")[0] != self._tied_copy}
 
     def _stored_name(self, name: str) -> str:
         return self._tied_original if name == self._tied_copy else name

@@ -7,7 +7,7 @@ the model's own, and parameters keep their names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
-from limbeck.strategies.named_tensors import broadcast_named, recv_named, send_named
+from limbeck.strategies.named_tensors import broadcast_named
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class PipelineGroup:
         return self.stage == self.num_stages - 1
 
     def send_forward(self, x: Tensor) -> None:
-        """Send ``x`` to the next stage."""
-        dist.send(x.contiguous(), group=self.group, group_dst=self.stage + 1)
+        """Send ``x`` to the next stage; after the last comes the first, which may hold further layers."""
+        dist.send(x.contiguous(), group=self.group, group_dst=(self.stage + 1) % self.num_stages)
 
     def recv_forward(self, out: Tensor) -> Tensor:
         """Receive the previous stage's output into ``out`` and return it."""
-        dist.recv(out, group=self.group, group_src=self.stage - 1)
+        dist.recv(out, group=self.group, group_src=(self.stage - 1) % self.num_stages)
         return out
 
     def broadcast_last(self, x: Tensor) -> Tensor:
@@ -58,16 +58,6 @@ class PipelineGroup:
         x = x.contiguous()
         dist.broadcast(x, group=self.group, group_src=self.num_stages - 1)
         return x
-
-    def gather_first(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The CPU tensors of all stages on the first one; empty on the others."""
-        if not self.is_first:
-            send_named(tensors, self.group, 0)
-            return {}
-        gathered = dict(tensors)
-        for stage in range(1, self.num_stages):
-            gathered |= recv_named(self.group, stage)
-        return gathered
 
     def broadcast_all(self, tensors: Iterable[tuple[str, Tensor]], device: Any) -> Iterator[tuple[str, Tensor]]:
         """The named tensors of every stage, stage by stage, on all ranks, one tensor at a time."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from limbeck.strategies.base import MODEL, EngineState, MicroBatches
 from limbeck.strategies.gradient_clipping import clip_gradients, gradient_norm
 from limbeck.strategies.master_weights import MasterWeights
+from limbeck.strategies.shards import Shard, Sliceable
 from limbeck.strategies.state import (
-    gather_model,
-    gather_optimizer,
     iter_model,
     load_model_state,
     load_optimizer_state,
+    model_shards,
+    optimizer_shards,
 )
 from limbeck.strategies.world import World
 
@@ -47,7 +48,7 @@ class TorchEngine:
         reduce_partial_gradients: Callable[[], None] = lambda: None,
     ) -> None:
         self.root, self.optimizer, self.max_norm = root, optimizer, max_norm
-        self._device, self._is_main = world.device.type, world.is_main
+        self._device = world.device.type
         self._reduce_partial_gradients = reduce_partial_gradients
         self._offloaded: list[tuple[dict[str, Any], str]] = []  # entries of the optimizer state that are on the host
         alone = compute_dtype if world.size == 1 else None
@@ -89,15 +90,15 @@ class TorchEngine:
         with self._in_float32():
             yield from iter_model(self.root, MODEL)
 
-    def state_dict(self) -> EngineState:
+    def state_dict(self) -> EngineState[Sequence[Shard]]:
         with self._in_float32():
             return EngineState(
-                gather_model(self.root, self.trained_names(), keep=self._is_main),
-                gather_optimizer(self.root, self.optimizer, keep=self._is_main),
+                model_shards(self.root, self.trained_names()),
+                optimizer_shards(self.root, self.optimizer),
                 self._scaler.state_dict(),
             )
 
-    def load_state_dict(self, state: EngineState) -> None:
+    def load_state_dict(self, state: EngineState[Sliceable]) -> None:
         with self._in_float32():
             load_model_state(self.root, state.model)
             load_optimizer_state(self.root, self.optimizer, state.optimizer)

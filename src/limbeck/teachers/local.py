@@ -141,7 +141,7 @@ def load_local_teacher(config: DistillConfig, world: World) -> LocalTeacher:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")
     strategy.check_model(model, dims, source.name, "teacher")
     check_head(model, source.name)
-    if config.student.use_sequence_packing and config.cross_tokenizer == "off":
+    if config.student.use_sequence_packing:
         enable_varlen_attention(model, source.name)
     return LocalTeacher(strategy.build_teacher(TeacherSpec(model, source.name, worker), world))
 

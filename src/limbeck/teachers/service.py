@@ -20,7 +20,7 @@ from limbeck.cluster.session import can_join, ray_address, ray_session
 from limbeck.config import DistillConfig
 from limbeck.config.schema import SERVICE_NAME
 from limbeck.errors import LimbeckError, Stopped
-from limbeck.interrupt import stop_requests
+from limbeck.interrupt import ENDS, stop_requests
 from limbeck.strategies.base import dims_of
 from limbeck.teachers.fingerprint import check_fingerprint
 from limbeck.teachers.worker import TeacherWorker
@@ -52,7 +52,7 @@ def serve_teacher(config: DistillConfig, name: str | None = None, log: Log = pri
         )
     check_servable(config)
     room = 0 if can_join() else os.cpu_count() or 1
-    with stop_requests() as early, ray_session(len(devices) + room) as where, stop_requests() as stop:
+    with stop_requests(ENDS) as early, ray_session(len(devices) + room) as where, stop_requests(ENDS) as stop:
         stop.signal = early.signal  # Ray cut off while it starts leaves processes behind
         log(f"{where} {describe_devices([devices])}")
         if name in registered_groups():

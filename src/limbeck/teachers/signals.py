@@ -125,9 +125,12 @@ class TeacherRequest:
 
     @classmethod
     def from_batch(cls, batch: Batch, spec: SignalSpec = HIDDEN_STATES) -> TeacherRequest:
-        """The request for ``batch``, in the teacher's own tokens where the batch has them."""
+        """The request for ``batch``, in the teacher's own tokens or after its own prompts where the batch has them."""
+        if batch.teacher_batch is not None and batch.teacher_tokens is None:
+            return cls.from_batch(batch.teacher_batch, spec)
         if batch.teacher_tokens is not None:
-            return cls(batch.teacher_tokens.input_ids, None, None, batch.teacher_tokens.supervised, spec)
+            own = batch.teacher_tokens
+            return cls(own.input_ids, own.position_ids, own.documents, own.supervised, spec, own.cu_seqlens)
         labels = batch.labels.flatten()[batch.supervised] if spec.kind == "sampled_token" else None
         return cls(
             batch.input_ids, batch.position_ids, batch.documents, batch.supervised, spec, batch.cu_seqlens, labels

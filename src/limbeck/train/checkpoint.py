@@ -1,4 +1,4 @@
-"""Reads and writes checkpoints, atomically and with checksums.
+"""The folders of checkpoints: complete or absent, and with checksums.
 
 ``checkpoint-<step>/`` is a Hugging Face folder (the student in safetensors, and its tokenizer). In addition it has
 ``training/`` with the state for resuming, and ``manifest.json`` with the size and SHA-256 of every file. A checkpoint is
@@ -14,20 +14,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from limbeck.errors import LimbeckError
+from limbeck.strategies.shards import Sliceable
+from limbeck.strategies.world import World
+from limbeck.train.gather import gather_json
+from limbeck.train.tensor_files import fingerprint, open_shards
 
 MANIFEST = "manifest.json"
 TRAINING = "training"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = ".checkpoint-{}.writing"
 
 
 @dataclass(frozen=True)
@@ -36,65 +37,89 @@ class Checkpoint:
 
     Attributes:
         step: number of optimizer steps taken.
-        masters: trained parameters in float32, by name.
-        optimizer: tensors of the optimizer state, by name.
+        masters: trained parameters in float32, by name, read when they are sliced.
+        optimizer: tensors of the optimizer state, by name, likewise.
         state: JSON values, such as the position in the data.
-        metric: the value that selects the best checkpoints; None if it was not measured. metric_name: which metric that is.
+        metric: the value that selects the best checkpoints; None if it was not measured.
     """
 
     step: int
-    masters: Mapping[str, Tensor]
-    optimizer: Mapping[str, Tensor]
+    masters: Mapping[str, Sliceable]
+    optimizer: Mapping[str, Sliceable]
     state: Mapping[str, Any]
     metric: float | None = None
-    metric_name: str | None = None
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, write_student: Callable[[Path], None]) -> Path:
-    """Write a checkpoint.
+def temporary_folder(folder: Path, step: int) -> Path:
+    """Where the files of ``folder/checkpoint-<step>`` are until it is complete."""
+    return folder / _TEMPORARY.format(step)
 
-    Args:
-        folder: the parent folder.
-        checkpoint: what to write.
-        write_student: writes the Hugging Face files of the student to the path that it is given.
+
+def start_checkpoint(folder: Path, step: int) -> Path:
+    """Make the temporary folder of a checkpoint, and remove what an interrupted write has left.
 
     Returns:
-        ``folder/checkpoint-<step>``.
+        The temporary folder, which contains an empty folder ``training``.
     """
-    final = folder / f"checkpoint-{checkpoint.step}"
-    temporary = folder / f".{final.name}.writing"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for interrupted in folder.glob(_TEMPORARY.format("*")):
+        shutil.rmtree(interrupted)
+    temporary = temporary_folder(folder, step)
     (temporary / TRAINING).mkdir(parents=True)
-    write_student(temporary)
-    save_file(_contiguous(checkpoint.masters), temporary / TRAINING / "masters.safetensors")
-    save_file(_contiguous(checkpoint.optimizer), temporary / TRAINING / "optimizer.safetensors")
-    (temporary / TRAINING / "state.json").write_text(json.dumps(dict(checkpoint.state), indent=1))
-    files = sorted(path for path in temporary.rglob("*") if path.is_file())
+    return temporary
+
+
+def finish_checkpoint(
+    temporary: Path,
+    step: int,
+    written: Mapping[str, Mapping[str, Any]],
+    metric: float | None = None,
+    metric_name: str | None = None,
+) -> Path:
+    """Write the manifest of a checkpoint whose files are all in ``temporary``, and give the folder its name.
+
+    Args:
+        temporary: of ``start_checkpoint``.
+        step: number of optimizer steps taken.
+        written: fingerprints of files that are on the disk, by path in the folder; the others are read and flushed here.
+        metric: the value that selects the best checkpoints; None if it was not measured.
+        metric_name: which metric that is.
+
+    Returns:
+        ``checkpoint-<step>`` beside ``temporary``.
+    """
+    final = temporary.with_name(f"checkpoint-{step}")
+    files = {str(path.relative_to(temporary)): path for path in sorted(temporary.rglob("*")) if path.is_file()}
     manifest: dict[str, Any] = {
-        "step": checkpoint.step,
-        "metric": checkpoint.metric,
-        "metric_name": checkpoint.metric_name,
-        "files": {str(path.relative_to(temporary)): _fingerprint(path) for path in files},
+        "step": step,
+        "metric": metric,
+        "metric_name": metric_name,
+        "files": {name: written.get(name) or fingerprint(path) for name, path in files.items()},
     }
     manifest["sha256"] = _own_digest(manifest)
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for path in [*files, temporary / MANIFEST]:
+    files[MANIFEST] = temporary / MANIFEST
+    files[MANIFEST].write_text(json.dumps(manifest, indent=1))
+    for name, path in files.items():
         path.chmod(0o644)  # safetensors creates files that only their owner can read
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        if name not in written:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
     if final.exists():
         shutil.rmtree(final)
     temporary.rename(final)
     return final
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint after comparing every file with the manifest.
+def load_checkpoint(path: Path, world: World | None = None) -> Checkpoint:
+    """Open a checkpoint after comparing every file with the manifest. Collective with ``world``, whose ranks share the files
+    to compare.
 
     Raises:
         LimbeckError: if it is damaged; the message names the newest intact checkpoint beside it.
     """
-    damage = find_damage(path)
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    damage = find_damage(path, rank, size)
+    if world is not None:
+        damage = next(filter(None, gather_json(damage, world)), None)
     if damage is not None:
         intact = [other for other in list_checkpoints(path.parent) if other != path and find_damage(other) is None]
         advice = (
@@ -104,29 +129,31 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
         raise LimbeckError(f"{path} is damaged ({damage}); {advice}.")
     manifest = json.loads((path / MANIFEST).read_text())
-    training = path / TRAINING
-    return Checkpoint(
-        manifest["step"],
-        load_file(training / "masters.safetensors"),
-        load_file(training / "optimizer.safetensors"),
-        json.loads((training / "state.json").read_text()),
-        manifest["metric"],
+    files = [path / name for name in manifest["files"]]
+    masters, optimizer = (
+        open_shards(file for file in files if file.match(f"{TRAINING}/{kind}*.safetensors"))
+        for kind in ("masters", "optimizer")
     )
+    state = json.loads((path / TRAINING / "state.json").read_text())
+    return Checkpoint(manifest["step"], masters, optimizer, state, manifest["metric"])
 
 
-def find_damage(path: Path) -> str | None:
-    """The first difference between a checkpoint and its manifest, in words; None if it is intact."""
+def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
+    """The first difference between a checkpoint and its manifest, in words; None if it is intact.
+
+    With ``size`` above 1, only of every ``size``-th file, beginning with number ``rank``.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         if manifest["sha256"] != _own_digest(manifest):
             return f"{MANIFEST} has been changed"
-        for name, expected in manifest["files"].items():
+        for name, expected in list(manifest["files"].items())[rank::size]:
             file = path / name
             if not file.is_file():
                 return f"{name} is missing"
             if file.stat().st_size != expected["size"]:
                 return f"{name} has {file.stat().st_size} bytes instead of {expected['size']}"
-            if _fingerprint(file) != expected:
+            if fingerprint(file) != expected:
                 return f"{name} has been changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
@@ -229,19 +256,6 @@ def point(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"size": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _own_digest(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # safetensors does not store tensors that share memory, such as tied or sliced ones.
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}

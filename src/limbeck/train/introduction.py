@@ -36,6 +36,8 @@ def introduce(run: Run, console: RunConsole) -> None:
         )
     if run.resumed_from is not None:
         console.print(f"Resumed from {run.resumed_from} at step {run.step}.")
+        if run.changed:
+            console.print("\n  ".join(["note: settings that have changed since that checkpoint:", *run.changed]))
         if run.step >= run.total_steps:
             console.print(f"It has all of the {run.total_steps} configured steps; nothing is left to do.")
     elif config.resume_from_checkpoint:

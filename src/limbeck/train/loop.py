@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining
-from limbeck.interrupt import StopRequest, stop_requests
+from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import explain_oom
 from limbeck.models.logs import configure_logging
 from limbeck.strategies.base import MicroBatches
@@ -31,10 +32,13 @@ from limbeck.train.build.data import Progress
 from limbeck.train.build.run import Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import FULL, explain_disk_errors
 from limbeck.train.introduction import introduce
 from limbeck.train.push import push_checkpoint
 from limbeck.train.result import RunResult
+from limbeck.train.run_lock import lock_run
 from limbeck.train.student import TrainInput, to_device
+from limbeck.train.time_limits import TimeLimits
 from limbeck.train.validate import validation_metrics
 
 _LESS_TO_LOAD = (
@@ -72,10 +76,13 @@ class DistillPipeline:
     Args:
         config: of the run.
         adapt: completes what ``config`` leaves open, when the devices are known.
+        notices: printed to stderr by the main process when everything is loaded, so that they do not hide an error.
     """
 
-    def __init__(self, config: DistillConfig, adapt: Adapt = lambda config, world: config) -> None:
-        self.config, self._adapt = config, adapt
+    def __init__(
+        self, config: DistillConfig, adapt: Adapt = lambda config, world: config, notices: Sequence[str] = ()
+    ) -> None:
+        self.config, self._adapt, self._notices = config, adapt, notices
 
     def run(self) -> RunResult:
         """Train to the end, or until SIGINT or SIGTERM; either way a whole checkpoint is left. Resumes if
@@ -93,24 +100,31 @@ class DistillPipeline:
                 "the teacher is a service, or has other devices than the student, and a single process cannot be both; start "
                 "this configuration with `limbeck train`."
             )
-        with start_world() as world:
+        is_main = int(os.environ.get("RANK", "0")) == 0
+        with lock_run(self.config) if is_main else nullcontext(), start_world() as world:
             return self.run_in(world)
 
     def run_in(self, world: World, surroundings: Surroundings | None = None) -> RunResult:
         """The same as one rank of ``world``, whose process group exists already."""
-        given, config = surroundings or Surroundings(), self._adapt(self.config, world)
-        world = resolve_parallelism(config, world, teacher_here=not given.workers)
         configure_logging()
+        given, config = surroundings or Surroundings(), self._adapt(self.config, world)
+        limits = TimeLimits(config, world)
+        world = resolve_parallelism(config, world, teacher_here=not given.workers)
         if world.device.type == "cpu":
             keep_freed_pages()
-        with ExitStack() as resources:
+        with explain_disk_errors("a file of the run", config.checkpoint_dir, FULL), ExitStack() as resources:
             with explain_oom(f"rank {world.rank} loaded the models", _LESS_TO_LOAD):
                 run = build_run(config, world, resources, given.workers, given.in_step, given.progress)
+            for notice in self._notices if world.is_main else ():
+                print(f"note: {notice}", file=sys.stderr)
             # Until here there is nothing to save, and a signal ends the process at once.
-            signals = nullcontext(given.stop) if given.stop is not None else stop_requests()
+            signals = (
+                nullcontext(given.stop) if given.stop is not None else stop_requests(SAVES if world.is_main else None)
+            )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
-                result = train(run, stop, given.console)
-        if config.checkpoint_config.save_to_hub.repo_id is not None and not result.stopped_by:
+                result = train(run, stop, given.console, limits)
+        completed = not (result.stopped_by or result.out_of_time)
+        if completed and config.checkpoint_config.save_to_hub.repo_id is not None:
             _push(config, world, result, given.console)
         return result
 
@@ -130,19 +144,23 @@ def _push(config: DistillConfig, world: World, result: RunResult, console_file: 
         world.barrier()
 
 
-def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> RunResult:
-    """Train ``run`` from its current step to the end, or until ``stop``."""
+def train(
+    run: Run, stop: StopRequest, console_file: TextIO | None = None, limits: TimeLimits | None = None
+) -> RunResult:
+    """Train ``run`` from its current step to the end, until ``stop``, or until the time of ``limits`` is over."""
     config, world = run.config, run.world
+    limits = limits or TimeLimits(config, world)
     current = config.checkpoint_dir / f"checkpoint-{run.step}"
     saved = run.step if run.resumed_from is not None and current.is_dir() else -1
-    stopped, settings = 0, config.effective_validation
+    stopped, out_of_time, cut_short, settings = 0, False, False, config.effective_validation
     validates = bool(run.data.validation) and config.eval_steps > 0
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
         if validates and settings.at_start and run.step == 0:
             with run.metrics.exclude_from_timing():
-                run.log(console, validation_metrics(run, console))
-        while run.step < run.total_steps and not stopped:
+                _validate(run, console)
+        limits.training_starts()
+        while run.step < run.total_steps and not cut_short:
             try:
                 train_step(run)
             except StopTraining:
@@ -150,28 +168,38 @@ def train(run: Run, stop: StopRequest, console_file: TextIO | None = None) -> Ru
                     run.saver.save(run.step, run.requests.state_dict(), {})
                 raise
             stopped = int(world.max(stop.poll()))
-            ended = stopped or run.step == run.total_steps
+            out_of_time = run.step < run.total_steps and limits.is_out_of_time(run.saver.longest)
+            cut_short = bool(stopped) or out_of_time
+            ended = cut_short or run.step == run.total_steps
             console.advance(run.step)
-            due = config.save_steps and run.step % config.save_steps == 0
+            due = limits.save_is_due() or (config.save_steps and run.step % config.save_steps == 0)
             measured: dict[str, float] = {}
             if ended or due or run.step % config.logging_steps == 0:
                 line = run.metrics.line(run.learning_rate, run.distils and run.teacher is not None)
                 measured = run.log(console, line)
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
-                if validates and not stopped and (at_end or due or run.step % config.eval_steps == 0):
-                    measured = measured | run.log(console, validation_metrics(run, console))
+                if validates and not cut_short and (at_end or due or run.step % config.eval_steps == 0):
+                    measured = measured | _validate(run, console)
                 if ended or due:
                     run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
+                    limits.saved()
         if saved != run.step:
             run.saver.save(run.step, run.requests.state_dict(), {})
-        if stopped:
-            console.print(
-                f"Stopped by {signal.Signals(stopped).name} after step {run.step}; "
-                f"resume_from_checkpoint=true goes on from there."
-            )
-    return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped)
+        run.saver.wait()
+        run.finish(console)
+        if cut_short:
+            limit = config.checkpoint_config.save_before
+            reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
+            console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
+    return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
+
+
+def _validate(run: Run, console: RunConsole) -> dict[str, float]:
+    found = run.log(console, validation_metrics(run, console))
+    run.source.validated(found)
+    return found
 
 
 def train_step(run: Run) -> None:
@@ -189,6 +217,8 @@ def train_step(run: Run) -> None:
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
+        if run.average is not None:
+            run.average.update(run.student.iter_weights())
     run.step += 1
     with timer.section("data"):
         run.source.weights_changed(run.student.iter_weights, run.step)

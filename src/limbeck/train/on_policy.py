@@ -85,7 +85,8 @@ class OnPolicyLoss:
         if rollout is None or rollout.truncates:
             return None
         # Of what is written greedily, the generator reports the probability at temperature 1.
-        gap = LogProbGap(device, rollout.log_prob_gap_limit, warns=not rollout.max_staleness)
+        current = rollout.max_staleness == 0 and rollout.steps_per_rollout == 1
+        gap = LogProbGap(device, rollout.log_prob_gap_limit, warns=current)
         clip = None if rollout.policy_clip is None else (rollout.policy_clip[0], rollout.policy_clip[1])
         return cls(rollout.temperature or 1.0, clip, gap)
 

@@ -20,6 +20,11 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds as many samples as it can."""
+        return len(self._entries) == self._entries.maxlen
+
     def add(self, samples: Iterable[Sample]) -> None:
         """Add samples, the oldest first.
 

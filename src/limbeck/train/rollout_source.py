@@ -21,12 +21,15 @@ from numpy.typing import NDArray
 from limbeck.config import DistillConfig
 from limbeck.config.schema.origin_objectives import weight_of_origin
 from limbeck.config.schema.origins import ORIGINS
+from limbeck.config.schema.schedules import AdaptiveSchedule
 from limbeck.data import BatchStream
 from limbeck.data.batch import StepBatch
 from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
+from limbeck.data.teacher_prompts import with_teacher_prompts
 from limbeck.errors import LimbeckError
 from limbeck.strategies.world import World
+from limbeck.train.adaptive_share import AdaptiveShare
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
 from limbeck.train.answers import AnswerWriter, NumberedPrompt
 from limbeck.train.build.answer_ends import disagreements
@@ -51,9 +54,11 @@ class RolloutSource:
         assert config.rollout is not None
         self._settings, self._seed, self._world = config.rollout, config.seed, world
         self._needs_log_probs = config.has_policy_gradient
-        self._schedule, self._objectives = config.rollout.schedule, objective_indices(config)
+        schedule, self._objectives = config.rollout.schedule, objective_indices(config)
+        self._share = AdaptiveShare(schedule) if isinstance(schedule, AdaptiveSchedule) else schedule
         self._weights = {origin: weight_of_origin(config, origin) for origin in ORIGINS}
-        self._replay = ReplayBuffer(config.rollout.replay.capacity) if config.rollout.replay.fraction else None
+        self._replay = ReplayBuffer(config.rollout.replay.capacity) if config.rollout.replay.is_used else None
+        self._replay_share = config.rollout.replay.schedule
         self._examples, self._stream_settings = data.examples, data.stream_settings
         training = config.student.training_args
         samples = training.per_device_train_batch_size * training.gradient_accumulation_steps * world.dims.data_size
@@ -85,7 +90,8 @@ class RolloutSource:
         staleness = self._settings.max_staleness
         # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
         self.max_lookahead = max(0, staleness - 1)
-        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps)
+        block = self._settings.steps_per_rollout
+        self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps, block)
         self._version = 0  # of the student's weights
         self._counts: Counter[str] = Counter()  # of the samples by origin
         self._statistics = AnswerStatistics()
@@ -119,6 +125,8 @@ class RolloutSource:
         if self._settings.save_samples and self._world.is_main:
             save_samples(self._output_dir, f"train-{step + 1}", samples, self._tokenizer)
         examples = to_examples(samples, self._objectives, self._weights, self._settings.reward_weight)
+        if self._examples.teacher_prompts is not None:
+            examples = with_teacher_prompts(examples, self._examples)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
     def weights_changed(self, weights: Weights, step: int) -> None:
@@ -128,12 +136,17 @@ class RolloutSource:
         if self._settings.max_staleness:
             self._ahead.fill(step)
 
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        if isinstance(self._share, AdaptiveShare):
+            self._share.validated(metrics)
+
     def metrics(self) -> dict[str, float]:
         counts, steps = self.writer.counts, max(len(self._staleness), 1)
         origins, total = self._settings.origins, max(self._counts.total(), 1)
         found = {
             "rollout/on_policy_share": self._counts[STUDENT] / total,
             **{f"rollout/{name}_share": self._counts[name] / total for name in (TEACHER, REPLAY) if name in origins},
+            **({"rollout/adaptive_share": self._share.at(0, 1)} if isinstance(self._share, AdaptiveShare) else {}),
             **self._statistics.metrics(),
             "rollout/staleness": sum(self._staleness) / steps,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
@@ -146,13 +159,19 @@ class RolloutSource:
         return found
 
     def state_dict(self) -> Mapping[str, Any]:
-        position = self._ahead.state_dict()
-        return position if self._replay is None else {**position, "replay": self._replay.state()}
+        state = self._ahead.state_dict()
+        if self._replay is not None:
+            state = {**state, "replay": self._replay.state()}
+        if isinstance(self._share, AdaptiveShare):
+            state = {**state, "share": self._share.state()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._prompts.seek(self._ahead.load_state_dict(state))
         if self._replay is not None:
             self._replay.load(state.get("replay", ()))
+        if isinstance(self._share, AdaptiveShare) and "share" in state:
+            self._share.load(state["share"])
 
     def close(self) -> None:
         self.writer.close()
@@ -190,9 +209,12 @@ class RolloutSource:
     def _origin(self, step: int, row: int, number: int) -> str:
         """Who writes the answer of a sample. Nothing is replayed before the student has written something."""
         on_policy, replayed, _ = self._draws(step, row, number)
-        if on_policy < self._schedule.at(step, self._total_steps):
-            return STUDENT
-        return REPLAY if self._replay and replayed < self._settings.replay.fraction else self._settings.off_policy
+        replays = self._replay is not None and replayed < self._replay_share.at(step, self._total_steps)
+        if on_policy < self._share.at(step, self._total_steps):
+            full = self._replay is not None and self._replay.is_full
+            return REPLAY if replays and full and self._settings.replay.replaces == "student" else STUDENT
+        replays = replays and bool(self._replay) and self._settings.replay.replaces == "off_policy"
+        return REPLAY if replays else self._settings.off_policy
 
     def _prompt(self, row: int) -> tuple[int, ...]:
         tokens, _ = self._examples.row(row)

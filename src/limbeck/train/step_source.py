@@ -45,6 +45,9 @@ class StepSource(Protocol):
         if the source needs them.
         """
 
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """The student has been validated with these results, before the next step is made; the same on every rank."""
+
     def metrics(self) -> dict[str, float]:
         """Metrics of the steps since the previous call, which are added to a log line. Those that begin with ``time/`` are
         seconds per step, which the line takes from ``time/data``.
@@ -90,6 +93,9 @@ class DatasetSource:
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """A dataset does not depend on the weights."""
+
+    def validated(self, metrics: Mapping[str, float]) -> None:
+        """Nor on how good they are."""
 
     def metrics(self) -> dict[str, float]:
         return {}

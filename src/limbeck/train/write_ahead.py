@@ -1,7 +1,8 @@
 """Steps whose samples are written before earlier steps are trained, with weights that are some steps old.
 
-With the distance n, step s is written with the weights after step s - n, or the first weights of the run. That depends on the
-number of the step only, not on how fast anything is, so a run can be repeated and resumed exactly.
+With the distance n, step s is written with the weights after step s - n, or the first weights of the run. Without a
+distance, ``block`` steps are written together, with the weights before the first of them. That depends on the number of the
+step only, not on how fast anything is, so a run can be repeated and resumed exactly.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class WriteAhead:
         position: of the next prompts.
         distance: number of steps between the weights that write and those that are trained.
         end: number of steps of the run, beyond which nothing is written; None if that is not known.
+        block: number of steps that are written together; 1 with a distance.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class WriteAhead:
         position: Callable[[], Mapping[str, Any]],
         distance: int,
         end: int | None = None,
+        block: int = 1,
     ) -> None:
         self._begin, self._position, self._distance, self._end = begin, position, distance, end
+        self._block = block
         self._queue: deque[WrittenStep] = deque()
         self._next: int | None = None  # the step that is begun next
 
@@ -67,9 +71,12 @@ class WriteAhead:
             self._append(step, version)
 
     def take(self, step: int, version: int) -> WrittenStep:
-        """Step number ``step``, finished. Without a distance it is begun now. Collective."""
+        """Step number ``step``, finished. Without a distance it is begun now, as are the others of its block. Collective."""
         if not self._queue:
-            self._append(step, version)
+            last = step + self._block
+            for number in range(step, last if self._end is None else max(step + 1, min(last, self._end))):
+                self._append(number, version)
+            self.finish()  # before the weights change
         taken = self._queue.popleft()
         taken.samples  # noqa: B018
         return taken

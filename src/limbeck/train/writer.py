@@ -58,7 +58,7 @@ class Writer:
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
         self._generator: Generator = generator or GENERATORS.get(config.rollout.generator)(config, world)
-        self._shares_device = config.offloads_colocated
+        self._offloads = config.offloads_colocated or config.rollout.offload
         self._weights: Weights | None = None
         self._version = 0
         self._thread = ThreadPoolExecutor(1, "writer") if config.rollout.max_staleness else None
@@ -87,7 +87,7 @@ class Writer:
         """The same, in two parts: the function that is returned waits for the completions. Both are collective."""
         if not prompts:
             return list
-        if self._shares_device:
+        if self._offloads:
             self._generator.reload()
         self._load()
         wanted = Counter(prompts)
@@ -135,7 +135,7 @@ class Writer:
         known = {prompt.row_id: prompt for prompt in prompts}
         for completion in _gather(own, known, self._world):
             by_prompt.setdefault(completion.prompt.row_id, []).append(completion)
-        if self._shares_device:
+        if self._offloads:
             self._generator.offload()
         found = [by_prompt[prompt.row_id].pop(0) for prompt in prompts]
         self.counts.completions += len(found)

@@ -80,6 +80,7 @@ LOADING = {
     "trust_remote_code": "trust_remote_code",
 }
 LOADING |= {"torch_dtype": "dtype", "dtype": "dtype"}
+SECTIONS = ("teacher.kwargs", "model_kwargs", "training_args", "dataset.eval_dataset")
 DEFAULT_LOSSES = [{"function": "cross_entropy", "weight": 0.5}, {"function": "kl", "weight": 0.5, "temperature": 1.0}]
 
 
@@ -104,6 +105,9 @@ class DistillKitDialect:
             )
         result = Translation({})
         given = _flatten(source, result)
+        for key in SECTIONS:
+            if not isinstance(given.get(key) or {}, Mapping):
+                result.refuse(key, f"= {format_value(given.pop(key))} must be a section of keys")
         if given.get("teacher.kind") == "dataset" or given.keys() & OFFLINE:
             result.refuse(
                 "teacher.kind", "= dataset is not supported yet: Limbeck reads no compressed offline datasets; use hf"
@@ -164,7 +168,10 @@ def _models(result: Translation, given: Mapping[str, Any]) -> None:
                 result.ignored.append(f"{key}.{name}")
             else:
                 result.refuse(f"{key}.{name}", f"is not supported; known are {', '.join(LOADING)}")
-    if modules := given.get("frozen_modules"):
+    modules = given.get("frozen_modules") or []
+    if not isinstance(modules, list):
+        result.refuse("frozen_modules", f"= {format_value(modules)} must be a list of names of modules")
+    elif modules:
         # A prefix that ends in a dot is the module of exactly this name.
         result.set("student.model_args.freeze_module_prefix", [f"{name}." for name in modules], "frozen_modules")
     if given.get("frozen_res") is not None:
@@ -177,9 +184,12 @@ def _datasets(result: Translation, given: Mapping[str, Any]) -> None:
         result.refuse("dataset.train_dataset", "must have repo_id or disk_path")
         return
     result.set("student.data_args.sources", [_source(train)], "dataset.train_dataset")
-    if held_out is None:
+    if not held_out:
         return
     source = _source(held_out)
+    if not source.keys() & {"path", "hub"}:
+        result.refuse("dataset.eval_dataset", "must have repo_id or disk_path")
+        return
     if source.keys() - {"path", "hub", "split"} or source.get("split") not in (None, "train"):
         result.refuse(
             "dataset.eval_dataset",
@@ -204,7 +214,8 @@ def _losses(result: Translation, given: Mapping[str, Any]) -> None:
     key = "loss_functions"
     terms = given.get(key) or DEFAULT_LOSSES
     if not isinstance(terms, list) or not all(
-        isinstance(term, Mapping) and _is_number(term.get("weight")) for term in terms
+        isinstance(term, Mapping) and isinstance(term.get("function"), str) and _is_number(term.get("weight"))
+        for term in terms
     ):
         result.refuse(key, "is not a list of losses, each with function and weight")
         return
@@ -248,7 +259,7 @@ def _divergence(result: Translation, term: Mapping[str, Any], top_k: Any, origin
     if top_k is None:
         return
     result.set("logits_topk", top_k, "teacher.top_k")
-    missing = term.get("missing_probability_handling") or "zero"
+    missing = str(term.get("missing_probability_handling") or "zero")
     if missing not in TAILS:
         result.refuse(origin, f"has missing_probability_handling: {missing}, which is not one of {', '.join(TAILS)}")
     else:

@@ -72,5 +72,8 @@ def use_wandb(translation: Translation, project: tuple[str, str]) -> None:
     name, origin = project
     if find_spec("wandb") is not None and os.environ.keys() & {"WANDB_API_KEY", "WANDB_MODE"}:
         translation.default("track_with", "wandb", origin)
-    if translation.get("track_with") == "wandb":
+    chosen = translation.get("track_with")
+    if chosen == "wandb":
         translation.default("tracker_kwargs.project", name, origin)
+    elif isinstance(chosen, list) and "wandb" in chosen:
+        translation.default("tracker_kwargs.wandb.project", name, origin)

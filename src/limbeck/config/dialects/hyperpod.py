@@ -217,11 +217,11 @@ def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:
 
 def _from_file(file: Mapping[str, Any], result: Translation) -> Values:
     given: Values = {}
-    for path, value in leaves(file):
-        if path.startswith("training."):
-            name, _, rest = path.removeprefix("training.").partition(".")
-            given[f"training.{name}"] = (file["training"][name] if rest else value, f"training.{name}")
-        elif path in BY_KEY:
+    rest = dict(file)
+    if isinstance(file.get("training"), Mapping):  # values of its keys may be sections
+        given |= {f"training.{name}": (value, f"training.{name}") for name, value in rest.pop("training").items()}
+    for path, value in leaves(rest):
+        if path in BY_KEY:
             if value is not None:
                 given[path] = (value, path)
         elif value not in ({}, None):

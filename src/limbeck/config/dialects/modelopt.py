@@ -90,10 +90,11 @@ def _translate_weight(translation: Translation, keys: Mapping[str, Any]) -> None
         return
     if skip is False:
         s = 1.0 if scale is None else float(scale)
-        _set(translation, "distill_loss_weight", s / (1 + s), "skip_lm_loss" if scale is None else "kd_loss_scale")
+        key = "skip_lm_loss" if scale is None else "kd_loss_scale"
+        _set(translation, "distill_loss_weight", s / (1 + s), key, written=skip if scale is None else scale)
         return
     if skip is True:
-        _set(translation, "distill_loss_weight", 1.0, "skip_lm_loss")
+        _set(translation, "distill_loss_weight", 1.0, "skip_lm_loss", written=skip)
     elif translation.get("distill_loss_weight") is None:
         translation.put("distill_loss_weight", 1.0, KEY)
     if scale is not None:
@@ -116,12 +117,15 @@ def _read(file: Path, locations: dict[str, SourceLocation]) -> Any:
         raise LimbeckError(f"{file}: this is not YAML: {' '.join(str(error).split())}.") from error
 
 
-def _set(translation: Translation, ours: str, value: Any, foreign: str) -> None:
+def _set(translation: Translation, ours: str, value: Any, foreign: str, written: Any = None) -> None:
+    """Set ``ours`` to ``value``. ``written`` is what the file has, if the value was computed from it."""
     present = translation.get(ours)
     if present is not None and present != value:
+        computed = "" if written is None else f" ({ours} = {value:.4g})"
         translation.refuse(
             f"{KEY}.{foreign}",
-            f"= {format_value(value)} contradicts {ours} = {format_value(present)}; keep one of them",
+            f"= {format_value(value if written is None else written)}{computed} contradicts {ours} = {format_value(present)}; "
+            "keep one of them",
         )
         return
     translation.put(ours, value, f"{KEY}.{foreign}")

@@ -14,7 +14,7 @@ from limbeck.config import deepspeed
 from limbeck.config.dialects import modelopt, presets, spectrum
 from limbeck.config.dialects.base import NATIVE, Source
 from limbeck.config.locations import SourceLocation
-from limbeck.config.schema import ModelArgs, StrategyConfig, reads_deepspeed_block
+from limbeck.config.schema import MegatronConfig, ModelArgs, StrategyConfig, reads_deepspeed_block, reads_megatron_keys
 from limbeck.config.translation import Translation
 from limbeck.errors import LimbeckError
 
@@ -79,6 +79,7 @@ def normalise(translation: Translation) -> None:
         translation.move(former, key)
     respell(translation, SPELLINGS)
     _gather_deepspeed(translation)
+    _gather_megatron(translation)
 
 
 def respell(translation: Translation, spellings: dict[str, dict[str, dict[object, object]]]) -> None:
@@ -97,6 +98,21 @@ def respelled(value: Any, spellings: dict[object, object]) -> Any:
             if type(foreign) is type(value) and foreign == value:  # True is not 1
                 return ours
     return value
+
+
+def _gather_megatron(translation: Translation) -> None:
+    """Move Megatron's keys of ``strategy_config`` to ``strategy_config.megatron``; 1 virtual stage is none."""
+    for path, section in translation.sections("strategy_args"):
+        given = section.get("strategy_config")
+        if not reads_megatron_keys(section.get("strategy_name")) or not isinstance(given, dict):
+            continue
+        config = f"{path}strategy_config"
+        for key in given.keys() & MegatronConfig.model_fields.keys():
+            value = given.pop(key)
+            if key == "virtual_pipeline_model_parallel_size" and value == 1:
+                value = None
+            if value is not None:  # ROLL's spelling of the default
+                translation.set(f"{config}.megatron.{key}", value, f"{config}.{key}")
 
 
 def dtype_of(translation: Translation, role: str) -> object:

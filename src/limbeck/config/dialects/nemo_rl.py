@@ -19,7 +19,7 @@ from limbeck.config.schema import TRACKER_KWARGS
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
-from limbeck.registry import GENERATORS, TRACKERS
+from limbeck.registry import GENERATORS
 
 _KL = {"forward": "forward_kl", "reverse": "reverse_kl", "mixed": "mixed_kl"}
 _METRICS = {"val:accuracy": "val/accuracy", "val_loss": "val/loss"}
@@ -207,22 +207,20 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
 
 
 def _translate_trackers(file: NemoRlFile) -> None:
-    names = [name for name in ("tensorboard", "wandb", "mlflow", "swanlab") if file.get(f"logger.{name}_enabled")]
-    known = [name for name in names if name in TRACKERS]
-    for name in names:
-        if name not in known[:1]:
-            why = "only one tracker is supported" if name in known else "it is not built in; a plug-in can register it"
-            file.result.notices.append(f"logger.{name}_enabled has no effect: {why}.")
     if "logger" not in file.source:
         return
-    if not known:
-        file.put("track_with", "none", "logger")
-        return
-    file.put("track_with", known[0], f"logger.{known[0]}_enabled")
-    if known[0] != "tensorboard":
-        given, readable = file.section(f"logger.{known[0]}"), TRACKER_KWARGS.get(known[0])
-        kept = {key: value for key, value in given.items() if readable is None or key in readable}
-        file.put("tracker_kwargs", kept, f"logger.{known[0]}")
-        file.result.ignored += [f"logger.{known[0]}.{key}" for key in given if key not in kept]
-    elif file.get("logger.log_dir") is not None:
-        file.put("tracker_kwargs.log_dir", f"{file.get('logger.log_dir')}/tensorboard", "logger.log_dir")
+    names = [name for name in ("tensorboard", "wandb", "mlflow", "swanlab") if file.get(f"logger.{name}_enabled")]
+    if len(names) > 1:
+        file.put("track_with", names, "logger")
+    else:
+        file.put("track_with", names[0] if names else "none", f"logger.{names[0]}_enabled" if names else "logger")
+    for name in names:
+        target = f"tracker_kwargs.{name}" if len(names) > 1 else "tracker_kwargs"
+        if name == "tensorboard":
+            if file.get("logger.log_dir") is not None:
+                file.put(f"{target}.log_dir", f"{file.get('logger.log_dir')}/tensorboard", "logger.log_dir")
+            continue
+        given = file.section(f"logger.{name}")
+        kept = {key: value for key, value in given.items() if key in TRACKER_KWARGS[name]}
+        file.put(target, kept, f"logger.{name}")
+        file.result.ignored += [f"logger.{name}.{key}" for key in given if key not in kept]

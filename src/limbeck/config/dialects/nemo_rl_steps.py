@@ -51,10 +51,10 @@ def translate_batches(file: NemoRlFile) -> int:
     _translate_packing(file)
     updates = max(samples // batch, 1)
     if updates > 1:
+        file.put("rollout.steps_per_rollout", updates, path)
         file.result.notices.append(
-            f"{file.written(path)} = {batch}: NeMo-RL writes {samples} samples and trains {updates} optimizer steps on "
-            f"them; Limbeck writes {batch} new samples for each optimizer step, so max_num_steps, val_period and "
-            f"save_period count {updates} times as many steps."
+            f"{file.written(path)} = {batch}: NeMo-RL trains {updates} optimizer steps on the {samples} samples of a step; "
+            f"Limbeck counts optimizer steps, so max_num_steps, val_period and save_period become {updates} times as many."
         )
     steps = "max_num_steps" if file.get("distillation.max_num_steps") is not None else "max_steps"
     put_steps(file, "max_steps", f"distillation.{steps}", updates)

@@ -7,10 +7,13 @@ a result and is not supported is an error. The schema checks all other keys.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from limbeck.config.dialects import native
+from limbeck.config.compose import format_error
+from limbeck.config.dialects import native, roll_on_policy
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.roll_table import (
     DEFAULT_PROMPT_LENGTH,
@@ -23,14 +26,17 @@ from limbeck.config.dialects.roll_table import (
     TEMPLATES,
     UNREAD_BY_TEACHER,
 )
-from limbeck.config.locations import SourceLocation
+from limbeck.config.locations import SourceLocation, find_location
 from limbeck.config.schema import (
+    Contradiction,
     DistillConfig,
+    MegatronConfig,
     StudentConfig,
     TeacherConfig,
     ValidationConfig,
     ValidationDataArgs,
     reads_deepspeed_block,
+    reads_megatron_keys,
 )
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
@@ -44,8 +50,12 @@ _VALIDATION = {
 """The keys of ``validation`` that Limbeck reads. ROLL's has the keys of any worker, of which it reads the files only."""
 
 
+_OTHER_PIPELINES = ("actor_train", "actor_infer", "use_opd")
+_VISION = re.compile(r"[-_.]vl\b|[-_.]vl[-_]", re.IGNORECASE)  # in names such as qwen2-vl and Qwen2.5-VL-7B
+
+
 class RollDialect:
-    """A YAML file of ROLL's distillation pipeline."""
+    """A YAML file of ROLL's distillation pipelines."""
 
     name = "roll"
     system = "ROLL"
@@ -58,6 +68,10 @@ class RollDialect:
         if not isinstance(source, Mapping):
             raise LimbeckError("the dialect roll reads YAML files, not arguments; use --dialect with another name.")
         result = Translation(copy.deepcopy(dict(source)))
+        _refuse_other_pipelines(result.values, locations)
+        on_policy = roll_on_policy.is_on_policy(source)
+        if on_policy:
+            roll_on_policy.translate(result)
         _ignore_validation_settings(result)
         _refuse_strategies(result)
         native.normalise(result)
@@ -65,6 +79,8 @@ class RollDialect:
         _drop_precision_flags(result)
         _rename_domain_column(result)
         _drop_ignored_keys(result)
+        if result.get("student.training_args.max_steps") == -1:  # transformers' and ROLL's spelling of no limit
+            result.pop("student.training_args.max_steps")
         for foreign, ours in MOVED.items():
             result.move(foreign, ours)
         _drop_repetitions(result)
@@ -72,7 +88,8 @@ class RollDialect:
         _join_dataset_dir(result)
         _rename_template(result)
         _drop_unread_teacher_keys(result)
-        _add_notices(result)
+        if not on_policy:
+            _add_notices(result)
         return result
 
 
@@ -81,6 +98,9 @@ DIALECT = RollDialect()
 
 def _foreign_settings(result: Translation) -> Iterator[str]:
     """Paths of the settings that only ROLL's schema has."""
+    yield from (key for key in (*roll_on_policy.SECTIONS, *_OTHER_PIPELINES) if key in result.values)
+    if len(_teachers(result.values)) > 1:
+        yield "teacher"
     yield from (path for path in (*MOVED, *SAME_AS) if result.get(path) is not None)
     yield from (key for key in ("prompt_length", "response_length") if key in result.values)
     for kind in NO_MEANING.keys() | ONLY_WHEN_OFF.keys() | SPELLINGS.keys() | {"training_args"}:
@@ -90,7 +110,8 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
             beside = result.get(path.removesuffix("strategy_config.") + "strategy_name")
             if kind == "strategy_config" and reads_deepspeed_block(beside):
                 continue  # the keys are DeepSpeed's
-            yield from (f"{path}{key}" for key in section if key in known)
+            ours = MegatronConfig.model_fields.keys() if reads_megatron_keys(beside) else set()
+            yield from (f"{path}{key}" for key in section if key in known - ours)
             for key, values in SPELLINGS.get(kind, {}).items():
                 if key in section and native.respelled(section[key], values) is not section[key]:
                     yield f"{path}{key}"
@@ -113,6 +134,46 @@ def _foreign_settings(result: Translation) -> Iterator[str]:
 def _ignore_validation_settings(result: Translation) -> None:
     for path, kept in _VALIDATION.items():
         result.ignore(path, (result.section(path) or {}).keys() - kept)
+
+
+def _teachers(values: Mapping[str, Any]) -> list[str]:
+    """The names of the teachers of a file that has a section for each of them in ``teacher``."""
+    teacher = values.get("teacher")
+    sections = teacher if isinstance(teacher, Mapping) else {}
+    return [name for name, one in sections.items() if isinstance(one, Mapping) and "model_args" in one]
+
+
+def _refuse_other_pipelines(values: Mapping[str, Any], locations: Mapping[str, SourceLocation]) -> None:
+    """Raise LimbeckError, with one sentence for the whole file, for a pipeline whose other keys would all be errors."""
+    found: tuple[str, str] | None = None
+    template = Translation(dict(values)).get("student.data_args.template")
+    if isinstance(template, str) and _VISION.search(template):
+        found = (
+            "student.data_args.template",
+            f"= {template} is for images, and Limbeck distils text models only; begin with "
+            "examples/qwen2.5-7B-distill_fsdp2/distill_fsdp2.yaml, which has the same keys for text",
+        )
+    elif len(names := _teachers(values)) > 1:
+        found = (
+            "teacher",
+            f"has the sections of several teachers ({', '.join(map(str, names))}), and a run of Limbeck has one; keep one "
+            "section, directly under teacher, and train with one teacher after the other",
+        )
+    elif other := next((key for key in _OTHER_PIPELINES if key in values), None):
+        found = (
+            other,
+            "belongs to reinforcement learning with a teacher, which Limbeck runs as on-policy distillation with rewards; "
+            "use the sections student and rollout with rollout.reward_weight, as docs/on-policy.md shows",
+        )
+    elif values.get("pure_opd_pipeline_type") == "agentic":
+        found = (
+            "pure_opd_pipeline_type",
+            "= agentic plays games in environments of ROLL, which Limbeck does not have; use rlvr, or an environment of your "
+            "own as in examples/rollout/calculator.py",
+        )
+    if found is not None:
+        location = find_location(found[0], locations)
+        raise LimbeckError(format_error(Contradiction(*found), location or "ROLL's file"))
 
 
 def _refuse_strategies(result: Translation) -> None:

@@ -53,7 +53,10 @@ NO_MEANING: dict[str, frozenset[str]] = {
         gpu_memory_utilization"""
     ),
 }
-"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result."""
+"""Ignored keys. They configure rollouts, rewards, Ray, profilers or Megatron's memory and do not change a result.
+
+Megatron's strategies read some of them, which have then been moved (``limbeck.config.schema.MegatronConfig``).
+"""
 
 _PARALLEL = (
     (None, 1),
@@ -107,6 +110,10 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "autocast_adapter_dtype": ((None, True), "is not supported yet; set it to true"),
     },
     "data_args": {
+        "interleave_probs": (
+            (None, "1.0", 1.0),
+            "sets the shares of several files; use student.data_args.sources with a weight for each",
+        ),
         "custom_data_kwargs_func": ((None,), "is a function of your own, which Limbeck does not run; remove it"),
     },
     "training_args": {
@@ -122,7 +129,6 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
             _PARALLEL,
         ),
         "pipeline_model_parallel_layout": ((None,), _PARALLEL[1]),
-        "offload_policy": _OFFLOAD,
         "optimizer_cpu_offload": _OFFLOAD,
         "optimizer_offload_fraction": ((None, 0, 0.0), _OFFLOAD[1]),
         "save_only_model": ((None, False), "would make resuming impossible and is not supported; set it to false"),
@@ -131,7 +137,7 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "fp8_recipe": ((None,), "is not supported yet; remove it"),
         "fp8_param": ((None, False), "is not supported yet; remove it"),
         "optimizer": ((None, "adam", "adamw"), "is not supported yet; the optimizer is AdamW, so remove it"),
-        "additional_configs": ((None, {}), "passes settings to Megatron, which is not supported yet; remove it"),
+        "additional_configs": ((None, {}), "passes settings to Megatron that Limbeck does not know; remove it"),
         "mtp_num_layers": ((None, 0), "(multi-token prediction) is not supported yet; set it to 0"),
         "moe_aux_loss_coeff": _MOE,
         "moe_expert_capacity_factor": ((None,), "drops tokens of experts, which is not supported yet; remove it"),
@@ -151,11 +157,7 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
 }
 """Keys that may change a result: the values that match what Limbeck does, and the error message for all others."""
 
-_FSDP2 = "without the sizes in strategy_config"
-
 STRATEGIES_INSTEAD: dict[str, str] = {
-    "megatron_train": f"use fsdp2_train {_FSDP2}: it shards the same model over the same devices",
-    "megatron_infer": f"use fsdp2_infer {_FSDP2}: it shards the same model over the same devices",
     "vllm": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "sglang": "use fsdp2_infer or hf_infer, which compute the whole distribution",
     "mock_infer": "use hf_infer",
@@ -170,6 +172,7 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
 
 MOVED: dict[str, str] = {
     "student.training_args.max_grad_norm": "max_grad_norm",
+    "student.training_args.max_steps": "max_steps",
     "global_template": "student.data_args.template",
     **{
         f"{role}.{foreign}": f"{role}.strategy_args.strategy_config.{ours}"
@@ -190,7 +193,6 @@ MOVED: dict[str, str] = {
 SAME_AS: dict[str, str] = {
     "student.training_args.seed": "seed",
     "student.training_args.output_dir": "output_dir",
-    "student.training_args.max_steps": "max_steps",
 }
 """Keys that ROLL sets from another key: removed if both agree, an error otherwise."""
 

@@ -77,7 +77,7 @@ ONLY: dict[str, tuple[tuple[object, ...], str]] = {
 }
 """Arguments of which only some values are supported, and the end of the error message for others."""
 
-REPORTS = {"tensorboard": "tensorboard", "wandb": "wandb", "none": "none"}
+REPORTS = {name: name for name in ("tensorboard", "wandb", "mlflow", "swanlab", "none")}
 """Values of ``report_to`` and the trackers with the same meaning."""
 
 
@@ -139,13 +139,13 @@ def _recomputation(translation: Translation, given: Mapping[str, Any], origins: 
 def _tracker(translation: Translation, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:
     reports = given.get("report_to")
     reports = reports if isinstance(reports, list) else [] if reports in (None, "all") else [reports]
-    known = [REPORTS[one] for one in reports if one in REPORTS]
-    if len(known) < len(reports) or len(known) > 1:
+    known = [REPORTS[one] for one in map(str, reports) if one in REPORTS]
+    if len(known) < len(reports):
         translation.refuse(
             origins["report_to"], f"= {format_value(given['report_to'])} must be one of {', '.join(REPORTS)}"
         )
     elif known:
-        translation.set("track_with", known[0], origins["report_to"])
+        translation.set("track_with", known[0] if len(known) == 1 else known, origins["report_to"])
 
 
 def _hub(translation: Translation, given: Mapping[str, Any], origins: Mapping[str, str]) -> None:

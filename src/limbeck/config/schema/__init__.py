@@ -6,12 +6,14 @@ Keys are named after those of ROLL's distillation pipeline where it has them.
 from limbeck.config.schema.base import Contradiction, ContradictionError, Section, walk_keys
 from limbeck.config.schema.data import DataArgs, SourceArgs, ValidationConfig, ValidationDataArgs, sources_of_name
 from limbeck.config.schema.distill import DistillConfig
+from limbeck.config.schema.megatron import MegatronConfig
 from limbeck.config.schema.models import (
     ModelArgs,
     StrategyArgs,
     StrategyConfig,
     StudentModelArgs,
     reads_deepspeed_block,
+    reads_megatron_keys,
 )
 from limbeck.config.schema.named_datasets import NAMED_DATASETS
 from limbeck.config.schema.objective import FAULTS, FEATURE_LOSSES, OBJECTIVES
@@ -32,6 +34,7 @@ __all__ = [
     "DataArgs",
     "DistillConfig",
     "HubConfig",
+    "MegatronConfig",
     "ModelArgs",
     "Section",
     "SourceArgs",
@@ -45,6 +48,7 @@ __all__ = [
     "ValidationDataArgs",
     "WorkerConfig",
     "reads_deepspeed_block",
+    "reads_megatron_keys",
     "sources_of_name",
     "unread_keys",
     "walk_keys",

@@ -74,12 +74,14 @@ def walk_keys(section: type[Section], prefix: str = "") -> Iterator[tuple[str, F
 
 
 def registered(registry: Registry[Any], *also: str) -> AfterValidator:
-    """A validator for a name that must be in ``registry`` or in ``also``."""
+    """A validator for a name, or a list of names, that must be in ``registry`` or in ``also``."""
 
-    def check(name: str) -> str:
-        if name in registry or name in also:
-            return name
-        raise ValueError(registry.explain_unknown(name))
+    def check(given: str | list[str]) -> str | list[str]:
+        for name in [given] if isinstance(given, str) else given:
+            if name not in registry and name not in also:
+                which = "" if isinstance(given, str) else f"has {name}, which "
+                raise ValueError(which + registry.explain_unknown(name))
+        return given
 
     return AfterValidator(check)
 

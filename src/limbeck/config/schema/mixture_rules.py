@@ -9,6 +9,7 @@ from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
+from limbeck.config.schema.schedules import AdaptiveSchedule
 
 if TYPE_CHECKING:
     from limbeck.config.schema.run_fields import RunFields
@@ -35,17 +36,41 @@ def mixture_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 "rollout.off_policy",
                 "= teacher writes tokens that the student reads, so it cannot be combined with cross_tokenizer; use dataset",
             )
-    if rollout.replay.fraction > 0 and rollout.max_staleness > 0:
+    if rollout.replay.is_used and rollout.max_staleness > 0:
         yield Contradiction(
             "rollout.replay.fraction",
-            f"= {rollout.replay.fraction:g} cannot be combined with rollout.max_staleness, because the samples that are being "
+            "cannot be combined with rollout.max_staleness, because the samples that are being "
             "written are not in the buffer yet; set one of them to 0",
         )
-    if rollout.replay.fraction > 0 and config.has_policy_gradient:
+    if rollout.replay.is_used and config.has_policy_gradient:
         yield Contradiction(
             "rollout.replay.fraction",
             "cannot be combined with a policy gradient, which reads the probabilities and rewards of this step; set it to 0",
         )
+    if rollout.steps_per_rollout > 1:
+        others = {"max_staleness": rollout.max_staleness > 0, "replay.fraction": rollout.replay.is_used}
+        for key in (key for key, given in others.items() if given):
+            yield Contradiction(
+                "rollout.steps_per_rollout",
+                f"= {rollout.steps_per_rollout} writes the samples of several steps together and cannot be combined with "
+                f"rollout.{key}; set one of them to its default",
+            )
+    if isinstance(rollout.schedule, AdaptiveSchedule):
+        if not config.validation_sources or config.eval_steps == 0:
+            yield Contradiction(
+                "rollout.on_policy_fraction",
+                "has the shape adaptive, which follows the validation; set validation.data_args.file_name and eval_steps",
+            )
+        if rollout.schedule.metric == "val/kd" and not config.has_teacher:
+            yield Contradiction(
+                "rollout.on_policy_fraction", "has the metric val/kd, which needs a teacher; use val/loss"
+            )
+        if rollout.max_staleness > 0:
+            yield Contradiction(
+                "rollout.max_staleness",
+                f"= {rollout.max_staleness} writes before the validation on which an adaptive on_policy_fraction depends; set "
+                "it to 0",
+            )
     objectives = objectives_by_origin(config)
     if not objectives:
         return
@@ -84,8 +109,9 @@ def unread_mixture_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     assert rollout is not None
     origins = rollout.origins
     if "replay" not in origins:
-        reason = "fraction is 0" if rollout.replay.fraction == 0 else "on_policy_fraction is constantly 0 or 1"
+        reason = "on_policy_fraction is constantly 0 or 1" if rollout.replay.is_used else "fraction is 0"
         yield "rollout.replay.fraction", f"replaces samples that the student does not write, and {reason}"
+        yield "rollout.replay.replaces", f"is only read with replay, and {reason}"
         yield "rollout.replay.capacity", f"is only read with replay, and {reason}"
     if not {"dataset", "teacher"} & set(origins):
         yield "rollout.off_policy", "is not read with on_policy_fraction: 1"

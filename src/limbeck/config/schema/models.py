@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from limbeck.config.schema.base import CommaList, Dtype, Section, registered
-from limbeck.registry import OFFLOADS, READS_DEEPSPEED_BLOCK, STRATEGIES
+from limbeck.config.schema.megatron import MegatronConfig
+from limbeck.registry import OFFLOADS, READS_DEEPSPEED_BLOCK, READS_MEGATRON_KEYS, STRATEGIES
 
 
 class ModelArgs(Section):
@@ -139,6 +140,11 @@ class StrategyConfig(Section):
         description="Free gathered parameters after the forward pass (less memory, one more all-gather). If unset, "
         "true.",
     )
+    offload_policy: bool = Field(
+        default=False,
+        description="Keep the teacher's parameters in host memory and copy each layer to the GPU for its forward pass, which "
+        "is slower and needs less GPU memory. For the teacher only; deepspeed_train offloads a student.",
+    )
     param_dtype: Dtype | None = Field(
         default=None,
         description="Data type of the gathered parameters and of the computation. If unset, `model_args.dtype`.",
@@ -148,6 +154,10 @@ class StrategyConfig(Section):
         default_factory=dict,
         description="DeepSpeed configuration, such as zero_optimization, for deepspeed_train and deepspeed_infer. Its "
         "keys may also be written directly in strategy_config. Values that other keys of the run set must be auto.",
+    )
+    megatron: MegatronConfig = Field(
+        default_factory=MegatronConfig,
+        description="Options of megatron_train and megatron_infer. They may also be written directly in strategy_config.",
     )
 
     @property
@@ -161,14 +171,19 @@ def reads_deepspeed_block(strategy_name: object) -> bool:
     return STRATEGIES.has_trait(strategy_name, READS_DEEPSPEED_BLOCK)
 
 
+def reads_megatron_keys(strategy_name: object) -> bool:
+    """Whether a strategy reads ``strategy_config.megatron``."""
+    return STRATEGIES.has_trait(strategy_name, READS_MEGATRON_KEYS)
+
+
 class StrategyArgs(Section):
     """How a model is distributed over the ranks."""
 
     strategy_name: Annotated[str, registered(STRATEGIES)] | None = Field(
         default=None,
-        description="Strategy that distributes the model: fsdp2_train or deepspeed_train for the student; fsdp2_infer, "
-        "deepspeed_infer or hf_infer (a whole copy on each rank) for the teacher; or one that a plug-in registers. If "
-        "unset, one rank holds the whole model and several ranks use FSDP2.",
+        description="Strategy that distributes the model: fsdp2_train, deepspeed_train or megatron_train for the student; "
+        "fsdp2_infer, deepspeed_infer, megatron_infer or hf_infer (a whole copy on each rank) for the teacher; or one that a "
+        "plug-in registers. If unset, one rank holds the whole model and several ranks use FSDP2.",
     )
     strategy_config: StrategyConfig = Field(default_factory=StrategyConfig, description="Options of the strategy.")
 

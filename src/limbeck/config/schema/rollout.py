@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field
 
 from limbeck.config.schema.base import Section, registered
 from limbeck.config.schema.origins import OriginObjectives
+from limbeck.config.schema.schedules import (
+    AdaptiveSchedule,
+    Fraction,
+    FractionSchedule,
+    OnPolicyFraction,
+    schedule_of,
+)
 from limbeck.registry import ENVIRONMENTS, GENERATORS
 
 ENVIRONMENT_KWARGS: dict[str, tuple[str, ...]] = {
@@ -48,59 +53,19 @@ class StopIf(Section):
     for_steps: int = Field(default=20, ge=1, description="Number of steps in a row.")
 
 
-class FractionSchedule(Section):
-    """A share that changes from ``start`` to ``end`` over ``steps`` steps, or over a ``share`` of the run, and then stays."""
-
-    start: float = Field(ge=0, le=1)
-    end: float = Field(ge=0, le=1)
-    steps: int | None = Field(default=None, ge=1)
-    share: float | None = Field(default=None, gt=0, le=1)
-    shape: Literal["linear", "cosine"] = "linear"
-
-    @model_validator(mode="after")
-    def _check_length(self) -> FractionSchedule:
-        if (self.steps is None) == (self.share is None):
-            raise ValueError("needs either steps or share")
-        return self
-
-    def at(self, step: int, total_steps: int) -> float:
-        """The share in ``step``, counted from 0, of a run of ``total_steps``."""
-        length = self.steps if self.steps is not None else (self.share or 1.0) * total_steps
-        done = min(step / length, 1.0)
-        if self.shape == "cosine":
-            done = (1 - math.cos(math.pi * done)) / 2
-        return self.start + (self.end - self.start) * done
-
-
-def _schedule(value: float | Mapping[str, Any]) -> FractionSchedule:
-    given = dict(value) if isinstance(value, Mapping) else {"start": value, "end": value, "steps": 1}
-    return FractionSchedule.model_validate(given)
-
-
-def _known_fraction(value: float | dict[str, float | str]) -> float | dict[str, float | str]:
-    try:
-        _schedule(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = "".join(f"{part}: " for part in first["loc"]) if isinstance(value, dict) else ""
-        raise ValueError(
-            f"must be a number from 0 to 1, or a schedule {{start, end, steps or share, shape}} ({where}{first['msg']})"
-        ) from error
-    return value
-
-
-Fraction = Annotated[float | dict[str, float | str], AfterValidator(_known_fraction)]
-
-
 class ReplayConfig(Section):
     """Earlier samples of the student that are trained on again."""
 
-    fraction: float = Field(
+    fraction: Fraction = Field(
         default=0.0,
-        ge=0,
-        le=1,
-        description="Share of the samples that the student does not write in this step, which are replaced by samples that it "
-        "wrote in earlier steps. Decided for each sample from the seed, the step and the row. 0 for no replay.",
+        description="Share of the samples named by replaces in whose place the student is trained on samples that it wrote in "
+        "earlier steps: a number, or a schedule as in on_policy_fraction, but not adaptive. Decided for each sample from the "
+        "seed, the step and the row. 0 for no replay.",
+    )
+    replaces: Literal["off_policy", "student"] = Field(
+        default="off_policy",
+        description="Whose place replayed samples take: off_policy (samples that the student does not write) or student "
+        "(samples that it would write in this step; only once the buffer is full, as in DistiLLM).",
     )
     capacity: int = Field(
         default=512,
@@ -109,15 +74,29 @@ class ReplayConfig(Section):
         "checkpoint.",
     )
 
+    @property
+    def schedule(self) -> FractionSchedule:
+        """``fraction`` as a schedule."""
+        schedule = schedule_of(self.fraction)
+        assert isinstance(schedule, FractionSchedule)
+        return schedule
+
+    @property
+    def is_used(self) -> bool:
+        """Whether anything is replayed."""
+        return max(self.schedule.start, self.schedule.end) > 0
+
 
 class RolloutConfig(Section):
     """Samples that the student writes during training. The prompts are those of the training rows."""
 
-    on_policy_fraction: Fraction = Field(
+    on_policy_fraction: OnPolicyFraction = Field(
         default=1.0,
         description="Share of the samples that the student writes (lambda in GKD): a number, or a schedule {start, end, steps, "
         "shape} that changes it over so many steps with the shape linear (the default) or cosine; share in place of steps is a "
-        "share of the run. Decided for each sample from the seed, the step and the row. off_policy writes the others.",
+        "share of the run. {shape: adaptive, start, end, increment, tolerance, metric} adds increment (0.1), up to end (1), "
+        "after each validation whose metric (val/loss) is at least tolerance (0) above its value at the last increase. "
+        "Decided for each sample from the seed, the step and the row. off_policy writes the others.",
     )
     off_policy: Literal["dataset", "teacher"] = Field(
         default="dataset",
@@ -161,6 +140,12 @@ class RolloutConfig(Section):
         "the weights that it trains. With n, step s is written with the weights after step s - n while earlier steps train; "
         "the first n + 1 steps are written with the first weights. Each rank holds a copy of the weights.",
     )
+    steps_per_rollout: int = Field(
+        default=1,
+        ge=1,
+        description="Number of optimizer steps whose samples are written together, with the weights before the first of them. "
+        "A policy gradient compares with the probabilities under those weights.",
+    )
     stop_if: StopIf | None = Field(
         default=None, description="Ends the run with a checkpoint and an error if the student's answers degenerate."
     )
@@ -173,6 +158,11 @@ class RolloutConfig(Section):
         default_factory=dict,
         description="Arguments of the generator. hf: slots, the number of answers that are written at a time. vllm: those of "
         "vllm.LLM, such as gpu_memory_utilization.",
+    )
+    offload: bool = Field(
+        default=False,
+        description="Free the generator's devices after each writing and load it again before the next one: hf moves its copy "
+        "of the weights to host memory, and vllm sleeps. With is_offload_states that is always so.",
     )
     policy_clip: Clip | None = Field(
         default=[0.2, 0.2],
@@ -220,15 +210,15 @@ class RolloutConfig(Section):
         return self.temperature > 0 and (self.top_p < 1 or self.top_k > 0)
 
     @property
-    def schedule(self) -> FractionSchedule:
+    def schedule(self) -> FractionSchedule | AdaptiveSchedule:
         """``on_policy_fraction`` as a schedule."""
-        return _schedule(self.on_policy_fraction)
+        return schedule_of(self.on_policy_fraction)
 
     @property
     def origins(self) -> tuple[str, ...]:
         """The origins that samples of the run can have, among ``ORIGINS``."""
         least, most = sorted((self.schedule.start, self.schedule.end))
-        replays = self.replay.fraction > 0 and most > 0 and least < 1
+        replays = self.replay.is_used and most > 0 and (least < 1 or self.replay.replaces == "student")
         return (
             *(("student",) if most > 0 else ()),
             *((self.off_policy,) if least < 1 else ()),

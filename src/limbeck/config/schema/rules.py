@@ -8,18 +8,21 @@ from typing import TYPE_CHECKING, Any
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.freezing import freezing_contradictions
-from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
-from limbeck.config.schema.models import StrategyArgs
+from limbeck.config.schema.megatron import MegatronConfig
+from limbeck.config.schema.models import StrategyArgs, StrategyConfig, reads_megatron_keys
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
+from limbeck.config.schema.path_rules import path_contradictions
+from limbeck.config.schema.rollout_rules import rollout_contradictions, sampled_contradictions, unread_rollout_keys
+from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
+from limbeck.config.schema.tracker_rules import tracker_contradictions
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
     SEQUENTIAL_KWARGS,
     SEQUENTIAL_REQUIRED,
     STEP_SOURCE_KWARGS,
-    TRACKER_KWARGS,
 )
 from limbeck.config.schema.workers import TEACHER_SOURCE_KWARGS
 from limbeck.registry import STRATEGIES
@@ -29,10 +32,12 @@ if TYPE_CHECKING:
 
 
 def contradictions(config: RunFields) -> Iterator[Contradiction]:
+    yield from path_contradictions(config)
     yield from _model_contradictions(config)
+    yield from teacher_contradictions(config)
     yield from _objective_contradictions(config)
     yield from _training_contradictions(config)
-    yield from _rollout_contradictions(config)
+    yield from rollout_contradictions(config)
     yield from environment_contradictions(config)
     yield from _placement_contradictions(config)
     yield from _transport_contradictions(config)
@@ -135,7 +140,7 @@ def _unknown_parameters(config: RunFields, prefix: str) -> Iterator[Contradictio
     if config.kd_objective not in (*OBJECTIVES, *SAMPLED_OBJECTIVES):  # from a plug-in, which checks its own parameters
         return
     if config.kd_objective in SAMPLED_OBJECTIVES:
-        yield from _sampled_contradictions(config)
+        yield from sampled_contradictions(config)
     readable = OBJECTIVE_KWARGS.get(config.kd_objective, ())
     own = next((key for key, objectives in OBJECTIVE_KEYS.items() if config.kd_objective in objectives), None)
     for key in config.kd_objective_kwargs:
@@ -145,40 +150,6 @@ def _unknown_parameters(config: RunFields, prefix: str) -> Iterator[Contradictio
                 f"{prefix}kd_objective_kwargs.{key}",
                 f"is not read by kd_objective = {config.kd_objective}, which reads {', '.join(readable) or 'none'}{hint}",
             )
-
-
-def _sampled_contradictions(config: RunFields) -> Iterator[Contradiction]:
-    """Of an objective on the token that the student has sampled."""
-    needing = {
-        "logits_topk": config.logits_topk > 0,
-        "cross_tokenizer": config.cross_tokenizer != "off",
-        "objective_faults": bool(config.objective_faults),
-        "loss_balance": config.loss_balance != "weighted",
-        "teacher.signal = top_k": config.teacher.signal == "top_k",
-    }
-    for other in (name for name, given in needing.items() if given):
-        yield Contradiction(
-            "kd_objective",
-            f"= {config.kd_objective} reads the sampled token only and cannot be combined with {other}; remove one of them",
-        )
-    if config.rollout is None or "student" not in config.rollout.origins:
-        yield Contradiction(
-            "kd_objective",
-            f"= {config.kd_objective} needs tokens that the student has sampled; add rollout with an on_policy_fraction above "
-            "0",
-        )
-    elif config.rollout.origins != ("student",) and config.kd_objective != "policy_gradient":
-        yield Contradiction(
-            "kd_objective",
-            f"= {config.kd_objective} estimates the reverse KL at tokens that the student has sampled, not at answers of the "
-            "data; set rollout.on_policy_fraction: 1, or use policy_gradient, which leaves other tokens out",
-        )
-    elif config.kd_objective == "policy_gradient" and config.rollout.temperature != config.kd_temperature:
-        yield Contradiction(
-            "kd_temperature",
-            f"= {config.kd_temperature:g} is not the rollout.temperature = {config.rollout.temperature:g} at which the student "
-            "writes, and policy_gradient compares with the probabilities there; set both to the same number",
-        )
 
 
 def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
@@ -240,16 +211,16 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if scheduler == "sequential":
         yield from _sequential_contradictions(kwargs)
+    yield from tracker_contradictions(config)
     for path, name, given, known in (
-        ("track_with", config.track_with, config.tracker_kwargs, TRACKER_KWARGS),
         ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
         ("teacher.source", config.teacher.source, config.teacher.source_kwargs, TEACHER_SOURCE_KWARGS),
     ):
-        prefix = "tracker_kwargs" if path == "track_with" else f"{path}_kwargs"
         for key in given if name in known else ():  # one from a plug-in checks its own arguments
             if key not in known[name]:
                 yield Contradiction(
-                    f"{prefix}.{key}", f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}"
+                    f"{path}_kwargs.{key}",
+                    f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}",
                 )
 
 
@@ -287,48 +258,6 @@ def _sequential_contradictions(kwargs: Mapping[str, Any]) -> Iterator[Contradict
         yield Contradiction(f"{path}.interval", f"= {interval} must be a whole number of optimizer steps above 0")
 
 
-def _rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
-    rollout = config.rollout
-    if rollout is None:
-        if config.step_source == "rollout":
-            yield Contradiction("step_source", "= rollout needs the section rollout; add it, for example rollout: {}")
-        return
-    yield from mixture_contradictions(config)
-    if config.has_policy_gradient:
-        key = "kd_objective" if config.kd_objective == "policy_gradient" else "rollout.reward_weight"
-        if rollout.truncates or rollout.temperature == 0:
-            yield Contradiction(
-                key,
-                "has a policy gradient, for which the student must write from its whole distribution; set rollout.top_p: 1, "
-                "rollout.top_k: 0 and a rollout.temperature above 0",
-            )
-    if rollout.reward_weight > 0:
-        if rollout.environment is None:
-            yield Contradiction("rollout.reward_weight", "needs rewards; set rollout.environment")
-        if rollout.num_generations == 1:
-            yield Contradiction(
-                "rollout.reward_weight",
-                "compares the samples of a prompt, and there is one; set rollout.num_generations to 2 or more",
-            )
-        if config.cross_tokenizer != "off" or config.objective_faults or config.loss_balance != "weighted":
-            yield Contradiction(
-                "rollout.reward_weight",
-                "cannot be combined with cross_tokenizer, objective_faults or loss_balance; remove one of them",
-            )
-    if config.distill_on_prompt:
-        yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
-    if rollout.max_staleness and config.offloads_colocated:
-        yield Contradiction(
-            "rollout.max_staleness",
-            f"= {rollout.max_staleness} writes while the student trains, and is_offload_states leaves the device to one of "
-            "them; set one of them to 0 or false",
-        )
-    if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
-        yield Contradiction(
-            "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
-        )
-
-
 def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, teacher = config.student, config.teacher
     for role, strategy, suffix in (
@@ -349,6 +278,16 @@ def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size in the same section; keep one"
             )
+    if student.strategy_args.strategy_config.offload_policy:
+        yield Contradiction(
+            "student.strategy_args.strategy_config.offload_policy",
+            "= true is for the teacher; use deepspeed_train with offload_optimizer and offload_param, or set it to false",
+        )
+    if teacher.strategy_args.strategy_config.offload_policy and config.offloads_colocated:
+        yield Contradiction(
+            "teacher.strategy_args.strategy_config.offload_policy",
+            "and is_offload_states both keep the teacher in host memory; keep one of them",
+        )
     if config.num_gpus_per_node is not None and config.device_mapping:
         available = config.num_nodes * config.num_gpus_per_node
         for role, mapping in (("student", config.student.device_mapping), ("teacher", teacher.device_mapping)):
@@ -439,8 +378,8 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     for key, objectives in OBJECTIVE_KEYS.items():
         if not used & set(objectives):
             yield key, f"is only read by {' and '.join(objectives)}, and kd_objective is {' and '.join(sorted(used))}"
-    if config.rollout is not None:
-        yield from unread_mixture_keys(config)
+    yield from unread_teacher_keys(config)
+    yield from unread_rollout_keys(config)
     if config.cross_tokenizer == "off":
         for key in ("rest_weight", "merge", "tokens"):
             yield f"cross_tokenizer_{key}", "is only read with cross_tokenizer"
@@ -456,8 +395,8 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if not config.offloads_colocated:
         yield (
             "is_offload_states",
-            "is only read if the device_mappings of both roles have common devices, and not with DeepSpeed, which has its "
-            "own offloading",
+            "is only read if the device_mappings of both roles have common devices, and not with Megatron, nor with "
+            "DeepSpeed, which has its own offloading",
         )
         yield "offload_interval", "is only read with is_offload_states"
     elif config.logits_transfer_backend not in ("auto", "ray"):
@@ -475,19 +414,6 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
         yield "topk_from", "is only read with logits_topk"
     if config.kd_objective == "policy_gradient":
         yield "temperature_squared", "is not read by policy_gradient, which is no divergence"
-    if config.rollout is not None:
-        if not config.has_policy_gradient:
-            yield "rollout.policy_clip", "is only read by kd_objective: policy_gradient and with rollout.reward_weight"
-        if config.rollout.truncates:
-            yield (
-                "rollout.log_prob_gap_limit",
-                "is not read with rollout.top_p or rollout.top_k, which change probabilities",
-            )
-        elif config.cross_tokenizer != "off":
-            yield (
-                "rollout.log_prob_gap_limit",
-                "is not read with cross_tokenizer, in which probabilities are not compared",
-            )
     if not config.features.pairs:
         for key in ("weight", "projection", "mask"):
             yield f"features.{key}", "is only read with features.pairs"
@@ -506,6 +432,9 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if student.model_args.disable_gradient_checkpointing:
         key = "student.model_args.gradient_checkpointing_use_reentrant"
         yield key, "is only read with disable_gradient_checkpointing: false"
+    if student.training_args.optimizer_name == "adafactor":
+        for key in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            yield f"student.training_args.{key}", "is not read by optimizer_name: adafactor"
     without_warmup = {
         "constant": "is not read by lr_scheduler_type: constant; use constant_with_warmup",
         "sequential": "is not read by lr_scheduler_type: sequential; begin with a LinearLR",
@@ -515,9 +444,6 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             yield f"student.training_args.{key}", reason
     elif student.training_args.warmup_steps > 0:
         yield "student.training_args.warmup_ratio", "is not read with warmup_steps"
-    if config.rollout is not None and "student" not in config.rollout.origins:
-        for key in ("max_staleness", "stop_if"):
-            yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"
     if not student.model_args.unfrozen_parameters and not student.model_args.frozen_parameters:
         yield "student.model_args.parameter_match", "is only read with unfrozen_parameters or frozen_parameters"
     if config.checkpoint_config.save_to_hub.repo_id is None:
@@ -531,8 +457,15 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
 
 
 def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contradiction]:
-    """DeepSpeed keys with another strategy, and other keys with DeepSpeed."""
+    """Keys of DeepSpeed and Megatron with another strategy, and other keys with these."""
     given, path = strategy.strategy_config, f"{role}.strategy_args.strategy_config"
+    reads_megatron = reads_megatron_keys(strategy.strategy_name)
+    if not reads_megatron and given.megatron != MegatronConfig():
+        which = "megatron_train" if role == "student" else "megatron_infer"
+        yield Contradiction(f"{path}.megatron", f"is only read by strategy_name: {which}; set that, or remove it")
+    for key in ("fsdp_size", "replicate", "reshard_after_forward", "offload_policy") if reads_megatron else ():
+        if getattr(given, key) != StrategyConfig.model_fields[key].default:
+            yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     if not strategy.reads_deepspeed_block:
         if given.deepspeed:
             which = "deepspeed_train" if role == "student" else "deepspeed_infer"

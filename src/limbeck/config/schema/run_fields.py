@@ -239,6 +239,12 @@ class RunFields(Section):
         ge=0,
         description="Number of optimizer steps between checkpoints. The last step is always saved; 0 saves only that.",
     )
+    save_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Number of minutes between checkpoints, in addition to save_steps: a checkpoint is written when the last "
+        "one is that old.",
+    )
     max_ckpt_to_keep: int = Field(
         default=0,
         ge=0,
@@ -259,15 +265,19 @@ class RunFields(Section):
     eval_steps: int = Field(
         default=10, ge=0, description="Number of optimizer steps between validations. 0 disables validation."
     )
-    track_with: Annotated[str, registered(TRACKERS)] = Field(
+    track_with: Annotated[str | list[str], registered(TRACKERS)] = Field(
         default="tensorboard",
-        description="Tracker of the metrics, in addition to `<output_dir>/metrics.jsonl`: tensorboard, wandb (Weights & "
-        "Biases), stdout, none, or one that a plug-in registers.",
+        description="Tracker of the metrics, or a list of several, in addition to `<output_dir>/metrics.jsonl`: "
+        "tensorboard, wandb (Weights & Biases), mlflow, swanlab, stdout, none, or one that a plug-in registers.",
     )
     tracker_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the tracker. tensorboard reads `log_dir`, the folder of its event files (by default "
-        "logging_dir); wandb reads `project`, `entity`, `name`, `group`, `tags` and `mode`.",
+        description="Arguments of the tracker; if track_with is a list, a section of arguments for each tracker, by its "
+        "name. tensorboard reads `log_dir`, the folder of its event files (by default logging_dir); wandb reads "
+        "`project`, `entity`, `name`, `group`, `tags`, `notes`, `mode`, `log_dir` and `settings`; mlflow reads "
+        "`tracking_uri`, `experiment_name`, `artifact_location`, `run_name` and `run_id`; swanlab reads `project`, "
+        "`workspace`, `name`, `description`, `group`, `tags`, `mode` and `log_dir`. Keys and tokens are read from the "
+        "environment.",
     )
 
     system_envs: Environment = Field(
@@ -415,6 +425,13 @@ class RunFields(Section):
     def log_dir(self) -> Path:
         """The folder of the log files."""
         return Path(self.logging_dir) if self.logging_dir else Path(self.output_dir) / "logs"
+
+    @property
+    def trackers(self) -> dict[str, dict[str, Any]]:
+        """The arguments of each tracker of track_with, by name."""
+        if isinstance(self.track_with, str):
+            return {self.track_with: self.tracker_kwargs}
+        return {name: self.tracker_kwargs.get(name) or {} for name in self.track_with}
 
     @property
     def device_mapping(self) -> list[int] | None:

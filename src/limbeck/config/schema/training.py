@@ -69,7 +69,12 @@ SEQUENTIAL_REQUIRED: dict[str, str] = {"CosineAnnealingLR": "T_max", "Exponentia
 
 TRACKER_KWARGS: dict[str, tuple[str, ...]] = {
     "tensorboard": ("log_dir",),
-    "wandb": ("project", "entity", "name", "group", "tags", "mode"),
+    "wandb": ("project", "entity", "name", "group", "tags", "notes", "mode", "log_dir", "settings"),
+    "mlflow": ("tracking_uri", "experiment_name", "artifact_location", "run_name", "run_id"),
+    "swanlab": (
+        *("project", "workspace", "name", "experiment_name", "description", "group", "tags", "mode"),
+        *("log_dir", "logdir"),
+    ),
     "stdout": (),
     "none": (),
 }
@@ -89,7 +94,13 @@ class TrainingArgs(Section):
         description="Number of epochs; fractions are allowed. If unset, `max_steps` decides, or one epoch if that is "
         "unset too.",
     )
-    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate of AdamW.")
+    optimizer_name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = Field(
+        default="adamw",
+        description="The optimizer: adamw; adamw_8bit (torchao's, with moments in 8 bits; needs limbeck[torchao]); adafactor "
+        "(transformers', with factored second moments and this learning rate as it is); or muon (torch.optim.Muon of PyTorch "
+        "2.9 or later for the matrices of the layers, AdamW for embeddings, output head, biases and norms).",
+    )
+    learning_rate: float = Field(default=5e-5, ge=0, description="Peak learning rate.")
     lr_scheduler_type: Scheduler = Field(
         default="linear",
         description="Learning rate schedule, by its name in transformers. sequential is a sequence of schedules of "
@@ -110,7 +121,7 @@ class TrainingArgs(Section):
     warmup_ratio: float = Field(
         default=0.0, ge=0, le=1, description="Warm-up steps as a fraction of all optimizer steps."
     )
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled weight decay of matrices.")
     adam_beta1: float = Field(
         default=0.9, ge=0, lt=1, description="Decay rate of AdamW's running mean of the gradient."
     )
@@ -163,6 +174,17 @@ class CheckpointConfig(Section):
     )
     best_mode: Literal["min", "max"] = Field(
         default="min", description="Whether the smallest or the largest value of best_metric is the best."
+    )
+    async_save: bool = Field(
+        default=True,
+        description="Whether training goes on while a checkpoint is written. It waits for the copy to host memory only, and "
+        "the next save waits for the previous one. false: training waits until the checkpoint is complete.",
+    )
+    save_before: str | None = Field(
+        default=None,
+        pattern=r"^\d{1,3}:[0-5]\d$",
+        description="Time limit of the job, HH:MM since the run has started. The run saves and stops in time, judged by its "
+        "longest step and save so far, with the exit status 0. Leave out of it what the job does before it starts the run.",
     )
     keep_best: int = Field(
         default=1,

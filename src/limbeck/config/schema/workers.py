@@ -17,7 +17,16 @@ SERVICE_NAME = r"^[A-Za-z0-9._-]+$"
 """Allowed names of a teacher service."""
 
 
-TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {"auto": (), "model": (), "ray": ()}
+STUDENT_SOURCES = ("student_initial", "student_average")
+"""Teacher sources that are made of the student's own weights."""
+
+TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {
+    "auto": (),
+    "model": (),
+    "ray": (),
+    "student_initial": (),
+    "student_average": ("decay",),
+}
 """The teacher.source_kwargs that each built-in teacher source reads."""
 
 
@@ -55,8 +64,35 @@ class WorkerConfig(Section):
     )
 
 
+class TeacherPromptConfig(Section):
+    """A prompt that only the teacher reads, such as one with the reference answer."""
+
+    key: str | None = Field(
+        default=None,
+        description="Column of the teacher's prompt: a text, which takes the place of the row's last question, or a list of "
+        "messages, which takes the place of the conversation before the answer.",
+    )
+    template: str | None = Field(
+        default=None,
+        description="Jinja template of a text that takes the place of the row's last question for the teacher; its variables "
+        "are the columns of the row. Example: `{{ question }} The answer is {{ answer }}`.",
+    )
+    max_length: int | None = Field(
+        default=None,
+        ge=1,
+        description="Maximum number of tokens of the teacher's prompt. Rows with a longer one are left out and counted. If "
+        "unset, sequence_length.",
+    )
+
+
 class TeacherConfig(WorkerConfig):
     """The teacher. It reads the student's batches, so it has no data and no batch sizes of its own."""
+
+    prompt: TeacherPromptConfig | None = Field(
+        default=None,
+        description="Prompt that the teacher reads in place of the student's; the answer that follows is the same. If unset, "
+        "both read the same.",
+    )
 
     service: str | None = Field(
         default=None,
@@ -67,13 +103,14 @@ class TeacherConfig(WorkerConfig):
     )
     source: Annotated[str, registered(TEACHERS, "auto")] = Field(
         default="auto",
-        description="Where the teacher's signals come from: model (a model in the student's processes), ray (Ray "
-        "workers), "
-        "or a source that a plug-in registers. auto is ray with a teacher.service or devices of the teacher's own, else "
-        "model.",
+        description="Where the teacher's signals come from: model (a model in the student's processes), ray (Ray workers), "
+        "student_initial (the student before the first step), student_average (a moving average of the student's weights), or "
+        "a source that a plug-in registers. auto is ray with a teacher.service or devices of the teacher's own, else model.",
     )
     source_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Arguments of a teacher source that a plug-in registers."
+        default_factory=dict,
+        description="Arguments of the teacher source. student_average reads decay (0.999): after each step the average is "
+        "decay x average + (1 - decay) x student. A source from a plug-in reads its own.",
     )
     signal: Literal["auto", "hidden_states", "top_k", "sampled_token", "logits"] = Field(
         default="auto",

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from limbeck.config import DistillConfig
 from limbeck.config.schema import WorkerConfig
 from limbeck.data import (
@@ -24,6 +26,7 @@ from limbeck.data import (
     mix,
     tokenize_files,
 )
+from limbeck.data.teacher_prompts import TeacherPrompt
 from limbeck.models import ModelSource, load_tokenizer, model_limits
 from limbeck.strategies.world import World
 from limbeck.train.build.counts import reduce_counts
@@ -31,6 +34,7 @@ from limbeck.train.build.sources import training_sources, validation_sources
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.console import row_counter
 from limbeck.train.reference_quirks import train_padding
+from limbeck.train.samples import answer_starts
 
 Progress = Callable[[int], None]
 
@@ -43,6 +47,7 @@ class Data:
     one epoch.
     largest_token: the highest token id that occurs; longest_row: in tokens; num_tokens: ids that the tokenizer has.
     translator: adds the tokens of a teacher with another tokenizer. held_out: the validation rows, or None.
+    longest_for_teacher: tokens of the longest row with the prompts that the teacher reads.
     """
 
     tokenizer: Any
@@ -57,6 +62,7 @@ class Data:
     supervised_tokens: int
     translator: Translator | None = None
     held_out: Examples | None = None
+    longest_for_teacher: int = 0
 
 
 def cache_folder(config: DistillConfig) -> Path:
@@ -125,7 +131,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         rows_of_epoch=mixture.rows_of_epoch if mixture else None,
     )
     validation: list[StepBatch] = []
-    largest, longest = report.largest_token, int(train.lengths.max())
+    largest, longest, of_teacher = report.largest_token, int(train.lengths.max()), _longest_for_teacher(config, train)
     if held_out is not None:
         validation = fixed_batches(
             held_out[0],
@@ -141,6 +147,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         text += f"\nvalidation: {held_out[1]}"
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
+        of_teacher = max(of_teacher, _longest_for_teacher(config, held_out[0]))
     num_tokens = max(tokenizer.get_vocab().values()) + 1
     tokens, supervised = report.tokens, report.supervised_tokens
     if config.rollout is not None and not config.needs_answers:  # what will be written decides what is compiled
@@ -159,6 +166,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         supervised,
         translator,
         None if held_out is None else held_out[0],
+        of_teacher,
     )
 
 
@@ -215,8 +223,28 @@ def token_settings(config: DistillConfig) -> TokenizeSettings:
         distill_on_prompt=config.distill_on_prompt,
         prompts_only=not config.needs_answers,
         keep_columns=config.rollout is not None and config.rollout.environment is not None,
+        teacher_prompt=_teacher_prompt(config),
         workers=args.preprocessing_num_workers,
     )
+
+
+def _teacher_prompt(config: DistillConfig) -> TeacherPrompt | None:
+    given = config.teacher.prompt
+    if given is None:
+        return None
+    return TeacherPrompt(given.key, given.template, given.max_length or config.sequence_length)
+
+
+def _longest_for_teacher(config: DistillConfig, examples: Examples) -> int:
+    """Tokens of the longest row as the teacher reads it, with an answer that may be written yet."""
+    if examples.teacher_prompt_ends is None:
+        return int(examples.lengths.max())
+    prompts = np.diff(examples.teacher_prompt_ends, prepend=0)
+    longest = int((prompts + examples.lengths - answer_starts(examples)).max())
+    if config.rollout is None:
+        return longest
+    written = config.rollout.max_new_tokens if config.rollout.max_turns == 1 else config.sequence_length
+    return max(longest, int(prompts.max()) + min(written, config.sequence_length))
 
 
 def mixture_settings(config: DistillConfig) -> MixtureSettings:

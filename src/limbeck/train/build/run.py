@@ -15,28 +15,33 @@ from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError
 from limbeck.objectives import TaidSchedule
 from limbeck.registry import STEP_SOURCES, check_members
+from limbeck.report import load_run, write_report
 from limbeck.strategies.base import Engine, dims_of, strategy_of
 from limbeck.strategies.optimizer import make_scheduler
 from limbeck.strategies.world import World
 from limbeck.teachers.connect import connect_teacher
 from limbeck.teachers.protocol import SignalFuture, Teacher, TeacherContext
 from limbeck.teachers.signals import SignalSpec
+from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.data import Data, Progress, make_data
+from limbeck.train.build.early_checks import early_checks
 from limbeck.train.build.objective import make_objective, make_objectives, signal_spec
-from limbeck.train.build.sources import refuse_missing_files
 from limbeck.train.build.student import Student, build_student
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.colocated_offload import ColocatedOffload
 from limbeck.train.console import RunConsole
+from limbeck.train.disk import explain_disk_errors
 from limbeck.train.metrics import StepMetrics, check_best_metric
 from limbeck.train.on_policy import OnPolicyLoss
-from limbeck.train.push import check_token, make_repository
+from limbeck.train.push import make_repository
 from limbeck.train.request_pipeline import RequestPipeline
+from limbeck.train.resume import changed_settings
 from limbeck.train.saving import Saver, find_checkpoint, shareable
 from limbeck.train.step_source import StepSource, count_steps
 from limbeck.train.student import LossSettings
-from limbeck.train.trackers import MetricsFile, Tracker, make_tracker
+from limbeck.train.trackers import BackgroundTracker, make_trackers
+from limbeck.train.trackers.metrics_file import MetricsFile
 from limbeck.train.validate_rollout import RolloutValidation
 from limbeck.version import VERSION
 
@@ -45,8 +50,10 @@ from limbeck.version import VERSION
 class Run:
     """The state of a run on one rank.
 
+    average: the teacher, if it is an average of the student's weights, which each step changes; else None.
     distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
-    taken. latest: the last value of every metric.
+    taken. metrics_file, trackers: on the main process. latest: the last value of every metric. changed: settings that
+    differ from those of ``resumed_from``.
     """
 
     config: DistillConfig
@@ -61,13 +68,16 @@ class Run:
     metrics: StepMetrics
     signal_spec: SignalSpec
     taid: TaidSchedule | None
+    average: AveragedTeacher | None
     colocated: ColocatedOffload | None
     rollout_validation: RolloutValidation | None
     distils: bool
     total_steps: int
     step: int = 0
     resumed_from: Path | None = None
-    trackers: list[Tracker] = field(default_factory=list)
+    changed: Sequence[str] = ()
+    metrics_file: MetricsFile | None = None
+    trackers: list[BackgroundTracker] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -114,9 +124,35 @@ class Run:
             console.log(self.step, line)
         else:
             console.print("  ".join(f"{name} {value:.4f}" for name, value in line.items() if name.startswith("val/")))
+        if self.metrics_file is not None:
+            with explain_disk_errors(f"the metrics of step {self.step}", self.config.checkpoint_dir):
+                self.metrics_file.log(self.step, line)
         for tracker in self.trackers:
             tracker.log(self.step, line)
+        self.show_notices(console)
         return line
+
+    def show_notices(self, console: RunConsole) -> None:
+        """Print what went wrong with the trackers."""
+        for tracker in self.trackers:
+            for notice in tracker.notices():
+                console.print(f"note: {notice}")
+
+    def finish(self, console: RunConsole) -> None:
+        """Close the trackers, after those that take files have the report of the run."""
+        if self.latest and any(tracker.takes_files for tracker in self.trackers):
+            folder = Path(self.config.output_dir)
+            try:
+                run = load_run(folder)
+                path = write_report([run], folder / "report.html", title=run.name)
+            except OSError as error:  # the student is saved
+                console.print(f"note: there is no report for the trackers: {error}")
+            else:
+                for tracker in self.trackers:
+                    tracker.log_file(path)
+        for tracker in self.trackers:
+            tracker.close()
+        self.show_notices(console)
 
 
 def build_run(
@@ -138,10 +174,8 @@ def build_run(
     if config.has_teacher and not workers:
         dims = dims_of(config.teacher, world.size, "teacher")
         strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
-    check_best_metric(config, world)
-    refuse_missing_files(config)
-    if world.is_main:
-        check_token(config.checkpoint_config.save_to_hub)
+    for check in early_checks(config, world):
+        check()
     resume = find_checkpoint(config)
     objective, taid = make_objective(config, world.device)
     objectives = make_objectives(config, world.device)
@@ -160,7 +194,7 @@ def build_run(
         context = TeacherContext(
             config,
             world,
-            data.longest_row,
+            data.longest_for_teacher,
             data.largest_token,
             shares_tokenizer,
             workers,
@@ -171,6 +205,7 @@ def build_run(
     on_policy = OnPolicyLoss.from_config(config, world.device)
     settings = LossSettings(objective, 0, on_policy=on_policy, objectives=objectives)
     student = build_student(config, world, data, teacher, settings, epochs)
+    average = teacher if isinstance(teacher, AveragedTeacher) else None
     spec = signal_spec(config, student.settings.vocab_size)
     distils = config.distils or student.settings.features is not None
     colocated = None
@@ -197,7 +232,7 @@ def build_run(
         teacher=teacher,
         student=student,
         scheduler=make_scheduler(student.engine.optimizer, training, total_steps),
-        saver=Saver(config, world, student, data.tokenizer, taid),
+        saver=Saver(config, world, student, data.tokenizer, taid, average),
         metrics=StepMetrics(
             world,
             student.settings.features.labels if student.settings.features else (),
@@ -205,22 +240,25 @@ def build_run(
         ),
         signal_spec=spec,
         taid=taid,
+        average=average,
         colocated=colocated,
         rollout_validation=rollout_validation,
         distils=distils,
         total_steps=total_steps,
         resumed_from=resume,
     )
+    resources.enter_context(run.saver)
+    if average is not None and resume is None:
+        average.load(student.iter_weights())
     if resume is not None:
-        run.step, position = run.saver.restore(resume)
-        source.load_state_dict(position)
+        _restore(run, resume)
         _set_scheduler_step(run.scheduler, run.step)
     source.weights_changed(student.iter_weights, run.step)
     if world.is_main:  # an upload that is not permitted is reported before the first step
         make_repository(config.checkpoint_config.save_to_hub)
-    run.trackers = _open_trackers(run)
-    for tracker in run.trackers:
-        resources.callback(tracker.close)
+    if world.is_main:
+        with explain_disk_errors(f"run.json or the metrics in {config.output_dir}", config.checkpoint_dir):
+            _open_trackers(run, resources)
     return run
 
 
@@ -231,6 +269,7 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
         "steps_per_epoch",
         "next",
         "weights_changed",
+        "validated",
         "metrics",
         "state_dict",
         "load_state_dict",
@@ -240,15 +279,25 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
     return source
 
 
+def _restore(run: Run, resume: Path) -> None:
+    run.changed = changed_settings(resume, shareable(run.config))
+    try:
+        run.step, position = run.saver.restore(resume)
+        run.source.load_state_dict(position)
+    except LimbeckError as error:
+        if not run.changed:
+            raise
+        raise LimbeckError("\n".join([str(error), "Changed since that checkpoint:", *run.changed])) from error
+
+
 def _set_scheduler_step(scheduler: Any, step: int) -> None:
     """The rate is a function of the step, so a longer or another schedule is entered at the right place."""
     scheduler.load_state_dict({**scheduler.state_dict(), "last_epoch": step - 1, "_step_count": step})
     scheduler.step()
 
 
-def _open_trackers(run: Run) -> list[Tracker]:
-    if not run.world.is_main:
-        return []
+def _open_trackers(run: Run, resources: ExitStack) -> None:
+    """Write ``run.json``, and open ``metrics.jsonl`` and the trackers."""
     config, output_dir = run.config, Path(run.config.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     parameters = {"student": run.student.num_parameters}
@@ -269,5 +318,8 @@ def _open_trackers(run: Run) -> list[Tracker]:
     earlier = output_dir / "metrics.jsonl"
     if run.resumed_from is None and earlier.exists():
         earlier.replace(earlier.with_name("metrics.previous.jsonl"))
-    other = make_tracker(config.track_with, config.log_dir, dict(config.tracker_kwargs))
-    return [MetricsFile(output_dir / "metrics.jsonl"), *([other] if other else [])]
+    run.metrics_file = MetricsFile(output_dir / "metrics.jsonl")
+    resources.callback(run.metrics_file.close)
+    run.trackers = make_trackers(config.trackers, config.log_dir)
+    for tracker in run.trackers:
+        resources.callback(tracker.close)

@@ -1,0 +1,57 @@
+"""Options of megatron_train and megatron_infer, under the names that Megatron and ROLL give them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from limbeck.config.schema.base import Section
+
+
+class MegatronConfig(Section):
+    """Options of Megatron. They change results by rounding only."""
+
+    virtual_pipeline_model_parallel_size: int | None = Field(
+        default=None,
+        ge=2,
+        description="Number of groups of layers on each pipeline stage, which the interleaved schedule alternates between to "
+        "idle less. The micro-batches of a step must be a multiple of pipeline_model_parallel_size.",
+    )
+    account_for_embedding_in_pipeline_split: bool = Field(
+        default=False, description="Count the embeddings as a layer when layers are divided into stages."
+    )
+    account_for_loss_in_pipeline_split: bool = Field(
+        default=False, description="Count the output head and the loss as a layer when layers are divided into stages."
+    )
+    use_distributed_optimizer: bool = Field(
+        default=False,
+        description="Shard the optimizer state and the float32 copies of the parameters over the data parallel ranks.",
+    )
+    recompute_granularity: Literal["full", "selective"] | None = Field(
+        default=None,
+        description="Activation checkpointing: full recomputes layers, selective recomputes recompute_modules. If unset, "
+        "model_args.disable_gradient_checkpointing decides between full and none.",
+    )
+    recompute_method: Literal["uniform", "block"] = Field(
+        default="uniform",
+        description="With full recomputation: uniform recomputes all layers, recompute_num_layers at a time; block recomputes "
+        "the first recompute_num_layers layers of each stage.",
+    )
+    recompute_num_layers: int = Field(default=1, ge=1, description="Number of layers for recompute_method.")
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = Field(
+        default=None,
+        description="What selective recomputation recomputes: core_attn, layernorm or mlp. If unset, core_attn.",
+    )
+    overlap_grad_reduce: bool = Field(
+        default=False, description="Reduce gradients over the data parallel ranks during the backward pass."
+    )
+    ddp_bucket_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of parameters whose gradients are reduced together with overlap_grad_reduce. If unset, Megatron "
+        "chooses it.",
+    )
+    ddp_average_in_collective: bool = Field(
+        default=False, description="Average gradients in the collective operation instead of dividing them before it."
+    )

@@ -1,0 +1,111 @@
+"""Rules between the keys of on-policy distillation: the section rollout, and objectives on sampled tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from limbeck.config.schema.base import Contradiction
+from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
+
+if TYPE_CHECKING:
+    from limbeck.config.schema.run_fields import RunFields
+
+
+def sampled_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    """Of an objective on the token that the student has sampled."""
+    needing = {
+        "logits_topk": config.logits_topk > 0,
+        "cross_tokenizer": config.cross_tokenizer != "off",
+        "objective_faults": bool(config.objective_faults),
+        "loss_balance": config.loss_balance != "weighted",
+        "teacher.signal = top_k": config.teacher.signal == "top_k",
+    }
+    for other in (name for name, given in needing.items() if given):
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} reads the sampled token only and cannot be combined with {other}; remove one of them",
+        )
+    if config.rollout is None or "student" not in config.rollout.origins:
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} needs tokens that the student has sampled; add rollout with an on_policy_fraction above "
+            "0",
+        )
+    elif config.rollout.origins != ("student",) and config.kd_objective != "policy_gradient":
+        yield Contradiction(
+            "kd_objective",
+            f"= {config.kd_objective} estimates the reverse KL at tokens that the student has sampled, not at answers of the "
+            "data; set rollout.on_policy_fraction: 1, or use policy_gradient, which leaves other tokens out",
+        )
+    elif config.kd_objective == "policy_gradient" and config.rollout.temperature != config.kd_temperature:
+        yield Contradiction(
+            "kd_temperature",
+            f"= {config.kd_temperature:g} is not the rollout.temperature = {config.rollout.temperature:g} at which the student "
+            "writes, and policy_gradient compares with the probabilities there; set both to the same number",
+        )
+
+
+def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    rollout = config.rollout
+    if rollout is None:
+        if config.step_source == "rollout":
+            yield Contradiction("step_source", "= rollout needs the section rollout; add it, for example rollout: {}")
+        return
+    yield from mixture_contradictions(config)
+    if config.has_policy_gradient:
+        key = "kd_objective" if config.kd_objective == "policy_gradient" else "rollout.reward_weight"
+        if rollout.truncates or rollout.temperature == 0:
+            yield Contradiction(
+                key,
+                "has a policy gradient, for which the student must write from its whole distribution; set rollout.top_p: 1, "
+                "rollout.top_k: 0 and a rollout.temperature above 0",
+            )
+    if rollout.reward_weight > 0:
+        if rollout.environment is None:
+            yield Contradiction("rollout.reward_weight", "needs rewards; set rollout.environment")
+        if rollout.num_generations == 1:
+            yield Contradiction(
+                "rollout.reward_weight",
+                "compares the samples of a prompt, and there is one; set rollout.num_generations to 2 or more",
+            )
+        if config.cross_tokenizer != "off" or config.objective_faults or config.loss_balance != "weighted":
+            yield Contradiction(
+                "rollout.reward_weight",
+                "cannot be combined with cross_tokenizer, objective_faults or loss_balance; remove one of them",
+            )
+    if config.distill_on_prompt:
+        yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if rollout.max_staleness and (config.offloads_colocated or rollout.offload):
+        key = "rollout.offload" if rollout.offload else "is_offload_states"
+        yield Contradiction(
+            "rollout.max_staleness",
+            f"= {rollout.max_staleness} writes while the student trains, and {key} leaves the device to one of them; set one "
+            "of them to 0 or false",
+        )
+    if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
+        yield Contradiction(
+            "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
+        )
+
+
+def unread_rollout_keys(config: RunFields) -> Iterator[tuple[str, str]]:
+    """Keys of rollout that have no effect in this combination, with the reason; without the section, none."""
+    if config.rollout is None:
+        return
+    yield from unread_mixture_keys(config)
+    if not config.has_policy_gradient:
+        yield "rollout.policy_clip", "is only read by kd_objective: policy_gradient and with rollout.reward_weight"
+    if config.rollout.truncates:
+        yield (
+            "rollout.log_prob_gap_limit",
+            "is not read with rollout.top_p or rollout.top_k, which change probabilities",
+        )
+    elif config.cross_tokenizer != "off":
+        yield (
+            "rollout.log_prob_gap_limit",
+            "is not read with cross_tokenizer, in which probabilities are not compared",
+        )
+    if "student" not in config.rollout.origins:
+        for key in ("max_staleness", "steps_per_rollout", "stop_if"):
+            yield f"rollout.{key}", "is only read with rollout.on_policy_fraction above 0"

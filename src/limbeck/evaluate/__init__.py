@@ -1,0 +1,1 @@
+"""Generation with a trained student or any other model: chat, single prompts, and accuracy on questions and tasks."""

@@ -1,0 +1,1 @@
+"""NVIDIA megatron-core: tensor, sequence, pipeline and data parallelism of dense decoders."""

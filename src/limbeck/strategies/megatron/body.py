@@ -1,0 +1,275 @@
+"""Megatron's GPTModel behind the interface of a Hugging Face body, and its construction from a Hugging Face model.
+
+The Hugging Face model stays as a shell with its configuration, while its body and output head are replaced in place. So
+the loss, the verification and the teacher read hidden states and head as from any other model.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from limbeck.config.schema import MegatronConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import body, causal_mask, unwrap_model
+from limbeck.strategies.context_parallel import exchange_heads
+from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
+from limbeck.strategies.megatron.families import Heads, family_of, padded_rows
+from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
+from limbeck.strategies.parallel_dims import CP, ParallelDims
+
+
+class MegatronBody(nn.Module):
+    """Consecutive layers as a Hugging Face body: token ids, or hidden states of earlier layers, to hidden states.
+
+    Args:
+        gpt: the GPTModel with these layers, with the embeddings if they are the first ones.
+        shell: the Hugging Face model that it replaces.
+        groups: of ``gpt``.
+        context: ranks that each hold a part of every row's time, or None.
+    """
+
+    _no_split_modules: tuple[str, ...] = ()  # nothing here is compiled or sharded layer by layer
+    inv_freq: Tensor
+
+    def __init__(self, gpt: Any, shell: Any, groups: ProcessGroups, context: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.gpt, self.config, self.groups = gpt, shell.config, groups
+        self._num_embeddings = shell.get_input_embeddings().num_embeddings
+        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        self._attention = attention if context is None else exchange_heads(attention, context)
+        frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
+        self.register_buffer("inv_freq", frequencies.to(torch.cuda.current_device()), persistent=False)
+
+    def get_input_embeddings(self) -> Any:
+        """What is asked of embeddings: their number."""
+        return SimpleNamespace(num_embeddings=self._num_embeddings)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        use_cache: bool = False,
+        **options: Any,
+    ) -> Any:
+        """``last_hidden_state`` [batch, time, hidden], as of a Hugging Face body.
+
+        On later pipeline stages, hidden states come from ``inputs_embeds`` or, in Megatron's schedules, from ``gpt``, where
+        the schedule puts them before it calls.
+        """
+        if inputs_embeds is not None:
+            self.receive(inputs_embeds)
+        given = inputs_embeds if input_ids is None else input_ids
+        assert given is not None
+        time = given.shape[1]
+        return SimpleNamespace(
+            last_hidden_state=self.rows(self.message(time, input_ids, position_ids, **options), time)
+        )
+
+    def receive(self, hidden: Tensor) -> None:
+        """Let the next forward pass begin with ``hidden`` [batch, time, hidden], of an earlier stage."""
+        self.groups.activate()
+        x = hidden.transpose(0, 1)
+        x = pad(x, (0, 0, 0, 0, 0, self.width(len(x)) - len(x))).contiguous()
+        if self.gpt.config.sequence_parallel:
+            x = import_megatron().tensor_parallel.scatter_to_sequence_parallel_region(x)
+        self.gpt.set_input_tensor(x)
+
+    def rows(self, message: Tensor, time: int) -> Tensor:
+        """[batch, time, hidden], whole rows of a ``message``. The loss gives every rank the whole gradient."""
+        if self.gpt.config.sequence_parallel:
+            gather = import_megatron().tensor_parallel.gather_from_sequence_parallel_region
+            message = gather(message, tensor_parallel_output_grad=False)
+        return message[:time].transpose(0, 1)
+
+    def message(
+        self,
+        time: int,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """The hidden states that Megatron sends to the next stage: [time, batch, hidden], padded to ``width(time)``, of
+        which each tensor-parallel rank has a part under sequence parallelism.
+        """
+        self.groups.activate()
+        padding = self.width(time) - time
+        hidden = None
+        if self.gpt.pre_process:
+            assert input_ids is not None
+            hidden = self.gpt.embedding(input_ids=pad(input_ids, (0, padding)), position_ids=None)
+        if position_ids is None:
+            position_ids = torch.arange(time, device=self.inv_freq.device).unsqueeze(0)
+        angles = pad(position_ids, (0, padding)).T[:, :, None].float() * self.inv_freq
+        computed: Tensor = self.gpt.decoder(
+            hidden_states=hidden,
+            attention_mask=None,
+            rotary_pos_emb=torch.cat((angles, angles), -1)[:, :, None],  # [time, batch or 1, 1, dim]
+            packed_seq_params=AttentionInputs(time, self._attention, causal_mask(), options),
+        )
+        return computed
+
+    def width(self, time: int) -> int:
+        """``time`` rounded up to what sequence parallelism can divide."""
+        config = self.gpt.config
+        return padded_rows(time, config.tensor_model_parallel_size) if config.sequence_parallel else time
+
+
+def build_gpt_chunks(
+    model: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, name: str, role: str
+) -> list[Any]:
+    """The GPTModels of this rank without weights: one, or one per virtual pipeline stage.
+
+    The groups of ``dims`` are active. model: Hugging Face model with the shapes, called ``name`` in errors.
+
+    Raises:
+        LimbeckError: if the layers cannot be divided over the stages, or Megatron refuses the settings.
+    """
+    core = import_megatron()
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+    shell = unwrap_model(model)
+    config, family = shell.config, family_of(model)
+    _check_layers(config.num_hidden_layers, dims.pp, given, name, role)
+    try:
+        settings = _transformer_config(config, dims, dtype, given, recompute=recompute, qkv_bias=family.qkv_bias)
+        settings.qk_layernorm = family.qk_norm
+    except (AssertionError, ValueError) as error:
+        raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
+    chunks = []
+    for index in range(given.virtual_pipeline_model_parallel_size or 1):
+        stage = index if given.virtual_pipeline_model_parallel_size else None
+        where = {"ignore_virtual": False, "vp_stage": stage}
+        norm, layer = _layer(family.qk_norm)
+        chunks.append(
+            GPTModel(
+                config=settings,
+                transformer_layer_spec=TransformerBlockSubmodules(
+                    layer_specs=[layer] * get_num_layers_to_build(settings, stage), layer_norm=norm
+                ),
+                vocab_size=padded_rows(shell.get_input_embeddings().num_embeddings, dims.tp),
+                max_sequence_length=config.max_position_embeddings,
+                pre_process=core.parallel_state.is_pipeline_first_stage(**where),
+                post_process=core.parallel_state.is_pipeline_last_stage(**where),
+                share_embeddings_and_output_weights=config.tie_word_embeddings,
+                position_embedding_type="none",  # the body passes rotary angles to the layers
+                vp_stage=stage,
+            )
+        )
+    return chunks
+
+
+def wrap_body(model: Any, gpt: Any, groups: ProcessGroups, dims: ParallelDims) -> MegatronBody:
+    """``gpt`` as a Hugging Face body. The model is not changed."""
+    return MegatronBody(gpt, unwrap_model(model), groups, dims.group(_device_type(), CP))
+
+
+def replace_body(model: Any, trunk: MegatronBody) -> None:
+    """Let ``model`` consist of ``trunk`` and, if these are the last layers, of Megatron's slice of the output head."""
+    shell, gpt = unwrap_model(model), trunk.gpt
+    setattr(shell, shell.base_model_prefix, trunk)
+    head = None
+    if gpt.post_process:
+        tied = gpt.share_embeddings_and_output_weights
+        head = _Head(gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight)
+    shell.set_output_embeddings(head)
+
+
+class _Head(nn.Module):
+    """A slice of an output head, of which only the weight is read."""
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def _device_type() -> str:
+    return torch.device(torch.cuda.current_device()).type
+
+
+def _layer(qk_norm: bool) -> tuple[Any, Any]:
+    """The norm and the specification of a decoder layer, of Megatron's local layers."""
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+    attention = layer.submodules.self_attention.submodules
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention.core_attention = CoreAttention
+    if qk_norm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return RMSNorm, layer
+
+
+def _transformer_config(
+    config: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, qkv_bias: bool
+) -> Any:
+    core, heads, virtual = import_megatron(), Heads.of(config), given.virtual_pipeline_model_parallel_size
+    return core.transformer.TransformerConfig(
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        ffn_hidden_size=config.intermediate_size,
+        num_attention_heads=heads.heads,
+        num_query_groups=heads.groups,
+        kv_channels=heads.dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        add_qkv_bias=qkv_bias,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=dims.tp,
+        sequence_parallel=dims.sequence_parallel and dims.tp > 1,
+        pipeline_model_parallel_size=dims.pp,
+        virtual_pipeline_model_parallel_size=virtual,
+        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
+        account_for_embedding_in_pipeline_split=given.account_for_embedding_in_pipeline_split,
+        account_for_loss_in_pipeline_split=given.account_for_loss_in_pipeline_split,
+        # With Megatron's defaults, interleaved stages exchange their messages and train on wrong activations, silently.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
+        bf16=dtype is torch.bfloat16,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        gradient_accumulation_fusion=False,
+        persist_layer_norm=False,
+        **_recomputation(given, recompute=recompute),
+    )
+
+
+def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:
+    """Megatron's settings of activation checkpointing; of every layer where only ``recompute`` wants it."""
+    granularity = given.recompute_granularity or ("full" if recompute else None)
+    if granularity != "full":
+        modules = {} if given.recompute_modules is None else {"recompute_modules": given.recompute_modules}
+        return {"recompute_granularity": granularity, **modules}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": given.recompute_method,
+        "recompute_num_layers": given.recompute_num_layers,
+    }
+
+
+def _check_layers(layers: int, stages: int, given: MegatronConfig, name: str, role: str) -> None:
+    """Raise LimbeckError unless Megatron can give every stage, and virtual stage, as many layers."""
+    counted = layers + given.account_for_embedding_in_pipeline_split + given.account_for_loss_in_pipeline_split
+    parts = stages * (given.virtual_pipeline_model_parallel_size or 1)
+    if counted % parts:
+        raise LimbeckError(
+            f"{role}.strategy_args.strategy_config: Megatron gives each of {parts} (virtual) pipeline stages as many layers, "
+            f"and {parts} does not divide the {counted} of {name}; change pipeline_model_parallel_size or "
+            "virtual_pipeline_model_parallel_size, set account_for_embedding_in_pipeline_split and "
+            "account_for_loss_in_pipeline_split, which each count as a layer, or use fsdp2_train and fsdp2_infer."
+        )

@@ -1,0 +1,164 @@
+"""What this package uses of megatron-core beyond its stable interface, so that another version is adapted to here.
+
+Versions 0.16 and later. Megatron is imported by the functions that need it: it is an extra, and importing it takes
+seconds.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from limbeck.errors import LimbeckError
+from limbeck.strategies.parallel_dims import ParallelDims
+
+_OLDEST = (0, 16)
+_pristine: dict[str, Any] = {}
+
+
+def import_megatron() -> Any:
+    """The package ``megatron.core``; LimbeckError if it is missing or too old."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that Transformer Engine and Apex are not installed, five times
+            import megatron.core
+            import megatron.core.distributed
+            import megatron.core.models.gpt
+            import megatron.core.optimizer
+            import megatron.core.parallel_state
+    except ImportError as error:
+        raise LimbeckError(
+            f"strategy_name = megatron_train or megatron_infer needs megatron-core ({error}); pip install "
+            "'limbeck[megatron]', or use fsdp2_train and fsdp2_infer, which need nothing more."
+        ) from error
+    version = str(megatron.core.__version__)
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+        raise LimbeckError(
+            f"megatron-core {version} is older than the versions that Limbeck knows; pip install 'limbeck[megatron]'."
+        )
+    return megatron.core
+
+
+class ProcessGroups:
+    """Megatron's process groups for one model.
+
+    Megatron keeps the groups of one model in the globals of a module. A student and a teacher in the same processes have
+    groups of their own, and ``activate`` puts one model's there before it computes. Every rank must make them.
+    """
+
+    def __init__(self, dims: ParallelDims, virtual_stages: int | None = None) -> None:
+        core = import_megatron()
+        state = self._state = vars(core.parallel_state)
+        if not dist.is_initialized():  # a single process without a launcher
+            dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+        if not _pristine:
+            _pristine.update(self._globals())
+        state.update(_pristine)
+        core.parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=dims.tp,
+            pipeline_model_parallel_size=dims.pp,
+            virtual_pipeline_model_parallel_size=virtual_stages,
+            context_parallel_size=dims.cp,
+            # There are no experts, but Megatron wants as many data-parallel ranks for them as for the rest.
+            expert_tensor_parallel_size=dims.tp * dims.cp,
+            order="tp-cp-ep-pp-dp",  # as ParallelDims numbers ranks
+            create_gloo_process_groups=False,
+        )
+        # Megatron forks these random states around its layers, although nothing here is drawn from them.
+        core.tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
+        self._own = self._globals()
+        self.tensor: dist.ProcessGroup = core.parallel_state.get_tensor_model_parallel_group()
+
+    def activate(self) -> None:
+        """Let Megatron's functions use these groups from now on."""
+        self._state.update(self._own)
+
+    def _globals(self) -> dict[str, Any]:
+        return {name: value for name, value in self._state.items() if name.startswith("_") and name.isupper()}
+
+
+class OptimizerTensors:
+    """float32 values and Adam's moments of the model's parameters, under each of Megatron's optimizers.
+
+    ``FP32Optimizer`` steps the parameters themselves, ``Float16OptimizerWithFloat16Params`` float32 copies, and
+    ``DistributedOptimizer`` this data-parallel rank's piece of all parameters, laid end to end.
+
+    Megatron's own loading is not used: without Transformer Engine and Apex it gives all pieces one ``step`` tensor, which
+    then advances once for each of them.
+    """
+
+    MOMENTS = ("exp_avg", "exp_avg_sq")
+
+    def __init__(self, optimizer: Any) -> None:
+        chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        assert len(chained) == 1, "dense parameters have one optimizer"
+        self._megatron = chained[0]
+        self.adam: torch.optim.Optimizer = self._megatron.optimizer
+        self._pieces = getattr(self._megatron, "model_param_group_index_map", None)
+
+    def read(self, parameter: nn.Parameter, entry: str | None) -> Tensor:
+        """The value (``entry`` None) or a moment of ``parameter``, whole as this rank's model holds it. Collective."""
+        if not parameter.requires_grad:
+            return parameter.detach()
+        piece = self._piece(parameter)
+        stepped, (start, stop) = piece or (None, (0, 0))
+        held = None
+        if stepped is not None:
+            held = stepped if entry is None else self.adam.state[stepped][entry]
+        if self._pieces is None:
+            assert held is not None
+            return held.detach()
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if held is not None:
+            whole[start:stop] = held.detach().flatten()
+        dist.all_reduce(whole, group=self._megatron.data_parallel_group)
+        return whole.view_as(parameter)
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, entry: str | None, value: Tensor) -> None:
+        """The inverse of ``read``, given the whole value on every rank."""
+        if entry is None:
+            parameter.copy_(value)
+        piece = self._piece(parameter) if parameter.requires_grad else None
+        if piece is None:
+            return
+        stepped, (start, stop) = piece
+        value = value.to(stepped.device, torch.float32).flatten()[start:stop].view_as(stepped)
+        if entry is None:
+            stepped.copy_(value)
+        else:
+            self.adam.state[stepped][entry] = value.clone()
+
+    def set_steps(self, count: int) -> None:
+        """Set the number of steps that Adam has taken, from which it corrects the bias of its moments."""
+        for group in self.adam.param_groups:
+            if not type(self.adam).__module__.startswith("torch."):  # Transformer Engine's and Apex's keep it here
+                group["step"] = count
+                continue
+            for stepped in group["params"]:
+                self.adam.state[stepped]["step"] = torch.tensor(float(count))
+
+    def _piece(self, parameter: nn.Parameter) -> tuple[Tensor, tuple[int, int]] | None:
+        """What Adam steps of ``parameter`` on this rank, and its place in the flattened parameter; None if nothing."""
+        if self._pieces is None:
+            return getattr(parameter, "main_param", parameter), (0, parameter.numel())
+        if parameter not in self._pieces:
+            return None
+        group, index = self._pieces[parameter]
+        place = self._megatron._get_model_param_range_map(parameter)["param"]
+        return self.adam.param_groups[group]["params"][index], (place.start, place.end)
+
+
+def make_optimizer(chunks: Sequence[nn.Module], **settings: Any) -> Any:
+    """Megatron's AdamW over its wrapped ``chunks``; weight decay acts on matrices, not on biases and norms."""
+    core = import_megatron()
+    config = core.optimizer.OptimizerConfig(optimizer="adam", decoupled_weight_decay=True, **settings)
+    made = core.optimizer.get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=False)
+    for group in made.param_groups:  # Megatron leaves that to its own scheduler of learning rates
+        group["weight_decay"] = settings["weight_decay"] * group.get("wd_mult", 1.0)
+    return made

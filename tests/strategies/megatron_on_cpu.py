@@ -1,0 +1,39 @@
+"""A plug-in for tests: lets megatron-core run on a CPU with gloo, by replacing the CUDA calls that it always makes.
+
+``torch.cuda.is_available()`` stays False. Nothing here says anything about NCCL, overlap, Transformer Engine or GPUs.
+"""
+
+import torch
+from megatron.core.tensor_parallel import random as tensor_parallel_random
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+class CudaToCpu(TorchFunctionMode):
+    """Redirects to the CPU every torch function that names a CUDA device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)  # optimizers accept no other type of parameter
+        if str(kwargs.get("device", "")).startswith("cuda"):
+            kwargs["device"] = CPU
+        return func(*args, **kwargs)
+
+
+def install() -> None:
+    """Call it once per process, in the main thread."""
+    cuda = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.manual_seed = lambda seed: torch.manual_seed(seed)
+    tensor_parallel_random._get_cuda_rng_state = cuda.get_rng_state
+    tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    CudaToCpu().__enter__()  # for the life of the process
+
+
+install()
