@@ -70,23 +70,23 @@ class StepLog:
 
 
 def limbeck(job: Job) -> None:
-    from limbeck import distill, register_tracker
+    from limbeck import distill
+    from limbeck.train.build.run import Run
 
-    log = StepLog(job)
+    log, show = StepLog(job), Run.log
 
-    class Tracker:
-        def log(self, step: int, values: dict[str, float]) -> None:
-            if ON_GPU:
-                torch.cuda.synchronize()
-            log.record(values["time/step"] * log.every, values["train/tokens"])
+    def record(run: Run, console: Any, line: dict[str, float]) -> dict[str, float]:
+        """What the loop does with a line of metrics. A tracker could not end the run, because it has a thread of its own."""
+        values = show(run, console, line)
+        if ON_GPU:
+            torch.cuda.synchronize()
+        log.record(values["time/step"] * log.every, values["train/tokens"])
+        return values
 
-        def close(self) -> None:
-            log.file.close()
-
-    register_tracker("benchmark", lambda log_dir, kwargs: Tracker())
+    Run.log = record
     options = {
-        "output_dir": job["out"], "track_with": "benchmark", "logging_steps": log.every, "save_steps": 0,
-        "max_steps": 1000,  # a long run, for which compiling is worth its time; the tracker ends it
+        "output_dir": job["out"], "track_with": "none", "logging_steps": log.every, "save_steps": 0,
+        "max_steps": 1000,  # a long run, for which compiling is worth its time; the log ends it
         "sequence_length": job["length"], "distill_on_prompt": True, "dtype": job["dtype"],
         "use_sequence_packing": job["rows"] == "packed", "cache_path": f"{job['out']}/cache",
         "per_device_train_batch_size": job["micro_batch"],

@@ -165,7 +165,7 @@ def accounted_for(path_or_rows, tokenizer, cache=None, **changes):
 def test_rows_of_any_content_are_learned_or_counted(native_tokenizer, template):
     seen = 0
 
-    @settings(FUZZ, max_examples=55)
+    @settings(FUZZ, max_examples=28)
     @given(st.lists(ROW, min_size=50, max_size=60), st.sampled_from(list(FORMATS)))
     def check(rows, form):
         nonlocal seen
@@ -174,7 +174,7 @@ def test_rows_of_any_content_are_learned_or_counted(native_tokenizer, template):
         seen += len(rows)
 
     check()
-    assert seen >= 2_500  # counted, not hoped for
+    assert seen >= 1_300  # counted, not hoped for
 
 
 def lines_of(content, name):

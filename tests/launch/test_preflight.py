@@ -185,6 +185,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
             "logits_transfer_backend = nccl-only does not send from CPU to CPU, where the workers are; use gloo (or ray).",
         ),
         ({**APART, "num_nodes": 2, "num_gpus_per_node": 2}, "num_nodes = 2, but there are 1 machine(s); set RAY_ADDRESS"),
+        ({"output_dir": f"{__file__}/run"}, "cannot be written to: Not a directory; set another output_dir"),
         ({"teacher_pretrain": "/nowhere/at/all"}, "there is no folder '/nowhere/at/all' to load the teacher from"),
         (
             {
@@ -198,7 +199,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
             "of memory; use more machines, smaller models or LoRA",
         ),
     ],
-    ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "checkpoint", "memory"],
+    ids=["divisibility", "heads", "layers", "dtype", "transport", "machines", "output", "checkpoint", "memory"],
 )  # fmt: skip
 def test_each_problem_is_one_sentence(check, changes, sentence):
     status, out, err = check(**changes)

@@ -396,7 +396,8 @@ def test_a_resumed_run_uses_the_learning_rates_of_a_longer_schedule(configure):
 
 
 def test_values_of_system_envs_are_not_written(configure, monkeypatch):
-    monkeypatch.delenv("MY_TOKEN", raising=False)
+    monkeypatch.setenv("MY_TOKEN", "")  # so that it is restored
+    monkeypatch.delenv("MY_TOKEN")
     config = configure(max_steps=1, eval_steps=0, system_envs={"MY_TOKEN": "s3cr3t"})
     DistillPipeline(config).run()
     assert os.environ["MY_TOKEN"] == "s3cr3t"

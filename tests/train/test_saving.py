@@ -308,7 +308,7 @@ def test_a_failed_write_is_an_error_and_leaves_the_checkpoints_as_they_were(buil
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(
-        LimbeckError, match=r"checkpoint-2 could not be written .*No space left.*before it are complete"
+        LimbeckError, match=r"checkpoint-2 could not be written .*No space left.*checkpoint-1 is complete"
     ):
         run.saver.save(2, {}, {})
         assert not at_once

@@ -68,8 +68,8 @@ def test_a_run_whose_time_is_over_saves_stops_and_goes_on(configure, tmp_path, c
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == [f"checkpoint-{i}" for i in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("limit", ["3:99", "1h", "90", "-1:00"])
+@pytest.mark.parametrize("limit", ["3:99", "1h", "90", "-1:00", "00:00", 750])
 def test_a_limit_is_hours_and_minutes(configure, limit):
-    with pytest.raises(Exception, match="save_before"):
+    with pytest.raises(Exception, match="write hours and minutes in quotes"):
         configure(**{"checkpoint_config.save_before": limit})
     assert isinstance(configure(**{"checkpoint_config.save_before": "100:00"}), DistillConfig)

@@ -37,6 +37,7 @@ from limbeck.teachers.service import find_service
 from limbeck.train.build.early_checks import early_checks
 from limbeck.train.build.objective import make_objective, make_objectives
 from limbeck.train.build.student import resolve_parallelism
+from limbeck.train.run_lock import lock_run
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ def check_run(config: DistillConfig) -> list[str]:
     """
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     problems = [*wrong_versions(), *check_machines(config)]
+    try:
+        with lock_run(config):
+            pass
+    except LimbeckError as error:
+        problems.append(str(error))
     if problems:
         return problems
     print("fits")

@@ -70,6 +70,6 @@ class BackgroundWork:
 
 
 def _describe(error: Exception) -> str:
-    if isinstance(error, OSError | LimbeckError):
+    if isinstance(error, OSError | LimbeckError) or type(error) is Exception:  # which tokenizers raises for a full disk
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -217,9 +217,12 @@ class Saver:
         except LimbeckError as error:
             if self._world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
+            complete = checkpoints.list_checkpoints(self._folder)
+            after = (
+                f"{complete[-1]} is complete, and the run can resume from it" if complete else "there is none before it"
+            )
             raise LimbeckError(
-                f"checkpoint-{save.step} could not be written to {self._folder} ({str(error).rstrip('.')}); the checkpoints "
-                "before it are complete, and the run can resume from them."
+                f"checkpoint-{save.step} could not be written to {self._folder} ({str(error).rstrip('.')}); {after}."
             ) from error
         self.longest = max(self.longest, time.monotonic() - started)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from limbeck.config.schema.base import Section
 
@@ -182,7 +183,6 @@ class CheckpointConfig(Section):
     )
     save_before: str | None = Field(
         default=None,
-        pattern=r"^\d{1,3}:[0-5]\d$",
         description="Time limit of the job, HH:MM since the run has started. The run saves and stops in time, judged by its "
         "longest step and save so far, with the exit status 0. Leave out of it what the job does before it starts the run.",
     )
@@ -194,3 +194,11 @@ class CheckpointConfig(Section):
     save_to_hub: HubConfig = Field(
         default_factory=HubConfig, description="Upload of the student to the Hugging Face hub at the end of the run."
     )
+
+    @field_validator("save_before", mode="before")
+    @classmethod
+    def _hours_and_minutes(cls, value: Any) -> Any:
+        """YAML reads 12:30 without quotes as the number 750."""
+        if value is not None and not re.fullmatch(r"(?!0+:00)\d{1,3}:[0-5]\d", str(value)):
+            raise ValueError('is not a time limit above 0; write hours and minutes in quotes, such as "03:30"')
+        return value
