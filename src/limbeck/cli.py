@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from limbeck.commands.dialogue import add_dialogue_commands
 from limbeck.commands.evaluation import add_eval_command
@@ -64,8 +64,15 @@ def _is_override(argument: str) -> bool:
     return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong argument in one line, as every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_MISTAKE, f"limbeck: {message}; see `{self.prog} --help`.\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="limbeck", description="Distil large language models.")
+    parser: argparse.ArgumentParser = _Parser(prog="limbeck", description="Distil large language models.")
     parser.add_argument("--version", action="version", version=f"limbeck {VERSION}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 

@@ -150,3 +150,4 @@ def test_what_is_not_supported_is_refused(changes: dict[str, Any], sentence: str
     with pytest.raises(LimbeckError) as caught:
         load(**changes)
     assert sentence in str(caught.value)
+    assert "dataset is not supported" not in sentence or "\n" not in str(caught.value)

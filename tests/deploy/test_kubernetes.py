@@ -196,6 +196,9 @@ def test_a_ray_job_has_one_rank_per_device_of_all_nodes(deploy, config):
         ((*REQUIRED, "--name", "Distill"), "--name Distill is not a name"),
         ((*REQUIRED, "--mount-path", "fsx"), "--mount-path fsx is not an absolute path"),
         ((*REQUIRED, "--node-selector", "zone"), "--node-selector zone is not a pair"),
+        ((*REQUIRED, "--node-selector", "a b=c"), "'a b' is not a key of a label"),
+        ((*REQUIRED, "--annotation", "a b=c"), "'a b' is not a key of a label"),
+        ((*REQUIRED, "--namespace", "a.b"), "--namespace a.b is not a name"),
         ((*REQUIRED, "--kind", "job"), "--kind job is not a kind of job; use one of pytorchjob, trainjob, rayjob."),
         ((*REQUIRED, "--kind", "rayjob"), "needs no Ray; use --kind pytorchjob"),
         ((*REQUIRED, "kd_temprature=2"), "kd_temprature is not a key; did you mean kd_temperature?"),
@@ -219,6 +222,15 @@ def test_a_file_with_defaults_is_not_enough_for_a_manifest(deploy, config):
     config.write_text("defaults: [base, _self_]\n" + config.read_text())
     status, _, error = deploy(*REQUIRED)
     assert status == 2 and "write one file with `limbeck config" in error
+
+
+def test_a_list_of_layers_in_another_file_is_not_in_the_manifest(deploy, config):
+    config.with_name("layers.yaml").write_text("unfrozen_parameters: [lm_head]\n")
+    values = yaml.safe_load(config.read_text())
+    values["student"].setdefault("model_args", {})["unfrozen_parameters"] = "layers.yaml"
+    config.write_text(yaml.safe_dump(values))
+    status, _, error = deploy(*REQUIRED)
+    assert status == 2 and "write the list of that file there instead" in error
 
 
 def test_the_output_is_never_the_configuration_itself(deploy, config):

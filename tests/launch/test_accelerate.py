@@ -106,6 +106,14 @@ def test_the_number_of_processes_is_read_from_the_command(command, processes, tm
     assert requested_processes(command.replace("FILE", str(tmp_path / "accelerate.yaml")).split()) == processes
 
 
+def test_the_number_of_processes_may_be_in_the_launchers_default_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: 6\n")
+    assert requested_processes(["accelerate", "launch", "train.py"]) == 6
+    assert requested_processes(["accelerate", "launch", "--num_processes", "2", "train.py"]) == 2
+
+
 def test_another_number_of_processes_than_requested_is_an_error(monkeypatch):
     monkeypatch.setattr(accelerate, "_ancestors", lambda: [["sh"], ["accelerate", "launch", "--num_processes", "16"]])
     check_world_size({**LAUNCHED, "WORLD_SIZE": "16"})

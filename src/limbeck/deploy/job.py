@@ -16,6 +16,7 @@ CONFIG_FOLDER = "/etc/limbeck"
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 _OBJECT_NAME = re.compile(r"[a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?")
 _QUANTITY = re.compile(r"[1-9][0-9]*([KMGT]i?)?")
+_KEY = re.compile(r"([a-z0-9]([-.a-z0-9]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 
 
@@ -124,15 +125,21 @@ def check_job(job: Job) -> None:
         raise LimbeckError(
             f"--image {job.image!r} is not the name of an image; give one, such as REGISTRY/distill:TAG."
         )
-    if not _NAME.fullmatch(job.name):
-        raise LimbeckError(
-            f"--name {job.name} is not a name that Kubernetes accepts; use at most 52 lower-case letters, digits and -, "
-            "beginning with a letter."
-        )
+    for flag, name in (("--name", job.name), ("--namespace", job.namespace)):
+        if name is not None and not _NAME.fullmatch(name):
+            raise LimbeckError(
+                f"{flag} {name} is not a name that Kubernetes accepts; use at most 52 lower-case letters, digits and -, "
+                "beginning with a letter."
+            )
+    for key in (*job.node_selector, *job.annotations):
+        if not _KEY.fullmatch(key):
+            raise LimbeckError(
+                f"{key!r} is not a key of a label or an annotation that Kubernetes accepts; use letters, digits, -, _ and '.', "
+                "after a domain and / if it has one."
+            )
     for flag, name in (
         ("--pvc", job.pvc),
         ("--secret", job.secret),
-        ("--namespace", job.namespace),
         ("--runtime", job.runtime),
     ):
         if name is not None and not _OBJECT_NAME.fullmatch(name):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -92,7 +92,22 @@ def _read(config_file: Path) -> str:
             f"{config_file} has defaults from other files, which are not in the manifest; write one file with `limbeck config "
             f"{config_file} > whole.yaml`, and use that."
         )
+    for key, value in _leaves(yaml.safe_load(text)):
+        if key in ("layers_to_unfreeze", "unfrozen_parameters") and isinstance(value, str):
+            raise LimbeckError(
+                f"{config_file} names the file {value} in {key}, which is not in the manifest; write the list of that file "
+                "there instead."
+            )
     return text
+
+
+def _leaves(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The last part of each key, and its value."""
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield key.rpartition(".")[2], value
 
 
 def _check_resume(config: DistillConfig) -> None:
@@ -138,10 +153,14 @@ def _check_secrets(config: DistillConfig) -> None:
         **{f"system_envs.{name}": value for name, value in config.system_envs.items()},
         **{f"student.system_envs.{name}": value for name, value in config.student.system_envs.items()},
         **{f"teacher.system_envs.{name}": value for name, value in config.teacher.system_envs.items()},
-        **{f"tracker_kwargs.{name}": value for name, value in config.tracker_kwargs.items()},
+        **{
+            f"tracker_kwargs of {tracker}: {name}": value
+            for tracker, kwargs in config.trackers.items()
+            for name, value in kwargs.items()
+        },
     }
     for key, value in settings.items():
-        if value and _SECRET_NAME.search(key.rpartition(".")[2]):
+        if value and _SECRET_NAME.search(re.split(r"[. ]", key)[-1]):
             raise LimbeckError(
                 f"{key} may be a secret, and would be readable in the manifest; remove it from the configuration, and put "
                 "HF_TOKEN or WANDB_API_KEY into the Secret that --secret names."

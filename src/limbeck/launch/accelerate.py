@@ -89,7 +89,7 @@ def check_world_size(environment: Mapping[str, str]) -> None:
 
 
 def requested_processes(argv: Sequence[str]) -> int | None:
-    """The ``--num_processes`` of a command line, or of the file in its ``--config_file``; None if it is no such command."""
+    """The ``--num_processes`` of a command line, or of its configuration file; None if it is no such command."""
     names = [Path(word).name for word in argv]
     start = next((i for i, name in enumerate(names) if name.startswith("accelerate")), None)
     if start is None or (names[start] == "accelerate" and "launch" not in names[start:]):
@@ -104,10 +104,21 @@ def requested_processes(argv: Sequence[str]) -> int | None:
     }
     if "num_processes" not in given and "config_file" in given:
         given = read_mapping(Path(given["config_file"]), f"{_COMMAND} --config_file", {})
+    elif "num_processes" not in given and (default := _default_config()) is not None:
+        given = read_mapping(default, "the configuration of `accelerate config`", {})
     try:
         return int(given["num_processes"])
     except (KeyError, ValueError):
         return None
+
+
+def _default_config() -> Path | None:
+    """The file that ``accelerate config`` has written, which ``accelerate launch`` reads without ``--config_file``."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "huggingface"
+    folder = Path(os.environ.get("HF_HOME", cache)).expanduser() / "accelerate"
+    return next(
+        (file for file in (folder / f"default_config.{end}" for end in ("yaml", "json")) if file.is_file()), None
+    )
 
 
 def _ancestors() -> Iterator[list[str]]:

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from limbeck.config.compose import format_error
 from limbeck.config.dialects import training_arguments
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.files import use_wandb
-from limbeck.config.locations import SourceLocation
-from limbeck.config.schema import DistillConfig, TeacherConfig
+from limbeck.config.locations import SourceLocation, find_location
+from limbeck.config.schema import Contradiction, DistillConfig, TeacherConfig
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
@@ -109,10 +110,11 @@ class DistillKitDialect:
             if not isinstance(given.get(key) or {}, Mapping):
                 result.refuse(key, f"= {format_value(given.pop(key))} must be a section of keys")
         if given.get("teacher.kind") == "dataset" or given.keys() & OFFLINE:
-            result.refuse(
+            # One sentence for the whole file, whose other keys would all be errors.
+            refusal = Contradiction(
                 "teacher.kind", "= dataset is not supported yet: Limbeck reads no compressed offline datasets; use hf"
             )
-            return result
+            raise LimbeckError(format_error(refusal, find_location("teacher.kind", locations) or "DistillKit's file"))
         for key, ours in MOVED.items():
             if given.get(key) is not None:
                 result.set(ours, given[key], key)

@@ -80,7 +80,7 @@ SETTINGS = (
     Setting("save_steps", "training.save_steps", 1000, "number of steps between checkpoints"),
     Setting("logging_steps", "training.logging_steps", 1, "number of steps between records of the metrics"),
     Setting(
-        "resume_from_checkpoint", "training.resume_from_checkpoint", None, "checkpoint folder, or true for the newest"
+        "resume_from_checkpoint", "training.resume_from_checkpoint", None, "checkpoint folder, or latest for the newest"
     ),
     Setting("fp16", "training.fp16", False, "compute in float16", switch=True),
     Setting("bf16", "training.bf16", True, "compute in bfloat16 (default); float32 with --no-bf16", switch=True),

@@ -150,7 +150,6 @@ class HubConfig(Section):
 
     repo_id: str | None = Field(
         default=None,
-        pattern=r"^[\w.-]+/[\w.-]+$",
         description="OWNER/NAME of the repository; it is made if it does not exist. If unset, nothing is uploaded. The token "
         "is read from HF_TOKEN or from the file that `hf auth login` writes.",
     )
@@ -159,6 +158,13 @@ class HubConfig(Section):
         default=None,
         description="Branch that is uploaded to; it is made if it does not exist. If unset, the main branch.",
     )
+
+    @field_validator("repo_id")
+    @classmethod
+    def _owner_and_name(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", value):
+            raise ValueError("is not the name of a repository; write OWNER/NAME")
+        return value
 
 
 class CheckpointConfig(Section):
