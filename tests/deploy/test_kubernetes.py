@@ -227,7 +227,7 @@ def test_a_file_with_defaults_is_not_enough_for_a_manifest(deploy, config):
 def test_a_list_of_layers_in_another_file_is_not_in_the_manifest(deploy, config):
     config.with_name("layers.yaml").write_text("unfrozen_parameters: [lm_head]\n")
     values = yaml.safe_load(config.read_text())
-    values["student"].setdefault("model_args", {})["unfrozen_parameters"] = "layers.yaml"
+    values["student"].setdefault("model_args", {})["unfrozen_parameters"] = str(config.with_name("layers.yaml"))
     config.write_text(yaml.safe_dump(values))
     status, _, error = deploy(*REQUIRED)
     assert status == 2 and "write the list of that file there instead" in error
