@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from limbeck.demo.problems import generate, write_jsonl
-from limbeck.demo.run import Sizes, _make_model, _make_tokenizer
+from limbeck.demo.training import Sizes, make_model, make_tokenizer
 
 LIMBECK = [sys.executable, "-m", "limbeck"]
 
@@ -42,9 +42,9 @@ def make_run(folder: Path) -> dict[str, Any]:
     """Create models of the demo's size and its data in ``folder``; returns the settings of a run of one step."""
     sizes = Sizes()
     write_jsonl(generate(sizes.student_problems, 1), folder / "teacher.jsonl")
-    tokenizer = _make_tokenizer(folder, sizes.vocab_size)
-    _make_model(folder / "teacher", tokenizer, sizes.teacher, 1)
-    _make_model(folder / "student", tokenizer, sizes.student, 0)
+    tokenizer = make_tokenizer(folder, sizes.vocab_size)
+    make_model(folder / "teacher", tokenizer, sizes.teacher, 1)
+    make_model(folder / "student", tokenizer, sizes.student, 0)
     return {
         "student_pretrain": str(folder / "student"),
         "teacher_pretrain": str(folder / "teacher"),

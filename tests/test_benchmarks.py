@@ -1,5 +1,6 @@
-"""The benchmarks of a GPU run from end to end, on tiny models and a CPU."""
+"""Benchmarks: all can be imported, and those of a GPU run from end to end, on tiny models and a CPU."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,6 +11,12 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_benchmark_finds_what_it_imports(script, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    importlib.import_module(script)
 
 
 @pytest.mark.processes
