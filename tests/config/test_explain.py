@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from limbeck import LimbeckError
 from limbeck.config import LoadedConfig, load_config, load_mapping, render_config, to_dict
 
 Load = Callable[..., LoadedConfig]
@@ -64,7 +65,11 @@ MINIMAL: dict[str, Any] = {
 @example({**MINIMAL, "exp_name": "0x10", "resume_from_checkpoint": "true"})
 @example({**MINIMAL, "exp_name": "😀 数据 " + "long " * 40})
 def test_what_is_shown_loads_back_to_the_same_configuration(tmp_path: Path, values: dict[str, Any]) -> None:
-    loaded = load_mapping(values)
+    try:
+        loaded = load_mapping(values)
+    except LimbeckError as error:
+        assume("cannot be the name of a file" not in str(error))
+        raise
     path = tmp_path / "shown.yaml"
     path.write_text(render_config(loaded), encoding="utf-8")
     assert load_config(path).config == loaded.config
