@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from limbeck.errors import USER_MISTAKE, LimbeckError
 from limbeck.launch.start import train_from_arguments
 
 
 def main() -> int:
-    try:
-        return train_from_arguments(__file__, sys.argv[1:], "hyperpod")
-    except LimbeckError as error:
-        print(f"limbeck: {error}", file=sys.stderr)
-        return USER_MISTAKE
+    return train_from_arguments(__file__, sys.argv[1:], "hyperpod")
 
 
 if __name__ == "__main__":

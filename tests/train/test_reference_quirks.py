@@ -195,8 +195,8 @@ def test_parity_is_the_arithmetic_of_hyperpods_sample(pair, tmp_path):
     logits with zeros, sums the divergence over all positions, and divides by batch · max_length.
     """
     T, alpha, max_length = 3.0, 0.3, 120
-    told = [(f"What is {i}?", f"It is {i}." + " Indeed." * i) for i in range(8)]
-    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in told]
+    pairs = [(f"What is {i}?", f"It is {i}." + " Indeed." * i) for i in range(8)]
+    turns = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in pairs]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"conversations": one}) + "\n" for one in turns))
     argv = [
         "--parity", "--teacher_model", pair[1], "--student_model", pair[0], "--dataset_name", str(tmp_path / "rows.jsonl"),
@@ -208,7 +208,7 @@ def test_parity_is_the_arithmetic_of_hyperpods_sample(pair, tmp_path):
 
     tokenizer = load_tokenizer(ModelSource(pair[0]))
     system = {"role": "system", "content": "You are a helpful assistant."}
-    chats = [[system, {"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in told]
+    chats = [[system, {"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
     texts = [tokenizer.apply_chat_template(chat, chat_template=TEMPLATE, tokenize=False) for chat in chats]
     padded = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt")
     ids, everywhere = padded["input_ids"], torch.ones_like(padded["input_ids"])

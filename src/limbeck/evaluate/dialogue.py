@@ -59,11 +59,11 @@ def _read(prompt: str) -> str | None:
 
 def _answer(model: TextModel, messages: list[Message], line: str, sampling: SamplingParams) -> None:
     """Append the user's line and the model's answer to ``messages``, unless there is no room for it."""
-    asked: list[Message] = [*messages, {"role": "user", "content": line}]
+    turns: list[Message] = [*messages, {"role": "user", "content": line}]
     torch.manual_seed(sampling.seed)
     try:
-        answer = model.stream(model.prompt(asked), sampling)
+        answer = model.stream(model.prompt(turns), sampling)
     except LimbeckError as error:
         print(f"({error})")
         return
-    messages[:] = [*asked, {"role": "assistant", "content": answer}]
+    messages[:] = [*turns, {"role": "assistant", "content": answer}]

@@ -78,9 +78,9 @@ def measure_accuracy(
     compare: Verifier = VERIFIERS[verifier]()
     try:
         completions = model.write([question.text for question in questions], sampling, slots)
-        asked = [question for question in questions for _ in range(sampling.n)]
+        repeated = [question for question in questions for _ in range(sampling.n)]
         texts = [model.decode(completion) for completion in completions]
-        scores = compare.scores(texts, [question.reference for question in asked])
+        scores = compare.scores(texts, [question.reference for question in repeated])
     finally:
         compare.close()
     answers: list[dict[str, Any]] = [
@@ -91,7 +91,7 @@ def measure_accuracy(
             "correct": score.value == 1,
             "reason": score.reason,
         }
-        for question, text, score in zip(asked, texts, scores, strict=True)
+        for question, text, score in zip(repeated, texts, scores, strict=True)
     ]
     count = len(answers)
     metrics = {

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_config
-from limbeck.errors import LimbeckError
+from limbeck.errors import USER_MISTAKE, LimbeckError
 from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
 from limbeck.train.run_lock import lock_run
@@ -28,14 +28,21 @@ def train_from_config(config_file: Path, overrides: Sequence[str], dialect: str 
 
 
 def train_from_arguments(script: str, argv: Sequence[str], dialect: str) -> int:
-    """Run the distillation that the command-line arguments of another system describe, as ``train_from_config``.
+    """The program of a script with the arguments of another system, which runs the distillation that they describe.
 
     Args:
         script: the program that received ``argv``; each process of a ``device_mapping`` runs it again.
         dialect: of the arguments.
+
+    Returns:
+        The exit status. A mistake of the user is printed.
     """
-    loaded = load_arguments(argv, dialect, launcher=launcher_settings(os.environ))
-    return _train(loaded, [sys.executable, script, *argv])
+    try:
+        loaded = load_arguments(argv, dialect, launcher=launcher_settings(os.environ))
+        return _train(loaded, [sys.executable, script, *argv])
+    except LimbeckError as error:
+        print(f"limbeck: {error}", file=sys.stderr)
+        return USER_MISTAKE
 
 
 def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:

@@ -48,7 +48,7 @@ class MegatronBody(nn.Module):
         self.register_buffer("inv_freq", frequencies.to(torch.cuda.current_device()), persistent=False)
 
     def get_input_embeddings(self) -> Any:
-        """What is asked of embeddings: their number."""
+        """An object with the number of embeddings, which is all that is read."""
         return SimpleNamespace(num_embeddings=self._num_embeddings)
 
     def forward(
