@@ -1,11 +1,13 @@
 """``limbeck check`` prints the placement and the first batch, and finds what would fail, before a model is loaded."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from limbeck import DistillPipeline
 from limbeck.cli import main
 from limbeck.cluster.actors import versions
 from limbeck.errors import LimbeckError
@@ -60,6 +62,19 @@ def test_the_data_is_read_as_in_training(check, configure, tmp_path):
     assert describe_data(configure(**environment)).endswith("\nfirst batch: written by the student when it trains")
     with pytest.raises(LimbeckError, match="a row has no reference answer in the column result"):
         describe_data(configure(**environment, **{"rollout.environment_kwargs": {"answer_key": "result"}}))
+
+
+def test_the_position_of_a_checkpoint_must_fit(check, configure):
+    run = configure(**{"max_steps": 1})
+    DistillPipeline(run).run()
+    resumed = {"resume_from_checkpoint": True, "max_steps": 2}
+    status, out, err = check(**resumed)
+    assert (status, err) == (0, "") and "first batch of each rank after step 1: 8×" in out
+    status, _, err = check(**resumed, **{"student.training_args.per_device_train_batch_size": 4})
+    assert status == 2 and "rows_per_step = 8, and this run has 4" in err
+    (checkpoint,) = Path(run.output_dir).glob("checkpoint-1")
+    (checkpoint / "manifest.json").write_text("{}")
+    assert check(**resumed)[0] == 2
 
 
 def test_versions_and_trackers_are_checked(check, monkeypatch):

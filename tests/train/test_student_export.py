@@ -14,9 +14,9 @@ from limbeck.train.student_export import StudentExport
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_ranks_write_whole_layers_that_transformers_loads(tmp_path, monkeypatch, tied):
-    monkeypatch.setattr("limbeck.train.student_export._FILE_BYTES", 1000)
+    monkeypatch.setattr("limbeck.train.student_export._LEAST", 1000)
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", layers=3, tie_word_embeddings=tied))
-    export = StudentExport(model, torch.bfloat16)
+    export = StudentExport(model, torch.bfloat16, 0)
     weights = dict(model.state_dict())
     on_host = {name: weights[name].clone() for name in list(weights)[:3]}
     out, written = tmp_path / "out", {}
@@ -41,7 +41,7 @@ def test_ranks_write_whole_layers_that_transformers_loads(tmp_path, monkeypatch,
 
 def test_a_small_student_is_one_file_of_the_main_process(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model"))
-    export = StudentExport(model, torch.float32)
+    export = StudentExport(model, torch.float32, model.num_parameters())
     shares = [export.collect(model.state_dict().items(), World(rank, 2, torch.device("cpu")), {}) for rank in range(2)]
     assert export.write_weights(tmp_path, shares[0]).keys() == {"model.safetensors"}
     assert export.write_weights(tmp_path, shares[1]) == {}
@@ -53,7 +53,7 @@ def test_experts_are_written_as_the_hub_has_them(tmp_path):
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=32, num_hidden_layers=2, num_local_experts=2))
-    export = StudentExport(model, torch.float32)
+    export = StudentExport(model, torch.float32, model.num_parameters())
     (tmp_path / "out").mkdir()
     export.write_configuration(tmp_path / "out")
     share = export.collect(model.state_dict().items(), World(0, 1, torch.device("cpu")), {})
@@ -62,3 +62,15 @@ def test_experts_are_written_as_the_hub_has_them(tmp_path):
     loaded = MixtralForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(loaded[name], tensor, rtol=0, atol=0)
+
+
+def test_ranks_share_the_student_evenly(tmp_path, monkeypatch):
+    monkeypatch.setattr("limbeck.train.student_export._LEAST", 1000)
+    model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", layers=8, vocab_size=300))
+    export = StudentExport(model, torch.float32, model.num_parameters())
+    weights = model.state_dict()
+    layer = sum(tensor.nbytes for name, tensor in weights.items() if ".layers.0." in name)
+    largest = max(layer, *(tensor.nbytes for tensor in weights.values()))
+    shares = [export.collect(weights.items(), World(rank, 4, torch.device("cpu")), {}) for rank in range(4)]
+    held = [sum(tensor.nbytes for file in share.tensors.values() for tensor in file.values()) for share in shares]
+    assert max(held) <= sum(held) / 4 + largest

@@ -31,8 +31,8 @@ class Sizes:
     student: tuple[int, int] = (2, 128)
     teacher_steps: int = 1_200
     student_steps: int = 600
-    further_steps: int = 150
-    further_rate: float = 3e-3
+    further_steps: int = 200
+    further_rate: float = 1e-3
     packs_per_step: int = 10  # of 128 tokens
     problems_per_pack: int = 3
     distill_loss_weight: float = 0.9

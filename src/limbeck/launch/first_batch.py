@@ -12,6 +12,8 @@ from limbeck.strategies.base import dims_of
 from limbeck.strategies.world import World
 from limbeck.train.build.data import Data, make_data
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
+from limbeck.train.checkpoint import load_checkpoint
+from limbeck.train.saving import find_checkpoint
 from limbeck.train.scoring import Scorer
 
 
@@ -29,10 +31,12 @@ class FirstRank(World):
 
 
 def describe_data(config: DistillConfig) -> str:
-    """Tokenize the data as training does, into the same cache, and describe the rows and the first batch.
+    """Tokenize the data as training does, into the same cache, and describe the rows and the first batch, which is that at
+    which the run would resume.
 
     Raises:
-        LimbeckError: for whatever ends the training before its first step: tokenizers, templates, rows, columns.
+        LimbeckError: for whatever ends the training before its first step: tokenizers, templates, rows, columns, a damaged
+            checkpoint, or one of other data or another number of rows per step.
     """
     ranks = len(config.device_mapping or [0])
     world = FirstRank(0, ranks, torch.device("cpu"), dims=dims_of(config.student, ranks, "student"))
@@ -50,15 +54,20 @@ def _describe_first_batch(config: DistillConfig, world: World, data: Data) -> st
     if config.rollout is not None:
         return "first batch: written by the student when it trains"
     source = STEP_SOURCES.get(config.effective_step_source)(config, world, data)
+    resume, step = find_checkpoint(config), 0
     try:
-        batch: StepBatch = source.next(0)
+        if resume is not None:
+            checkpoint = load_checkpoint(resume)
+            step = checkpoint.step
+            source.load_state_dict(checkpoint.state["data"])
+        batch: StepBatch = source.next(step)
     finally:
         source.close()
     if data.translator is not None:
         (batch,) = add_teacher_tokens([batch], data.translator, world)
     shapes = " + ".join("×".join(map(str, micro.input_ids.shape)) for micro in batch.micro_batches)
     text = (
-        f"first batch of each rank: {shapes} positions, {sum(micro.num_tokens for micro in batch.micro_batches):,} tokens, "
+        f"first batch of each rank{f' after step {step}' if step else ''}: {shapes} positions, {sum(micro.num_tokens for micro in batch.micro_batches):,} tokens, "
         f"{sum(len(micro.supervised) for micro in batch.micro_batches):,} supervised"
     )
     return (

@@ -86,7 +86,7 @@ class Saver:
         self._tokenizer, self._taid, self._average = tokenizer, taid, average
         self._folder, self._settings = config.checkpoint_dir, config.checkpoint_config
         model = student.model.get_base_model() if has_lora(student.model) else student.model
-        self._export = StudentExport(model, DTYPES[config.student.model_args.dtype])
+        self._export = StudentExport(model, DTYPES[config.student.model_args.dtype], student.num_parameters)
         self._background = BackgroundWork(world)
         self._owned: Owned | None = None
         self.longest = 0.0

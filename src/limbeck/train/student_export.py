@@ -20,7 +20,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from limbeck.strategies.world import World
 from limbeck.train.tensor_files import stored_dtype, write_tensors
 
-_FILE_BYTES = 1 << 30  # a file ends with the layer that fills it
+# The least and the most that a file is planned for, in bytes; it ends with the layer that fills it.
+_LEAST, _MOST = 64 << 20, 1 << 30
 _LAYER = re.compile(r".*?\.\d+\.")
 
 
@@ -34,10 +35,14 @@ class ExportShare:
 
 @dataclass(frozen=True)
 class StudentExport:
-    """Writes ``model``, a plain Hugging Face model, in the precision ``dtype``."""
+    """Writes ``model``, a plain Hugging Face model, in the precision ``dtype``.
+
+    num_parameters: of the whole model. Every rank writes a file of its share of them, or several, or small models in fewer.
+    """
 
     model: Any
     dtype: torch.dtype
+    num_parameters: int
 
     def collect(
         self, weights: Iterable[tuple[str, Tensor]], world: World, on_host: Mapping[str, Tensor]
@@ -50,13 +55,14 @@ class StudentExport:
             on_host: whole tensors, in any precision, of which there are copies already.
         """
         tied, share = set(self.model.all_tied_weights_keys), ExportShare()
+        file_bytes = min(max(self.num_parameters * self.dtype.itemsize // world.size, _LEAST), _MOST)
         number, size, layer = 0, 0, ""
         for name, tensor in weights:
             if name in tied:
                 continue
             of_layer = match[0] if (match := _LAYER.match(name)) else ""
             # Layers stay together: transformers converts the names and shapes of some models' parameters layer by layer.
-            if of_layer != layer and size >= _FILE_BYTES:
+            if of_layer != layer and size >= file_bytes:
                 number, size = number + 1, 0
             layer = of_layer
             size += tensor.numel() * self.dtype.itemsize
