@@ -149,7 +149,8 @@ def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
         "data": {"train": {"dataset_name": "gsm8k"}, "validation": {"dataset_name": "AIME2024", "repeat": 16}},
         "env": {"math": {"num_workers": 2}},
         "logger": {"num_val_samples_to_print": 4},
-        "checkpointing": {"enabled": True, "metric_name": "val:accuracy", "keep_top_k": 3},
+        "checkpointing": {"enabled": True, "metric_name": "val:accuracy", "keep_top_k": 3}
+        | {"checkpoint_must_save_by": "01:02:03:59"},
         "cluster": {"gpus_per_node": 1},
     }
     values = DIALECT.translate(source, {}).values
@@ -169,7 +170,8 @@ def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
     }
     assert values["rollout"]["environment"] == "math"
     assert values["rollout"]["environment_kwargs"] == {"workers": 2}
-    assert values["checkpoint_config"] == {"best_metric": "val/accuracy", "best_mode": "max", "keep_best": 3}
+    checkpoints = {"best_metric": "val/accuracy", "best_mode": "max", "keep_best": 3, "save_before": "26:03"}
+    assert values["checkpoint_config"] == checkpoints
     assert values["max_ckpt_to_keep"] == 1
 
 
@@ -240,6 +242,7 @@ def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, ex
         ("data.validation.prompt_file=other.txt", "data.default.prompt_file is not the same for all datasets"),
         ("data.default.prompt_file=none.txt", "data.default.prompt_file = none.txt is not a text file"),
         ("checkpointing.metric_name=accuracy", "checkpointing.metric_name = accuracy must be val: or train:"),
+        ("checkpointing.checkpoint_must_save_by='3:30'", "checkpointing.checkpoint_must_save_by = 3:30 must be a time"),
         ("policy.generation.top_p=2", "policy.generation.top_p: rollout.top_p = 2 must be at most 1"),
         ("policy.scheduler.0.kwargs=7", "policy.scheduler has the entry {"),
     ],

@@ -65,7 +65,7 @@ def test_the_data_is_read_as_in_training(check, configure, tmp_path):
 
 
 def test_the_position_of_a_checkpoint_must_fit(check, configure):
-    run = configure(**{"max_steps": 1})
+    run = configure(max_steps=1)
     DistillPipeline(run).run()
     resumed = {"resume_from_checkpoint": True, "max_steps": 2}
     status, out, err = check(**resumed)

@@ -66,8 +66,10 @@ def _describe_first_batch(config: DistillConfig, world: World, data: Data) -> st
     if data.translator is not None:
         (batch,) = add_teacher_tokens([batch], data.translator, world)
     shapes = " + ".join("×".join(map(str, micro.input_ids.shape)) for micro in batch.micro_batches)
+    after = f" after step {step}" if step else ""
     text = (
-        f"first batch of each rank{f' after step {step}' if step else ''}: {shapes} positions, {sum(micro.num_tokens for micro in batch.micro_batches):,} tokens, "
+        f"first batch of each rank{after}: {shapes} positions, "
+        f"{sum(micro.num_tokens for micro in batch.micro_batches):,} tokens, "
         f"{sum(len(micro.supervised) for micro in batch.micro_batches):,} supervised"
     )
     return (

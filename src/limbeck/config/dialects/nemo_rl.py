@@ -6,6 +6,7 @@ would. Any other key is an error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -188,6 +189,7 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
         path = "checkpointing.save_period"
         put_steps(file, "save_steps", path if file.get(path) is not None else "distillation.save_steps", updates)
         file.put("resume_from_checkpoint", True, "checkpointing")  # as NeMo-RL does
+        _translate_time_limit(file)
     metric, path = file.get("checkpointing.metric_name"), "checkpointing.metric_name"
     keep, latest = file.get("checkpointing.keep_top_k"), file.get("checkpointing.ft_keep_latest_k")
     validates = file.result.get("validation.data_args.sources") is not None
@@ -204,6 +206,21 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
     file.put("checkpoint_config.keep_best", keep, "checkpointing.keep_top_k")
     if keep is not None:  # the best ones, and the newest to resume from
         file.put("max_ckpt_to_keep", latest or 1, "checkpointing.keep_top_k")
+
+
+def _translate_time_limit(file: NemoRlFile) -> None:
+    """Days, hours, minutes and seconds become hours and minutes, rounded down."""
+    path = "checkpointing.checkpoint_must_save_by"
+    limit = file.get(path)
+    if limit is None:
+        return
+    parts = re.fullmatch(r"(\d+):(\d+):(\d+):(\d+)", str(limit))
+    days, hours, minutes, seconds = map(int, parts.groups()) if parts else (0, 0, 0, 0)
+    minutes += 60 * (24 * days + hours) + seconds // 60
+    if minutes:
+        file.put("checkpoint_config.save_before", f"{minutes // 60:02}:{minutes % 60:02}", path)
+    else:
+        file.refuse(path, f"= {format_value(limit)} must be a time of a minute or more, as DD:HH:MM:SS in quotes")
 
 
 def _translate_trackers(file: NemoRlFile) -> None:

@@ -82,7 +82,9 @@ READ: dict[str, frozenset[str]] = {
         zero_outside_topk max_length teacher_model_path"""
     ),
     "loss_fn": words("kl_type mixed_kl_weight zero_outside_topk"),
-    "checkpointing": words("enabled metric_name higher_is_better keep_top_k ft_keep_latest_k save_period"),
+    "checkpointing": words(
+        "enabled metric_name higher_is_better keep_top_k ft_keep_latest_k save_period checkpoint_must_save_by"
+    ),
     "policy": words(
         """tokenizer train_global_batch_size train_micro_batch_size dtensor_cfg megatron_cfg dynamic_batching sequence_packing
         max_grad_norm make_sequence_length_divisible_by optimizer scheduler generation"""
@@ -165,9 +167,6 @@ FIXED: dict[str, dict[str, Fixed]] = {
         "beta": Fixed((None,), "is not supported: the loss is the divergence alone; remove it"),
     },
     "checkpointing": {
-        "checkpoint_must_save_by": Fixed(
-            (None,), "(a last checkpoint before a time limit) is not supported yet; remove it"
-        ),
         "ft_save_period": Fixed((None,), "is not supported; set save_period"),
         "save_optimizer": Fixed((None, True), "would make resuming impossible and is not supported; set it to true"),
         "pretrained_checkpoint": Fixed((None,), "(weights of Megatron) is not supported yet; convert them"),
