@@ -277,7 +277,8 @@ def test_the_image_has_the_files_that_it_names():
     assert names and not [name for name in names if not (REPOSITORY / name).exists()]
     script = names[names.index("src/distil_logits_cli.py")]
     assert f"/distillation/{Path(script).name}" == hyperpod.SCRIPT
-    if (hadolint := shutil.which("hadolint")) is not None:
+    folders = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    if (hadolint := shutil.which("hadolint", path=folders)) is not None:
         done = subprocess.run([hadolint, str(REPOSITORY / "Dockerfile")], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
 
