@@ -1,5 +1,7 @@
 """Which warnings reach the terminal, and in which form."""
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -30,3 +32,10 @@ def test_limbecks_own_warnings_are_notes_of_one_line(monkeypatch):
     logs.configure_logging()
     assert warnings.formatwarning("Something.", UserWarning, load.__file__, 7) == "note: Something.\n"
     assert "UserWarning: Something." in warnings.formatwarning("Something.", UserWarning, "/elsewhere.py", 7, "code")
+
+
+def test_an_installed_torchao_prints_nothing():
+    pytest.importorskip("torchao")
+    command = [sys.executable, "-c", "import limbeck.train.loop, transformers.quantizers"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""

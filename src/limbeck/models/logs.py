@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -11,15 +12,20 @@ import torch
 _PACKAGE = str(Path(__file__).parents[1])
 _LIBRARIES = r"(torch|deepspeed|transformers|accelerate|torchao)(\.|$)"
 
+# Transformers imports torchao where it is installed. That warns, before anything can be configured, about its libraries for
+# GPUs and about how it registers enumerations.
+for _name in ("torchao", "torch.utils._pytree"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
 
 def configure_logging() -> None:
     """Disables the progress bars of transformers and of the hub client, and warnings of libraries about their own future.
 
     Limbeck's own warnings become one line without the place in its code.
     """
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
     if not torch.cuda.is_available():
         # accelerate imports DeepSpeed where it is installed, which would otherwise warn about the CPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
