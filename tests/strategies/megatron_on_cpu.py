@@ -3,8 +3,11 @@
 ``torch.cuda.is_available()`` stays False. Nothing here says anything about NCCL, overlap, Transformer Engine or GPUs.
 """
 
+import contextlib
+
 import torch
 from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -24,11 +27,26 @@ class CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class NoStream:
+    """Work on a CPU is already in order."""
+
+    def __init__(self, *args, **kwargs) -> None: ...
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+
 def install() -> None:
     """Call it once per process, in the main thread."""
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda *args, **kwargs: None
+    # The dispatcher of experts copies sizes to the host on a stream of its own, and converts only tensors on a GPU.
+    cuda.Stream, cuda.current_stream = NoStream, lambda *args, **kwargs: NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **kwargs: (
+        x.numpy() if as_numpy and torch.is_tensor(x) else x
+    )
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     tensor_parallel_random._get_cuda_rng_state = cuda.get_rng_state

@@ -25,6 +25,8 @@ TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_mo
 VPP = {PP: 2, "virtual_pipeline_model_parallel_size": 2}
 SP, SHARDED = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
 RECOMPUTED, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
+EP = "expert_model_parallel_size"
+ALLGATHER, GROUPED = {"moe_token_dispatcher_type": "allgather"}, {"moe_grouped_gemm": True}
 OVERLAPPED = {"overlap_grad_reduce": True, "ddp_average_in_collective": True}
 
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
@@ -44,7 +46,17 @@ STUDENTS = {
         {"kind": "llama", "vocab_size": 333, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         {"student.use_sequence_packing": True, "sequence_length": 96},
     ),
-}
+    # A layer without experts; weights of experts that do not sum to 1, and that do.
+    "qwen3_moe": (
+        {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "mlp_only_layers": [1]},
+        {"student.sequence_length_round_in_train": 1},
+    ),
+    "mixtral": (
+        {"kind": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+        {"student.use_sequence_packing": True, "sequence_length": 96},
+    ),
+}  # fmt: skip
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
     "tp, sequence": (2, "qwen3", {TP: 2, **SP, **RECOMPUTED}, {TP: 2, **SP}),
@@ -52,8 +64,15 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "pp, interleaved": (2, "llama", VPP, {PP: 2}),
     "dp, sharded": (2, "qwen3", {**SHARDED, **OVERLAPPED}, {PP: 2}),
     "cp": (2, "llama", {CP: 2, **SHARDED}, {CP: 2}),
+    "ep": (2, "qwen3_moe", {EP: 2, **SHARDED}, None),
+    "ep, all-gather": (2, "mixtral", {EP: 2, **ALLGATHER, **GROUPED}, None),
+    "tp, experts": (2, "qwen3_moe", {TP: 2, **SP}, None),
+    "ep of tp": (2, "mixtral", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, None),
+    "ep of cp": (2, "mixtral", {CP: 2, EP: 2}, None),
     "tp x pp": (4, "llama", {TP: 2, PP: 2, **SP, **SHARDED}, {TP: 4}),
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
+    "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
+    "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, None),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
 }
 

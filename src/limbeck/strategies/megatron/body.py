@@ -20,7 +20,8 @@ from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, unwrap_model
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
-from limbeck.strategies.megatron.families import Heads, family_of, padded_rows
+from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
+from limbeck.strategies.megatron.families import ExpertShape, Heads, family_of, layers_with_experts, padded_rows
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
@@ -136,6 +137,7 @@ def build_gpt_chunks(
     core = import_megatron()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     shell = unwrap_model(model)
     config, family = shell.config, family_of(model)
@@ -143,18 +145,19 @@ def build_gpt_chunks(
     try:
         settings = _transformer_config(config, dims, dtype, given, recompute=recompute, qkv_bias=family.qkv_bias)
         settings.qk_layernorm = family.qk_norm
+        kinds = [_layer(family.qk_norm, settings.num_moe_experts if found else None) for found in layers_with_experts(shell)]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
         where = {"ignore_virtual": False, "vp_stage": stage}
-        norm, layer = _layer(family.qk_norm)
+        first = get_transformer_layer_offset(settings, stage)
         chunks.append(
             GPTModel(
                 config=settings,
                 transformer_layer_spec=TransformerBlockSubmodules(
-                    layer_specs=[layer] * get_num_layers_to_build(settings, stage), layer_norm=norm
+                    layer_specs=kinds[first : first + get_num_layers_to_build(settings, stage)], layer_norm=RMSNorm
                 ),
                 vocab_size=padded_rows(shell.get_input_embeddings().num_embeddings, dims.tp),
                 max_sequence_length=config.max_position_embeddings,
@@ -165,6 +168,9 @@ def build_gpt_chunks(
                 vp_stage=stage,
             )
         )
+    if given.moe_token_dispatcher_type == "allgather":
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "experts")):
+            allow_uneven_tokens(layer.mlp.token_dispatcher)
     return chunks
 
 
@@ -198,17 +204,19 @@ def _device_type() -> str:
     return torch.device(torch.cuda.current_device()).type
 
 
-def _layer(qk_norm: bool) -> tuple[Any, Any]:
-    """The norm and the specification of a decoder layer, of Megatron's local layers."""
+def _layer(qk_norm: bool, experts: int | None) -> Any:
+    """The specification of a decoder layer, of Megatron's local layers. experts: their number; None without."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=qk_norm)
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CoreAttention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return RMSNorm, layer
+    if experts:
+        layer.submodules.mlp.submodules.experts = Experts
+    return layer
 
 
 def _transformer_config(
@@ -245,8 +253,28 @@ def _transformer_config(
         pipeline_dtype=dtype,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_expert_settings(config, dims, given),
         **_recomputation(given, recompute=recompute),
     )
+
+
+def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts; none for a dense model."""
+    experts = ExpertShape.of(config)
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.active,
+        "moe_ffn_hidden_size": experts.width,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": given.moe_router_dtype,
+        "moe_token_dispatcher_type": given.moe_token_dispatcher_type,
+        "moe_grouped_gemm": given.moe_grouped_gemm,
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
+    }
 
 
 def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _build(
     dtype = compute_dtype(spec.worker)
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
     bodies = [wrap_body(spec.model, chunk.to(world.device), groups, dims) for chunk in chunks]
-    return groups, bodies, WeightMap(chunks, spec.model, groups.tensor)
+    return groups, bodies, WeightMap(chunks, spec.model, groups)
 
 
 def _has_cuda_device() -> bool:
