@@ -83,8 +83,11 @@ class ParallelDims:
                 "of processes."
             )
         data = ranks // (tp * cp * pp)
-        ep, etp = given.megatron.expert_model_parallel_size, given.megatron.expert_tensor_parallel_size or tp
-        shards = _shards(given, data, cp, tp, role) if shard else _expert_shards(ep, etp, data, cp, tp, role)
+        if shard:
+            shards, ep, etp = _shards(given, data, cp, tp, role), 1, 1
+        else:
+            ep, etp = given.megatron.expert_model_parallel_size, given.megatron.expert_tensor_parallel_size or tp
+            shards = _expert_shards(ep, etp, data, cp, tp, role)
         return cls(data // shards, shards, cp, tp, pp, ep, etp, sequence_parallel=given.sequence_parallel)
 
     @property
@@ -141,7 +144,12 @@ class ParallelDims:
         """The model parallelism in words; empty if every rank computes whole rows with the whole model."""
         matrices = f"matrices over {self.tp} ranks" + (" with sequence parallelism" if self.sequence_parallel else "")
         experts = f"experts over {self.ep}"
-        parts = {matrices: self.tp, f"rows over {self.cp}": self.cp, f"layers over {self.pp}": self.pp, experts: self.ep}
+        parts = {
+            matrices: self.tp,
+            f"rows over {self.cp}": self.cp,
+            f"layers over {self.pp}": self.pp,
+            experts: self.ep,
+        }
         return ", ".join(words for words, size in parts.items() if size > 1)
 
     def mesh(self, device_type: str) -> DeviceMesh:
@@ -204,11 +212,12 @@ def _expert_shards(ep: int, etp: int, data: int, cp: int, tp: int, role: str) ->
     section = f"{role}.strategy_args.strategy_config"
     if etp not in (1, tp):
         raise LimbeckError(
-            f"{section}.expert_tensor_parallel_size = {etp} is neither 1 nor tensor_model_parallel_size = {tp}; use one of them."
+            f"{section}.expert_tensor_parallel_size = {etp} is neither 1 nor tensor_model_parallel_size = {tp}; set one."
         )
     group, stage = ep * etp, tp * cp * data
     if stage % group or (group % (tp * cp) and tp * cp % group):
-        fitting = [n for n in range(1, stage // etp + 1) if stage % (n * etp) == 0 and ((n * etp) % (tp * cp) == 0 or tp * cp % (n * etp) == 0)]
+        sizes = [n * etp for n in range(1, stage // etp + 1) if stage % (n * etp) == 0]
+        fitting = [size // etp for size in sizes if size % (tp * cp) == 0 or tp * cp % size == 0]
         raise LimbeckError(
             f"{section}.expert_model_parallel_size = {ep} does not divide the {stage} ranks of a pipeline stage (tensor × "
             f"context × data parallel) with expert_tensor_parallel_size = {etp}; use {join_or(fitting)}."

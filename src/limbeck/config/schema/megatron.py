@@ -37,7 +37,7 @@ class MegatronConfig(Section):
     expert_model_parallel_size: int = Field(
         default=1,
         ge=1,
-        description="Number of ranks that divide the experts of each layer of a mixture of experts between them. They are data "
+        description="Number of ranks that divide the experts of each layer between them (mixtures of experts). They are data "
         "and context parallel ranks, and also tensor parallel ranks if expert_tensor_parallel_size is 1.",
     )
     expert_tensor_parallel_size: int | None = Field(
@@ -47,7 +47,7 @@ class MegatronConfig(Section):
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
         default="alltoall",
-        description="How tokens reach the ranks of their experts: alltoall sends each token to its experts only, allgather sends "
+        description="How tokens reach the ranks of their experts: alltoall sends each token to its experts only, allgather "
         "every token to all ranks.",
     )
     moe_grouped_gemm: bool = Field(
@@ -76,8 +76,8 @@ class MegatronConfig(Section):
     recompute_num_layers: int = Field(default=1, ge=1, description="Number of layers for recompute_method.")
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] | None = Field(
         default=None,
-        description="What selective recomputation recomputes: core_attn, layernorm, mlp (layers without experts) or moe (layers "
-        "with experts). If unset, core_attn.",
+        description="What selective recomputation recomputes: core_attn, layernorm, mlp (layers without experts) or moe "
+        "(layers with experts). If unset, core_attn.",
     )
     overlap_grad_reduce: bool = Field(
         default=False, description="Reduce gradients over the data parallel ranks during the backward pass."

@@ -145,7 +145,9 @@ def build_gpt_chunks(
     try:
         settings = _transformer_config(config, dims, dtype, given, recompute=recompute, qkv_bias=family.qkv_bias)
         settings.qk_layernorm = family.qk_norm
-        kinds = [_layer(family.qk_norm, settings.num_moe_experts if found else None) for found in layers_with_experts(shell)]
+        kinds = [
+            _layer(family.qk_norm, settings.num_moe_experts if found else None) for found in layers_with_experts(shell)
+        ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
     chunks = []
@@ -240,9 +242,11 @@ def _transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=dims.tp,
         sequence_parallel=dims.sequence_parallel and dims.tp > 1,
+        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=virtual,
-        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
+        num_layers_in_first_pipeline_stage=given.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=given.num_layers_in_last_pipeline_stage,
         account_for_embedding_in_pipeline_split=given.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=given.account_for_loss_in_pipeline_split,
         # With Megatron's defaults, interleaved stages exchange their messages and train on wrong activations, silently.
@@ -291,13 +295,30 @@ def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:
 
 
 def _check_layers(layers: int, stages: int, given: MegatronConfig, name: str, role: str) -> None:
-    """Raise LimbeckError unless Megatron can give every stage, and virtual stage, as many layers."""
-    counted = layers + given.account_for_embedding_in_pipeline_split + given.account_for_loss_in_pipeline_split
-    parts = stages * (given.virtual_pipeline_model_parallel_size or 1)
-    if counted % parts:
+    """Raise LimbeckError unless Megatron can give every stage, and virtual stage, its number of layers."""
+    section, virtual = f"{role}.strategy_args.strategy_config", given.virtual_pipeline_model_parallel_size or 1
+    counted = given.account_for_embedding_in_pipeline_split + given.account_for_loss_in_pipeline_split
+    ends = {
+        key: size
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (size := getattr(given, key)) is not None
+    }
+    for key, size in ends.items():
+        if stages == 1 or counted:
+            raise LimbeckError(
+                f"{section}.{key} = {size} needs a pipeline_model_parallel_size above 1 and neither "
+                "account_for_embedding_in_pipeline_split nor account_for_loss_in_pipeline_split; remove it, or change these."
+            )
+        if size % virtual:
+            raise LimbeckError(
+                f"{section}.{key} = {size} is no multiple of virtual_pipeline_model_parallel_size = {virtual}; use one."
+            )
+    rest, parts = layers + counted - sum(ends.values()), (stages - len(ends)) * virtual
+    if rest % parts or rest < parts if parts else rest:
+        others = f" other than the {' and '.join(key.split('_')[3] for key in ends)}" if ends else ""
         raise LimbeckError(
-            f"{role}.strategy_args.strategy_config: Megatron gives each of {parts} (virtual) pipeline stages as many layers, "
-            f"and {parts} does not divide the {counted} of {name}; change pipeline_model_parallel_size or "
-            "virtual_pipeline_model_parallel_size, set account_for_embedding_in_pipeline_split and "
-            "account_for_loss_in_pipeline_split, which each count as a layer, or use fsdp2_train and fsdp2_infer."
+            f"{section}: Megatron gives each of {parts} (virtual) pipeline stages{others} as many layers, and {parts} does not "
+            f"divide the {rest} of {name}; change pipeline_model_parallel_size or virtual_pipeline_model_parallel_size, set "
+            "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage, or set "
+            "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split, which each count as a layer."
         )

@@ -206,7 +206,8 @@ class _Joined(torch.optim.Optimizer):
     """Several optimizers as one for schedules of the learning rate, which they share. Megatron steps each of them."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        super().__init__([group for one in optimizers for group in one.param_groups], {})
+        super().__init__([torch.zeros(())], {})  # pieces of parameters, which it would refuse, replace it
+        self.param_groups = [group for one in optimizers for group in one.param_groups]
         self.state = ChainMap(*(one.state for one in optimizers))  # type: ignore[assignment]
         self._opt_called = True  # where schedulers look for a first step
 

@@ -199,7 +199,9 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
             f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
         )
-    odd = family.sources(layers_with_experts(causal)) ^ {name for name, _ in causal.named_parameters(remove_duplicate=False)}
+    odd = family.sources(layers_with_experts(causal)) ^ {
+        name for name, _ in causal.named_parameters(remove_duplicate=False)
+    }
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
         f"hidden_act = {config.hidden_act}": config.hidden_act != "silu",
@@ -235,19 +237,19 @@ def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None
     if experts is None or count == 0:
         if dims.ep > 1:
             raise LimbeckError(
-                f"{section}.expert_model_parallel_size = {dims.ep} divides experts, and {name} (model_type {config.model_type}) "
-                "has none; remove it."
+                f"{section}.expert_model_parallel_size = {dims.ep} divides experts, and {name} (model_type "
+                f"{config.model_type}) has none; remove it."
             )
         return
     if experts.normalized and experts.active == 1:
         raise LimbeckError(
-            f"{name} has num_experts_per_tok = 1 with normalized weights, which trains no router and is not built for megatron; "
-            "use fsdp2_train and fsdp2_infer."
+            f"{name} has num_experts_per_tok = 1 with normalized weights, which trains no router and is not built for "
+            "megatron; use fsdp2_train and fsdp2_infer."
         )
     if dims.tp > 1 and not dims.sequence_parallel:
         raise LimbeckError(
-            f"{section}.sequence_parallel: tensor parallel ranks would route the same tokens of {name} several times; set it to "
-            "true."
+            f"{section}.sequence_parallel: tensor parallel ranks would route the same tokens of {name} several times; set it "
+            "to true."
         )
     for key, ranks, size, what in (
         ("expert_model_parallel_size", dims.ep, experts.count, "experts"),

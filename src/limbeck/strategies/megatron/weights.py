@@ -71,7 +71,9 @@ class WeightMap:
             joined(held.kind, slices[first : first + ranks], self._heads, self._vocab_size)
             for first in range(0, len(slices), ranks)
         ]
-        yield from zip(held.sources, (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)), strict=True)
+        yield from zip(
+            held.sources, (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)), strict=True
+        )
 
     def _box(self, kind: Kind, shape: Sequence[int]) -> Box:
         """The part of a whole tensor that this rank reads: of experts, its own."""
