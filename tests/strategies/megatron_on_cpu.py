@@ -6,6 +6,7 @@
 import contextlib
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,27 @@ class NoStream:
         return lambda *args, **kwargs: self
 
 
+def all_gather(outputs, x, group=None, *, _all_gather=dist.all_gather, **options):
+    """With outputs of different lengths, as on NCCL."""
+    if len({len(out) for out in outputs}) == 1:
+        _all_gather(outputs, x, group, **options)
+        return
+    for rank, out in enumerate(outputs):
+        dist.broadcast(out.copy_(x) if rank == group.rank() else out, group=group, group_src=rank)
+
+
+def reduce_scatter(out, inputs, group=None, *, _reduce_scatter=dist.reduce_scatter, **options):
+    """With inputs of different lengths, as on NCCL."""
+    if len({len(x) for x in inputs}) == 1:
+        _reduce_scatter(out, inputs, group=group, **options)
+        return
+    for rank, x in enumerate(inputs):
+        summed = x.clone()
+        dist.all_reduce(summed, group=group)
+        if rank == group.rank():
+            out.copy_(summed)
+
+
 def install() -> None:
     """Call it once per process, in the main thread."""
     cuda = torch.cuda
@@ -47,6 +69,7 @@ def install() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **kwargs: (
         x.numpy() if as_numpy and torch.is_tensor(x) else x
     )
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     tensor_parallel_random._get_cuda_rng_state = cuda.get_rng_state

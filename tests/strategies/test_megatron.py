@@ -68,15 +68,15 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "pp, interleaved": (2, "llama", VPP, {PP: 2}),
     "dp, sharded": (2, "qwen3", {**SHARDED, **OVERLAPPED}, {PP: 2}),
     "cp": (2, "llama", {CP: 2, **SHARDED}, {CP: 2}),
-    "ep": (2, "qwen3_moe", {EP: 2, **SHARDED}, {EP: 2}),
-    "ep, all-gather": (2, "mixtral", {EP: 2, **ALLGATHER, **GROUPED, **RECOMPUTED}, None),
+    "ep": (2, "qwen3_moe", {EP: 2, **SHARDED}, None),
+    "ep, all-gather": (2, "mixtral", {EP: 2, **ALLGATHER, **GROUPED, **RECOMPUTED}, {EP: 2}),
     "tp of experts": (2, "qwen3_moe", {TP: 2, **SP, **SELECTIVE, "recompute_modules": ["moe"]}, None),
     "ep of tp": (2, "mixtral", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, None),
-    "ep of cp": (2, "mixtral", {CP: 2, EP: 2}, None),
+    "ep of cp": (2, "mixtral", {CP: 2, EP: 2}, {PP: 2}),
     "tp x pp": (4, "llama", {TP: 2, PP: 2, **SP, **SHARDED}, {TP: 4}),
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
     "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
-    "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, None),
+    "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, {EP: 2, PP: 2, **ALLGATHER}),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
 }
 
@@ -113,7 +113,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
     return nested(
         {
             "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / "teacher"),
+            "teacher_pretrain": str(folder / ("qwen3_moe" if student == "mixtral" else "teacher")),
             "output_dir": str(output),
             "sequence_length": 63,
             "max_steps": 8,
