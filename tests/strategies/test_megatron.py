@@ -189,9 +189,14 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
             files[tmp_path / f"{output.name}.yaml"] = experts | resumed
         # Steps that are lost without float32 masters.
         half = {"student.model_args.dtype": "bf16", "student.training_args.learning_rate": 1e-9, "max_steps": 1}
-        for name, sizes in {"bf16-dp": {**SHARDED, **RECOMPUTED}, "bf16-pp": {PP: 2}}.items():
+        halves = {
+            "bf16-dp": ("qwen3", {**SHARDED, **RECOMPUTED}),
+            "bf16-pp": ("qwen3", {PP: 2}),
+            "bf16-ep": ("qwen3_moe", {EP: 2, "moe_router_dtype": "fp32"}),
+        }
+        for name, (student, sizes) in halves.items():
             changes = {**half, **rows(2, 2), **layout(sizes), "eval_steps": 0}
-            files[tmp_path / f"{name}.yaml"] = configuration(folder, tmp_path / name, "qwen3", **changes)
+            files[tmp_path / f"{name}.yaml"] = configuration(folder, tmp_path / name, student, **changes)
     else:
         files[tmp_path / "again.yaml"] = configuration(
             folder,
@@ -213,8 +218,8 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         assert_same_weights(tmp_path / "4" / "student", again / "student")  # exactly
         assert_same_weights(runs_of_fsdp2["qwen3_moe"] / "student", moe_begun / "student", tolerance=1e-5)
         assert_same_weights(tmp_path / str(number) / "student", moe_again / "student")  # exactly
-        started = load_file(folder / "qwen3" / "model.safetensors")
-        for name in ("bf16-dp", "bf16-pp"):
+        for name, (student, _) in halves.items():
+            started = AutoModelForCausalLM.from_pretrained(folder / student).state_dict()
             for key, master in training_state(tmp_path / name / "checkpoint-1", "masters").items():
                 torch.testing.assert_close(master, started[key], rtol=0, atol=1e-8)
     else:

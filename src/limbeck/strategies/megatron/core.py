@@ -7,7 +7,6 @@ seconds.
 from __future__ import annotations
 
 import warnings
-from collections import ChainMap
 from collections.abc import Sequence
 from math import prod
 from typing import Any
@@ -128,8 +127,11 @@ class OptimizerTensors:
     def __init__(self, optimizer: Any) -> None:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self._optimizers = [one for one in chained if one.optimizer is not None]
-        adams = [one.optimizer for one in self._optimizers]
-        self.adam: torch.optim.Optimizer = adams[0] if len(adams) == 1 else _Joined(adams)
+        self.adams: list[torch.optim.Optimizer] = [one.optimizer for one in self._optimizers]
+
+    def scheduled(self) -> torch.optim.Optimizer:
+        """An optimizer with all groups of parameters, for schedules of the learning rate."""
+        return self.adams[0] if len(self.adams) == 1 else _Joined(self.adams)
 
     def read(self, parameter: nn.Parameter, entry: str | None) -> Tensor:
         """The value (``entry`` None) or a moment of ``parameter``, whole as this rank's model holds it. Collective."""
@@ -170,7 +172,7 @@ class OptimizerTensors:
 
     def set_steps(self, count: int) -> None:
         """Set the number of steps that Adam has taken, from which it corrects the bias of its moments."""
-        for adam in (one.optimizer for one in self._optimizers):
+        for adam in self.adams:
             for group in adam.param_groups:
                 if not type(adam).__module__.startswith("torch."):  # Transformer Engine's and Apex's keep it here
                     group["step"] = count
@@ -203,12 +205,11 @@ def _piece(optimizer: Any, parameter: nn.Parameter) -> tuple[Tensor, tuple[int, 
 
 
 class _Joined(torch.optim.Optimizer):
-    """Several optimizers as one for schedules of the learning rate, which they share. Megatron steps each of them."""
+    """The groups of several optimizers, which Megatron steps one by one."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         super().__init__([torch.zeros(())], {})  # pieces of parameters, which it would refuse, replace it
         self.param_groups = [group for one in optimizers for group in one.param_groups]
-        self.state = ChainMap(*(one.state for one in optimizers))  # type: ignore[assignment]
         self._opt_called = True  # where schedulers look for a first step
 
 

@@ -62,7 +62,8 @@ def allow_uneven_tokens(dispatcher: Any) -> None:
     """Let Megatron's all-gather ``dispatcher`` work on ranks with different numbers of tokens, by padding with tokens that
     are routed nowhere.
     """
-    before, after, shapes = dispatcher.dispatch_preprocess, dispatcher.combine_postprocess, []
+    before, after = dispatcher.dispatch_preprocess, dispatcher.combine_postprocess
+    shapes: list[torch.Size] = []  # of the layer's input
 
     def dispatch_preprocess(hidden: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
         shapes[:] = [hidden.shape]
