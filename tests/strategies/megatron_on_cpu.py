@@ -3,8 +3,12 @@
 ``torch.cuda.is_available()`` stays False. Nothing here says anything about NCCL, overlap, Transformer Engine or GPUs.
 """
 
+import contextlib
+
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import random as tensor_parallel_random
+from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -24,11 +28,48 @@ class CudaToCpu(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class NoStream:
+    """Work on a CPU is already in order."""
+
+    def __init__(self, *args, **kwargs) -> None: ...
+
+    def __getattr__(self, name):
+        return lambda *args, **kwargs: self
+
+
+def all_gather(outputs, x, group=None, *, _all_gather=dist.all_gather, **options):
+    """With outputs of different lengths, as on NCCL."""
+    if len({len(out) for out in outputs}) == 1:
+        _all_gather(outputs, x, group, **options)
+        return
+    for rank, out in enumerate(outputs):
+        dist.broadcast(out.copy_(x) if rank == group.rank() else out, group=group, group_src=rank)
+
+
+def reduce_scatter(out, inputs, group=None, *, _reduce_scatter=dist.reduce_scatter, **options):
+    """With inputs of different lengths, as on NCCL."""
+    if len({len(x) for x in inputs}) == 1:
+        _reduce_scatter(out, inputs, group=group, **options)
+        return
+    for rank, x in enumerate(inputs):
+        summed = x.clone()
+        dist.all_reduce(summed, group=group)
+        if rank == group.rank():
+            out.copy_(summed)
+
+
 def install() -> None:
     """Call it once per process, in the main thread."""
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda *args, **kwargs: None
+    # The dispatcher of experts copies sizes to the host on a stream of its own, and converts only tensors on a GPU.
+    cuda.Stream, cuda.current_stream = NoStream, lambda *args, **kwargs: NoStream()
+    cuda.stream = lambda stream: contextlib.nullcontext()
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda x, as_numpy=False, **kwargs: (
+        x.numpy() if as_numpy and torch.is_tensor(x) else x
+    )
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     tensor_parallel_random._get_cuda_rng_state = cuda.get_rng_state

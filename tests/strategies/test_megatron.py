@@ -17,14 +17,20 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
+from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
+from limbeck.strategies.megatron.body import build_gpt_chunks
 from limbeck.strategies.megatron.families import Heads, check_family, joined, padded_rows, slice_of
 from limbeck.strategies.parallel_dims import ParallelDims
 
 TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
-VPP = {PP: 2, "virtual_pipeline_model_parallel_size": 2}
+VPP_KEY = "virtual_pipeline_model_parallel_size"
+FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
+VPP = {PP: 2, VPP_KEY: 2}
 SP, SHARDED = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
 RECOMPUTED, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
+EP = "expert_model_parallel_size"
+ALLGATHER, GROUPED = {"moe_token_dispatcher_type": "allgather"}, {"moe_grouped_gemm": True}
 OVERLAPPED = {"overlap_grad_reduce": True, "ddp_average_in_collective": True}
 
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
@@ -44,16 +50,33 @@ STUDENTS = {
         {"kind": "llama", "vocab_size": 333, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         {"student.use_sequence_packing": True, "sequence_length": 96},
     ),
-}
+    # A layer without experts; weights of experts that do not sum to 1, and that do.
+    "qwen3_moe": (
+        {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+         "mlp_only_layers": [1]},
+        {"student.sequence_length_round_in_train": 1},
+    ),
+    "mixtral": (
+        {"kind": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+        {"student.use_sequence_packing": True, "sequence_length": 96},
+    ),
+}  # fmt: skip
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
     "tp, sequence": (2, "qwen3", {TP: 2, **SP, **RECOMPUTED}, {TP: 2, **SP}),
-    "pp": (2, "qwen3", {PP: 2}, {TP: 2}),
+    "pp": (2, "qwen3", {PP: 2, "num_layers_in_first_pipeline_stage": 1}, {TP: 2}),
     "pp, interleaved": (2, "llama", VPP, {PP: 2}),
     "dp, sharded": (2, "qwen3", {**SHARDED, **OVERLAPPED}, {PP: 2}),
     "cp": (2, "llama", {CP: 2, **SHARDED}, {CP: 2}),
+    "ep": (2, "qwen3_moe", {EP: 2, **SHARDED}, None),
+    "ep, all-gather": (2, "mixtral", {EP: 2, **ALLGATHER, **GROUPED, **RECOMPUTED}, {EP: 2}),
+    "tp of experts": (2, "qwen3_moe", {TP: 2, **SP, **SELECTIVE, "recompute_modules": ["moe"]}, None),
+    "ep of tp": (2, "mixtral", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, None),
+    "ep of cp": (2, "mixtral", {CP: 2, EP: 2}, {PP: 2}),
     "tp x pp": (4, "llama", {TP: 2, PP: 2, **SP, **SHARDED}, {TP: 4}),
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
+    "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
+    "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, {EP: 2, PP: 2, **ALLGATHER}),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
 }
 
@@ -68,11 +91,12 @@ def folder(tmp_path_factory) -> Path:
     make_data(folder / "rows.jsonl", 96)
     for name, (shape, _) in STUDENTS.items():
         make_model(folder / name, layers=4, **shape)
-    weights = load_file(folder / "qwen3" / "model.safetensors")
-    for name in weights:  # as in a fresh model; three times that, attention is so sharp that rounding grows
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            weights[name] /= 3
-    save_file(weights, folder / "qwen3" / "model.safetensors", {"format": "pt"})
+    for student in ("qwen3", "qwen3_moe"):
+        weights = load_file(folder / student / "model.safetensors")
+        for name in weights:  # as in a fresh model; three times that, attention is so sharp that rounding grows
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weights[name] /= 3
+        save_file(weights, folder / student / "model.safetensors", {"format": "pt"})
     return folder
 
 
@@ -89,7 +113,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
     return nested(
         {
             "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / "teacher"),
+            "teacher_pretrain": str(folder / ("qwen3_moe" if student == "mixtral" else "teacher")),
             "output_dir": str(output),
             "sequence_length": 63,
             "max_steps": 8,
@@ -152,16 +176,27 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         files[tmp_path / f"{i}.yaml"] = configuration(folder, tmp_path / str(i), student, **changes)
     # What one process has begun with FSDP2 goes on, and what other ranks have begun with other sizes.
     begun, again = tmp_path / "begun", tmp_path / "again"
+    moe_begun, moe_again = tmp_path / "experts-begun", tmp_path / "experts-again"
     if ranks == 2:
         sharded = files[tmp_path / "4.yaml"]
         for output, source in ((begun, runs_of_fsdp2["qwen3"]), (again, tmp_path / "4")):
             resumed = {"output_dir": str(output), "resume_from_checkpoint": str(source / "checkpoint-4")}
             files[tmp_path / f"{output.name}.yaml"] = sharded | resumed
+        # The same of experts: begun with FSDP2, and begun with their own optimizer.
+        experts, number = files[tmp_path / f"{list(cases).index('ep')}.yaml"], list(cases).index("ep")
+        for output, source in ((moe_begun, runs_of_fsdp2["qwen3_moe"]), (moe_again, tmp_path / str(number))):
+            resumed = {"output_dir": str(output), "resume_from_checkpoint": str(source / "checkpoint-4")}
+            files[tmp_path / f"{output.name}.yaml"] = experts | resumed
         # Steps that are lost without float32 masters.
         half = {"student.model_args.dtype": "bf16", "student.training_args.learning_rate": 1e-9, "max_steps": 1}
-        for name, sizes in {"bf16-dp": {**SHARDED, **RECOMPUTED}, "bf16-pp": {PP: 2}}.items():
+        halves = {
+            "bf16-dp": ("qwen3", {**SHARDED, **RECOMPUTED}),
+            "bf16-pp": ("qwen3", {PP: 2}),
+            "bf16-ep": ("qwen3_moe", {EP: 2, "moe_router_dtype": "fp32"}),
+        }
+        for name, (student, sizes) in halves.items():
             changes = {**half, **rows(2, 2), **layout(sizes), "eval_steps": 0}
-            files[tmp_path / f"{name}.yaml"] = configuration(folder, tmp_path / name, "qwen3", **changes)
+            files[tmp_path / f"{name}.yaml"] = configuration(folder, tmp_path / name, student, **changes)
     else:
         files[tmp_path / "again.yaml"] = configuration(
             folder,
@@ -181,8 +216,10 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
     if ranks == 2:
         assert_same_weights(runs_of_fsdp2["qwen3"] / "student", begun / "student", tolerance=1e-5)
         assert_same_weights(tmp_path / "4" / "student", again / "student")  # exactly
-        started = load_file(folder / "qwen3" / "model.safetensors")
-        for name in ("bf16-dp", "bf16-pp"):
+        assert_same_weights(runs_of_fsdp2["qwen3_moe"] / "student", moe_begun / "student", tolerance=1e-5)
+        assert_same_weights(tmp_path / str(number) / "student", moe_again / "student")  # exactly
+        for name, (student, _) in halves.items():
+            started = AutoModelForCausalLM.from_pretrained(folder / student).state_dict()
             for key, master in training_state(tmp_path / name / "checkpoint-1", "masters").items():
                 torch.testing.assert_close(master, started[key], rtol=0, atol=1e-8)
     else:
@@ -192,6 +229,16 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         settings = configuration(folder, tmp_path / "0", "llama", resume_from_checkpoint=True)
         DistillPipeline(load_mapping(settings).config).run()
         assert_same_weights(runs_of_fsdp2["llama"] / "student", tmp_path / "0" / "student", tolerance=1e-5)
+
+
+@needs_megatron
+@pytest.mark.processes
+@pytest.mark.workers
+def test_every_family_has_the_logits_of_transformers_and_gives_its_weights_back():
+    script = str(Path(__file__).with_name("run_megatron_families.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def assert_same_state(one: Path, other: Path) -> None:
@@ -273,51 +320,106 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes", "tp", "sentence"),
+    ("kind", "changes", "dims", "sentence"),
     [
         (
             "gpt2",
             {},
-            1,
-            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3; use fsdp2",
+            {},
+            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3, mixtral, qwen3_moe; use",
         ),
         (
             "llama",
             {"attention_bias": True},
-            1,
+            {},
             "the parameter model.layers.0.self_attn.k_proj.bias, which differs from",
         ),
-        ("llama", {"attention_dropout": 0.1}, 1, "tiny has attention_dropout = 0.1, which is not built for megatron"),
-        ("llama", {"hidden_act": "gelu"}, 1, "hidden_act = gelu"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, 1, "RoPE scaling"),
+        ("llama", {"attention_dropout": 0.1}, {}, "tiny has attention_dropout = 0.1, which is not built for megatron"),
+        ("llama", {"hidden_act": "gelu"}, {}, "hidden_act = gelu"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "RoPE scaling"),
         (
             "mistral",
             {"sliding_window": 8},
-            1,
+            {},
             "set student.model_args.model_config_kwargs: {sliding_window: null}, else",
         ),
         (
             "mistral",
             {"sliding_window": None},
-            4,
+            {"tp": 4},
             "tensor_model_parallel_size = 4 does not divide the 2 key and value heads",
         ),
         (
             "qwen2",
             {"intermediate_size": 63},
-            2,
+            {"tp": 2},
             "= 2 does not divide the 63 feed-forward columns of tiny; use a divisor",
         ),
+        (
+            "qwen3",
+            {},
+            {"ep": 2},
+            "expert_model_parallel_size = 2 divides experts, and tiny (model_type qwen3) has none",
+        ),
+        (
+            "mixtral",
+            {},
+            {"ep": 3},
+            "expert_model_parallel_size = 3 does not divide the 8 experts of tiny; use a divisor",
+        ),
+        (
+            "mixtral",
+            {"intermediate_size": 63},
+            {"tp": 2, "etp": 2, "sequence_parallel": True},
+            "= 2 does not divide the 63 feed",
+        ),
+        (
+            "mixtral",
+            {},
+            {"tp": 2},
+            "sequence_parallel: tensor parallel ranks would route the same tokens of tiny several",
+        ),
+        ("mixtral", {"num_experts_per_tok": 1}, {}, "num_experts_per_tok = 1 with normalized weights"),
+        ("mixtral", {"router_jitter_noise": 0.1}, {}, "tiny has router_jitter_noise, which is not built"),
     ],
 )
-def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, tp, sentence):
+def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, dims, sentence):
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
              "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
     config = AutoConfig.for_model(kind, **({} if kind == "gpt2" else {**shape, **changes}))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(LimbeckError, match=re.escape(sentence)):
-        check_family(model, ParallelDims(tp=tp), "tiny", "student")
+        check_family(model, ParallelDims(**dims), "tiny", "student")
+
+
+@needs_megatron
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({}, "gives each of 2 (virtual) pipeline stages as many layers, and 2 does not divide the 5 of tiny"),
+        ({FIRST: 2, LAST: 2}, "gives each of 0 (virtual) pipeline stages other than the first and last as many"),
+        ({FIRST: 5}, "gives each of 1 (virtual) pipeline stages other than the first as many"),
+        ({FIRST: 3, VPP_KEY: 2}, f"{FIRST} = 3 is no multiple of virtual_pipeline_model_parallel_size = 2"),
+        (
+            {LAST: 3, "account_for_loss_in_pipeline_split": True},
+            f"{LAST} = 3 needs a pipeline_model_parallel_size above 1",
+        ),
+    ],
+)
+def test_layers_that_the_stages_cannot_share_are_refused(settings, sentence):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_hidden_layers=5, hidden_size=32))
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        build_gpt_chunks(
+            model,
+            ParallelDims(pp=2),
+            torch.float32,
+            MegatronConfig(**settings),
+            recompute=False,
+            name="tiny",
+            role="student",
+        )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -327,6 +429,8 @@ def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, 
         ("copy", [(6,)]),
         ("vocabulary", [(13, 6)]),
         ("row", [(6, 24)]),
+        ("experts_gate_up", [(3, 16, 6)]),
+        ("experts_down", [(3, 6, 24)]),
         ("gate_up", [(16, 6), (16, 6)]),
         ("qkv", [(24, 6), (12, 6), (12, 6)]),
         ("qkv", [(24,), (12,), (12,)]),

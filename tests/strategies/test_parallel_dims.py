@@ -131,6 +131,29 @@ def test_sequence_parallelism_is_taken_over_and_described():
     assert ParallelDims(tp=2).describe() == "matrices over 2 ranks"
 
 
+def test_experts_are_divided_between_neighbours_on_a_stage():
+    config = StrategyConfig(
+        tensor_model_parallel_size=2, pipeline_model_parallel_size=2, megatron={"expert_model_parallel_size": 2}
+    )
+    dims = ParallelDims.from_config(config, 16, "student", shard=False)
+    assert (dims.dp_shard, dims.dp_replicate, dims.data_size, dims.replica_size) == (2, 2, 4, 8)
+    assert dims.describe() == "matrices over 2 ranks, layers over 2, experts over 2"
+    # [stage, copy, experts, slices]
+    assert dims.expert_ranks()[0].tolist() == [[[0, 1], [4, 5]], [[8, 9], [12, 13]]]
+    assert dims.expert_ranks()[1].tolist() == [[[2, 3], [6, 7]], [[10, 11], [14, 15]]]
+
+
+def test_expert_sizes_that_do_not_fit_are_an_error_with_those_that_do():
+    three = StrategyConfig(megatron={"expert_model_parallel_size": 3})
+    with pytest.raises(
+        LimbeckError, match=r"expert_model_parallel_size = 3 does not divide the 4 ranks.*use 1, 2 or 4"
+    ):
+        ParallelDims.from_config(three, 4, "student", shard=False)
+    slices = StrategyConfig(tensor_model_parallel_size=4, megatron={"expert_tensor_parallel_size": 2})
+    with pytest.raises(LimbeckError, match=r"expert_tensor_parallel_size = 2 is neither 1 nor tensor_.*= 4"):
+        ParallelDims.from_config(slices, 4, "teacher", shard=False)
+
+
 def test_sizes_are_listed_in_words():
     assert [join_or([1]), join_or([1, 2]), join_or([1, 2, 4])] == ["1", "1 or 2", "1, 2 or 4"]
 

@@ -42,8 +42,10 @@ class ParallelDims:
 
     dp_replicate: groups that hold whole copies and read different rows. dp_shard: ranks that read different rows and
     shard the parameters of one copy (FSDP, ZeRO). cp: context-parallel ranks, each with a part of every row's time. tp:
-    tensor-parallel ranks, each with a slice of every matrix. pp: pipeline stages. ep: expert-parallel ranks.
-    sequence_parallel: tensor-parallel ranks also divide the time of activations between their slices.
+    tensor-parallel ranks, each with a slice of every matrix. pp: pipeline stages. ep: ranks between which the experts of a
+    layer are divided (Megatron). etp: ranks that each have a slice of every matrix of an expert. The ep · etp ranks of a
+    group are neighbours on a stage: they span tp and cp first, then dp_shard. sequence_parallel: tensor-parallel ranks also
+    divide the time of activations between their slices.
     """
 
     dp_replicate: int = 1
@@ -52,6 +54,7 @@ class ParallelDims:
     tp: int = 1
     pp: int = 1
     ep: int = 1
+    etp: int = 1
     sequence_parallel: bool = False
 
     @classmethod
@@ -80,8 +83,12 @@ class ParallelDims:
                 "of processes."
             )
         data = ranks // (tp * cp * pp)
-        shards = _shards(given, data, cp, tp, role) if shard else 1
-        return cls(data // shards, shards, cp, tp, pp, sequence_parallel=given.sequence_parallel)
+        if shard:
+            shards, ep, etp = _shards(given, data, cp, tp, role), 1, 1
+        else:
+            ep, etp = given.megatron.expert_model_parallel_size, given.megatron.expert_tensor_parallel_size or tp
+            shards = _expert_shards(ep, etp, data, cp, tp, role)
+        return cls(data // shards, shards, cp, tp, pp, ep, etp, sequence_parallel=given.sequence_parallel)
 
     @property
     def size(self) -> int:
@@ -136,7 +143,13 @@ class ParallelDims:
     def describe(self) -> str:
         """The model parallelism in words; empty if every rank computes whole rows with the whole model."""
         matrices = f"matrices over {self.tp} ranks" + (" with sequence parallelism" if self.sequence_parallel else "")
-        parts = {matrices: self.tp, f"rows over {self.cp}": self.cp, f"layers over {self.pp}": self.pp}
+        experts = f"experts over {self.ep}"
+        parts = {
+            matrices: self.tp,
+            f"rows over {self.cp}": self.cp,
+            f"layers over {self.pp}": self.pp,
+            experts: self.ep,
+        }
         return ", ".join(words for words, size in parts.items() if size > 1)
 
     def mesh(self, device_type: str) -> DeviceMesh:
@@ -165,6 +178,10 @@ class ParallelDims:
         """[pipelines, pp] ranks of every pipeline."""
         return self._grid().movedim(2, -1).reshape(-1, self.pp)
 
+    def expert_ranks(self) -> Tensor:
+        """[pp, copies, ep, etp] ranks by what they hold of the experts."""
+        return self._grid().movedim(2, 0).reshape(self.pp, -1, self.ep, self.etp)
+
     def _grid(self) -> Tensor:
         return torch.arange(self.size).view(self.dp_replicate, self.dp_shard, self.pp, self.cp, self.tp)
 
@@ -188,6 +205,24 @@ def _shards(given: StrategyConfig, data: int, cp: int, tp: int, role: str) -> in
             "parameters; use a multiple, or leave it unset to shard over all ranks."
         )
     return size // cp
+
+
+def _expert_shards(ep: int, etp: int, data: int, cp: int, tp: int, role: str) -> int:
+    """dp_shard for experts that are divided: the data-parallel ranks of which each has some of the experts."""
+    section = f"{role}.strategy_args.strategy_config"
+    if etp not in (1, tp):
+        raise LimbeckError(
+            f"{section}.expert_tensor_parallel_size = {etp} is neither 1 nor tensor_model_parallel_size = {tp}; set one."
+        )
+    group, stage = ep * etp, tp * cp * data
+    if stage % group or (group % (tp * cp) and tp * cp % group):
+        sizes = [n * etp for n in range(1, stage // etp + 1) if stage % (n * etp) == 0]
+        fitting = [size // etp for size in sizes if size % (tp * cp) == 0 or tp * cp % size == 0]
+        raise LimbeckError(
+            f"{section}.expert_model_parallel_size = {ep} does not divide the {stage} ranks of a pipeline stage (tensor × "
+            f"context × data parallel) with expert_tensor_parallel_size = {etp}; use {join_or(fitting)}."
+        )
+    return max(1, group // (tp * cp))
 
 
 # The numbers in a mesh are read, also inside a fake tensor mode, where tensors have none.

@@ -140,6 +140,11 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         "additional_configs": ((None, {}), "passes settings to Megatron that Limbeck does not know; remove it"),
         "mtp_num_layers": ((None, 0), "(multi-token prediction) is not supported yet; set it to 0"),
         "moe_aux_loss_coeff": _MOE,
+        "moe_z_loss_coeff": _MOE,
+        "moe_router_load_balancing_type": (
+            (None, "none", "aux_loss", "seq_aux_loss", "global_aux_loss"),
+            "routes tokens otherwise than the model does, which is not supported; remove it",
+        ),
         "moe_expert_capacity_factor": ((None,), "drops tokens of experts, which is not supported yet; remove it"),
         "moe_pad_expert_input_to_capacity": ((None, False), "is not supported yet; remove it"),
         "moe_token_drop_policy": ((None,), "drops tokens of experts, which is not supported yet; remove it"),

@@ -24,6 +24,41 @@ class MegatronConfig(Section):
     account_for_loss_in_pipeline_split: bool = Field(
         default=False, description="Count the output head and the loss as a layer when layers are divided into stages."
     )
+    num_layers_in_first_pipeline_stage: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of layers of the first pipeline stage. The others divide the rest evenly.",
+    )
+    num_layers_in_last_pipeline_stage: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of layers of the last pipeline stage. The others divide the rest evenly.",
+    )
+    expert_model_parallel_size: int = Field(
+        default=1,
+        ge=1,
+        description="Number of ranks that divide the experts of each layer between them (mixtures of experts). They are data "
+        "and context parallel ranks, and also tensor parallel ranks if expert_tensor_parallel_size is 1.",
+    )
+    expert_tensor_parallel_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of ranks that split every matrix of an expert: 1, or tensor_model_parallel_size, the default.",
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = Field(
+        default="alltoall",
+        description="How tokens reach the ranks of their experts: alltoall sends each token to its experts only, allgather "
+        "every token to all ranks.",
+    )
+    moe_grouped_gemm: bool = Field(
+        default=False,
+        description="Multiply the matrices of all experts of a rank in one grouped operation, with PyTorch 2.10 or later, "
+        "instead of one expert after the other.",
+    )
+    moe_router_dtype: Literal["fp32", "fp64"] | None = Field(
+        default=None,
+        description="Data type in which the router computes the weights of experts. If unset, that of the model.",
+    )
     use_distributed_optimizer: bool = Field(
         default=False,
         description="Shard the optimizer state and the float32 copies of the parameters over the data parallel ranks.",
@@ -39,9 +74,10 @@ class MegatronConfig(Section):
         "the first recompute_num_layers layers of each stage.",
     )
     recompute_num_layers: int = Field(default=1, ge=1, description="Number of layers for recompute_method.")
-    recompute_modules: list[Literal["core_attn", "layernorm", "mlp"]] | None = Field(
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] | None = Field(
         default=None,
-        description="What selective recomputation recomputes: core_attn, layernorm or mlp. If unset, core_attn.",
+        description="What selective recomputation recomputes: core_attn, layernorm, mlp (layers without experts) or moe "
+        "(layers with experts). If unset, core_attn.",
     )
     overlap_grad_reduce: bool = Field(
         default=False, description="Reduce gradients over the data parallel ranks during the backward pass."

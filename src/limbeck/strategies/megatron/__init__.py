@@ -1,1 +1,1 @@
-"""NVIDIA megatron-core: tensor, sequence, pipeline and data parallelism of dense decoders."""
+"""NVIDIA megatron-core: tensor, sequence, pipeline and data parallelism of decoders, and expert parallelism of mixtures."""

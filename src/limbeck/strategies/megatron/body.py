@@ -20,7 +20,8 @@ from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, unwrap_model
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
-from limbeck.strategies.megatron.families import Heads, family_of, padded_rows
+from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
+from limbeck.strategies.megatron.families import ExpertShape, Heads, family_of, layers_with_experts, padded_rows
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
@@ -136,6 +137,7 @@ def build_gpt_chunks(
     core = import_megatron()
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     shell = unwrap_model(model)
     config, family = shell.config, family_of(model)
@@ -143,18 +145,21 @@ def build_gpt_chunks(
     try:
         settings = _transformer_config(config, dims, dtype, given, recompute=recompute, qkv_bias=family.qkv_bias)
         settings.qk_layernorm = family.qk_norm
+        kinds = [
+            _layer(family.qk_norm, settings.num_moe_experts if found else None) for found in layers_with_experts(shell)
+        ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
         where = {"ignore_virtual": False, "vp_stage": stage}
-        norm, layer = _layer(family.qk_norm)
+        first = get_transformer_layer_offset(settings, stage)
         chunks.append(
             GPTModel(
                 config=settings,
                 transformer_layer_spec=TransformerBlockSubmodules(
-                    layer_specs=[layer] * get_num_layers_to_build(settings, stage), layer_norm=norm
+                    layer_specs=kinds[first : first + get_num_layers_to_build(settings, stage)], layer_norm=RMSNorm
                 ),
                 vocab_size=padded_rows(shell.get_input_embeddings().num_embeddings, dims.tp),
                 max_sequence_length=config.max_position_embeddings,
@@ -165,6 +170,9 @@ def build_gpt_chunks(
                 vp_stage=stage,
             )
         )
+    if given.moe_token_dispatcher_type == "allgather":
+        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "experts")):
+            allow_uneven_tokens(layer.mlp.token_dispatcher)
     return chunks
 
 
@@ -198,17 +206,19 @@ def _device_type() -> str:
     return torch.device(torch.cuda.current_device()).type
 
 
-def _layer(qk_norm: bool) -> tuple[Any, Any]:
-    """The norm and the specification of a decoder layer, of Megatron's local layers."""
+def _layer(qk_norm: bool, experts: int | None) -> Any:
+    """The specification of a decoder layer, of Megatron's local layers. experts: their number; None without."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=qk_norm)
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=qk_norm)
     attention = layer.submodules.self_attention.submodules
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CoreAttention
     if qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return RMSNorm, layer
+    if experts:
+        layer.submodules.mlp.submodules.experts = Experts
+    return layer
 
 
 def _transformer_config(
@@ -232,9 +242,11 @@ def _transformer_config(
         attention_dropout=0.0,
         tensor_model_parallel_size=dims.tp,
         sequence_parallel=dims.sequence_parallel and dims.tp > 1,
+        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
         pipeline_model_parallel_size=dims.pp,
         virtual_pipeline_model_parallel_size=virtual,
-        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
+        num_layers_in_first_pipeline_stage=given.num_layers_in_first_pipeline_stage,
+        num_layers_in_last_pipeline_stage=given.num_layers_in_last_pipeline_stage,
         account_for_embedding_in_pipeline_split=given.account_for_embedding_in_pipeline_split,
         account_for_loss_in_pipeline_split=given.account_for_loss_in_pipeline_split,
         # With Megatron's defaults, interleaved stages exchange their messages and train on wrong activations, silently.
@@ -245,8 +257,28 @@ def _transformer_config(
         pipeline_dtype=dtype,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **_expert_settings(config, dims, given),
         **_recomputation(given, recompute=recompute),
     )
+
+
+def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> dict[str, Any]:
+    """Megatron's settings of a mixture of experts; none for a dense model."""
+    experts = ExpertShape.of(config)
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.count,
+        "moe_router_topk": experts.active,
+        "moe_ffn_hidden_size": experts.width,
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": given.moe_router_dtype,
+        "moe_token_dispatcher_type": given.moe_token_dispatcher_type,
+        "moe_grouped_gemm": given.moe_grouped_gemm,
+        "expert_model_parallel_size": dims.ep,
+        "expert_tensor_parallel_size": dims.etp,
+    }
 
 
 def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:
@@ -263,13 +295,30 @@ def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:
 
 
 def _check_layers(layers: int, stages: int, given: MegatronConfig, name: str, role: str) -> None:
-    """Raise LimbeckError unless Megatron can give every stage, and virtual stage, as many layers."""
-    counted = layers + given.account_for_embedding_in_pipeline_split + given.account_for_loss_in_pipeline_split
-    parts = stages * (given.virtual_pipeline_model_parallel_size or 1)
-    if counted % parts:
+    """Raise LimbeckError unless Megatron can give every stage, and virtual stage, its number of layers."""
+    section, virtual = f"{role}.strategy_args.strategy_config", given.virtual_pipeline_model_parallel_size or 1
+    counted = given.account_for_embedding_in_pipeline_split + given.account_for_loss_in_pipeline_split
+    ends = {
+        key: size
+        for key in ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
+        if (size := getattr(given, key)) is not None
+    }
+    for key, size in ends.items():
+        if stages == 1 or counted:
+            raise LimbeckError(
+                f"{section}.{key} = {size} needs a pipeline_model_parallel_size above 1 and neither "
+                "account_for_embedding_in_pipeline_split nor account_for_loss_in_pipeline_split; remove it, or change these."
+            )
+        if size % virtual:
+            raise LimbeckError(
+                f"{section}.{key} = {size} is no multiple of virtual_pipeline_model_parallel_size = {virtual}; use one."
+            )
+    rest, parts = layers + counted - sum(ends.values()), (stages - len(ends)) * virtual
+    if rest % parts or rest < parts if parts else rest:
+        others = f" other than the {' and '.join(key.split('_')[3] for key in ends)}" if ends else ""
         raise LimbeckError(
-            f"{role}.strategy_args.strategy_config: Megatron gives each of {parts} (virtual) pipeline stages as many layers, "
-            f"and {parts} does not divide the {counted} of {name}; change pipeline_model_parallel_size or "
-            "virtual_pipeline_model_parallel_size, set account_for_embedding_in_pipeline_split and "
-            "account_for_loss_in_pipeline_split, which each count as a layer, or use fsdp2_train and fsdp2_infer."
+            f"{section}: Megatron gives each of {parts} (virtual) pipeline stages{others} as many layers, and {parts} does not "
+            f"divide the {rest} of {name}; change pipeline_model_parallel_size or virtual_pipeline_model_parallel_size, set "
+            "num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage, or set "
+            "account_for_embedding_in_pipeline_split and account_for_loss_in_pipeline_split, which each count as a layer."
         )

@@ -99,7 +99,7 @@ class MegatronEngine:
             self._chunks, use_distributed_optimizer=given.use_distributed_optimizer, **settings
         )
         self._tensors = OptimizerTensors(self._megatron_optimizer)
-        self.optimizer = self._tensors.adam
+        self.optimizer = self._tensors.scheduled()
         self._load(initial, None)
         self._clear_gradients()
 
@@ -201,7 +201,7 @@ class MegatronEngine:
 
     def held_tensors(self) -> dict[str, list[Tensor]]:
         parameters = [held.parameter for held in self._weights.held]
-        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        states = [x for adam in self._tensors.adams for state in adam.state.values() for x in state.values()]
         stepped = [one for group in self.optimizer.param_groups for one in group["params"]]
         return {
             "parameters": list(parameters),

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.models import body, unwrap_model
+from limbeck.models import body, decoder_layers, unwrap_model
 from limbeck.strategies.parallel_dims import ParallelDims
 
-Kind = Literal["vocabulary", "copy", "qkv", "gate_up", "row"]
+Kind = Literal["vocabulary", "copy", "qkv", "gate_up", "row", "experts_gate_up", "experts_down"]
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -42,18 +42,36 @@ class Family:
     qkv_bias: bool = False
     qk_norm: bool = False
 
+    def sources(self, experts: Sequence[bool]) -> set[str]:
+        """Names of the Hugging Face model's parameters, given for each layer whether it has experts."""
+        return {
+            source.replace("*", str(layer))
+            for name, rule in self.rules.items()
+            for source in rule.sources
+            for layer, has_experts in enumerate(experts)
+            if name not in (_DENSE if has_experts else _EXPERTS)
+        }
+
 
 _LAYER, _ATTENTION, _MLP = "model.layers.*.", "model.layers.*.self_attn.", "model.layers.*.mlp."
 _OURS = "decoder.layers.*."
 
+_DENSE = {
+    f"{_OURS}mlp.linear_fc1.weight": Rule("gate_up", (f"{_MLP}gate_proj.weight", f"{_MLP}up_proj.weight")),
+    f"{_OURS}mlp.linear_fc2.weight": Rule("row", (f"{_MLP}down_proj.weight",)),
+}
+_EXPERTS = {
+    f"{_OURS}mlp.router.weight": Rule("copy", (f"{_MLP}gate.weight",)),
+    f"{_OURS}mlp.experts.gate_up_proj": Rule("experts_gate_up", (f"{_MLP}experts.gate_up_proj",)),
+    f"{_OURS}mlp.experts.down_proj": Rule("experts_down", (f"{_MLP}experts.down_proj",)),
+}
 _LLAMA: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Rule("vocabulary", (EMBEDDINGS,)),
     f"{_OURS}input_layernorm.weight": Rule("copy", (f"{_LAYER}input_layernorm.weight",)),
     f"{_OURS}self_attention.linear_qkv.weight": Rule("qkv", tuple(f"{_ATTENTION}{x}_proj.weight" for x in "qkv")),
     f"{_OURS}self_attention.linear_proj.weight": Rule("row", (f"{_ATTENTION}o_proj.weight",)),
     f"{_OURS}pre_mlp_layernorm.weight": Rule("copy", (f"{_LAYER}post_attention_layernorm.weight",)),
-    f"{_OURS}mlp.linear_fc1.weight": Rule("gate_up", (f"{_MLP}gate_proj.weight", f"{_MLP}up_proj.weight")),
-    f"{_OURS}mlp.linear_fc2.weight": Rule("row", (f"{_MLP}down_proj.weight",)),
+    **_DENSE,
     "decoder.final_layernorm.weight": Rule("copy", ("model.norm.weight",)),
     "output_layer.weight": Rule("vocabulary", (HEAD,)),
 }
@@ -69,6 +87,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family(_LLAMA),
     "qwen2": Family(_LLAMA | _QKV_BIAS, qkv_bias=True),
     "qwen3": Family(_LLAMA | _QK_NORM, qk_norm=True),
+    "mixtral": Family(_LLAMA | _EXPERTS),
+    "qwen3_moe": Family(_LLAMA | _QK_NORM | _EXPERTS, qk_norm=True),
 }
 """``model_type`` of a Hugging Face configuration to its family."""
 
@@ -89,13 +109,44 @@ class Heads:
         return cls(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads)
 
 
+@dataclass(frozen=True)
+class ExpertShape:
+    """Experts of one layer of a mixture of experts.
+
+    count: of a layer. active: for each token. width: feed-forward columns of one expert. normalized: the weights of a
+    token's experts sum to 1.
+    """
+
+    count: int
+    active: int
+    width: int
+    normalized: bool
+
+    @classmethod
+    def of(cls, config: Any) -> ExpertShape | None:
+        """Those of a Hugging Face configuration; None for a dense model."""
+        count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
+        if not count:
+            return None
+        width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+        return cls(count, config.num_experts_per_tok, width, getattr(config, "norm_topk_prob", True))
+
+
+def layers_with_experts(model: Any) -> list[bool]:
+    """For each layer of a Hugging Face model whether it has experts."""
+    return [hasattr(layer.mlp, "experts") for layer in decoder_layers(body(unwrap_model(model)))]
+
+
 def padded_rows(vocab_size: int, ranks: int) -> int:
     """Rows of embeddings and head in Megatron, the same number on each of ``ranks``."""
     return -(-vocab_size // ranks) * ranks
 
 
 def slice_of(kind: Kind, tensors: Sequence[Tensor], heads: Heads, rank: int, ranks: int) -> Tensor:
-    """The part of tensor-parallel ``rank`` of ``ranks`` of the parameter that is made of whole ``tensors``."""
+    """The part of tensor-parallel ``rank`` of ``ranks`` of the parameter that is made of whole ``tensors``.
+
+    Of experts: of this rank's experts, [experts, rows, columns].
+    """
     if kind == "copy":
         return tensors[0]
     if kind == "row":
@@ -106,6 +157,10 @@ def slice_of(kind: Kind, tensors: Sequence[Tensor], heads: Heads, rank: int, ran
         return torch.nn.functional.pad(table, (0, 0, 0, missing)).chunk(ranks)[rank]
     if kind == "gate_up":
         return torch.cat([x.chunk(ranks)[rank] for x in tensors])
+    if kind == "experts_gate_up":
+        return torch.cat([x.chunk(ranks, 1)[rank] for x in tensors[0].chunk(2, 1)], 1)
+    if kind == "experts_down":
+        return tensors[0].chunk(ranks, 2)[rank]
     groups = [x.unflatten(0, (heads.groups, -1)) for x in tensors]  # per group: its queries, its key, its value
     return torch.cat(groups, 1).flatten(0, 1).chunk(ranks)[rank]
 
@@ -120,6 +175,10 @@ def joined(kind: Kind, slices: Sequence[Tensor], heads: Heads, vocab_size: int) 
         return [torch.cat(list(slices))[:vocab_size]]
     if kind == "gate_up":
         return [torch.cat(parts) for parts in zip(*(x.chunk(2) for x in slices), strict=True)]
+    if kind == "experts_gate_up":
+        return [torch.cat([part for x in zip(*(x.chunk(2, 1) for x in slices), strict=True) for part in x], 1)]
+    if kind == "experts_down":
+        return [torch.cat(list(slices), 2)]
     groups = torch.cat(list(slices)).unflatten(0, (heads.groups, -1))
     sizes = [heads.heads // heads.groups * heads.dim, heads.dim, heads.dim]
     return [x.flatten(0, 1) for x in groups.split(sizes, 1)]
@@ -140,13 +199,9 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
             f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
         )
-    expected = {
-        source.replace("*", str(layer))
-        for rule in family.rules.values()
-        for source in rule.sources
-        for layer in range(config.num_hidden_layers)
+    odd = family.sources(layers_with_experts(causal)) ^ {
+        name for name, _ in causal.named_parameters(remove_duplicate=False)
     }
-    odd = expected ^ {name for name, _ in causal.named_parameters(remove_duplicate=False)}
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
         f"hidden_act = {config.hidden_act}": config.hidden_act != "silu",
@@ -155,6 +210,7 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
         f"attn_implementation = {config._attn_implementation}": not config._attn_implementation.startswith(
             ("sdpa", "flash_attention")
         ),
+        "router_jitter_noise": bool(getattr(config, "router_jitter_noise", 0)),
     }
     for what in (what for what, found in other.items() if found):
         raise LimbeckError(f"{name} has {what}, which is not built for megatron; use fsdp2_train and fsdp2_infer.")
@@ -164,13 +220,43 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"longer, set {role}.model_args.model_config_kwargs: {{sliding_window: null}}, else use fsdp2_train and "
             "fsdp2_infer."
         )
-    heads = Heads.of(config)
-    for what, size in (("key and value heads", heads.groups), ("feed-forward columns", config.intermediate_size)):
+    _check_experts(causal, dims, name, role)
+    dense = {"feed-forward columns": config.intermediate_size} if not all(layers_with_experts(causal)) else {}
+    for what, size in {"key and value heads": Heads.of(config).groups, **dense}.items():
         if size % dims.tp:
             raise LimbeckError(
                 f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "
                 f"{name}; use a divisor, or fsdp2_train and fsdp2_infer."
             )
+
+
+def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None:
+    """Raise LimbeckError unless the experts of the Hugging Face ``model``, if any, can be divided so."""
+    config, section = model.config, f"{role}.strategy_args.strategy_config"
+    experts, count = ExpertShape.of(config), sum(layers_with_experts(model))
+    if experts is None or count == 0:
+        if dims.ep > 1:
+            raise LimbeckError(
+                f"{section}.expert_model_parallel_size = {dims.ep} divides experts, and {name} (model_type "
+                f"{config.model_type}) has none; remove it."
+            )
+        return
+    if experts.normalized and experts.active == 1:
+        raise LimbeckError(
+            f"{name} has num_experts_per_tok = 1 with normalized weights, which trains no router and is not built for "
+            "megatron; use fsdp2_train and fsdp2_infer."
+        )
+    if dims.tp > 1 and not dims.sequence_parallel:
+        raise LimbeckError(
+            f"{section}.sequence_parallel: tensor parallel ranks would route the same tokens of {name} several times; set it "
+            "to true."
+        )
+    for key, ranks, size, what in (
+        ("expert_model_parallel_size", dims.ep, experts.count, "experts"),
+        ("expert_tensor_parallel_size", dims.etp, experts.width, "feed-forward columns of an expert"),
+    ):
+        if size % ranks:
+            raise LimbeckError(f"{section}.{key} = {ranks} does not divide the {size} {what} of {name}; use a divisor.")
 
 
 def _has_unusual_rope(trunk: Any) -> bool:

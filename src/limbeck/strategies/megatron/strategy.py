@@ -21,7 +21,7 @@ from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.megatron.body import MegatronBody, build_gpt_chunks, replace_body, wrap_body
-from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
+from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, is_divided_expert
 from limbeck.strategies.megatron.engine import Chunk, MegatronEngine
 from limbeck.strategies.megatron.families import check_family, padded_rows
 from limbeck.strategies.megatron.weights import WeightMap
@@ -56,6 +56,11 @@ class MegatronStrategy:
                 f"{key} with {role}.strategy_args.strategy_name = megatron is not built; change it, or use fsdp2_train and "
                 "fsdp2_infer."
             )
+        if given.moe_grouped_gemm and not hasattr(torch.nn.functional, "grouped_mm"):
+            raise LimbeckError(
+                f"{role}.strategy_args.strategy_config.moe_grouped_gemm needs PyTorch 2.10 or later, not {torch.__version__}; "
+                "set it to false."
+            )
         key = f"{role}.strategy_args.strategy_config.virtual_pipeline_model_parallel_size = {virtual}"
         if virtual is not None and role == "teacher":
             raise LimbeckError(f"{key} would change nothing: a teacher computes one micro-batch at a time; remove it.")
@@ -85,6 +90,13 @@ class MegatronStrategy:
             raise LimbeckError(
                 f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {dims.pp}: one of the stages has only "
                 "frozen parameters and nothing to train; use fewer stages, or freeze less."
+            )
+        experts = [held for held in weights.held if is_divided_expert(held.parameter) and held.parameter.requires_grad]
+        if world.max(not experts) and world.max(bool(experts)):
+            raise LimbeckError(
+                f"student.strategy_args.strategy_config.pipeline_model_parallel_size = {dims.pp}: one of the stages has no "
+                f"experts of {spec.name} to train, with which Megatron cannot divide experts over ranks; use fewer stages, or "
+                "expert_model_parallel_size = 1."
             )
         root = None
         if bodies[-1].gpt.post_process:
@@ -157,7 +169,7 @@ def _build(
     dtype = compute_dtype(spec.worker)
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
     bodies = [wrap_body(spec.model, chunk.to(world.device), groups, dims) for chunk in chunks]
-    return groups, bodies, WeightMap(chunks, spec.model, groups.tensor)
+    return groups, bodies, WeightMap(chunks, spec.model, groups)
 
 
 def _has_cuda_device() -> bool:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
+from limbeck.strategies.megatron.core import ProcessGroups
 from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, slice_of
-from limbeck.strategies.shards import Sliceable, whole_box
+from limbeck.strategies.shards import Box, Sliceable, whole_box
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +33,10 @@ class WeightMap:
     With tied embeddings, a last stage apart from the first holds a copy of them, which is loaded but not streamed.
     """
 
-    def __init__(self, chunks: Sequence[Any], model: Any, tensor: dist.ProcessGroup) -> None:
+    def __init__(self, chunks: Sequence[Any], model: Any, groups: ProcessGroups) -> None:
         config = unwrap_model(model).config
         self.tied = bool(config.tie_word_embeddings)
-        self._heads, self._group = Heads.of(config), tensor
+        self._heads, self._groups = Heads.of(config), groups
         self._vocab_size = unwrap_model(model).get_input_embeddings().num_embeddings
         self.held = [
             HeldParameter(parameter, *_origin(name, chunk, family_of(model).rules, self.tied))
@@ -47,21 +48,45 @@ class WeightMap:
 
     def slices(self, tensors: Mapping[str, Sliceable]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of this rank of which ``tensors`` has the whole sources, and its slice of them."""
-        rank, ranks = dist.get_rank(self._group), dist.get_world_size(self._group)
         for held in self.held:
             if held.sources[0] in tensors:
-                sources = [tensors[name][whole_box(tensors[name].shape)] for name in held.sources]
-                yield held.parameter, slice_of(held.kind, sources, self._heads, rank, ranks)
+                sources = [tensors[name][self._box(held.kind, tensors[name].shape)] for name in held.sources]
+                group = self._slicing(held.kind)
+                yield (
+                    held.parameter,
+                    slice_of(held.kind, sources, self._heads, dist.get_rank(group), dist.get_world_size(group)),
+                )
 
     def whole(self, held: HeldParameter, value: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole tensors of what is in ``value``, of the parameter's shape, on all tensor-parallel ranks.
+        """Names and whole tensors of what is in ``value``, of the parameter's shape, on all ranks with other slices of it.
         Collective.
         """
+        group = self._groups.experts_and_slices if _of_experts(held.kind) else self._groups.tensor
         slices = [value]
-        if held.kind != "copy" and dist.get_world_size(self._group) > 1:
-            slices = [torch.empty_like(value) for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather(slices, value.contiguous(), group=self._group)
-        yield from zip(held.sources, joined(held.kind, slices, self._heads, self._vocab_size), strict=True)
+        if held.kind != "copy" and dist.get_world_size(group) > 1:
+            slices = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(slices, value.contiguous(), group=group)
+        ranks = dist.get_world_size(self._slicing(held.kind))
+        parts = [
+            joined(held.kind, slices[first : first + ranks], self._heads, self._vocab_size)
+            for first in range(0, len(slices), ranks)
+        ]
+        yield from zip(
+            held.sources, (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*parts, strict=True)), strict=True
+        )
+
+    def _box(self, kind: Kind, shape: Sequence[int]) -> Box:
+        """The part of a whole tensor that this rank reads: of experts, its own."""
+        box = whole_box(shape)
+        if not _of_experts(kind):
+            return box
+        own = shape[0] // dist.get_world_size(self._groups.experts)
+        first = own * dist.get_rank(self._groups.experts)
+        return (slice(first, first + own), *box[1:])
+
+    def _slicing(self, kind: Kind) -> dist.ProcessGroup:
+        """The ranks that have slices of the same matrices."""
+        return self._groups.expert_slices if _of_experts(kind) else self._groups.tensor
 
     def stream(
         self, read: Callable[[nn.Parameter], Tensor], *, trained_only: bool = False
@@ -86,6 +111,10 @@ class WeightMap:
                     "train all of them, or use fsdp2_train."
                 )
             held.parameter.requires_grad_(wanted[held.sources[0]])
+
+
+def _of_experts(kind: Kind) -> bool:
+    return kind in ("experts_gate_up", "experts_down")
 
 
 def _origin(name: str, chunk: Any, rules: Mapping[str, Any], tied: bool) -> tuple[Kind, tuple[str, ...]]:
