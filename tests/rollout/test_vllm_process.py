@@ -1,0 +1,133 @@
+"""The generator ``vllm`` on devices of its own: it passes the contract, with weights that are sent to other processes."""
+
+import signal
+import subprocess
+import sys
+import threading
+
+import contract
+import pytest
+import torch
+from runs import metrics, rows, train
+from test_vllm import VllmTests, make_student, needs_vllm
+
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_tokenizer, model_outline
+from limbeck.rollout import SamplingParams
+from limbeck.rollout.vllm_engines import VllmEngines
+from limbeck.rollout.vllm_process import SeparateVllm
+from limbeck.strategies.state import iter_model
+
+
+def start(folder, **changes):
+    source, device = ModelSource(str(folder)), changes.get("device_type", "cpu")
+    outline = model_outline(source, torch.float32 if device == "cpu" else torch.bfloat16)
+    return SeparateVllm(outline, load_tokenizer(source), **{"max_model_len": 256, "devices": [1], **changes})
+
+
+def descendants():
+    """The processes that this one has started, and those that they have."""
+    import psutil
+
+    return psutil.Process().children(recursive=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_student(tmp_path_factory.mktemp("qwen3"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    before = descendants()
+    engine = start(folder)
+    yield engine
+    engine.close()
+    assert not [process for process in descendants() if process not in before and "limbeck" in process.cmdline()]
+
+
+@pytest.fixture
+def generator(engine, model):
+    engine.update_weights(iter_model(model), 1)
+    return engine
+
+
+@pytest.fixture
+def wide_generator(generator):
+    return generator
+
+
+@needs_vllm
+class TestContract(VllmTests):
+    def test_large_weights_are_sent_in_parts(self, generator, model, prompts, monkeypatch):
+        monkeypatch.setattr("limbeck.rollout.vllm_process._PART_BYTES", 5000)
+        assert len(list(generator.parts(iter_model(model)))) > 3
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.1)
+        generator.update_weights(iter_model(model), 3)
+        contract.check_log_probs(generator, model, prompts, contract.SETTINGS[0])
+
+
+@needs_vllm
+class TestSeveralEngines:
+    def test_they_write_what_one_does_until_a_process_dies(self, engine, folder, model, prompts):
+        engines = VllmEngines([engine, second := start(folder)], [0, 0])
+        engines.update_weights(iter_model(model), 5)
+        sampling = SamplingParams(12, n=2, seed=3)
+        completions = engines.generate(prompts, sampling)
+        assert [completion.prompt for completion in completions] == [prompt for prompt in prompts for _ in range(2)]
+        assert contract.tokens(completions) == contract.tokens(engine.generate(prompts, sampling))
+        assert {completion.version for completion in completions} == {5}
+
+        worker = max(descendants(), key=lambda process: process.create_time())
+        threading.Timer(1.0, worker.kill).start()
+        with pytest.raises(LimbeckError, match=r"vLLM failed while it wrote \d+ completions.*restart"):
+            second.generate(prompts, SamplingParams(200, n=200))
+        with pytest.raises(LimbeckError, match="has failed or was ended"):
+            engines.update_weights(iter_model(model), 6)
+        second.close()
+
+
+@needs_vllm
+def test_a_worker_ends_with_the_process_of_its_trainer():
+    trainer = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+    code = "import sys, time; from limbeck.rollout.vllm_worker import WorkerExtension\n"
+    code += "WorkerExtension().end_with_process(int(sys.argv[1])); print('ready', flush=True); time.sleep(100)"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(trainer.pid)], stdout=subprocess.PIPE, text=True)
+    assert any("ready" in line for line in worker.stdout)
+    trainer.kill()
+    assert worker.wait(20) == -signal.SIGKILL
+    trainer.wait()
+
+
+@needs_vllm
+@pytest.mark.processes
+class TestRuns:
+    @pytest.mark.parametrize(
+        ("ranks", "changes"), [(1, {"rollout.max_staleness": 1}), (2, {})], ids=["stale", "one engine for two ranks"]
+    )
+    def test_losses_are_those_of_hf(self, settings, tmp_path, ranks, changes):
+        student = make_student(tmp_path / "student", "qwen2", tie_word_embeddings=True)
+        losses = []
+        for name in ("hf", "vllm"):
+            output = tmp_path / name
+            own = {"student.device_mapping": list(range(ranks)), "rollout.device_mapping": [ranks]}
+            values = {
+                "student_pretrain": str(student),
+                "output_dir": str(output),
+                "max_steps": 8,
+                "save_steps": 0,
+                "eval_steps": 0,
+                "distill_loss_weight": 1.0,
+                "rollout.generator": name,
+                "rollout.max_new_tokens": 12,
+                "rollout.temperature": 0.0,
+                **rows(4, 2 // ranks),
+                **changes,
+                **(own if name == "vllm" else {}),
+            }
+            assert "Traceback" not in train(settings(**values), tmp_path, ranks)
+            losses.append(metrics(output, "train/loss"))
+        assert len(losses[0]) == 8
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
