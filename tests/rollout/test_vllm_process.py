@@ -82,7 +82,9 @@ class TestSeveralEngines:
 
         worker = max(descendants(), key=lambda process: process.create_time())
         threading.Timer(1.0, worker.kill).start()
-        with pytest.raises(LimbeckError, match=r"vLLM failed while it wrote \d+ completions.*restart"):
+        with pytest.raises(
+            LimbeckError, match=r"vLLM failed while it wrote \d+ completions.*A process of the engine has"
+        ):
             second.generate(prompts, SamplingParams(200, n=200))
         with pytest.raises(LimbeckError, match="has failed or was ended"):
             engines.update_weights(iter_model(model), 6)
@@ -131,3 +133,21 @@ class TestRuns:
             losses.append(metrics(output, "train/loss"))
         assert len(losses[0]) == 8
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@needs_vllm
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_weights_are_sent_from_gpu_to_gpu(folder, prompts):
+    model = contract.load(folder)
+    generator = start(folder, device_type="cuda", arguments={"gpu_memory_utilization": 0.3})
+    for version in (1, 2):
+        generator.update_weights(((name, weight.cuda()) for name, weight in iter_model(model)), version)
+        for completion in generator.generate(prompts, SamplingParams(12)):
+            expected = contract.sampling_log_probs(model, completion.prompt, completion.token_ids, SamplingParams(12))
+            chosen = expected.gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
+            torch.testing.assert_close(torch.tensor(completion.log_probs).double(), chosen, atol=0.05, rtol=0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5).add_(0.05)
+    generator.close()

@@ -28,7 +28,7 @@ from limbeck.rollout.vllm import VllmGenerator, start_engine
 
 _EXTENSION = "limbeck.rollout.vllm_worker.WorkerExtension"
 _PART_BYTES = 2**30  # of weights that are sent together
-_SECONDS = 600.0  # for one part
+_SECONDS = 120.0  # for one tensor with gloo; the training then notices an engine that has failed and does not receive
 
 Part = list[tuple[str, Tensor]]
 """Some weights, by name."""
@@ -73,6 +73,7 @@ class SeparateVllm(VllmGenerator):
             "weight_transfer_config": {"backend": "gloo" if on_cpu else "nccl"},
             "worker_extension_cls": _EXTENSION,
             **({} if on_cpu else {"device_ids": self._devices}),
+            **({"distributed_executor_backend": "mp"} if len(self._devices) > 1 else {}),  # also in a worker of Ray
         }
         with _new_processes():
             vllm, llm = start_engine(model, tokenizer, self._weights.vocab_size, placed)
@@ -88,7 +89,7 @@ class SeparateVllm(VllmGenerator):
 
     def parts(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[Part]:
         """What ``updating`` sends, from all ``weights`` of the student; see ``Generator.update_weights``."""
-        return _parts(self._weights.complete(weights), self._dtype)
+        return _parts(self._weights.complete(weights), torch.device(self._device_type), self._dtype)
 
     @contextmanager
     def updating(self, version: int) -> Iterator[Callable[[Part], None]]:
@@ -175,12 +176,12 @@ class _NcclSender:
         """``SeparateVllm`` finishes it."""
 
 
-def _parts(weights: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[Part]:
-    """Groups of ``weights`` of at least ``_PART_BYTES``, with floating-point tensors in ``dtype``."""
+def _parts(weights: Iterator[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype) -> Iterator[Part]:
+    """Groups of ``weights`` of at least ``_PART_BYTES`` on ``device``, with floating-point tensors in ``dtype``."""
     part: Part = []
     size = 0
     for name, tensor in weights:
-        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        tensor = tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
         part.append((name, tensor))
         size += tensor.nbytes
         if size >= _PART_BYTES:
