@@ -98,7 +98,7 @@ class VllmGenerator:
             "max_model_len": min(max_model_len, positions),
             "trust_remote_code": trust_remote_code,
             "dtype": str(model.dtype).removeprefix("torch."),
-            **_defaults(device_type, arguments or {}),
+            **self._defaults(device_type == "cpu", arguments or {}),
             **self._checked(arguments or {}),
         }
         self._ranks = ranks
@@ -179,6 +179,14 @@ class VllmGenerator:
             llm.llm_engine.engine_core._finalizer.detach()
         return vllm, llm
 
+    def _defaults(self, on_cpu: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        cache = {"kv_cache_memory_bytes": _CPU_CACHE} if on_cpu else {"gpu_memory_utilization": _GPU_SHARE}
+        return {
+            "enforce_eager": on_cpu,  # code for a CPU takes longer to compile than CUDA graphs to capture
+            "enable_sleep_mode": not on_cpu,
+            **({} if {*_CACHE_ARGUMENTS} & arguments.keys() else cache),
+        }
+
     def _checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
         own = sorted(self._OWN & arguments.keys())
         if own:
@@ -189,13 +197,13 @@ class VllmGenerator:
 
     @contextmanager
     def _usable(self, failed: str) -> Iterator[None]:
-        """Like ``_explained``; refuses to use the engine again, which keeps requests and half of the weights."""
+        """Like ``explained``; refuses to use the engine again, which keeps requests and half of the weights."""
         if self._has_failed:
             raise LimbeckError(
                 "vLLM's engine has failed or was ended by another one, and cannot be used any more; restart the run."
             )
         self._has_failed = True
-        with _explained(failed):
+        with explained(failed):
             yield
         self._has_failed = False
 
@@ -288,16 +296,6 @@ class _CheckpointWeights:
             )
 
 
-def _defaults(device_type: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    on_cpu = device_type == "cpu"
-    cache = {"kv_cache_memory_bytes": _CPU_CACHE} if on_cpu else {"gpu_memory_utilization": _GPU_SHARE}
-    return {
-        "enforce_eager": on_cpu,  # code for a CPU takes longer to compile than CUDA graphs to capture
-        "enable_sleep_mode": not on_cpu,
-        **({} if {*_CACHE_ARGUMENTS} & arguments.keys() else cache),
-    }
-
-
 def _end_engine(ranks: int) -> None:
     """End the engine of this process, if it has one, and free its memory."""
     if not _running:
@@ -322,7 +320,7 @@ def start_engine(model: Any, tokenizer: Any, vocab_size: int, arguments: dict[st
         ) from error
     with tempfile.TemporaryDirectory(prefix="limbeck-vllm-") as folder, _unchanged_process():
         _write_folder(Path(folder), model, tokenizer, vocab_size)
-        with _explained("vLLM cannot run the student with these rollout.generator_kwargs"):
+        with explained("vLLM cannot run the student with these rollout.generator_kwargs"):
             llm = vllm.LLM(
                 model=folder,
                 load_format="dummy",
@@ -357,7 +355,7 @@ def _unchanged_process() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(failed: str) -> Iterator[None]:
+def explained(failed: str) -> Iterator[None]:
     """Turns any exception of vLLM into one sentence that begins with ``failed``."""
     try:
         yield

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from limbeck.rollout.vllm import VllmGenerator, start_engine
+from limbeck.rollout.vllm import VllmGenerator, explained, start_engine
 
 _EXTENSION = "limbeck.rollout.vllm_worker.WorkerExtension"
 _PART_BYTES = 2**30  # of weights that are sent together
@@ -61,15 +61,17 @@ class SeparateVllm(VllmGenerator):
     ) -> None:
         self._devices, self._device_type, self._dtype = list(devices), device_type, model.dtype
         self._sender: _Sender | None = None
-        # By default vLLM takes nearly the whole GPU, as no training is there.
-        given = {"enforce_eager": device_type == "cpu", **(arguments or {})}
-        super().__init__(model, tokenizer, max_model_len, device_type, 1, given, trust_remote_code)
+        super().__init__(model, tokenizer, max_model_len, device_type, 1, arguments, trust_remote_code)
+
+    def _defaults(self, on_cpu: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        defaults = {**super()._defaults(on_cpu, arguments), "enable_sleep_mode": False}
+        defaults.pop("gpu_memory_utilization", None)  # vLLM's own: no training shares the GPU
+        return defaults
 
     def _start(self, model: Any, tokenizer: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
         on_cpu = self._device_type == "cpu"
         placed = {
             **arguments,
-            "enable_sleep_mode": False,
             "weight_transfer_config": {"backend": "gloo" if on_cpu else "nccl"},
             "worker_extension_cls": _EXTENSION,
             **({} if on_cpu else {"device_ids": self._devices}),
@@ -77,9 +79,9 @@ class SeparateVllm(VllmGenerator):
         }
         with _new_processes():
             vllm, llm = start_engine(model, tokenizer, self._weights.vocab_size, placed)
-        llm.collective_rpc("end_with_process", args=(os.getpid(),))
-        connect = _GlooSender if on_cpu else _NcclSender
-        self._sender = connect(llm, 1 + len(self._devices))
+        with explained("vLLM's processes could not be connected to the training"):
+            llm.collective_rpc("end_with_process", args=(os.getpid(),))
+            self._sender = (_GlooSender if on_cpu else _NcclSender)(llm, 1 + len(self._devices))
         return vllm, llm
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
