@@ -1,13 +1,16 @@
 """The generator ``vllm`` on devices of its own: it passes the contract, with weights that are sent to other processes."""
 
+import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 
 import contract
 import pytest
 import torch
+import yaml
 from runs import metrics, rows, train
 from test_vllm import VllmTests, make_student, needs_vllm
 
@@ -107,14 +110,18 @@ def test_a_worker_ends_with_the_process_of_its_trainer():
 @pytest.mark.processes
 class TestRuns:
     @pytest.mark.parametrize(
-        ("ranks", "changes"), [(1, {"rollout.max_staleness": 1}), (2, {})], ids=["stale", "one engine for two ranks"]
+        ("ranks", "generator", "changes"),
+        [(1, "vllm", {"rollout.max_staleness": 1}), (2, "hf", {})],
+        ids=["beside the training", "one engine for two ranks"],
     )
-    def test_losses_are_those_of_hf(self, settings, tmp_path, ranks, changes):
+    def test_losses_are_those_of_a_generator_on_the_students_devices(
+        self, settings, tmp_path, ranks, generator, changes
+    ):
         student = make_student(tmp_path / "student", "qwen2", tie_word_embeddings=True)
         losses = []
-        for name in ("hf", "vllm"):
-            output = tmp_path / name
-            own = {"student.device_mapping": list(range(ranks)), "rollout.device_mapping": [ranks]}
+        apart = {"student.device_mapping": list(range(ranks)), "rollout.device_mapping": [ranks]}
+        for number, (name, own) in enumerate([(generator, {}), ("vllm", apart)]):
+            output = tmp_path / str(number)
             values = {
                 "student_pretrain": str(student),
                 "output_dir": str(output),
@@ -127,12 +134,39 @@ class TestRuns:
                 "rollout.temperature": 0.0,
                 **rows(4, 2 // ranks),
                 **changes,
-                **(own if name == "vllm" else {}),
+                **own,
             }
             assert "Traceback" not in train(settings(**values), tmp_path, ranks)
             losses.append(metrics(output, "train/loss"))
         assert len(losses[0]) == 8
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+    def test_ctrl_c_reaches_the_training_only_which_ends_the_engine(self, settings, tmp_path):
+        config = tmp_path / "run.yaml"
+        values = {
+            "student_pretrain": str(make_student(tmp_path / "student", "qwen2")),
+            "output_dir": str(tmp_path / "out"),
+            "max_steps": 5000,
+            "save_steps": 0,
+            "eval_steps": 0,
+            "distill_loss_weight": 1.0,
+            "student.device_mapping": [0],
+            "rollout.generator": "vllm",
+            "rollout.device_mapping": [1],
+            "rollout.max_new_tokens": 12,
+        }
+        config.write_text(yaml.safe_dump(settings(**values)))
+        command = [sys.executable, "-m", "limbeck", "train", str(config)]
+        with (tmp_path / "printed").open("w") as printed:
+            run = subprocess.Popen(command, start_new_session=True, stdout=printed, stderr=printed)
+        while run.poll() is None and not (tmp_path / "out" / "metrics.jsonl").exists():
+            time.sleep(0.2)
+        os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        assert run.wait(120) == 128 + signal.SIGINT, (tmp_path / "printed").read_text()
+        assert "Traceback" not in (tmp_path / "printed").read_text()
+        assert list((tmp_path / "out").glob("checkpoint-*"))
+        with pytest.raises(ProcessLookupError):  # its process group is empty
+            os.killpg(run.pid, 0)
 
 
 @needs_vllm
