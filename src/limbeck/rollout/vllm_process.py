@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from typing import Any, Protocol
 
 import torch
@@ -221,6 +222,7 @@ def _new_processes() -> Iterator[None]:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
+    resource_tracker.ensure_running()  # it would unblock the signal
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
