@@ -11,6 +11,7 @@ import signal
 import threading
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,12 +37,12 @@ class WorkerExtension:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def gloo_group(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> dist.ProcessGroupGloo:
+def gloo_group(store: dist.TCPStore, rank: int, size: int, timeout: timedelta) -> Any:
     """A process group of the trainer (rank 0) and the workers of an engine, beside the default one."""
     return dist.ProcessGroupGloo(dist.PrefixStore("weights", store), rank, size, timeout)
 
 
-def broadcast(tensor: torch.Tensor, group: dist.ProcessGroupGloo) -> None:
+def broadcast(tensor: torch.Tensor, group: Any) -> None:
     """Send ``tensor`` from rank 0 to the others, in place."""
     options = dist.BroadcastOptions()
     options.rootRank = options.rootTensor = 0
