@@ -86,7 +86,8 @@ class TestContract(VllmTests):
 @needs_vllm
 class TestSeveralEngines:
     def test_they_write_what_one_does_until_a_process_dies(self, engine, folder, model, prompts):
-        engines = VllmEngines([engine, second := start(folder)], [0, 0])
+        second = start(folder, devices=[2, 3], arguments={"tensor_parallel_size": 2})
+        engines = VllmEngines([engine, second], [0, 0])
         engines.update_weights(iter_model(model), 5)
         sampling = SamplingParams(12, n=2, seed=3)
         completions = engines.generate(prompts, sampling)
