@@ -36,6 +36,16 @@ def descendants():
     return psutil.Process().children(recursive=True)
 
 
+def alive(processes):
+    """Those that do not end soon."""
+    import psutil
+
+    _, left = psutil.wait_procs(processes, timeout=20)
+    with suppress(psutil.NoSuchProcess):
+        left = [process for process in left if process.status() != psutil.STATUS_ZOMBIE]
+    return left
+
+
 def processes_of_group(number):
     import psutil
 
@@ -53,11 +63,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def engine(folder):
-    before = descendants()
     engine = start(folder)
+    processes = [process for process in descendants() if "resource_tracker" not in " ".join(process.cmdline())]
+    assert processes
     yield engine
     engine.close()
-    assert not [process for process in descendants() if process not in before and "limbeck" in process.cmdline()]
+    assert not alive(processes)
 
 
 @pytest.fixture
@@ -154,8 +165,6 @@ class TestRuns:
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
     def test_ctrl_c_reaches_the_training_only_which_ends_the_engine(self, settings, tmp_path):
-        import psutil
-
         config = tmp_path / "run.yaml"
         values = {
             "student_pretrain": str(make_student(tmp_path / "student", "qwen2")),
@@ -179,8 +188,7 @@ class TestRuns:
         assert run.wait(120) == 128 + signal.SIGINT, (tmp_path / "printed").read_text()
         assert "Traceback" not in (tmp_path / "printed").read_text()
         assert list((tmp_path / "out").glob("checkpoint-*"))
-        _, alive = psutil.wait_procs(processes_of_group(run.pid), timeout=20)
-        assert not [process.cmdline() for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+        assert not alive(processes_of_group(run.pid))
 
 
 @needs_vllm
