@@ -143,6 +143,9 @@ READS_DEEPSPEED_BLOCK = "reads_deepspeed_block"
 READS_MEGATRON_KEYS = "reads_megatron_keys"
 """Trait of a strategy that reads ``strategy_config.megatron``."""
 
+HAS_OWN_DEVICES = "has_own_devices"
+"""Trait of a generator that runs on ``rollout.device_mapping``."""
+
 NEEDS_NO_MODEL = "needs_no_model"
 """Trait of a teacher source that reads no checkpoint, so that ``teacher_pretrain`` may be unset."""
 
@@ -199,8 +202,9 @@ GENERATORS: Registry[Any] = Registry(
     "generator",
     {
         "hf": "limbeck.rollout.hf:make_generator",
-        "vllm": "limbeck.rollout.vllm:make_generator",
+        "vllm": "limbeck.rollout.vllm_engines:make_generator",
     },
+    {"vllm": frozenset({HAS_OWN_DEVICES})},
 )
 """Name to a function ``(config, world) -> limbeck.rollout.generator.Generator``; called by step sources."""
 

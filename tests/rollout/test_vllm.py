@@ -79,8 +79,9 @@ class TestNewEngines:
         contract.check_padded(generator, folder, len(load_tokenizer(ModelSource(str(folder)))))
 
 
-@needs_vllm
-class TestContract(contract.SharedTests):
+class VllmTests(contract.SharedTests):
+    """Tests of an engine in the training process, and of one in others."""
+
     def test_an_update_replaces_the_weights_of_a_tied_head_too(self, generator, model, prompts):
         before = contract.check_greedy(generator, model, prompts)
         with torch.no_grad():
@@ -91,23 +92,6 @@ class TestContract(contract.SharedTests):
             generator.update_weights(((n, w) for n, w in weights.items() if n != left_out), 2)
             assert contract.check_greedy(generator, model, prompts) != before
             contract.check_log_probs(generator, model, prompts, contract.SETTINGS[0])
-
-    @pytest.mark.parametrize(
-        ("name", "sent", "sentence"),
-        [
-            ("model.norm.weight", {}, r"did not receive model.norm.weight \(1 weights of Qwen3ForCausalLM\)"),
-            ("model.norm.scale", {"model.norm.scale": torch.ones(32)}, "received the weight model.norm.scale, which"),
-            ("model.norm.weight", {"model.norm.weight": torch.ones(2)}, r"with the shape \[2\] in place of \[32\]"),
-        ],
-    )
-    def test_weights_that_do_not_fit_the_model_are_refused(self, generator, model, monkeypatch, name, sent, sentence):
-        load = lambda method, kwargs: dict(kwargs["weights_iterator"])  # noqa: E731
-        monkeypatch.setattr(generator._llm, "collective_rpc", load)  # the engine is left as it is
-        monkeypatch.setattr(generator, "_has_failed", False)
-        with pytest.raises(LimbeckError, match=sentence):
-            generator.update_weights({**{n: w for n, w in iter_model(model) if n != name}, **sent}.items(), 2)
-        with pytest.raises(LimbeckError, match="has failed or was ended"):
-            generator.generate([Prompt((5,), 0)], SamplingParams(1))
 
     def test_a_completion_ends_where_the_positions_do(self, generator, model, prompts):
         positions = model.config.max_position_embeddings
@@ -124,6 +108,35 @@ class TestContract(contract.SharedTests):
         with pytest.raises(LimbeckError, match=r"cannot sample at temperature 0\.005"):
             generator.generate(prompts, SamplingParams(1, temperature=0.005))
         assert generator.generate([], SamplingParams(4)) == []
+
+    def test_other_prompts_than_those_given_are_noticed(self, generator, prompts, monkeypatch):
+        generate = generator._llm.generate
+        changed = lambda given, *rest, **options: generate([{"prompt_token_ids": [1]}, *given[1:]], *rest, **options)  # noqa: E731
+        monkeypatch.setattr(generator._llm, "generate", changed)
+        with pytest.raises(
+            LimbeckError, match="vLLM continued other tokens than the prompt of row 100: 1 tokens in place of 3"
+        ):
+            generator.generate(prompts, SamplingParams(2))
+
+
+@needs_vllm
+class TestContract(VllmTests):
+    @pytest.mark.parametrize(
+        ("name", "sent", "sentence"),
+        [
+            ("model.norm.weight", {}, r"did not receive model.norm.weight \(1 weights of Qwen3ForCausalLM\)"),
+            ("model.norm.scale", {"model.norm.scale": torch.ones(32)}, "received the weight model.norm.scale, which"),
+            ("model.norm.weight", {"model.norm.weight": torch.ones(2)}, r"with the shape \[2\] in place of \[32\]"),
+        ],
+    )
+    def test_weights_that_do_not_fit_the_model_are_refused(self, generator, model, monkeypatch, name, sent, sentence):
+        load = lambda method, kwargs: dict(kwargs["weights_iterator"])  # noqa: E731
+        monkeypatch.setattr(generator._llm, "collective_rpc", load)  # the engine is left as it is
+        monkeypatch.setattr(generator, "_has_failed", False)
+        with pytest.raises(LimbeckError, match=sentence):
+            generator.update_weights({**{n: w for n, w in iter_model(model) if n != name}, **sent}.items(), 2)
+        with pytest.raises(LimbeckError, match="has failed or was ended"):
+            generator.generate([Prompt((5,), 0)], SamplingParams(1))
 
     def test_an_engine_that_fails_in_a_batch_is_reported(self, generator, prompts, monkeypatch):
         engine = generator._llm.llm_engine
@@ -143,15 +156,6 @@ class TestContract(contract.SharedTests):
         with pytest.raises(LimbeckError, match="has failed or was ended"):
             generator.generate(prompts, SamplingParams(12))
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
-    def test_other_prompts_than_those_given_are_noticed(self, generator, prompts, monkeypatch):
-        generate = generator._llm.generate
-        changed = lambda given, *rest, **options: generate([{"prompt_token_ids": [1]}, *given[1:]], *rest, **options)  # noqa: E731
-        monkeypatch.setattr(generator._llm, "generate", changed)
-        with pytest.raises(
-            LimbeckError, match="vLLM continued other tokens than the prompt of row 100: 1 tokens in place of 3"
-        ):
-            generator.generate(prompts, SamplingParams(2))
 
     def test_the_process_is_left_as_it_was(self, folder):
         torch.manual_seed(5)

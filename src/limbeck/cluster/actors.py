@@ -84,7 +84,7 @@ class Worker:
         """
         if not hasattr(self, "_store"):
             self._store = dist.TCPStore(store[0], store[1], is_master=False)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0")
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
         backend = "cpu:gloo,cuda:nccl" if self.world.device.type == "cuda" else "gloo"
         dist.init_process_group(
             backend, store=self._store, rank=rank, world_size=size, timeout=timedelta(minutes=minutes)

@@ -42,26 +42,32 @@ class Placement:
 
 
 def plan_placement(
-    mappings: Sequence[Sequence[int]], per_node: int | None, on_gpus: bool
+    mappings: Sequence[Sequence[int]], per_node: int | None, on_gpus: bool, extra: Sequence[int] = ()
 ) -> tuple[list[dict[str, float]], list[list[Place]]]:
     """The resources that each machine must have, and the place of each worker. ``per_node`` None: all devices are on
-    one machine.
+    one machine. extra: number of further devices of each worker of the first mapping, for processes that it starts.
 
     On GPUs a machine needs one CPU slot only, so that any machine with the GPUs fits.
     """
+    more = dict(zip(mappings[0], extra or [0] * len(mappings[0]), strict=True))
     workers = Counter(device for mapping in mappings for device in mapping)
     nodes = sorted({0 if per_node is None else device // per_node for device in workers})
     bundles: list[dict[str, float]] = []
     for node in nodes:
         here = [device for device in workers if per_node is None or device // per_node == node]
         # A device that two groups name is one GPU, but two processes.
-        bundles.append({"GPU": len(here), "CPU": 1} if on_gpus else {"CPU": sum(workers[device] for device in here)})
+        own = sum(more.get(device, 0) for device in here)
+        slots = sum(workers[device] for device in here) + own
+        bundles.append({"GPU": len(here) + own, "CPU": 1} if on_gpus else {"CPU": slots})
     places = [
         [
-            Place(0 if per_node is None else nodes.index(device // per_node), 1 / workers[device] if on_gpus else 0.0)
+            Place(
+                0 if per_node is None else nodes.index(device // per_node),
+                1 / workers[device] + (more[device] if number == 0 else 0) if on_gpus else 0.0,
+            )
             for device in mapping
         ]
-        for mapping in mappings
+        for number, mapping in enumerate(mappings)
     ]
     return bundles, places
 
@@ -91,17 +97,20 @@ def describe_devices(mappings: Sequence[Sequence[int]]) -> str:
 
 
 def place(
-    mappings: Sequence[Sequence[int]], per_node: int | None, poll: Callable[[], None] = lambda: None
+    mappings: Sequence[Sequence[int]],
+    per_node: int | None,
+    poll: Callable[[], None] = lambda: None,
+    extra: Sequence[int] = (),
 ) -> Placement:
     """Reserve machines for groups of workers, one worker per device of each mapping. ``poll`` is called while Ray
-    places them; an exception that it raises ends the wait.
+    places them; an exception that it raises ends the wait. extra: see ``plan_placement``.
 
     Raises LimbeckError if the cluster lacks the resources.
     """
     ray = load_ray()
     total = ray.cluster_resources()
     on_gpus = total.get("GPU", 0) > 0
-    bundles, places = plan_placement(mappings, per_node, on_gpus)
+    bundles, places = plan_placement(mappings, per_node, on_gpus, extra)
     device = "GPU" if on_gpus else "CPU"
     needed = sum(bundle[device] for bundle in bundles)
     if needed > total.get(device, 0):

@@ -169,7 +169,7 @@ class Driver:
         service = None if config.teacher.service is None else find_service(config, poll)
         if self.placement is None:
             try:
-                self.placement = place(self.mappings, config.num_gpus_per_node, poll)
+                self.placement = place(self.mappings, config.num_gpus_per_node, poll, config.generator_devices)
             except LimbeckError as error:
                 if restarted and not isinstance(error, Stopped):  # a lost machine may come back
                     raise WorkerLost(str(error).rstrip(".")) from error

@@ -27,7 +27,7 @@ def visible_devices(devices: Sequence[int], allowed: str | None) -> str:
     names = [name.strip() for name in allowed.split(",") if name.strip()]
     if names and max(devices) >= len(names):
         raise LimbeckError(
-            f"student.device_mapping names device {max(devices)}, but CUDA_VISIBLE_DEVICES = {allowed} leaves only "
+            f"device_mapping names device {max(devices)}, but CUDA_VISIBLE_DEVICES = {allowed} leaves only "
             f"{len(names)} (numbered from 0); name devices that exist."
         )
     return ",".join(names[device] for device in devices) if names else allowed

@@ -33,17 +33,18 @@ def run_on_ray(config: DistillConfig, log: Callable[[str], None] = print) -> Run
         )
     if config.needs_worker_groups and config.teacher.service is None and config.teacher.device_mapping:
         mappings.append(config.teacher.device_mapping)
+    own = (config.rollout and config.rollout.device_mapping) or []
     load_ray()
     Thread(target=_import_ahead, daemon=True).start()
     timeline = config.log_dir / "timeline.json"
     # Interrupted while it starts, Ray leaves processes behind; it also replaces our signal handler.
     with (
         stop_requests(ENDS) as early,
-        ray_session(sum(map(len, mappings)), timeline) as where,
+        ray_session(sum(map(len, mappings)) + len(own), timeline) as where,
         stop_requests(ENDS) as stop,
     ):
         stop.signal = early.signal
-        log(f"{where} {describe_devices(mappings)}")
+        log(f"{where} {describe_devices([*mappings, own] if own else mappings)}")
         from limbeck.launch.driver import Driver
 
         driver = Driver(config, mappings, log)

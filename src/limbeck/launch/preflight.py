@@ -215,8 +215,10 @@ def _placement_problems(config: DistillConfig, machines: Sequence[Machine], load
     on_gpus = any(machine.gpus for machine in machines)
     # Roles in one process take one slot; as groups of workers each takes its own.
     placed = mappings if config.needs_worker_groups else mappings[:1]
-    problems += filter(None, [unknown_gpu(placed, sum(machine.gpus for machine in machines))])
-    bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus)
+    own = (config.rollout and config.rollout.device_mapping) or []
+    named = [*placed, own] if own else placed
+    problems += filter(None, [unknown_gpu(named, sum(machine.gpus for machine in machines))])
+    bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus, config.generator_devices)
     device = "GPU" if on_gpus else "CPU"
     # A Ray that is started here is given as many CPU slots as the run needs.
     bounded = on_gpus or _would_join(config)

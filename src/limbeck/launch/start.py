@@ -79,7 +79,9 @@ def _train_here(loaded: LoadedConfig) -> int:
     config = loaded.config
     devices = config.device_mapping or []
     if devices and config.num_nodes == 1:  # on several machines each process uses the GPU of its local rank
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        own = (config.rollout and config.rollout.device_mapping) or []  # of the generator, after those of the ranks
+        allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([*devices, *own], allowed)
 
     from limbeck.plan.recomputation import choose_recomputation
     from limbeck.train.loop import DistillPipeline

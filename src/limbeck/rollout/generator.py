@@ -61,7 +61,11 @@ class Completion:
 
 
 class Generator(Protocol):
-    """Writes completions. Every rank calls every method in the same order."""
+    """Writes completions. Every rank calls every method in the same order.
+
+    A generator with processes of its own has two further members: ``close`` ends them, and ``writer_ranks`` has the rank of
+    each engine, to which prompts are given in turn; other ranks get none.
+    """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """``sampling.n`` completions for each prompt, in order.

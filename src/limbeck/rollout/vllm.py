@@ -1,4 +1,4 @@
-"""The generator ``vllm``: vLLM's engine in the training process.
+"""The generator ``vllm``: vLLM's engine in the training process, or on devices of its own (``vllm_process.py``).
 
     generator = VllmGenerator(*student_outline(config, world), max_model_len=1024)
     generator.update_weights(engine.iter_weights(), version=step)
@@ -27,11 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
-from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
-from limbeck.strategies.world import World
+from limbeck.rollout.student import end_token_ids, num_tokens
 
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -41,18 +39,10 @@ _ENVIRONMENT = {
 """Variables that are set before vLLM is imported, unless the user has set them."""
 
 _OWN_ARGUMENTS = frozenset(
-    (
-        *(
-            "model",
-            "tokenizer",
-            "skip_tokenizer_init",
-            "load_format",
-            "logprobs_mode",
-            "max_logprobs",
-            "generation_config",
-        ),
-        *("distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"),
-    )
+    ("model", "tokenizer", "skip_tokenizer_init", "load_format", "logprobs_mode", "max_logprobs", "generation_config")
+)
+_PARALLEL_ARGUMENTS = frozenset(
+    ("distributed_executor_backend", "tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 )
 """Arguments of ``vllm.LLM`` on which the protocol of generators depends."""
 
@@ -85,6 +75,9 @@ class VllmGenerator:
             process group with others.
     """
 
+    _OWN = _OWN_ARGUMENTS | _PARALLEL_ARGUMENTS
+    _WHY = "which runs one engine on every rank with the student's weights"
+
     def __init__(
         self,
         model: Any,
@@ -105,18 +98,13 @@ class VllmGenerator:
             "max_model_len": min(max_model_len, positions),
             "trust_remote_code": trust_remote_code,
             "dtype": str(model.dtype).removeprefix("torch."),
-            **_defaults(device_type, arguments or {}),
-            **_checked(arguments or {}),
+            **self._defaults(device_type == "cpu", arguments or {}),
+            **self._checked(arguments or {}),
         }
-        if ranks > 1:
-            chosen["distributed_executor_backend"] = "external_launcher"
-        _end_engine(ranks)
-        self._vllm, self._llm = _start_engine(model, tokenizer, self._weights.vocab_size, chosen)
+        self._ranks = ranks
+        self._vllm, self._llm = self._start(model, tokenizer, chosen)
         self._max_model_len: int = self._llm.llm_engine.model_config.max_model_len
         self._can_sleep: bool = self._llm.llm_engine.model_config.enable_sleep_mode
-        _running.append(self)
-        if ranks > 1:  # at exit, vLLM would destroy a process group that the training has destroyed already
-            self._llm.llm_engine.engine_core._finalizer.detach()
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """See ``Generator``. One name of tied parameters is enough.
@@ -179,15 +167,43 @@ class VllmGenerator:
             )
         return [self._completion(prompt, output) for (prompt, _), output in zip(samples, outputs, strict=True)]
 
+    def _start(self, model: Any, tokenizer: Any, arguments: dict[str, Any]) -> tuple[Any, Any]:
+        """The package ``vllm`` and the engine of this process."""
+        _end_engine(self._ranks)
+        if self._ranks > 1:
+            arguments = {**arguments, "distributed_executor_backend": "external_launcher"}
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are in this process
+        vllm, llm = start_engine(model, tokenizer, self._weights.vocab_size, arguments)
+        _running.append(self)
+        if self._ranks > 1:  # at exit, vLLM would destroy a process group that the training has destroyed already
+            llm.llm_engine.engine_core._finalizer.detach()
+        return vllm, llm
+
+    def _defaults(self, on_cpu: bool, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        cache = {"kv_cache_memory_bytes": _CPU_CACHE} if on_cpu else {"gpu_memory_utilization": _GPU_SHARE}
+        return {
+            "enforce_eager": on_cpu,  # code for a CPU takes longer to compile than CUDA graphs to capture
+            "enable_sleep_mode": not on_cpu,
+            **({} if {*_CACHE_ARGUMENTS} & arguments.keys() else cache),
+        }
+
+    def _checked(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        own = sorted(self._OWN & arguments.keys())
+        if own:
+            raise LimbeckError(
+                f"rollout.generator_kwargs.{own[0]} is set by the generator vllm, {self._WHY}; remove it."
+            )
+        return dict(arguments)
+
     @contextmanager
     def _usable(self, failed: str) -> Iterator[None]:
-        """Like ``_explained``; refuses to use the engine again, which keeps requests and half of the weights."""
+        """Like ``explained``; refuses to use the engine again, which keeps requests and half of the weights."""
         if self._has_failed:
             raise LimbeckError(
                 "vLLM's engine has failed or was ended by another one, and cannot be used any more; restart the run."
             )
         self._has_failed = True
-        with _explained(failed):
+        with explained(failed):
             yield
         self._has_failed = False
 
@@ -280,26 +296,6 @@ class _CheckpointWeights:
             )
 
 
-def _defaults(device_type: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    on_cpu = device_type == "cpu"
-    cache = {"kv_cache_memory_bytes": _CPU_CACHE} if on_cpu else {"gpu_memory_utilization": _GPU_SHARE}
-    return {
-        "enforce_eager": on_cpu,  # code for a CPU takes longer to compile than CUDA graphs to capture
-        "enable_sleep_mode": not on_cpu,
-        **({} if {*_CACHE_ARGUMENTS} & arguments.keys() else cache),
-    }
-
-
-def _checked(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    own = sorted(_OWN_ARGUMENTS & arguments.keys())
-    if own:
-        raise LimbeckError(
-            f"rollout.generator_kwargs.{own[0]} is set by the generator vllm, which runs one engine on every rank with the "
-            "student's weights; remove it."
-        )
-    return dict(arguments)
-
-
 def _end_engine(ranks: int) -> None:
     """End the engine of this process, if it has one, and free its memory."""
     if not _running:
@@ -312,11 +308,10 @@ def _end_engine(ranks: int) -> None:
     del generator._llm
 
 
-def _start_engine(model: Any, tokenizer: Any, vocab_size: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def start_engine(model: Any, tokenizer: Any, vocab_size: int, arguments: dict[str, Any]) -> tuple[Any, Any]:
     """The package ``vllm``, and its engine for ``model``, with random weights."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the weights are in this process
     try:
         import vllm
     except ImportError as error:
@@ -325,7 +320,7 @@ def _start_engine(model: Any, tokenizer: Any, vocab_size: int, arguments: dict[s
         ) from error
     with tempfile.TemporaryDirectory(prefix="limbeck-vllm-") as folder, _unchanged_process():
         _write_folder(Path(folder), model, tokenizer, vocab_size)
-        with _explained("vLLM cannot run the student with these rollout.generator_kwargs"):
+        with explained("vLLM cannot run the student with these rollout.generator_kwargs"):
             llm = vllm.LLM(
                 model=folder,
                 load_format="dummy",
@@ -360,7 +355,7 @@ def _unchanged_process() -> Iterator[None]:
 
 
 @contextmanager
-def _explained(failed: str) -> Iterator[None]:
+def explained(failed: str) -> Iterator[None]:
     """Turns any exception of vLLM into one sentence that begins with ``failed``."""
     try:
         yield
@@ -371,16 +366,6 @@ def _explained(failed: str) -> Iterator[None]:
         hint = ""
         if isinstance(error, torch.OutOfMemoryError):
             hint = " Lower rollout.generator_kwargs.gpu_memory_utilization or max_num_seqs."
+        elif type(error).__name__ == "EngineDeadError":
+            hint = " A process of the engine has ended, and its messages are above; restart the run."
         raise LimbeckError(f"{failed}: {type(error).__name__}: {' '.join(lines[:3])}{hint}") from error
-
-
-def make_generator(config: DistillConfig, world: World) -> VllmGenerator:
-    """The generator of a run's student, without weights; ``rollout.generator_kwargs`` are arguments of ``vllm.LLM``."""
-    return VllmGenerator(
-        *student_outline(config, world),
-        max_model_len=config.sequence_length,
-        device_type=world.device.type,
-        ranks=world.size,
-        arguments=config.rollout.generator_kwargs if config.rollout else {},
-        trust_remote_code=config.student.model_args.trust_remote_code,
-    )

@@ -58,6 +58,8 @@ class Writer:
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
         self._generator: Generator = generator or GENERATORS.get(config.rollout.generator)(config, world)
+        # A generator with other engines than one on every rank names the rank of each.
+        self._writer_ranks: Sequence[int] = getattr(self._generator, "writer_ranks", range(world.size))
         self._offloads = config.offloads_colocated or config.rollout.offload
         self._weights: Weights | None = None
         self._version = 0
@@ -92,17 +94,18 @@ class Writer:
         self._load()
         wanted = Counter(prompts)
         sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
-        mine = list(wanted)[self._world.rank :: self._world.size]
+        writers = len(self._writer_ranks)
+        mine = [prompt for at, prompt in enumerate(wanted) if self._writer_ranks[at % writers] == self._world.rank]
         generate = partial(self._generate, {prompt: wanted[prompt] for prompt in mine}, sampling)
         if self._thread is not None:
             return partial(self._finish, prompts, self._thread.submit(generate).result)
         return partial(self._finish, prompts, generate)
 
     def close(self) -> None:
-        """Wait for what is being written, and free the device."""
+        """Wait for what is being written, and free the device; a generator with processes of its own ends them."""
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
-        self._generator.offload()
+        getattr(self._generator, "close", self._generator.offload)()
 
     def _load(self) -> None:
         if self._weights is None:

@@ -69,7 +69,7 @@ DIALECT = NemoRlDialect()
 
 
 def _translate_models(file: NemoRlFile) -> None:
-    world = _world_size(file)
+    world = _place(file)
     if "teacher" not in file.source:
         file.put("teacher_pretrain", file.get("distillation.teacher_model_path"), "distillation.teacher_model_path")
         for path, target in MOVED.items():
@@ -90,12 +90,23 @@ def _translate_models(file: NemoRlFile) -> None:
     _translate_lora(file)
 
 
-def _world_size(file: NemoRlFile) -> int:
-    """Number of ranks, which student and teacher share."""
+def _place(file: NemoRlFile) -> int:
+    """Set the devices of the training, and those of the generation if it has its own. Returns the number of ranks."""
     if file.get("cluster.gpus_per_node") is None:
         file.refuse("cluster.gpus_per_node", "is not set; set it to the number of devices of a machine")
-    world = file.whole("cluster.gpus_per_node") * file.whole("cluster.num_nodes")
+    world, own = file.num_ranks, file.generation_devices
     file.put("student.device_mapping", list(range(world)), "cluster.gpus_per_node")
+    path = "policy.generation.colocated"
+    if own:
+        file.put("rollout.device_mapping", list(range(world, world + own)), f"{path}.resources.gpus_per_node")
+    elif file.section(path).get("enabled") is False:
+        file.refuse(
+            f"{path}.resources.gpus_per_node",
+            f"= {format_value(file.get(f'{path}.resources.gpus_per_node'))} must be the number of devices for the generation, "
+            "fewer than cluster.gpus_per_node, because colocated.enabled = false",
+        )
+    if own and max(file.whole("cluster.num_nodes"), file.whole(f"{path}.resources.num_nodes")) > 1:
+        file.refuse(f"{path}.enabled", "= false is only supported on one machine; set it to true")
     return world
 
 
@@ -169,6 +180,8 @@ def _translate_generation(file: NemoRlFile) -> None:
         engine = {key: file.get(f"policy.generation.vllm_cfg.{key}") for key in READ["policy.generation.vllm_cfg"]}
         if engine.get("kv_cache_dtype") == "auto":
             del engine["kv_cache_dtype"]
+        if not file.generation_devices and engine.pop("tensor_parallel_size", None) not in (None, 1):
+            file.result.ignored.append("policy.generation.vllm_cfg.tensor_parallel_size")  # an engine on every rank
         given = {key: value for key, value in sorted(engine.items()) if value is not None}
         file.put(
             "rollout.generator_kwargs",

@@ -53,6 +53,20 @@ class NemoRlFile:
             return default
         return value
 
+    @property
+    def generation_devices(self) -> int:
+        """Number of devices that only the generation has; 0 if it shares those of the training."""
+        path = "policy.generation.colocated"
+        if self.section(path).get("enabled") is not False:
+            return 0
+        count = self.get(f"{path}.resources.gpus_per_node")
+        return count if type(count) is int and 0 < count < self.whole("cluster.gpus_per_node") else 0
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of devices of the training, which student and teacher share."""
+        return self.whole("cluster.gpus_per_node") * self.whole("cluster.num_nodes") - self.generation_devices
+
     def is_enabled(self, path: str) -> bool:
         return self.section(path).get("enabled") is True
 

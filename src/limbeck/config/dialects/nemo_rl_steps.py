@@ -15,7 +15,7 @@ _STEP_KEYS = ("eval_steps", "save_steps")
 def translate_batches(file: NemoRlFile) -> int:
     """Set the batch sizes. Returns the number of optimizer steps that NeMo-RL takes for the samples of one step."""
     tp, cp = (file.whole(f"policy.dtensor_cfg.{key}") for key in ("tensor_parallel_size", "context_parallel_size"))
-    world = file.whole("cluster.gpus_per_node") * file.whole("cluster.num_nodes")
+    world = file.num_ranks
     prompts, generations = (
         file.whole(f"distillation.{key}", default)
         for key, default in (("num_prompts_per_step", 0), ("num_generations_per_prompt", 1))
@@ -28,7 +28,7 @@ def translate_batches(file: NemoRlFile) -> int:
     if world % (tp * cp):
         file.refuse(
             "policy.dtensor_cfg.tensor_parallel_size",
-            f"= {tp} times context_parallel_size = {cp} does not divide the {world} devices of the cluster; change one",
+            f"= {tp} times context_parallel_size = {cp} does not divide the {world} devices of the training; change one",
         )
     elif batch % (ranks * micro):
         file.refuse(

@@ -96,8 +96,10 @@ READ: dict[str, frozenset[str]] = {
     "policy.sequence_packing": words("enabled train_mb_tokens sequence_length_round algorithm"),
     "policy.optimizer": words("kwargs"),
     "policy.optimizer.kwargs": words("betas"),
-    "policy.generation": words("backend vllm_cfg vllm_kwargs"),
-    "policy.generation.vllm_cfg": words("gpu_memory_utilization enforce_eager kv_cache_dtype"),
+    "policy.generation": words("backend vllm_cfg vllm_kwargs colocated"),
+    "policy.generation.colocated": words("enabled resources"),
+    "policy.generation.colocated.resources": words("gpus_per_node num_nodes"),
+    "policy.generation.vllm_cfg": words("gpu_memory_utilization enforce_eager kv_cache_dtype tensor_parallel_size"),
     "data": words(
         """train validation default dataset_name data_path input_key output_key subset split prompt_file prompt_template
         system_prompt_file max_samples"""
@@ -129,10 +131,10 @@ NO_MEANING: dict[str, frozenset[str]] = {
     "policy.sequence_packing": words("logprob_mb_tokens microbatch_order"),
     "policy.optimizer.kwargs": words("foreach fused"),
     "policy.generation": words(
-        "port_range_low port_range_high colocated use_async_rollouts refit_transport refit_cfg model_name"
+        "port_range_low port_range_high use_async_rollouts refit_transport refit_cfg model_name"
     ),
     "policy.generation.vllm_cfg": words(
-        """async_engine precision logprobs_mode tensor_parallel_size pipeline_parallel_size expert_parallel_size max_model_len
+        """async_engine precision logprobs_mode pipeline_parallel_size expert_parallel_size max_model_len
         use_deep_gemm num_last_layers_in_bf16 num_first_layers_in_bf16 distributed_executor_backend skip_tokenizer_init
         load_format use_tqdm cap_max_tokens_to_context expose_http_server http_refit_api_key_env_var http_refit_server_port
         zmq_refit_server_port http_server_serving_chat_kwargs tool_parser_plugin reasoning_parser_plugin env_vars

@@ -9,9 +9,13 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
+from limbeck.config.device_mapping import parse_device_mapping
 from limbeck.registry import Registry
 
 Dtype = Literal["fp32", "bf16", "fp16"]
+
+Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
+"""Device numbers: a list, or an expression such as ``list(range(0, 8))``."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from limbeck.config.schema.base import Section, registered
+from limbeck.config.schema.base import Devices, Section, registered
 from limbeck.config.schema.origins import OriginObjectives
 from limbeck.config.schema.schedules import (
     AdaptiveSchedule,
@@ -152,7 +152,13 @@ class RolloutConfig(Section):
     generator: Annotated[str, registered(GENERATORS)] = Field(
         default="hf",
         description="The engine that writes: hf (the student's own model, in the training process), vllm (needs "
-        "limbeck[vllm]; also in the training process), or one that a plug-in registers.",
+        "limbeck[vllm]; also in the training process, unless device_mapping is set), or one that a plug-in registers.",
+    )
+    device_mapping: Devices = Field(
+        default=None,
+        description="Devices of the generator's own, numbered like those of student.device_mapping and on the same machine: "
+        "[6, 7]. vllm runs an engine in other processes on each, or on every generator_kwargs.tensor_parallel_size of them, "
+        "and weights are sent to it directly. If unset, the generator shares the student's devices.",
     )
     generator_kwargs: dict[str, Any] = Field(
         default_factory=dict,

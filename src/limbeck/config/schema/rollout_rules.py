@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
+from limbeck.registry import GENERATORS, HAS_OWN_DEVICES
 
 if TYPE_CHECKING:
     from limbeck.config.schema.run_fields import RunFields
@@ -83,9 +84,51 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             f"= {rollout.max_staleness} writes while the student trains, and {key} leaves the device to one of them; set one "
             "of them to 0 or false",
         )
+    if rollout.device_mapping is not None:
+        yield from _own_device_contradictions(config, rollout.device_mapping)
     if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
         yield Contradiction(
             "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
+        )
+
+
+def _own_device_contradictions(config: RunFields, devices: list[int]) -> Iterator[Contradiction]:
+    """Of a generator on devices of its own."""
+    rollout, key = config.rollout, "rollout.device_mapping"
+    assert rollout is not None
+    if not GENERATORS.has_trait(rollout.generator, HAS_OWN_DEVICES):
+        yield Contradiction(
+            key, f"needs a generator in other processes, which {rollout.generator} is not; set rollout.generator: vllm"
+        )
+    if config.device_mapping is None:
+        yield Contradiction(key, "needs the devices of the student; set student.device_mapping to others")
+    teacher = config.teacher.device_mapping if config.needs_worker_groups and config.teacher.service is None else None
+    for role, others in (("student", config.device_mapping), ("teacher", teacher)):
+        shared = sorted(set(devices) & set(others or ()))
+        if shared:
+            yield Contradiction(key, f"has the device {shared[0]} of {role}.device_mapping; give each other devices")
+    if teacher and set(teacher) & set(config.device_mapping or ()):
+        yield Contradiction(
+            key,
+            "cannot be combined with worker groups of student and teacher on common devices; give the teacher devices of its "
+            "own, or remove teacher.device_mapping and is_offload_states",
+        )
+    if config.num_nodes > 1:
+        yield Contradiction(key, f"is only supported on one machine, and num_nodes = {config.num_nodes}; remove it")
+    elif config.num_gpus_per_node is not None and max(devices) >= config.num_gpus_per_node:
+        yield Contradiction(
+            key,
+            f"has device {max(devices)} (counted from 0), but num_gpus_per_node = {config.num_gpus_per_node}; correct one",
+        )
+    size = rollout.generator_kwargs.get("tensor_parallel_size", 1)
+    if type(size) is not int or size < 1 or len(devices) % size:
+        yield Contradiction(
+            "rollout.generator_kwargs.tensor_parallel_size",
+            f"= {size} does not divide the {len(devices)} devices of rollout.device_mapping; change one of them",
+        )
+    if rollout.offload:
+        yield Contradiction(
+            "rollout.offload", "frees devices that only the generator has; remove it or rollout.device_mapping"
         )
 
 

@@ -443,6 +443,17 @@ class RunFields(Section):
         return self.student.device_mapping or shared
 
     @property
+    def generator_devices(self) -> list[int]:
+        """Number of the generator's own devices that each rank of the student uses: engine e is that of rank e modulo ranks.
+
+        Empty if the generator has no devices of its own.
+        """
+        if self.rollout is None or self.rollout.device_mapping is None:
+            return []
+        size, ranks = self.rollout.generator_kwargs.get("tensor_parallel_size", 1), len(self.device_mapping or [0])
+        return [size * len(range(rank, len(self.rollout.device_mapping) // size, ranks)) for rank in range(ranks)]
+
+    @property
     def needs_worker_groups(self) -> bool:
         """Whether Ray places separate processes for each role.
 

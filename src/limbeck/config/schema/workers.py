@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from limbeck.config.device_mapping import parse_device_mapping
-from limbeck.config.schema.base import Environment, Section, registered
+from limbeck.config.schema.base import Devices, Environment, Section, registered
 from limbeck.config.schema.data import DataArgs
 from limbeck.config.schema.models import ModelArgs, StrategyArgs, StudentModelArgs
 from limbeck.config.schema.training import TrainingArgs
@@ -31,9 +30,6 @@ TEACHER_SOURCE_KWARGS: dict[str, tuple[str, ...]] = {
 
 
 Packing = Literal["best_fit_decreasing", "modified_first_fit_decreasing"]
-
-
-Devices = Annotated[list[int] | None, BeforeValidator(parse_device_mapping)]
 
 
 class WorkerConfig(Section):
