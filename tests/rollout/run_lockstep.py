@@ -11,9 +11,15 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from limbeck.config.schema import StrategyConfig
-from limbeck.models import ModelSource, compile_layers, decoder_layers, load_tokenizer, model_outline
+from limbeck.models import (
+    ModelSource,
+    compile_layers,
+    decoder_layers,
+    load_tokenizer,
+    model_outline,
+    recompute_activations,
+)
 from limbeck.models import compile as compilation
-from limbeck.models import recompute_activations
 from limbeck.rollout import SamplingParams
 from limbeck.rollout.hf import HfGenerator, LockstepGenerator
 from limbeck.strategies.base import MicroBatches
@@ -21,8 +27,8 @@ from limbeck.strategies.fsdp2 import shard
 from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
 
-GREEDY = SamplingParams(12, temperature=0)
-SAMPLED = SamplingParams(9, n=2, temperature=1.5, seed=3)
+GREEDY = SamplingParams(8, temperature=0)
+SAMPLED = SamplingParams(8, n=2, temperature=1.5, seed=3)
 compiled_passes = []
 
 
@@ -45,8 +51,8 @@ def make_engine(folder, world, **layout):
 
 
 def train_step(engine, ids):
-    losses = [output.loss.item() for output in engine.forward_backward(MicroBatches(1, lambda: iter([ids])))]
-    return losses + [engine.step().item()]
+    (output,) = engine.forward_backward(MicroBatches(1, lambda: iter([ids])))
+    return output.loss.item(), engine.step().item()
 
 
 def check_written(engine, in_lockstep, with_copy, prompts):
@@ -55,13 +61,12 @@ def check_written(engine, in_lockstep, with_copy, prompts):
     before = root.training, model.config._attn_implementation, len(compiled_passes)
     in_lockstep.use_student(engine, 4)
     with_copy.update_weights(engine.iter_weights(), 4)
-    for first in (7, 0, 2):
+    for first, sampling in ((7, SAMPLED), (0, GREEDY), (2, SAMPLED)):
         own = prompts[:first] if dist.get_rank() == 0 else prompts[first:]
-        for sampling in (GREEDY, SAMPLED, replace(SAMPLED, seed=4)):
-            found, expected = in_lockstep.generate(own, sampling), with_copy.generate(own, sampling)
-            assert [replace(one, log_probs=None) for one in found] == [replace(one, log_probs=None) for one in expected]
-            for one, other in zip(found, expected, strict=True):
-                torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-5, rtol=0)
+        found, expected = in_lockstep.generate(own, sampling), with_copy.generate(own, sampling)
+        assert [replace(one, log_probs=None) for one in found] == [replace(one, log_probs=None) for one in expected]
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(one.log_probs), torch.tensor(other.log_probs), atol=1e-5, rtol=0)
     assert (root.training, model.config._attn_implementation, len(compiled_passes)) == before
     assert all(isinstance(parameter, DTensor) for parameter in root.parameters())  # nothing is left gathered
 
@@ -70,7 +75,7 @@ def check_training(folder, world, in_lockstep, with_copy, prompts, **layout):
     """A student that writes between its steps learns what one does that only trains."""
     ids = torch.arange(5, 29).reshape(2, 12) + world.rank
     writing, training = (make_engine(folder, world, **layout) for _ in range(2))
-    for _ in range(3):
+    for _ in range(2):
         check_written(writing, in_lockstep, with_copy, prompts)
         assert train_step(writing, ids) == train_step(training, ids)
     for (name, one), (_, other) in zip(writing.iter_weights(), training.iter_weights(), strict=True):
