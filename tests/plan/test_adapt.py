@@ -10,11 +10,12 @@ import torch
 from runs import rows
 
 from limbeck import DistillPipeline
-from limbeck.plan.adapt import choose_copy, choose_recomputation
+from limbeck.plan.adapt import adapt
+from limbeck.plan.copied_weights import with_copy
 from limbeck.plan.estimate import RESERVED, make_plan
 from limbeck.plan.gpus import GPUS
 from limbeck.strategies.world import World
-from limbeck.train.build.student import recomputes_activations
+from limbeck.train.build.student import recomputes_activations, with_recomputation
 
 ALONE = World(0, 1, torch.device("cpu"))
 UNSET = {"student.model_args.disable_gradient_checkpointing": None, **rows(8, 1), "sequence_length": 64}
@@ -29,12 +30,12 @@ def needed(config):
 
 def test_activations_are_recomputed_only_where_they_do_not_fit(configure, capsys):
     config = configure(**UNSET)
-    kept = choose_recomputation(config, ALONE, memory=80e9)
+    kept = adapt(config, ALONE, memory=80e9)
     assert not recomputes_activations(kept, "cuda")
     assert capsys.readouterr().err == ""
     limit = needed(kept)
-    assert not recomputes_activations(choose_recomputation(config, ALONE, memory=1.01 * limit), "cuda")
-    recomputed = choose_recomputation(config, ALONE, memory=0.99 * limit)
+    assert not recomputes_activations(adapt(config, ALONE, memory=1.01 * limit), "cuda")
+    recomputed = adapt(config, ALONE, memory=0.99 * limit)
     assert recomputes_activations(recomputed, "cuda")
     assert (
         "activations are recomputed in the backward pass, because a step that keeps them needs"
@@ -46,32 +47,32 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(configure, capsys
 @pytest.mark.parametrize("disabled", [True, False])
 def test_a_choice_in_the_configuration_stays(configure, disabled):
     config = configure(**{**UNSET, "student.model_args.disable_gradient_checkpointing": disabled})
-    assert choose_recomputation(config, ALONE, memory=1.0) is config
+    assert adapt(config, ALONE, memory=1.0) is config
 
 
 def test_nothing_is_planned_on_a_cpu_and_memory_that_is_unknown_counts_as_too_little(configure, capsys):
     config = configure(**UNSET)
-    assert choose_recomputation(config, ALONE) is config
+    assert adapt(config, ALONE) is config
     unknown = configure(**UNSET, objective_faults=["mean_of_micro_batches"])
-    assert recomputes_activations(choose_recomputation(unknown, ALONE, memory=80e9), "cuda")
-    assert "the memory of a step is unknown" in capsys.readouterr().err
+    assert recomputes_activations(adapt(unknown, ALONE, memory=80e9), "cuda")
+    assert "needs memory of unknown size" in capsys.readouterr().err
 
 
 def test_the_choice_is_what_runs(configure, tmp_path):
     """On a CPU with the memory of a small GPU: the layers of the student are checkpointed."""
     config, seen = configure(**UNSET, max_steps=1, eval_steps=0), []
 
-    def adapt(config, world):
-        seen.append(choose_recomputation(config, world, memory=1.0))
+    def adapt_to_small_gpus(config, world):
+        seen.append(adapt(config, world, memory=1.0))
         return seen[-1]
 
-    DistillPipeline(config, adapt).run()
+    DistillPipeline(config, adapt_to_small_gpus).run()
     (adapted,) = seen
     assert recomputes_activations(adapted, "cpu")
 
 
 def copied(config, memory: float):
-    return choose_copy(config, ALONE, memory=memory).rollout.generator_kwargs.get("copy")
+    return adapt(config, ALONE, memory=memory).rollout.generator_kwargs.get("copy")
 
 
 def test_the_student_writes_in_lockstep_only_where_a_copy_of_its_weights_does_not_fit(configure, capsys):
@@ -91,6 +92,16 @@ def test_the_student_writes_in_lockstep_only_where_a_copy_of_its_weights_does_no
     assert "so that the student writes in lockstep" in " ".join(planned.notices)
 
 
+def test_recomputing_is_preferred_to_lockstep(configure):
+    config = configure(**{**UNSET, **WRITING})
+    kept, recomputed = (
+        needed(with_recomputation(with_copy(config, copy=True), recompute=recompute)) for recompute in (False, True)
+    )
+    for memory, expected in ((1.01 * kept, (True, False)), (1.01 * recomputed, (True, True)), (1.0, (False, True))):
+        chosen = adapt(config, ALONE, memory=memory)
+        assert (chosen.rollout.generator_kwargs["copy"], recomputes_activations(chosen, "cuda")) == expected
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -103,7 +114,7 @@ def test_the_student_writes_in_lockstep_only_where_a_copy_of_its_weights_does_no
 )
 def test_where_lockstep_is_impossible_or_not_wanted_nothing_is_planned(configure, changes):
     config = configure(**{**WRITING, **changes})
-    assert choose_copy(config, ALONE, memory=1.0) is config
+    assert adapt(config, ALONE, memory=1.0) is config
 
 
 def test_an_offloaded_copy_is_not_beside_activations(configure):

@@ -9,12 +9,15 @@ import pytest
 import torch
 from tiny import make_model
 
+from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_tokenizer, model_outline
 from limbeck.rollout import Prompt, SamplingParams
 from limbeck.rollout.hf import LockstepGenerator
 from limbeck.strategies.world import World
 
+LAYOUT = "student.strategy_args.strategy_config."
+ZERO = {"student.strategy_args.strategy_name": "deepspeed_train"}
 HERE = Path(__file__).parent
 
 
@@ -45,3 +48,24 @@ def test_a_generator_without_a_student_is_refused(folder):
     )
     with pytest.raises(LimbeckError, match="no student yet; call use_student"):
         generator.generate([Prompt((5, 6), 0)], SamplingParams(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout.max_staleness": 1}, "rollout.max_staleness = 1 writes then; set copy to true"),
+        (ZERO, "strategy_name = deepspeed_train does not support; use fsdp2_train"),
+        ({LAYOUT + "tensor_model_parallel_size": 2}, "tensor_model_parallel_size = 2; use 1"),
+        ({LAYOUT + "pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size = 2; use 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_combined_with_lockstep_is_refused(configure, changes, message):
+    with pytest.raises(LimbeckError, match=rf"rollout.generator_kwargs.copy = false .*{message}"):
+        configure(**{"distill_loss_weight": 1.0, "rollout.generator_kwargs": {"copy": False}, **changes})
+
+
+def test_a_key_that_only_a_copy_reads_causes_a_notice(settings):
+    changes = {"rollout.generator_kwargs": {"copy": False}, "rollout.offload": True}
+    notices = load_mapping(settings(**changes, distill_loss_weight=1.0)).notices
+    assert any("rollout.offload has no effect" in notice for notice in notices)

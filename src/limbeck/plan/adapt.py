@@ -6,7 +6,7 @@ Activations are recomputed, and the student writes in lockstep, only if memory r
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,70 +18,72 @@ from limbeck.plan.gpus import GPUS
 from limbeck.strategies.world import World
 from limbeck.train.build.student import with_recomputation
 
-_KEY = "student.model_args.disable_gradient_checkpointing"
+_RECOMPUTES, _COPIES = "student.model_args.disable_gradient_checkpointing", "rollout.generator_kwargs.copy"
 
 
-_COPY = "rollout.generator_kwargs.copy"
+def adapt(config: DistillConfig, world: World, memory: float | None = None) -> DistillConfig:
+    """``config`` with ``disable_gradient_checkpointing`` and ``rollout.generator_kwargs.copy`` set, where these are unset or
+    auto and the student trains on GPUs.
 
-
-def adapt(config: DistillConfig, world: World) -> DistillConfig:
-    """``config`` with both decisions made, the same on every rank."""
-    return choose_recomputation(choose_copy(config, world), world)
-
-
-def choose_copy(config: DistillConfig, world: World, memory: float | None = None) -> DistillConfig:
-    """``config`` with ``rollout.generator_kwargs.copy`` set, if that is auto and the student trains on GPUs.
-
-    Every rank writes with a copy of the student's weights if that fits beside a step, or if its memory is unknown, and in
-    lockstep otherwise. The choice is the same on every rank.
+    The student's step is planned with the faster choices first: all activations and a copy of the weights that writes, then
+    without the former, then without the latter. The first that fits is taken, and the last is not planned. If the memory of a
+    step is unknown, activations are recomputed and a copy writes. The choice is the same on every rank.
 
     Args:
         memory: bytes of one GPU; by default of this process's.
     """
-    memory = _gpu_memory(world) if memory is None else memory
-    if memory is None or not leaves_copy_open(config):
-        return config
-    copied = with_copy(config, copy=True)
-    try:
-        plan = _plan_here(copied, world, memory)
-    except UnknownMemory:
-        return copied
-    if not world.max(not plan.fits):
-        return copied
-    if world.is_main:
-        print(
-            f"note: the student writes in lockstep on all ranks, because a step beside a copy of its weights {_needs(plan)} "
-            f"(set {_COPY})",
-            file=sys.stderr,
-        )
-    return with_copy(config, copy=False)
-
-
-def choose_recomputation(config: DistillConfig, world: World, memory: float | None = None) -> DistillConfig:
-    """``config`` with ``disable_gradient_checkpointing`` set, if that is unset and the student trains on GPUs.
-
-    The student's step is planned without recomputation. If that does not fit, or cannot be planned, activations are
-    recomputed. The choice is the same on every rank.
-
-    Args:
-        memory: bytes of one GPU; by default of this process's.
-    """
-    if config.student.model_args.disable_gradient_checkpointing is not None:
-        return config
-    memory = _gpu_memory(world) if memory is None else memory
     if memory is None:
-        return config
-    kept = with_recomputation(config, recompute=False)
-    try:
-        plan = _plan_here(kept, world, memory)
-        fits, reason = plan.fits, f"a step that keeps them {_needs(plan)}"
-    except UnknownMemory as error:
-        fits, reason = False, f"the memory of a step is unknown: {error}"
-    if not world.max(not fits):
-        return kept
+        if world.device.type != "cuda":
+            return config
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    copies = (True, False) if leaves_copy_open(config) else (None,)
+    recomputes = (False, True) if config.student.model_args.disable_gradient_checkpointing is None else (None,)
+    *choices, last = [_Choice(copy, recompute) for copy in copies for recompute in recomputes]
+    chosen, reasons = last, {}
+    for choice in choices:
+        try:
+            gpu = replace(GPUS["H100"], memory=memory)
+            plan = make_plan(choice.of(config), 1, 1 + max(_devices(config, world.size)), gpu)
+        except UnknownMemory as error:
+            chosen = _Choice(copies[0], recomputes[-1])
+            reasons[_Choice(copies[0], recomputes[0])] = f"needs memory of unknown size: {error}"
+            break
+        if not world.max(not plan.fits):
+            chosen = choice
+            break
+        reasons[choice] = _reason(plan)
     if world.is_main:
-        print(f"note: activations are recomputed in the backward pass, because {reason} (set {_KEY})", file=sys.stderr)
-    return with_recomputation(config, recompute=True)
+        _explain(chosen, reasons)
+    return chosen.of(config)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """copy: of the weights, for writing. recompute: activations. None stays as it is configured."""
+
+    copy: bool | None
+    recompute: bool | None
+
+    def of(self, config: DistillConfig) -> DistillConfig:
+        config = config if self.copy is None else with_copy(config, copy=self.copy)
+        return config if self.recompute is None else with_recomputation(config, recompute=self.recompute)
+
+
+def _explain(chosen: _Choice, reasons: dict[_Choice, str]) -> None:
+    """Print what was chosen and is slower, with the plan that does not fit."""
+    if chosen.copy is False:
+        reason = [why for choice, why in reasons.items() if choice.copy][-1]
+        _note(
+            f"the student writes in lockstep on all ranks, because a step beside a copy of its weights {reason}",
+            _COPIES,
+        )
+    if chosen.recompute:
+        reason = reasons[replace(chosen, recompute=False)]
+        _note(f"activations are recomputed in the backward pass, because a step that keeps them {reason}", _RECOMPUTES)
+
+
+def _note(sentence: str, key: str) -> None:
+    print(f"note: {sentence} (set {key})", file=sys.stderr)
 
 
 def _devices(config: DistillConfig, ranks: int) -> list[int]:
@@ -89,16 +91,6 @@ def _devices(config: DistillConfig, ranks: int) -> list[int]:
     return [*(config.device_mapping or range(ranks)), *(teacher or [])]
 
 
-def _gpu_memory(world: World) -> float | None:
-    """Bytes of this process's GPU; None on a CPU."""
-    return torch.cuda.get_device_properties(world.device).total_memory if world.device.type == "cuda" else None
-
-
-def _plan_here(config: DistillConfig, world: World, memory: float) -> Plan:
-    """The plan of a step on the devices of the run, each with ``memory`` bytes."""
-    return make_plan(config, 1, 1 + max(_devices(config, world.size)), replace(GPUS["H100"], memory=memory))
-
-
-def _needs(plan: Plan) -> str:
+def _reason(plan: Plan) -> str:
     gib = 2**30
     return f"needs about {plan.needed / gib:.1f} GiB, and a GPU has {plan.usable / gib:.1f} GiB"
