@@ -71,10 +71,10 @@ def check_written(engine, in_lockstep, with_copy, prompts):
     assert all(isinstance(parameter, DTensor) for parameter in root.parameters())  # nothing is left gathered
 
 
-def check_training(folder, world, in_lockstep, with_copy, prompts, **layout):
+def check_training(folder, world, in_lockstep, with_copy, prompts):
     """A student that writes between its steps learns what one does that only trains."""
     ids = torch.arange(5, 29).reshape(2, 12) + world.rank
-    writing, training = (make_engine(folder, world, **layout) for _ in range(2))
+    writing, training = (make_engine(folder, world) for _ in range(2))
     for _ in range(2):
         check_written(writing, in_lockstep, with_copy, prompts)
         assert train_step(writing, ids) == train_step(training, ids)
@@ -99,8 +99,8 @@ def main(folder):
     generators = LockstepGenerator(outline, tokenizer, world, slots=3), HfGenerator(outline, tokenizer, slots=3)
     prompts = contract.make_prompts(outline.config.vocab_size)
     check_training(folder, world, *generators, prompts)
-    check_training(folder, world, *generators, prompts, reshard_after_forward=False)
     assert compiled_passes
+    check_written(make_engine(folder, world, reshard_after_forward=False), *generators, prompts)
     dist.destroy_process_group()
 
 

@@ -17,7 +17,10 @@ from limbeck.rollout.hf import LockstepGenerator
 from limbeck.strategies.world import World
 
 LAYOUT = "student.strategy_args.strategy_config."
-ZERO = {"student.strategy_args.strategy_name": "deepspeed_train"}
+ZERO = {
+    "student.strategy_args.strategy_name": "deepspeed_train",
+    "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
+}
 HERE = Path(__file__).parent
 
 
