@@ -40,7 +40,8 @@ def add_copy(config: DistillConfig, peak: dict[str, int], most: dict[str, int], 
     if not (config.rollout.offload or config.offloads_colocated):
         peak["copy"] = most["copy"]
         return
-    writing = {tag: most[tag] for tag in ("parameters", "optimizer", "teacher", "copy") if tag in most}
+    held = ("parameters", "optimizer", "teacher", "copy")
+    writing: dict[str, int] = {tag: most[tag] for tag in held if tag in most}
     if sum(writing.values()) > sum(peak.values()):
         peak.clear()
         peak.update(writing)
