@@ -66,10 +66,10 @@ def distill(
     _set(values, "student.data_args.file_name", _files(data, Path(values.get("output_dir", "output"))))
     loaded = load_mapping(values, "distill()")
 
-    from limbeck.plan.recomputation import choose_recomputation
+    from limbeck.plan.adapt import adapt
     from limbeck.train.loop import DistillPipeline
 
-    return DistillPipeline(loaded.config, choose_recomputation, loaded.notices).run()
+    return DistillPipeline(loaded.config, adapt, loaded.notices).run()
 
 
 def _path(key: str) -> str:

@@ -215,6 +215,7 @@ def test_a_missing_vllm_names_the_extra(configure, monkeypatch):
         ("vllm", {"tensor_parallel_size": 2}, "generator_kwargs.tensor_parallel_size is set by the generator vllm"),
         ("hf", {"slot": 2}, "generator_kwargs.slot is no argument of the generator hf; set slots"),
         ("hf", {"slots": 0}, "generator_kwargs.slots = 0 is no positive number"),
+        ("hf", {"copy": "no"}, "generator_kwargs.copy = no is neither auto nor true or false"),
     ],
 )
 def test_arguments_without_effect_are_refused(configure, generator, arguments, sentence):

@@ -30,6 +30,15 @@ ZERO = {
     "student.strategy_args.strategy_name": "deepspeed_train",
     "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
 }
+LOCKSTEP = {"rollout.generator_kwargs": {"copy": False, "slots": 3}}
+VALIDATED = {  # by writing, before the first step too
+    "rollout.temperature": 1.0,
+    "rollout.environment": "exact",
+    "rollout.environment_kwargs": {"answer_key": "answer"},
+    "eval_steps": 1,
+    "validation.at_start": True,
+    "validation.rollout.max_samples": 3,
+}
 AVERAGE = {
     "teacher_pretrain": None,
     "teacher.source": "student_average",
@@ -43,6 +52,8 @@ CASES = {  # what one process and two ranks have in common, and what only two ra
     "FSDP2": ({"rollout.num_generations": 2, "rollout.temperature": 1.0}, rows(4)),
     "FSDP2 with adapters": (LORA, rows(4)),
     "FSDP2 with the student's average as the teacher": (AVERAGE, rows(4)),
+    "FSDP2 in lockstep, validated": (VALIDATED, {**rows(4), **LOCKSTEP}),
+    "context parallel with adapters, in lockstep": (LORA, {**rows(8), **LOCKSTEP, LAYOUT + "context_parallel_size": 2}),
     "ZeRO-3": ({}, {**rows(4), **ZERO}),
 }
 
@@ -67,6 +78,10 @@ def test_two_ranks_write_and_learn_what_one_process_does(configure, settings, tm
     for name, (one, many) in outputs.items():
         for key in ("train/loss", "rollout/mean_length", "rollout/on_policy_share", "student/grad_norm"):
             assert metrics(many, key) == pytest.approx(metrics(one, key), rel=1e-4), (name, key)
+        if "validated" in name:
+            assert metrics(many, "val/mean_length") == metrics(one, "val/mean_length") != []
+        if "lockstep" in name:
+            assert set(metrics(many, "time/weight_sync")) == {0.0}
         if "average" in name:  # the averages of two ranks go on in one process
             for folder in (one, many):
                 more = {"max_steps": 3, "resume_from_checkpoint": True, "output_dir": str(folder)}

@@ -83,10 +83,10 @@ def _train_here(loaded: LoadedConfig) -> int:
         allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible_devices([*devices, *own], allowed)
 
-    from limbeck.plan.recomputation import choose_recomputation
+    from limbeck.plan.adapt import adapt
     from limbeck.train.loop import DistillPipeline
 
-    result = DistillPipeline(config, choose_recomputation, loaded.notices).run()
+    result = DistillPipeline(config, adapt, loaded.notices).run()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0

@@ -35,12 +35,12 @@ class StudentWorker(Worker):
             teachers: the teacher's actors; empty if the student's processes hold the teacher.
             in_step: whether these run every forward pass together.
         """
-        from limbeck.plan.recomputation import choose_recomputation
+        from limbeck.plan.adapt import adapt
         from limbeck.train.loop import DistillPipeline, Surroundings
 
         with failures_logged():
             surroundings = Surroundings(tuple(teachers), in_step, self._stop, self._console, self._count_rows)
-            return DistillPipeline(self.config, choose_recomputation).run_in(self.world, surroundings)
+            return DistillPipeline(self.config, adapt).run_in(self.world, surroundings)
 
     def stop(self, signal: int) -> None:
         """Stop the loop after the current step, as the signal ``signal`` would."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
+from limbeck.plan.copied_weights import leaves_copy_open, with_copy
 from limbeck.plan.gpus import GPUS, Gpu
 from limbeck.plan.micro_batch import longest_row
 from limbeck.plan.simulate import Step, simulate
@@ -16,6 +17,15 @@ from limbeck.train.build.student import with_recomputation
 
 RESERVED = 0.08
 """Fraction of a GPU's memory that is reserved for the CUDA context, NCCL's buffers and fragmentation."""
+
+_LOCKSTEP = (
+    "a copy of the student's weights for writing does not fit, so that the student writes in lockstep; set "
+    "rollout.generator_kwargs.copy to choose."
+)
+_LONGER_PROMPTS = (
+    "teacher.prompt: the teacher's rows are planned as long as the student's, and its own prompts of up to {} tokens may make "
+    "them longer."
+)
 
 _ADAM_BYTES = (
     28  # per parameter: AdamW reads weight, gradient and two moments, and writes all but the gradient, in float32
@@ -169,7 +179,8 @@ class Plan:
 def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
     """The plan of ``config`` on ``nodes`` × ``gpus_per_node`` GPUs, whether it fits or not.
 
-    If ``disable_gradient_checkpointing`` is unset, activations are recomputed only if they do not fit otherwise, as in a run.
+    What the configuration leaves open is as in a run: if ``disable_gradient_checkpointing`` is unset, activations are
+    recomputed only if they do not fit otherwise, and the student writes in lockstep only if a copy of its weights does not fit.
 
     Raises:
         UnknownMemory: if sizes do not determine what the run holds.
@@ -177,6 +188,12 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     """
     if nodes < 1 or gpus_per_node < 1:
         raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU; both must be 1 or more.")
+    if leaves_copy_open(config):
+        copied = make_plan(with_copy(config, copy=True), nodes, gpus_per_node, gpu)
+        if copied.fits:
+            return copied
+        in_lockstep = make_plan(with_copy(config, copy=False), nodes, gpus_per_node, gpu)
+        return replace(in_lockstep, notices=(*in_lockstep.notices, _LOCKSTEP))
     if config.student.model_args.disable_gradient_checkpointing is None:
         kept = make_plan(with_recomputation(config, recompute=False), nodes, gpus_per_node, gpu)
         return kept if kept.fits else make_plan(with_recomputation(config, recompute=True), nodes, gpus_per_node, gpu)
@@ -189,7 +206,10 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
         name = step.role if ranks[step.role] == 1 else f"{step.role}, rank {step.rank}"
         groups.append(_group(name, step, gpus_per_node, gpu, signal_link))
     _, notice = longest_row(config)
-    notices = () if notice is None else (notice,)
+    prompt = config.teacher.prompt if config.has_teacher else None
+    if prompt is not None:
+        longer = _LONGER_PROMPTS.format(prompt.max_length or config.sequence_length)
+    notices = tuple(each for each in (notice, None if prompt is None else longer) if each is not None)
     compiled = config.compile_model is not False
     return Plan(nodes, gpus_per_node, gpu, tuple(groups), config.offloads_colocated, notices, compiled)
 
@@ -247,6 +267,8 @@ def _remedy(largest: str, step: Step) -> str:
         if not step.recomputed:
             return "student.model_args.disable_gradient_checkpointing=false"
         return "fewer tokens in a micro-batch, a larger context_parallel_size"
+    if largest == "copy":
+        return "rollout.generator_kwargs.copy=false, rollout.offload=true"
     if largest == "teacher":
         return "fsdp2_infer, which shards the teacher, on more GPUs"
     if largest in ("parameters", "gradients", "optimizer"):

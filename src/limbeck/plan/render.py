@@ -11,6 +11,7 @@ _NAMES = {
     "parameters": "student's parameters (FSDP2: float32 masters)",
     "gradients": "gradients",
     "optimizer": "optimizer state (ZeRO: and float32 masters)",
+    "copy": "copy of the student's weights for writing",
     "teacher": "teacher (its part of the body, the whole head)",
     "gathered": "gathered layers and buffers of collectives",
     "signal": "signal and activations of the teacher's pass",

@@ -22,6 +22,7 @@ from limbeck.models import ModelSource, model_outline, output_head
 from limbeck.objectives import DistillationLoss, Sampled, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
+from limbeck.plan.copied_weights import add_copy
 from limbeck.plan.micro_batch import full_micro_batch, longest_row
 from limbeck.plan.models import SIGNAL, SimulatedStudent, simulated_student, simulated_teacher
 from limbeck.plan.tracker import ACTIVATIONS, Tracker, local, tagged, with_tag
@@ -166,14 +167,16 @@ def _student_step(config: DistillConfig, devices: tuple[int, ...], rank: int, ki
         if colocated:
             waits["teacher"] = dims_of(config.teacher, len(devices), "teacher").pp - 1
         optimizer = simulated.student.engine.optimizer
+        peak, most = dict(+steps.tracker.peak), dict(+steps.tracker.most)
+        add_copy(config, peak, most, simulated.num_parameters, kind.type)
         return Step(
             role="student and teacher" if colocated else "student",
             rank=rank,
             devices=devices,
             parameters={"student": simulated.num_parameters}
             | ({} if teacher is None else {"teacher": teacher.info.num_parameters}),
-            peak=dict(+steps.tracker.peak),
-            most=dict(+steps.tracker.most),
+            peak=peak,
+            most=most,
             activations=steps.activations,
             recomputed=recomputes_activations(config, kind.type),
             flops={name: totals["flops", name] for name in ("teacher", "student", "loss")},

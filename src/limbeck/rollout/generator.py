@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:  # the worker processes of verifiers import this package, but not torch
     from torch import Tensor
+
+    from limbeck.strategies.base import Engine
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Generator(Protocol):
     """
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
-        """``sampling.n`` completions for each prompt, in order.
+        """``sampling.n`` completions for each prompt, in order. A rank may have no prompts.
 
         With ``rollout.max_staleness`` it runs in a thread beside a training step. It must then use no collectives of the
         student's process groups and no random state that is shared with the training.
@@ -84,3 +86,13 @@ class Generator(Protocol):
 
     def reload(self) -> None:
         """The inverse of ``offload``."""
+
+
+@runtime_checkable
+class InPlaceGenerator(Generator, Protocol):
+    """A generator that writes with the student that is trained and has no weights of its own."""
+
+    def use_student(self, engine: Engine, version: int) -> None:
+        """Write with the student of ``engine`` from now on, whose weights change with training. Called in place of
+        ``update_weights``.
+        """

@@ -12,17 +12,19 @@ from each other while one of them is still being written.
 A token's random number depends only on the seed, the row id, the number of the sample and the position. The same
 completions are therefore written for any batch and any number of slots, up to rounding of the logits.
 
-The generator has no weights until ``update_weights`` is called; no checkpoint is read.
+The generator has no weights until ``update_weights`` is called; no checkpoint is read. ``LockstepGenerator`` needs none: it
+writes with the modules of the student itself.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,13 +32,17 @@ from torch import Tensor
 
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import body
+from limbeck.models import body, unwrap_model
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
 from limbeck.rollout.sampling import sample_tokens
 from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
 from limbeck.rollout.weights import SharedWeights, transposed_linears
+from limbeck.strategies.base import Engine
+from limbeck.strategies.fsdp2 import reshard
 from limbeck.strategies.world import World
+
+T = TypeVar("T")
 
 _PREFILL_TOKENS = 8192
 """Most tokens of one prefill, padding included; a longer prompt is prefilled alone."""
@@ -133,15 +139,12 @@ class HfGenerator:
         if self._has_weights:
             self._weights.to(self._device)
 
-    @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingParams) -> list[Completion]:
         """See ``Generator``. A completion also ends, not finished, where the model's positions or max_length do.
 
         Raises:
             LimbeckError: if a prompt is empty or leaves no position for a token.
         """
-        if not self._has_weights:
-            raise LimbeckError("the generator has no weights yet; call update_weights before generate.")
         rows = [row for index, prompt in enumerate(prompts) for row in self._make_rows(index, prompt, sampling)]
         waiting = deque(sorted(rows, key=lambda row: -len(row.prompt.token_ids)))
         cache = SlotCache(
@@ -149,7 +152,7 @@ class HfGenerator:
             max((len(row.prompt.token_ids) + row.max_tokens - 1 for row in rows), default=0),
         )
         active: list[_Row] = []  # by slot
-        with transposed_linears(self.model) if self._device.type == "cpu" else nullcontext():
+        with self._writing():
             while waiting or active:
                 added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
                 if added:
@@ -160,6 +163,19 @@ class HfGenerator:
             Completion(row.prompt, tuple(row.token_ids), tuple(row.log_probs), row.finished, self.version)
             for row in rows
         ]
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """In the block, ``_forward`` may be called."""
+        if not self._has_weights:
+            raise LimbeckError("the generator has no weights yet; call update_weights before generate.")
+        transposed = transposed_linears(self.model) if self._device.type == "cpu" else nullcontext()
+        with torch.inference_mode(), transposed:
+            yield
+
+    def _forward(self, compute: Callable[[Any], T]) -> T:
+        """``compute(model)``, which is one forward pass of the model."""
+        return compute(self.model)
 
     def _make_rows(self, index: int, prompt: Prompt, sampling: SamplingParams) -> list[_Row]:
         length, most = len(prompt.token_ids), sampling.max_tokens
@@ -199,7 +215,7 @@ class HfGenerator:
             new = new[len(group) :]
             ids = [[*active[slot].prompt.token_ids[:-1]] for slot in group]
             padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self._device)
-            body(self.model)(input_ids=padded, use_cache=False, slots=Prefill(cache, group))
+            self._forward(partial(_prefill, ids=padded, slots=Prefill(cache, group)))
         if copies:
             sources, targets = zip(*copies, strict=True)
             cache.copy(sources, targets, max(len(active[slot].prompt.token_ids) for slot in targets))
@@ -210,7 +226,9 @@ class HfGenerator:
         positions = torch.tensor([row.position for row in rows], device=self._device)
         draws = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=self._device)
         slots = Decode(cache, positions, max(row.position for row in rows))
-        logits = self.model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
+        logits = self._forward(
+            lambda model: model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
+        )
         tokens, log_probs = sample_tokens(logits[:, 0, : self._num_tokens], draws, sampling)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.token_ids.append(token)
@@ -230,6 +248,60 @@ class HfGenerator:
         return any(stop in text for stop in stop_strings)
 
 
+class LockstepGenerator(HfGenerator):
+    """Writes with the student that is trained, in place of a copy of its weights.
+
+    Each forward pass of a sharded student gathers its layers, so that all ranks that share it must run equally many. A rank
+    whose completions have ended runs a token of its own until the others have ended too. Adapters stay unmerged, and the
+    layers run uncompiled.
+
+    Args:
+        model, tokenizer, slots, max_length: see ``HfGenerator``; the model only describes the student.
+        world: the processes of the student.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, world: World, slots: int = 64, max_length: int | None = None
+    ) -> None:
+        super().__init__(model, tokenizer, world.device, slots, max_length)
+        self._world = world
+        self._engine: Engine | None = None
+
+    def use_student(self, engine: Engine, version: int) -> None:
+        """See ``InPlaceGenerator``."""
+        self._engine, self.version = engine, version
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        if self._engine is None:
+            raise LimbeckError("the generator has no student yet; call use_student before generate.")
+        root: Any = self._engine.root
+        model, was_training = unwrap_model(root.model), root.training
+        own = model.config._attn_implementation
+        model.set_attn_implementation(SLOT_ATTENTION)
+        try:
+            # Not in inference mode: FSDP keeps some of the tensors that it makes here, and training needs them.
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+                ids = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+                while self._world.max(0):
+                    self._engine.evaluate(partial(_prefill, ids=ids, slots=Prefill(SlotCache(1, 1), [0])))
+        finally:
+            model.set_attn_implementation(own)
+            root.train(was_training)
+            reshard(root)
+
+    def _forward(self, compute: Callable[[Any], T]) -> T:
+        assert self._engine is not None
+        self._world.max(1)  # the others run a pass too
+        return self._engine.evaluate(lambda model: compute(unwrap_model(model)))  # type: ignore[return-value]
+
+
+def _prefill(model: Any, ids: Tensor, slots: Prefill) -> None:
+    """One forward pass of ``model`` over prompts, which writes their keys and values. ids: [prompts, time]."""
+    body(model)(input_ids=ids, use_cache=False, slots=slots)
+
+
 def _remove_ended(rows: list[_Row], cache: SlotCache) -> list[_Row]:
     """The rows that go on, moved to the first slots."""
     kept = [slot for slot, row in enumerate(rows) if not row.ended]
@@ -243,20 +315,24 @@ def _remove_ended(rows: list[_Row], cache: SlotCache) -> list[_Row]:
 
 
 def make_generator(config: DistillConfig, world: World) -> HfGenerator:
-    """The generator of a run's student, without weights. ``rollout.generator_kwargs`` may set ``slots``.
+    """The generator of a run's student, without weights. ``rollout.generator_kwargs`` may set ``slots`` and ``copy``.
 
     Raises:
-        LimbeckError: if ``rollout.generator_kwargs`` has another key, or ``slots`` is not a positive number.
+        LimbeckError: if ``rollout.generator_kwargs`` has another key or value.
     """
     arguments = config.rollout.generator_kwargs if config.rollout else {}
-    unknown, slots = sorted(arguments.keys() - {"slots"}), arguments.get("slots", 64)
-    if unknown or type(slots) is not int or slots < 1:
-        wrong = (
-            f"{unknown[0]} is no argument of the generator hf" if unknown else f"slots = {slots} is no positive number"
-        )
+    slots, copy = arguments.get("slots", 64), arguments.get("copy", "auto")
+    wrong = [f"{key} is no argument of the generator hf" for key in sorted(arguments.keys() - {"slots", "copy"})]
+    if type(slots) is not int or slots < 1:
+        wrong.append(f"slots = {slots} is no positive number")
+    if copy != "auto" and type(copy) is not bool:
+        wrong.append(f"copy = {copy} is neither auto nor true or false")
+    if wrong:
         raise LimbeckError(
-            f"rollout.generator_kwargs.{wrong}; set slots, the number of completions that are written at the same time, or "
-            "nothing."
+            f"rollout.generator_kwargs.{wrong[0]}; set slots, the number of completions that are written at the same time, "
+            "copy, whether each rank has a copy of the weights, or nothing."
         )
     model, tokenizer = student_outline(config, world)
+    if config.rollout is not None and config.rollout.in_lockstep:
+        return LockstepGenerator(model, tokenizer, world, slots, config.sequence_length)
     return HfGenerator(model, tokenizer, world.device, slots, config.sequence_length)

@@ -13,13 +13,18 @@ from limbeck.models import ModelSource, load_tokenizer, model_outline
 from limbeck.strategies.world import World
 
 
+def writing_dtype(device_type: str) -> torch.dtype:
+    """The precision in which a copy of a model writes."""
+    return torch.float32 if device_type == "cpu" else torch.bfloat16
+
+
 def student_outline(config: DistillConfig, world: World) -> tuple[Any, Any]:
     """The student on the meta device and its tokenizer; in float32 on a CPU and in bfloat16 on a GPU."""
     args = config.student.model_args
     source, name = ModelSource.from_args(args, "student"), str(config.tokenizer_name_or_path)
     revision = args.revision if name == args.model_name_or_path else None
-    dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
-    return model_outline(source, dtype), load_tokenizer(replace(source, name_or_path=name, revision=revision))
+    model = model_outline(source, writing_dtype(world.device.type))
+    return model, load_tokenizer(replace(source, name_or_path=name, revision=revision))
 
 
 def end_token_ids(model: Any, tokenizer: Any) -> set[int]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StrategyConfig, WorkerConfig
@@ -170,6 +170,13 @@ def shard(
     # backward.
     fully_shard(root, reshard_after_forward=False, **options)
     return root
+
+
+def reshard(root: nn.Module) -> None:
+    """Free what forward passes without a backward pass have left gathered of ``root``."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def freeze_for_inference(model: Any, world: World) -> FrozenModel:

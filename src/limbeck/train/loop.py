@@ -221,7 +221,7 @@ def train_step(run: Run) -> None:
             run.average.update(run.student.iter_weights())
     run.step += 1
     with timer.section("data"):
-        run.source.weights_changed(run.student.iter_weights, run.step)
+        run.source.weights_changed(run.student.weights, run.step)
     if run.taid:
         run.taid.update(world.sum(kd) / world.dims.loss_ranks, run.step / run.total_steps)
     run.metrics.count(batch, norm)

@@ -7,6 +7,7 @@ loop does not know. Sources are registered in ``limbeck.registry.STEP_SOURCES``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from math import ceil
 from typing import Any, Protocol
 
@@ -16,10 +17,24 @@ from limbeck.config import DistillConfig
 from limbeck.data import BatchStream, PrefetchedStream
 from limbeck.data.batch import StepBatch
 from limbeck.errors import LimbeckError
+from limbeck.strategies.base import Engine
 from limbeck.strategies.world import World
 from limbeck.train.build.data import Data
 
-Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+
+@dataclass(frozen=True)
+class Weights:
+    """The student's current weights. A call iterates over their names in the plain model and full tensors, one at a time.
+    Collective.
+
+    engine: that trains them, for what uses the student in place.
+    """
+
+    iterate: Callable[[], Iterator[tuple[str, Tensor]]]
+    engine: Engine
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        return self.iterate()
 
 
 class StepSource(Protocol):
@@ -41,8 +56,8 @@ class StepSource(Protocol):
         """
 
     def weights_changed(self, weights: Weights, step: int) -> None:
-        """The student has taken step ``step``, or is about to begin after it; ``weights`` iterates over its current weights,
-        if the source needs them.
+        """The student has taken step ``step``, or is about to begin after it; ``weights()`` iterates over its current
+        weights, if the source needs them.
         """
 
     def validated(self, metrics: Mapping[str, float]) -> None:

@@ -124,8 +124,14 @@ class StudentWithLoss(nn.Module):
         self.features = settings.features  # a submodule: its projections are trained
         self.vocab_parallel = vocab_parallel
 
-    def forward(self, inputs: TrainInput) -> StudentLoss:
-        """The loss of one micro-batch."""
+    def forward(self, inputs: TrainInput | Callable[[Any], Any]) -> Any:
+        """The loss of one micro-batch, ``StudentLoss``.
+
+        In place of a micro-batch, a function may be given: it is called with the model and computes one pass of it, for which
+        the wrappers of this module gather the parameters as for any other.
+        """
+        if not isinstance(inputs, TrainInput):
+            return inputs(self.model)
         batch, signal, settings = inputs.batch, inputs.signal, self.settings
         taps = HiddenStateCapture() if self.features is None else self.features.taps
         with taps.capture() as found:

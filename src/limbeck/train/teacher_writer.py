@@ -9,12 +9,12 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from limbeck.config import DistillConfig
 from limbeck.models import ModelSource, load_model, model_outline
 from limbeck.rollout import Prompt
 from limbeck.rollout.hf import HfGenerator
+from limbeck.rollout.student import writing_dtype
 from limbeck.strategies.world import World
 from limbeck.train.samples import TEACHER, Sample
 from limbeck.train.writer import Writer
@@ -37,7 +37,7 @@ class TeacherWriter:
 
     def __init__(self, config: DistillConfig, world: World, tokenizer: object, stop_token_ids: Sequence[int]) -> None:
         source = ModelSource.from_args(config.teacher.model_args, "teacher")
-        dtype = torch.float32 if world.device.type == "cpu" else torch.bfloat16
+        dtype = writing_dtype(world.device.type)
         generator = HfGenerator(
             model_outline(source, dtype), tokenizer, world.device, max_length=config.sequence_length
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.config.schema.rollout import RolloutConfig
 from limbeck.registry import GENERATORS
-from limbeck.rollout import Completion, Generator, Prompt, SamplingParams
+from limbeck.rollout import Completion, Generator, InPlaceGenerator, Prompt, SamplingParams
 from limbeck.strategies.world import World
 from limbeck.train.step_source import Weights
 
@@ -96,7 +96,11 @@ class Writer:
         sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
         writers = len(self._writer_ranks)
         mine = [prompt for at, prompt in enumerate(wanted) if self._writer_ranks[at % writers] == self._world.rank]
-        generate = partial(self._generate, {prompt: wanted[prompt] for prompt in mine}, sampling)
+        # Generators are called equally often on every rank, also with no prompts: they may run their passes together.
+        groups = [
+            (count, [prompt for prompt in mine if wanted[prompt] == count]) for count in sorted({*wanted.values()})
+        ]
+        generate = partial(self._generate, groups, sampling)
         if self._thread is not None:
             return partial(self._finish, prompts, self._thread.submit(generate).result)
         return partial(self._finish, prompts, generate)
@@ -110,6 +114,10 @@ class Writer:
     def _load(self) -> None:
         if self._weights is None:
             return
+        if isinstance(self._generator, InPlaceGenerator):
+            self._generator.use_student(self._weights.engine, self._version)
+            self._weights = None
+            return
         begun, weights = time.perf_counter(), self._weights()
         if self._thread is not None:  # the generator may use tensors as they are, and the optimizer will change them
             weights = ((name, tensor.detach().clone()) for name, tensor in weights)
@@ -119,14 +127,15 @@ class Writer:
             torch.cuda.current_stream().synchronize()  # the thread's stream does not wait for this one
         self.counts.sync_seconds += time.perf_counter() - begun
 
-    def _generate(self, counts: dict[Prompt, int], sampling: SamplingParams) -> tuple[list[Completion], float]:
-        """As many completions of each prompt as ``counts`` says, and the seconds that they took."""
+    def _generate(
+        self, groups: Sequence[tuple[int, list[Prompt]]], sampling: SamplingParams
+    ) -> tuple[list[Completion], float]:
+        """Completions of ``groups``, each with their number per prompt and its prompts, and the seconds that they took."""
         begun = time.perf_counter()
         own: list[Completion] = []
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            for count in sorted(set(counts.values())):
-                group = [prompt for prompt, times in counts.items() if times == count]
-                own += self._generator.generate(group, replace(sampling, n=count))
+            for count, prompts in groups:
+                own += self._generator.generate(prompts, replace(sampling, n=count))
         return own, time.perf_counter() - begun
 
     def _finish(

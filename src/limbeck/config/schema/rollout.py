@@ -162,8 +162,10 @@ class RolloutConfig(Section):
     )
     generator_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="Arguments of the generator. hf: slots, the number of answers that are written at a time. vllm: those of "
-        "vllm.LLM, such as gpu_memory_utilization.",
+        description="Arguments of the generator. hf: slots, the number of answers that are written at a time (64), and copy: "
+        "true (each rank writes with a whole copy of the student's weights), false (in lockstep: all ranks write together with "
+        "the student itself, and each token gathers its layers) or auto (a copy, unless limbeck plan finds that it does not "
+        "fit on the GPUs; the default). vllm: those of vllm.LLM, such as gpu_memory_utilization.",
     )
     offload: bool = Field(
         default=False,
@@ -209,6 +211,11 @@ class RolloutConfig(Section):
         default=False,
         description="Write the samples of each training step to `<output_dir>/rollouts/train-<step>.jsonl`.",
     )
+
+    @property
+    def in_lockstep(self) -> bool:
+        """Whether all ranks write together with the student itself, and not with copies of its weights."""
+        return self.generator == "hf" and self.generator_kwargs.get("copy") is False
 
     @property
     def truncates(self) -> bool:

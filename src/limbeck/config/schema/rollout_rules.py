@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
+from limbeck.config.schema.models import reads_megatron_keys
 from limbeck.registry import GENERATORS, HAS_OWN_DEVICES
 
 if TYPE_CHECKING:
@@ -77,6 +78,10 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if rollout.in_lockstep:
+        obstacle = lockstep_obstacle(config)
+        if obstacle is not None:
+            yield Contradiction("rollout.generator_kwargs.copy", f"= false writes with the student itself, {obstacle}")
     if rollout.max_staleness and (config.offloads_colocated or rollout.offload):
         key = "rollout.offload" if rollout.offload else "is_offload_states"
         yield Contradiction(
@@ -132,11 +137,33 @@ def _own_device_contradictions(config: RunFields, devices: list[int]) -> Iterato
         )
 
 
+def lockstep_obstacle(config: RunFields) -> str | None:
+    """Why all ranks cannot write together with the student itself, and what to do; None if they can."""
+    strategy = config.student.strategy_args
+    if config.rollout is not None and config.rollout.max_staleness:
+        return (
+            f"whose weights are in use while it trains, and rollout.max_staleness = {config.rollout.max_staleness} writes "
+            "then; set copy to true, or max_staleness to 0"
+        )
+    if strategy.reads_deepspeed_block or reads_megatron_keys(strategy.strategy_name):
+        return f"which strategy_name = {strategy.strategy_name} does not support; use fsdp2_train, or set copy to true"
+    for kind in ("tensor", "pipeline"):
+        size = getattr(strategy.strategy_config, f"{kind}_model_parallel_size")
+        if size > 1:
+            return (
+                f"of which no rank computes a whole pass with student.strategy_args.strategy_config.{kind}_model_parallel_size "
+                f"= {size}; use 1, and FSDP2 shards the model all the same, or set copy to true"
+            )
+    return None
+
+
 def unread_rollout_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     """Keys of rollout that have no effect in this combination, with the reason; without the section, none."""
     if config.rollout is None:
         return
     yield from unread_mixture_keys(config)
+    if config.rollout.in_lockstep:
+        yield "rollout.offload", "is not read with rollout.generator_kwargs.copy: false, which copies no weights"
     if not config.has_policy_gradient:
         yield "rollout.policy_clip", "is only read by kd_objective: policy_gradient and with rollout.reward_weight"
     if config.rollout.truncates:

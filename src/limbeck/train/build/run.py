@@ -253,7 +253,7 @@ def build_run(
     if resume is not None:
         _restore(run, resume)
         _set_scheduler_step(run.scheduler, run.step)
-    source.weights_changed(student.iter_weights, run.step)
+    source.weights_changed(student.weights, run.step)
     if world.is_main:  # an upload that is not permitted is reported before the first step
         make_repository(config.checkpoint_config.save_to_hub)
     if world.is_main:

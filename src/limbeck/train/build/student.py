@@ -41,6 +41,7 @@ from limbeck.train.build.data import Data
 from limbeck.train.build.objective import compile_loss
 from limbeck.train.features import make_features
 from limbeck.train.reference_quirks import ReferenceQuirks
+from limbeck.train.step_source import Weights
 from limbeck.train.student import LossSettings, StudentStage, StudentWithLoss
 
 _SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size"
@@ -63,6 +64,11 @@ class Student:
         """``Engine.iter_weights`` of the plain model: adapters are merged. Collective."""
         weights = self.engine.iter_weights()
         return iter_merged(self.model, weights) if has_lora(self.model) else weights
+
+    @property
+    def weights(self) -> Weights:
+        """The current weights, for step sources."""
+        return Weights(self.iter_weights, self.engine)
 
 
 def build_student(

@@ -1,0 +1,74 @@
+"""Without a copy of the weights, ranks write in lockstep with the student itself."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_model
+
+from limbeck.config import load_mapping
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_tokenizer, model_outline
+from limbeck.rollout import Prompt, SamplingParams
+from limbeck.rollout.hf import LockstepGenerator
+from limbeck.strategies.world import World
+
+LAYOUT = "student.strategy_args.strategy_config."
+ZERO = {
+    "student.strategy_args.strategy_name": "deepspeed_train",
+    "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
+}
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("qwen3"), kind="qwen3", head_dim=8, tie_word_embeddings=True)
+
+
+@pytest.mark.processes
+def test_two_ranks_write_in_lockstep_what_each_writes_with_a_copy(folder):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launcher, str(HERE / "run_lockstep.py"), str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_generator_without_a_student_is_refused(folder):
+    source = ModelSource(str(folder))
+    generator = LockstepGenerator(
+        model_outline(source, torch.float32), load_tokenizer(source), World(0, 1, torch.device("cpu"))
+    )
+    with pytest.raises(LimbeckError, match="no student yet; call use_student"):
+        generator.generate([Prompt((5, 6), 0)], SamplingParams(1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rollout.max_staleness": 1}, "rollout.max_staleness = 1 writes then; set copy to true"),
+        (ZERO, "strategy_name = deepspeed_train does not support; use fsdp2_train"),
+        ({LAYOUT + "tensor_model_parallel_size": 2}, "tensor_model_parallel_size = 2; use 1"),
+        ({LAYOUT + "pipeline_model_parallel_size": 2}, "pipeline_model_parallel_size = 2; use 1"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_combined_with_lockstep_is_refused(configure, changes, message):
+    with pytest.raises(LimbeckError, match=rf"rollout.generator_kwargs.copy = false .*{message}"):
+        configure(**{"distill_loss_weight": 1.0, "rollout.generator_kwargs": {"copy": False}, **changes})
+
+
+def test_a_key_that_only_a_copy_reads_causes_a_notice(settings):
+    changes = {"rollout.generator_kwargs": {"copy": False}, "rollout.offload": True}
+    notices = load_mapping(settings(**changes, distill_loss_weight=1.0)).notices
+    assert any("rollout.offload has no effect" in notice for notice in notices)
