@@ -42,6 +42,7 @@ def build_gpt(model: Any, groups: ProcessGroups) -> Any:
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = Attention
+    dtype = next(model.parameters()).dtype
     gpt = core.models.gpt.GPTModel(
         core.transformer.TransformerConfig(
             num_layers=config.num_hidden_layers, hidden_size=config.hidden_size, ffn_hidden_size=config.intermediate_size,
@@ -49,7 +50,7 @@ def build_gpt(model: Any, groups: ProcessGroups) -> Any:
             normalization="RMSNorm", layernorm_epsilon=config.rms_norm_eps, gated_linear_unit=True,
             activation_func=nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0,
             tensor_model_parallel_size=dist.get_world_size(groups.tensor), gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
+            persist_layer_norm=False, params_dtype=dtype, bf16=dtype is torch.bfloat16,
         ),
         TransformerBlockSubmodules(layer_specs=[layer] * config.num_hidden_layers, layer_norm=RMSNorm),
         vocab_size=config.vocab_size, max_sequence_length=config.max_position_embeddings, position_embedding_type="rope",
