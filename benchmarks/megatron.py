@@ -3,14 +3,14 @@
     python benchmarks/megatron.py                    # one process, then two tensor-parallel ones
     python benchmarks/megatron.py --ranks 2 --rounds 20
 
-It needs ``pip install -e '.[megatron]' nvidia-modelopt==0.47.0 requests``, and no GPU: megatron-core's CUDA calls are replaced as
-in the tests (tests/strategies/megatron_on_cpu.py), and ranks communicate over gloo. It says nothing about GPUs.
+It needs ``pip install -e '.[megatron]' nvidia-modelopt==0.47.0 requests``, and no GPU: megatron-core's CUDA calls are replaced
+as in the tests (tests/strategies/megatron_on_cpu.py), and ranks communicate over gloo. It says nothing about GPUs.
 
-Each side runs in processes of its own, and the sides alternate step by step, so that other load on the machine affects all of
-them: ``DistillPipeline``; ModelOpt's ``DistillationModel`` with Megatron's schedule and optimizer; and Megatron alone, whose step
-of the student on the labels and forward pass of the teacher are the parts. All sides have the same models, batches, attention and
-norms, and every position is supervised. Memory is the growth of the peak of all processes of a side over their memory before the
-first step.
+Each side runs in processes of its own, and the sides alternate step by step, so that other load on the machine affects all
+of them: ``DistillPipeline``; ModelOpt's ``DistillationModel`` with Megatron's schedule and optimizer; and Megatron alone, whose
+step of the student on the labels and forward pass of the teacher are the parts. All sides have the same models, batches,
+attention and norms, and every position is supervised. Memory is the growth of the peak of all processes of a side over their
+memory before the first step.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def compare(ranks: int, dtype: str, rounds: int, warmup: int) -> None:
             f"  {name:8} {middle[name] * 1e3:6.0f} ms per step   {growth[name]:6.0f} MB growth of peak memory   "
             f"{middle[name] / both:.2f} × the parts"
         )
-    print(f"  parts    {both * 1e3:6.0f} ms: student {middle['student'] * 1e3:.0f}, teacher {middle['teacher'] * 1e3:.0f}")
+    print(
+        f"  parts    {both * 1e3:6.0f} ms: student {middle['student'] * 1e3:.0f}, teacher {middle['teacher'] * 1e3:.0f}"
+    )
     print(
         f"  limbeck: {middle['modelopt'] / middle['limbeck']:.2f} × the steps per second with "
         f"{growth['limbeck'] / growth['modelopt']:.2f} × the memory growth"

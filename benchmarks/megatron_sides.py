@@ -29,7 +29,12 @@ def start_ranks(ranks: int) -> list[subprocess.Popen]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
     os.environ.update(shared, RANK="0", LOCAL_RANK="0")
     return [
         subprocess.Popen(
@@ -146,7 +151,9 @@ if __name__ == "__main__":
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(size)))
     torch.distributed.init_process_group("gloo")
     try:
-        {"limbeck": limbeck, "modelopt": modelopt, "megatron": megatron}[side](Path(where), precision, int(count), int(size))
+        {"limbeck": limbeck, "modelopt": modelopt, "megatron": megatron}[side](
+            Path(where), precision, int(count), int(size)
+        )
     finally:
         for other in others:
             other.wait()

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
+from limbeck.strategies.megatron.capture import capture_in
 from limbeck.strategies.megatron.families import Heads, check_family, joined, padded_rows, slice_of
 from limbeck.strategies.parallel_dims import ParallelDims
 
@@ -362,6 +364,13 @@ def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, 
         model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(LimbeckError, match=re.escape(sentence)):
         check_family(model, ParallelDims(tp=tp), "tiny", "student")
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.act_fn", "model"])
+def test_pairs_of_submodules_that_ranks_hold_slices_of_are_refused(name):
+    trunk = SimpleNamespace(gpt=SimpleNamespace(decoder=SimpleNamespace(layers=[])))
+    with pytest.raises(LimbeckError, match=f"no submodule of megatron-core computes the student's {name} on one rank"):
+        capture_in(trunk, "student", [name])
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
