@@ -84,12 +84,14 @@ class Engine(Protocol):
         """The module with the model and the loss, as it was given; its outputs are those of ``forward_backward``."""
 
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
-        """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline
-        only).
+        """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline), and those
+        of terms of the loss on earlier stages. What all ranks yield sums to the whole.
         """
 
     def evaluate(self, micro_batch: Any) -> Any | None:
-        """The root's output in evaluation mode, without gradients; None on pipeline stages before the last."""
+        """The root's output in evaluation mode, without gradients. On pipeline stages before the last, that of their own
+        terms of the loss, or None.
+        """
 
     def step(self) -> Tensor:
         """Reduce and clip the gradients, step the optimizer, clear the gradients; returns the norm before clipping."""
