@@ -1,7 +1,7 @@
 """Compares training steps of ``megatron_train`` with those of ModelOpt's distillation plugin, and with their parts.
 
-    python benchmarks/megatron.py                    # one process, then two tensor-parallel ones
-    python benchmarks/megatron.py --ranks 2 --rounds 20
+    python benchmarks/megatron_step.py                    # one process, then two tensor-parallel ones
+    python benchmarks/megatron_step.py --ranks 2 --rounds 20
 
 It needs ``pip install -e '.[megatron]' nvidia-modelopt==0.47.0 requests``, and no GPU: megatron-core's CUDA calls are replaced
 as in the tests (tests/strategies/megatron_on_cpu.py), and ranks communicate over gloo. It says nothing about GPUs.
@@ -29,7 +29,7 @@ def compare(ranks: int, dtype: str, rounds: int, warmup: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         prepare(folder)
-        start = (sys.executable, folder, dtype, rounds + warmup, "megatron_sides.py", str(ranks))
+        start = (sys.executable, folder, dtype, rounds + warmup, "megatron_step_sides.py", str(ranks))
         ours, theirs, parts = (Side(name, *start) for name in ("limbeck", "modelopt", "megatron"))
         seconds: dict[str, list[float]] = {name: [] for name in ("limbeck", "modelopt", "student", "teacher")}
         for number in range(rounds + warmup):

@@ -1,4 +1,4 @@
-"""The programs that megatron.py compares, each in as many processes as it has ranks.
+"""The programs that megatron_step.py compares, each in as many processes as it has ranks.
 
 Rank 0 reads requests from stdin and starts the others, answers with the seconds, and all of them compute.
 """
