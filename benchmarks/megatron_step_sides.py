@@ -87,7 +87,8 @@ def limbeck(folder: Path, dtype: str, steps: int, ranks: int) -> None:
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
         sequence_length=TIME, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
-        distill_on_prompt=True, distill_loss_weight=1.0, temperature_squared=False, compile_loss=False,
+        distill_on_prompt=True, distill_loss_weight=1.0, temperature_squared=False,
+        compile_loss=True,  # as ``auto`` decides for a run of a few hundred such steps
         student={
             "model_args": {"dtype": dtype, "disable_gradient_checkpointing": True},
             "training_args": {"per_device_train_batch_size": ROWS, "learning_rate": 1e-4},
