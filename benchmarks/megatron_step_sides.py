@@ -17,8 +17,6 @@ from pathlib import Path
 from step import ROWS, TIME
 from step_sides import peak_mb, resident_mb, send
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "strategies"))
-
 REQUESTS = ("", "step", "student", "teacher", "memory")
 
 
@@ -145,6 +143,7 @@ def modelopt(folder: Path, dtype: str, steps: int, ranks: int) -> None:
 if __name__ == "__main__":
     side, where, precision, count, size = sys.argv[1:]
     others = start_ranks(int(size))
+    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "strategies"))
     import megatron_on_cpu  # noqa: F401
     import torch
     import torch.distributed
