@@ -230,7 +230,7 @@ def assert_same_state(one: Path, other: Path) -> None:
 @pytest.mark.processes
 @pytest.mark.workers
 def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path):
-    changes = {**rows(2, 2), **layout({**VPP}, {PP: 2}), "max_steps": 500, "save_steps": 0, "eval_steps": 0}
+    changes = {**rows(1, 2), **layout({**VPP}, {PP: 2}), "max_steps": 500, "save_steps": 0, "eval_steps": 0}
     settings = configuration(folder, tmp_path / "out", "qwen3", **changes, logging_steps=50)
     settings["plugins"].append(str(Path(__file__).with_name("count_objects.py")))
     run_ranks(2, {tmp_path / "run.yaml": settings})
