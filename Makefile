@@ -44,10 +44,12 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # do not fit torch's CPU build, and are not needed
 	@touch $@
 
-# Adds megatron-core to the environment.
+# Adds megatron-core to the environment, and ModelOpt, whose distillation is compared with.
 test-megatron: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py tests/config/test_roll_files.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]' \
+		nvidia-modelopt==0.47.0 requests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py \
+		tests/strategies/test_megatron_beside_modelopt.py tests/config/test_roll_files.py
 
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:

@@ -137,3 +137,15 @@ def test_modelopt_leaves_out_ratios_of_nothing():
     assert modelopt_balance(leaf(0), torch.tensor([2.0]), leaf(5), 3.0).item() == 5
     assert modelopt_balance(leaf(2), torch.tensor([0.0]), None, 3.0).item() == 2
     assert modelopt_balance(leaf(2), torch.zeros(0), leaf(0), 3.0).item() == 6
+
+
+@pytest.mark.parametrize("indices", [[0], [1, 2], [2, 0], [0, 1, 2]])
+def test_the_losses_of_some_pairs_are_those_of_all(indices):
+    every = FeatureLosses(["mse", "cosine", "l1"], [(4, 6), (4, 4), (4, 6)])
+    student, teacher = [torch.randn(5, 4) for _ in range(3)], [torch.randn(5, width) for width in (6, 4, 6)]
+    some = every.only(indices)
+    losses = some([student[i] for i in indices], [teacher[i] for i in indices], 5)
+    torch.testing.assert_close(losses, every(student, teacher, 5)[indices], rtol=0, atol=0)
+    held = dict(some.named_parameters())
+    assert held.items() <= dict(every.named_parameters()).items()
+    assert len(held) == 2 * sum(i != 1 for i in indices)

@@ -59,7 +59,7 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
         layer.forward = _CompiledForward(layer)
 
 
-def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module]) -> None:
+def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module | None]) -> None:
     """Let those of ``layers`` that contain one of ``modules`` run uncompiled: compiled code ignores hooks inside a layer
     that are registered for a single pass.
     """

@@ -79,7 +79,7 @@ def output_head(model: Any) -> OutputHead:
             f"{type(causal).__name__} has no plain linear output head to distil through; "
             "if LoRA wraps the output head, leave it out of lora_target."
         )
-    config = causal.config.get_text_config().to_dict()
+    config = vars(causal.config.get_text_config())  # not to_dict(), which copies it and leaves a reference cycle behind
     softcap = config.get("final_logit_softcapping") or config.get("logits_soft_cap")
     scale = 1.0
     if "logits_scaling" in config:  # Granite divides

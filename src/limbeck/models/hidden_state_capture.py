@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,10 +62,13 @@ class NamedPair:
 
 @dataclass(frozen=True)
 class HiddenStateCapture:
-    """The submodules of one model body whose outputs are captured, in order. A name may occur more than once."""
+    """The submodules of one model body whose outputs are captured, in order. A name may occur more than once.
+
+    A module is None where another pipeline stage holds it. Methods treat it as if it had not been named.
+    """
 
     names: tuple[str, ...] = ()
-    modules: tuple[nn.Module, ...] = ()
+    modules: tuple[nn.Module | None, ...] = ()
     role: str = "model"
 
     @classmethod
@@ -80,8 +83,8 @@ class HiddenStateCapture:
         found: dict[str, Tensor] = {}
         handles = []
         try:
-            for name, module in dict(zip(self.names, self.modules, strict=True)).items():
-                handles.append(module.register_forward_hook(partial(_keep, found, name, self.role)))
+            for name, module in self._held().items():
+                handles.append(module.register_forward_hook(partial(_keep, self, found, name)))
             yield found
         finally:
             for handle in handles:
@@ -96,21 +99,45 @@ class HiddenStateCapture:
 
         Raises LimbeckError for a submodule that did not run or whose output is not [batch, time, width].
         """
-        chosen: dict[str, Tensor] = {}
-        for name in dict.fromkeys(self.names):
+        return self.select(self.outputs(found, shape), positions)
+
+    def outputs(self, found: dict[str, Tensor], shape: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the captured outputs as [batch, time, width] by name. Arguments and errors as for ``rows``."""
+        outputs: dict[str, Tensor] = {}
+        for name in self._held():
             if name not in found:
                 raise LimbeckError(
                     f"features: {self.role} submodule {name} did not run in a forward pass; name one that does."
                 )
-            output = found.pop(name)
+            output = self.whole(found.pop(name), shape[1])
             if output.dim() != 3 or output.shape[:2] != torch.Size(shape):
                 raise LimbeckError(
                     f"features: {self.role} submodule {name} gives {list(output.shape)} for a batch of {list(shape)} tokens, "
                     "which cannot be paired token by token; name one that gives [batch, time, width]."
                 )
-            flat = output.flatten(0, 1)
-            chosen[name] = flat if positions is None else flat.index_select(0, positions)
-        return tuple(chosen[name] for name in self.names)
+            outputs[name] = output
+        return outputs
+
+    def select(self, outputs: Mapping[str, Tensor], positions: Tensor | None) -> tuple[Tensor, ...]:
+        """Returns ``outputs`` [batch, time, width] at flattened ``positions`` (None for all), one tensor for each name that
+        has one.
+        """
+        flat = {name: output.flatten(0, 1) for name, output in outputs.items()}
+        if positions is not None:
+            flat = {name: output.index_select(0, positions) for name, output in flat.items()}
+        return tuple(flat[name] for name in self.names if name in flat)
+
+    def _held(self) -> dict[str, nn.Module]:
+        named = zip(self.names, self.modules, strict=True)
+        return {name: module for name, module in named if module is not None}
+
+    def kept(self, output: Tensor) -> Tensor:
+        """Returns what to keep of an output until the forward pass ends."""
+        return output
+
+    def whole(self, output: Tensor, time: int) -> Tensor:
+        """Returns what a submodule gave as [batch, time, width]."""
+        return output
 
     def probe(self, trunk: nn.Module) -> tuple[Tensor, ...]:
         """Returns the outputs [8, width] for two rows of four tokens, which show their widths and ``requires_grad``.
@@ -125,9 +152,16 @@ class HiddenStateCapture:
         trunk.train(was_training)
         return self.rows(found, (2, 4), None)
 
+    def widths(self, trunk: nn.Module) -> list[int]:
+        """Returns the width of each output. Collective, as ``probe``."""
+        return [rows.shape[-1] for rows in self.probe(trunk)]
 
-def _keep(found: dict[str, Tensor], name: str, role: str, module: nn.Module, args: Any, output: Any) -> None:
+
+def _keep(
+    taps: HiddenStateCapture, found: dict[str, Tensor], name: str, module: nn.Module, args: Any, output: Any
+) -> None:
     """Forward hook that keeps a submodule's output."""
+    role = taps.role
     if name in found:
         raise LimbeckError(
             f"features: {role} submodule {name} runs more than once in a forward pass, so its output is ambiguous; "
@@ -137,7 +171,7 @@ def _keep(found: dict[str, Tensor], name: str, role: str, module: nn.Module, arg
         output = output[0]
     if not isinstance(output, Tensor):
         raise LimbeckError(f"features: {role} submodule {name} does not return a tensor; name another.")
-    found[name] = output
+    found[name] = taps.kept(output)
 
 
 def submodules(trunk: nn.Module) -> dict[str, nn.Module]:

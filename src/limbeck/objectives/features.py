@@ -173,6 +173,21 @@ class FeatureLosses(nn.Module):
             None if student == teacher else 0 if shared else next(numbers) for student, teacher in widths
         )
 
+    @property
+    def shares_projection(self) -> bool:
+        """Whether several pairs have one projection."""
+        used = [number for number in self._projection_of if number is not None]
+        return len(set(used)) < len(used)
+
+    def only(self, indices: Sequence[int]) -> FeatureLosses:
+        """The losses of some of the pairs, with their projections under the same names."""
+        some = FeatureLosses([self.losses[i] for i in indices], [])
+        some._projection_of = tuple(self._projection_of[i] for i in indices)
+        some.projections = nn.ModuleList(
+            linear if number in some._projection_of else nn.Identity() for number, linear in enumerate(self.projections)
+        )
+        return some
+
     def forward(
         self,
         student: Sequence[Tensor],

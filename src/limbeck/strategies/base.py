@@ -8,7 +8,7 @@ states, offloading. Nothing here knows what the loss is: a root module takes one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StudentConfig, TeacherConfig, WorkerConfig
+from limbeck.models import HiddenStateCapture, submodules
 from limbeck.objectives import OutputHead
 from limbeck.registry import STRATEGIES
 from limbeck.strategies.parallel_dims import ParallelDims
@@ -33,6 +34,9 @@ LibraryFunctions = Sequence[tuple[Any, str]]
 
 MODEL = "model."
 """Prefix of the student's own parameters among those of the root module."""
+
+Capture = Callable[[Sequence[str]], HiddenStateCapture]
+"""Captures those of the named submodules of a model (under Hugging Face names) that these layers hold."""
 
 _DEFAULTS = {"student": "fsdp2_train", "teacher": "fsdp2_infer"}
 
@@ -80,12 +84,14 @@ class Engine(Protocol):
         """The module with the model and the loss, as it was given; its outputs are those of ``forward_backward``."""
 
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
-        """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline
-        only).
+        """Add the gradients of a step's micro-batches; yields the root's outputs (on the last stage of a pipeline), and those
+        of terms of the loss on earlier stages. What all ranks yield sums to the whole.
         """
 
     def evaluate(self, micro_batch: Any) -> Any | None:
-        """The root's output in evaluation mode, without gradients; None on pipeline stages before the last."""
+        """The root's output in evaluation mode, without gradients. On pipeline stages before the last, that of their own
+        terms of the loss, or None.
+        """
 
     def step(self) -> Tensor:
         """Reduce and clip the gradients, step the optimizer, clear the gradients; returns the norm before clipping."""
@@ -140,12 +146,14 @@ class Placement:
     vocab_group: tensor-parallel ranks that hold slices of the output head, or None. head_rows: rows of the whole output
     head.
     pipeline: this rank's stage, or None.
+    capture: how outputs of submodules are captured if the strategy replaced them, or None.
     """
 
     outline: ModelOutline
     head_rows: int
     vocab_group: dist.ProcessGroup | None = None
     pipeline: PipelineGroup | None = None
+    capture: Capture | None = None
 
 
 @dataclass(frozen=True)
@@ -156,6 +164,9 @@ class StudentSpec:
     messages.
     make_root: builds the module that is wrapped: it contains ``model`` as its attribute of that name and ends in the
     loss.
+    make_term: for layers before the last of a pipeline, builds the module of their own terms of the loss, or None if they
+    have none: given a micro-batch and what the hooks in its ``taps`` captured in the layers, it returns an object like the
+    root's. Called where a strategy replaces the layers, with captures of named submodules.
     verify: compare hidden states before and after the model is divided.
     compiled: compile the layers, where the strategy can.
     """
@@ -164,6 +175,7 @@ class StudentSpec:
     name: str
     config: DistillConfig
     make_root: Callable[[Placement], nn.Module]
+    make_term: Callable[[Capture], nn.Module | None] = lambda capture: None
     verify: bool = True
     compiled: bool = False
 
@@ -208,7 +220,8 @@ class FrozenModel:
 
     body: gives last hidden states. head: whole on every rank. num_parameters: of the whole model. group: None unless
     several ranks compute one batch together. can_compile: whether the layers may be compiled. offloaded: parameters that are in
-    host memory between forward passes.
+    host memory between forward passes. names, replaced: names of submodules and how their outputs are captured, if the
+    strategy has replaced ``body``.
     """
 
     body: nn.Module
@@ -217,6 +230,18 @@ class FrozenModel:
     group: ModelParallelGroup | None = None
     can_compile: bool = True
     offloaded: frozenset[nn.Parameter] = frozenset()
+    names: Collection[str] = ()
+    replaced: Capture | None = None
+
+    def submodules(self) -> Collection[str]:
+        """Names of the submodules of ``body`` in the whole model."""
+        return self.names or submodules(self.body)
+
+    def capture(self, names: Sequence[str]) -> HiddenStateCapture:
+        """Captures the outputs of those of the named submodules that this rank holds."""
+        if self.replaced is not None:
+            return self.replaced(names)
+        return HiddenStateCapture.from_names(self.body, names, "teacher")
 
     def held_tensors(self) -> list[Tensor]:
         """What this rank holds of the model on its device; for memory planning."""

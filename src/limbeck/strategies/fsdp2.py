@@ -53,6 +53,11 @@ class Fsdp2Strategy:
                 f"compile_model = true with {role}.strategy_args.strategy_config.sequence_parallel is not built yet; set "
                 "one of them to false."
             )
+        if config.features.pairs and dims.model_parallel_size > 1:
+            raise LimbeckError(
+                f"features.pairs with {role}.strategy_args.strategy_config: {dims.describe()} is not built with FSDP2; set all "
+                "sizes to 1, or use megatron_train and megatron_infer."
+            )
         if role == "student" and args.dtype == "fp16" and dims.size > 1:
             raise LimbeckError(
                 "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."

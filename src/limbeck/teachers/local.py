@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -69,12 +70,14 @@ class LocalTeacher:
         if device.type == "cpu":
             torch.cuda.empty_cache()
 
-    def capture(self, taps: HiddenStateCapture, *, supervised_only: bool) -> None:
-        """From now on signals carry what ``taps`` capture, at every token that is not padding or at supervised
-        positions.
+    def capture(self, names: Sequence[str], *, supervised_only: bool) -> list[int]:
+        """From now on signals carry the outputs of the submodules ``names``, at every token that is not padding or at
+        supervised positions. Returns their widths. Collective.
         """
-        self._taps, self._supervised_only = taps, supervised_only
-        undo_around(decoder_layers(self.model.body), taps.modules)
+        self._taps, self._supervised_only = self.model.capture(names), supervised_only
+        undo_around(decoder_layers(self.model.body), self._taps.modules)
+        with torch.no_grad():
+            return self._taps.widths(self.model.body)
 
     def compile(self, config: DistillConfig, tokens: float, device_type: str) -> bool:
         """Compile the model's layers if ``compile_model`` wants that of a teacher that computes ``tokens`` on this rank."""
@@ -85,12 +88,20 @@ class LocalTeacher:
 
     def compute_signal(self, batch: Batch) -> Signal:
         """The signal for one micro-batch on the teacher's device."""
-        with self._taps.capture() as found:
-            hidden = self.compute_hidden(TeacherRequest.from_batch(batch))
-        if batch.teacher_tokens is not None:
-            return Signal(hidden, self.model.head)
+        request = TeacherRequest.from_batch(batch)
+        if batch.teacher_tokens is not None or not self._taps.names:
+            return Signal(self.compute_hidden(request), self.model.head)
+        if self.model.group is not None:
+            with torch.no_grad():
+                hidden, found = exchange_batches(
+                    self.model.body, self.model.head, self.model.group, request, self._taps
+                )
+        else:
+            with self._taps.capture() as captured:
+                hidden = self.compute_hidden(request)
+            found = self._taps.outputs(captured, batch.labels.shape)
         positions = batch.supervised if self._supervised_only else batch.real
-        return Signal(hidden, self.model.head, self._taps.rows(found, batch.labels.shape, positions))
+        return Signal(hidden, self.model.head, self._taps.select(found, positions))
 
     def encode(self, request: TeacherRequest) -> dict[str, Tensor]:
         """The named tensors of the signal for a request, on the teacher's device."""
@@ -104,7 +115,7 @@ class LocalTeacher:
         """The last hidden states [supervised, H] of a request. Every rank of a model-parallel group must call it."""
         model = self.model
         if model.group is not None:
-            return exchange_batches(model.body, model.head, model.group, request)
+            return exchange_batches(model.body, model.head, model.group, request)[0]
         states = hidden_states(
             model.body, request.input_ids, request.position_ids, request.documents, cu_seqlens=request.cu_seqlens
         )

@@ -29,6 +29,7 @@ class Features(nn.Module):
         weight: factor of the mean over the pairs in the loss.
         supervised_only: compare at supervised positions, with their weights and divided by their global number. Otherwise
             compare at every token that is not padding, divided by the global number of these tokens.
+        computed: indices of the labels whose losses are computed here; None for all.
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class Features(nn.Module):
         *,
         weight: float,
         supervised_only: bool,
+        computed: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         self.losses = losses
@@ -46,6 +48,29 @@ class Features(nn.Module):
         self.labels = tuple(labels)
         self.weight = weight
         self.supervised_only = supervised_only
+        self._computed = tuple(range(len(self.labels))) if computed is None else tuple(computed)
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether other pairs are computed elsewhere."""
+        return len(self._computed) < len(self.labels)
+
+    def on(self, taps: HiddenStateCapture) -> Features | None:
+        """The term of the pairs whose student submodule ``taps`` holds, which has the names of all; None if it holds none.
+
+        The losses of other pairs are 0 there, so the terms of all layers sum to the whole term.
+        """
+        computed = [i for i, module in enumerate(taps.modules) if module is not None]
+        if not computed:
+            return None
+        return Features(
+            self.losses.only(computed),
+            taps,
+            self.labels,
+            weight=self.weight,
+            supervised_only=self.supervised_only,
+            computed=computed,
+        )
 
     def forward(
         self, found: dict[str, Tensor], batch: Batch, signal: Signal, normalizer: float | Tensor, tokens: float | Tensor
@@ -61,9 +86,15 @@ class Features(nn.Module):
         """
         positions = batch.supervised if self.supervised_only else batch.real
         student = self.taps.rows(found, batch.labels.shape, positions)
+        teacher = [signal.features[i] for i in self._computed]
         if self.supervised_only:
-            return self.losses(student, signal.features, normalizer, batch.weights)
-        return self.losses(student, signal.features, tokens)
+            losses = self.losses(student, teacher, normalizer, batch.weights)
+        else:
+            losses = self.losses(student, teacher, tokens)
+        if not self.is_divided:
+            return losses
+        by_pair, nothing = dict(zip(self._computed, losses, strict=True)), losses.new_zeros(())
+        return torch.stack([by_pair.get(i, nothing) for i in range(len(self.labels))])
 
 
 def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) -> Features | None:
@@ -86,15 +117,12 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
             "teacher.device_mapping to the student's devices."
         )
     trunk = body(student)
-    pairs = resolve_pairs(settings.pairs, submodules(trunk), submodules(teacher.model.body))
+    pairs = resolve_pairs(settings.pairs, submodules(trunk), teacher.model.submodules())
     taps = HiddenStateCapture.from_names(trunk, [pair.student for pair in pairs], "student")
-    teacher_taps = HiddenStateCapture.from_names(teacher.model.body, [pair.teacher for pair in pairs], "teacher")
     supervised_only = settings.mask == "supervised"
-    teacher.capture(teacher_taps, supervised_only=supervised_only)  # first: it leaves the layers around them uncompiled
+    widths = teacher.capture([pair.teacher for pair in pairs], supervised_only=supervised_only)
     with torch.enable_grad():
         ours = taps.probe(trunk)
-    with torch.no_grad():
-        theirs = teacher_taps.probe(teacher.model.body)
     for pair, rows in zip(pairs, ours, strict=True):
         if not rows.requires_grad:
             raise LimbeckError(
@@ -103,7 +131,7 @@ def make_features(config: DistillConfig, student: Any, teacher: Teacher | None) 
             )
     losses = FeatureLosses(
         [pair.loss for pair in pairs],
-        [(s.shape[-1], t.shape[-1]) for s, t in zip(ours, theirs, strict=True)],
+        [(rows.shape[-1], width) for rows, width in zip(ours, widths, strict=True)],
         shared=settings.projection == "shared",
         seed=config.seed,
     )

@@ -77,6 +77,14 @@ class StudentLoss(NamedTuple):
         """The same values without the autograd graph."""
         return self._replace(distillation=self.distillation._replace(loss=self.loss.detach()))
 
+    def plus(self, other: StudentLoss) -> StudentLoss:
+        """The sum with another part of the loss of the same micro-batch."""
+        parts = zip(self.distillation, other.distillation, strict=True)
+        features = [found.features for found in (self, other) if found.features is not None]
+        return StudentLoss(
+            DistillationLoss(*(a + b for a, b in parts)), torch.stack(features).sum(0) if features else None
+        )
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -266,6 +274,28 @@ class StudentWithLoss(nn.Module):
             weight=head.weight.to_local() if isinstance(head.weight, DTensor) else head.weight,
             bias=head.bias.to_local() if isinstance(head.bias, DTensor) else head.bias,
         )
+
+
+class EarlierLayers(nn.Module):
+    """The feature term of layers whose hidden states go on to another pipeline stage, or to later layers of this one.
+
+    taps: what captures their outputs.
+    """
+
+    def __init__(self, features: Features) -> None:
+        super().__init__()
+        self.features = features
+        self.taps = features.taps
+
+    def forward(self, inputs: TrainInput, found: dict[str, Tensor]) -> StudentLoss | None:
+        """The loss of one micro-batch from captured outputs; None without a teacher's signal."""
+        if inputs.signal is None:
+            return None
+        pairs = self.features(found, inputs.batch, inputs.signal, inputs.normalizer, inputs.num_tokens)
+        loss = self.features.weight * pairs.mean()
+        nothing = torch.zeros_like(loss, requires_grad=False)
+        parts = DistillationLoss(*(nothing for _ in DistillationLoss._fields))
+        return StudentLoss(parts._replace(loss=loss), pairs.detach())
 
 
 class StudentStage(StudentWithLoss, StageModule):

@@ -36,7 +36,7 @@ def validate(run: Run) -> dict[str, float]:
         whole, own = to_device(world, micro_batch)
         signal = receive_signal(future, whole)
         loss = run.engine.evaluate(TrainInput(own, signal, 1.0, tokens / (count or 1.0)))
-        if loss is not None:  # on the last stage of a pipeline
+        if loss is not None:  # a pipeline stage may have no part of it
             sums.add(loss)
     means = sums.read(world, count * world.dims.tp)
     line = {"val/loss": means["loss"], "val/ce": means["ce"], "val/student_entropy": means["student_entropy"]}

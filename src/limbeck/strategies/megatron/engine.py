@@ -6,7 +6,8 @@ States have Hugging Face names, so a checkpoint is the same as any other strateg
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import partial, reduce
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor, nn
 
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import attending_within
+from limbeck.models import HiddenStateCapture, attending_within
 from limbeck.strategies.base import MODEL, EngineState, MicroBatches, ModelOutline
 from limbeck.strategies.megatron.body import MegatronBody
 from limbeck.strategies.megatron.core import OptimizerTensors, ProcessGroups, import_megatron, make_optimizer
 from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD
 from limbeck.strategies.megatron.weights import WeightMap
 from limbeck.strategies.pipeline_parallel import PipelineGroup
-from limbeck.strategies.shards import Shard, Sliceable, shard_of
+from limbeck.strategies.shards import Shard, Sliceable, shard_of, whole_box
 from limbeck.strategies.world import World
 
 
@@ -32,20 +33,42 @@ class Chunk(nn.Module):
         body: the layers.
         root: the module with ``body`` and the loss, if these are the last layers; the others return the message for the
             next stage.
+        term: of the loss, of layers before the last; see ``StudentSpec.make_term``.
+
+    outputs: what ``term`` made of each micro-batch.
     """
 
-    def __init__(self, body: MegatronBody, root: nn.Module | None) -> None:
+    def __init__(self, body: MegatronBody, root: nn.Module | None = None, term: nn.Module | None = None) -> None:
         super().__init__()
         self.module = body.gpt  # where Megatron looks for attributes of the model
-        self.body, self.root = body, root
+        self.body, self.root, self.term = body, root, term
+        self.outputs: list[Any] = []
 
     def forward(self, inputs: Any) -> Any:
         if self.root is not None:
             return self.root(inputs)
         batch = inputs.batch
-        ids = batch.input_ids
-        with attending_within(self.body, ids, batch.documents, batch.cu_seqlens) as options:
-            return self.body.message(ids.shape[1], ids, batch.position_ids, **options)
+        ids, taps = batch.input_ids, getattr(self.term, "taps", HiddenStateCapture())
+        with attending_within(self.body, ids, batch.documents, batch.cu_seqlens) as options, taps.capture() as found:
+            message = self.body.message(ids.shape[1], ids, batch.position_ids, **options)
+        output = None if self.term is None else self.term(inputs, found)
+        if output is None:
+            return message
+        self.outputs.append(output.detached())
+        return _WithLoss.apply(message, output.loss)
+
+
+class _WithLoss(torch.autograd.Function):
+    """``message`` as it is. The backward pass from it is also that of ``loss``, which is added to what is minimised."""
+
+    @staticmethod
+    def forward(ctx: Any, message: Tensor, loss: Tensor) -> Tensor:
+        ctx.one = torch.ones_like(loss)
+        return message
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        return gradients[0], ctx.one
 
 
 class MegatronEngine:
@@ -76,6 +99,17 @@ class MegatronEngine:
         self.root: nn.Module = chunks[-1].root or chunks[-1]
         self._groups, self._world, self._pipeline, self._outline = groups, world, pipeline, outline
         self._weights, self._steps = weights, 0
+        # Parameters of the loss, such as projections of features.
+        self._added = {
+            name: parameter
+            for chunk in chunks
+            for module in (chunk.root or chunk.term or nn.Identity(),)
+            for name, parameter in module.named_parameters()
+            if not name.startswith(MODEL)
+        }
+        added = {name: parameter.detach().clone() for name, parameter in self._added.items()}
+        for parameter in self._added.values():
+            parameter.data = parameter.to(world.device, settings["params_dtype"])
         self._config = config = chunks[0].body.gpt.config
         groups.activate()
         wrapping = {
@@ -100,7 +134,9 @@ class MegatronEngine:
         )
         self._tensors = OptimizerTensors(self._megatron_optimizer)
         self.optimizer = self._tensors.scheduled()
-        self._load(initial, None)
+        self._load(initial | added, None)
+        # Their names, with those of other stages.
+        self._all_added = {name for name, _ in self._from_all_stages(iter(added.items()))}
         self._clear_gradients()
 
     def forward_backward(self, micro_batches: MicroBatches[Any]) -> Iterator[Any]:
@@ -135,13 +171,16 @@ class MegatronEngine:
             num_microbatches=count,
             **sizes,
         )
+        for chunk in self._chunks:
+            outputs += chunk.module.outputs
+            chunk.module.outputs = []
         yield from outputs
 
     @torch.no_grad()
     def evaluate(self, micro_batch: Any) -> Any | None:
         self._set_training(False)
         self._groups.activate()
-        pipeline, output = self._pipeline, None
+        pipeline, outputs = self._pipeline, list[Any]()
         for number, chunk in enumerate(wrapped.module for wrapped in self._chunks):
             if pipeline is not None and (number or not pipeline.is_first):
                 shape = (*micro_batch.batch.input_ids.shape, self._outline.width)
@@ -150,8 +189,9 @@ class MegatronEngine:
             output = chunk(micro_batch)
             if chunk.root is None and pipeline is not None:
                 pipeline.send_forward(chunk.body.rows(output, micro_batch.batch.input_ids.shape[1]))
-                output = None
-        return output
+            outputs += chunk.outputs if chunk.root is None else [output]
+            chunk.outputs = []
+        return reduce(lambda one, other: one.plus(other), outputs) if outputs else None
 
     def step(self) -> Tensor:
         self._groups.activate()
@@ -171,10 +211,12 @@ class MegatronEngine:
         model: dict[str, list[Shard]] = {}
         optimizer: dict[str, list[Shard]] = {}
         for entry in (None, *self._tensors.MOMENTS) if self._steps else (None,):
-            for name, value in self._stream(entry):
-                if self._world.is_main and f"{MODEL}{name}" in trained:  # which alone keeps whole tensors, on the host
+            every = ((f"{MODEL}{name}", value) for name, value in self._stream(entry))
+            added = ((name, self._tensors.read(parameter, entry)) for name, parameter in self._added.items())
+            for name, value in chain(every, self._from_all_stages(added)):
+                if self._world.is_main and name in trained:  # which alone keeps whole tensors, on the host
                     kept, ending = (model, "") if entry is None else (optimizer, f"|{entry}")
-                    kept[f"{MODEL}{name}{ending}"] = [shard_of(value.float().cpu())]
+                    kept[f"{name}{ending}"] = [shard_of(value.float().cpu())]
         if optimizer:
             optimizer |= {f"{name}|step": [shard_of(torch.tensor(float(self._steps)))] for name in model}
         return EngineState(model, optimizer)
@@ -191,7 +233,7 @@ class MegatronEngine:
         self._tensors.set_steps(self._steps)
 
     def trained_names(self) -> set[str]:
-        return set(self._outline.trained)
+        return set(self._outline.trained) | self._all_added
 
     def offload(self) -> None:
         raise LimbeckError("Megatron moves no states between steps; set is_offload_states: false.")
@@ -200,7 +242,7 @@ class MegatronEngine:
         """Nothing was moved."""
 
     def held_tensors(self) -> dict[str, list[Tensor]]:
-        parameters = [held.parameter for held in self._weights.held]
+        parameters = [*(held.parameter for held in self._weights.held), *self._added.values()]
         states = [x for adam in self._tensors.adams for state in adam.state.values() for x in state.values()]
         stepped = [one for group in self.optimizer.param_groups for one in group["params"]]
         return {
@@ -212,12 +254,19 @@ class MegatronEngine:
 
     def _stream(self, entry: str | None) -> Iterator[tuple[str, Tensor]]:
         """Names and whole tensors of the model's values or moments (of trained parameters), on every rank. Collective."""
-        own = self._weights.stream(partial(self._tensors.read, entry=entry), trained_only=entry is not None)
+        return self._from_all_stages(
+            self._weights.stream(partial(self._tensors.read, entry=entry), trained_only=entry is not None)
+        )
+
+    def _from_all_stages(self, own: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         return own if self._pipeline is None else self._pipeline.broadcast_all(own, self._world.device)
 
     def _load(self, tensors: Mapping[str, Sliceable], entry: str | None) -> None:
         for parameter, value in self._weights.slices(tensors):
             self._tensors.write(parameter, entry, value)
+        for name, parameter in self._added.items():
+            if name in tensors:
+                self._tensors.write(parameter, entry, tensors[name][whole_box(tensors[name].shape)])
 
     def _check_count(self, count: int) -> None:
         assert self._pipeline is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.config.schema import MegatronConfig, WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import hidden_states, unwrap_model
+from limbeck.models import body, hidden_states, submodules, unwrap_model
 from limbeck.models.dtypes import compute_dtype
 from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.megatron.body import MegatronBody, build_gpt_chunks, replace_body, wrap_body
+from limbeck.strategies.megatron.capture import capture_in, recompute_layers
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, is_divided_expert
 from limbeck.strategies.megatron.engine import Chunk, MegatronEngine
 from limbeck.strategies.megatron.families import check_family, padded_rows
@@ -48,7 +50,6 @@ class MegatronStrategy:
             f"student.training_args.optimizer_name = {name}": role == "student" and name != "adamw",
             f"{role}.model_args.dtype = fp16": compute_dtype(worker) is torch.float16,
             "student.model_args.lora_target": lora,
-            "features.pairs": bool(config.features.pairs),
             "compile_model = true": config.compile_model is True,
         }
         for key in (key for key, found in refused.items() if found):
@@ -66,6 +67,8 @@ class MegatronStrategy:
             raise LimbeckError(f"{key} would change nothing: a teacher computes one micro-batch at a time; remove it.")
         if virtual is not None and (dims.pp == 1 or virtual == 1):
             raise LimbeckError(f"{key} needs a pipeline_model_parallel_size above 1, and to be 2 or more; remove it.")
+        if config.features.pairs and role == "student":
+            _check_recomputation(given)
         if device_type == "cpu" and not _has_cuda_device():
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_name: megatron-core runs on GPUs only, and there is none; use fsdp2_train and "
@@ -83,7 +86,13 @@ class MegatronStrategy:
         before = hidden_before(model, dims) if spec.verify else None
         disabled = spec.worker.model_args.disable_gradient_checkpointing
         recompute = world.device.type == "cuda" if disabled is None else not disabled
-        groups, bodies, weights = _build(spec, world, dims, given, "student", recompute=recompute)
+        recompute = given.recompute_granularity == "full" or (given.recompute_granularity is None and recompute)
+        by_layer = recompute and bool(spec.config.features.pairs)
+        if by_layer:
+            given = given.model_copy(update={"recompute_granularity": None})
+        groups, bodies, weights = _build(spec, world, dims, given, "student", recompute=recompute and not by_layer)
+        for trunk in bodies if by_layer else ():
+            recompute_layers(trunk, given)
         weights.freeze(trained)
         pipeline = pipeline_of(dims, world)
         if world.max(not any(held.parameter.requires_grad for held in weights.held)):
@@ -98,17 +107,21 @@ class MegatronStrategy:
                 f"experts of {spec.name} to train, with which Megatron cannot divide experts over ranks; use fewer stages, or "
                 "expert_model_parallel_size = 1."
             )
-        root = None
-        if bodies[-1].gpt.post_process:
-            replace_body(model, bodies[-1])
-            rows = padded_rows(bodies[-1].get_input_embeddings().num_embeddings, dims.tp)
-            root = spec.make_root(Placement(outline, rows, world.group(TP)))
-        else:
+        chunks = []
+        for trunk in bodies:
+            capture = partial(capture_in, trunk, "student")
+            if trunk.gpt.post_process:
+                replace_body(model, trunk)
+                rows = padded_rows(trunk.get_input_embeddings().num_embeddings, dims.tp)
+                root = spec.make_root(Placement(outline, rows, world.group(TP), capture=capture))
+                chunks.append(Chunk(trunk, root))
+            else:
+                chunks.append(Chunk(trunk, term=spec.make_term(capture)))
+        if not bodies[-1].gpt.post_process:
             replace_body(model, bodies[0])
-        last = len(bodies) - 1
         dtype = compute_dtype(spec.worker)
         engine = MegatronEngine(
-            [Chunk(trunk, root if number == last else None) for number, trunk in enumerate(bodies)],
+            chunks,
             weights,
             initial,
             groups,
@@ -136,7 +149,7 @@ class MegatronStrategy:
             freeze_for_inference(spec.model, world),
             hidden_before(spec.model, dims) if spec.verify else None,
         )
-        initial = dict(unwrap_model(spec.model).state_dict())
+        initial, names = dict(unwrap_model(spec.model).state_dict()), tuple(submodules(body(spec.model)))
         given = spec.worker.strategy_args.strategy_config.megatron
         _, bodies, weights = _build(spec, world, dims, given, "teacher", recompute=False)
         with torch.no_grad():
@@ -146,6 +159,7 @@ class MegatronStrategy:
         trunk.gpt.output_layer = None  # the loss reads the whole head
         frozen.body, frozen.can_compile = trunk.requires_grad_(False), False
         frozen.group = model_parallel_group(dims, world)
+        frozen.names, frozen.replaced = names, partial(capture_in, trunk, "teacher")
         if before is not None:
             dtype, pipeline = compute_dtype(spec.worker), pipeline_of(dims, world)
             _verify(bodies, before.to(world.device), spec.model, dims, world, pipeline, dtype, spec.name)
@@ -170,6 +184,21 @@ def _build(
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
     bodies = [wrap_body(spec.model, chunk.to(world.device), groups, dims) for chunk in chunks]
     return groups, bodies, WeightMap(chunks, spec.model, groups)
+
+
+def _check_recomputation(given: MegatronConfig) -> None:
+    """Raise LimbeckError for recomputation that captured outputs do not survive."""
+    key, one_by_one = "student.strategy_args.strategy_config", given.recompute_method == "block"
+    if given.recompute_granularity == "selective" and given.recompute_modules not in (None, ["core_attn"]):
+        raise LimbeckError(
+            f"{key}.recompute_modules = {given.recompute_modules} with features.pairs is not built: Megatron discards what is "
+            "compared; use core_attn."
+        )
+    if given.recompute_num_layers > 1 and not one_by_one:
+        raise LimbeckError(
+            f"{key}.recompute_num_layers = {given.recompute_num_layers} with features.pairs is not built: the layers are "
+            "recomputed one by one; remove it."
+        )
 
 
 def _has_cuda_device() -> bool:

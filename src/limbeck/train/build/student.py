@@ -32,17 +32,17 @@ from limbeck.models import (
 )
 from limbeck.models.dtypes import student_load_dtype
 from limbeck.objectives import CrossTokenizer, VocabParallel
-from limbeck.strategies.base import Engine, Placement, StudentSpec, dims_of, strategy_of
+from limbeck.strategies.base import Capture, Engine, Placement, StudentSpec, dims_of, strategy_of
 from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
 from limbeck.teachers.local import check_tokens
 from limbeck.teachers.protocol import Teacher
 from limbeck.train.build.data import Data
 from limbeck.train.build.objective import compile_loss
-from limbeck.train.features import make_features
+from limbeck.train.features import Features, make_features
 from limbeck.train.reference_quirks import ReferenceQuirks
 from limbeck.train.step_source import Weights
-from limbeck.train.student import LossSettings, StudentStage, StudentWithLoss
+from limbeck.train.student import EarlierLayers, LossSettings, StudentStage, StudentWithLoss
 
 _SIZES = "tensor_model_parallel_size, context_parallel_size or pipeline_model_parallel_size"
 
@@ -142,16 +142,39 @@ def distribute_student(
             model.enable_input_require_grads()
     settings = replace(settings, features=make_features(config, model, teacher), balance=config.loss_balance)
 
+    def features_on(capture: Capture, *, last: bool) -> Features | None:
+        features = settings.features
+        if features is None:
+            return None
+        found = features.on(capture(features.taps.names))
+        if world.max(found is not None and not last) and config.loss_balance == "modelopt":
+            raise LimbeckError(
+                "loss_balance = modelopt compares the size of all terms on the last pipeline stage, and features.pairs names "
+                "layers of an earlier one; name later layers, or set loss_balance: weighted."
+            )
+        if world.max(found is not None and found.is_divided and features.losses.shares_projection):
+            raise LimbeckError(
+                "features.projection = shared with features.pairs on several pipeline stages is not built; set per_pair, or "
+                "pair layers of one stage."
+            )
+        return found
+
+    def make_term(capture: Capture) -> nn.Module | None:
+        found = features_on(capture, last=False)
+        return None if found is None else EarlierLayers(found)
+
     def make_root(placement: Placement) -> nn.Module:
-        parallel = None
+        parallel, own = None, settings
+        if placement.capture is not None:
+            own = replace(settings, features=features_on(placement.capture, last=True))
         if placement.vocab_group is not None:
             parallel = VocabParallel(settings.vocab_size, placement.vocab_group, placement.head_rows)
         if placement.pipeline is None:
-            return StudentWithLoss(model, settings, parallel)
-        return StudentStage(model, settings, placement.pipeline, parallel)
+            return StudentWithLoss(model, own, parallel)
+        return StudentStage(model, own, placement.pipeline, parallel)
 
     name = str(args.model_name_or_path or "the student")
-    spec = StudentSpec(model, name, config, make_root, verify, compiled)
+    spec = StudentSpec(model, name, config, make_root, make_term, verify, compiled)
     engine = strategy_of(config.student, "student").build_student(spec, world)
     if settings.features is not None:
         undo_around(decoder_layers(body(model)), settings.features.taps.modules)
@@ -230,5 +253,3 @@ def _check_colocated(config: DistillConfig, student: ParallelDims, teacher: Para
             "(tensor_model_parallel_size × context_parallel_size × pipeline_model_parallel_size); one of these numbers must "
             "divide the other."
         )
-    if config.features.pairs and larger > 1:
-        raise LimbeckError(f"features.pairs with a {_SIZES} above 1 is not built yet; take one of them out.")

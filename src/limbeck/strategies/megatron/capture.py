@@ -1,0 +1,85 @@
+"""Captures outputs of Megatron's submodules under the names of their Hugging Face counterparts.
+
+Only submodules whose output is whole in its width on every tensor-parallel rank have one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from limbeck.config.schema import MegatronConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import HiddenStateCapture
+from limbeck.strategies.megatron.body import MegatronBody
+
+_IN_LAYER = {
+    "": "",
+    "input_layernorm": "input_layernorm",
+    "self_attn": "self_attention",
+    "self_attn.o_proj": "self_attention.linear_proj",
+    "post_attention_layernorm": "pre_mlp_layernorm",
+    "mlp": "mlp",
+    "mlp.down_proj": "mlp.linear_fc2",
+}
+"""Name within a Hugging Face layer to that within Megatron's."""
+
+_LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.+))?")
+
+
+@dataclass(frozen=True)
+class MegatronCapture(HiddenStateCapture):
+    """Captures submodules of ``trunk``; those of other pipeline stages are None."""
+
+    trunk: MegatronBody | None = None
+
+    def kept(self, output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.clone()  # Megatron then adds the residual in place
+
+    def whole(self, output: Tensor, time: int) -> Tensor:
+        assert self.trunk is not None
+        self.trunk.groups.activate()
+        return self.trunk.rows(output, time)
+
+    def widths(self, trunk: nn.Module) -> list[int]:
+        assert self.trunk is not None
+        return [self.trunk.config.hidden_size] * len(self.names)
+
+
+def capture_in(trunk: MegatronBody, role: str, names: Sequence[str]) -> HiddenStateCapture:
+    """Captures the submodules of ``trunk`` that compute what the Hugging Face submodules ``names`` do.
+
+    Raises:
+        LimbeckError: for a submodule without a counterpart.
+    """
+    return MegatronCapture(tuple(names), tuple(_find(trunk.gpt, name, role) for name in names), role, trunk)
+
+
+def recompute_layers(trunk: MegatronBody, given: MegatronConfig) -> None:
+    """Full recomputation by PyTorch's checkpoints, one layer each. Megatron's own hide what is captured from autograd."""
+    for number, layer in enumerate(trunk.gpt.decoder.layers):
+        if given.recompute_method == "uniform" or number < given.recompute_num_layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _find(gpt: Any, name: str, role: str) -> nn.Module | None:
+    found = _LAYER.fullmatch(name)
+    if found is not None and (found[2] or "") in _IN_LAYER:
+        layers = {layer.layer_number - 1: layer for layer in gpt.decoder.layers}
+        layer = layers.get(int(found[1]))
+        return None if layer is None else layer.get_submodule(_IN_LAYER[found[2] or ""])
+    if name == "model.embed_tokens":
+        return gpt.embedding if gpt.pre_process else None
+    if name == "model.norm":
+        return gpt.decoder.final_layernorm if gpt.post_process else None
+    inside = ", ".join(part for part in _IN_LAYER if part)
+    raise LimbeckError(
+        f"features.pairs: no submodule of megatron-core computes the {role}'s {name} on one rank; name a layer "
+        f"(model.layers.0), or in it {inside}, or model.embed_tokens or model.norm, or use fsdp2_train and fsdp2_infer."
+    )
