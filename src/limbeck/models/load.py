@@ -266,8 +266,11 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
-    name = str(source.name_or_path)
+    """The fast tokenizer of a checkpoint, or for one of Megatron-LM that of ``megatron_arguments``.
+
+    One without a padding token pads with its end token.
+    """
+    name = str(source.megatron_arguments.get("tokenizer_model") or source.name_or_path)
     check_folder(name, "tokenizer")
     if is_megatron_checkpoint(name) and not any(Path(name).glob("tokenizer*")):
         raise LimbeckError(
