@@ -59,7 +59,7 @@ def write_checkpoint(model: Any, folder: Path, iteration: int, tokenizer: str | 
     target, temporary = folder / f"iter_{iteration:07d}", folder / f".iter_{iteration:07d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(temporary)
+    writer = dcp.FileSystemWriter(str(temporary))
     dcp.save(_state(model, arguments["padded_vocab_size"]), storage_writer=writer, planner=_Planner(), no_dist=True)
     common = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": iteration}
     torch.save(common, temporary / COMMON)
