@@ -119,7 +119,8 @@ class _Planner(dcp.DefaultSavePlanner):
 def _state(model: Any, rows: int) -> dict[str, Any]:
     """What Megatron-LM's sharded state dict of this model has, with ``rows`` of embeddings and output head."""
     tensors, config = dict(model.named_parameters()), model.config
-    heads, layers, state = Heads.of(config), config.num_hidden_layers, {}
+    heads, layers = Heads.of(config), config.num_hidden_layers
+    state: dict[str, Any] = {}
     for name, rule in family_of(model).rules.items():
         if rule.sources == (HEAD,) and config.tie_word_embeddings:
             continue
