@@ -19,8 +19,10 @@ from transformers.utils import is_flash_attn_2_available
 
 from limbeck.config.schema import ModelArgs
 from limbeck.errors import LimbeckError
-from limbeck.folders import check_folder
+from limbeck.folders import check_folder, is_megatron_checkpoint
 from limbeck.models.hub import offline_if_unreachable
+from limbeck.models.megatron_checkpoint import load_weights, open_checkpoint
+from limbeck.models.megatron_config import canonical, check_names, hf_config, scale_output_projections
 from limbeck.models.memory import available_memory
 from limbeck.models.varlen_attention import BY_DOCUMENT
 
@@ -31,8 +33,9 @@ _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 class ModelSource:
     """Which checkpoint to load, and how: a role's ``model_args``.
 
-    name_or_path: folder or hub name, or None for a model that ``config_kwargs`` describe. config_kwargs: override the
-    checkpoint's configuration. from_scratch: draw the weights instead of reading them. role: for error messages.
+    name_or_path: folder or hub name, or None for a model that ``config_kwargs`` or ``megatron_arguments`` describe.
+    config_kwargs: override the checkpoint's configuration. megatron_arguments: override those in a checkpoint of Megatron-LM.
+    from_scratch: draw the weights instead of reading them. role: for error messages.
     """
 
     name_or_path: str | None
@@ -42,6 +45,7 @@ class ModelSource:
     from_scratch: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_args(cls, args: ModelArgs, role: str) -> ModelSource:
@@ -54,12 +58,23 @@ class ModelSource:
             args.from_scratch,
             args.revision,
             args.trust_remote_code,
+            args.megatron_arguments,
         )
 
     @property
     def name(self) -> str:
         """What to call the model in a sentence."""
         return self.name_or_path or f"the {self.role}"
+
+    @property
+    def of_megatron(self) -> bool:
+        """Whether arguments of Megatron-LM describe the model."""
+        return bool(self.megatron_arguments) or is_megatron_checkpoint(self.name_or_path)
+
+    @property
+    def draws_weights(self) -> bool:
+        """Whether the weights are random."""
+        return self.from_scratch or (self.name_or_path is None and bool(self.megatron_arguments))
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
@@ -77,7 +92,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
     check_folder(name, role, holds="config.json")
     attention = _attention(source)
     try:
-        if name is None and not (source.from_scratch and "model_type" in source.config_kwargs):
+        described = source.megatron_arguments or (source.from_scratch and "model_type" in source.config_kwargs)
+        if name is None and not described:
             raise LimbeckError(
                 f"the {role} has no checkpoint: set {role}_pretrain to a folder or hub name, or for a new model "
                 f"{role}.model_args.from_scratch: true with model_config_kwargs that name a model_type."
@@ -85,12 +101,22 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
         config = _load_config(source)
         if not source.trust_remote_code:  # a class from the hub may not support the meta device
             _refuse_too_large(config, dtype, name, role)
-        if source.from_scratch:
+        if source.draws_weights:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
+            if source.of_megatron:
+                scale_output_projections(model)
+        elif source.of_megatron:
+            weights = load_weights(open_checkpoint(str(name)), config, dtype)
+            with torch.device("meta"):
+                of_model = type(AutoModelForCausalLM.from_config(config))  # the automatic class takes no state_dict
+            model = of_model.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
+            )
+            model.config.name_or_path = model.name_or_path = str(name)
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
@@ -164,9 +190,45 @@ def checkpoint_dtype(source: ModelSource) -> torch.dtype:
 
 def _load_config(source: ModelSource) -> Any:
     changes = dict(source.config_kwargs)
+    if source.of_megatron:
+        return _changed(_megatron_config(source), changes)
     if source.name_or_path is None:
         return AutoConfig.for_model(**changes)
     return _changed(_from_pretrained(AutoConfig, source.name_or_path, source.hub_kwargs), changes)
+
+
+def _megatron_config(source: ModelSource) -> Any:
+    """The configuration that Megatron's arguments describe, with the vocabulary and the end token of the tokenizer."""
+    given, where = source.megatron_arguments, f"{source.role}.model_args.megatron_arguments"
+    check_names(given, where)
+    arguments, dtype, tokenizer, size = dict(given), None, None, 0
+    if source.name_or_path is not None:
+        if not is_megatron_checkpoint(source.name_or_path):
+            raise LimbeckError(
+                f"{where} are only read with a checkpoint of Megatron-LM, and {source.name_or_path!r} is none; use "
+                f"{source.role}.model_args.model_config_kwargs."
+            )
+        stored = open_checkpoint(source.name_or_path)
+        arguments, where = {**canonical(stored.arguments), **canonical(given)}, stored.where
+        dtype = stored.arguments.get("params_dtype")
+    if (name := given.get("tokenizer_model")) is not None:
+        tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
+        size = 1 + max(tokenizer.get_vocab().values())
+        if arguments.get("vocab_size") is None:
+            arguments |= {"vocab_size": size, "tokenizer_type": None}
+    config = hf_config(arguments, where)
+    # A vocab_size in a checkpoint may be less than what the tokenizer can name, as for published models.
+    rows = config.vocab_size if "vocab_size" in given else arguments.get("padded_vocab_size") or config.vocab_size
+    if size > rows:
+        raise LimbeckError(
+            f"{where}: the tokenizer {name} has {size} tokens, and the vocabulary of the model has {rows} rows; set the "
+            "tokenizer of this model."
+        )
+    if tokenizer is not None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if isinstance(dtype, torch.dtype):
+        config.dtype = dtype
+    return config
 
 
 @contextmanager
@@ -207,9 +269,16 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
-    name = str(source.name_or_path)
+    """The fast tokenizer of a checkpoint, or for one of Megatron-LM that of ``megatron_arguments``.
+
+    One without a padding token pads with its end token.
+    """
+    name = str(source.megatron_arguments.get("tokenizer_model") or source.name_or_path)
     check_folder(name, "tokenizer")
+    if is_megatron_checkpoint(name) and not any(Path(name).glob("tokenizer*")):
+        raise LimbeckError(
+            f"{name} is a checkpoint of Megatron-LM, which holds no tokenizer; set tokenizer to the folder or hub id of one."
+        )
     try:
         tokenizer = _from_pretrained(AutoTokenizer, name, source.hub_kwargs)
     except (OSError, ValueError, ImportError) as error:

@@ -18,10 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, unwrap_model
+from limbeck.models.megatron_families import ExpertShape, Heads, family_of, layers_with_experts, padded_rows
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
-from limbeck.strategies.megatron.families import ExpertShape, Heads, family_of, layers_with_experts, padded_rows
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 

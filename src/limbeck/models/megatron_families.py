@@ -14,9 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from limbeck.errors import LimbeckError
-from limbeck.models import body, decoder_layers, unwrap_model
-from limbeck.strategies.parallel_dims import ParallelDims
+from limbeck.models.heads import body, decoder_layers, unwrap_model
 
 Kind = Literal["vocabulary", "copy", "qkv", "gate_up", "row", "experts_gate_up", "experts_down"]
 
@@ -187,78 +185,3 @@ def joined(kind: Kind, slices: Sequence[Tensor], heads: Heads, vocab_size: int) 
 def family_of(model: Any) -> Family:
     """The family of a Hugging Face model that ``check_family`` has accepted."""
     return FAMILIES[unwrap_model(model).config.model_type]
-
-
-def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
-    """Raise LimbeckError unless Megatron can be built as the Hugging Face model ``name`` and divided so."""
-    causal = unwrap_model(model)
-    config, section = causal.config, f"{role}.strategy_args"
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise LimbeckError(
-            f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
-            f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
-        )
-    odd = family.sources(layers_with_experts(causal)) ^ {
-        name for name, _ in causal.named_parameters(remove_duplicate=False)
-    }
-    other = {
-        f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
-        f"hidden_act = {config.hidden_act}": config.hidden_act != "silu",
-        f"attention_dropout = {config.attention_dropout:g}": config.attention_dropout > 0,
-        "RoPE scaling that depends on the length or scales attention": _has_unusual_rope(body(causal)),
-        f"attn_implementation = {config._attn_implementation}": not config._attn_implementation.startswith(
-            ("sdpa", "flash_attention")
-        ),
-        "router_jitter_noise": bool(getattr(config, "router_jitter_noise", 0)),
-    }
-    for what in (what for what, found in other.items() if found):
-        raise LimbeckError(f"{name} has {what}, which is not built for megatron; use fsdp2_train and fsdp2_infer.")
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise LimbeckError(
-            f"{name} has a sliding window of {config.sliding_window} tokens, which is not built for megatron; if no row is "
-            f"longer, set {role}.model_args.model_config_kwargs: {{sliding_window: null}}, else use fsdp2_train and "
-            "fsdp2_infer."
-        )
-    _check_experts(causal, dims, name, role)
-    dense = {"feed-forward columns": config.intermediate_size} if not all(layers_with_experts(causal)) else {}
-    for what, size in {"key and value heads": Heads.of(config).groups, **dense}.items():
-        if size % dims.tp:
-            raise LimbeckError(
-                f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "
-                f"{name}; use a divisor, or fsdp2_train and fsdp2_infer."
-            )
-
-
-def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None:
-    """Raise LimbeckError unless the experts of the Hugging Face ``model``, if any, can be divided so."""
-    config, section = model.config, f"{role}.strategy_args.strategy_config"
-    experts, count = ExpertShape.of(config), sum(layers_with_experts(model))
-    if experts is None or count == 0:
-        if dims.ep > 1:
-            raise LimbeckError(
-                f"{section}.expert_model_parallel_size = {dims.ep} divides experts, and {name} (model_type "
-                f"{config.model_type}) has none; remove it."
-            )
-        return
-    if experts.normalized and experts.active == 1:
-        raise LimbeckError(
-            f"{name} has num_experts_per_tok = 1 with normalized weights, which trains no router and is not built for "
-            "megatron; use fsdp2_train and fsdp2_infer."
-        )
-    if dims.tp > 1 and not dims.sequence_parallel:
-        raise LimbeckError(
-            f"{section}.sequence_parallel: tensor parallel ranks would route the same tokens of {name} several times; set it "
-            "to true."
-        )
-    for key, ranks, size, what in (
-        ("expert_model_parallel_size", dims.ep, experts.count, "experts"),
-        ("expert_tensor_parallel_size", dims.etp, experts.width, "feed-forward columns of an expert"),
-    ):
-        if size % ranks:
-            raise LimbeckError(f"{section}.{key} = {ranks} does not divide the {size} {what} of {name}; use a divisor.")
-
-
-def _has_unusual_rope(trunk: Any) -> bool:
-    rotary = trunk.rotary_emb
-    return rotary.rope_type not in ("default", "linear", "llama3") or rotary.attention_scaling != 1
