@@ -152,6 +152,24 @@ def _unknown_parameters(config: RunFields, prefix: str) -> Iterator[Contradictio
             )
 
 
+def _concatenation_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    """Rows that are cut from concatenated documents have no columns, and cannot be mixed with other rows."""
+    path = "student.data_args.sources"
+    for key, sources in ((path, config.data_sources), ("validation.data_args.sources", config.validation_sources)):
+        if len({source.is_concatenated for source in sources}) > 1:
+            yield Contradiction(key, "mix concatenated documents (concatenate, mock) with other rows; give one kind only")
+    if not any(source.is_concatenated for source in config.data_sources):
+        return
+    for key, given in (
+        ("rollout", config.rollout),
+        ("teacher.prompt", config.teacher.prompt),
+        ("student.data_args.domain_key", config.student.data_args.domain_key),
+        ("student.use_sequence_packing", config.student.use_sequence_packing),
+    ):
+        if given:
+            yield Contradiction(key, f"does not apply to concatenated documents; remove it, or the sources of {path}")
+
+
 def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, training = config.student, config.student.training_args
     data = student.data_args
@@ -183,6 +201,7 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
         ):
             if others:
                 yield Contradiction(path, "and validation.data_args.sources both set the validation data; keep one")
+    yield from _concatenation_contradictions(config)
     if student.use_dynamic_batching_in_train:
         if student.max_tokens_per_microbatch_in_train == 0:
             yield Contradiction(
