@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import is_flash_attn_2_available
 
 from limbeck.config.schema import ModelArgs
+from limbeck.data.tokenizers import NUMBERS, number_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder
 from limbeck.models.hub import offline_if_unreachable
@@ -207,8 +208,10 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of a checkpoint; one without a padding token pads with its end token."""
+    """The fast tokenizer of a checkpoint, or ``null:N``; one without a padding token pads with its end token."""
     name = str(source.name_or_path)
+    if name.startswith(NUMBERS):
+        return number_tokenizer(name)
     check_folder(name, "tokenizer")
     try:
         tokenizer = _from_pretrained(AutoTokenizer, name, source.hub_kwargs)
