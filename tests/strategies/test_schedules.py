@@ -96,7 +96,8 @@ def test_megatron_warms_up_from_its_first_rate_decays_and_stays_at_its_smallest(
 
 
 @pytest.mark.parametrize(
-    ("style", "half"), [("exponential", 2 * 0.5**0.5 - 1), ("linear", 0.5), ("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5)]
+    ("style", "half"),
+    [("exponential", 2 * 0.5**0.5 - 1), ("linear", 0.5), ("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5)],
 )
 def test_megatrons_wsd_is_constant_until_its_last_steps(style, half):
     found = megatron_rates(14, decay_style="WSD", wsd_decay_style=style, wsd_decay_steps=4)

@@ -35,7 +35,9 @@ def number_tokenizer(name: str) -> PreTrainedTokenizerFast:
 
     size = name.removeprefix(NUMBERS)
     if not size.isdecimal() or not 2 <= int(size) <= 1 << 24:
-        raise LimbeckError(f"tokenizer = {name} must end in the size of the vocabulary, from 2 on, such as {NUMBERS}32000.")
+        raise LimbeckError(
+            f"tokenizer = {name} must end in the size of the vocabulary, from 2 on, such as {NUMBERS}32000."
+        )
     last = str(int(size) - 1)
     backend = Tokenizer(models.WordLevel({str(number): number for number in range(int(size))}, unk_token=last))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -156,7 +156,9 @@ def _concatenation_contradictions(config: RunFields) -> Iterator[Contradiction]:
     path = "student.data_args.sources"
     for key, sources in ((path, config.data_sources), ("validation.data_args.sources", config.validation_sources)):
         if len({source.is_concatenated for source in sources}) > 1:
-            yield Contradiction(key, "mix concatenated documents (concatenate, mock) with other rows; give one kind only")
+            yield Contradiction(
+                key, "mix concatenated documents (concatenate, mock) with other rows; give one kind only"
+            )
     if not any(source.is_concatenated for source in config.data_sources):
         return
     for key, given in (

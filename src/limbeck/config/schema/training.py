@@ -55,6 +55,13 @@ REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
 """Schedulers that need at least one of these lr_scheduler_kwargs."""
 
 
+MEGATRON_STYLES: dict[str, tuple[str, ...]] = {
+    "decay_style": ("linear", "cosine", "inverse-square-root", "constant", "WSD"),
+    "wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
+}
+"""The styles of the scheduler ``megatron``; the first is the default."""
+
+
 SEQUENTIAL_KWARGS: dict[str, dict[str, float]] = {
     "ConstantLR": {"factor": 1 / 3, "total_iters": 5},
     "CosineAnnealingLR": {"T_max": 0, "eta_min": 0.0},
