@@ -6,6 +6,17 @@ from pathlib import Path
 
 from limbeck.errors import LimbeckError
 
+MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
+"""The file in which Megatron-LM keeps the iteration of its newest checkpoint."""
+
+
+def is_megatron_checkpoint(name: str | None) -> bool:
+    """Whether a local folder holds checkpoints of Megatron-LM, or is one of them."""
+    folder = Path(name or "")
+    if name is None or "\0" in name or not folder.is_dir() or (folder / "config.json").is_file():
+        return False
+    return any(next(folder.glob(pattern), None) for pattern in (MEGATRON_TRACKER, "iter_*", ".metadata", "mp_rank_*"))
+
 
 def check_folder(name: str | None, role: str, holds: str | None = None) -> None:
     """Check that a local folder exists. ``name`` and ``owner/name`` may be hub ids, which are not checked.
@@ -13,7 +24,7 @@ def check_folder(name: str | None, role: str, holds: str | None = None) -> None:
     Args:
         name: folder or hub id; None is not checked.
         role: what is loaded from it, for error messages.
-        holds: name of a file that the folder must contain.
+        holds: name of a file that the folder must contain, unless it has checkpoints of Megatron-LM.
 
     Raises:
         LimbeckError: if ``name`` can only be a folder and does not exist, or if the folder has no file ``holds``.
@@ -21,7 +32,7 @@ def check_folder(name: str | None, role: str, holds: str | None = None) -> None:
     if name is None:
         return
     if Path(name).is_dir():
-        if holds is not None and not (Path(name) / holds).is_file():
+        if holds is not None and not (Path(name) / holds).is_file() and not is_megatron_checkpoint(name):
             raise LimbeckError(
                 f"there is no {holds} in {name!r}, so the {role} cannot be loaded from it; check the path."
             )

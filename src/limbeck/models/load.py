@@ -20,8 +20,9 @@ from transformers.utils import is_flash_attn_2_available
 from limbeck.config.schema import ModelArgs
 from limbeck.data.tokenizers import NUMBERS, number_tokenizer
 from limbeck.errors import LimbeckError
-from limbeck.folders import check_folder
+from limbeck.folders import check_folder, is_megatron_checkpoint
 from limbeck.models.hub import offline_if_unreachable
+from limbeck.models.megatron_config import check_names, hf_config, scale_output_projections
 from limbeck.models.memory import available_memory
 from limbeck.models.varlen_attention import BY_DOCUMENT
 
@@ -32,8 +33,9 @@ _ATTENTION = {"auto": None, "fa2": "flash_attention_2"}
 class ModelSource:
     """Which checkpoint to load, and how: a role's ``model_args``.
 
-    name_or_path: folder or hub name, or None for a model that ``config_kwargs`` describe. config_kwargs: override the
-    checkpoint's configuration. from_scratch: draw the weights instead of reading them. role: for error messages.
+    name_or_path: folder or hub name, or None for a model that ``config_kwargs`` or ``megatron_arguments`` describe.
+    config_kwargs: override the checkpoint's configuration. megatron_arguments: override those in a checkpoint of Megatron-LM.
+    from_scratch: draw the weights instead of reading them. role: for error messages.
     """
 
     name_or_path: str | None
@@ -43,6 +45,7 @@ class ModelSource:
     from_scratch: bool = False
     revision: str | None = None
     trust_remote_code: bool = False
+    megatron_arguments: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_args(cls, args: ModelArgs, role: str) -> ModelSource:
@@ -55,12 +58,23 @@ class ModelSource:
             args.from_scratch,
             args.revision,
             args.trust_remote_code,
+            args.megatron_arguments,
         )
 
     @property
     def name(self) -> str:
         """What to call the model in a sentence."""
         return self.name_or_path or f"the {self.role}"
+
+    @property
+    def of_megatron(self) -> bool:
+        """Whether arguments of Megatron-LM describe the model."""
+        return bool(self.megatron_arguments) or is_megatron_checkpoint(self.name_or_path)
+
+    @property
+    def draws_weights(self) -> bool:
+        """Whether the weights are random."""
+        return self.from_scratch or (self.name_or_path is None and bool(self.megatron_arguments))
 
     @property
     def hub_kwargs(self) -> dict[str, Any]:
@@ -78,7 +92,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
     check_folder(name, role, holds="config.json")
     attention = _attention(source)
     try:
-        if name is None and not (source.from_scratch and "model_type" in source.config_kwargs):
+        described = source.megatron_arguments or (source.from_scratch and "model_type" in source.config_kwargs)
+        if name is None and not described:
             raise LimbeckError(
                 f"the {role} has no checkpoint: set {role}_pretrain to a folder or hub name, or for a new model "
                 f"{role}.model_args.from_scratch: true with model_config_kwargs that name a model_type."
@@ -86,12 +101,14 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
         config = _load_config(source)
         if not source.trust_remote_code:  # a class from the hub may not support the meta device
             _refuse_too_large(config, dtype, name, role)
-        if source.from_scratch:
+        if source.draws_weights:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(seed)
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
+            if source.of_megatron:
+                scale_output_projections(model)
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
@@ -165,9 +182,36 @@ def checkpoint_dtype(source: ModelSource) -> torch.dtype:
 
 def _load_config(source: ModelSource) -> Any:
     changes = dict(source.config_kwargs)
+    if source.of_megatron:
+        return _changed(_megatron_config(source), changes)
     if source.name_or_path is None:
         return AutoConfig.for_model(**changes)
     return _changed(_from_pretrained(AutoConfig, source.name_or_path, source.hub_kwargs), changes)
+
+
+def _megatron_config(source: ModelSource) -> Any:
+    """The configuration that Megatron's arguments describe, with the vocabulary and the special tokens of the tokenizer."""
+    arguments, where = source.megatron_arguments, f"{source.role}.model_args.megatron_arguments"
+    check_names(arguments, where)
+    if source.name_or_path is not None:
+        raise LimbeckError(
+            f"{where} are only read with a checkpoint of Megatron-LM, and {source.name_or_path!r} is none; use "
+            f"{source.role}.model_args.model_config_kwargs."
+        )
+    name = arguments.get("tokenizer_model")
+    if name is None:
+        return hf_config(arguments, where)
+    tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
+    size = 1 + max(tokenizer.get_vocab().values())
+    known = {} if "vocab_size" in arguments else {"vocab_size": size, "tokenizer_type": None}
+    config = hf_config({**arguments, **known}, where)
+    if config.vocab_size < size:
+        raise LimbeckError(
+            f"{where}: vocab_size = {config.vocab_size} is less than the {size} tokens of the tokenizer {name}; remove it, or "
+            "set another tokenizer."
+        )
+    config.eos_token_id = tokenizer.eos_token_id
+    return config
 
 
 @contextmanager

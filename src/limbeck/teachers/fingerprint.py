@@ -20,6 +20,7 @@ def teacher_fingerprint(config: DistillConfig) -> dict[str, Any]:
         "teacher.model_args.model_name_or_path": str(Path(name).resolve()) if name and Path(name).is_dir() else name,
         "teacher.model_args.revision": args.revision,
         "teacher.model_args.model_config_kwargs": args.model_config_kwargs,
+        "teacher.model_args.megatron_arguments": args.megatron_arguments,
         "teacher.model_args.from_scratch": args.from_scratch,
         "teacher.model_args.attn_implementation": args.attn_implementation,
         "teacher.model_args.dtype": config.teacher.strategy_args.strategy_config.param_dtype or args.dtype,

@@ -16,7 +16,8 @@ class ModelArgs(Section):
 
     model_name_or_path: str | None = Field(
         default=None,
-        description="Folder or Hugging Face id of the checkpoint. If unset, `student_pretrain` or `teacher_pretrain`.",
+        description="Folder or Hugging Face id of the checkpoint, or a folder of checkpoints of Megatron-LM. If unset, "
+        "`student_pretrain` or `teacher_pretrain`.",
     )
     revision: str | None = Field(
         default=None, description="Branch, tag or commit on the Hugging Face hub. If unset, the main branch."
@@ -29,6 +30,12 @@ class ModelArgs(Section):
         default_factory=dict,
         description="Values that replace those in the checkpoint's config.json. With from_scratch and no checkpoint, "
         "the whole model configuration, including `model_type`.",
+    )
+    megatron_arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of Megatron-LM that describe the model, such as `num_layers`. With a checkpoint of Megatron-LM "
+        "they replace those in it. For a student without a checkpoint they are the whole description of a model with random "
+        "weights. `tokenizer_model` is the folder or hub id of its tokenizer; if unset, `tokenizer`.",
     )
     from_scratch: bool = Field(
         default=False,
@@ -48,7 +55,8 @@ class ModelArgs(Section):
     @property
     def names_a_model(self) -> bool:
         """Whether there is a model to load or to initialise."""
-        return self.model_name_or_path is not None or (self.from_scratch and "model_type" in self.model_config_kwargs)
+        new = bool(self.megatron_arguments) or (self.from_scratch and "model_type" in self.model_config_kwargs)
+        return self.model_name_or_path is not None or new
 
 
 class StudentModelArgs(ModelArgs):

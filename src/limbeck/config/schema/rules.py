@@ -101,6 +101,10 @@ def _model_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"= {pretrain} is not {role}.model_args.model_name_or_path = {model_args.model_name_or_path}; "
                 "both set the same checkpoint, so keep one",
             )
+    if teacher.megatron_arguments and teacher.model_name_or_path is None:
+        yield Contradiction(
+            "teacher.model_args.megatron_arguments", "describe a teacher without weights; set teacher_pretrain too"
+        )
     if student.lora_target is None and student.additional_target is not None:
         yield Contradiction(
             "student.model_args.additional_target",

@@ -380,7 +380,8 @@ class RunFields(Section):
     def tokenizer_name_or_path(self) -> str | None:
         """The tokenizer's folder or id: its own key, else the student, else the teacher."""
         student, teacher = self.student.model_args, self.teacher.model_args
-        return self.tokenizer or student.model_name_or_path or teacher.model_name_or_path
+        named = self.tokenizer or student.megatron_arguments.get("tokenizer_model")
+        return named or student.model_name_or_path or teacher.model_name_or_path
 
     @property
     def num_train_epochs(self) -> float | None:

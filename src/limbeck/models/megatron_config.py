@@ -1,0 +1,255 @@
+"""Megatron-LM's arguments of a model as a Hugging Face configuration, and the inverse.
+
+Names are those in Megatron-LM's checkpoints, which are those of its command line with ``_`` for ``-``. What is not given has
+Megatron's default. A model without biases is a ``llama``, one with biases of queries, keys and values a ``qwen2``, and one
+with norms of queries and keys a ``qwen3``. Layer norms, learned positions and other architectures are errors.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from limbeck.errors import LimbeckError
+
+_FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "normalization": ("LayerNorm", ("RMSNorm",)),
+    "position_embedding_type": ("learned_absolute", ("rope",)),
+    "swiglu": (False, (True,)),
+    "add_bias_linear": (True, (False,)),
+    "rotary_percent": (1.0, (1,)),
+    "rotary_interleaved": (False, (False,)),
+    "apply_layernorm_1p": (False, (False,)),
+    "apply_residual_connection_post_layernorm": (False, (False,)),
+    "attention_output_gate": (False, (False,)),
+    "qk_l2_norm": (False, (False,)),
+    "softmax_type": ("vanilla", ("vanilla",)),
+    "glu_linear_offset": (0.0, (0,)),
+    "activation_func_clamp_value": (None, (None,)),
+    "window_size": (None, (None,)),
+    "no_rope_freq": (None, (None,)),
+    "num_experts": (None, (None,)),
+    "mtp_num_layers": (None, (None, 0)),
+    "multi_latent_attention": (False, (False,)),
+    "experimental_attention_variant": (None, (None,)),
+    "hybrid_override_pattern": (None, (None,)),
+    "hybrid_layer_pattern": (None, (None,)),
+    "heterogeneous_layers_config_path": (None, (None,)),
+    "heterogeneous_layers_config_encoded_json": (None, (None,)),
+}
+"""Arguments of which only some values are possible: Megatron's default, and these values."""
+
+_SIZES = ("num_layers", "hidden_size", "num_attention_heads")
+_OTHERS = (
+    *("ffn_hidden_size", "group_query_attention", "num_query_groups", "kv_channels", "max_position_embeddings"),
+    *("seq_length", "rotary_base", "rotary_seq_len_interpolation_factor", "use_rope_scaling", "rope_scaling_factor"),
+    *("norm_epsilon", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "init_method_std"),
+    *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model"),
+)
+_SYNONYMS = {
+    "disable_bias_linear": ("add_bias_linear", lambda value: not value),
+    "layernorm_epsilon": ("norm_epsilon", lambda value: value),
+    "use_rotary_position_embeddings": (
+        "position_embedding_type",
+        lambda value: "rope" if value else "learned_absolute",
+    ),
+}
+"""Other names of arguments, on the command line or in megatron-core: the name in checkpoints, and the value there."""
+
+ARGUMENTS = (*_SIZES, *_OTHERS, *_FIXED, *_SYNONYMS)
+"""The arguments that describe a model."""
+
+_LLAMA3_POSITIONS = 8192
+"""Positions of the model that Megatron's use_rope_scaling extends, which is a constant there."""
+
+_PADDING = 128
+"""Megatron's default of make_vocab_size_divisible_by."""
+
+
+def check_names(arguments: Mapping[str, Any], where: str) -> None:
+    """Raise LimbeckError unless all names are in ``ARGUMENTS``. where: the key with the arguments, for the error."""
+    for name in arguments:
+        if name not in ARGUMENTS:
+            near = difflib.get_close_matches(str(name), ARGUMENTS, 1)
+            hint = f"; is {near[0]} meant?" if near else "; remove it."
+            raise LimbeckError(f"{where}.{name} is no argument of Megatron-LM that describes a model{hint}")
+
+
+def canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` that describe a model, under the names in checkpoints; the others are left out."""
+    found = {name: arguments[name] for name in (*_SIZES, *_OTHERS, *_FIXED) if name in arguments}
+    for name, (target, convert) in _SYNONYMS.items():
+        # A checkpoint has both use_rotary_position_embeddings: false and position_embedding_type: rope.
+        if arguments.get(name) is not None and not (arguments[name] is False and target in found):
+            found[target] = convert(arguments[name])
+    return found
+
+
+def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
+    """The Hugging Face configuration of the model that Megatron-LM builds from ``arguments``.
+
+    The vocabulary is ``vocab_size`` (and one more with a NullTokenizer, as in Megatron-LM) or else
+    ``padded_vocab_size``. Arguments that do not describe a model are ignored.
+
+    Args:
+        arguments: by name, as in Megatron-LM's checkpoints; names of its command line and of megatron-core are accepted.
+        where: the checkpoint or key with the arguments, for error messages.
+
+    Raises:
+        LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
+    """
+    given = canonical(arguments)
+    for name, (default, possible) in _FIXED.items():
+        value = given.get(name, default)
+        if value not in possible:
+            state = f"= {value}" if name in given else f"is not given and has Megatron's default, {value}, which"
+            raise LimbeckError(
+                f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
+                f"{' or '.join(_yaml(one) for one in possible)}."
+            )
+    layers, hidden, heads = (_size(given, name, where) for name in _SIZES)
+    channels = _size(given, "kv_channels", where, hidden // heads)
+    grouped = given.get("group_query_attention")
+    groups = _size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
+    for name, value, divisor, of in (
+        ("num_attention_heads", heads, groups, "num_query_groups"),
+        ("kv_channels", channels, 2, "rotary positions"),
+    ):
+        if value % divisor:
+            raise LimbeckError(
+                f"{where}: {name} = {value} is not a multiple of {divisor}, as {of} require; correct one."
+            )
+    bias, norms = bool(given.get("add_qkv_bias")), bool(given.get("qk_layernorm"))
+    if bias and norms:
+        raise LimbeckError(
+            f"{where}: add_qkv_bias and qk_layernorm together are neither a qwen2 nor a qwen3 model; at most one may be true."
+        )
+    return AutoConfig.for_model(
+        "qwen3" if norms else "qwen2" if bias else "llama",
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=_size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64),
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        head_dim=channels,
+        max_position_embeddings=_size(given, "max_position_embeddings", where, given.get("seq_length")),
+        rope_parameters=_rope(given),
+        rms_norm_eps=float(_or(given.get("norm_epsilon"), 1e-5)),
+        tie_word_embeddings=not given.get("untie_embeddings_and_output_weights"),
+        initializer_range=float(_or(given.get("init_method_std"), 0.02)),
+        vocab_size=_vocab_size(given, where),
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
+    """The arguments with which Megatron-LM builds the model of ``config``, with names and values of its checkpoints.
+
+    Raises:
+        LimbeckError: if Megatron-LM has no arguments for this model.
+    """
+    rope = dict(config.rope_parameters)
+    kind, bias = rope.get("rope_type", "default"), getattr(config, "attention_bias", False)
+    odd = {
+        f"model_type {config.model_type}": config.model_type not in ("llama", "mistral", "qwen2", "qwen3"),
+        "biases": bias or getattr(config, "mlp_bias", False),
+        f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
+        f"RoPE scaling {kind}": kind not in ("default", "linear", "llama3"),
+        "RoPE scaling that differs from Llama 3's": kind == "llama3"
+        and (rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"])
+        != (1, 4, _LLAMA3_POSITIONS),
+        "a sliding window": bool(
+            getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        ),
+    }
+    for what in (what for what, found in odd.items() if found):
+        raise LimbeckError(f"a model with {what} cannot be written as a checkpoint of Megatron-LM; save it as it is.")
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "position_embedding_type": "rope",
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": True,
+        "rotary_base": int(rope["rope_theta"]),
+        "rotary_percent": 1.0,
+        "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": rope["factor"] if kind == "linear" else None,
+        "use_rope_scaling": kind == "llama3",
+        "rope_scaling_factor": rope["factor"] if kind == "llama3" else 8.0,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.rms_norm_eps,
+        "apply_layernorm_1p": False,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": config.model_type == "qwen2",
+        "qk_layernorm": config.model_type == "qwen3",
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "init_method_std": config.initializer_range,
+        "vocab_size": config.vocab_size,
+        "make_vocab_size_divisible_by": _PADDING,
+        "padded_vocab_size": -(-config.vocab_size // _PADDING) * _PADDING,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+
+
+@torch.no_grad()
+def scale_output_projections(model: Any) -> None:
+    """Divide the random weights of the last projections of attention and feed-forward by the square root of twice the number
+    of layers, as Megatron-LM initialises them (``scaled_init_method_normal``).
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            parameter.mul_((2 * model.config.num_hidden_layers) ** -0.5)
+
+
+def _vocab_size(given: Mapping[str, Any], where: str) -> int:
+    size = _size(given, "vocab_size", where, given.get("padded_vocab_size"))
+    # The end token of a NullTokenizer comes after its vocabulary.
+    return size + (given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer")
+
+
+def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
+    base = {"rope_theta": float(_or(given.get("rotary_base"), 10000))}
+    if given.get("use_rope_scaling"):
+        scaling = {
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": _LLAMA3_POSITIONS,
+        }
+        return {"rope_type": "llama3", "factor": float(_or(given.get("rope_scaling_factor"), 8)), **scaling, **base}
+    if (factor := given.get("rotary_seq_len_interpolation_factor")) is not None:
+        return {"rope_type": "linear", "factor": float(factor), **base}
+    return {"rope_type": "default", **base}
+
+
+def _size(given: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = _or(given.get(name), default)
+    if value is None:
+        raise LimbeckError(f"{where}: {name} is missing; set it in model_args.megatron_arguments.")
+    if type(value) is not int or value < 1:
+        raise LimbeckError(f"{where}: {name} = {value} must be a whole number above 0; correct it.")
+    return value
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

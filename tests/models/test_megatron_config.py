@@ -1,0 +1,129 @@
+"""Megatron-LM's arguments as Hugging Face configurations, and models with random weights made of them."""
+
+import pytest
+import torch
+from tiny import make_tokenizer
+
+from limbeck.config import load_mapping
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_model
+from limbeck.models.megatron_config import canonical, hf_config, megatron_arguments
+
+LLAMA = {
+    "num_layers": 3,
+    "hidden_size": 64,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 256,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "padded_vocab_size": 384,
+}
+ARCHITECTURES = {
+    "llama": {"untie_embeddings_and_output_weights": True, "rotary_base": 500000, "use_rope_scaling": True},
+    "qwen2": {"add_qkv_bias": True, "rotary_seq_len_interpolation_factor": 2.0, "kv_channels": 16},
+    "qwen3": {"qk_layernorm": True, "group_query_attention": True, "num_query_groups": 2, "norm_epsilon": 1e-6},
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_arguments_of_a_configuration_give_it_again(kind):
+    config = hf_config(LLAMA | ARCHITECTURES[kind], "here")
+    again = hf_config(megatron_arguments(config), "here")
+    assert config.model_type == kind
+    assert config.to_dict() == again.to_dict()
+    assert canonical(megatron_arguments(config)).items() >= ARCHITECTURES[kind].items()
+
+
+def test_what_is_not_given_has_the_default_of_megatron():
+    config = hf_config(LLAMA, "here")
+    assert (config.intermediate_size, config.head_dim, config.num_key_value_heads) == (128, 8, 8)
+    assert (config.rms_norm_eps, config.tie_word_embeddings, config.initializer_range) == (1e-5, True, 0.02)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_names_of_the_command_line_are_synonyms():
+    flags = {"disable_bias_linear": True, "use_rotary_position_embeddings": True, "layernorm_epsilon": 1e-6}
+    rest = {k: v for k, v in LLAMA.items() if k not in ("add_bias_linear", "position_embedding_type")}
+    assert hf_config(rest | flags, "here").rms_norm_eps == 1e-6
+    both = LLAMA | {"use_rotary_position_embeddings": False}  # in every checkpoint that was trained with the newer flag
+    assert hf_config(both, "here").model_type == "llama"
+
+
+def test_the_end_token_of_a_null_tokenizer_is_one_more():
+    assert hf_config(LLAMA | {"vocab_size": 300, "tokenizer_type": "NullTokenizer"}, "here").vocab_size == 301
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"normalization": None}, "normalization is not given and has Megatron's default, LayerNorm, which cannot"),
+        ({"position_embedding_type": "learned_absolute"}, "= learned_absolute cannot be expressed .* must be rope"),
+        ({"add_bias_linear": True}, "add_bias_linear = True cannot be expressed .* must be false"),
+        ({"num_experts": 4}, "num_experts = 4 cannot be expressed"),
+        ({"num_layers": None}, "num_layers is missing; set it in"),
+        ({"num_layers": 2.5}, "num_layers = 2.5 must be a whole number above 0"),
+        ({"num_query_groups": 3}, "num_attention_heads = 8 is not a multiple of 3, as num_query_groups"),
+        ({"add_qkv_bias": True, "qk_layernorm": True}, "together are neither a qwen2 nor a qwen3"),
+    ],
+)
+def test_what_has_no_counterpart_is_one_sentence(changes, sentence):
+    given = {name: value for name, value in (LLAMA | changes).items() if value is not None}
+    with pytest.raises(LimbeckError, match=f"^here: .*{sentence}"):
+        hf_config(given, "here")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
+    config = load_mapping(
+        {
+            "tokenizer": str(tokenizer),
+            "student": {
+                "model_args": {"megatron_arguments": {**LLAMA, "init_method_std": 0.1}},
+                "data_args": {"file_name": ["rows.jsonl"]},
+            },
+            "distill_loss_weight": 0,
+        }
+    ).config
+    model = load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32, seed=3)
+    again = load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32, seed=3)
+    assert config.tokenizer_name_or_path == str(tokenizer)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert model.config.vocab_size == len(make_tokenizer())
+    assert model.config.eos_token_id == make_tokenizer().eos_token_id
+    layer = model.model.layers[0]
+    assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(0.1 / 6**0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"num_layer": 3}, r"student.model_args.megatron_arguments.num_layer is no argument .* is num_layers meant\?"),
+        ({**LLAMA, "vocab_size": 200}, "vocab_size = 200 is less than the 299 tokens of the tokenizer"),
+    ],
+)
+def test_arguments_that_fit_nothing_are_one_sentence(tokenizer, arguments, sentence):
+    source = ModelSource(None, "student", megatron_arguments={**arguments, "tokenizer_model": str(tokenizer)})
+    with pytest.raises(LimbeckError, match=sentence):
+        load_model(source, torch.float32)
+
+
+def test_a_teacher_needs_weights(tokenizer):
+    with pytest.raises(
+        LimbeckError, match=r"teacher.model_args.megatron_arguments.* describe a teacher without weights"
+    ):
+        load_mapping(
+            {
+                "student_pretrain": str(tokenizer),
+                "student": {"data_args": {"file_name": ["rows.jsonl"]}},
+                "teacher": {"model_args": {"megatron_arguments": LLAMA}},
+            }
+        )
