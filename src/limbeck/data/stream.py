@@ -422,7 +422,7 @@ def _checksum(examples: Examples) -> int:
     found = 0
     arrays: list[Any] = [examples.offsets, examples.tokens, examples.labels]
     arrays += [array for array in (examples.weights, examples.teacher_prompts) if array is not None]
-    for array in (part for array in arrays for part in (array.parts if isinstance(array, Parts) else (array,))):
+    for array in (part for one in arrays for part in (one.parts if isinstance(one, Parts) else (one,))):
         contiguous: Any = np.ascontiguousarray(
             array
         )  # does not copy an array that is contiguous already, mapped or not

@@ -1,4 +1,4 @@
-"""What the dialects of command lines share: a parser whose mistakes are one sentence, and Limbeck's keys among the arguments."""
+"""What the dialects of command lines share: a parser, and Limbeck's keys among the arguments."""
 
 from __future__ import annotations
 

@@ -92,9 +92,11 @@ def _blends(result: Translation, given: Mapping[str, Any]) -> tuple[Parts, Parts
         result.refuse("--split", f"{shown} the shares of training, validation and test, such as 99,1,0")
         return None
     blend = _parts(result, whole, flag)
-    train, valid = (
-        [(weight, path, part) for weight, path, _ in blend] if (part := parts[number]) else [] for number in (0, 1)
-    )
+
+    def taken(part: tuple[float, float] | None) -> Parts:
+        return [] if part is None else [(weight, path, part) for weight, path, _ in blend]
+
+    train, valid = taken(parts[0]), taken(parts[1])
     if not train:
         result.refuse("--split", f"= {given['split']} leaves no documents for training")
         return None

@@ -1,4 +1,4 @@
-"""Student and teacher of Megatron-LM's command line: checkpoints, arguments of the architecture, NeMo's ``model_config.yaml``."""
+"""Student and teacher of Megatron-LM's command line: checkpoints, architecture, and NeMo's ``model_config.yaml``."""
 
 from __future__ import annotations
 

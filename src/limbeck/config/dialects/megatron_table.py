@@ -27,9 +27,11 @@ MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
     "use-rotary-position-embeddings": ("position_embedding_type", "rope"),
     **{
         name: (name.replace("-", "_"), True)
-        for name in """group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
+        for name in sorted(
+            words("""group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
         untie-embeddings-and-output-weights qk-layernorm qk-l2-norm add-qkv-bias apply-layernorm-1p
-        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model""".split()
+        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model""")
+        )
     },
 }
 """The same for switches: the name and the value that each sets."""
@@ -82,24 +84,28 @@ OF_MEGATRON: dict[str, str] = {
 
 SPECIAL: dict[str, str] = {
     **dict.fromkeys(
-        """export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
+        sorted(
+            words("""
+            export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
         ckpt-format tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples exit-interval
         exit-duration-in-mins lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-fraction lr-warmup-iters
         lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters lr-wsd-decay-samples min-lr split
         data-args-path per-split-data-args-path eval-iters tensorboard-dir wandb-project wandb-entity wandb-save-dir
-        num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank limbeck-strategy""".split(),
+        num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank limbeck-strategy""")
+        ),
         VALUE,
     ),
-    **dict.fromkeys("data-path train-data-path valid-data-path test-data-path".split(), VALUES),
+    **dict.fromkeys(sorted(words("data-path train-data-path valid-data-path test-data-path")), VALUES),
     **dict.fromkeys(
-        "bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations".split(), SWITCH
+        sorted(words("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations")), SWITCH
     ),
 }
 """Arguments that ``megatron`` translates in code."""
 
 IGNORED: dict[str, str] = {
     **dict.fromkeys(
-        """export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
+        sorted(
+            words("""export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
         no-load-optim no-load-rng no-save-optim no-save-rng exit-on-missing-checkpoint auto-detect-ckpt-format
         use-dist-ckpt async-save ckpt-fully-parallel-save no-ckpt-fully-parallel-save ckpt-fully-parallel-load
         ckpt-assume-constant-structure use-persistent-ckpt-worker no-use-tokenizer-model-from-checkpoint-args
@@ -120,12 +126,15 @@ IGNORED: dict[str, str] = {
         log-memory-to-tensorboard log-world-size-to-tensorboard no-barrier-with-level-1-timing log-straggler
         profile use-pytorch-profiler record-memory-history disable-gloo-process-groups use-tp-pp-dp-mapping
         no-one-logger moe-grouped-gemm moe-permute-fusion moe-per-layer-logging disable-mamba-mem-eff-path
-        no-position-embedding no-initialization data-parallel-random-init use-sharp use-nccl-ub test-mode use-precision-aware-optimizer
-        enable-experimental disable-bf16-reduced-precision-matmul""".split(),
+        no-position-embedding no-initialization data-parallel-random-init use-sharp use-nccl-ub test-mode
+        use-precision-aware-optimizer
+        enable-experimental disable-bf16-reduced-precision-matmul""")
+        ),
         SWITCH,
     ),
     **dict.fromkeys(
-        """export-kd-teacher-ckpt-format transformer-impl attention-backend distributed-backend local-rank num-workers
+        sorted(
+            words("""export-kd-teacher-ckpt-format transformer-impl attention-backend distributed-backend local-rank num-workers
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl empty-unused-memory-level
         manual-gc-interval profile-step-start profile-step-end memory-snapshot-path num-dataset-builder-threads
@@ -136,10 +145,11 @@ IGNORED: dict[str, str] = {
         moe-token-dispatcher-type mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type
         ddp-num-buckets rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
         config-logger-dir main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype sgd-momentum
-        wgrad-deferral-limit sample-rate eval-global-batch-size""".split(),
+        wgrad-deferral-limit sample-rate eval-global-batch-size""")
+        ),
         VALUE,
     ),
-    **dict.fromkeys("profile-ranks high-priority-stream-groups tiktoken-special-tokens".split(), VALUES),
+    **dict.fromkeys(sorted(words("profile-ranks high-priority-stream-groups tiktoken-special-tokens")), VALUES),
 }
 """Arguments without a meaning in Limbeck, where checkpoints are whole, formats are recognised and kernels are PyTorch's."""
 
@@ -164,14 +174,21 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "rl-default-temperature": (VALUE, (), "belongs to reinforcement learning; " + _LATER),
     "data-parallel-sharding-strategy": (VALUE, ("no_shard",), _FSDP),
     **dict.fromkeys(
-        "decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format iterations-to-skip".split(),
+        sorted(
+            words(
+                "decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format iterations-to-skip"
+            )
+        ),
         (VALUE, (), _LATER),
     ),
     **dict.fromkeys(
-        """step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction vocab-file
+        sorted(
+            words("""
+            step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction vocab-file
         merge-file vocab-extra-ids loss-scale encoder-num-layers decoder-num-layers encoder-seq-length
         decoder-seq-length kitchen-config-file ckpt-convert-format ckpt-convert-save qad-train-target
-        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers""".split(),
+        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers""")
+        ),
         (VALUE, (), _LATER),
     ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
@@ -183,16 +200,19 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     **dict.fromkeys(("finetune-hf-dataset", "finetune-data-split"), (VALUE, (), _DATA)),
     "sft": (SWITCH, (), _DATA),
     **dict.fromkeys(
-        """optimizer-cpu-offload skip-train use-legacy-models freeze-all-layers freeze-base-for-mtp multiple-validation-sets
+        sorted(
+            words("""
+            optimizer-cpu-offload skip-train use-legacy-models freeze-all-layers freeze-base-for-mtp multiple-validation-sets
         decrease-batch-size-if-needed onnx-safe enable-gpt-oss export-qk-l2-norm
         export-moe-apply-probs-on-input load-main-params-from-ckpt perform-rl-step export-kd-finalize init-method-xavier-uniform
-        fim-data""".split(),
+        fim-data""")
+        ),
         (SWITCH, (), _LATER),
     ),
 }
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
 
-HYBRID = tuple(name for name in sorted(MODEL_VALUES) if name.startswith(("hybrid-", "mamba-"))) + ("is-hybrid-model",)
+HYBRID = (*(name for name in sorted(MODEL_VALUES) if name.startswith(("hybrid-", "mamba-"))), "is-hybrid-model")
 HYBRID_SENTENCE = _HYBRID
 """Arguments of hybrid models of Mamba and attention layers, and the end of their error message."""
 
@@ -243,8 +263,10 @@ SPECIAL_MEANING: dict[str, str] = {
         ("lr-warmup-fraction", "lr-warmup-iters", "lr-warmup-samples"), "student.training_args.warmup_steps"
     ),
     **dict.fromkeys(
-        """lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
-        lr-wsd-decay-samples min-lr""".split(),
+        sorted(
+            words("""lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
+        lr-wsd-decay-samples min-lr""")
+        ),
         "student.training_args.lr_scheduler_kwargs of lr_scheduler_type: megatron",
     ),
     **dict.fromkeys(("data-path", "train-data-path", "data-args-path"), "student.data_args.sources"),

@@ -48,8 +48,9 @@ class SourceArgs(Section):
 
     concatenate: bool = Field(
         default=False,
-        description="Read the .bin/.idx corpora of path as one text and cut it into rows of sequence_length tokens, as Megatron "
-        "does. Rows are read from the files when they are needed; nothing is cached. All sources of the run must have it.",
+        description="Read the .bin/.idx corpora of path as one text and cut it into rows of sequence_length tokens, as "
+        "Megatron does. Rows are read from the files when they are needed; nothing is cached. All sources of the run "
+        "must have it.",
     )
     documents: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
         default=(0.0, 1.0),
@@ -126,8 +127,8 @@ class DataArgs(Section):
         default=None,
         description="Training data as a list of sources, instead of file_name. Each has `path` or `hub`, and "
         "optionally "
-        "`config`, `split`, `revision`, `format`, `question_key`, `answer_key`, `weight`, `max_samples` and `domain`; .bin/.idx "
-        "files may have `concatenate` and `documents`. `mock` makes rows up.",
+        "`config`, `split`, `revision`, `format`, `question_key`, `answer_key`, `weight`, `max_samples` and `domain`; "
+        ".bin/.idx files may have `concatenate` and `documents`. `mock` makes rows up.",
     )
     eval_file_name: Files | None = Field(
         default=None, description="Validation files; the same as `validation.data_args.file_name`."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys

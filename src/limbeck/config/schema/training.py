@@ -121,8 +121,8 @@ class TrainingArgs(Section):
         description="Arguments of the schedule, such as `min_lr` or `num_decay_steps`. sequential has `schedulers`, a list of "
         "`{name: LinearLR, start_factor: 0.1, total_iters: 10}`, `milestones`, the steps at which the others begin, and "
         "`interval`, the number of optimizer steps that count as one (1). megatron has `decay_style` (linear, cosine, "
-        "inverse-square-root, constant or WSD), `decay_steps` (all), after which the rate is `min_lr` (0), `warmup_init` (0), and "
-        "for WSD `wsd_decay_steps` and `wsd_decay_style` (exponential, linear, cosine or minus_sqrt).",
+        "inverse-square-root, constant or WSD), `decay_steps` (all), after which the rate is `min_lr` (0), `warmup_init` (0), "
+        "and for WSD `wsd_decay_steps` and `wsd_decay_style` (exponential, linear, cosine or minus_sqrt).",
     )
     warmup_steps: int = Field(
         default=0,
