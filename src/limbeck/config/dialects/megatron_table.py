@@ -6,19 +6,27 @@ the tables are unknown.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 from limbeck.config.deepspeed import words
 
+T = TypeVar("T")
+
 SWITCH, VALUE, VALUES = "switch", "value", "values"
+
+
+def _all(names: str, meaning: T) -> dict[str, T]:
+    """The words of ``names``, all with one meaning."""
+    return dict.fromkeys(names.split(), meaning)
+
 
 MODEL_VALUES = words(
     """num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels max-position-embeddings
-    position-embedding-type rotary-base rotary-percent rotary-seq-len-interpolation-factor rope-scaling-factor
-    make-vocab-size-divisible-by normalization norm-epsilon init-method-std window-size
-    num-experts moe-ffn-hidden-size moe-router-topk moe-layer-freq moe-shared-expert-intermediate-size
-    hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio
-    mamba-state-dim mamba-head-dim mamba-num-groups mamba-num-heads heterogeneous-layers-config-path"""
+        position-embedding-type rotary-base rotary-percent rotary-seq-len-interpolation-factor
+        rope-scaling-factor make-vocab-size-divisible-by normalization norm-epsilon init-method-std window-size
+        num-experts moe-ffn-hidden-size moe-router-topk moe-layer-freq moe-shared-expert-intermediate-size
+        hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio mamba-state-dim
+        mamba-head-dim mamba-num-groups mamba-num-heads heterogeneous-layers-config-path"""
 )
 """Arguments that describe the student; megatron_arguments has them with ``_`` for ``-``."""
 
@@ -27,10 +35,11 @@ MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
     "use-rotary-position-embeddings": ("position_embedding_type", "rope"),
     **{
         name: (name.replace("-", "_"), True)
-        for name in sorted(
-            words("""group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
+        for name in _all(
+            """group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
         untie-embeddings-and-output-weights qk-layernorm qk-l2-norm add-qkv-bias apply-layernorm-1p
-        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model""")
+        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model""",
+            None,
         )
     },
 }
@@ -83,29 +92,24 @@ OF_MEGATRON: dict[str, str] = {
 """Keys of ``strategy_config.megatron`` of the student, which only Megatron's strategies read."""
 
 SPECIAL: dict[str, str] = {
-    **dict.fromkeys(
-        sorted(
-            words("""
-            export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
-        ckpt-format tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples exit-interval
-        exit-duration-in-mins lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-fraction lr-warmup-iters
-        lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters lr-wsd-decay-samples min-lr split
-        data-args-path per-split-data-args-path eval-iters tensorboard-dir wandb-project wandb-entity wandb-save-dir
-        num-layers-per-virtual-pipeline-stage num-virtual-stages-per-pipeline-rank limbeck-strategy""")
-        ),
+    **_all(
+        """export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
+        ckpt-format tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples
+        exit-interval exit-duration-in-mins lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-fraction
+        lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
+        lr-wsd-decay-samples min-lr split data-args-path per-split-data-args-path eval-iters tensorboard-dir
+        wandb-project wandb-entity wandb-save-dir num-layers-per-virtual-pipeline-stage
+        num-virtual-stages-per-pipeline-rank limbeck-strategy""",
         VALUE,
     ),
-    **dict.fromkeys(sorted(words("data-path train-data-path valid-data-path test-data-path")), VALUES),
-    **dict.fromkeys(
-        sorted(words("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations")), SWITCH
-    ),
+    **_all("data-path train-data-path valid-data-path test-data-path", VALUES),
+    **_all("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations", SWITCH),
 }
 """Arguments that ``megatron`` translates in code."""
 
 IGNORED: dict[str, str] = {
-    **dict.fromkeys(
-        sorted(
-            words("""export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
+    **_all(
+        """export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
         no-load-optim no-load-rng no-save-optim no-save-rng exit-on-missing-checkpoint auto-detect-ckpt-format
         use-dist-ckpt async-save ckpt-fully-parallel-save no-ckpt-fully-parallel-save ckpt-fully-parallel-load
         ckpt-assume-constant-structure use-persistent-ckpt-worker no-use-tokenizer-model-from-checkpoint-args
@@ -127,29 +131,26 @@ IGNORED: dict[str, str] = {
         profile use-pytorch-profiler record-memory-history disable-gloo-process-groups use-tp-pp-dp-mapping
         no-one-logger moe-grouped-gemm moe-permute-fusion moe-per-layer-logging disable-mamba-mem-eff-path
         no-position-embedding no-initialization data-parallel-random-init use-sharp use-nccl-ub test-mode
-        use-precision-aware-optimizer
-        enable-experimental disable-bf16-reduced-precision-matmul""")
-        ),
+        use-precision-aware-optimizer enable-experimental disable-bf16-reduced-precision-matmul""",
         SWITCH,
     ),
-    **dict.fromkeys(
-        sorted(
-            words("""export-kd-teacher-ckpt-format transformer-impl attention-backend distributed-backend local-rank num-workers
+    **_all(
+        """export-kd-teacher-ckpt-format transformer-impl attention-backend distributed-backend local-rank num-workers
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
-        tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl empty-unused-memory-level
-        manual-gc-interval profile-step-start profile-step-end memory-snapshot-path num-dataset-builder-threads
-        loss-scale-window hysteresis initial-loss-scale min-loss-scale ckpt-fully-parallel-load-exchange-algo
-        dist-ckpt-format dist-ckpt-strictness async-strategy pipeline-model-parallel-comm-backend
-        microbatch-group-size-per-virtual-pipeline-stage tp-comm-bootstrap-backend nccl-communicator-config-path
-        num-distributed-optimizer-instances train-sync-interval check-weight-hash-across-dp-replicas-interval
-        moe-token-dispatcher-type mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type
-        ddp-num-buckets rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
+        tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
+        empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
+        num-dataset-builder-threads loss-scale-window hysteresis initial-loss-scale min-loss-scale
+        ckpt-fully-parallel-load-exchange-algo dist-ckpt-format dist-ckpt-strictness async-strategy
+        pipeline-model-parallel-comm-backend microbatch-group-size-per-virtual-pipeline-stage
+        tp-comm-bootstrap-backend nccl-communicator-config-path num-distributed-optimizer-instances
+        train-sync-interval check-weight-hash-across-dp-replicas-interval moe-token-dispatcher-type
+        mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type ddp-num-buckets
+        rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
         config-logger-dir main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype sgd-momentum
-        wgrad-deferral-limit sample-rate eval-global-batch-size""")
-        ),
+        wgrad-deferral-limit sample-rate eval-global-batch-size""",
         VALUE,
     ),
-    **dict.fromkeys(sorted(words("profile-ranks high-priority-stream-groups tiktoken-special-tokens")), VALUES),
+    **_all("profile-ranks high-priority-stream-groups tiktoken-special-tokens", VALUES),
 }
 """Arguments without a meaning in Limbeck, where checkpoints are whole, formats are recognised and kernels are PyTorch's."""
 
@@ -173,22 +174,15 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "moe-router-load-balancing-type": (VALUE, ("none", "aux_loss"), "is not supported yet; use none"),
     "rl-default-temperature": (VALUE, (), "belongs to reinforcement learning; " + _LATER),
     "data-parallel-sharding-strategy": (VALUE, ("no_shard",), _FSDP),
-    **dict.fromkeys(
-        sorted(
-            words(
-                "decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format iterations-to-skip"
-            )
-        ),
+    **_all(
+        """decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format iterations-to-skip""",
         (VALUE, (), _LATER),
     ),
-    **dict.fromkeys(
-        sorted(
-            words("""
-            step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction vocab-file
+    **_all(
+        """step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction vocab-file
         merge-file vocab-extra-ids loss-scale encoder-num-layers decoder-num-layers encoder-seq-length
         decoder-seq-length kitchen-config-file ckpt-convert-format ckpt-convert-save qad-train-target
-        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers""")
-        ),
+        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers""",
         (VALUE, (), _LATER),
     ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
@@ -199,14 +193,11 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     **dict.fromkeys(("logits-save-dir", "logits-load-dir", "logits-save-top-k"), (VALUE, (), _OFFLINE)),
     **dict.fromkeys(("finetune-hf-dataset", "finetune-data-split"), (VALUE, (), _DATA)),
     "sft": (SWITCH, (), _DATA),
-    **dict.fromkeys(
-        sorted(
-            words("""
-            optimizer-cpu-offload skip-train use-legacy-models freeze-all-layers freeze-base-for-mtp multiple-validation-sets
-        decrease-batch-size-if-needed onnx-safe enable-gpt-oss export-qk-l2-norm
-        export-moe-apply-probs-on-input load-main-params-from-ckpt perform-rl-step export-kd-finalize init-method-xavier-uniform
-        fim-data""")
-        ),
+    **_all(
+        """optimizer-cpu-offload skip-train use-legacy-models freeze-all-layers freeze-base-for-mtp
+        multiple-validation-sets decrease-batch-size-if-needed onnx-safe enable-gpt-oss export-qk-l2-norm
+        export-moe-apply-probs-on-input load-main-params-from-ckpt perform-rl-step export-kd-finalize
+        init-method-xavier-uniform fim-data""",
         (SWITCH, (), _LATER),
     ),
 }
@@ -262,11 +253,9 @@ SPECIAL_MEANING: dict[str, str] = {
     **dict.fromkeys(
         ("lr-warmup-fraction", "lr-warmup-iters", "lr-warmup-samples"), "student.training_args.warmup_steps"
     ),
-    **dict.fromkeys(
-        sorted(
-            words("""lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
-        lr-wsd-decay-samples min-lr""")
-        ),
+    **_all(
+        """lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
+        lr-wsd-decay-samples min-lr""",
         "student.training_args.lr_scheduler_kwargs of lr_scheduler_type: megatron",
     ),
     **dict.fromkeys(("data-path", "train-data-path", "data-args-path"), "student.data_args.sources"),
