@@ -165,7 +165,8 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     _virtual_stages(result, given, of_megatron)
     for role, mode in (("student", "train"), ("teacher", "infer")):
         path = f"{role}.strategy_args"
-        result.default(f"{path}.strategy_name", f"{chosen}_{mode}", "--limbeck-strategy")
+        origin = "--limbeck-strategy" if "limbeck-strategy" in given else "the devices of this machine"
+        result.default(f"{path}.strategy_name", f"{chosen}_{mode}", origin)
         for name, key in table.PARALLEL.items():
             if name in given:
                 result.set(f"{path}.strategy_config.{key}", given[name], f"--{name}")

@@ -37,9 +37,10 @@ def number(value: Any) -> Any:
 
 
 def is_hugging_face(name: str) -> bool:
-    """Whether a folder has a Hugging Face checkpoint. A name that is no folder may be one on the hub."""
+    """Whether a folder has a Hugging Face checkpoint, or the name can only be one on the hub: OWNER/NAME."""
     folder = Path(name)
-    return (folder / "config.json").is_file() or not (folder.exists() or name.startswith((".", "/", "~")))
+    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists()
+    return (folder / "config.json").is_file() or of_hub
 
 
 def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
@@ -49,20 +50,21 @@ def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
         result.default("student.model_args.model_name_or_path", start, origin)
     start = result.get("student.model_args.model_name_or_path") or result.get("student_pretrain")
     _tokenizer(result, given, start)
-    arguments = architecture(given)
+    described = architecture(given)
     if start is not None and (is_hugging_face(start) or "use-checkpoint-args" in given):
         unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
         result.ignored.extend(f"--{name}" for name in unread)
-    elif arguments:
-        result.put("student.model_args.megatron_arguments", arguments, "--num-layers")
+        return
+    for name, (value, flag) in described.items():
+        result.put(f"student.model_args.megatron_arguments.{name}", value, f"--{flag}")
 
 
-def architecture(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Megatron's arguments of the model that flags describe."""
-    found = {name.replace("-", "_"): number(given[name]) for name in sorted(table.MODEL_VALUES) if name in given}
-    found |= {name: value for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
+def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Megatron's arguments of the model that flags describe, each with its value and its flag."""
+    found = {name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given}
+    found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
     if found and "seq-length" in given:
-        found.setdefault("seq_length", number(given["seq-length"]))
+        found["seq_length"] = (number(given["seq-length"]), "seq-length")
     return found
 
 
@@ -73,17 +75,19 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     there or ``--pretrained-checkpoint`` starts the student.
     """
     load, save, pretrained = (given.get(name) for name in ("load", "save", "pretrained-checkpoint"))
-    if load is not None and load == save and "finetune" not in given:
+    resumes = load is not None and load == save and "finetune" not in given
+    if resumes:
         result.default("resume_from_checkpoint", "latest", "--load")
     for name, flag in ((load, "--load"), (pretrained, "--pretrained-checkpoint")):
         if name is None:
             continue
         folder = Path(name)
-        if (folder / "student" / "config.json").is_file():  # a run of Limbeck
+        can_be_new = flag == "--load" and resumes
+        if (folder / "student" / "config.json").is_file() and not can_be_new:  # a run of Limbeck
             return str(folder / "student"), flag
-        if is_hugging_face(name) or _is_megatron(folder):
+        if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
             return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
-        if not (flag == "--load" and (load == save or pretrained is not None)):
+        if not can_be_new and (flag != "--load" or pretrained is None):
             result.refuse(
                 flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
             )
@@ -138,6 +142,8 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
         return
     result.default("teacher.model_args.model_name_or_path", name, f"--{flag}")
+    if result.get("distillation_config") is None:  # ModelOpt's defaults: the divergence of whole vocabularies alone
+        result.default("distill_loss_weight", 1.0, f"--{flag}")
     folder, config_flag = Path(name), "export-kd-teacher-model-config"
     named = given.get(config_flag)
     file = Path(named) if named is not None else folder / "model_config.yaml"
