@@ -18,7 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
-from limbeck.strategies.megatron.families import Heads, check_family, joined, padded_rows, slice_of
+from limbeck.models.megatron_families import Heads, joined, padded_rows, slice_of
+from limbeck.strategies.megatron.check import check_family
 from limbeck.strategies.parallel_dims import ParallelDims
 
 TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"

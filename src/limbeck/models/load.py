@@ -22,7 +22,8 @@ from limbeck.data.tokenizers import NUMBERS, number_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder, is_megatron_checkpoint
 from limbeck.models.hub import offline_if_unreachable
-from limbeck.models.megatron_config import check_names, hf_config, scale_output_projections
+from limbeck.models.megatron_checkpoint import load_weights, open_checkpoint
+from limbeck.models.megatron_config import canonical, check_names, hf_config, scale_output_projections
 from limbeck.models.memory import available_memory
 from limbeck.models.varlen_attention import BY_DOCUMENT
 
@@ -109,6 +110,13 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                 )
             if source.of_megatron:
                 scale_output_projections(model)
+        elif source.of_megatron:
+            weights = load_weights(open_checkpoint(str(name)), config, dtype)
+            with torch.device("meta"):
+                of_model = type(AutoModelForCausalLM.from_config(config))  # the automatic class takes no state_dict
+            model = of_model.from_pretrained(
+                None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
+            )
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
@@ -191,19 +199,23 @@ def _load_config(source: ModelSource) -> Any:
 
 def _megatron_config(source: ModelSource) -> Any:
     """The configuration that Megatron's arguments describe, with the vocabulary and the special tokens of the tokenizer."""
-    arguments, where = source.megatron_arguments, f"{source.role}.model_args.megatron_arguments"
-    check_names(arguments, where)
+    given, where = source.megatron_arguments, f"{source.role}.model_args.megatron_arguments"
+    check_names(given, where)
+    arguments = dict(given)
     if source.name_or_path is not None:
-        raise LimbeckError(
-            f"{where} are only read with a checkpoint of Megatron-LM, and {source.name_or_path!r} is none; use "
-            f"{source.role}.model_args.model_config_kwargs."
-        )
-    name = arguments.get("tokenizer_model")
+        if not is_megatron_checkpoint(source.name_or_path):
+            raise LimbeckError(
+                f"{where} are only read with a checkpoint of Megatron-LM, and {source.name_or_path!r} is none; use "
+                f"{source.role}.model_args.model_config_kwargs."
+            )
+        stored = open_checkpoint(source.name_or_path)
+        arguments, where = {**canonical(stored.arguments), **canonical(given)}, stored.where
+    name = given.get("tokenizer_model")
     if name is None:
         return hf_config(arguments, where)
     tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
     size = 1 + max(tokenizer.get_vocab().values())
-    known = {} if "vocab_size" in arguments else {"vocab_size": size, "tokenizer_type": None}
+    known = {} if "vocab_size" in given else {"vocab_size": size, "tokenizer_type": None}
     config = hf_config({**arguments, **known}, where)
     if config.vocab_size < size:
         raise LimbeckError(
@@ -257,6 +269,10 @@ def load_tokenizer(source: ModelSource) -> Any:
     if name.startswith(NUMBERS):
         return number_tokenizer(name)
     check_folder(name, "tokenizer")
+    if is_megatron_checkpoint(name) and not any(Path(name).glob("tokenizer*")):
+        raise LimbeckError(
+            f"{name} is a checkpoint of Megatron-LM, which holds no tokenizer; set tokenizer to the folder or hub id of one."
+        )
     try:
         tokenizer = _from_pretrained(AutoTokenizer, name, source.hub_kwargs)
     except (OSError, ValueError, ImportError) as error:

@@ -18,9 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, unwrap_model
+from limbeck.models.megatron_families import Heads, family_of, padded_rows
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
-from limbeck.strategies.megatron.families import Heads, family_of, padded_rows
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import attending_within
+from limbeck.models.megatron_families import EMBEDDINGS, HEAD
 from limbeck.strategies.base import MODEL, EngineState, MicroBatches, ModelOutline
 from limbeck.strategies.megatron.body import MegatronBody
 from limbeck.strategies.megatron.core import OptimizerTensors, ProcessGroups, import_megatron, make_optimizer
-from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD
 from limbeck.strategies.megatron.weights import WeightMap
 from limbeck.strategies.pipeline_parallel import PipelineGroup
 from limbeck.strategies.shards import Shard, Sliceable, shard_of

@@ -18,12 +18,13 @@ from limbeck.config.schema import MegatronConfig, WorkerConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import hidden_states, unwrap_model
 from limbeck.models.dtypes import compute_dtype
+from limbeck.models.megatron_families import padded_rows
 from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.megatron.body import MegatronBody, build_gpt_chunks, replace_body, wrap_body
+from limbeck.strategies.megatron.check import check_family
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
 from limbeck.strategies.megatron.engine import Chunk, MegatronEngine
-from limbeck.strategies.megatron.families import check_family, padded_rows
 from limbeck.strategies.megatron.weights import WeightMap
 from limbeck.strategies.model_parallel import example, hidden_before, model_parallel_group, outline_of, pipeline_of
 from limbeck.strategies.parallel_dims import TP, ParallelDims

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
-from limbeck.strategies.megatron.families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, slice_of
+from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, slice_of
 from limbeck.strategies.shards import Sliceable, whole_box
 
 

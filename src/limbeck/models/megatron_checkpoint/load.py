@@ -1,0 +1,123 @@
+"""The weights of a Megatron checkpoint under Hugging Face names, one tensor after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from limbeck.errors import LimbeckError
+from limbeck.folders import MEGATRON_TRACKER
+from limbeck.models.megatron_checkpoint.legacy import open_legacy
+from limbeck.models.megatron_checkpoint.stored import StoredCheckpoint
+from limbeck.models.megatron_checkpoint.torch_dist import INDEX, open_torch_dist
+from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, Heads, Kind, joined, slice_of
+
+
+def open_checkpoint(name: str) -> StoredCheckpoint:
+    """The checkpoint ``name``: a folder of checkpoints, of which the newest is read, or the folder of one iteration.
+
+    Raises:
+        LimbeckError: if there is no complete checkpoint of a known format.
+    """
+    folder = _iteration(Path(name))
+    if (folder / INDEX).is_file():
+        return open_torch_dist(folder)
+    if next(folder.glob("mp_rank_*"), None) is not None:
+        return open_legacy(folder)
+    raise LimbeckError(
+        f"{folder} is no checkpoint of Megatron-LM in the format torch_dist (with a file {INDEX}) or torch (with folders "
+        "mp_rank_00, ...); save it with --ckpt-format torch_dist."
+    )
+
+
+def _iteration(folder: Path) -> Path:
+    if (folder / INDEX).is_file() or next(folder.glob("mp_rank_*"), None) is not None:
+        return folder
+    tracker = folder / MEGATRON_TRACKER
+    if not tracker.is_file():
+        raise LimbeckError(
+            f"{folder} has no {MEGATRON_TRACKER} that names its newest checkpoint; use the path of one of its folders iter_*."
+        )
+    newest = tracker.read_text(encoding="utf-8", errors="replace").strip()
+    if newest != "release" and not newest.isdecimal():
+        raise LimbeckError(f"{tracker} names {newest[:30]!r}, which is neither an iteration nor release; correct it.")
+    found = folder / (newest if newest == "release" else f"iter_{int(newest):07d}")
+    if not found.is_dir():
+        raise LimbeckError(f"{tracker} names {found.name}, but there is no such folder; copy the checkpoint again.")
+    return found
+
+
+def load_weights(checkpoint: StoredCheckpoint, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of ``checkpoint`` as those of the Hugging Face model of ``config``, in ``dtype``.
+
+    Rows of embeddings and output head beyond the vocabulary of ``config`` are left out.
+
+    Raises:
+        LimbeckError: if the checkpoint has other parameters, or of other shapes, than this model.
+    """
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(config).state_dict()
+    heads, left, weights = Heads.of(config), dict(checkpoint.parameters), {}
+    for name, rule in FAMILIES[config.model_type].rules.items():
+        tied = rule.sources == (HEAD,) and config.tie_word_embeddings
+        for layer in range(config.num_hidden_layers) if "*" in name else (None,):
+            key, sources = (name, layer), [source.replace("*", str(layer)) for source in rule.sources]
+            read = left.pop(key, None)
+            if read is None and tied:
+                continue
+            if read is None:
+                raise LimbeckError(
+                    f"{checkpoint.where} has no {_path(*key)}, which a {config.model_type} model with its arguments has; "
+                    "correct the arguments with model_args.megatron_arguments, or copy the checkpoint again."
+                )
+            slices = read()
+            _check_shape(rule.kind, slices, [outline[source] for source in sources], heads, checkpoint.where, key)
+            for source, tensor in zip(sources, joined(rule.kind, slices, heads, config.vocab_size), strict=True):
+                weights[source] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+            if tied:
+                _check_tied(weights, checkpoint.where)
+    if left:
+        raise LimbeckError(
+            f"{checkpoint.where} has a {_path(*min(left, key=str))}, which a {config.model_type} model with its arguments does "
+            "not have; correct the arguments with model_args.megatron_arguments."
+        )
+    return weights
+
+
+def _path(name: str, layer: int | None) -> str:
+    return name.replace("*", str(layer))
+
+
+def _check_shape(
+    kind: Kind, slices: list[Tensor], sources: list[Tensor], heads: Heads, where: str, key: tuple[str, int | None]
+) -> None:
+    """Raise LimbeckError unless the ``slices`` are those of the parameter made of ``sources``, which may be padded."""
+    found, expected = list(slices[0].shape), list(slice_of(kind, sources, heads, 0, 1).shape)
+    axis = 1 if kind == "row" else 0
+    if kind != "copy" and len(found) > axis:
+        found[axis] = sum(part.shape[axis] for part in slices)
+    if kind == "vocabulary" and found[1:] == expected[1:]:
+        if found[0] < expected[0]:
+            raise LimbeckError(
+                f"{where}: {_path(*key)} has {found[0]} rows, and the vocabulary has {expected[0]} tokens; set the tokenizer "
+                "of the checkpoint."
+            )
+        return
+    if found != expected:
+        raise LimbeckError(
+            f"{where}: {_path(*key)} has the shape {found}, and its arguments give {expected}; correct them with "
+            "model_args.megatron_arguments."
+        )
+
+
+def _check_tied(weights: dict[str, Tensor], where: str) -> None:
+    """Leave out a copy of the embeddings, which the last pipeline stage has as its output layer."""
+    embeddings, head = weights[EMBEDDINGS], weights.pop(HEAD)
+    if not torch.equal(embeddings, head):
+        raise LimbeckError(
+            f"{where} has an output layer of its own, but untie_embeddings_and_output_weights is false in its arguments; set "
+            "it to true in model_args.megatron_arguments."
+        )
