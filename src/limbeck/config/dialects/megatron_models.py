@@ -61,7 +61,9 @@ def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
 
 def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Megatron's arguments of the model that flags describe, each with its value and its flag."""
-    found = {name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given}
+    found = {
+        name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given
+    }
     found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
     if found and "seq-length" in given:
         found["seq_length"] = (number(given["seq-length"]), "seq-length")

@@ -94,7 +94,7 @@ OF_MEGATRON: dict[str, str] = {
 SPECIAL: dict[str, str] = {
     **_all(
         """export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
-        ckpt-format tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples
+        tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples
         exit-interval exit-duration-in-mins lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-fraction
         lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
         lr-wsd-decay-samples min-lr split data-args-path per-split-data-args-path eval-iters tensorboard-dir
@@ -135,7 +135,7 @@ IGNORED: dict[str, str] = {
         SWITCH,
     ),
     **_all(
-        """export-kd-teacher-ckpt-format transformer-impl attention-backend distributed-backend local-rank num-workers
+        """transformer-impl attention-backend distributed-backend local-rank num-workers
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
         empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
@@ -165,6 +165,16 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "optimizer": (VALUE, ("adam",), "is not supported; use adam, or set student.training_args.optimizer_name=NAME"),
     "attention-dropout": (VALUE, ("0",), "is not supported; set it to 0"),
     "hidden-dropout": (VALUE, ("0",), "is not supported; set it to 0"),
+    "ckpt-format": (
+        VALUE,
+        ("torch_dist", "torch"),
+        "is not supported; checkpoints of Megatron-LM are torch_dist or torch",
+    ),
+    "export-kd-teacher-ckpt-format": (
+        VALUE,
+        ("torch_dist", "torch"),
+        "is not supported; checkpoints of Megatron-LM are torch_dist or torch",
+    ),
     "weight-decay-incr-style": (VALUE, ("constant",), "is not supported; use constant"),
     "expert-model-parallel-size": (VALUE, ("1",), "is not supported yet; set it to 1"),
     "expert-tensor-parallel-size": (VALUE, ("1",), "is not supported yet; set it to 1"),
@@ -243,10 +253,9 @@ SPECIAL_MEANING: dict[str, str] = {
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
     "ckpt-step": "the iteration of --load",
-    "ckpt-format": "checkpoint_config.save_megatron",
-    "tokenizer-type": "only HuggingFaceTokenizer, or NullTokenizer with --vocab-size",
+    "tokenizer-type": "only HuggingFaceTokenizer with --tokenizer-model, or NullTokenizer with --vocab-size",
     "tokenizer-model": "tokenizer",
-    "vocab-size": "tokenizer: null:N with NullTokenizer, else megatron_arguments.vocab_size",
+    "vocab-size": "tokenizer: null:N with NullTokenizer, else no effect",
     "global-batch-size": "student.training_args.gradient_accumulation_steps",
     **dict.fromkeys(("train-iters", "train-samples", "exit-interval"), "max_steps"),
     "exit-duration-in-mins": "checkpoint_config.save_before",
