@@ -281,7 +281,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         (
             "",
             {"student": "--tokenizer-model hf"},
-            "--load is not given; give the student's checkpoint, or --num-layers",
+            "student_pretrain is not set; give --load CHECKPOINT, or --num-layers",
         ),
         ("--tokenizer-type GPT2BPETokenizer", {}, "--tokenizer-type = GPT2BPETokenizer is not supported; convert it"),
         ("", {"student": "--load mcore"}, "--tokenizer-model is not given"),
@@ -350,15 +350,16 @@ def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:
     assert ([one["weight"] for one in train], valid) == ([2.0, 3.0], [{"path": "c", "concatenate": True}])
     assert sources("student.data_args.file_name=rows.jsonl")[0] is None
     for arguments, sentence in (
-        ("", "--data-path is not given"),
+        ("", "student.data_args.file_name is not set; give --data-path CORPUS, --mock-data"),
         ("--data-path a", "--split is not given"),
         ("--data-path a --split x", "--split = x must be the shares"),
         ("--data-path a --split 0,1", "leaves no documents for training"),
         ("--data-path 1 a b c --split 1", "--data-path = 1 a b c must be paths, or a weight before each path"),
         ("--train-data-path a --split 1", "cannot be combined with --data-path or --split"),
     ):
-        with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        with pytest.raises(LimbeckError, match=re.escape(sentence)) as caught:
             sources(arguments)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_shares_and_blends_are_read_as_megatron_reads_them() -> None:

@@ -159,6 +159,7 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     chosen = given.get("limbeck-strategy") or ("megatron" if has_gpu() else "fsdp2")
     if chosen not in ("megatron", "fsdp2"):
         result.refuse("--limbeck-strategy", f"= {chosen} is not one of megatron, fsdp2")
+        chosen = "fsdp2"
     of_megatron = {name: given[name] for name in table.OF_MEGATRON if name in given}
     if given.get("recompute-activations"):
         of_megatron.setdefault("recompute-granularity", "selective")

@@ -41,7 +41,9 @@ def translate_data(result: Translation, given: Mapping[str, Any], batch: int, ev
         if rows != 0:
             result.put(VALID, [{"mock": min(rows or MOCK_ROWS, MOCK_ROWS)}], "--mock-data")
         return
-    if (blends := _blends(result, given)) is None:
+    blends = _blends(result, given)
+    if blends is None or not blends[0]:
+        result.put(TRAIN, [{"mock": 1}], "--data-path")  # one error is enough
         return
     train, valid, flags = blends
     result.put(TRAIN, [_source(weight, path, part) for weight, path, part in train], flags[0])
@@ -84,12 +86,18 @@ def _blends(result: Translation, given: Mapping[str, Any]) -> tuple[Parts, Parts
             result.ignored.append(flag if own else "--test-data-path")
         return train, valid, (flag, flag) if own else ("--train-data-path", "--valid-data-path")
     if not whole:
-        result.refuse("--data-path", "is not given; give the corpora, --mock-data, or student.data_args.file_name=FILE")
+        result.refuse(
+            "student.data_args.file_name",
+            "is not set; give --data-path CORPUS, --mock-data, or this key with any other data",
+        )
         return None
     parts = split_parts(str(given.get("split", "")))
     if parts is None:
         shown = f"= {given['split']} must be" if "split" in given else "is not given; give"
         result.refuse("--split", f"{shown} the shares of training, validation and test, such as 99,1,0")
+        return None
+    if parts[0] is None:
+        result.refuse("--split", f"= {given['split']} leaves no documents for training")
         return None
     blend = _parts(result, whole, flag)
 
@@ -97,9 +105,6 @@ def _blends(result: Translation, given: Mapping[str, Any]) -> tuple[Parts, Parts
         return [] if part is None else [(weight, path, part) for weight, path, _ in blend]
 
     train, valid = taken(parts[0]), taken(parts[1])
-    if not train:
-        result.refuse("--split", f"= {given['split']} leaves no documents for training")
-        return None
     return train, valid, (flag, "--split")
 
 

@@ -93,9 +93,12 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
             result.refuse(
                 flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
             )
-    if load is None and pretrained is None and "num-layers" not in given:
+            return name, flag
+    named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
+    if load is None and pretrained is None and "num-layers" not in given and not named:
         result.refuse(
-            "--load", "is not given; give the student's checkpoint, or --num-layers and its other sizes for a new one"
+            "student_pretrain",
+            "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
         )
     return None, "--load"
 
