@@ -101,7 +101,8 @@ def _texts(
 ) -> list[tuple[str, NDArray[np.integer[Any]], int]]:
     """The name, the tokens [n] and the largest token id of each text of a source."""
     if source.mock is not None:
-        text = mock_tokens(source.mock * length + 1, length, len(tokenizer), int(tokenizer.eos_token_id))
+        # Without added tokens, which a model may not have.
+        text = mock_tokens(source.mock * length + 1, length, tokenizer.vocab_size, int(tokenizer.eos_token_id))
         return [(source.name, text, int(text.max()))]
     found = []
     for corpus in corpora_of(source):
