@@ -47,7 +47,8 @@ $(VLLM)/.installed: pyproject.toml
 # Adds megatron-core to the environment.
 test-megatron: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py tests/config/test_roll_files.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py \
+		tests/models/test_megatron_checkpoint.py tests/config/test_roll_files.py
 
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:

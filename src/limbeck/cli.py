@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from limbeck.commands.conversion import add_convert_command
 from limbeck.commands.dialogue import add_dialogue_commands
 from limbeck.commands.evaluation import add_eval_command
 from limbeck.errors import USER_MISTAKE, LimbeckError, Stopped
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_dialogue_commands(commands)
     add_eval_command(commands)
+    add_convert_command(commands)
 
     report = commands.add_parser("report", help="write an HTML report of a run")
     report.add_argument(

@@ -1,8 +1,8 @@
 """Writes checkpoints with megatron-core in several layouts, and loads others with it: run by ``test_megatron_checkpoint``.
 
 Usage: torchrun ... write_megatron_checkpoints.py FOLDER. In FOLDER, ``<name>.json`` holds a model's arguments. Each is drawn at
-random, saved as ``<name>/<layout>-<format>``, and ``<name>/logits.pt`` is what it computes. Where ``<name>/ours-<format>``
-exists, its logits are written to ``<name>/ours-<format>.pt``.
+random and saved as ``<name>-<layout>-<format>``; ``<name>.logits.pt`` is what it computes, and ``<name>-ours-torch_dist.pt``
+what the checkpoint ``<name>-ours-torch_dist`` computes.
 """
 
 import json
@@ -158,9 +158,6 @@ def main(folder: Path) -> None:
         if Path(f"{path}-ours-torch_dist").exists():
             load([model], Path(f"{path}-ours-torch_dist"))
             torch.save(logits(model), f"{path}-ours-torch_dist.pt")
-            file = Path(f"{path}-ours-torch") / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt"
-            model.load_state_dict(torch.load(file, weights_only=False)["model"], strict=True)
-            torch.save(logits(model), f"{path}-ours-torch.pt")
     dist.barrier()
     dist.destroy_process_group()
 

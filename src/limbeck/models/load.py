@@ -198,10 +198,10 @@ def _load_config(source: ModelSource) -> Any:
 
 
 def _megatron_config(source: ModelSource) -> Any:
-    """The configuration that Megatron's arguments describe, with the vocabulary and the special tokens of the tokenizer."""
+    """The configuration that Megatron's arguments describe, with the vocabulary and the end token of the tokenizer."""
     given, where = source.megatron_arguments, f"{source.role}.model_args.megatron_arguments"
     check_names(given, where)
-    arguments = dict(given)
+    arguments, dtype, tokenizer, size = dict(given), None, None, 0
     if source.name_or_path is not None:
         if not is_megatron_checkpoint(source.name_or_path):
             raise LimbeckError(
@@ -210,19 +210,22 @@ def _megatron_config(source: ModelSource) -> Any:
             )
         stored = open_checkpoint(source.name_or_path)
         arguments, where = {**canonical(stored.arguments), **canonical(given)}, stored.where
-    name = given.get("tokenizer_model")
-    if name is None:
-        return hf_config(arguments, where)
-    tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
-    size = 1 + max(tokenizer.get_vocab().values())
-    known = {} if "vocab_size" in given else {"vocab_size": size, "tokenizer_type": None}
-    config = hf_config({**arguments, **known}, where)
+        dtype = stored.arguments.get("params_dtype")
+    if (name := given.get("tokenizer_model")) is not None:
+        tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
+        size = 1 + max(tokenizer.get_vocab().values())
+        if "vocab_size" not in given:
+            arguments |= {"vocab_size": size, "tokenizer_type": None}
+    config = hf_config(arguments, where)
     if config.vocab_size < size:
         raise LimbeckError(
             f"{where}: vocab_size = {config.vocab_size} is less than the {size} tokens of the tokenizer {name}; remove it, or "
             "set another tokenizer."
         )
-    config.eos_token_id = tokenizer.eos_token_id
+    if tokenizer is not None:
+        config.eos_token_id = tokenizer.eos_token_id
+    if isinstance(dtype, torch.dtype):
+        config.dtype = dtype
     return config
 
 
@@ -264,8 +267,11 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of a checkpoint, or ``null:N``; one without a padding token pads with its end token."""
-    name = str(source.name_or_path)
+    """The fast tokenizer of a checkpoint, or for one of Megatron-LM that of ``megatron_arguments``; or ``null:N``.
+
+    One without a padding token pads with its end token.
+    """
+    name = str(source.megatron_arguments.get("tokenizer_model") or source.name_or_path)
     if name.startswith(NUMBERS):
         return number_tokenizer(name)
     check_folder(name, "tokenizer")

@@ -8,6 +8,7 @@ with norms of queries and keys a ``qwen3``. Layer norms, learned positions and o
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,9 +105,13 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
     """
     given = canonical(arguments)
     for name, (default, possible) in _FIXED.items():
-        value = given.get(name, default)
+        value = _or(given.get(name), default)
         if value not in possible:
-            state = f"= {value}" if name in given else f"is not given and has Megatron's default, {value}, which"
+            state = (
+                f"= {value}"
+                if given.get(name) is not None
+                else f"is not given and has Megatron's default, {value}, which"
+            )
             raise LimbeckError(
                 f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
                 f"{' or '.join(_yaml(one) for one in possible)}."
@@ -137,10 +142,10 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         num_key_value_heads=groups,
         head_dim=channels,
         max_position_embeddings=_size(given, "max_position_embeddings", where, given.get("seq_length")),
-        rope_parameters=_rope(given),
-        rms_norm_eps=float(_or(given.get("norm_epsilon"), 1e-5)),
+        rope_parameters=_rope(given, where),
+        rms_norm_eps=_number(given, "norm_epsilon", where, 1e-5),
         tie_word_embeddings=not given.get("untie_embeddings_and_output_weights"),
-        initializer_range=float(_or(given.get("init_method_std"), 0.02)),
+        initializer_range=_number(given, "init_method_std", where, 0.02),
         vocab_size=_vocab_size(given, where),
         bos_token_id=None,
         eos_token_id=None,
@@ -185,7 +190,7 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
         "position_embedding_type": "rope",
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
-        "rotary_base": int(rope["rope_theta"]),
+        "rotary_base": int(rope["rope_theta"]) if float(rope["rope_theta"]).is_integer() else rope["rope_theta"],
         "rotary_percent": 1.0,
         "rotary_interleaved": False,
         "rotary_seq_len_interpolation_factor": rope["factor"] if kind == "linear" else None,
@@ -224,17 +229,21 @@ def _vocab_size(given: Mapping[str, Any], where: str) -> int:
     return size + (given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer")
 
 
-def _rope(given: Mapping[str, Any]) -> dict[str, Any]:
-    base = {"rope_theta": float(_or(given.get("rotary_base"), 10000))}
+def _rope(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    base = {"rope_theta": _number(given, "rotary_base", where, 10000)}
     if given.get("use_rope_scaling"):
         scaling = {
             "low_freq_factor": 1.0,
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": _LLAMA3_POSITIONS,
         }
-        return {"rope_type": "llama3", "factor": float(_or(given.get("rope_scaling_factor"), 8)), **scaling, **base}
-    if (factor := given.get("rotary_seq_len_interpolation_factor")) is not None:
-        return {"rope_type": "linear", "factor": float(factor), **base}
+        return {"rope_type": "llama3", "factor": _number(given, "rope_scaling_factor", where, 8), **scaling, **base}
+    if given.get("rotary_seq_len_interpolation_factor") is not None:
+        return {
+            "rope_type": "linear",
+            "factor": _number(given, "rotary_seq_len_interpolation_factor", where, 1),
+            **base,
+        }
     return {"rope_type": "default", **base}
 
 
@@ -245,6 +254,13 @@ def _size(given: Mapping[str, Any], name: str, where: str, default: int | None =
     if type(value) is not int or value < 1:
         raise LimbeckError(f"{where}: {name} = {value} must be a whole number above 0; correct it.")
     return value
+
+
+def _number(given: Mapping[str, Any], name: str, where: str, default: float) -> float:
+    value = _or(given.get(name), default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise LimbeckError(f"{where}: {name} = {value} must be a number above 0; correct it.")
+    return float(value)
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -22,8 +22,10 @@ from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining
 from limbeck.interrupt import SAVES, StopRequest, stop_requests
-from limbeck.models import explain_oom
+from limbeck.models import ModelSource, explain_oom, load_model
+from limbeck.models.dtypes import DTYPES
 from limbeck.models.logs import configure_logging
+from limbeck.models.megatron_checkpoint import write_checkpoint
 from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
@@ -124,9 +126,24 @@ class DistillPipeline:
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 result = train(run, stop, given.console, limits)
         completed = not (result.stopped_by or result.out_of_time)
+        if completed and config.checkpoint_config.save_megatron:
+            _save_for_megatron(config, world, result, given.console)
         if completed and config.checkpoint_config.save_to_hub.repo_id is not None:
             _push(config, world, result, given.console)
         return result
+
+
+def _save_for_megatron(config: DistillConfig, world: World, result: RunResult, console_file: TextIO | None) -> None:
+    """Write the student as a checkpoint of Megatron-LM from the main process, while the others wait."""
+    try:
+        if world.is_main:
+            source = ModelSource(str(result.student), "student")
+            model = load_model(source, DTYPES[config.student.model_args.dtype])
+            folder = config.checkpoint_dir / "megatron"
+            written = write_checkpoint(model, folder, result.step, config.tokenizer_name_or_path)
+            print(f"Megatron-LM's checkpoint: {written}", file=console_file, flush=True)
+    finally:
+        world.barrier()
 
 
 def _push(config: DistillConfig, world: World, result: RunResult, console_file: TextIO | None) -> None:

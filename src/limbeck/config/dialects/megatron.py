@@ -331,6 +331,11 @@ def _trackers(result: Translation, given: Values) -> None:
 def _save(result: Translation, given: Values) -> None:
     if "save" not in given and result.get("output_dir") is None:
         result.notices.append("--save is not given: the last checkpoint is kept in ./output.")
+    if "ckpt-format" in given and not result.get("checkpoint_config.save_megatron"):
+        result.notices.append(
+            "--ckpt-format does not change what is saved: models of Hugging Face. checkpoint_config.save_megatron=true also "
+            "writes the student as a checkpoint of Megatron-LM at the end."
+        )
 
 
 def _whole(result: Translation, given: Values, name: str, default: int) -> int:

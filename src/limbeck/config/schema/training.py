@@ -208,6 +208,11 @@ class CheckpointConfig(Section):
         ge=1,
         description="Number of best checkpoints that max_ckpt_to_keep never removes.",
     )
+    save_megatron: bool = Field(
+        default=False,
+        description="At the end of the run, also write the student as a checkpoint of Megatron-LM (torch_dist), to the folder "
+        "`megatron` beside the checkpoints.",
+    )
     save_to_hub: HubConfig = Field(
         default_factory=HubConfig, description="Upload of the student to the Hugging Face hub at the end of the run."
     )

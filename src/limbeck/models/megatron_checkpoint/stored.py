@@ -14,7 +14,7 @@ Key = tuple[str, int | None]
 
 _PARTS = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.")
 _LAYER = re.compile(r"(?<=\.layers\.)(\d+)(?=\.)")
-_FUSED = {  # Transformer Engine computes a norm and the projection after it in one module
+FUSED = {  # Transformer Engine computes a norm and the projection after it in one module
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
@@ -38,7 +38,7 @@ def parameter_key(name: str) -> Key | None:
         name = name.partition(".")[2]
     if not name.startswith(_PARTS) or "._extra_state" in name:
         return None
-    for fused, separate in _FUSED.items():
+    for fused, separate in FUSED.items():
         name = name.replace(fused, separate)
     found = _LAYER.search(name)
     return _LAYER.sub("*", name, count=1), int(found[0]) if found else None

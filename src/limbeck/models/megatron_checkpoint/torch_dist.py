@@ -18,7 +18,7 @@ from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, par
 
 INDEX, COMMON = ".metadata", "common.pt"
 
-_STACK = "decoder.layers."
+STACK = "decoder.layers."
 
 
 def open_torch_dist(folder: Path) -> StoredCheckpoint:
@@ -47,8 +47,8 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
     for name, tensor in tensors.items():
         key = parameter_key(name)
         assert key is not None
-        if key[1] is None and _STACK in name:
-            stacked = key[0].replace(_STACK, f"{_STACK}*.", 1)
+        if key[1] is None and STACK in name:
+            stacked = key[0].replace(STACK, f"{STACK}*.", 1)
             parameters |= {(stacked, layer): partial(tensor.read, layer) for layer in range(tensor.shape[0])}
         else:
             parameters[key] = tensor.read

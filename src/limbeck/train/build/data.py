@@ -86,7 +86,8 @@ def teacher_tokenizer(teacher: WorkerConfig) -> Any:
     """
     args = teacher.model_args
     name = args.model_name_or_path
-    if name is None or (Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
+    alone = "tokenizer_model" not in args.megatron_arguments
+    if name is None or (alone and Path(name).is_dir() and not any(Path(name).glob("tokenizer*"))):
         return None
     return load_tokenizer(ModelSource.from_args(args, "teacher"))
 

@@ -1,0 +1,44 @@
+"""The command that converts checkpoints between Hugging Face's format and Megatron-LM's."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from limbeck.errors import LimbeckError
+from limbeck.folders import is_megatron_checkpoint
+
+
+def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``limbeck convert``."""
+    convert = commands.add_parser(
+        "convert", help="convert a checkpoint of Megatron-LM to Hugging Face's format, or back"
+    )
+    convert.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or Hugging Face id")
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
+    convert.add_argument("--tokenizer", help="folder or Hugging Face id; default: SOURCE, unless it is of Megatron-LM")
+    convert.add_argument("--iteration", type=int, default=0, help="of the checkpoint of Megatron-LM; default: 0")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from limbeck.models import ModelSource, load_model, load_tokenizer
+    from limbeck.models.load import checkpoint_dtype
+    from limbeck.models.logs import configure_logging
+    from limbeck.models.megatron_checkpoint import write_checkpoint
+
+    if args.output.exists():
+        raise LimbeckError(f"{args.output} exists; name a new folder for the converted checkpoint.")
+    configure_logging()
+    from_megatron = is_megatron_checkpoint(args.source)
+    arguments = {"tokenizer_model": args.tokenizer} if from_megatron and args.tokenizer else {}
+    source = ModelSource(args.source, megatron_arguments=arguments)
+    model = load_model(source, checkpoint_dtype(source))
+    if not from_megatron:
+        print(write_checkpoint(model, args.output, args.iteration, args.tokenizer or args.source))
+        return 0
+    model.save_pretrained(args.output)
+    if args.tokenizer:
+        load_tokenizer(ModelSource(args.tokenizer)).save_pretrained(args.output)
+    print(args.output)
+    return 0

@@ -1,0 +1,288 @@
+"""Megatron-LM's checkpoints as Hugging Face models, and back."""
+
+import importlib.util
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from limbeck.cli import main
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_model
+from limbeck.models.megatron_checkpoint import write_checkpoint
+from limbeck.models.megatron_config import hf_config, megatron_arguments
+from limbeck.models.megatron_families import FAMILIES, HEAD, Heads, slice_of
+
+needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
+
+SHAPE = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "group_query_attention": True,
+    "kv_channels": 16,
+    "max_position_embeddings": 16384,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-6,
+    "swiglu": True,
+    "add_bias_linear": False,
+    "untie_embeddings_and_output_weights": True,
+    "vocab_size": 300,
+    "padded_vocab_size": 384,
+}
+ARCHITECTURES = {
+    "llama": {"use_rope_scaling": True},
+    "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False, "rotary_base": 1000000},
+    "qwen3": {"qk_layernorm": True, "kv_channels": 8, "rotary_seq_len_interpolation_factor": 2.0},
+}
+
+
+def make(kind: str):
+    """A Hugging Face model of one of ``ARCHITECTURES``, with no constant parameters."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(hf_config(SHAPE | ARCHITECTURES[kind], "here"), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def read(folder: Path, **options):
+    return load_model(ModelSource(str(folder), "student", **options), torch.float32)
+
+
+def assert_same(found, expected) -> None:
+    assert found.config.to_dict() | {"dtype": None} == expected.config.to_dict() | {"dtype": None}
+    ours, theirs = found.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def write_legacy(model, folder: Path, tensor: int = 2, pipeline: int = 2, virtual: int = 1, **options) -> Path:
+    """The model in Megatron's format torch, with the names of Transformer Engine's layers."""
+    config, tensors = model.config, dict(model.named_parameters(remove_duplicate=False))
+    heads, rules = Heads.of(config), FAMILIES[config.model_type].rules
+    rows = {"padded_vocab_size": 384, "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
+    per_chunk = config.num_hidden_layers // (pipeline * virtual)
+    for t in range(tensor):
+        for p in range(pipeline):
+            chunks = []
+            for v in range(virtual):
+                first, last = (v, p) == (0, 0), (v, p) == (virtual - 1, pipeline - 1)
+                chunk = {}
+                for name, rule in rules.items():
+                    on_this = first if name.startswith("embedding") else last
+                    for local in range(per_chunk) if "*" in name else (None,) if on_this else ():
+                        layer = 0 if local is None else (v * pipeline + p) * per_chunk + local
+                        if rule.sources == (HEAD,) and config.tie_word_embeddings and pipeline == 1:
+                            continue  # a stage apart from the first holds a copy
+                        sources = [tensors[source.replace("*", str(layer))] for source in rule.sources]
+                        if rule.kind == "vocabulary":
+                            sources = [torch.nn.functional.pad(sources[0], (0, 0, 0, 84))]
+                        name_here = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
+                            "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
+                        )
+                        chunk[name_here.replace("*", str(local))] = slice_of(
+                            rule.kind, sources, heads, t, tensor
+                        ).clone()
+                chunk["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
+                chunks.append(chunk)
+            names = ["model"] if virtual == 1 else [f"model{v}" for v in range(virtual)]
+            arguments = Namespace(**megatron_arguments(config) | rows | options)
+            path = folder / "iter_0000010" / f"mp_rank_{t:02d}_{p:03d}" / "model_optim_rng.pt"
+            path.parent.mkdir(parents=True)
+            torch.save({"args": arguments, "iteration": 10, **dict(zip(names, chunks, strict=True))}, path)
+    (folder / "latest_checkpointed_iteration.txt").write_text("10")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_what_is_written_is_read_again(kind, tmp_path):
+    model = make(kind)
+    folder = write_checkpoint(model, tmp_path, 7)
+    assert folder == tmp_path / "iter_0000007"
+    assert_same(read(tmp_path), model)
+    assert_same(read(folder), model)
+
+
+@pytest.mark.parametrize(("kind", "virtual"), [("llama", 1), ("qwen2", 2), ("qwen3", 2)])
+def test_the_files_of_all_ranks_are_merged(kind, virtual, tmp_path):
+    model = make(kind)
+    assert_same(read(write_legacy(model, tmp_path, virtual=virtual)), model)
+
+
+def test_the_whole_model_is_in_memory_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr("limbeck.models.load.load_weights", lambda *given: made.append(load_weights(*given)) or made[0])
+    from limbeck.models.megatron_checkpoint import load_weights
+
+    write_checkpoint(make("llama"), tmp_path, 1)
+    parameters = dict(read(tmp_path).named_parameters())
+    assert all(parameters[name].data_ptr() == made[0][name].data_ptr() for name in parameters)
+
+
+def test_given_arguments_replace_those_of_the_checkpoint(tmp_path):
+    write_checkpoint(make("llama"), tmp_path, 1)
+    config = read(tmp_path, megatron_arguments={"rotary_base": 500000, "vocab_size": 250}).config
+    assert config.rope_parameters["rope_theta"] == 500000
+    assert config.vocab_size == 250
+
+
+def test_rows_beyond_the_tokenizer_are_left_out(tmp_path):
+    write_checkpoint(make("qwen2"), tmp_path / "megatron", 1)
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    model = read(tmp_path / "megatron", megatron_arguments={"tokenizer_model": str(tmp_path / "tokenizer")})
+    assert model.lm_head.weight.shape[0] == model.config.vocab_size == len(make_tokenizer()) == 299
+
+
+def test_the_command_converts_there_and_back(tmp_path, capsys):
+    model = make("qwen3")
+    model.save_pretrained(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--iteration", "3"]) == 0
+    assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again")]) == 0
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again")]) == 2
+    assert "exists; name a new folder" in capsys.readouterr().err
+
+
+class _Malicious:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the pickle ran')",)
+
+
+def _no_tracker(folder: Path) -> None:
+    (folder / "latest_checkpointed_iteration.txt").unlink()
+
+
+def _bad_tracker(folder: Path) -> None:
+    (folder / "latest_checkpointed_iteration.txt").write_text("newest")
+
+
+def _no_iteration(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000010")
+
+
+def _unknown_format(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000010")
+    (folder / "iter_0000010").mkdir()
+
+
+def _missing_rank(folder: Path) -> None:
+    shutil.rmtree(folder / "iter_0000010" / "mp_rank_01_001")
+
+
+def _cut_off(folder: Path) -> None:
+    path = folder / "iter_0000010" / "mp_rank_00_000" / "model_optim_rng.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def _without_arguments(folder: Path) -> None:
+    for path in (folder / "iter_0000010").glob("*/*.pt"):
+        torch.save({**torch.load(path, weights_only=False), "args": None}, path)
+
+
+def _malicious(folder: Path) -> None:
+    path = folder / "iter_0000010" / "mp_rank_00_000" / "model_optim_rng.pt"
+    torch.save({"model": _Malicious()}, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_no_tracker, "has no latest_checkpointed_iteration.txt that names its newest checkpoint; use the path of"),
+        (_bad_tracker, "names 'newest', which is neither an iteration nor release; correct it"),
+        (_no_iteration, "names iter_0000010, but there is no such folder"),
+        (_unknown_format, "iter_0000010 is no checkpoint of Megatron-LM in the format torch_dist"),
+        (_missing_rank, "has no file of tensor-parallel rank 1 and pipeline rank 1, .* saved by 2 x 2 of them"),
+        (_cut_off, "is damaged or no file of torch.save"),
+        (_without_arguments, "num_layers is missing; set it in model_args.megatron_arguments"),
+        (_malicious, "holds a builtins.exec, which would have to be unpickled, .* --ckpt-format torch_dist"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_one_sentence(change, sentence, tmp_path):
+    write_legacy(make("qwen2"), tmp_path)
+    change(tmp_path)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"ffn_hidden_size": 128}, r"layers.0.mlp.linear_fc1.weight has the shape \[192, 64\], .* give \[256, 64\]"),
+        (
+            {"num_layers": 5},
+            r"has no decoder.layers.4.input_layernorm.weight, which a qwen2 model with its arguments has",
+        ),
+        ({"num_layers": 3}, "has a decoder.layers.3.input_layernorm.weight, which .* does not have"),
+        ({"add_qkv_bias": False}, "has a decoder.layers.0.self_attention.linear_qkv.bias, which a llama model"),
+        ({"qk_layernorm": True, "add_qkv_bias": False}, r"has no decoder.layers.0.self_attention.q_layernorm.weight"),
+        ({"vocab_size": 400}, "word_embeddings.weight has 384 rows, and the vocabulary has 400 tokens"),
+        ({"rotary_base": "much"}, "rotary_base = much must be a number"),
+    ],
+)
+@pytest.mark.parametrize("write", [write_legacy, lambda model, folder: write_checkpoint(model, folder, 1)])
+def test_arguments_that_do_not_fit_the_tensors_are_one_sentence(write, arguments, sentence, tmp_path):
+    write(make("qwen2"), tmp_path)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path, megatron_arguments=arguments)
+
+
+def test_an_output_layer_of_its_own_is_no_copy_of_the_embeddings(tmp_path):
+    write_checkpoint(make("llama"), tmp_path, 1)
+    with pytest.raises(LimbeckError, match="has an output layer of its own, but untie_embeddings_and_output_weights"):
+        read(tmp_path, megatron_arguments={"untie_embeddings_and_output_weights": False})
+
+
+def test_an_index_runs_no_code(tmp_path):
+    index = write_checkpoint(make("llama"), tmp_path, 1) / ".metadata"
+    index.write_bytes(pickle.dumps(_Malicious()))
+    with pytest.raises(LimbeckError, match=r"it holds a builtins.exec.* do not load it from a source that you do not"):
+        read(tmp_path)
+
+
+def test_missing_and_damaged_parts_are_one_sentence(tmp_path):
+    folder = write_checkpoint(make("llama"), tmp_path, 1)
+    (part,) = folder.glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:2000])
+    with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
+        read(tmp_path)
+    part.unlink()
+    with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
+        read(tmp_path)
+
+
+@needs_megatron
+@pytest.mark.processes
+@pytest.mark.workers
+def test_models_compute_what_they_compute_in_megatron(tmp_path):
+    models = {kind: make(kind) for kind in ARCHITECTURES}
+    for kind, changes in ARCHITECTURES.items():
+        (tmp_path / f"{kind}.json").write_text(json.dumps(SHAPE | changes))
+        write_checkpoint(models[kind], tmp_path / f"{kind}-ours-torch_dist", 10)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    script = str(Path(__file__).with_name("write_megatron_checkpoints.py"))
+    done = subprocess.run([*command, script, str(tmp_path)], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = torch.randint(250, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        for kind, model in models.items():
+            theirs = torch.load(tmp_path / f"{kind}.logits.pt")
+            folders = [path for path in tmp_path.glob(f"{kind}-*") if path.is_dir() and "ours" not in path.name]
+            assert len(folders) == 10
+            for folder in folders:
+                torch.testing.assert_close(read(folder)(ids).logits, theirs[..., :300], rtol=0, atol=1e-5)
+            ours = torch.load(tmp_path / f"{kind}-ours-torch_dist.pt")
+            torch.testing.assert_close(model(ids).logits, ours[..., :300], rtol=0, atol=1e-5)

@@ -1,0 +1,43 @@
+"""Runs whose student and teacher are checkpoints of Megatron-LM, and whose student becomes one."""
+
+import pytest
+import torch
+from runs import assert_same_weights
+from transformers import AutoModelForCausalLM
+
+from limbeck import DistillPipeline
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_model
+from limbeck.models.megatron_checkpoint import write_checkpoint
+
+
+def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(configure, assets, tmp_path):
+    short = {"max_steps": 2, "save_steps": 0, "eval_steps": 0}
+    one = DistillPipeline(configure(**short)).run()
+    roles = {}
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(assets / role, dtype=torch.float32)
+        write_checkpoint(model, tmp_path / role, 1)
+        roles[f"{role}_pretrain"] = str(tmp_path / role)
+    settings = {
+        "output_dir": str(tmp_path / "other"),
+        "tokenizer": str(assets / "student"),
+        "checkpoint_config.save_megatron": True,
+    }
+    other = DistillPipeline(configure(**short, **roles, **settings)).run()
+    assert_same_weights(one.student, other.student)
+    saved = load_model(ModelSource(str(tmp_path / "other" / "megatron")), torch.float32).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(one.student, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+def test_a_student_that_megatron_cannot_load_is_refused_before_training(configure):
+    changes = {"student.model_args.model_config_kwargs": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}
+    with pytest.raises(LimbeckError, match=r"a model with RoPE scaling dynamic cannot be written .* of Megatron-LM"):
+        DistillPipeline(configure(**changes, **{"checkpoint_config.save_megatron": True})).run()
+
+
+def test_a_checkpoint_without_a_tokenizer_needs_the_key(configure, assets, tmp_path):
+    write_checkpoint(AutoModelForCausalLM.from_pretrained(assets / "student"), tmp_path / "student", 1)
+    with pytest.raises(LimbeckError, match="is a checkpoint of Megatron-LM, which holds no tokenizer; set tokenizer"):
+        DistillPipeline(configure(student_pretrain=str(tmp_path / "student"))).run()
