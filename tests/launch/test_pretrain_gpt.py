@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import make_corpus
+from transformers import AutoModelForCausalLM
 
 from limbeck.errors import USER_MISTAKE
+from limbeck.models.megatron_checkpoint import write_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
 STUDENT = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
@@ -53,7 +56,8 @@ def test_a_run_of_mock_data_starts_from_random_weights_stops_and_resumes_exactly
     assert losses("whole")[4] < losses("whole")[1]
 
 
-def test_a_blend_of_corpora_and_a_distillation_file_train_a_checkpoint(script, assets, tmp_path):
+def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, tmp_path):
+    """A blend of corpora and a distillation file; the teacher's rotary base is that of its model_config.yaml."""
     random = np.random.default_rng(0)
     for name in ("a", "b"):
         make_corpus(tmp_path / name, [random.integers(0, 290, 20).tolist() for _ in range(40)])
@@ -61,13 +65,26 @@ def test_a_blend_of_corpora_and_a_distillation_file_train_a_checkpoint(script, a
         "logit_layers: [output_layer, output_layer]\nskip_lm_loss: false\nkd_loss_scale: 3.0\n"
         "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
     )
-    text = f"""{RUN} --load {assets / "student"} --export-kd-teacher-load {assets / "teacher"} --save out
-        --data-path 1 a 3 b --split 90,10,0 --export-kd-distill-cfg kd.yaml"""
-    assert script(text) == 0
-    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert {"train/kd", "train/ce"} <= {key for line in lines for key in line} or lines
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(assets / role, dtype=torch.float32)
+        if role == "teacher":
+            model.config.rope_parameters["rope_theta"] = 500.0
+            model.save_pretrained(tmp_path / "hf-teacher")
+            model.config.rope_parameters["rope_theta"] = 10000.0  # wrong, as in a checkpoint without this argument
+        write_checkpoint(model, tmp_path / role, 1)
+    (tmp_path / "teacher" / "model_config.yaml").write_text(
+        "rotary_base: 500\nshare_embeddings_and_output_weights: false\n"
+    )
+    common = f"""{RUN} --tokenizer-model {assets / "student"} --data-path 1 a 3 b --split 90,10,0
+        --export-kd-distill-cfg kd.yaml"""
+    assert script(f"{common} --load {assets / 'student'} --export-kd-teacher-load ./hf-teacher --save one") == 0
+    assert (
+        script(f"{common} --load ./student --use-checkpoint-args --export-kd-teacher-load ./teacher --save other") == 0
+    )
+    assert losses("one") == pytest.approx(losses("other"), rel=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()]
     assert any("val/loss" in line for line in lines)
-    assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "other" / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(
