@@ -64,7 +64,8 @@ def read(folder: Path, **options):
 
 
 def assert_same(found, expected) -> None:
-    assert found.config.to_dict() | {"dtype": None} == expected.config.to_dict() | {"dtype": None}
+    other = {"dtype": None, "_name_or_path": None}
+    assert found.config.to_dict() | other == expected.config.to_dict() | other
     ours, theirs = found.state_dict(), expected.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -141,10 +142,15 @@ def test_given_arguments_replace_those_of_the_checkpoint(tmp_path):
 
 
 def test_rows_beyond_the_tokenizer_are_left_out(tmp_path):
-    write_checkpoint(make("qwen2"), tmp_path / "megatron", 1)
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    write_legacy(make("qwen2"), tmp_path / "megatron", vocab_size=None)
     model = read(tmp_path / "megatron", megatron_arguments={"tokenizer_model": str(tmp_path / "tokenizer")})
     assert model.lm_head.weight.shape[0] == model.config.vocab_size == len(make_tokenizer()) == 299
+    write_legacy(make("qwen2"), tmp_path / "small", vocab_size=None, padded_vocab_size=128)
+    with pytest.raises(
+        LimbeckError, match="has 299 tokens, and the vocabulary of the model has 128 rows; set the token"
+    ):
+        read(tmp_path / "small", megatron_arguments={"tokenizer_model": str(tmp_path / "tokenizer")})
 
 
 def test_the_command_converts_there_and_back(tmp_path, capsys):

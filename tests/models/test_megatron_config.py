@@ -107,7 +107,7 @@ def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
     ("arguments", "sentence"),
     [
         ({"num_layer": 3}, r"student.model_args.megatron_arguments.num_layer is no argument .* is num_layers meant\?"),
-        ({**LLAMA, "vocab_size": 200}, "vocab_size = 200 is less than the 299 tokens of the tokenizer"),
+        ({**LLAMA, "vocab_size": 200}, "has 299 tokens, and the vocabulary of the model has 200 rows"),
     ],
 )
 def test_arguments_that_fit_nothing_are_one_sentence(tokenizer, arguments, sentence):

@@ -117,6 +117,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
             model = of_model.from_pretrained(
                 None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
             )
+            model.config.name_or_path = model.name_or_path = str(name)
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
@@ -214,13 +215,15 @@ def _megatron_config(source: ModelSource) -> Any:
     if (name := given.get("tokenizer_model")) is not None:
         tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
         size = 1 + max(tokenizer.get_vocab().values())
-        if "vocab_size" not in given:
+        if arguments.get("vocab_size") is None:
             arguments |= {"vocab_size": size, "tokenizer_type": None}
     config = hf_config(arguments, where)
-    if config.vocab_size < size:
+    # A vocab_size in a checkpoint may be less than what the tokenizer can name, as for published models.
+    rows = config.vocab_size if "vocab_size" in given else arguments.get("padded_vocab_size") or config.vocab_size
+    if size > rows:
         raise LimbeckError(
-            f"{where}: vocab_size = {config.vocab_size} is less than the {size} tokens of the tokenizer {name}; remove it, or "
-            "set another tokenizer."
+            f"{where}: the tokenizer {name} has {size} tokens, and the vocabulary of the model has {rows} rows; set the "
+            "tokenizer of this model."
         )
     if tokenizer is not None:
         config.eos_token_id = tokenizer.eos_token_id

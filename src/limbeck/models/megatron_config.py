@@ -104,6 +104,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
     """
     given = canonical(arguments)
+    layers, hidden, heads = (_size(given, name, where) for name in _SIZES)
     for name, (default, possible) in _FIXED.items():
         value = _or(given.get(name), default)
         if value not in possible:
@@ -116,7 +117,6 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
                 f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
                 f"{' or '.join(_yaml(one) for one in possible)}."
             )
-    layers, hidden, heads = (_size(given, name, where) for name in _SIZES)
     channels = _size(given, "kv_channels", where, hidden // heads)
     grouped = given.get("group_query_attention")
     groups = _size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads

@@ -18,7 +18,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from limbeck.errors import LimbeckError
 
-_IN_METADATA = ("torch.distributed.checkpoint.", "megatron.core.", "collections.OrderedDict", "_io.BytesIO")
+_IN_METADATA = ("torch.distributed.checkpoint.", "megatron.core.", "collections.OrderedDict", "_io.BytesIO", "pathlib.")
 _IN_FILES = (
     *("argparse.Namespace", "types.SimpleNamespace", "_io.BytesIO", "signal.Signals", "pathlib.", "datetime."),
     *("numpy.", "megatron.", "transformer_engine"),

@@ -46,8 +46,8 @@ def open_legacy(folder: Path) -> StoredCheckpoint:
     for chunk in chunks:  # virtual stage by virtual stage, each over all pipeline ranks, is the order of the layers
         for stage in range(pipeline):
             layers = 0
-            for rank in range(tensor):
-                for key, value in _parameters(states[rank, stage].get(chunk), files[rank, stage]).items():
+            for part in range(tensor):
+                for key, value in _parameters(states[part, stage].get(chunk), files[part, stage]).items():
                     layers = max(layers, 0 if key[1] is None else key[1] + 1)
                     moved = key[0], None if key[1] is None else key[1] + offset
                     parameters.setdefault(moved, []).append(value)

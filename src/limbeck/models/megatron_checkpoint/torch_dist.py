@@ -89,8 +89,9 @@ class _Tensor:
             if first >= last:
                 continue
             part = self._read(chunk)[first - chunk.offsets[0] : last - chunk.offsets[0]]
-            rest = [slice(at, at + size) for at, size in zip(chunk.offsets[1:], chunk.shape[1:], strict=True)]
-            whole[(slice(first - begin, last - begin), *rest)] = part
+            rest = (slice(at, at + size) for at, size in zip(chunk.offsets[1:], chunk.shape[1:], strict=True))
+            place = (slice(first - begin, last - begin), *rest)
+            whole[place] = part
             filled += part.numel()
         if filled != whole.numel():
             raise LimbeckError(f"{self.folder} has only {filled} of {whole.numel()} values of a tensor; copy it again.")

@@ -59,7 +59,7 @@ def write_checkpoint(model: Any, folder: Path, iteration: int, tokenizer: str | 
     target, temporary = folder / f"iter_{iteration:07d}", folder / f".iter_{iteration:07d}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    writer = dcp.FileSystemWriter(temporary)
+    writer = dcp.FileSystemWriter(str(temporary))
     dcp.save(_state(model, arguments["padded_vocab_size"]), storage_writer=writer, planner=_Planner(), no_dist=True)
     common = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": iteration}
     torch.save(common, temporary / COMMON)
@@ -119,7 +119,8 @@ class _Planner(dcp.DefaultSavePlanner):
 def _state(model: Any, rows: int) -> dict[str, Any]:
     """What Megatron-LM's sharded state dict of this model has, with ``rows`` of embeddings and output head."""
     tensors, config = dict(model.named_parameters()), model.config
-    heads, layers, state = Heads.of(config), config.num_hidden_layers, {}
+    heads, layers = Heads.of(config), config.num_hidden_layers
+    state: dict[str, Any] = {}
     for name, rule in family_of(model).rules.items():
         if rule.sources == (HEAD,) and config.tie_word_embeddings:
             continue
