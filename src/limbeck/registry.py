@@ -238,6 +238,7 @@ DIALECTS: Registry[Any] = Registry(
         "roll": "limbeck.config.dialects.roll:DIALECT",
         "hyperpod": "limbeck.config.dialects.hyperpod:DIALECT",
         "distillkit": "limbeck.config.dialects.distillkit:DIALECT",
+        "megatron": "limbeck.config.dialects.megatron:DIALECT",
     },
     members=lambda name: ("name", "system", "recognises", "translate"),
 )

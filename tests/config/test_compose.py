@@ -123,7 +123,7 @@ def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mi
             "student.training_args.lr_scheduler_type=cosin",
             "student.training_args.lr_scheduler_type = cosin is not one of linear, cosine, cosine_with_restarts, "
             "polynomial, constant, constant_with_warmup, inverse_sqrt, cosine_with_min_lr, cosine_warmup_with_min_lr, "
-            "warmup_stable_decay, sequential; did you mean cosine?",
+            "warmup_stable_decay, sequential, megatron; did you mean cosine?",
         ),
         (
             "student.data_args.file_name={a: b}",

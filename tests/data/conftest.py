@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from tiny import make_corpus
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -102,18 +101,4 @@ def native_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def write_corpus() -> Callable[..., None]:
-    return _corpus
-
-
-def _corpus(prefix, documents, code=8):
-    """A corpus as Megatron writes it: here every document is of two sequences."""
-    dtype = {4: np.int32, 8: np.uint16}[code]
-    parts = [part for document in documents for part in (document[:1], document[1:])]
-    sizes = np.array([len(part) for part in parts], np.int32)
-    offsets = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64))) * np.dtype(dtype).itemsize
-    boundaries = np.arange(0, len(parts) + 1, 2, dtype=np.int64)
-    prefix.with_suffix(".bin").write_bytes(np.concatenate(parts).astype(dtype).tobytes())
-    prefix.with_suffix(".idx").write_bytes(
-        b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, code, len(parts), len(boundaries))
-        + sizes.tobytes() + offsets.astype(np.int64).tobytes() + boundaries.tobytes()
-    )  # fmt: skip
+    return make_corpus

@@ -1,5 +1,7 @@
 """Learning-rate schedules against PyTorch's own."""
 
+import math
+
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -64,3 +66,41 @@ def test_the_rate_is_a_function_of_the_step_and_the_interval():
     resumed.optimizer.step()
     _set_scheduler_step(resumed, 7)
     assert rates(resumed, 8) == whole[7:]
+
+
+def megatron_rates(steps: int, warmup_steps: int = 4, **kwargs) -> list[float]:
+    args = TrainingArgs(
+        learning_rate=RATE,
+        warmup_steps=warmup_steps,
+        lr_scheduler_type="megatron",
+        lr_scheduler_kwargs={"decay_steps": 12, "min_lr": 0.03, **kwargs},
+    )
+    return rates(make_scheduler(optimizer(), args, total_steps=steps), steps)
+
+
+def test_megatron_warms_up_from_its_first_rate_decays_and_stays_at_its_smallest():
+    """The published rules: warm-up to step 4, decay to step 12, then the smallest rate."""
+    low, span = 0.03, RATE - 0.03
+    expected = {
+        "linear": lambda step: low + span * (1 - (step - 4) / 8),
+        "cosine": lambda step: low + span * (1 + math.cos(math.pi * (step - 4) / 8)) / 2,
+        "inverse-square-root": lambda step: RATE * math.sqrt(4 / step),
+    }
+    for style, rate in expected.items():
+        found = megatron_rates(16, decay_style=style, warmup_init=0.1)
+        assert found[:5] == pytest.approx([0.1 + (RATE - 0.1) * step / 4 for step in range(5)])
+        assert found[5:13] == pytest.approx([rate(step) for step in range(5, 13)])
+        assert found[13:] == pytest.approx([low] * 3)
+    assert megatron_rates(16, decay_style="constant")[4:] == pytest.approx([RATE] * 12)
+    assert megatron_rates(3, warmup_steps=0, decay_style="cosine")[0] == pytest.approx(RATE)
+
+
+@pytest.mark.parametrize(
+    ("style", "half"),
+    [("exponential", 2 * 0.5**0.5 - 1), ("linear", 0.5), ("cosine", 0.5), ("minus_sqrt", 1 - 0.5**0.5)],
+)
+def test_megatrons_wsd_is_constant_until_its_last_steps(style, half):
+    found = megatron_rates(14, decay_style="WSD", wsd_decay_style=style, wsd_decay_steps=4)
+    assert found[4:9] == pytest.approx([RATE] * 5)
+    assert found[10] == pytest.approx(0.03 + (RATE - 0.03) * half)
+    assert found[12:] == pytest.approx([0.03] * 2)

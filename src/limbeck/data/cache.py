@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +33,7 @@ VERSION = 4
 ARRAYS = ("tokens", "labels", "offsets", "supervised")
 OPTIONAL_ARRAYS = ("weights", "groups", "columns", "column_ends", "teacher_prompts", "teacher_prompt_ends")
 _REMEMBERED = 1 << 26
-"""File size in bytes above which a file's hash is kept; smaller files are hashed again each time."""
+"""File size in bytes above which what was computed of a file is kept; smaller files are read again each time."""
 
 
 def cache_key(sources: Sequence[tuple[Source, Sequence[Input]]], encoder: Encoder, cache_dir: Path) -> str:
@@ -114,32 +114,45 @@ def _mapped(path: Path) -> Any:
 
 
 def _sha256(path: Path, cache_dir: Path) -> str:
-    """Returns the hash of a file's content. That of a large file is kept by path, size and modification time."""
-    try:
-        facts = path.stat()
-        place = str(path.resolve())
-        known = [place, facts.st_size, facts.st_mtime_ns]
-        memo = cache_dir / "hashes" / f"{hashlib.sha256(os.fsencode(place)).hexdigest()}.json"
-        # A file that was just modified may change again without a new modification time.
-        remember = facts.st_size >= _REMEMBERED and time.time() - facts.st_mtime > 2
-        if remember:
-            with suppress(OSError, ValueError):
-                *remembered, digest = json.loads(memo.read_text(encoding="utf-8"))
-                if remembered == known:
-                    return str(digest)
+    """Returns the hash of a file's content."""
+
+    def hash_content() -> str:
         hashed = hashlib.sha256()
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 hashed.update(block)
+        return hashed.hexdigest()
+
+    return str(remembered(path, cache_dir, "hashes", hash_content))
+
+
+def remembered(path: Path, cache_dir: Path, kind: str, compute: Callable[[], Any]) -> Any:
+    """Returns ``compute()``, a JSON value that depends on the content of a file.
+
+    That of a large file is kept by path, size and modification time.
+    """
+    try:
+        facts = path.stat()
+        place = str(path.resolve())
+        known = [place, facts.st_size, facts.st_mtime_ns]
+        memo = cache_dir / kind / f"{hashlib.sha256(os.fsencode(place)).hexdigest()}.json"
+        # A file that was just modified may change again without a new modification time.
+        remember = facts.st_size >= _REMEMBERED and time.time() - facts.st_mtime > 2
+        if remember:
+            with suppress(OSError, ValueError):
+                *of_file, value = json.loads(memo.read_text(encoding="utf-8"))
+                if of_file == known:
+                    return value
+        value = compute()
     except OSError as error:
         raise LimbeckError(f"{path} cannot be read ({error}).") from error
     if remember:
-        with suppress(OSError):  # without it the file is hashed again
+        with suppress(OSError):  # without it the value is computed again
             memo.parent.mkdir(parents=True, exist_ok=True)
             written = memo.with_name(f"{memo.name}.{uuid.uuid4().hex}")
-            written.write_text(json.dumps([*known, hashed.hexdigest()]), encoding="utf-8")
+            written.write_text(json.dumps([*known, value]), encoding="utf-8")
             written.replace(memo)
-    return hashed.hexdigest()
+    return value
 
 
 @contextmanager

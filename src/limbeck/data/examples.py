@@ -21,7 +21,7 @@ _BLOCK = 1 << 22
 class Examples:
     """Tokenised rows, concatenated. The arrays may be memory-mapped from files larger than memory.
 
-    tokens:  [total] int32.
+    tokens:  [total] int32, or ``limbeck.data.concatenated.Parts`` of integers.
     labels:  [total] int32; shifted by one: the token that each position must predict, or ``IGNORE``.
     offsets: [rows + 1] int64; row i is ``tokens[offsets[i] : offsets[i + 1]]``. No row is empty.
     weights: [total] float32, factor of each position's loss, 0 at unsupervised positions; None when all are 1.

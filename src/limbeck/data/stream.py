@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from limbeck.data.batch import Batch, StepBatch
+from limbeck.data.concatenated import Parts
 from limbeck.data.examples import Examples
 from limbeck.data.masks import IGNORE
 from limbeck.data.packing import Packs, pack
@@ -241,15 +242,25 @@ def make_step(examples: Examples, settings: StreamSettings, rank: int = 0, world
 
 
 def fixed_batches(
-    examples: Examples, *, batch_size: int, rank: int, world_size: int, pad_id: int, length_round: int
+    examples: Examples,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_id: int,
+    length_round: int,
+    rows: Ints | None = None,
 ) -> list[StepBatch]:
-    """Returns validation batches with every row once, in a fixed order; each has one micro-batch per rank.
+    """Returns validation batches with every one of ``rows`` once, in a fixed order; each has one micro-batch per rank.
+
+    rows: row numbers; all rows by default.
 
     Rows of similar length share a batch. The rows of the last batch are distributed evenly over the ranks; a rank without
     rows gets a micro-batch whose labels are all ``IGNORE``.
     """
     layout = _Layout(length_round, int(examples.lengths.max()), pad_id, packed=False)
-    units = list(np.argsort(-examples.lengths, kind="stable")[:, None])
+    rows = np.arange(len(examples)) if rows is None else rows
+    units = list(rows[np.argsort(-examples.lengths[rows], kind="stable")][:, None])
     batches = []
     for first in range(0, len(units), batch_size * world_size):
         step = units[first : first + batch_size * world_size]
@@ -411,7 +422,7 @@ def _checksum(examples: Examples) -> int:
     found = 0
     arrays: list[Any] = [examples.offsets, examples.tokens, examples.labels]
     arrays += [array for array in (examples.weights, examples.teacher_prompts) if array is not None]
-    for array in arrays:
+    for array in (part for one in arrays for part in (one.parts if isinstance(one, Parts) else (one,))):
         contiguous: Any = np.ascontiguousarray(
             array
         )  # does not copy an array that is contiguous already, mapped or not

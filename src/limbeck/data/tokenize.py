@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from limbeck.data import cache
+from limbeck.data.concatenated import concatenate, is_concatenated
 from limbeck.data.encode import TOKENS, Encoded, Encoder, TokenizeSettings, make_encoder
 from limbeck.data.examples import ArrayFile, DataReport, Examples, FileReport
 from limbeck.data.masks import IGNORE
@@ -81,10 +82,15 @@ def tokenize_files(
     row without a supervised token is dropped. With ``prompts`` nothing is supervised: each row is the prompt of its last
     answer, which may be missing. With ``prompts_only`` that applies to the rows that lack it.
 
+    Sources with ``concatenate`` or ``mock`` are not tokenised; see ``limbeck.data.concatenated``.
+
     Raises LimbeckError for the first row with an error, unless ``on_bad_row`` is ``skip``.
     """
-    encoder = make_encoder(tokenizer, replace(settings or TokenizeSettings(), **changes))
+    settings = replace(settings or TokenizeSettings(), **changes)
     named = [one if isinstance(one, Source) else Source.named(one) for one in files]
+    if is_concatenated(named):
+        return concatenate(named, tokenizer, settings.sequence_length, cache_dir)
+    encoder = make_encoder(tokenizer, settings)
     sources = [(source, inputs_of(source)) for source in named or [Source()]]
     if cache_dir is None:
         return _tokenize(sources, encoder, progress, None).in_memory()

@@ -1,4 +1,4 @@
-"""Checks that student and teacher have the same tokenizer, so that they can be compared position by position."""
+"""A tokenizer for data without text, and the check that student and teacher have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 from limbeck.errors import LimbeckError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+NUMBERS = "null:"
+"""Begins the name of a tokenizer of numbers: null:1000 has the tokens 0 to 999."""
 
 _CUTS = {
     "normalizer": ("normalizer",),
@@ -20,6 +23,25 @@ _CUTS = {
     "treatment of whole words": ("model", "ignore_merges"),
 }
 """The parts of a tokenizer.json that, beside the vocabulary, determine how text is split into tokens."""
+
+
+def number_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The tokenizer ``null:N`` of the numbers 0 to N - 1, for token ids without text. The last one is the end token.
+
+    Raises LimbeckError if N is not a number of tokens.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    size = name.removeprefix(NUMBERS)
+    if not size.isdecimal() or not 2 <= int(size) <= 1 << 24:
+        raise LimbeckError(
+            f"tokenizer = {name} must end in the size of the vocabulary, from 2 on, such as {NUMBERS}32000."
+        )
+    last = str(int(size) - 1)
+    backend = Tokenizer(models.WordLevel({str(number): number for number in range(int(size))}, unk_token=last))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=last, pad_token=last)
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -112,6 +112,11 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: TrainingArgs, total_s
             optimizer, partial(_sequential_factor, kwargs=args.lr_scheduler_kwargs, rate=args.learning_rate)
         )
     warmup = args.warmup_steps or int(args.warmup_ratio * total_steps + 0.5)
+    if args.lr_scheduler_type == "megatron":
+        factor = partial(
+            _megatron_factor, rate=args.learning_rate, warmup=warmup, total=total_steps, **args.lr_scheduler_kwargs
+        )
+        return LambdaLR(optimizer, factor)
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer,
@@ -135,6 +140,47 @@ def _sequential_factor(step: int, kwargs: Mapping[str, Any], rate: float) -> flo
     given = dict(kwargs["schedulers"][stage])
     name = given.pop("name")
     return _FACTORS[name](step - begin, rate, **{**SEQUENTIAL_KWARGS[name], **given})
+
+
+def _megatron_factor(
+    step: int,
+    rate: float,
+    warmup: int,
+    total: int,
+    decay_style: str = "linear",
+    decay_steps: int | None = None,
+    min_lr: float = 0.0,
+    warmup_init: float = 0.0,
+    wsd_decay_style: str = "exponential",
+    wsd_decay_steps: int | None = None,
+) -> float:
+    """The factor of the learning rate at ``step`` of Megatron-LM's schedule: linear warm-up from ``warmup_init``, then
+    ``decay_style`` until ``decay_steps`` (all steps), then ``min_lr``. WSD is constant until its last ``wsd_decay_steps``.
+    """
+    end = total if decay_steps is None else decay_steps
+    smallest, first = (min_lr / rate, warmup_init / rate) if rate else (0.0, 0.0)
+    if step <= warmup and warmup > 0:
+        return first + (1 - first) * step / warmup
+    if decay_style == "constant":
+        return 1.0
+    if step > end:
+        return smallest
+    if decay_style == "inverse-square-root":
+        return max(smallest, math.sqrt(max(warmup, 1) / max(step, 1)))
+    begin, style = warmup, decay_style
+    if decay_style == "WSD":
+        begin, style = end - (wsd_decay_steps or 0), wsd_decay_style
+    done = max(step - begin, 0) / max(end - begin, 1)
+    return smallest + (1 - smallest) * _MEGATRON_DECAYS[style](done)
+
+
+_MEGATRON_DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "exponential": lambda done: 2 * 0.5**done - 1,
+    "minus_sqrt": lambda done: 1 - math.sqrt(done),
+}
+"""What is left of the learning rate when a share of the decay is done, from 1 to 0."""
 
 
 def _linear(step: int, rate: float, start_factor: float, end_factor: float, total_iters: int) -> float:

@@ -12,18 +12,16 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
-
-import yaml
+from typing import Any
 
 from limbeck.config.dialects import training_arguments
+from limbeck.config.dialects.arguments import Parser, override
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.files import dataset_source, read_mapping, use_wandb
 from limbeck.config.locations import COMMAND_LINE, SourceLocation, leaves
 from limbeck.config.schema import DistillConfig
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
-from limbeck.errors import LimbeckError
 
 DEFAULT = "HyperPod's default"
 FSX = Path("/fsx")
@@ -150,21 +148,9 @@ class HyperPodDialect:
 DIALECT = HyperPodDialect()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises LimbeckError for mistakes."""
-
-    def error(self, message: str) -> NoReturn:
-        raise LimbeckError(f"{message}; --help lists the flags.")
-
-
 def _parse(argv: Sequence[str]) -> tuple[Values, str | None, list[tuple[str, Any]]]:
     """The flags that are given, the configuration file, and Limbeck's own keys. Values remain text; the schema reads them."""
-    parser = _Parser(
-        prog="distil_logits_cli.py",
-        description="Distil a teacher into a student.",
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser = Parser(prog="distil_logits_cli.py", description="Distil a teacher into a student.")
     for setting in SETTINGS:
         shown = "" if setting.default is None or setting.switch else f"; default: {setting.default}"
         action: dict[str, Any] = {"metavar": "VALUE"}
@@ -175,30 +161,15 @@ def _parse(argv: Sequence[str]) -> tuple[Values, str | None, list[tuple[str, Any
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="any other key of Limbeck")
     found, rest = parser.parse_known_args(argv)
     words = [*getattr(found, "overrides", []), *(word for word in rest if not word.startswith("-"))]
-    for word in (word for word in rest if word.startswith("-")):
-        name = word.partition("=")[0]
-        near = difflib.get_close_matches(name, [f"--{setting.flag}" for setting in SETTINGS] + ["--config_file"], n=1)
-        parser.error(f"{name} is not a flag{f', did you mean {near[0]}?' if near else ''}")
+    parser.refuse_unknown(rest, [f"--{setting.flag}" for setting in SETTINGS] + ["--config_file"])
     given = vars(found)
     flags = {s.key: (given[s.flag], _spelling(s, argv)) for s in SETTINGS if s.flag in given}
-    return flags, given.get("config_file"), [_override(word) for word in words]
+    return flags, given.get("config_file"), [override(word) for word in words]
 
 
 def _spelling(setting: Setting, argv: Sequence[str]) -> str:
     negated = f"--no-{setting.flag}"
     return negated if negated in argv else f"--{setting.flag}"
-
-
-def _override(word: str) -> tuple[str, Any]:
-    key, equals, text = word.partition("=")
-    if not equals or not key:
-        raise LimbeckError(
-            f"{word} is neither a flag nor a setting; write --flag VALUE, or key=value for a key of Limbeck."
-        )
-    try:
-        return key, yaml.safe_load(text)
-    except yaml.YAMLError:
-        return key, text
 
 
 def _split(content: Mapping[str, Any]) -> tuple[dict[str, Any], Translation]:

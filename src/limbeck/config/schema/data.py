@@ -46,10 +46,38 @@ class SourceArgs(Section):
         default=None, description="Domain of its rows. If unset, the source is a domain of its own."
     )
 
+    concatenate: bool = Field(
+        default=False,
+        description="Read the .bin/.idx corpora of path as one text and cut it into rows of sequence_length tokens, as "
+        "Megatron does. Rows are read from the files when they are needed; nothing is cached. All sources of the run "
+        "must have it.",
+    )
+    documents: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = Field(
+        default=(0.0, 1.0),
+        description="With concatenate, the part of the documents that is read, as fractions: [0, 0.99] is the first 99 %.",
+    )
+    mock: int | None = Field(
+        default=None,
+        ge=1,
+        description="Number of rows of made-up tokens, instead of path or hub: documents of consecutive token ids, the same in "
+        "every run.",
+    )
+
+    @property
+    def is_concatenated(self) -> bool:
+        """Whether its rows are cut from documents that follow one another."""
+        return self.concatenate or self.mock is not None
+
     @model_validator(mode="after")
-    def _has_path_or_hub(self) -> SourceArgs:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("needs either path or hub")
+    def _has_one_origin(self) -> SourceArgs:
+        if sum(origin is not None for origin in (self.path, self.hub, self.mock)) != 1:
+            raise ValueError("needs either path, hub or mock")
+        if self.concatenate and self.path is None:
+            raise ValueError("has concatenate, which needs a path of .bin/.idx files")
+        if self.documents != (0.0, 1.0) and not self.concatenate:
+            raise ValueError("has documents, which is only read with concatenate: true")
+        if self.documents[0] >= self.documents[1]:
+            raise ValueError("has documents that end before they begin; write [0, 0.99]")
         if self.hub is None and (self.config or self.revision):
             raise ValueError("has config or revision, which only a hub dataset has")
         return self
@@ -99,7 +127,8 @@ class DataArgs(Section):
         default=None,
         description="Training data as a list of sources, instead of file_name. Each has `path` or `hub`, and "
         "optionally "
-        "`config`, `split`, `revision`, `format`, `question_key`, `answer_key`, `weight`, `max_samples` and `domain`.",
+        "`config`, `split`, `revision`, `format`, `question_key`, `answer_key`, `weight`, `max_samples` and `domain`; "
+        ".bin/.idx files may have `concatenate` and `documents`. `mock` makes rows up.",
     )
     eval_file_name: Files | None = Field(
         default=None, description="Validation files; the same as `validation.data_args.file_name`."
@@ -179,7 +208,7 @@ class ValidationDataArgs(Section):
     sources: Sources | None = Field(
         default=None,
         description="Validation data as a list of sources, instead of file_name, with the keys of student.data_args.sources. "
-        "Weights and max_samples do not apply.",
+        "Weights do not apply.",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
@@ -15,13 +15,12 @@ from limbeck.config.schema.origin_objectives import distils, for_origin, objecti
 from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.path_rules import path_contradictions
 from limbeck.config.schema.rollout_rules import rollout_contradictions, sampled_contradictions, unread_rollout_keys
+from limbeck.config.schema.schedule_rules import schedule_contradictions
 from limbeck.config.schema.teacher_rules import teacher_contradictions, unread_teacher_keys
 from limbeck.config.schema.tracker_rules import tracker_contradictions
 from limbeck.config.schema.training import (
     REQUIRED_SCHEDULER_KWARGS,
     SCHEDULER_KWARGS,
-    SEQUENTIAL_KWARGS,
-    SEQUENTIAL_REQUIRED,
     STEP_SOURCE_KWARGS,
 )
 from limbeck.config.schema.workers import TEACHER_SOURCE_KWARGS
@@ -156,6 +155,26 @@ def _unknown_parameters(config: RunFields, prefix: str) -> Iterator[Contradictio
             )
 
 
+def _concatenation_contradictions(config: RunFields) -> Iterator[Contradiction]:
+    """Rows that are cut from concatenated documents have no columns, and cannot be mixed with other rows."""
+    path = "student.data_args.sources"
+    for key, sources in ((path, config.data_sources), ("validation.data_args.sources", config.validation_sources)):
+        if len({source.is_concatenated for source in sources}) > 1:
+            yield Contradiction(
+                key, "mix concatenated documents (concatenate, mock) with other rows; give one kind only"
+            )
+    if not any(source.is_concatenated for source in config.data_sources):
+        return
+    for key, given in (
+        ("rollout", config.rollout),
+        ("teacher.prompt", config.teacher.prompt),
+        ("student.data_args.domain_key", config.student.data_args.domain_key),
+        ("student.use_sequence_packing", config.student.use_sequence_packing),
+    ):
+        if given:
+            yield Contradiction(key, f"does not apply to concatenated documents; remove it, or the sources of {path}")
+
+
 def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
     student, training = config.student, config.student.training_args
     data = student.data_args
@@ -187,6 +206,7 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
         ):
             if others:
                 yield Contradiction(path, "and validation.data_args.sources both set the validation data; keep one")
+    yield from _concatenation_contradictions(config)
     if student.use_dynamic_batching_in_train:
         if student.max_tokens_per_microbatch_in_train == 0:
             yield Contradiction(
@@ -213,8 +233,7 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"student.training_args.lr_scheduler_kwargs.{key}",
                 f"is not read by lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
             )
-    if scheduler == "sequential":
-        yield from _sequential_contradictions(kwargs)
+    yield from schedule_contradictions(scheduler, kwargs)
     yield from tracker_contradictions(config)
     for path, name, given, known in (
         ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),
@@ -226,40 +245,6 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                     f"{path}_kwargs.{key}",
                     f"is not read by {path} = {name}, which reads {', '.join(known[name]) or 'none'}",
                 )
-
-
-def _sequential_contradictions(kwargs: Mapping[str, Any]) -> Iterator[Contradiction]:
-    path = "student.training_args.lr_scheduler_kwargs"
-    schedulers, milestones = kwargs.get("schedulers"), kwargs.get("milestones", []) or []
-    if not isinstance(schedulers, list) or not all(isinstance(one, Mapping) for one in schedulers):
-        yield Contradiction(
-            f"{path}.schedulers", "must be a list of sections such as {name: LinearLR, total_iters: 10}"
-        )
-        return
-    for number, one in enumerate(schedulers):
-        where, name = f"{path}.schedulers[{number}]", one.get("name")
-        if name not in SEQUENTIAL_KWARGS:
-            yield Contradiction(where, f"has the name {name}, which is not one of {', '.join(SEQUENTIAL_KWARGS)}")
-            continue
-        known, required = SEQUENTIAL_KWARGS[name], SEQUENTIAL_REQUIRED.get(name)
-        for key, value in one.items():
-            if key != "name" and key not in known:
-                yield Contradiction(f"{where}.{key}", f"is not read by {name}, which reads {', '.join(known)}")
-            elif key != "name" and (isinstance(value, bool) or not isinstance(value, (int, float))):
-                yield Contradiction(f"{where}.{key}", f"= {value} must be a number")
-            elif key in ("total_iters", "T_max", "step_size") and not (type(value) is int and value > 0):
-                yield Contradiction(f"{where}.{key}", f"= {value} must be a whole number of steps above 0")
-        if required is not None and required not in one:
-            yield Contradiction(where, f"needs {required} for {name}; add it")
-    whole = isinstance(milestones, list) and all(type(step) is int and step > 0 for step in milestones)
-    if not whole or sorted(set(milestones)) != milestones or len(milestones) != len(schedulers) - 1:
-        yield Contradiction(
-            f"{path}.milestones",
-            f"= {milestones} must be increasing steps, one for each of the {len(schedulers)} schedulers but the first",
-        )
-    interval = kwargs.get("interval", 1)
-    if type(interval) is not int or interval < 1:
-        yield Contradiction(f"{path}.interval", f"= {interval} must be a whole number of optimizer steps above 0")
 
 
 def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:

@@ -21,6 +21,7 @@ Scheduler = Literal[
     "cosine_warmup_with_min_lr",
     "warmup_stable_decay",
     "sequential",
+    "megatron",
 ]
 
 
@@ -40,6 +41,7 @@ SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
         "num_cycles",
     ),
     "sequential": ("schedulers", "milestones", "interval"),
+    "megatron": ("decay_style", "decay_steps", "min_lr", "warmup_init", "wsd_decay_style", "wsd_decay_steps"),
 }
 """The lr_scheduler_kwargs that each scheduler reads; a scheduler that is not listed reads none."""
 
@@ -51,6 +53,13 @@ REQUIRED_SCHEDULER_KWARGS: dict[str, tuple[str, ...]] = {
     "sequential": ("schedulers",),
 }
 """Schedulers that need at least one of these lr_scheduler_kwargs."""
+
+
+MEGATRON_STYLES: dict[str, tuple[str, ...]] = {
+    "decay_style": ("linear", "cosine", "inverse-square-root", "constant", "WSD"),
+    "wsd_decay_style": ("exponential", "linear", "cosine", "minus_sqrt"),
+}
+"""The styles of the scheduler ``megatron``; the first is the default."""
 
 
 SEQUENTIAL_KWARGS: dict[str, dict[str, float]] = {
@@ -105,13 +114,15 @@ class TrainingArgs(Section):
     lr_scheduler_type: Scheduler = Field(
         default="linear",
         description="Learning rate schedule, by its name in transformers. sequential is a sequence of schedules of "
-        "torch.optim.lr_scheduler, as PyTorch's SequentialLR.",
+        "torch.optim.lr_scheduler, as PyTorch's SequentialLR; megatron is Megatron-LM's.",
     )
     lr_scheduler_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Arguments of the schedule, such as `min_lr` or `num_decay_steps`. sequential has `schedulers`, a list of "
         "`{name: LinearLR, start_factor: 0.1, total_iters: 10}`, `milestones`, the steps at which the others begin, and "
-        "`interval`, the number of optimizer steps that count as one (1).",
+        "`interval`, the number of optimizer steps that count as one (1). megatron has `decay_style` (linear, cosine, "
+        "inverse-square-root, constant or WSD), `decay_steps` (all), after which the rate is `min_lr` (0), `warmup_init` (0), "
+        "and for WSD `wsd_decay_steps` and `wsd_decay_style` (exponential, linear, cosine or minus_sqrt).",
     )
     warmup_steps: int = Field(
         default=0,

@@ -4,7 +4,7 @@ Rows are yielded as they are in the file; ``rows`` interprets their keys.
 """
 
 from limbeck.data.sources.columns import with_columns
-from limbeck.data.sources.find import Input, Source, expand, inputs_of
+from limbeck.data.sources.find import Input, Source, corpora_of, expand, inputs_of
 from limbeck.data.sources.items import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Record",
     "RowError",
     "Source",
+    "corpora_of",
     "decoded",
     "expand",
     "inputs_of",

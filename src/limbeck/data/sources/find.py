@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from limbeck.data.sources.items import Item
-from limbeck.data.sources.megatron import read_megatron
+from limbeck.data.sources.megatron import Corpus, open_corpus, read_megatron
 from limbeck.data.sources.tables import (
     is_saved_dataset,
     load_hub,
@@ -47,6 +47,9 @@ class Source:
     format:           format of its rows; None to detect it from the first row.
     domain:           name under which it is mixed with other sources; None for its own name.
     question_key, answer_key: columns of its question and answer, if they are not those of the run.
+    concatenate:      read its corpora as one text, which is cut into rows; see ``limbeck.data.concatenated``.
+    documents:        the part of the documents of a concatenated corpus that is read, as fractions.
+    mock:             number of rows of made-up tokens, in place of ``path``.
     """
 
     path: tuple[str, ...] = ()
@@ -58,11 +61,14 @@ class Source:
     domain: str | None = None
     question_key: str | None = None
     answer_key: str | None = None
+    concatenate: bool = False
+    documents: tuple[float, float] = (0.0, 1.0)
+    mock: int | None = None
 
     @property
     def name(self) -> str:
         """Its name in reports."""
-        return self.domain or self.hub or ", ".join(self.path)
+        return self.domain or self.hub or ", ".join(self.path) or "mock data"
 
     @classmethod
     def named(cls, name: str | Path) -> Source:
@@ -86,6 +92,8 @@ class Input:
 
 def inputs_of(source: Source) -> list[Input]:
     """Returns the inputs of a source in a fixed order. Raises LimbeckError for a missing file or an unknown file type."""
+    if source.mock is not None:
+        raise LimbeckError("mock data is made up in memory and has no rows that can be shown; give a path or hub.")
     if source.hub is not None:
         split = source.split or "train"
         dataset = load_hub(source.hub, source.config, split, source.revision)
@@ -106,6 +114,15 @@ def inputs_of(source: Source) -> list[Input]:
             kind = _suffix(path)
             inputs.append(Input(str(path), (path,), path.name[path.name.rindex(kind) :], partial(_READERS[kind], path)))
     return inputs
+
+
+def corpora_of(source: Source) -> list[Corpus]:
+    """Opens the corpora of a source. Raises LimbeckError for a missing file, or one that is not a ``.bin``/``.idx`` pair."""
+    paths = expand(source.path)
+    for path in paths:
+        if not _is_megatron(path):
+            raise LimbeckError(f"{path} is not a .bin/.idx pair, which concatenate: true needs; remove that key.")
+    return [open_corpus(*_pair(path)) for path in paths]
 
 
 def expand(files: Sequence[str | Path]) -> list[Path]:

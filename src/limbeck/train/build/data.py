@@ -134,6 +134,8 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     validation: list[StepBatch] = []
     largest, longest, of_teacher = report.largest_token, int(train.lengths.max()), _longest_for_teacher(config, train)
     if held_out is not None:
+        caps = tuple(entry.max_samples for entry in config.validation_sources)
+        chosen = mix(*held_out, MixtureSettings(max_samples=caps), config.data_seed)
         validation = fixed_batches(
             held_out[0],
             batch_size=config.student.infer_batch_size,
@@ -141,11 +143,12 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
             world_size=world.dims.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
+            rows=None if chosen is None else chosen.rows_of_epoch(0),
         )
         validation = reduce_counts(validation, world)
         if translator is not None:
             validation = add_teacher_tokens(validation, translator, world)
-        text += f"\nvalidation: {held_out[1]}"
+        text += f"\nvalidation: {held_out[1]}" + (f"\nvalidation rows: {chosen}" if chosen else "")
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
         of_teacher = max(of_teacher, _longest_for_teacher(config, held_out[0]))

@@ -36,6 +36,9 @@ def _source(config: DistillConfig, entry: SourceArgs) -> Source:
         domain=entry.domain,
         question_key=entry.question_key,
         answer_key=entry.answer_key,
+        concatenate=entry.concatenate,
+        documents=entry.documents,
+        mock=entry.mock,
     )
 
 
@@ -56,7 +59,7 @@ def missing_files(config: DistillConfig) -> list[str]:
         *(
             partial(expand, source.path)
             for source in [*training_sources(config), *validation_sources(config)]
-            if source.hub is None
+            if source.path
         ),
     ]
     missing = []

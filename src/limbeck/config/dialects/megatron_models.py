@@ -1,0 +1,225 @@
+"""Student and teacher of Megatron-LM's command line: checkpoints, architecture, and NeMo's ``model_config.yaml``."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from limbeck.config.dialects import megatron_table as table
+from limbeck.config.dialects.files import read_mapping
+from limbeck.config.locations import SourceLocation
+from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
+
+_CHECKPOINT = ("latest_checkpointed_iteration.txt", "iter_*", ".metadata", "mp_rank_*", "release")
+"""What a folder with a checkpoint of Megatron-LM contains one of."""
+
+ARGUMENTS = sorted(
+    {name.replace("-", "_") for name in table.MODEL_VALUES}
+    | {name for name, _ in table.MODEL_SWITCHES.values()}
+    | {"seq_length", "vocab_size", "padded_vocab_size"}
+)
+"""Megatron's arguments that describe a model."""
+
+
+def number(value: Any) -> Any:
+    """The number that a text is, or the value."""
+    if isinstance(value, str):
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                pass
+    return value
+
+
+def is_hugging_face(name: str) -> bool:
+    """Whether a folder has a Hugging Face checkpoint, or the name can only be one on the hub: OWNER/NAME."""
+    folder = Path(name)
+    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists()
+    return (folder / "config.json").is_file() or of_hub
+
+
+def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
+    """Set the student's weights or its architecture, and the tokenizer."""
+    start, origin = _start(result, given)
+    if start is not None:
+        result.default("student.model_args.model_name_or_path", start, origin)
+    start = result.get("student.model_args.model_name_or_path") or result.get("student_pretrain")
+    _tokenizer(result, given, start)
+    described = architecture(given)
+    if start is not None and (is_hugging_face(start) or "use-checkpoint-args" in given):
+        unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
+        result.ignored.extend(f"--{name}" for name in unread)
+        return
+    for name, (value, flag) in described.items():
+        result.put(f"student.model_args.megatron_arguments.{name}", value, f"--{flag}")
+
+
+def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Megatron's arguments of the model that flags describe, each with its value and its flag."""
+    found = {
+        name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given
+    }
+    found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
+    if found and "seq-length" in given:
+        found["seq_length"] = (number(given["seq-length"]), "seq-length")
+    return found
+
+
+def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The checkpoint whose weights start the student, and its flag; None for random weights.
+
+    ``--load`` that is ``--save`` resumes the run in that folder. Until it has a checkpoint of Limbeck, one of Megatron-LM
+    there or ``--pretrained-checkpoint`` starts the student.
+    """
+    load, save, pretrained = (given.get(name) for name in ("load", "save", "pretrained-checkpoint"))
+    resumes = load is not None and load == save and "finetune" not in given
+    if resumes:
+        result.default("resume_from_checkpoint", "latest", "--load")
+    for name, flag in ((load, "--load"), (pretrained, "--pretrained-checkpoint")):
+        if name is None:
+            continue
+        folder = Path(name)
+        can_be_new = flag == "--load" and resumes
+        if (folder / "student" / "config.json").is_file() and not can_be_new:  # a run of Limbeck
+            return str(folder / "student"), flag
+        if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
+            return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
+        if not can_be_new and (flag != "--load" or pretrained is None):
+            result.refuse(
+                flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
+            )
+            return name, flag
+    named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
+    if load is None and pretrained is None and "num-layers" not in given and not named:
+        result.refuse(
+            "student_pretrain",
+            "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
+        )
+    return None, "--load"
+
+
+def _iteration(given: Mapping[str, Any]) -> str:
+    step = number(given["ckpt-step"])
+    return f"iter_{step:07d}" if isinstance(step, int) else str(step)
+
+
+def _is_megatron(folder: Path) -> bool:
+    return folder.is_dir() and any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT)
+
+
+def _tokenizer(result: Translation, given: Mapping[str, Any], start: str | None) -> None:
+    kind, model, size = (given.get(name) for name in ("tokenizer-type", "tokenizer-model", "vocab-size"))
+    if kind == "NullTokenizer":
+        if size is None:
+            result.refuse("--tokenizer-type", "= NullTokenizer needs --vocab-size, the number of token ids")
+        else:
+            result.default("tokenizer", f"null:{size}", "--vocab-size")
+    elif kind not in (None, "HuggingFaceTokenizer"):
+        result.refuse(
+            "--tokenizer-type",
+            f"= {kind} is not supported; convert it to a folder with a tokenizer.json, and give HuggingFaceTokenizer with "
+            "--tokenizer-model FOLDER",
+        )
+    elif model is not None:
+        result.default("tokenizer", model, "--tokenizer-model")
+    elif result.get("tokenizer") is None and not (start is not None and is_hugging_face(start)):
+        result.refuse(
+            "--tokenizer-model", "is not given; give --tokenizer-type HuggingFaceTokenizer and a folder or hub id"
+        )
+    if size is not None and kind != "NullTokenizer":
+        result.ignored.append("--vocab-size")  # the tokenizer has it
+
+
+def translate_teacher(result: Translation, given: Mapping[str, Any], locations: dict[str, SourceLocation]) -> None:
+    """Set the teacher's checkpoint, and the arguments that its ``model_config.yaml`` replaces in it."""
+    flag = "export-kd-teacher-load"
+    name = given.get(flag)
+    if name is None:
+        if not any(
+            result.get(key) for key in ("teacher.model_args.model_name_or_path", "teacher_pretrain", "teacher.source")
+        ):
+            result.default("distill_loss_weight", 0.0, f"no --{flag}")
+            result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
+        return
+    result.default("teacher.model_args.model_name_or_path", name, f"--{flag}")
+    if result.get("distillation_config") is None:  # ModelOpt's defaults: the divergence of whole vocabularies alone
+        result.default("distill_loss_weight", 1.0, f"--{flag}")
+    folder, config_flag = Path(name), "export-kd-teacher-model-config"
+    named = given.get(config_flag)
+    file = Path(named) if named is not None else folder / "model_config.yaml"
+    if is_hugging_face(name):
+        if file.is_file():
+            result.notices.append(f"{file} is not read: {name} has a config.json, which describes the teacher.")
+    elif named is not None or file.is_file():
+        arguments = nemo_arguments(result, read_mapping(file, f"--{config_flag}", locations), str(file))
+        result.put("teacher.model_args.megatron_arguments", arguments, f"--{config_flag}")
+    elif _is_megatron(folder):
+        result.notices.append(f"{file} does not exist: the teacher has the arguments that its checkpoint stores.")
+    else:
+        result.refuse(
+            f"--{flag}",
+            f"= {name} has no checkpoint of Megatron-LM or Hugging Face, and no model_config.yaml; check the path",
+        )
+
+
+def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """Megatron's arguments for the keys of a NeMo file. Keys that do not describe the model have no effect."""
+    found: dict[str, Any] = {}
+    known = [*ARGUMENTS, *table.NEMO, *table.NEMO_ONLY, *table.NEMO_IGNORED, *_CONVERTED]
+    for key, value in content.items():
+        if key in table.NEMO_IGNORED:
+            continue
+        if key in table.NEMO_ONLY:
+            if value is not None and value not in table.NEMO_ONLY[key]:
+                result.refuse(key, f"= {format_value(value)} in {file} describes a model that is not supported")
+        elif key in _CONVERTED:
+            _convert(result, key, value, found, file)
+        elif key in table.NEMO or key in ARGUMENTS:
+            if value is not None:
+                found[table.NEMO.get(key, key)] = value
+        else:
+            near = difflib.get_close_matches(key, known, n=1)
+            result.refuse(
+                key,
+                f"in {file} is not a key of a teacher's model_config.yaml{f'; did you mean {near[0]}?' if near else ''}",
+            )
+    return found
+
+
+_CONVERTED = (
+    "activation",
+    "share_embeddings_and_output_weights",
+    "normalization",
+    "precision",
+    "position_embedding_type",
+)
+_ACTIVATIONS = {
+    "swiglu": {"swiglu": True},
+    "fast-swiglu": {"swiglu": True},
+    "squared-relu": {"squared_relu": True},
+    "gelu": {},
+}
+_NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
+_PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "fp16": "fp16", "16-mixed": "fp16", "32": "fp32"}
+
+
+def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], file: str) -> None:
+    """Add the arguments of a key whose value has another form in Megatron."""
+    if key == "activation" and value in _ACTIVATIONS:
+        found.update(_ACTIVATIONS[value])
+    elif key == "share_embeddings_and_output_weights" and isinstance(value, bool):
+        found["untie_embeddings_and_output_weights"] = not value
+    elif key == "normalization" and isinstance(value, str):
+        found["normalization"] = _NORMS.get(value.lower(), value)
+    elif key == "position_embedding_type":
+        found[key] = "none" if value is None else value  # NeMo's null: no positions
+    elif key == "precision" and str(value).lower() in _PRECISIONS:
+        dtype = _PRECISIONS[str(value).lower()]
+        result.put("teacher.model_args.dtype", dtype, f"precision in {file}")
+    else:
+        result.refuse(key, f"= {json.dumps(value)} in {file} is not a value that Limbeck can translate")

@@ -1,0 +1,102 @@
+"""The script with Megatron-LM's arguments, run as a user runs it: in one process, without a GPU."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import make_corpus
+from transformers import AutoModelForCausalLM
+
+from limbeck.errors import USER_MISTAKE
+from limbeck.models.megatron_checkpoint import write_checkpoint
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
+STUDENT = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
+    --num-query-groups 2 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
+    --untie-embeddings-and-output-weights --max-position-embeddings 64 --attention-dropout 0 --hidden-dropout 0"""
+RUN = """--seq-length 16 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --lr-decay-style cosine
+    --lr-warmup-iters 1 --log-interval 1 --save-interval 2 --eval-interval 4 --eval-iters 2 --tokenizer-type
+    HuggingFaceTokenizer"""
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """``script(text)`` returns the exit status; the working folder is empty."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    spec = importlib.util.spec_from_file_location("pretrain_gpt", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(text: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *text.split()])
+        return module.main()
+
+    return run
+
+
+def losses(folder: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def test_a_run_of_mock_data_starts_from_random_weights_stops_and_resumes_exactly(script, assets, capsys):
+    teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'teacher'}"
+    text = f"{STUDENT} {RUN} {teacher} --mock-data"
+    assert script(f"{text} --save whole --load whole") == 0
+    assert "no GPU" in capsys.readouterr().err
+    assert script(f"{text} --save parts --load parts --exit-interval 2") == 0
+    assert losses("parts").keys() == {1, 2}
+    assert script(f"{text} --save parts --load parts --exit-interval 2") == 0
+    assert losses("parts") == losses("whole") and len(losses("whole")) == 4
+    assert losses("whole")[4] < losses("whole")[1]
+
+
+def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, tmp_path):
+    """A blend of corpora and a distillation file; the teacher's rotary base is that of its model_config.yaml."""
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        make_corpus(tmp_path / name, [random.integers(0, 290, 20).tolist() for _ in range(40)])
+    (tmp_path / "kd.yaml").write_text(
+        "logit_layers: [output_layer, output_layer]\nskip_lm_loss: false\nkd_loss_scale: 3.0\n"
+        "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"
+    )
+    for role in ("student", "teacher"):
+        model = AutoModelForCausalLM.from_pretrained(assets / role, dtype=torch.float32)
+        if role == "teacher":
+            model.config.rope_parameters["rope_theta"] = 500.0
+            model.save_pretrained(tmp_path / "hf-teacher")
+            model.config.rope_parameters["rope_theta"] = 10000.0  # wrong, as in a checkpoint without this argument
+        write_checkpoint(model, tmp_path / role, 1)
+    (tmp_path / "teacher" / "model_config.yaml").write_text(
+        "rotary_base: 500\nshare_embeddings_and_output_weights: false\n"
+    )
+    common = f"""{RUN} --tokenizer-model {assets / "student"} --data-path 1 a 3 b --split 90,10,0
+        --export-kd-distill-cfg kd.yaml"""
+    assert script(f"{common} --load {assets / 'student'} --export-kd-teacher-load ./hf-teacher --save one") == 0
+    assert (
+        script(f"{common} --load ./student --use-checkpoint-args --export-kd-teacher-load ./teacher --save other") == 0
+    )
+    assert losses("one") == pytest.approx(losses("other"), rel=1e-6)
+    lines = [json.loads(line) for line in (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()]
+    assert any("val/loss" in line for line in lines)
+    assert (tmp_path / "other" / "student" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("--num-layer 3", "--num-layer is not a flag, did you mean --num-layers?"),
+        ("--data-path nowhere --split 1,0,0", "nowhere does not exist"),
+        ("--num-experts 4 --mock-data", "num_experts"),
+    ],
+)
+def test_a_mistake_is_one_sentence(script, assets, capsys, text, sentence):
+    common = f"{STUDENT} {RUN} --tokenizer-model {assets / 'teacher'} --export-kd-teacher-load {assets / 'teacher'}"
+    assert script(f"{common} {text}") == USER_MISTAKE
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("limbeck: ")]
+    assert len(lines) == 1 and sentence in lines[0] and lines[0].endswith((".", "?")), lines
