@@ -32,6 +32,7 @@ from limbeck.models.load import (
 )
 from limbeck.models.lora import add_lora, has_lora, iter_merged
 from limbeck.models.memory import available_memory, explain_oom
+from limbeck.models.recurrent_layers import recurrent_layers
 from limbeck.models.varlen_attention import causal_mask
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "model_outline",
     "output_head",
     "recompute_activations",
+    "recurrent_layers",
     "resolve_pairs",
     "select_trained",
     "should_compile",
