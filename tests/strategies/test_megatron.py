@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
-from limbeck.strategies.megatron.families import Heads, check_family, joined, padded_rows, slice_of
+from limbeck.strategies.megatron.families import Heads, MambaSizes, check_family, joined, padded_rows, slice_of
 from limbeck.strategies.parallel_dims import ParallelDims
 
 TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
@@ -44,7 +44,13 @@ STUDENTS = {
         {"kind": "llama", "vocab_size": 333, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
         {"student.use_sequence_packing": True, "sequence_length": 96},
     ),
-}
+    "hybrid": (
+        {"kind": "nemotron_h", "hybrid_override_pattern": "M-*M", "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
+         "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16},
+        {"student.use_sequence_packing": True, "sequence_length": 95, "student.sequence_length_round_in_train": 1},
+    ),
+}  # fmt: skip
+TEACHERS = {"hybrid": "teacher of hybrid"}  # other students have the same teacher
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
     "tp, sequence": (2, "qwen3", {TP: 2, **SP, **RECOMPUTED}, {TP: 2, **SP}),
@@ -52,6 +58,8 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "pp, interleaved": (2, "llama", VPP, {PP: 2}),
     "dp, sharded": (2, "qwen3", {**SHARDED, **OVERLAPPED}, {PP: 2}),
     "cp": (2, "llama", {CP: 2, **SHARDED}, {CP: 2}),
+    "hybrid, tp": (2, "hybrid", {TP: 2, **SP, **RECOMPUTED}, {PP: 2}),
+    "hybrid, pp": (2, "hybrid", {**VPP, **SHARDED}, {TP: 2}),
     "tp x pp": (4, "llama", {TP: 2, PP: 2, **SP, **SHARDED}, {TP: 4}),
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
@@ -68,6 +76,8 @@ def folder(tmp_path_factory) -> Path:
     make_data(folder / "rows.jsonl", 96)
     for name, (shape, _) in STUDENTS.items():
         make_model(folder / name, layers=4, **shape)
+        if name in TEACHERS:
+            make_model(folder / TEACHERS[name], seed=1, **shape)
     weights = load_file(folder / "qwen3" / "model.safetensors")
     for name in weights:  # as in a fresh model; three times that, attention is so sharp that rounding grows
         if name.endswith(("q_norm.weight", "k_norm.weight")):
@@ -89,7 +99,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
     return nested(
         {
             "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / "teacher"),
+            "teacher_pretrain": str(folder / TEACHERS.get(student, "teacher")),
             "output_dir": str(output),
             "sequence_length": 63,
             "max_steps": 8,
@@ -279,7 +289,7 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
             "gpt2",
             {},
             1,
-            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3; use fsdp2",
+            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3, nemotron_h; use fsdp2",
         ),
         (
             "llama",
@@ -330,10 +340,14 @@ def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, 
         ("gate_up", [(16, 6), (16, 6)]),
         ("qkv", [(24, 6), (12, 6), (12, 6)]),
         ("qkv", [(24,), (12,), (12,)]),
+        ("column", [(8, 6)]),
+        ("mamba_in", [(24 + 24 + 12 + 12 + 8, 6)]),
+        ("mamba_conv", [(24 + 12 + 12, 1, 4)]),
     ],
 )
 def test_slices_of_all_ranks_join_to_what_they_were_made_of(kind, shapes, ranks):
-    heads, whole = Heads(8, 4, 3), [torch.randn(shape) for shape in shapes]
+    mamba = MambaSizes(heads=8, dim=3, groups=4, state=3, width=4, chunk=16, smallest_step=0.001, eps=1e-5)
+    heads, whole = Heads(8, 4, 3, mamba), [torch.randn(shape) for shape in shapes]
     slices = [slice_of(kind, whole, heads, rank, ranks) for rank in range(ranks)]
     assert len({part.shape for part in slices}) == 1
     for before, after in zip(whole, joined(kind, slices, heads, 13), strict=True):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from limbeck.errors import LimbeckError
 from limbeck.strategies.named_tensors import broadcast_named
 
-
 _PLANS = {"nemotron_h": ("embeddings", "layers", "norm_f")}
 """``model_type`` to the submodules of a body in their order, for models without a plan of their own."""
 
