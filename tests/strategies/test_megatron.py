@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -37,6 +39,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+HYBRID = {
+    "hybrid_override_pattern": "M-*M",
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "chunk_size": 16,
+}
 # Norms of queries and keys; rows of uneven lengths, which neither 2 nor 4 divides. Tied and padded vocabulary, packed.
 STUDENTS = {
     "qwen3": ({"kind": "qwen3", "head_dim": 8, "vocab_size": 325}, {"student.sequence_length_round_in_train": 1}),
@@ -45,11 +56,10 @@ STUDENTS = {
         {"student.use_sequence_packing": True, "sequence_length": 96},
     ),
     "hybrid": (
-        {"kind": "nemotron_h", "hybrid_override_pattern": "M-*M", "head_dim": 8, "mamba_num_heads": 8, "mamba_head_dim": 8,
-         "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16},
+        {"kind": "nemotron_h", **HYBRID},
         {"student.use_sequence_packing": True, "sequence_length": 95, "student.sequence_length_round_in_train": 1},
     ),
-}  # fmt: skip
+}
 TEACHERS = {"hybrid": "teacher of hybrid"}  # other students have the same teacher
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
@@ -312,6 +322,14 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
             4,
             "tensor_model_parallel_size = 4 does not divide the 2 key and value heads",
         ),
+        ("nemotron_h", {**HYBRID, "n_groups": 1}, 2, "does not divide the 1 groups of Mamba layers of tiny; use a"),
+        ("nemotron_h", {**HYBRID, "mlp_hidden_act": "gelu"}, 1, "tiny has mlp_hidden_act = gelu, which is not built"),
+        (
+            "nemotron_h",
+            {**HYBRID, "hybrid_override_pattern": "ME"},
+            1,
+            "the parameter model.layers.1.mixer.experts.down_proj",
+        ),
         (
             "qwen2",
             {"intermediate_size": 63},
@@ -355,3 +373,27 @@ def test_slices_of_all_ranks_join_to_what_they_were_made_of(kind, shapes, ranks)
     if kind == "vocabulary":
         assert sum(map(len, slices)) == padded_rows(13, ranks)
         assert not torch.cat(slices)[13:].any()  # padded rows are nothing
+
+
+@needs_megatron
+def test_mamba_layers_have_the_parameters_of_megatrons_own(monkeypatch):
+    from megatron.core.ssm import mamba_mixer as megatrons
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from limbeck.strategies.megatron.mamba import MambaMixer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(megatrons, "HAVE_MAMBA_SSM", True)  # which its computation needs, but not its parameters
+    monkeypatch.setattr(megatrons, "ExtendedRMSNorm", lambda size, **unused: torch.nn.RMSNorm(size))
+    monkeypatch.setattr(megatrons, "get_cuda_rng_tracker", MagicMock())
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_state_dim": 3}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=4, use_cpu_initialization=True, **sizes
+    )
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    projections = megatrons.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear)
+    theirs = megatrons.MambaMixer(config, projections, 16, pg_collection=SimpleNamespace(tp=alone, cp=alone))
+    ours = MambaMixer(config, alone, MambaSizes(8, 4, 2, 3, width=4, chunk=16, smallest_step=0.001, eps=1e-5))
+    first, second = ({name: x.shape for name, x in mixer.named_parameters()} for mixer in (theirs, ours))
+    assert first == second
