@@ -51,7 +51,8 @@ class MambaMixer(nn.Module):
         )
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self._heads, **where)) for _ in range(3))
         for parameter in (*self.conv1d.parameters(), self.norm.weight, self.dt_bias, self.A_log, self.D):
-            parameter.tensor_model_parallel = True  # every rank has others, so all count in the norm of the gradients
+            # Every rank has others, so all count in the norm of the gradients.
+            parameter.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def forward(self, hidden: Tensor, documents: Tensor | None) -> Tensor:
         """hidden: [time, batch, hidden], or a part of the time with sequence parallelism; returns the same shape."""

@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
-def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor, documents: Tensor | None) -> Tensor:
+def causal_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, documents: Tensor | None) -> Tensor:
     """A convolution of each channel with its own kernel over the last positions of the same document.
 
     x: [batch, time, channels]. weight: [channels, 1, width]. documents: [time], the number of each position's document,
     or None.
     """
     time, width = x.shape[1], weight.shape[-1]
-    y = bias.expand_as(x)
+    y = torch.zeros_like(x) if bias is None else bias.expand_as(x)
     for tap in range(width):
         back = width - 1 - tap
         earlier = pad(x, (0, 0, back, 0))[:, :time]
