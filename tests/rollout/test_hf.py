@@ -24,8 +24,10 @@ KINDS = {
     "qwen3 tied": {"head_dim": 8, "tie_word_embeddings": True},
     "mistral": {"sliding_window": 5},
     "gemma3_text": SLIDING,
+    "nemotron_h": {"hybrid_override_pattern": "M-*M", "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
+                   "ssm_state_size": 8, "chunk_size": 16},
     "phi3": {"resid_pdrop": 0.5},  # dropout, which must be off
-}
+}  # fmt: skip
 
 
 def needs_gpu(test):
@@ -57,6 +59,14 @@ def generator(folder, model):
 def test_greedy_completions_equal_those_of_transformers(kind, tmp_path):
     folder = make_model(tmp_path, kind=kind.split()[0], **KINDS[kind])
     contract.check_new(make_generator(folder), folder)
+
+
+def test_samples_of_a_prompt_begin_with_the_state_of_the_prompt(tmp_path):
+    folder = make_model(tmp_path, kind="nemotron_h", **KINDS["nemotron_h"])
+    generator, model = make_generator(folder), contract.load(folder)
+    generator.update_weights(iter_model(model), 1)
+    prompts = contract.make_prompts(model.config.vocab_size, (1, 9, 1, 9, 1))
+    contract.check_log_probs(generator, model, prompts, SamplingParams(7, n=4))
 
 
 @pytest.fixture

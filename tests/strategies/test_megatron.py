@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_families import Heads, joined, padded_rows, slice_of
+from limbeck.models.megatron_families import Heads, MambaSizes, joined, padded_rows, slice_of
 from limbeck.strategies.megatron.body import build_gpt_chunks
 from limbeck.strategies.megatron.capture import capture_in
 from limbeck.strategies.megatron.check import check_family
@@ -46,6 +47,15 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
+}
+HYBRID = {
+    "hybrid_override_pattern": "M-*M",
+    "head_dim": 8,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 8,
+    "n_groups": 2,
+    "ssm_state_size": 8,
+    "chunk_size": 16,
 }
 # Norms of queries and keys; rows of uneven lengths, which neither 2 nor 4 divides. Tied and padded vocabulary, packed.
 # Pairs of layers on the same and on different stages; the teacher is wider, so projections are trained.
@@ -82,7 +92,12 @@ STUDENTS = {
         {"kind": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
         {"student.use_sequence_packing": True, "sequence_length": 96},
     ),
+    "hybrid": (
+        {"kind": "nemotron_h", **HYBRID},
+        {"student.use_sequence_packing": True, "sequence_length": 95, "student.sequence_length_round_in_train": 1},
+    ),
 }  # fmt: skip
+TEACHERS = {"hybrid": "teacher of hybrid", "mixtral": "qwen3_moe"}  # other students have the same teacher
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
     "tp, sequence": (2, "qwen3", {TP: 2, **SP, **RECOMPUTED}, {TP: 2, **SP}),
@@ -95,6 +110,8 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "tp of experts": (2, "qwen3_moe", {TP: 2, **SP, **SELECTIVE, "recompute_modules": ["moe"]}, None),
     "ep of tp": (2, "mixtral", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, None),
     "ep of cp": (2, "mixtral", {CP: 2, EP: 2}, {PP: 2}),
+    "hybrid, tp": (2, "hybrid", {TP: 2, **SP, **RECOMPUTED}, {PP: 2}),
+    "hybrid, pp": (2, "hybrid", {**VPP, **SHARDED}, {TP: 2}),
     "tp x pp": (4, "llama", {TP: 2, PP: 2, **SP, **SHARDED}, {TP: 4}),
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
     "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
@@ -113,6 +130,8 @@ def folder(tmp_path_factory) -> Path:
     make_data(folder / "rows.jsonl", 96)
     for name, (shape, _) in STUDENTS.items():
         make_model(folder / name, layers=4, **shape)
+        if name == "hybrid":
+            make_model(folder / TEACHERS[name], seed=1, **shape)
     for student in ("qwen3", "qwen3_moe"):
         weights = load_file(folder / student / "model.safetensors")
         for name in weights:  # as in a fresh model; three times that, attention is so sharp that rounding grows
@@ -135,7 +154,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
     return nested(
         {
             "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / ("qwen3_moe" if student == "mixtral" else "teacher")),
+            "teacher_pretrain": str(folder / TEACHERS.get(student, "teacher")),
             "output_dir": str(output),
             "sequence_length": 63,
             "max_steps": 8,
@@ -372,7 +391,8 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
             "gpt2",
             {},
             {},
-            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3, mixtral, qwen3_moe; use",
+            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, "
+            "nemotron_h; use",
         ),
         (
             "llama",
@@ -394,6 +414,19 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
             {"sliding_window": None},
             {"tp": 4},
             "tensor_model_parallel_size = 4 does not divide the 2 key and value heads",
+        ),
+        (
+            "nemotron_h",
+            {**HYBRID, "n_groups": 1},
+            {"tp": 2},
+            "does not divide the 1 groups of Mamba layers of tiny; use a",
+        ),
+        ("nemotron_h", {**HYBRID, "mlp_hidden_act": "gelu"}, {}, "tiny has mlp_hidden_act = gelu, which is not built"),
+        (
+            "nemotron_h",
+            {**HYBRID, "hybrid_override_pattern": "ME"},
+            {},
+            "the parameter model.layers.1.mixer.experts.down_proj",
         ),
         (
             "qwen2",
@@ -487,10 +520,14 @@ def test_pairs_of_submodules_that_ranks_hold_slices_of_are_refused(name):
         ("gate_up", [(16, 6), (16, 6)]),
         ("qkv", [(24, 6), (12, 6), (12, 6)]),
         ("qkv", [(24,), (12,), (12,)]),
+        ("column", [(8, 6)]),
+        ("mamba_in", [(24 + 24 + 12 + 12 + 8, 6)]),
+        ("mamba_conv", [(24 + 12 + 12, 1, 4)]),
     ],
 )
 def test_slices_of_all_ranks_join_to_what_they_were_made_of(kind, shapes, ranks):
-    heads, whole = Heads(8, 4, 3), [torch.randn(shape) for shape in shapes]
+    mamba = MambaSizes(heads=8, dim=3, groups=4, state=3, width=4, chunk=16, smallest_step=0.001, eps=1e-5)
+    heads, whole = Heads(8, 4, 3, mamba), [torch.randn(shape) for shape in shapes]
     slices = [slice_of(kind, whole, heads, rank, ranks) for rank in range(ranks)]
     assert len({part.shape for part in slices}) == 1
     for before, after in zip(whole, joined(kind, slices, heads, 13), strict=True):
@@ -498,3 +535,27 @@ def test_slices_of_all_ranks_join_to_what_they_were_made_of(kind, shapes, ranks)
     if kind == "vocabulary":
         assert sum(map(len, slices)) == padded_rows(13, ranks)
         assert not torch.cat(slices)[13:].any()  # padded rows are nothing
+
+
+@needs_megatron
+def test_mamba_layers_have_the_parameters_of_megatrons_own(monkeypatch):
+    from megatron.core.ssm import mamba_mixer as megatrons
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from limbeck.strategies.megatron.mamba import MambaMixer
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(megatrons, "HAVE_MAMBA_SSM", True)  # which its computation needs, but not its parameters
+    monkeypatch.setattr(megatrons, "ExtendedRMSNorm", lambda size, **unused: torch.nn.RMSNorm(size))
+    monkeypatch.setattr(megatrons, "get_cuda_rng_tracker", MagicMock())
+    sizes = {"mamba_num_heads": 8, "mamba_head_dim": 4, "mamba_num_groups": 2, "mamba_state_dim": 3}
+    config = TransformerConfig(
+        num_layers=1, hidden_size=16, num_attention_heads=4, use_cpu_initialization=True, **sizes
+    )
+    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    projections = megatrons.MambaMixerSubmodules(ColumnParallelLinear, RowParallelLinear)
+    theirs = megatrons.MambaMixer(config, projections, 16, pg_collection=SimpleNamespace(tp=alone, cp=alone))
+    ours = MambaMixer(config, alone, MambaSizes(8, 4, 2, 3, width=4, chunk=16, smallest_step=0.001, eps=1e-5))
+    first, second = ({name: x.shape for name, x in mixer.named_parameters()} for mixer in (theirs, ours))
+    assert first == second

@@ -39,6 +39,9 @@ def spread(student: dict[str, int], teacher: dict[str, int] | None = None) -> di
 PACKED = {"student.use_sequence_packing": True, "sequence_length": 96}
 RECOMPUTED = {"student.model_args.disable_gradient_checkpointing": False, "student.sequence_length_round_in_train": 1}
 FROZEN = {"kd_objective": "adaptive_kl", "student.model_args.freeze_module_prefix": "model.layers.0"}
+# The pattern puts different kinds of layers on the stages of a pipeline.
+HYBRID = {"kind": "nemotron_h", "hybrid_override_pattern": "M-M*-", "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16,
+          "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16}  # fmt: skip
 # Vocabularies that are uneven or padded, tied or not; key heads fewer than ranks, with norms of their own.
 STUDENTS = {
     "plain": {},
@@ -46,6 +49,7 @@ STUDENTS = {
     "llama": {"kind": "llama", "vocab_size": 325, "num_key_value_heads": 1, "attention_bias": True, "mlp_bias": True},
     "qwen3": {"kind": "qwen3", "head_dim": 8},
     "sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "hybrid": HYBRID,
     "deep": {"layers": 3, "tie_word_embeddings": True},
 }
 CASES = {  # ranks, student, what one process and many have in common, what only many have
@@ -56,6 +60,8 @@ CASES = {  # ranks, student, what one process and many have in common, what only
     "cp2, packed": (2, "plain", PACKED, {**rows(8), **spread({CP: 2}, {TP: 2})}),
     "tp2 with sequence": (2, "llama", RECOMPUTED, {**rows(8), **spread({TP: 2, **SP})}),
     "pp2, one micro-batch": (2, "sliding", FROZEN, {**rows(8), **spread({PP: 2}, {})}),
+    "pp2, hybrid": (2, "hybrid", PACKED, {**rows(2, 4), **spread({PP: 2}, {TP: 2})}),
+    "tp2, hybrid": (2, "hybrid", RECOMPUTED, {**rows(8), **spread({TP: 2}, {})}),
     "pp2, packed": (2, "deep", {**PACKED, **RECOMPUTED}, {**rows(2, 4), **spread({PP: 2})}),
     "dp2 x tp2, teacher cp2": (4, "llama", {}, {**rows(4), **spread({TP: 2}, {CP: 2})}),
     "cp2 x tp2, teacher tp4": (4, "qwen3", {}, {**rows(8), **spread({TP: 2, CP: 2}, {TP: 4})}),
@@ -215,6 +221,8 @@ def test_combinations_that_are_not_built_are_refused(folder, tmp_path, changes, 
         ({}, ParallelDims(tp=2, cp=4), "context_parallel_size = 4 does not divide the 2 attention heads"),
         ({"kind": "gpt2"}, ParallelDims(tp=2), "comes without a plan for tensor parallelism"),
         ({"kind": "gpt2"}, ParallelDims(pp=2), "comes without a plan for pipelines (base_model_pp_plan); use 1"),
+        (HYBRID, ParallelDims(cp=2), "context_parallel_size = 2: tiny has recurrent layers (Mamba), which need whole rows"),
+        (HYBRID, ParallelDims(tp=2, sequence_parallel=True), "sequence_parallel = true: tiny has recurrent layers"),
         ({}, ParallelDims(pp=3), "pipeline_model_parallel_size = 3 is more than the layers of tiny (1); use at most that"),
     ],
 )  # fmt: skip
@@ -222,7 +230,7 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
     kind = changes.get("kind", "qwen2")
     settings = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
                 "num_hidden_layers": 1, "vocab_size": 64}  # fmt: skip
-    given = {} if kind == "gpt2" else {**settings, **changes}
+    given = {} if kind == "gpt2" else {key: value for key, value in {**settings, **changes}.items() if key != "kind"}
     config = AutoConfig.for_model(kind, **given)
     if kind == "gpt2":
         config.n_layer, config.n_embd, config.n_head, config.vocab_size = 1, 32, 4, 64

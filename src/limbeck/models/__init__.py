@@ -33,7 +33,8 @@ from limbeck.models.load import (
 )
 from limbeck.models.lora import add_lora, has_lora, iter_merged
 from limbeck.models.memory import available_memory, explain_oom
-from limbeck.models.varlen_attention import causal_mask
+from limbeck.models.recurrent_layers import recurrent_layers
+from limbeck.models.varlen_attention import causal_mask, current_documents
 
 __all__ = [
     "HiddenStateCapture",
@@ -48,6 +49,7 @@ __all__ = [
     "check_length",
     "check_logit_layer",
     "compile_layers",
+    "current_documents",
     "decoder_layers",
     "enable_varlen_attention",
     "end_token_ids",
@@ -62,6 +64,7 @@ __all__ = [
     "model_outline",
     "output_head",
     "recompute_activations",
+    "recurrent_layers",
     "resolve_pairs",
     "select_trained",
     "should_compile",

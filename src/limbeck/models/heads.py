@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limbeck.data.batch import cumulative_lengths
 from limbeck.errors import LimbeckError
+from limbeck.models.recurrent_layers import separate_recurrent_layers
 from limbeck.models.varlen_attention import BY_DOCUMENT, GPU_KERNELS, separate_documents, varlen_kwargs
 from limbeck.objectives import OutputHead
 
@@ -125,6 +126,7 @@ def enable_varlen_attention(model: Any, name: str) -> None:
     was_training = causal.training
     causal.eval()
     trunk, own = body(causal), causal.config._attn_implementation
+    separate_recurrent_layers(trunk)
     head = output_head(causal).weight
     device, coarse = head.device, head.dtype in (torch.bfloat16, torch.float16)
     documents = (5, 1, 7, 4)

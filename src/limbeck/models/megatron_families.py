@@ -16,7 +16,9 @@ from torch import Tensor
 
 from limbeck.models.heads import body, decoder_layers, unwrap_model
 
-Kind = Literal["vocabulary", "copy", "qkv", "gate_up", "row", "experts_gate_up", "experts_down"]
+Kind = Literal[
+    "vocabulary", "copy", "qkv", "gate_up", "row", "column", "experts_gate_up", "experts_down", "mamba_in", "mamba_conv"
+]
 
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -25,29 +27,36 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 class Rule:
     """One parameter of Megatron's: ``kind`` is how it is divided, ``sources`` are the Hugging Face tensors in it.
 
-    ``*`` is the number of the layer.
+    ``*`` is the number of the layer. layers: the kind of layer (of ``layer_types``) that has it; None for all.
     """
 
     kind: Kind
     sources: tuple[str, ...]
+    layers: str | None = None
 
 
 @dataclass(frozen=True)
 class Family:
-    """An architecture. rules: parameter of Megatron's to how it is made. qkv_bias, qk_norm: what Megatron must build."""
+    """An architecture. rules: parameter of Megatron's to how it is made. qkv_bias, qk_norm: what Megatron must build.
+
+    activation: of feed-forward layers, which have a gate unless it is ``relu2``. hybrid: each layer is either a Mamba layer,
+    attention or a feed-forward layer, by the configuration's ``layer_types``, and there are no position embeddings.
+    """
 
     rules: dict[str, Rule]
     qkv_bias: bool = False
     qk_norm: bool = False
+    activation: str = "silu"
+    hybrid: bool = False
 
-    def sources(self, experts: Sequence[bool]) -> set[str]:
-        """Names of the Hugging Face model's parameters, given for each layer whether it has experts."""
+    def sources(self, kinds: Sequence[str | None], experts: Sequence[bool]) -> set[str]:
+        """Names of the Hugging Face model's parameters, given for each layer its kind and whether it has experts."""
         return {
             source.replace("*", str(layer))
             for name, rule in self.rules.items()
             for source in rule.sources
-            for layer, has_experts in enumerate(experts)
-            if name not in (_DENSE if has_experts else _EXPERTS)
+            for layer, (kind, has_experts) in enumerate(zip(kinds, experts, strict=True))
+            if rule.layers in (None, kind) and name not in (_DENSE if has_experts else _EXPERTS)
         }
 
 
@@ -80,6 +89,51 @@ _QK_NORM = {
     f"{_OURS}self_attention.{x}_layernorm.weight": Rule("copy", (f"{_ATTENTION}{x}_norm.weight",)) for x in "qk"
 }
 
+_MIXER = f"{_LAYER}mixer."
+
+
+def _hybrid(layers: str, rules: dict[str, tuple[Kind, tuple[str, ...]]]) -> dict[str, Rule]:
+    return {f"{_OURS}{name}": Rule(kind, sources, layers) for name, (kind, sources) in rules.items()}
+
+
+_NEMOTRON_H: dict[str, Rule] = {
+    "embedding.word_embeddings.weight": Rule("vocabulary", ("model.embeddings.weight",)),
+    **_hybrid(
+        "linear_attention",
+        {
+            "norm.weight": ("copy", (f"{_LAYER}norm.weight",)),
+            "mixer.in_proj.weight": ("mamba_in", (f"{_MIXER}in_proj.weight",)),
+            "mixer.conv1d.weight": ("mamba_conv", (f"{_MIXER}conv1d.weight",)),
+            "mixer.conv1d.bias": ("mamba_conv", (f"{_MIXER}conv1d.bias",)),
+            "mixer.norm.weight": ("column", (f"{_MIXER}norm.weight",)),
+            "mixer.out_proj.weight": ("row", (f"{_MIXER}out_proj.weight",)),
+            **{f"mixer.{x}": ("column", (f"{_MIXER}{x}",)) for x in ("dt_bias", "A_log", "D")},
+        },
+    ),
+    **_hybrid(
+        "full_attention",
+        {
+            "input_layernorm.weight": ("copy", (f"{_LAYER}norm.weight",)),
+            "self_attention.linear_qkv.weight": ("qkv", tuple(f"{_MIXER}{x}_proj.weight" for x in "qkv")),
+            "self_attention.linear_proj.weight": ("row", (f"{_MIXER}o_proj.weight",)),
+        },
+    ),
+    **_hybrid(
+        "mlp",
+        {
+            "pre_mlp_layernorm.weight": ("copy", (f"{_LAYER}norm.weight",)),
+            "mlp.linear_fc1.weight": ("column", (f"{_MIXER}up_proj.weight",)),
+            "mlp.linear_fc2.weight": ("row", (f"{_MIXER}down_proj.weight",)),
+        },
+    ),
+    "decoder.final_layernorm.weight": Rule("copy", ("model.norm_f.weight",)),
+    "output_layer.weight": Rule("vocabulary", (HEAD,)),
+}
+"""In a checkpoint of Megatron's MambaModel, the last norm is ``decoder.final_norm``, and Transformer Engine's layers hold the
+norm of a layer as ``layer_norm_weight`` of its first matrix: ``mixer.in_proj``, ``self_attention.linear_qkv``,
+``mlp.linear_fc1``.
+"""
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA),
     "mistral": Family(_LLAMA),
@@ -87,24 +141,64 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(_LLAMA | _QK_NORM, qk_norm=True),
     "mixtral": Family(_LLAMA | _EXPERTS),
     "qwen3_moe": Family(_LLAMA | _QK_NORM | _EXPERTS, qk_norm=True),
+    "nemotron_h": Family(_NEMOTRON_H, activation="relu2", hybrid=True),
 }
 """``model_type`` of a Hugging Face configuration to its family."""
 
 
 @dataclass(frozen=True)
+class MambaSizes:
+    """Of a whole Mamba-2 layer. dim: of a head. groups: of heads that share the inputs and outputs of their states.
+
+    state: of a channel. width: of the convolution. chunk: positions that are computed together. smallest_step: below which
+    no step is. eps: of the norm before the output projection.
+    """
+
+    heads: int
+    dim: int
+    groups: int
+    state: int
+    width: int
+    chunk: int
+    smallest_step: float
+    eps: float
+
+    @classmethod
+    def of(cls, config: Any) -> MambaSizes:
+        """Those of a Hugging Face configuration."""
+        return cls(
+            config.mamba_num_heads,
+            config.mamba_head_dim,
+            config.n_groups,
+            config.ssm_state_size,
+            config.conv_kernel,
+            config.chunk_size,
+            config.time_step_min,
+            config.layer_norm_epsilon,
+        )
+
+    def sections(self, kind: Kind) -> list[int]:
+        """Rows of the parts of the input projection (gate, x, B, C, steps) or of the convolution (x, B, C)."""
+        convolved = [self.heads * self.dim, self.groups * self.state, self.groups * self.state]
+        return [self.heads * self.dim, *convolved, self.heads] if kind == "mamba_in" else convolved
+
+
+@dataclass(frozen=True)
 class Heads:
-    """Attention heads of a whole model. groups: of key and value heads. dim: of one head."""
+    """Attention heads of a whole model. groups: of key and value heads. dim: of one head. mamba: of its Mamba layers."""
 
     heads: int
     groups: int
     dim: int
+    mamba: MambaSizes | None = None
 
     @classmethod
     def of(cls, config: Any) -> Heads:
         """Those of a Hugging Face configuration."""
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        return cls(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads)
+        mamba = MambaSizes.of(config) if FAMILIES[config.model_type].hybrid else None
+        return cls(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads, mamba)
 
 
 @dataclass(frozen=True)
@@ -122,7 +216,9 @@ class ExpertShape:
 
     @classmethod
     def of(cls, config: Any) -> ExpertShape | None:
-        """Those of a Hugging Face configuration; None for a dense model."""
+        """Those of a Hugging Face configuration; None for a dense model. The layers of hybrids have none."""
+        if FAMILIES[config.model_type].hybrid:
+            return None
         count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         if not count:
             return None
@@ -132,7 +228,7 @@ class ExpertShape:
 
 def layers_with_experts(model: Any) -> list[bool]:
     """For each layer of a Hugging Face model whether it has experts."""
-    return [hasattr(layer.mlp, "experts") for layer in decoder_layers(body(unwrap_model(model)))]
+    return [hasattr(getattr(layer, "mlp", None), "experts") for layer in decoder_layers(body(unwrap_model(model)))]
 
 
 def padded_rows(vocab_size: int, ranks: int) -> int:
@@ -149,11 +245,14 @@ def slice_of(kind: Kind, tensors: Sequence[Tensor], heads: Heads, rank: int, ran
         return tensors[0]
     if kind == "row":
         return tensors[0].chunk(ranks, 1)[rank]
+    if kind in ("mamba_in", "mamba_conv"):
+        assert heads.mamba is not None
+        return torch.cat([x.chunk(ranks)[rank] for x in tensors[0].split(heads.mamba.sections(kind))])
     if kind == "vocabulary":
         (table,) = tensors
         missing = padded_rows(len(table), ranks) - len(table)
         return torch.nn.functional.pad(table, (0, 0, 0, missing)).chunk(ranks)[rank]
-    if kind == "gate_up":
+    if kind in ("gate_up", "column"):
         return torch.cat([x.chunk(ranks)[rank] for x in tensors])
     if kind == "experts_gate_up":
         return torch.cat([x.chunk(ranks, 1)[rank] for x in tensors[0].chunk(2, 1)], 1)
@@ -169,6 +268,12 @@ def joined(kind: Kind, slices: Sequence[Tensor], heads: Heads, vocab_size: int) 
         return [slices[0]]
     if kind == "row":
         return [torch.cat(list(slices), 1)]
+    if kind == "column":
+        return [torch.cat(list(slices))]
+    if kind in ("mamba_in", "mamba_conv"):
+        assert heads.mamba is not None
+        sections = [size // len(slices) for size in heads.mamba.sections(kind)]
+        return [torch.cat([torch.cat(parts) for parts in zip(*(x.split(sections) for x in slices), strict=True)])]
     if kind == "vocabulary":
         return [torch.cat(list(slices))[:vocab_size]]
     if kind == "gate_up":

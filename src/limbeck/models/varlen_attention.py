@@ -56,11 +56,11 @@ _NO_GPU = "the varlen kernel needs a GPU"
 _VARLEN_OPTIONS = frozenset(() if varlen_attn is None else inspect.signature(varlen_attn).parameters)
 
 _warned: set[str] = set()
-_documents: ContextVar[_Documents | None] = ContextVar("documents", default=None)
+_documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
 
 
 @dataclass(frozen=True, eq=False)
-class _Documents:
+class Documents:
     """The documents of a packed row: their lengths, and [documents + 1] int32, their boundaries on the device."""
 
     lengths: tuple[int, ...]
@@ -74,7 +74,7 @@ class _DocumentMask:
     A compiled layer guards the fields that it reads. So the path through the varlen kernel must not read ``lengths`` or
     ``make_dense``, which differ in every batch and would compile the layer anew.
 
-    lengths: of the documents. cu_seqlens: their boundaries, see ``_Documents``. max_length: at least the longest length.
+    lengths: of the documents. cu_seqlens: their boundaries, see ``Documents``. max_length: at least the longest length.
     window: of sliding window attention, or None. obstacle: why the varlen kernel cannot be used with this mask, or None.
     make_dense: makes the mask of the longest document; None for a causal mask that the attention function applies itself.
     """
@@ -126,11 +126,16 @@ def separate_documents(documents: Sequence[int], cu_seqlens: Tensor) -> Iterator
 
     Layers that activation checkpointing recomputes later need no context, because they keep their mask.
     """
-    token = _documents.set(_Documents(tuple(documents), cu_seqlens))
+    token = _documents.set(Documents(tuple(documents), cu_seqlens))
     try:
         yield
     finally:
         _documents.reset(token)
+
+
+def current_documents() -> Documents | None:
+    """The documents of ``separate_documents`` inside its block, else None."""
+    return _documents.get()
 
 
 def _mask_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -153,7 +158,7 @@ def _mask_by_document(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _document_mask(
-    documents: _Documents, window: int | None, obstacle: str | None, make_dense: Callable[[], Tensor | None]
+    documents: Documents, window: int | None, obstacle: str | None, make_dense: Callable[[], Tensor | None]
 ) -> _DocumentMask:
     longest = max(documents.lengths)
     return _DocumentMask(

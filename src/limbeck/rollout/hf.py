@@ -35,6 +35,7 @@ from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
+from limbeck.rollout.recurrent_cache import keep_states_in_slots
 from limbeck.rollout.sampling import sample_tokens
 from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
 from limbeck.rollout.weights import SharedWeights, transposed_linears
@@ -48,6 +49,8 @@ _PREFILL_TOKENS = 8192
 """Most tokens of one prefill, padding included; a longer prompt is prefilled alone."""
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+_HYBRIDS = {"nemotron_h": {"linear_attention", "mlp", "moe"}}
+"""``model_type`` to further kinds of layers, for models whose recurrent layers take their states from a cache."""
 
 
 @dataclass(eq=False)
@@ -104,16 +107,20 @@ class HfGenerator:
         max_length: int | None = None,
     ) -> None:
         config = model.config.get_text_config()
-        unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES
-        if unknown or not model._supports_attention_backend:
+        unknown = (
+            set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES - _HYBRIDS.get(config.model_type, set())
+        )
+        if unknown or not (model._supports_attention_backend or config.model_type in _HYBRIDS):
             raise LimbeckError(
-                f"the generator hf caches keys and values of full and sliding window attention only, and "
+                f"the generator hf caches keys and values of full and sliding window attention, and states of Mamba layers of "
+                f"{', '.join(_HYBRIDS)}, only, and "
                 f"{type(model).__name__} has {', '.join(sorted(unknown)) or 'an attention of its own'}; use another generator."
             )
         self.version = 0
         self._device, self._slots, self._tokenizer = torch.device(device), slots, tokenizer
         self.model = deepcopy(model).eval()  # its configuration, which is changed, may belong to another model too
         self.model.set_attn_implementation(SLOT_ATTENTION)
+        self._recurrent = keep_states_in_slots(self.model)
         self._weights = SharedWeights(self.model, self._device)
         self._has_weights = False
         limits = [
@@ -197,7 +204,8 @@ class HfGenerator:
 
     def _admit(self, added: list[_Row], active: list[_Row], cache: SlotCache) -> None:
         """Append ``added`` to ``active`` and fill their slots with their prompts, but for the last tokens."""
-        slot_of = {row.index: slot for slot, row in enumerate(active)}
+        # The states of a row that is being written have gone on from its prompt.
+        slot_of = {} if self._recurrent else {row.index: slot for slot, row in enumerate(active)}
         new: list[int] = []
         copies: list[tuple[int, int]] = []
         for row in added:
@@ -207,11 +215,14 @@ class HfGenerator:
                 copies.append((slot_of[row.index], slot))
             elif row.position > 0:
                 new.append(slot)
+            else:
+                cache.clear(slot)
         while new:
             longest = active[new[0]].position
             count = max(1, _PREFILL_TOKENS // longest)
             # Lengths only fall. A group ends where padding would be a quarter of a row.
-            group = [slot for slot in new[:count] if active[slot].position * 4 >= longest * 3]
+            shortest = longest if self._recurrent else -(-longest * 3 // 4)
+            group = [slot for slot in new[:count] if active[slot].position >= shortest]
             new = new[len(group) :]
             ids = [[*active[slot].prompt.token_ids[:-1]] for slot in group]
             padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self._device)

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from limbeck.errors import LimbeckError
+from limbeck.rollout.recurrent_cache import RecurrentPass, RecurrentStates
 
 SLOT_ATTENTION = "limbeck_slots"
 """The name of the attention implementation."""
@@ -35,6 +36,7 @@ class SlotCache:
     def __init__(self, slots: int, length: int) -> None:
         self.slots, self.length = slots, round_length(length)
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.recurrent = RecurrentStates(slots)
 
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that computes ``key`` and ``value``."""
@@ -49,6 +51,13 @@ class SlotCache:
             source, target = (torch.tensor(slots, device=keys.device) for slots in (sources, targets))
             for tensor in (keys, values):
                 tensor[target, :, :length] = tensor[source, :, :length]
+        for tensor in self.recurrent.tensors():
+            tensor[list(targets)] = tensor[list(sources)]
+
+    def clear(self, slot: int) -> None:
+        """Begin ``slot`` without a prompt. Keys and values are overwritten before they are read."""
+        for tensor in self.recurrent.tensors():
+            tensor[slot] = 0
 
     def _zeros(self, like: Tensor) -> Tensor:
         return like.new_zeros((self.slots, like.shape[1], self.length, like.shape[3]))
@@ -56,6 +65,8 @@ class SlotCache:
 
 class SlotPass(Protocol):
     """A forward pass of the model that writes keys and values to slots."""
+
+    recurrent: RecurrentPass
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
@@ -69,11 +80,13 @@ class SlotPass(Protocol):
 class Prefill:
     """Writes right-padded prompts to the first positions of the slots ``rows``.
 
-    Tokens attend to earlier ones only, so the padding changes none; decoding overwrites it before it is read.
+    Tokens attend to earlier ones only, so the padding changes none; decoding overwrites it before it is read. With recurrent
+    layers, whose states the padding would change, prompts must be equally long.
     """
 
     def __init__(self, cache: SlotCache, rows: Sequence[int]) -> None:
         self._cache, self._rows = cache, rows
+        self.recurrent = RecurrentPass(cache.recurrent, rows, begins=True)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None
@@ -105,6 +118,7 @@ class Decode:
         self._length = round_length(longest + 1)
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
+        self.recurrent = RecurrentPass(cache.recurrent, slice(len(positions)), begins=False)
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None

@@ -15,7 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
-from limbeck.models import body, decoder_layers, hidden_states, output_head, unwrap_model, use_eager_on_cpu
+from limbeck.models import (
+    body,
+    decoder_layers,
+    hidden_states,
+    output_head,
+    recurrent_layers,
+    unwrap_model,
+    use_eager_on_cpu,
+)
 from limbeck.strategies.base import MODEL, ModelOutline, ModelParallelGroup
 from limbeck.strategies.context_parallel import apply_context_parallel
 from limbeck.strategies.parallel_dims import CP, PP, TP, ParallelDims
@@ -41,6 +49,15 @@ def outline_of(model: Any) -> ModelOutline:
 
 def check_model_parallel(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     """Raise LimbeckError unless the model ``name`` can be divided by the model parallelism of ``dims``."""
+    divided = {
+        f"context_parallel_size = {dims.cp}": dims.cp > 1,
+        "sequence_parallel = true": dims.tp > 1 and dims.sequence_parallel,
+    }
+    for key in (key for key, found in divided.items() if found and recurrent_layers(body(model))):
+        raise LimbeckError(
+            f"{role}.strategy_args.strategy_config.{key}: {name} has recurrent layers (Mamba), which need whole rows; remove "
+            "the key."
+        )
     check_tensor_parallel(body(model), dims, name, role)
     check_pipeline(body(model), dims.pp, name, role)
 

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from limbeck.errors import LimbeckError
 from limbeck.strategies.named_tensors import broadcast_named
 
+_PLANS: dict[str, tuple[str, ...]] = {"nemotron_h": ("embeddings", "layers", "norm_f")}
+"""``model_type`` to the submodules of a body in their order, for models without a plan of their own."""
+
 
 @dataclass(frozen=True)
 class PipelineGroup:
@@ -109,7 +112,8 @@ def keep_stage(model: Any, body: Any, stage: int, stages: int) -> None:
 
 def _parts(body: Any) -> tuple[tuple[str, ...], nn.ModuleList, tuple[str, ...]] | None:
     """Names of what comes before the layers of ``body``, the layers, and names of what comes after them."""
-    plan = list(getattr(body.config.get_text_config(), "base_model_pp_plan", None) or ())
+    config = body.config.get_text_config()
+    plan: list[str] = list(getattr(config, "base_model_pp_plan", None) or _PLANS.get(config.model_type, ()))
     for i, name in enumerate(plan):
         layers = getattr(body, name, None)
         if isinstance(layers, nn.ModuleList):

@@ -29,6 +29,14 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
     "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
+_PLANS = {
+    # Transformers' own plan slices experts only. Mamba layers stay whole: every rank computes all of their heads.
+    "nemotron_h": {
+        **{f"layers.*.mixer.{name}_proj": "colwise" for name in ("q", "k", "v", "up")},
+        **{f"layers.*.mixer.{name}_proj": "rowwise" for name in ("o", "down")},
+    },
+}
+"""``model_type`` to a plan beside the model's own."""
 _PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, each of which sees its own heads only
 _VOCABULARY = (
     "embedding_rowwise",
@@ -176,7 +184,8 @@ def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
 
 def _plan(trunk: Any) -> dict[str, tuple[str, nn.Module]]:
     """Style and module of every path in ``trunk`` that its plan names, without embeddings."""
-    plan = dict(getattr(trunk.config.get_text_config(), "base_model_tp_plan", None) or {})
+    config = trunk.config.get_text_config()
+    plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **_PLANS.get(config.model_type, {})}
     found = {}
     for path, module in trunk.named_modules():
         style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)

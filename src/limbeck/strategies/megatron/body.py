@@ -17,12 +17,21 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import body, causal_mask, unwrap_model
-from limbeck.models.megatron_families import ExpertShape, Heads, family_of, layers_with_experts, padded_rows
+from limbeck.models import body, causal_mask, current_documents, unwrap_model
+from limbeck.models.megatron_families import (
+    ExpertShape,
+    Family,
+    Heads,
+    MambaSizes,
+    family_of,
+    layers_with_experts,
+    padded_rows,
+)
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
+from limbeck.strategies.megatron.mamba import MambaLayer
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
 
@@ -37,7 +46,7 @@ class MegatronBody(nn.Module):
     """
 
     _no_split_modules: tuple[str, ...] = ()  # nothing here is compiled or sharded layer by layer
-    inv_freq: Tensor
+    inv_freq: Tensor | None
 
     def __init__(self, gpt: Any, shell: Any, groups: ProcessGroups, context: dist.ProcessGroup | None) -> None:
         super().__init__()
@@ -45,8 +54,11 @@ class MegatronBody(nn.Module):
         self._num_embeddings = shell.get_input_embeddings().num_embeddings
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         self._attention = attention if context is None else exchange_heads(attention, context)
-        frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
-        self.register_buffer("inv_freq", frequencies.to(torch.cuda.current_device()), persistent=False)
+        self._hybrid, frequencies = family_of(shell).hybrid, None
+        if not self._hybrid:
+            frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
+            frequencies = frequencies.to(torch.cuda.current_device())
+        self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def get_input_embeddings(self) -> Any:
         """An object with the number of embeddings, which is all that is read."""
@@ -107,16 +119,32 @@ class MegatronBody(nn.Module):
         if self.gpt.pre_process:
             assert input_ids is not None
             hidden = self.gpt.embedding(input_ids=pad(input_ids, (0, padding)), position_ids=None)
-        if position_ids is None:
-            position_ids = torch.arange(time, device=self.inv_freq.device).unsqueeze(0)
-        angles = pad(position_ids, (0, padding)).T[:, :, None].float() * self.inv_freq
         computed: Tensor = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            rotary_pos_emb=torch.cat((angles, angles), -1)[:, :, None],  # [time, batch or 1, 1, dim]
-            packed_seq_params=AttentionInputs(time, self._attention, causal_mask(), options),
+            rotary_pos_emb=self._angles(time, position_ids, padding),
+            packed_seq_params=AttentionInputs(
+                time, self._attention, causal_mask(), options, self._document_numbers(time + padding)
+            ),
         )
         return computed
+
+    def _angles(self, time: int, position_ids: Tensor | None, padding: int) -> Tensor | None:
+        """[time, batch or 1, 1, dim] of rotary embeddings; None for a model without them."""
+        if self.inv_freq is None:
+            return None
+        if position_ids is None:
+            position_ids = torch.arange(time, device=self.inv_freq.device).unsqueeze(0)
+        angles = pad(position_ids, (0, padding)).T[:, :, None].float() * self.inv_freq
+        return torch.cat((angles, angles), -1)[:, :, None]
+
+    def _document_numbers(self, width: int) -> Tensor | None:
+        """[width], see ``AttentionInputs``."""
+        documents = current_documents()
+        if documents is None or not self._hybrid:
+            return None
+        positions = torch.arange(width, device=documents.cu_seqlens.device)
+        return torch.bucketize(positions, documents.cu_seqlens[1:], right=True)
 
     def width(self, time: int) -> int:
         """``time`` rounded up to what sequence parallelism can divide."""
@@ -143,10 +171,10 @@ def build_gpt_chunks(
     config, family = shell.config, family_of(model)
     _check_layers(config.num_hidden_layers, dims.pp, given, name, role)
     try:
-        settings = _transformer_config(config, dims, dtype, given, recompute=recompute, qkv_bias=family.qkv_bias)
-        settings.qk_layernorm = family.qk_norm
-        kinds = [
-            _layer(family.qk_norm, settings.num_moe_experts if found else None) for found in layers_with_experts(shell)
+        settings = _transformer_config(config, dims, dtype, given, recompute=recompute, family=family)
+        specs = [
+            _layer(config, family, number, settings.num_moe_experts if found else None)
+            for number, found in enumerate(layers_with_experts(shell))
         ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
@@ -154,12 +182,12 @@ def build_gpt_chunks(
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
         where = {"ignore_virtual": False, "vp_stage": stage}
-        first = get_transformer_layer_offset(settings, stage)
+        count, offset = get_num_layers_to_build(settings, stage), get_transformer_layer_offset(settings, stage)
         chunks.append(
             GPTModel(
                 config=settings,
                 transformer_layer_spec=TransformerBlockSubmodules(
-                    layer_specs=kinds[first : first + get_num_layers_to_build(settings, stage)], layer_norm=RMSNorm
+                    layer_specs=specs[offset : offset + count], layer_norm=RMSNorm
                 ),
                 vocab_size=padded_rows(shell.get_input_embeddings().num_embeddings, dims.tp),
                 max_sequence_length=config.max_position_embeddings,
@@ -171,7 +199,12 @@ def build_gpt_chunks(
             )
         )
     if given.moe_token_dispatcher_type == "allgather":
-        for layer in (layer for chunk in chunks for layer in chunk.decoder.layers if hasattr(layer.mlp, "experts")):
+        for layer in (
+            layer
+            for chunk in chunks
+            for layer in chunk.decoder.layers
+            if hasattr(getattr(layer, "mlp", None), "experts")
+        ):
             allow_uneven_tokens(layer.mlp.token_dispatcher)
     return chunks
 
@@ -206,24 +239,41 @@ def _device_type() -> str:
     return torch.device(torch.cuda.current_device()).type
 
 
-def _layer(qk_norm: bool, experts: int | None) -> Any:
-    """The specification of a decoder layer, of Megatron's local layers. experts: their number; None without."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+def _layer(config: Any, family: Family, number: int, experts: int | None) -> Any:
+    """The specification of layer ``number`` of a Hugging Face configuration, of Megatron's local layers.
 
-    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=qk_norm)
-    attention = layer.submodules.self_attention.submodules
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    experts: their number; None without.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+
+    kind = config.layer_types[number] if family.hybrid else None
+    if kind == "linear_attention":
+        return ModuleSpec(module=MambaLayer, params={"sizes": MambaSizes.of(config)})
+    layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=family.qk_norm)
+    parts = layer.submodules
+    attention = parts.self_attention.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
     attention.core_attention = CoreAttention
-    if qk_norm:
+    if family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if experts:
-        layer.submodules.mlp.submodules.experts = Experts
+        parts.mlp.submodules.experts = Experts
+    if kind == "full_attention":
+        layer.submodules = TransformerLayerSubmodules(
+            input_layernorm=RMSNorm, self_attention=parts.self_attention, self_attn_bda=parts.self_attn_bda
+        )
+    elif kind == "mlp":
+        layer.submodules = TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda)
     return layer
 
 
 def _transformer_config(
-    config: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, qkv_bias: bool
+    config: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, family: Family
 ) -> Any:
+    from megatron.core.activations import squared_relu
+
     core, heads, virtual = import_megatron(), Heads.of(config), given.virtual_pipeline_model_parallel_size
     return core.transformer.TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -233,11 +283,12 @@ def _transformer_config(
         num_query_groups=heads.groups,
         kv_channels=heads.dim,
         normalization="RMSNorm",
-        layernorm_epsilon=config.rms_norm_eps,
-        gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        layernorm_epsilon=config.layer_norm_epsilon if family.hybrid else config.rms_norm_eps,
+        gated_linear_unit=family.activation != "relu2",
+        activation_func=squared_relu if family.activation == "relu2" else torch.nn.functional.silu,
         add_bias_linear=False,
-        add_qkv_bias=qkv_bias,
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=dims.tp,

@@ -20,14 +20,20 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
             f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
         )
-    odd = family.sources(layers_with_experts(causal)) ^ {
+    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+    odd = family.sources(kinds, layers_with_experts(causal)) ^ {
         name for name, _ in causal.named_parameters(remove_duplicate=False)
     }
+    activation = config.mlp_hidden_act if family.hybrid else config.hidden_act
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
-        f"hidden_act = {config.hidden_act}": config.hidden_act != "silu",
+        f"{'mlp_' if family.hybrid else ''}hidden_act = {activation}": activation != family.activation,
+        f"mamba_hidden_act = {getattr(config, 'mamba_hidden_act', None)}": family.hybrid
+        and config.mamba_hidden_act != "silu",
+        "tied embeddings": family.hybrid and config.tie_word_embeddings,
         f"attention_dropout = {config.attention_dropout:g}": config.attention_dropout > 0,
-        "RoPE scaling that depends on the length or scales attention": _has_unusual_rope(body(causal)),
+        "RoPE scaling that depends on the length or scales attention": not family.hybrid
+        and _has_unusual_rope(body(causal)),
         f"attn_implementation = {config._attn_implementation}": not config._attn_implementation.startswith(
             ("sdpa", "flash_attention")
         ),
@@ -41,9 +47,18 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"longer, set {role}.model_args.model_config_kwargs: {{sliding_window: null}}, else use fsdp2_train and "
             "fsdp2_infer."
         )
+    if family.hybrid and dims.cp > 1:
+        raise LimbeckError(
+            f"{section}.strategy_config.context_parallel_size = {dims.cp}: {name} has recurrent layers (Mamba), which need "
+            "whole rows; remove the key."
+        )
     _check_experts(causal, dims, name, role)
+    heads = Heads.of(config)
     dense = {"feed-forward columns": config.intermediate_size} if not all(layers_with_experts(causal)) else {}
-    for what, size in {"key and value heads": Heads.of(config).groups, **dense}.items():
+    mamba = {}
+    if heads.mamba is not None:
+        mamba = {"heads of Mamba layers": heads.mamba.heads, "groups of Mamba layers": heads.mamba.groups}
+    for what, size in {"key and value heads": heads.groups, **dense, **mamba}.items():
         if size % dims.tp:
             raise LimbeckError(
                 f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "

@@ -18,13 +18,15 @@ class AttentionInputs:
     Recomputed layers therefore see their own micro-batch's, not that of the last forward pass.
 
     time: length of the rows on this context-parallel rank, without what sequence parallelism pads. attention: a function of
-    ``transformers``'s AttentionInterface. mask, options: what is passed to it.
+    ``transformers``'s AttentionInterface. mask, options: what is passed to it. documents: for Mamba layers, the number of the
+    document at each position of the whole row, with what sequence parallelism pads, or None without packing.
     """
 
     time: int
     attention: Callable[..., Any]
     mask: Any = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    documents: Tensor | None = None
     qkv_format: str = "sbhd"
 
 

@@ -1,0 +1,181 @@
+"""Megatron-LM's arguments of a hybrid of Mamba, attention and feed-forward layers as a ``NemotronHConfig``.
+
+Names are those of Megatron's command line with ``_`` for ``-``, as in its checkpoints. What is not given has Megatron's
+default. Megatron's ``pretrain_mamba.py`` builds these models (its ``MambaModel``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from limbeck.errors import LimbeckError
+from limbeck.models.recurrent_layers import recurrent_layers
+
+_KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
+_MAMBA, _ATTENTION, _MLP = _KINDS
+
+_FIXED: dict[str, tuple[Any, Any, str]] = {
+    "normalization": ("LayerNorm", "RMSNorm", "RMSNorm"),
+    "position_embedding_type": ("learned_absolute", "none", "none"),
+    "add_bias_linear": (True, False, "false (--disable-bias-linear)"),
+    "untie_embeddings_and_output_weights": (False, True, "true"),
+    "add_qkv_bias": (False, False, "false"),
+    "qk_layernorm": (False, False, "false"),
+    "swiglu": (False, False, "false"),
+    "apply_layernorm_1p": (False, False, "false"),
+    "multi_latent_attention": (False, False, "false"),
+    "window_size": (None, None, "unset"),
+    # The norm inside of Megatron's Mamba layers has this one in any case, and a NemotronHConfig has one for all.
+    "norm_epsilon": (1e-5, 1e-5, "1e-5"),
+}
+"""Arguments of which only one value is possible: Megatron's default, this value, and how to write it."""
+
+_STEPS = (1e-3, 0.1, 1e-4)
+"""Of Megatron's Mamba layers: the range from which it draws steps, and the lower limit of what it draws."""
+
+_NO_LIMIT = 1e-30
+"""Transformers limits steps to ``time_step_min`` from below, also when it computes; Megatron does not."""
+
+
+def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
+    """The configuration of the model that Megatron-LM builds from the ``arguments`` of a hybrid.
+
+    Args:
+        arguments: by name. Those that do not describe a model are ignored.
+        where: the checkpoint or key with the arguments, for error messages.
+
+    Raises:
+        LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
+    """
+    given = _renamed(arguments)
+    layers = layer_kinds(given, where)
+    fixed = {**_FIXED, **({"squared_relu": (False, True, "true")} if "mlp" in layers else {})}
+    for name, (default, possible, words) in fixed.items():
+        if (value := given.get(name, default)) != possible:
+            state = f"= {value}" if name in given else f"is not given and has Megatron's default, {value}, which"
+            raise LimbeckError(
+                f"{where}: {name} {state} cannot be expressed as a nemotron_h model; it must be {words}."
+            )
+    hidden, heads = _size(given, "hidden_size", where), _size(given, "num_attention_heads", where)
+    grouped = given.get("group_query_attention") in (None, True)
+    head_dim = _size(given, "mamba_head_dim", where, 64)
+    vocab_size = _size(given, "vocab_size", where, given.get("padded_vocab_size"))
+    if given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer":
+        vocab_size += 1  # the end token, which comes after its vocabulary
+    config = AutoConfig.for_model(
+        "nemotron_h",
+        layers_block_type=layers,
+        hidden_size=hidden,
+        intermediate_size=_size(given, "ffn_hidden_size", where, 4 * hidden),
+        num_attention_heads=heads,
+        num_key_value_heads=_size(given, "num_query_groups", where, heads) if grouped else heads,
+        head_dim=_size(given, "kv_channels", where, hidden // heads),
+        mamba_num_heads=_size(given, "mamba_num_heads", where, 2 * hidden // head_dim),
+        mamba_head_dim=head_dim,
+        n_groups=_size(given, "mamba_num_groups", where, 8),
+        ssm_state_size=_size(given, "mamba_state_dim", where, 128),
+        time_step_min=_NO_LIMIT,
+        max_position_embeddings=_size(given, "max_position_embeddings", where, given.get("seq_length")),
+        layer_norm_epsilon=1e-5,
+        initializer_range=float(given.get("init_method_std") or 0.02),
+        vocab_size=vocab_size,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    for name, value, divisor, other in (
+        ("num_attention_heads", heads, config.num_key_value_heads, "num_query_groups"),
+        ("the number of heads of a Mamba layer", config.mamba_num_heads, config.n_groups, "mamba_num_groups"),
+    ):
+        if value % divisor:
+            raise LimbeckError(f"{where}: {name} = {value} is not a multiple of {other} = {divisor}; correct one.")
+    return config
+
+
+def layer_kinds(arguments: Mapping[str, Any], where: str) -> list[str]:
+    """The kind of each layer in Transformers' words, from a pattern or, without one, from Megatron's rule for ratios.
+
+    The rule: attention layers divide the Mamba layers into sections of equal length, with one before the first and one after
+    the last. Then feed-forward layers take the place of Mamba layers at equal distances.
+    """
+    pattern = arguments.get("hybrid_layer_pattern") or arguments.get("hybrid_override_pattern")
+    ratios = [float(arguments.get(f"hybrid_{kind}_ratio") or 0.0) for kind in ("attention", "mlp")]
+    if not 0 <= min(ratios) <= sum(ratios) <= 1:
+        raise LimbeckError(
+            f"{where}: hybrid_attention_ratio = {ratios[0]:g} and hybrid_mlp_ratio = {ratios[1]:g} must be between 0 and 1, "
+            "and so must be their sum; correct them."
+        )
+    if pattern is None:
+        return [_KINDS[symbol] for symbol in _allocate(_size(arguments, "num_layers", where), *ratios)]
+    symbols = str(pattern).replace("|", "")  # which separates pipeline stages
+    for symbol in symbols:
+        if symbol not in _KINDS:
+            raise LimbeckError(
+                f"{where}: the hybrid pattern {pattern} has a layer {symbol}, and only M (Mamba), * (attention) and - "
+                "(feed-forward) can be expressed; change the pattern."
+            )
+    count = _size(arguments, "num_layers", where, len(symbols))
+    if count != len(symbols):
+        raise LimbeckError(
+            f"{where}: the hybrid pattern {pattern} has {len(symbols)} layers, and num_layers is {count}; correct one of them."
+        )
+    return [_KINDS[symbol] for symbol in symbols]
+
+
+@torch.no_grad()
+def initialize_mamba(model: Any) -> None:
+    """Draw the decays and steps of the Mamba layers of a new ``model`` as Megatron-LM does."""
+    low, high, smallest = _STEPS
+    for layer in recurrent_layers(model):
+        steps = torch.empty_like(layer.dt_bias).uniform_(math.log(low), math.log(high)).exp().clamp(min=smallest)  # type: ignore[arg-type]
+        layer.dt_bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # type: ignore[operator] # inverse of softplus
+        layer.A_log.copy_(torch.empty_like(layer.A_log).uniform_(1, 16).log())  # type: ignore[operator, arg-type]
+
+
+def _allocate(count: int, attention_ratio: float, mlp_ratio: float) -> list[str]:
+    attention, mlps = round(count * attention_ratio), round(count * mlp_ratio)
+    symbols = [_MAMBA] * count
+    _place(symbols, _ATTENTION, (count - attention) / (attention + 1))
+    if mlps:
+        _place(symbols, _MLP, (count - attention - mlps) / mlps)
+    return symbols
+
+
+def _place(symbols: list[str], symbol: str, distance: float) -> None:
+    """Put ``symbol`` in place of Mamba layers so that about ``distance`` Mamba layers remain before each."""
+    left = distance
+    for index, own in enumerate(symbols):
+        if own != _MAMBA:
+            continue
+        if left < 0.5:
+            symbols[index] = symbol
+            left += distance
+        else:
+            left -= 1
+
+
+def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """``arguments`` under the names in checkpoints."""
+    found = {name: value for name, value in arguments.items() if value is not None}
+    if found.get("disable_bias_linear"):
+        found["add_bias_linear"] = False
+    if "layernorm_epsilon" in found:
+        found.setdefault("norm_epsilon", found["layernorm_epsilon"])
+    if found.get("use_rotary_position_embeddings"):
+        found["position_embedding_type"] = "rope"
+    return found
+
+
+def _size(given: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    value = default if given.get(name) is None else given[name]
+    if value is None:
+        raise LimbeckError(f"{where}: {name} is missing; set it in model_args.megatron_arguments.")
+    if type(value) is not int or value < 1:
+        raise LimbeckError(f"{where}: {name} = {value} must be a whole number above 0; correct it.")
+    return value
