@@ -31,10 +31,11 @@ def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(confi
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
 
 
-def test_a_student_that_megatron_cannot_load_is_refused_before_training(configure):
+def test_a_student_that_megatron_cannot_load_is_refused_before_training(configure, tmp_path):
     changes = {"student.model_args.model_config_kwargs": {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}}
     with pytest.raises(LimbeckError, match=r"a model with RoPE scaling dynamic cannot be written .* of Megatron-LM"):
         DistillPipeline(configure(**changes, **{"checkpoint_config.save_megatron": True})).run()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_a_checkpoint_without_a_tokenizer_needs_the_key(configure, assets, tmp_path):

@@ -37,7 +37,7 @@ _WITH_EXTRA_STATE = (
     *("self_attention.linear_qkv", "self_attention.linear_proj", "self_attention.core_attention"),
     *("self_attention.q_layernorm", "self_attention.k_layernorm", "mlp.linear_fc1", "mlp.linear_fc2"),
 )
-"""Modules of a layer that may require an ``_extra_state``, which is None without FP8."""
+"""Modules of a layer that may require an ``_extra_state``, which is a list of one None without FP8."""
 
 
 def write_checkpoint(model: Any, folder: Path, iteration: int, tokenizer: str | None = None) -> Path:
@@ -60,7 +60,12 @@ def write_checkpoint(model: Any, folder: Path, iteration: int, tokenizer: str | 
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     writer = dcp.FileSystemWriter(str(temporary))
-    dcp.save(_state(model, arguments["padded_vocab_size"]), storage_writer=writer, planner=_Planner(), no_dist=True)
+    dcp.save(
+        _state(model, arguments["padded_vocab_size"]),
+        storage_writer=writer,
+        planner=_Planner(flatten_state_dict=False),
+        no_dist=True,
+    )
     common = {"args": Namespace(**arguments), "checkpoint_version": 3.0, "iteration": iteration}
     torch.save(common, temporary / COMMON)
     (temporary / "metadata.json").write_text(json.dumps(_FORMAT), encoding="utf-8")
@@ -141,9 +146,6 @@ def _state(model: Any, rows: int) -> dict[str, Any]:
             state[name] = torch.nn.functional.pad(table, (0, 0, 0, rows - len(table)))
         else:
             state[name] = make()
-    empty: dict[str, None] = {
-        f"{STACK}{module}._extra_state/shard_{layer}_{layers}": None
-        for module in _WITH_EXTRA_STATE
-        for layer in range(layers)
-    }
-    return {**state, **empty, "decoder.final_layernorm._extra_state/shard_0_1": None}
+    names = [f"{STACK}{module}._extra_state/shard_{i}_{layers}" for module in _WITH_EXTRA_STATE for i in range(layers)]
+    names.append("decoder.final_layernorm._extra_state/shard_0_1")
+    return {**state, **{name: [None] for name in names}}
