@@ -11,9 +11,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import megatron_on_cpu  # noqa: F401
 
 from limbeck.config.schema import MegatronConfig
+from limbeck.models.megatron_families import FAMILIES, layers_with_experts
 from limbeck.strategies.megatron.body import build_gpt_chunks, wrap_body
 from limbeck.strategies.megatron.core import ProcessGroups
-from limbeck.strategies.megatron.families import FAMILIES, layers_with_experts
 from limbeck.strategies.megatron.weights import WeightMap
 from limbeck.strategies.parallel_dims import ParallelDims
 
@@ -29,6 +29,8 @@ CHANGES = {
         "norm_topk_prob": True,
     },
 }
+HYBRID = {"nemotron_h": {"hybrid_override_pattern": "M-*", "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
+                         "ssm_state_size": 8, "chunk_size": 4}}  # fmt: skip
 DENSE = [
     (ParallelDims(dp_replicate=2), {}),
     (ParallelDims(tp=2, etp=2, sequence_parallel=True), {}),
@@ -44,7 +46,7 @@ EXPERTS = [
 @torch.no_grad()
 def check(kind: str, dims: ParallelDims, settings: dict) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE, **CHANGES.get(kind, {})))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | (CHANGES | HYBRID).get(kind, {})))
     for parameter in model.parameters():
         parameter.mul_(3)
     ids = torch.randint(SHAPE["vocab_size"], (2, 7 + dist.get_rank() * (dims.dp_shard > 1)))  # uneven with experts
