@@ -110,7 +110,7 @@ def test_a_dialect_recognises_an_argument_vector(write: Write) -> None:
 def test_arguments_that_no_dialect_recognises_are_an_error() -> None:
     with pytest.raises(
         LimbeckError,
-        match=r"no dialect recognises these arguments; choose one .* \(distillkit, hyperpod, limbeck, nemo_rl, roll\)",
+        match=r"no dialect recognises these arguments; choose one .* \(distillkit, hyperpod, .*, megatron, nemo_rl, roll\)",
     ):
         load_arguments(["--lr", "1"])
     with pytest.raises(LimbeckError, match="the dialect roll reads YAML files, not arguments"):
@@ -129,7 +129,8 @@ def test_two_dialects_that_recognise_one_file_are_an_error(write: Write) -> None
 
 def test_an_unknown_dialect_is_an_error_that_lists_the_known(load: Callable[..., LoadedConfig]) -> None:
     with pytest.raises(
-        LimbeckError, match="dialect rol is not known; use one of distillkit, hyperpod, limbeck, nemo_rl, roll"
+        LimbeckError,
+        match="dialect rol is not known; use one of distillkit, hyperpod, limbeck, megatron, nemo_rl, roll",
     ):
         load(dialect="rol")
 

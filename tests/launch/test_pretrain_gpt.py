@@ -60,7 +60,8 @@ def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, 
     """A blend of corpora and a distillation file; the teacher's rotary base is that of its model_config.yaml."""
     random = np.random.default_rng(0)
     for name in ("a", "b"):
-        make_corpus(tmp_path / name, [random.integers(0, 290, 20).tolist() for _ in range(40)])
+        # Without the padding token: Hugging Face models do not train its embedding.
+        make_corpus(tmp_path / name, [random.integers(1, 290, 20).tolist() for _ in range(40)])
     (tmp_path / "kd.yaml").write_text(
         "logit_layers: [output_layer, output_layer]\nskip_lm_loss: false\nkd_loss_scale: 3.0\n"
         "intermediate_layer_pairs: [[decoder.final_layernorm, decoder.final_layernorm]]\n"

@@ -148,7 +148,9 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         validation = reduce_counts(validation, world)
         if translator is not None:
             validation = add_teacher_tokens(validation, translator, world)
-        text += f"\nvalidation: {held_out[1]}" + (f"\nvalidation rows: {chosen}" if chosen else "")
+        text += f"\nvalidation: {held_out[1]}" + (
+            f"\nvalidation takes {sum(chosen.counts):,} of these rows, selected by the seed." if chosen else ""
+        )
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
         of_teacher = max(of_teacher, _longest_for_teacher(config, held_out[0]))
