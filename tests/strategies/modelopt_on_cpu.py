@@ -57,7 +57,7 @@ def build_gpt(model: Any, groups: ProcessGroups) -> Any:
         rotary_base=config.rope_parameters["rope_theta"],
     )  # fmt: skip
     with torch.no_grad():
-        for parameter, value in WeightMap([gpt], model, groups.tensor).slices(dict(model.state_dict())):
+        for parameter, value in WeightMap([gpt], model, groups).slices(dict(model.state_dict())):
             parameter.copy_(value)
     return gpt
 
