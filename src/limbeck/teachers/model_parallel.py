@@ -94,4 +94,6 @@ def _through_stages(
     if not pipeline.is_last:
         pipeline.send_forward(states)
     states = pipeline.broadcast_last(states)
+    if not taps.names:  # on every stage
+        return states, {}
     return states, dict(pipeline.broadcast_all(found.items(), states.device))
