@@ -15,7 +15,10 @@ from limbeck.launch.start import train_from_arguments
 
 
 def main() -> int:
-    return train_from_arguments(__file__, sys.argv[1:], "megatron")
+    words = sys.argv[1:]
+    described = [word for word in words if word.startswith("--num-layers")]
+    hybrid = ["--is-hybrid-model"] if described and "--is-hybrid-model" not in words else []
+    return train_from_arguments(__file__, [*words, *hybrid], "megatron")
 
 
 if __name__ == "__main__":

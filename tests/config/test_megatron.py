@@ -265,8 +265,11 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         ("--global-batch-size 3", {}, "--global-batch-size = 3 is not a multiple of --micro-batch-size 2 x 1 data"),
         ("--train-samples 3", {}, "--train-samples and --train-iters are both given; keep one"),
         ("--bf16 --fp16", {}, "--fp16 and --bf16 contradict each other; keep one"),
-        ("--hybrid-override-pattern M-M*-", {}, "--hybrid-override-pattern is an argument of hybrid models"),
-        ("--export-model-type MambaModel", {}, "--export-model-type = MambaModel is not supported; only GPTModel is"),
+        (
+            "--export-model-type T5Model",
+            {},
+            "--export-model-type = T5Model is not supported; only GPTModel and MambaModel",
+        ),
         ("--limbeck-strategy ddp", {}, "--limbeck-strategy = ddp is not one of megatron, fsdp2"),
         ("--lr-decay-style WSD", {}, "lr_scheduler_kwargs.wsd_decay_steps = 0 must be a whole number of steps above 0"),
         ("--lr-decay-style exp", {}, "decay_style = exp is not one of linear, cosine"),

@@ -56,6 +56,22 @@ def test_a_run_of_mock_data_starts_from_random_weights_stops_and_resumes_exactly
     assert losses("whole")[4] < losses("whole")[1]
 
 
+HYBRID = """--hybrid-override-pattern M-* --mamba-head-dim 8 --mamba-num-groups 2 --mamba-state-dim 8 --num-layers 3
+    --hidden-size 32 --num-attention-heads 4 --position-embedding-type none --normalization RMSNorm --squared-relu
+    --disable-bias-linear --untie-embeddings-and-output-weights --max-position-embeddings 64"""
+
+
+@pytest.mark.parametrize(
+    ("student", "kind"),
+    [(f"{STUDENT} --num-experts 4 --moe-router-topk 2", "mixtral"), (HYBRID, "nemotron_h")],
+)
+def test_students_with_experts_and_with_mamba_layers_are_trained(script, assets, student, kind):
+    teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'teacher'}"
+    assert script(f"{student} {RUN} {teacher} --mock-data --train-iters 2 --eval-iters 0 --save out") == 0
+    assert json.loads(Path("out/student/config.json").read_text())["model_type"] == kind
+    assert len(losses("out")) == 2
+
+
 def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, tmp_path):
     """A blend of corpora and a distillation file; the teacher's rotary base is that of its model_config.yaml."""
     random = np.random.default_rng(0)
@@ -93,7 +109,7 @@ def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, 
     [
         ("--num-layer 3", "--num-layer is not a flag, did you mean --num-layers?"),
         ("--data-path nowhere --split 1,0,0", "nowhere does not exist"),
-        ("--num-experts 4 --mock-data", "num_experts"),
+        ("--num-experts 4 --moe-layer-freq 2 --mock-data", "moe_layer_freq = 2"),
     ],
 )
 def test_a_mistake_is_one_sentence(script, assets, capsys, text, sentence):

@@ -51,6 +51,26 @@ def test_names_of_the_command_line_are_synonyms():
     assert hf_config(both, "here").model_type == "llama"
 
 
+def test_experts_and_hybrids_have_architectures_of_their_own():
+    experts = {"num_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2}
+    mixtral = hf_config(LLAMA | experts, "here")
+    assert (mixtral.model_type, mixtral.num_local_experts, mixtral.intermediate_size) == ("mixtral", 4, 24)
+    qwen = hf_config(LLAMA | experts | {"qk_layernorm": True, "moe_router_pre_softmax": True}, "here")
+    assert (qwen.model_type, qwen.num_experts, qwen.moe_intermediate_size) == ("qwen3_moe", 4, 24)
+    assert (qwen.num_experts_per_tok, qwen.norm_topk_prob, mixtral.num_experts_per_tok) == (2, False, 2)
+    hybrid = {
+        "hybrid_override_pattern": "MM*",
+        "swiglu": False,
+        "position_embedding_type": "none",
+        "mamba_num_groups": 2,
+    }
+    config = hf_config(LLAMA | hybrid | {"untie_embeddings_and_output_weights": True}, "here")
+    assert (config.model_type, config.layer_types) == (
+        "nemotron_h",
+        ["linear_attention", "linear_attention", "full_attention"],
+    )
+
+
 def test_the_end_token_of_a_null_tokenizer_is_one_more():
     assert hf_config(LLAMA | {"vocab_size": 300, "tokenizer_type": "NullTokenizer"}, "here").vocab_size == 301
 
@@ -61,7 +81,9 @@ def test_the_end_token_of_a_null_tokenizer_is_one_more():
         ({"normalization": None}, "normalization is not given and has Megatron's default, LayerNorm, which cannot"),
         ({"position_embedding_type": "learned_absolute"}, "= learned_absolute cannot be expressed .* must be rope"),
         ({"add_bias_linear": True}, "add_bias_linear = True cannot be expressed .* must be false"),
-        ({"num_experts": 4}, "num_experts = 4 cannot be expressed"),
+        ({"num_experts": 4, "moe_layer_freq": 2}, "moe_layer_freq = 2 cannot be expressed as a mixtral or qwen3_moe"),
+        ({"num_experts": 4, "moe_router_pre_softmax": True}, "moe_router_pre_softmax with num_experts is neither"),
+        ({"num_experts": 4, "moe_router_topk": 5}, "moe_router_topk = 5 is more than num_experts = 4"),
         ({"num_layers": None}, "num_layers is missing; set it in"),
         ({"num_layers": 2.5}, "num_layers = 2.5 must be a whole number above 0"),
         ({"num_query_groups": 3}, "num_attention_heads = 8 is not a multiple of 3, as num_query_groups"),

@@ -23,7 +23,7 @@ from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder, is_megatron_checkpoint
 from limbeck.models.hub import offline_if_unreachable
 from limbeck.models.megatron_checkpoint import load_weights, open_checkpoint
-from limbeck.models.megatron_config import canonical, check_names, hf_config, scale_output_projections
+from limbeck.models.megatron_config import canonical, check_names, hf_config, initialize
 from limbeck.models.memory import available_memory
 from limbeck.models.varlen_attention import BY_DOCUMENT
 
@@ -109,7 +109,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
             if source.of_megatron:
-                scale_output_projections(model)
+                initialize(model)
         elif source.of_megatron:
             weights = load_weights(open_checkpoint(str(name)), config, dtype)
             with torch.device("meta"):

@@ -16,6 +16,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
+from limbeck.models.megatron_hybrid_config import HYBRID_TYPE, initialize_mamba, is_hybrid
+from limbeck.models.megatron_hybrid_config import hf_config as hybrid_config
 
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "normalization": ("LayerNorm", ("RMSNorm",)),
@@ -33,12 +35,10 @@ _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "activation_func_clamp_value": (None, (None,)),
     "window_size": (None, (None,)),
     "no_rope_freq": (None, (None,)),
-    "num_experts": (None, (None,)),
+    "squared_relu": (False, (False,)),
     "mtp_num_layers": (None, (None, 0)),
     "multi_latent_attention": (False, (False,)),
     "experimental_attention_variant": (None, (None,)),
-    "hybrid_override_pattern": (None, (None,)),
-    "hybrid_layer_pattern": (None, (None,)),
     "heterogeneous_layers_config_path": (None, (None,)),
     "heterogeneous_layers_config_encoded_json": (None, (None,)),
 }
@@ -51,6 +51,30 @@ _OTHERS = (
     *("norm_epsilon", "add_qkv_bias", "qk_layernorm", "untie_embeddings_and_output_weights", "init_method_std"),
     *("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by", "tokenizer_type", "tokenizer_model"),
 )
+_EXPERTS: dict[str, tuple[Any, ...]] = {
+    "num_experts": (),
+    "moe_router_topk": (),
+    "moe_ffn_hidden_size": (),
+    "moe_router_pre_softmax": (None, False, True),
+    "moe_layer_freq": (None, 1),
+    "moe_shared_expert_intermediate_size": (None, 0),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_score_function": (None, "softmax"),
+    "moe_router_num_groups": (None,),
+    "moe_router_enable_expert_bias": (None, False),
+}
+"""Arguments of experts, and the values of those of which only some are possible."""
+
+_HYBRID = (
+    *(
+        "hybrid_override_pattern",
+        "hybrid_layer_pattern",
+        "hybrid_attention_ratio",
+        "hybrid_mlp_ratio",
+        "is_hybrid_model",
+    ),
+    *("mamba_state_dim", "mamba_head_dim", "mamba_num_groups", "mamba_num_heads"),
+)
 _SYNONYMS = {
     "disable_bias_linear": ("add_bias_linear", lambda value: not value),
     "layernorm_epsilon": ("norm_epsilon", lambda value: value),
@@ -61,7 +85,7 @@ _SYNONYMS = {
 }
 """Other names of arguments, on the command line or in megatron-core: the name in checkpoints, and the value there."""
 
-ARGUMENTS = (*_SIZES, *_OTHERS, *_FIXED, *_SYNONYMS)
+ARGUMENTS = (*_SIZES, *_OTHERS, *_FIXED, *_EXPERTS, *_HYBRID, *_SYNONYMS)
 """The arguments that describe a model."""
 
 _LLAMA3_POSITIONS = 8192
@@ -82,7 +106,7 @@ def check_names(arguments: Mapping[str, Any], where: str) -> None:
 
 def canonical(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """``arguments`` that describe a model, under the names in checkpoints; the others are left out."""
-    found = {name: arguments[name] for name in (*_SIZES, *_OTHERS, *_FIXED) if name in arguments}
+    found = {name: arguments[name] for name in ARGUMENTS if name in arguments and name not in _SYNONYMS}
     for name, (target, convert) in _SYNONYMS.items():
         # A checkpoint has both use_rotary_position_embeddings: false and position_embedding_type: rope.
         if arguments.get(name) is not None and not (arguments[name] is False and target in found):
@@ -104,6 +128,8 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
     """
     given = canonical(arguments)
+    if is_hybrid(given):
+        return hybrid_config(given, where)
     layers, hidden, heads = (_size(given, name, where) for name in _SIZES)
     for name, (default, possible) in _FIXED.items():
         value = _or(given.get(name), default)
@@ -133,11 +159,15 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         raise LimbeckError(
             f"{where}: add_qkv_bias and qk_layernorm together are neither a qwen2 nor a qwen3 model; at most one may be true."
         )
+    width = _size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64)
+    kind, experts = "qwen3" if norms else "qwen2" if bias else "llama", {}
+    if given.get("num_experts"):
+        kind, experts = _experts(given, where, kind, width)
     return AutoConfig.for_model(
-        "qwen3" if norms else "qwen2" if bias else "llama",
+        kind,
         num_hidden_layers=layers,
         hidden_size=hidden,
-        intermediate_size=_size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64),
+        **{"intermediate_size": width, **experts},
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=channels,
@@ -214,13 +244,39 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def scale_output_projections(model: Any) -> None:
-    """Divide the random weights of the last projections of attention and feed-forward by the square root of twice the number
-    of layers, as Megatron-LM initialises them (``scaled_init_method_normal``).
+def initialize(model: Any) -> None:
+    """Change the random weights of a new ``model`` to how Megatron-LM draws them.
+
+    Those of the last projection of a layer are divided by the square root of the number of such projections
+    (``scaled_init_method_normal``): one in each layer of a hybrid, two of others.
     """
+    hybrid = model.config.model_type == HYBRID_TYPE
     for name, parameter in model.named_parameters():
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.mul_((2 * model.config.num_hidden_layers) ** -0.5)
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "experts.down_proj")):
+            parameter.mul_(((1 if hybrid else 2) * model.config.num_hidden_layers) ** -0.5)
+    if hybrid:
+        initialize_mamba(model)
+
+
+def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tuple[str, dict[str, Any]]:
+    """The ``model_type`` of a model of ``kind`` with experts in every layer, and its keys of experts."""
+    for name, possible in _EXPERTS.items():
+        if possible and (value := given.get(name)) not in possible:
+            raise LimbeckError(
+                f"{where}: {name} = {value} cannot be expressed as a mixtral or qwen3_moe model; it must be "
+                f"{' or '.join(_yaml(one) for one in possible if one is not None) or 'unset'}."
+            )
+    count, active = _size(given, "num_experts", where), _size(given, "moe_router_topk", where, 2)
+    width, normalized = _size(given, "moe_ffn_hidden_size", where, width), not given.get("moe_router_pre_softmax")
+    if active > count:
+        raise LimbeckError(f"{where}: moe_router_topk = {active} is more than num_experts = {count}; correct one.")
+    if kind == "qwen3":
+        keys = {"num_experts": count, "moe_intermediate_size": width, "norm_topk_prob": normalized}
+        return "qwen3_moe", {**keys, "num_experts_per_tok": active}
+    if kind == "llama" and normalized:
+        return "mixtral", {"num_local_experts": count, "intermediate_size": width, "num_experts_per_tok": active}
+    name = "add_qkv_bias" if kind == "qwen2" else "moe_router_pre_softmax"
+    raise LimbeckError(f"{where}: {name} with num_experts is neither a mixtral nor a qwen3_moe model; set it to false.")
 
 
 def _vocab_size(given: Mapping[str, Any], where: str) -> int:

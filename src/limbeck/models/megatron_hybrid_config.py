@@ -16,6 +16,9 @@ from transformers import AutoConfig, PretrainedConfig
 from limbeck.errors import LimbeckError
 from limbeck.models.recurrent_layers import recurrent_layers
 
+HYBRID_TYPE = "nemotron_h"
+"""``model_type`` of hybrids."""
+
 _KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 _MAMBA, _ATTENTION, _MLP = _KINDS
 
@@ -40,6 +43,18 @@ _STEPS = (1e-3, 0.1, 1e-4)
 
 _NO_LIMIT = 1e-30
 """Transformers limits steps to ``time_step_min`` from below, also when it computes; Megatron does not."""
+
+
+def is_hybrid(arguments: Mapping[str, Any]) -> bool:
+    """Whether ``arguments`` describe a hybrid."""
+    keys = (
+        "is_hybrid_model",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "hybrid_attention_ratio",
+        "hybrid_mlp_ratio",
+    )
+    return any(arguments.get(key) for key in keys)
 
 
 def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
@@ -68,7 +83,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
     if given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer":
         vocab_size += 1  # the end token, which comes after its vocabulary
     config = AutoConfig.for_model(
-        "nemotron_h",
+        HYBRID_TYPE,
         layers_block_type=layers,
         hidden_size=hidden,
         intermediate_size=_size(given, "ffn_hidden_size", where, 4 * hidden),

@@ -136,12 +136,9 @@ def _refuse(result: Translation, given: Values) -> None:
         if name in given and not any(number(value) == number(one) for one in allowed):
             shown = "" if value is True else f" = {' '.join(value) if isinstance(value, list) else value}"
             result.refuse(f"--{name}", f"{shown} {sentence}".strip())
-    for name in table.HYBRID:
-        if name in given:
-            result.refuse(f"--{name}", table.HYBRID_SENTENCE)
     model = given.get("export-model-type", "GPTModel")
-    if model != "GPTModel":
-        result.refuse("--export-model-type", f"= {model} is not supported; only GPTModel is")
+    if model not in ("GPTModel", "MambaModel"):
+        result.refuse("--export-model-type", f"= {model} is not supported; only GPTModel and MambaModel are")
     if "attention-dropout" not in given or "hidden-dropout" not in given:
         result.notices.append(
             "there is no dropout; Megatron-LM's default is 0.1 (--attention-dropout, --hidden-dropout)."

@@ -25,6 +25,7 @@ MODEL_VALUES = words(
         position-embedding-type rotary-base rotary-percent rotary-seq-len-interpolation-factor
         rope-scaling-factor make-vocab-size-divisible-by normalization norm-epsilon init-method-std window-size
         num-experts moe-ffn-hidden-size moe-router-topk moe-layer-freq moe-shared-expert-intermediate-size
+        moe-router-score-function moe-router-topk-scaling-factor moe-router-num-groups
         hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio mamba-state-dim
         mamba-head-dim mamba-num-groups mamba-num-heads heterogeneous-layers-config-path"""
 )
@@ -38,7 +39,8 @@ MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
         for name in _all(
             """group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
         untie-embeddings-and-output-weights qk-layernorm qk-l2-norm add-qkv-bias apply-layernorm-1p
-        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model""",
+        apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model
+        moe-router-pre-softmax moe-router-enable-expert-bias""",
             None,
         )
     },
@@ -84,6 +86,11 @@ OF_MEGATRON: dict[str, str] = {
     "ddp-bucket-size": VALUE,
     "account-for-embedding-in-pipeline-split": SWITCH,
     "account-for-loss-in-pipeline-split": SWITCH,
+    "expert-model-parallel-size": VALUE,
+    "expert-tensor-parallel-size": VALUE,
+    "moe-token-dispatcher-type": VALUE,
+    "moe-grouped-gemm": SWITCH,
+    "moe-router-dtype": VALUE,
     "recompute-granularity": VALUE,
     "recompute-method": VALUE,
     "recompute-num-layers": VALUE,
@@ -129,7 +136,7 @@ IGNORED: dict[str, str] = {
         log-learning-rate-to-tensorboard log-batch-size-to-tensorboard log-validation-ppl-to-tensorboard
         log-memory-to-tensorboard log-world-size-to-tensorboard no-barrier-with-level-1-timing log-straggler
         profile use-pytorch-profiler record-memory-history disable-gloo-process-groups use-tp-pp-dp-mapping
-        no-one-logger moe-grouped-gemm moe-permute-fusion moe-per-layer-logging disable-mamba-mem-eff-path
+        no-one-logger moe-permute-fusion moe-per-layer-logging disable-mamba-mem-eff-path
         no-position-embedding no-initialization data-parallel-random-init use-sharp use-nccl-ub test-mode
         use-precision-aware-optimizer enable-experimental disable-bf16-reduced-precision-matmul""",
         SWITCH,
@@ -143,7 +150,7 @@ IGNORED: dict[str, str] = {
         ckpt-fully-parallel-load-exchange-algo dist-ckpt-format dist-ckpt-strictness async-strategy
         pipeline-model-parallel-comm-backend microbatch-group-size-per-virtual-pipeline-stage
         tp-comm-bootstrap-backend nccl-communicator-config-path num-distributed-optimizer-instances
-        train-sync-interval check-weight-hash-across-dp-replicas-interval moe-token-dispatcher-type
+        train-sync-interval check-weight-hash-across-dp-replicas-interval
         mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type ddp-num-buckets
         rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
         config-logger-dir main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype sgd-momentum
@@ -156,7 +163,6 @@ IGNORED: dict[str, str] = {
 
 _LATER = "is not supported; remove it"
 _PACKS = "is not supported: documents of a row attend to each other, as by default in Megatron-LM; remove it"
-_HYBRID = "is an argument of hybrid models, which are not built from Megatron-LM's arguments; give --load a Hugging Face folder"
 _FSDP = "is not supported; --limbeck-strategy fsdp2 shards with PyTorch's FSDP2"
 _OFFLINE = "(cached logits of the teacher) is not supported; the teacher computes during the run, so remove it"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
@@ -176,8 +182,6 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         "is not supported; checkpoints of Megatron-LM are torch_dist or torch",
     ),
     "weight-decay-incr-style": (VALUE, ("constant",), "is not supported; use constant"),
-    "expert-model-parallel-size": (VALUE, ("1",), "is not supported yet; set it to 1"),
-    "expert-tensor-parallel-size": (VALUE, ("1",), "is not supported yet; set it to 1"),
     "mtp-num-layers": (VALUE, ("0",), "(multi-token prediction) is not supported; remove it"),
     "moe-aux-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
     "moe-z-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
@@ -213,10 +217,6 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
 }
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
 
-HYBRID = (*(name for name in sorted(MODEL_VALUES) if name.startswith(("hybrid-", "mamba-"))), "is-hybrid-model")
-HYBRID_SENTENCE = _HYBRID
-"""Arguments of hybrid models of Mamba and attention layers, and the end of their error message."""
-
 
 def kinds() -> dict[str, str]:
     """Every flag, and whether it is a switch or has one value or several."""
@@ -228,8 +228,6 @@ def kinds() -> dict[str, str]:
 
 def meaning(flag: str) -> str:
     """What becomes of a flag, for ``--help`` and the documentation."""
-    if flag in HYBRID:
-        return "refused: hybrid models"
     if flag in MODEL_VALUES or flag in MODEL_SWITCHES:
         return "student.model_args.megatron_arguments"
     if flag in MOVED:
@@ -249,7 +247,7 @@ def meaning(flag: str) -> str:
 SPECIAL_MEANING: dict[str, str] = {
     "export-kd-teacher-load": "teacher.model_args.model_name_or_path",
     "export-kd-teacher-model-config": "teacher.model_args.megatron_arguments",
-    "export-model-type": "only GPTModel",
+    "export-model-type": "only GPTModel or MambaModel",
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
     "ckpt-step": "the iteration of --load",

@@ -13,7 +13,7 @@ from limbeck.folders import MEGATRON_TRACKER
 from limbeck.models.megatron_checkpoint.legacy import open_legacy
 from limbeck.models.megatron_checkpoint.stored import StoredCheckpoint
 from limbeck.models.megatron_checkpoint.torch_dist import INDEX, open_torch_dist
-from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, Heads, Kind, joined, slice_of
+from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, ExpertShape, Heads, Kind, joined, slice_of
 
 
 def open_checkpoint(name: str) -> StoredCheckpoint:
@@ -56,12 +56,19 @@ def load_weights(checkpoint: StoredCheckpoint, config: PretrainedConfig, dtype: 
     Rows of embeddings and output head beyond the vocabulary of ``config`` are left out.
 
     Raises:
-        LimbeckError: if the checkpoint has other parameters, or of other shapes, than this model.
+        LimbeckError: if the checkpoint has other parameters, or of other shapes, than this model; for hybrids and experts.
     """
+    family, experts = FAMILIES[config.model_type], ExpertShape.of(config)
+    if family.hybrid or experts is not None:
+        what = "Mamba layers" if family.hybrid else "experts"
+        raise LimbeckError(
+            f"{checkpoint.where} has {what}, whose weights are not read from checkpoints of Megatron-LM; convert it to a "
+            "Hugging Face folder (Megatron-Bridge does), and use that."
+        )
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config).state_dict()
     heads, left, weights = Heads.of(config), dict(checkpoint.parameters), {}
-    for name, rule in FAMILIES[config.model_type].rules.items():
+    for name, rule in family.rules.items():
         tied = rule.sources == (HEAD,) and config.tie_word_embeddings
         for layer in range(config.num_hidden_layers) if "*" in name else (None,):
             key, sources = (name, layer), [source.replace("*", str(layer)) for source in rule.sources]
