@@ -160,7 +160,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
             f"{where}: add_qkv_bias and qk_layernorm together are neither a qwen2 nor a qwen3 model; at most one may be true."
         )
     width = _size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64)
-    kind, experts = "qwen3" if norms else "qwen2" if bias else "llama", {}
+    kind, experts = "qwen3" if norms else "qwen2" if bias else "llama", dict[str, Any]()
     if given.get("num_experts"):
         kind, experts = _experts(given, where, kind, width)
     return AutoConfig.for_model(
