@@ -126,6 +126,19 @@ def test_resume_is_bit_exact(configure, tmp_path, packing):
     assert metric_by_step(out, "train/loss") == metric_by_step(tmp_path / "full", "train/loss")
 
 
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "adamw_8bit"])
+def test_the_state_of_every_optimizer_is_in_the_checkpoint(configure, tmp_path, optimizer):
+    if optimizer == "adamw_8bit":
+        pytest.importorskip("torchao")
+    changes = {"student.training_args.optimizer_name": optimizer, "save_steps": 2, "eval_steps": 0, "max_steps": 4}
+    DistillPipeline(configure(**changes)).run()
+    out = Path(configure().output_dir)
+    shutil.copytree(out, tmp_path / "full", symlinks=True)
+    forget_after(out, 2)
+    DistillPipeline(configure(**changes, resume_from_checkpoint=True)).run()
+    assert_same_weights(tmp_path / "full" / "checkpoint-4", out / "checkpoint-4")
+
+
 @pytest.mark.processes
 def test_a_killed_run_resumes_to_the_same_weights(settings, tmp_path):
     keys = {"save_steps": 2, "eval_steps": 0, "max_steps": 60, "validation": None}
