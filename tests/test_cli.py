@@ -163,7 +163,7 @@ def test_every_command_with_a_configuration_takes_a_dialect(run_file, capsys, co
     assert main([*command, "--dialect", "rol", str(run_file), "seed=3"]) == 2
     assert (
         capsys.readouterr().err
-        == "limbeck: dialect rol is not known; use one of distillkit, hyperpod, limbeck, nemo_rl, roll.\n"
+        == "limbeck: dialect rol is not known; use one of distillkit, hyperpod, limbeck, megatron, nemo_rl, roll.\n"
     )
     assert main([*command, str(run_file), "--dialect", "limbeck", "rpc_timeout=60"]) == 2
     assert "command line: rpc_timeout is not a key" in capsys.readouterr().err
