@@ -69,6 +69,9 @@ def test_experts_and_hybrids_have_architectures_of_their_own():
         "nemotron_h",
         ["linear_attention", "linear_attention", "full_attention"],
     )
+    for one in (mixtral, qwen, config):
+        with pytest.raises(LimbeckError, match=f"model_type {one.model_type} cannot be written as a checkpoint"):
+            megatron_arguments(one)
 
 
 def test_the_end_token_of_a_null_tokenizer_is_one_more():
