@@ -280,6 +280,11 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
             {"teacher": "--export-kd-teacher-load mcore"},
             "--export-kd-teacher-model-config nowhere.yaml cannot be read",
         ),
+        (
+            "--export-kd-teacher-model-config nowhere.yaml",
+            {},
+            "--export-kd-teacher-model-config = nowhere.yaml is not a file; leave it out",
+        ),
         ("--load nowhere", {}, "--load = nowhere has no checkpoint, neither of Megatron-LM nor of Hugging Face"),
         (
             "",
