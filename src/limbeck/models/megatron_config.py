@@ -145,6 +145,10 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
                 f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
                 f"{' or '.join(_yaml(one) for one in possible)}."
             )
+    if given.get("kv_channels") is None and hidden % heads:
+        raise LimbeckError(
+            f"{where}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; correct one."
+        )
     channels = _size(given, "kv_channels", where, hidden // heads)
     grouped = given.get("group_query_attention")
     groups = _size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
