@@ -156,6 +156,8 @@ def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, writ
     (tmp_path / "corpus.idx").unlink()
     with pytest.raises(LimbeckError, match=r"corpus\.idx does not exist"):
         inputs_of(Source(path=(str(tmp_path / "corpus.bin"),)))
+    with pytest.raises(LimbeckError, match=r"nope does not exist .*, nor do .*nope\.bin and .*nope\.idx"):
+        inputs_of(Source(path=(str(tmp_path / "nope"),)))
 
 
 def test_a_negative_token_is_a_bad_row(tmp_path, tokenizer, write_corpus):

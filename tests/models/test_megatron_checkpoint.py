@@ -273,9 +273,11 @@ def test_an_index_runs_no_code(tmp_path):
 def test_missing_and_damaged_parts_are_one_sentence(tmp_path):
     folder = write_checkpoint(make("llama"), tmp_path, 1)
     (part,) = folder.glob("*.distcp")
-    part.write_bytes(part.read_bytes()[:2000])
-    with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
-        read(tmp_path)
+    whole = part.read_bytes()
+    for damaged in (whole[:2000], b"", bytes(len(whole)), b"x" * len(whole)):
+        part.write_bytes(damaged)
+        with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged \(\w"):
+            read(tmp_path)
     part.unlink()
     with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
         read(tmp_path)

@@ -134,7 +134,10 @@ def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
     [
         ({"num_layer": 3}, r"student.model_args.megatron_arguments.num_layer is no argument .* is num_layers meant\?"),
         ({**LLAMA, "vocab_size": 200}, "has 299 tokens, and the vocabulary of the model has 200 rows"),
-        ({**LLAMA, "num_attention_heads": 5, "kv_channels": 16}, "^cannot load the new student: The hidden size .64. is not"),
+        (
+            {**LLAMA, "num_attention_heads": 5, "kv_channels": 16},
+            "^cannot load the new student: The hidden size .64. is not",
+        ),
     ],
 )
 def test_arguments_that_fit_nothing_are_one_sentence(tokenizer, arguments, sentence):

@@ -170,7 +170,9 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
         for name, key in table.PARALLEL.items():
             if name in given:
                 assign(f"{path}.strategy_config.{key}", given[name], f"--{name}")
-    sizes = {key: _size(result, given, name, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"}
+    sizes = {
+        key: _size(result, given, name, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"
+    }
     _virtual_stages(result, given, of_megatron, sizes["pipeline_model_parallel_size"])
     config = "student.strategy_args.strategy_config.megatron"
     if chosen == "megatron":

@@ -108,7 +108,11 @@ def read_torch_file(path: Path) -> Any:
             with safe_globals([(Record, name) for name in names]):
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise LimbeckError(
-            f"{path} is damaged or no file of torch.save ({reason}); copy the checkpoint again."
+            f"{path} is damaged or no file of torch.save ({reason(error)}); copy the checkpoint again."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error without its full stop, or its class if it has no words."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
