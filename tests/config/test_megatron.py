@@ -280,6 +280,11 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
             {"teacher": "--export-kd-teacher-load mcore"},
             "--export-kd-teacher-model-config nowhere.yaml cannot be read",
         ),
+        (
+            "--export-kd-teacher-model-config nowhere.yaml",
+            {},
+            "--export-kd-teacher-model-config = nowhere.yaml is not a file; leave it out",
+        ),
         ("--load nowhere", {}, "--load = nowhere has no checkpoint, neither of Megatron-LM nor of Hugging Face"),
         (
             "",
@@ -306,6 +311,19 @@ def test_the_strategy_follows_the_devices_and_keeps_the_sizes(folder: Path, monk
     monkeypatch.setattr(megatron, "has_gpu", lambda: True)
     assert at(run(text), "student.strategy_args.strategy_config.megatron.overlap_grad_reduce") is True
     assert at(run(f"{text} --limbeck-strategy fsdp2"), "teacher.strategy_args.strategy_name") == "fsdp2_infer"
+
+
+def test_overrides_count_among_the_sizes_and_may_give_the_teacher_its_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    stages = "{}.strategy_args.strategy_config.pipeline_model_parallel_size"
+    for student in (f"{stages.format('student')}=2", "--pipeline-model-parallel-size 2"):
+        loaded = run(f"--global-batch-size 8 {student} {stages.format('teacher')}=1")
+        assert at(loaded, "student.training_args.gradient_accumulation_steps") == 4
+        assert [at(loaded, stages.format(role)) for role in ("student", "teacher")] == [2, 1]
+    (line,) = mistakes(f"--pipeline-model-parallel-size 2 {stages.format('student')}=1")
+    assert "contradicts" in line
 
 
 def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:

@@ -141,9 +141,10 @@ def test_a_megatron_corpus_gives_its_documents_with_every_token_learned(tmp_path
 def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, write_corpus):
     write_corpus(tmp_path / "corpus", [[1, 2, 3]])
     index = (tmp_path / "corpus.idx").read_bytes()
-    (tmp_path / "corpus.bin").write_bytes(b"\1\0")
-    with pytest.raises(LimbeckError, match="is shorter than"):
-        list(inputs_of(Source(path=(str(tmp_path / "corpus"),)))[0].read())
+    for tokens, words in ((b"\1\0", "is shorter than"), (bytes(2 * 3 + 1), "is longer than")):
+        (tmp_path / "corpus.bin").write_bytes(tokens)
+        with pytest.raises(LimbeckError, match=words):
+            list(inputs_of(Source(path=(str(tmp_path / "corpus"),)))[0].read())
     for broken, words in (
         (index[:60], "cut off"),
         (b"other" + index, "not a Megatron index"),
@@ -155,6 +156,8 @@ def test_a_megatron_pair_that_does_not_belong_together_is_refused(tmp_path, writ
     (tmp_path / "corpus.idx").unlink()
     with pytest.raises(LimbeckError, match=r"corpus\.idx does not exist"):
         inputs_of(Source(path=(str(tmp_path / "corpus.bin"),)))
+    with pytest.raises(LimbeckError, match=r"nope does not exist .*, nor do .*nope\.bin and .*nope\.idx"):
+        inputs_of(Source(path=(str(tmp_path / "nope"),)))
 
 
 def test_a_negative_token_is_a_bad_row(tmp_path, tokenizer, write_corpus):

@@ -118,6 +118,17 @@ def test_what_is_written_is_read_again(kind, tmp_path):
     assert_same(read(folder), model)
 
 
+def test_classes_that_other_libraries_allow_change_nothing(tmp_path):
+    """megatron.core makes Namespace a class that torch.load builds; the arguments are read all the same."""
+    model = make("llama")
+    write_checkpoint(model, tmp_path / "written", 1)
+    write_legacy(model, tmp_path / "legacy")
+    with torch.serialization.safe_globals([Namespace]):
+        for name in ("written", "legacy"):
+            assert_same(read(tmp_path / name), model)
+        assert Namespace in torch.serialization.get_safe_globals()
+
+
 @pytest.mark.parametrize(("kind", "virtual"), [("llama", 1), ("qwen2", 2), ("qwen3", 2)])
 def test_the_files_of_all_ranks_are_merged(kind, virtual, tmp_path):
     model = make(kind)
@@ -262,9 +273,11 @@ def test_an_index_runs_no_code(tmp_path):
 def test_missing_and_damaged_parts_are_one_sentence(tmp_path):
     folder = write_checkpoint(make("llama"), tmp_path, 1)
     (part,) = folder.glob("*.distcp")
-    part.write_bytes(part.read_bytes()[:2000])
-    with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
-        read(tmp_path)
+    whole = part.read_bytes()
+    for damaged in (whole[:2000], b"", bytes(len(whole)), b"x" * len(whole)):
+        part.write_bytes(damaged)
+        with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged \(\w"):
+            read(tmp_path)
     part.unlink()
     with pytest.raises(LimbeckError, match=r"__0_0.distcp is missing or damaged"):
         read(tmp_path)

@@ -69,6 +69,9 @@ def test_experts_and_hybrids_have_architectures_of_their_own():
         "nemotron_h",
         ["linear_attention", "linear_attention", "full_attention"],
     )
+    for one in (mixtral, qwen, config):
+        with pytest.raises(LimbeckError, match=f"model_type {one.model_type} cannot be written as a checkpoint"):
+            megatron_arguments(one)
 
 
 def test_the_end_token_of_a_null_tokenizer_is_one_more():
@@ -86,6 +89,7 @@ def test_the_end_token_of_a_null_tokenizer_is_one_more():
         ({"num_experts": 4, "moe_router_topk": 5}, "moe_router_topk = 5 is more than num_experts = 4"),
         ({"num_layers": None}, "num_layers is missing; set it in"),
         ({"num_layers": 2.5}, "num_layers = 2.5 must be a whole number above 0"),
+        ({"num_attention_heads": 5}, "hidden_size = 64 is not a multiple of num_attention_heads = 5; correct one"),
         ({"num_query_groups": 3}, "num_attention_heads = 8 is not a multiple of 3, as num_query_groups"),
         ({"add_qkv_bias": True, "qk_layernorm": True}, "together are neither a qwen2 nor a qwen3"),
     ],
@@ -130,6 +134,10 @@ def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
     [
         ({"num_layer": 3}, r"student.model_args.megatron_arguments.num_layer is no argument .* is num_layers meant\?"),
         ({**LLAMA, "vocab_size": 200}, "has 299 tokens, and the vocabulary of the model has 200 rows"),
+        (
+            {**LLAMA, "num_attention_heads": 5, "kv_channels": 16},
+            "^cannot load the new student: The hidden size .64. is not",
+        ),
     ],
 )
 def test_arguments_that_fit_nothing_are_one_sentence(tokenizer, arguments, sentence):

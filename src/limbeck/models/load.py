@@ -129,7 +129,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
             f"the {role} {name!r} is incomplete or damaged ({_first_line(error).rstrip('.')}); copy or download it again."
         ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        raise LimbeckError(f"cannot load the {role} {name!r}: {_first_line(error)}{_hint(name, error)}") from error
+        which = f"new {role}" if name is None else f"{role} {name!r}"
+        raise LimbeckError(f"cannot load the {which}: {_first_line(error)}{_hint(name, error)}") from error
 
 
 def _attention(source: ModelSource) -> str | None:
@@ -300,7 +301,9 @@ def _from_pretrained(auto_class: Any, name: str | None, options: Mapping[str, An
         return auto_class.from_pretrained(name, **options)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
+    if isinstance(error, StrictDataclassError) and error.__cause__ is not None:  # its own words name a validator
+        error = error.__cause__
     lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     return first.rstrip(".") + "."

@@ -94,6 +94,8 @@ _LLAMA3_POSITIONS = 8192
 _PADDING = 128
 """Megatron's default of make_vocab_size_divisible_by."""
 
+_NOT_WRITTEN = "a model with {} cannot be written as a checkpoint of Megatron-LM; save it as it is."
+
 
 def check_names(arguments: Mapping[str, Any], where: str) -> None:
     """Raise LimbeckError unless all names are in ``ARGUMENTS``. where: the key with the arguments, for the error."""
@@ -143,6 +145,10 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
                 f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
                 f"{' or '.join(_yaml(one) for one in possible)}."
             )
+    if given.get("kv_channels") is None and hidden % heads:
+        raise LimbeckError(
+            f"{where}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; correct one."
+        )
     channels = _size(given, "kv_channels", where, hidden // heads)
     grouped = given.get("group_query_attention")
     groups = _size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
@@ -189,10 +195,11 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         LimbeckError: if Megatron-LM has no arguments for this model.
     """
+    if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):  # others may lack what is read below
+        raise LimbeckError(_NOT_WRITTEN.format(f"model_type {config.model_type}"))
     rope = dict(config.rope_parameters)
     kind, bias = rope.get("rope_type", "default"), getattr(config, "attention_bias", False)
     odd = {
-        f"model_type {config.model_type}": config.model_type not in ("llama", "mistral", "qwen2", "qwen3"),
         "biases": bias or getattr(config, "mlp_bias", False),
         f"hidden_act {config.hidden_act}": config.hidden_act != "silu",
         f"RoPE scaling {kind}": kind not in ("default", "linear", "llama3"),
@@ -204,7 +211,7 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
         ),
     }
     for what in (what for what, found in odd.items() if found):
-        raise LimbeckError(f"a model with {what} cannot be written as a checkpoint of Megatron-LM; save it as it is.")
+        raise LimbeckError(_NOT_WRITTEN.format(what))
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     return {

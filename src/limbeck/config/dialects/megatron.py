@@ -152,7 +152,10 @@ def has_gpu() -> bool:
 
 
 def _parallel(result: Translation, given: Values) -> dict[str, int]:
-    """Set the strategy and its dimensions for both models; returns the sizes."""
+    """Set the strategy and its dimensions for both models; returns the sizes of the student.
+
+    An override of the teacher's layout takes precedence over the flags.
+    """
     chosen = given.get("limbeck-strategy") or ("megatron" if has_gpu() else "fsdp2")
     if chosen not in ("megatron", "fsdp2"):
         result.refuse("--limbeck-strategy", f"= {chosen} is not one of megatron, fsdp2")
@@ -160,14 +163,17 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     of_megatron = {name: given[name] for name in table.OF_MEGATRON if name in given}
     if given.get("recompute-activations"):
         of_megatron.setdefault("recompute-granularity", "selective")
-    _virtual_stages(result, given, of_megatron)
-    for role, mode in (("student", "train"), ("teacher", "infer")):
+    for role, mode, assign in (("student", "train", result.set), ("teacher", "infer", result.default)):
         path = f"{role}.strategy_args"
         origin = "--limbeck-strategy" if "limbeck-strategy" in given else "the devices of this machine"
         result.default(f"{path}.strategy_name", f"{chosen}_{mode}", origin)
         for name, key in table.PARALLEL.items():
             if name in given:
-                result.set(f"{path}.strategy_config.{key}", given[name], f"--{name}")
+                assign(f"{path}.strategy_config.{key}", given[name], f"--{name}")
+    sizes = {
+        key: _size(result, given, name, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"
+    }
+    _virtual_stages(result, given, of_megatron, sizes["pipeline_model_parallel_size"])
     config = "student.strategy_args.strategy_config.megatron"
     if chosen == "megatron":
         for name, value in of_megatron.items():
@@ -183,16 +189,22 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     if chosen == "fsdp2" or "recompute-granularity" not in of_megatron:
         full = of_megatron.get("recompute-granularity") == "full"
         result.default(recompute, not full, "--recompute-granularity" if full else DEFAULT)
-    return {key: _whole(result, given, name, 1) for name, key in table.PARALLEL.items() if name != "sequence-parallel"}
+    return sizes
 
 
-def _virtual_stages(result: Translation, given: Values, of_megatron: Values) -> None:
+def _size(result: Translation, given: Values, flag: str, key: str) -> int:
+    """The student's size of a parallel dimension, from an override or else the flag."""
+    value = number(result.get(f"student.strategy_args.strategy_config.{key}"))
+    return value if type(value) is int and value > 0 else _whole(result, given, flag, 1)
+
+
+def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pipeline: int) -> None:
     stages, layers = (
         given.get(name) for name in ("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
     )
     if layers is not None:
         flag = "num-layers-per-virtual-pipeline-stage"
-        held = _whole(result, given, flag, 1) * _whole(result, given, "pipeline-model-parallel-size", 1)
+        held = _whole(result, given, flag, 1) * pipeline
         whole = _whole(result, given, "num-layers", 0)
         if not whole or not held or whole % held:
             result.refuse(

@@ -155,6 +155,10 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
     if is_hugging_face(name):
         if file.is_file():
             result.notices.append(f"{file} is not read: {name} has a config.json, which describes the teacher.")
+        elif named is not None:
+            result.refuse(
+                f"--{config_flag}", f"= {file} is not a file; leave it out, as {name} has a config.json for the teacher"
+            )
     elif named is not None or file.is_file():
         arguments = nemo_arguments(result, read_mapping(file, f"--{config_flag}", locations), str(file))
         result.put("teacher.model_args.megatron_arguments", arguments, f"--{config_flag}")

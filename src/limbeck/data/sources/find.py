@@ -181,7 +181,8 @@ def _checked(path: Path) -> Path:
         near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(str(folder / name) for name in near)}?" if near else "check the path."
         missing = "does not exist" if folder.is_dir() else f"does not exist, nor does the folder {folder}"
-        raise LimbeckError(f"The data file {path} {missing} (looked from {Path.cwd()}); {hint}")
+        corpus = "" if _suffix(path) in _READERS else f", nor do {path}.bin and {path}.idx of a pretokenised corpus"
+        raise LimbeckError(f"The data file {path} {missing} (looked from {Path.cwd()}){corpus}; {hint}")
     if _is_megatron(path):
         for half in _pair(path):
             if not half.is_file():

@@ -92,10 +92,11 @@ def open_corpus(index: Path, tokens: Path) -> Corpus:
         data = np.memmap(tokens, dtype=np.uint8, mode="r") if tokens.stat().st_size else np.zeros(0, np.uint8)
     except (OSError, ValueError) as error:
         raise LimbeckError(f"{index} and {tokens} cannot be read ({error}); both must be there.") from error
-    if sequences and (
-        sizes.min() < 0 or offsets.min() < 0 or (offsets + sizes.astype(np.int64) * dtype.itemsize).max() > len(data)
-    ):
+    end = int((offsets + sizes.astype(np.int64) * dtype.itemsize).max()) if sequences else 0
+    if sequences and (sizes.min() < 0 or offsets.min() < 0 or end > len(data)):
         raise LimbeckError(f"{tokens} is shorter than {index} requires; the two files do not belong together.")
+    if end < len(data):
+        raise LimbeckError(f"{tokens} is longer than {index} describes; the two files do not belong together.")
     if boundaries and (documents[0] != 0 or documents[-1] != sequences or (np.diff(documents) < 0).any()):
         raise LimbeckError(f"{index} contains invalid document boundaries; create the index again.")
     return Corpus(index, tokens, dtype, data, sizes, offsets, documents)

@@ -10,11 +10,19 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+from torch.serialization import (
+    add_safe_globals,
+    clear_safe_globals,
+    get_safe_globals,
+    get_unsafe_globals_in_checkpoint,
+    safe_globals,
+)
 
 from limbeck.errors import LimbeckError
 
@@ -70,6 +78,18 @@ def read_metadata(path: Path) -> Any:
         ) from error
 
 
+@contextmanager
+def _without_allowed_classes() -> Iterator[None]:
+    """Take back the classes that ``torch.load`` may build for other libraries, which would not become a ``Record``."""
+    allowed = get_safe_globals()
+    clear_safe_globals()
+    try:
+        yield
+    finally:
+        clear_safe_globals()
+        add_safe_globals(allowed)
+
+
 def read_torch_file(path: Path) -> Any:
     """What ``torch.save`` wrote; tensors stay in the file until they are read.
 
@@ -77,17 +97,22 @@ def read_torch_file(path: Path) -> Any:
         LimbeckError: if it is damaged, or holds objects of other classes than Megatron stores.
     """
     try:
-        names = get_unsafe_globals_in_checkpoint(str(path))
-        odd = sorted(name for name in names if not name.startswith(_IN_FILES))
-        if odd:
-            raise LimbeckError(
-                f"{path} holds a {odd[0]}, which would have to be unpickled, and that can run any code; load the checkpoint "
-                "with Megatron-LM and save it with --ckpt-format torch_dist."
-            )
-        with safe_globals([(Record, name) for name in names]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with _without_allowed_classes():
+            names = get_unsafe_globals_in_checkpoint(str(path))
+            odd = sorted(name for name in names if not name.startswith(_IN_FILES))
+            if odd:
+                raise LimbeckError(
+                    f"{path} holds a {odd[0]}, which would have to be unpickled, and that can run any code; load the "
+                    "checkpoint with Megatron-LM and save it with --ckpt-format torch_dist."
+                )
+            with safe_globals([(Record, name) for name in names]):
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise LimbeckError(
-            f"{path} is damaged or no file of torch.save ({reason}); copy the checkpoint again."
+            f"{path} is damaged or no file of torch.save ({reason(error)}); copy the checkpoint again."
         ) from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error without its full stop, or its class if it has no words."""
+    return str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

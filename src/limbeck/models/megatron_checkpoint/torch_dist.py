@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read_torch_file
+from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read_torch_file, reason
 from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, parameter_key
 
 INDEX, COMMON = ".metadata", "common.pt"
@@ -103,8 +104,8 @@ class _Tensor:
             with path.open("rb") as file:
                 file.seek(chunk.start)
                 part = torch.load(io.BytesIO(file.read(chunk.length)), map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
-            raise LimbeckError(f"{path} is missing or damaged ({error}); copy the checkpoint again.") from error
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise LimbeckError(f"{path} is missing or damaged ({reason(error)}); copy the checkpoint again.") from error
         if not isinstance(part, Tensor) or tuple(part.shape) != chunk.shape:
             raise LimbeckError(f"{path} does not hold what {INDEX} lists; copy the checkpoint again.")
         return part

@@ -157,8 +157,8 @@ def distribute_student(
             )
         if world.max(found is not None and found.is_divided and features.losses.shares_projection):
             raise LimbeckError(
-                "features.projection = shared with features.pairs on several pipeline stages is not built; set per_pair, or "
-                "pair layers of one stage."
+                "features.projection = shared with features.pairs on several pipeline stages is not built; set "
+                "features.projection=per_pair, also where a ModelOpt configuration chose shared, or pair layers of one stage."
             )
         return found
 
