@@ -97,6 +97,17 @@ def test_only_rows_that_lack_an_answer_are_dropped_when_they_are_too_long(tmp_pa
         tokenize_files([path], tokenizer, **{**settings, "prompts_only": False})
 
 
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped(tokenizer):
+    examples, _ = tokenize_rows([{"question": "How many?"}], tokenizer, prompts_only=True)
+    length = len(examples.row(0)[0])
+    rows = [{"question": "How many?"}, {"question": "How?"}]
+    examples, report = tokenize_rows(rows, tokenizer, prompts_only=True, sequence_length=length)
+    assert len(examples) == 1
+    assert report.dropped == {f"prompt of {length} tokens, which leaves no room for an answer": 1}
+    examples, _ = tokenize_rows(rows, tokenizer, prompts_only=True, sequence_length=length + 1)
+    assert len(examples) == 2
+
+
 def test_a_row_without_an_answer_has_no_weight(tokenizer):
     with pytest.raises(LimbeckError, match='rows:0 has no answer, and its "weight" would weight one; remove it'):
         tokenize_rows([{"question": "How many?", "weight": 2}], tokenizer, prompts_only=True)
