@@ -28,6 +28,7 @@ from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
 from limbeck.data.teacher_prompts import with_teacher_prompts
 from limbeck.errors import LimbeckError
+from limbeck.rollout.student import num_tokens
 from limbeck.strategies.world import World
 from limbeck.train.adaptive_share import AdaptiveShare
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
@@ -80,6 +81,13 @@ class RolloutSource:
         self._total_steps = count_steps(config, self)
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
+        size = num_tokens(data.tokenizer)
+        for token in self._settings.stop_token_ids:
+            if not 0 <= token < size:
+                raise LimbeckError(
+                    f"rollout.stop_token_ids has {token}, which is no token of {config.tokenizer_name_or_path}, whose ids "
+                    f"end at {size - 1}; correct it."
+                )
         ends, origins = self._end_tokens(), self._settings.origins
         stops = sorted({*self._settings.stop_token_ids, *ends})
         self.writer = Writer(config, world, stops)
