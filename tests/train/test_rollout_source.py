@@ -236,6 +236,14 @@ def test_answers_that_end_differently_for_data_and_models_are_reported(source, a
     assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
 
 
+def test_a_teacher_with_a_chat_template_for_a_student_without_one_is_reported(source, assets, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(assets / "student", folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.warns(UserWarning, match=r"plain has no chat template, .* and the teacher .* has one; set"):
+        source(student_pretrain=str(folder))
+
+
 def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
     common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
     limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}

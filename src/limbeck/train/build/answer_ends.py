@@ -48,7 +48,15 @@ def disagreements(config: DistillConfig, tokenizer: Any, last_tokens: Collection
             f"The answers of the data, and so the student's, end with {in_data}, and the teacher {teacher} ends an answer with "
             f"{_names(ends, other)}. It may teach the student not to end; use a teacher or a template with the same end."
         )
-    if config.student.data_args.template not in (None, "native") or not tokenizer.chat_template:
+    if config.student.data_args.template not in (None, "native") or not (
+        tokenizer.chat_template or other.chat_template
+    ):
+        return
+    if not tokenizer.chat_template:
+        yield (
+            f"{student} has no chat template, so that the data is written without one, and the teacher {teacher} has one; set "
+            "student.data_args.template to the teacher's."
+        )
         return
     if not other.chat_template:
         yield (
