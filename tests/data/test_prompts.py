@@ -93,8 +93,20 @@ def test_only_rows_that_lack_an_answer_are_dropped_when_they_are_too_long(tmp_pa
     assert report.dropped == {"longer than 64 tokens": 1}
     assert report.truncated == 1
     assert [bool(count) for count in examples.num_supervised] == [True, False]
-    with pytest.raises(LimbeckError, match=r"rows.jsonl:2 has no \"answer\""):  # also after a cache entry was made
+    wanted = r"rows.jsonl:2 has no \"answer\" .* set answer_key .*, or .*on_policy_fraction: 1.*off_policy: teacher"
+    with pytest.raises(LimbeckError, match=wanted):  # also after a cache entry was made
         tokenize_files([path], tokenizer, **{**settings, "prompts_only": False})
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_dropped(tokenizer):
+    examples, _ = tokenize_rows([{"question": "How many?"}], tokenizer, prompts_only=True)
+    length = len(examples.row(0)[0])
+    rows = [{"question": "How many?"}, {"question": "How?"}]
+    examples, report = tokenize_rows(rows, tokenizer, prompts_only=True, sequence_length=length)
+    assert len(examples) == 1
+    assert report.dropped == {f"prompt of {length} tokens, which leaves no room for an answer": 1}
+    examples, _ = tokenize_rows(rows, tokenizer, prompts_only=True, sequence_length=length + 1)
+    assert len(examples) == 2
 
 
 def test_a_row_without_an_answer_has_no_weight(tokenizer):

@@ -242,6 +242,55 @@ def test_what_cannot_run_is_refused_before_the_first_step(configure, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), np.float32("-inf")])
+def test_a_reward_that_is_not_finite_is_not_known(source, reward):
+    class Broken(Lengths):
+        def reset(self, row):
+            return row["question"]
+
+        def step(self, episodes, completions):
+            return [EnvironmentStep(reward=reward if "1 plus" in one else 1.0) for one in episodes]
+
+    ENVIRONMENTS.register("broken")(Broken)
+    made, _, data = source(**{"rollout.environment": "broken"})
+    found = made.scorer.begin(data.examples, range(8)).step(dict.fromkeys(range(8), (1,)))
+    assert {one.reward for one in found.values()} == {None, 1.0}
+    assert {one.reason for one in found.values() if one.reward is None} == {f"error: the reward is {reward}"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "sentence"),
+    [
+        ([0.5], "returned 0.5 for a completion, which is not an EnvironmentStep"),
+        ([EnvironmentStep(reward="good")], "returned the reward 'good', which is not a number"),
+        ([EnvironmentStep(reply=b"go on")], "returned the reply b'go on', which is not text"),
+        (None, "returned a NoneType for 1 completions"),
+        ([], "returned 0 steps for 1 completions"),
+    ],
+)
+def test_a_faulty_environment_is_named(source, steps, sentence):
+    class Faulty(Lengths):
+        def step(self, episodes, completions):
+            return steps
+
+    ENVIRONMENTS.register("faulty")(Faulty)
+    made, _, data = source(**{"rollout.environment": "faulty"})
+    with pytest.raises(LimbeckError, match=f"The environment faulty {sentence}"):
+        made.scorer.begin(data.examples, [0]).step({0: (1,)})
+
+
+def test_an_environment_that_cannot_begin_is_named(source):
+    class Faulty(Lengths):
+        def reset(self, row):
+            return row["solution"]
+
+    ENVIRONMENTS.register("faulty")(Faulty)
+    with pytest.raises(
+        LimbeckError, match=r"rollout\.environment = faulty cannot use the training rows: KeyError: 'solution'"
+    ):
+        source(**{"rollout.environment": "faulty"})
+
+
 class Counting:
     """Replies with a number in each turn but the last."""
 

@@ -236,6 +236,39 @@ def test_answers_that_end_differently_for_data_and_models_are_reported(source, a
     assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
 
 
+def test_without_answers_the_template_shows_how_they_end(source, assets, tmp_path):
+    path, folder = tmp_path / "prompts.jsonl", tmp_path / "student"
+    path.write_text("".join(json.dumps({"question": f"What is {n} plus 1?"}) + "\n" for n in range(16)))
+    shutil.copytree(assets / "student", folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", "<pad>"))
+    changes = {"student.data_args.file_name": [str(path)], "validation.data_args.file_name": None}
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        made, config, data = source(**changes, student_pretrain=str(folder), teacher_pretrain=str(folder))
+    (end,) = {str(one.message) for one in found if "nswers" in str(one.message) and "teacher" not in str(one.message)}
+    assert re.search(r"^Answers in the template of the data end with <pad>, and .*student with <\|end\|>", end)
+    assert made._end_tokens(config, data.tokenizer) == ({data.tokenizer.pad_token_id}, False)
+
+
+def test_answers_that_were_cut_do_not_show_how_they_end(source, tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text(
+        "".join(json.dumps({"question": "Why?", "answer": f"{n} " * 99 + str(n)}) + "\n" for n in range(16))
+    )
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        source(**{"student.data_args.file_name": [str(path)]})
+    assert not [one for one in found if "end with different tokens" in str(one.message)]
+
+
+def test_a_teacher_with_a_chat_template_for_a_student_without_one_is_reported(source, assets, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(assets / "student", folder)
+    (folder / "chat_template.jinja").unlink()
+    with pytest.warns(UserWarning, match=r"plain has no chat template, .* and the teacher .* has one; set"):
+        source(student_pretrain=str(folder))
+
+
 def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
     common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
     limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}
@@ -281,6 +314,10 @@ def test_an_answer_ends_at_the_sequence_length(source):
         ({"rollout.num_generations": 3}, "rollout.num_generations = 3 does not divide the 8 samples of a step"),
         ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
+        ({"rollout.stop_strings": ["x", ""]}, r"rollout.stop_strings = \['x', ''\] has an empty text"),
+        ({"rollout.stop_token_ids": [1, 10**6]}, "rollout.stop_token_ids has 1000000, which is no token of"),
+        ({"rollout.stop_token_ids": [-1]}, "rollout.stop_token_ids has -1, which is no token of"),
+        ({"rollout.lambda": 0.5}, "rollout.lambda is a key of GKD; use rollout.on_policy_fraction"),
         ({"rollout.on_policy_fraction": 1.5}, "rollout.on_policy_fraction"),
         ({"rollout.generator": "gready"}, "is not a known generator; did you mean greedy?"),
     ],

@@ -1,4 +1,4 @@
-"""Keys of TRL and transformers that Limbeck does not have, and what to set instead."""
+"""Keys of TRL, transformers and papers that Limbeck does not have, and what to set instead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ _HF = "transformers"
 
 FOREIGN_KEYS: dict[str, tuple[str, str]] = {
     # GKDConfig
+    "lambda": ("GKD", "rollout.on_policy_fraction"),
     "lmbda": (_TRL, "rollout.on_policy_fraction"),
     "beta": (_TRL, "js_beta, with kd_objective: js_divergence"),
     "seq_kd": (_TRL, "rollout.off_policy: teacher"),

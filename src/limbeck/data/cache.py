@@ -27,7 +27,7 @@ from limbeck.errors import LimbeckError
 if TYPE_CHECKING:
     from limbeck.data.sources import Input, Source
 
-VERSION = 4
+VERSION = 5
 """Increase it whenever the same input gives other arrays or another report."""
 
 ARRAYS = ("tokens", "labels", "offsets", "supervised")

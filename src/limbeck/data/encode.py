@@ -280,6 +280,7 @@ class _Batch:
     def __init__(self, settings: TokenizeSettings) -> None:
         self._limit = settings.sequence_length
         self._overlong = settings.overlong
+        self._continued = settings.prompts_only  # the answers to prompts are written in the same sequence
         self._domains: list[str] | None = None if settings.domain_key is None else []
         self._columns: list[bytes] | None = [] if settings.keep_columns else None
         self._teacher = None if settings.prompts else settings.teacher_prompt
@@ -304,6 +305,9 @@ class _Batch:
             self.dropped[f"prompt of the teacher longer than {self._teacher.max_length} tokens"] += 1
             return
         limit, overlong = self._limit, len(ids) > self._limit
+        if is_prompt and self._continued and len(ids) == limit:
+            self.dropped[f"prompt of {limit} tokens, which leaves no room for an answer"] += 1
+            return
         if overlong and (is_prompt or self._overlong == "drop"):
             self.dropped[f"longer than {limit} tokens"] += 1
             return

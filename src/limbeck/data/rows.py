@@ -32,6 +32,10 @@ _SPEAKERS = {
 }
 _QUESTION_NAMES = ("question", "problem", "prompt", "instruction", "query", "input")
 _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "target")
+_WITHOUT_ANSWERS = (
+    "let the student write all answers (rollout.on_policy_fraction: 1), or the teacher the others "
+    "(rollout.off_policy: teacher)"
+)
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ def detect(first: Record, keys: RowKeys, prompts: bool = False) -> str:
             return name
     if not prompts and "prompt" in first.row and not any(name in first.row for name in _ANSWER_NAMES):
         raise LimbeckError(
-            f"{first.where} is a prompt without an answer (it has {listed(first.row)}); give rows with answers, or let the "
-            "student write all of them (rollout.on_policy_fraction: 1)."
+            f"{first.where} is a prompt without an answer (it has {listed(first.row)}); give rows with answers, or "
+            f"{_WITHOUT_ANSWERS}."
         )
     return "question_answer"
 
@@ -435,6 +439,8 @@ def _text(record: Record, key: str, setting: str) -> str:
         usual = _QUESTION_NAMES if setting == "question_key" else _ANSWER_NAMES
         guess = next((name for name in usual if name in record.row), None)
         advice = f"{setting}: {guess}" if guess else f"{setting} to the column that holds it"
+        if setting == "answer_key" and guess is None:
+            advice += f", or {_WITHOUT_ANSWERS}"
         raise RowError("missing key", f'{record.where} has no "{key}" (it has {listed(record.row)}); set {advice}.')
     return checked_text(record.row[key], f'{record.where}: "{key}"')
 

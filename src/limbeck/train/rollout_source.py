@@ -28,11 +28,12 @@ from limbeck.data.masks import IGNORE
 from limbeck.data.stream import make_step
 from limbeck.data.teacher_prompts import with_teacher_prompts
 from limbeck.errors import LimbeckError
+from limbeck.rollout.student import num_tokens
 from limbeck.strategies.world import World
 from limbeck.train.adaptive_share import AdaptiveShare
 from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
 from limbeck.train.answers import AnswerWriter, NumberedPrompt
-from limbeck.train.build.answer_ends import disagreements
+from limbeck.train.build.answer_ends import disagreements, end_of_template
 from limbeck.train.build.data import Data
 from limbeck.train.build.objective import objective_indices
 from limbeck.train.replay import ReplayBuffer
@@ -80,12 +81,19 @@ class RolloutSource:
         self._total_steps = count_steps(config, self)
         self._starts = answer_starts(data.examples)
         self._check_room(config.sequence_length)
-        ends, origins = self._end_tokens(), self._settings.origins
+        size = num_tokens(data.tokenizer)
+        for token in self._settings.stop_token_ids:
+            if not 0 <= token < size:
+                raise LimbeckError(
+                    f"rollout.stop_token_ids has {token}, which is no token of {config.tokenizer_name_or_path}, whose ids "
+                    f"end at {size - 1}; correct it."
+                )
+        (ends, has_answers), origins = self._end_tokens(config, data.tokenizer), self._settings.origins
         stops = sorted({*self._settings.stop_token_ids, *ends})
         self.writer = Writer(config, world, stops)
         self._teacher = TeacherWriter(config, world, data.tokenizer, stops) if TEACHER in origins else None
         if world.is_main and STUDENT in origins:
-            for sentence in disagreements(config, data.tokenizer, ends):
+            for sentence in disagreements(config, data.tokenizer, ends, has_answers):
                 warnings.warn(sentence, stacklevel=2)
         staleness = self._settings.max_staleness
         # The newest step is being written while this one is trained, so a teacher can have one step less in advance.
@@ -269,9 +277,18 @@ class RolloutSource:
                 stacklevel=2,
             )
 
-    def _end_tokens(self) -> set[int]:
-        """The token that ends the answers of the data, if most end with the same one; a chat template may have its own."""
+    def _end_tokens(self, config: DistillConfig, tokenizer: Any) -> tuple[set[int], bool]:
+        """The token that ends the answers of the data, if most end with the same one, and whether there are answers.
+
+        A chat template may have its own, which is used where no row has an answer. Rows as long as ``sequence_length`` may
+        have been cut and show no end.
+        """
         count = min(len(self._examples), _CHECKED_ROWS)
-        supervised = (labels[labels != IGNORE] for labels in (self._examples.row(row)[1] for row in range(count)))
-        last = Counter(int(labels[-1]) for labels in supervised if len(labels))
-        return {token for token, times in last.items() if times > last.total() // 2}
+        supervised = [labels[labels != IGNORE] for labels in (self._examples.row(row)[1] for row in range(count))]
+        if not any(len(labels) for labels in supervised):
+            return end_of_template(config, tokenizer), False
+        whole = self._examples.lengths[:count] < config.sequence_length
+        last = Counter(
+            int(labels[-1]) for labels, is_whole in zip(supervised, whole, strict=True) if is_whole and len(labels)
+        )
+        return {token for token, times in last.items() if times > last.total() // 2}, bool(last)

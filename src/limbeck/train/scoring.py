@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -49,9 +50,10 @@ class Scorer:
         for row in np.unique(groups, return_index=True)[1]:
             try:
                 self._environment.reset(examples.columns_of(int(row)))
-            except LimbeckError as error:
+            except Exception as error:  # an environment is a plug-in and may raise anything
+                reason = str(error) if isinstance(error, LimbeckError) else f"{type(error).__name__}: {error}."
                 raise LimbeckError(
-                    f"rollout.environment = {self._name} cannot use the {what}: {error} Its arguments are "
+                    f"rollout.environment = {self._name} cannot use the {what}: {reason} Its arguments are "
                     "rollout.environment_kwargs."
                 ) from error
 
@@ -66,11 +68,13 @@ class Scorer:
             steps = self._environment.step(states, texts)
         except Exception as error:  # an environment is a plug-in and may raise anything
             return [self._unknown(error)] * len(texts)
-        if len(steps) != len(texts):
+        if not isinstance(steps, Sequence) or len(steps) != len(texts):
+            found = f"{len(steps)} steps" if isinstance(steps, Sequence) else f"a {type(steps).__name__}"
             raise LimbeckError(
-                f"The environment {self._name} returned {len(steps)} steps for {len(texts)} completions."
+                f"The environment {self._name} returned {found} for {len(texts)} completions; return a list with one "
+                "EnvironmentStep for each."
             )
-        return steps
+        return [self._checked(step) for step in steps]
 
     def reset(self, examples: Examples, row: int) -> Any:
         """The state of a new episode, or the step that ends it because the environment raised."""
@@ -82,6 +86,23 @@ class Scorer:
     def close(self) -> None:
         """End the processes of the environment."""
         self._environment.close()
+
+    def _checked(self, step: Any) -> EnvironmentStep:
+        """The step; a reward that is not finite is not known."""
+        if not isinstance(step, EnvironmentStep):
+            raise LimbeckError(
+                f"The environment {self._name} returned {step!r} for a completion, which is not an EnvironmentStep; return "
+                "limbeck.rollout.EnvironmentStep(reward=...)."
+            )
+        if step.reply is not None and not isinstance(step.reply, str):
+            raise LimbeckError(f"The environment {self._name} returned the reply {step.reply!r}, which is not text.")
+        try:
+            known = step.reward is None or math.isfinite(step.reward)
+        except (TypeError, ValueError):
+            raise LimbeckError(
+                f"The environment {self._name} returned the reward {step.reward!r}, which is not a number."
+            ) from None
+        return step if known else replace(step, reward=None, reason=f"error: the reward is {step.reward}")
 
     def _unknown(self, error: Exception) -> EnvironmentStep:
         if not self._warned:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from traceback import extract_tb
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema.rollout import RolloutConfig
+from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, model_limits
 from limbeck.registry import GENERATORS
 from limbeck.rollout import Completion, Generator, InPlaceGenerator, Prompt, SamplingParams
 from limbeck.strategies.world import World
@@ -57,7 +60,12 @@ class Writer:
         assert config.rollout is not None
         self._world = world
         self._sampling = sampling_params(config.rollout, stop_token_ids)
-        self._generator: Generator = generator or GENERATORS.get(config.rollout.generator)(config, world)
+        self._name = (
+            f"rollout.generator = {config.rollout.generator}" if generator is None else type(generator).__name__
+        )
+        with self._explained("could not be made"):
+            self._generator: Generator = generator or GENERATORS.get(config.rollout.generator)(config, world)
+        _, self._num_tokens = model_limits(ModelSource.from_args(config.student.model_args, "student"))
         # A generator with other engines than one on every rank names the rank of each.
         self._writer_ranks: Sequence[int] = getattr(self._generator, "writer_ranks", range(world.size))
         self._offloads = config.offloads_colocated or config.rollout.offload
@@ -121,7 +129,8 @@ class Writer:
         begun, weights = time.perf_counter(), self._weights()
         if self._thread is not None:  # the generator may use tensors as they are, and the optimizer will change them
             weights = ((name, tensor.detach().clone()) for name, tensor in weights)
-        self._generator.update_weights(weights, self._version)
+        with self._explained(f"could not load the weights of step {self._version}"):
+            self._generator.update_weights(weights, self._version)
         self._weights = None
         if self._stream is not None:
             torch.cuda.current_stream().synchronize()  # the thread's stream does not wait for this one
@@ -135,8 +144,28 @@ class Writer:
         own: list[Completion] = []
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for count, prompts in groups:
-                own += self._generator.generate(prompts, replace(sampling, n=count))
+                with self._explained("failed while it wrote"):
+                    written = self._generator.generate(prompts, replace(sampling, n=count))
+                    fault = fault_of(written, prompts, count, sampling.max_tokens, self._num_tokens)
+                if fault:
+                    raise LimbeckError(f"{self._name} returned {fault}; correct the generator.")
+                own += written
         return own, time.perf_counter() - begun
+
+    @contextmanager
+    def _explained(self, what: str) -> Iterator[None]:
+        """Turns any exception of the generator, which may be a plug-in, into one sentence."""
+        try:
+            yield
+        except (LimbeckError, torch.OutOfMemoryError):  # the run explains the latter
+            raise
+        except Exception as error:
+            frames = extract_tb(error.__traceback__)
+            place = next((frame for frame in frames if frame.filename != __file__), frames[-1])
+            reason = " ".join(str(error).split()) or "no message"
+            raise LimbeckError(
+                f"{self._name} {what}: {type(error).__name__}: {reason} ({place.filename}:{place.lineno})."
+            ) from error
 
     def _finish(
         self, prompts: Sequence[Prompt], generate: Callable[[], tuple[list[Completion], float]]
@@ -167,6 +196,39 @@ def sampling_params(settings: RolloutConfig, stop_token_ids: Sequence[int]) -> S
         stop_strings=tuple(settings.stop_strings),
         stop_token_ids=tuple(stop_token_ids),
     )
+
+
+def fault_of(
+    completions: Sequence[Completion], prompts: Sequence[Prompt], count: int, max_tokens: int, num_tokens: int | None
+) -> str | None:
+    """What is wrong with what a generator returned, or None.
+
+    Args:
+        completions: that it returned.
+        prompts: that it was given.
+        count: of the completions of each prompt.
+        max_tokens: of a completion.
+        num_tokens: number of the student's token ids; None if they are not limited.
+    """
+    given, missing = {prompt.row_id: prompt for prompt in prompts}, {prompt.row_id: count for prompt in prompts}
+    for one in completions:
+        if not isinstance(one, Completion):
+            return f"a {type(one).__name__} in place of a limbeck.rollout.Completion"
+        row, tokens = one.prompt.row_id, one.token_ids
+        if one.prompt != given.get(row):
+            return f"a completion of a prompt that it was not given (row {row})"
+        missing[row] -= 1
+        if len(tokens) > max_tokens:
+            return f"{len(tokens)} tokens for the prompt of row {row}, more than max_tokens = {max_tokens}"
+        if tokens and (min(tokens) < 0 or (num_tokens is not None and max(tokens) >= num_tokens)):
+            wrong = min(tokens) if min(tokens) < 0 else max(tokens)
+            return f"the token id {wrong} for the prompt of row {row}, which the student does not have"
+        if one.log_probs is not None and len(one.log_probs) != len(tokens):
+            return f"{len(one.log_probs)} log-probabilities of {len(tokens)} tokens for the prompt of row {row}"
+    for row, number in missing.items():
+        if number:
+            return f"{count - number} completions of the prompt of row {row} in place of {count}"
+    return None
 
 
 def _gather(completions: list[Completion], prompts: dict[int, Prompt], world: World) -> list[Completion]:

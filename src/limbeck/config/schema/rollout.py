@@ -32,6 +32,12 @@ def _low_and_high(clip: list[float]) -> list[float]:
     return clip
 
 
+def _not_empty(texts: list[str]) -> list[str]:
+    if "" in texts:
+        raise ValueError("has an empty text, which would end every answer at its first token; remove it")
+    return texts
+
+
 Clip = Annotated[list[float], AfterValidator(_low_and_high)]
 
 
@@ -127,7 +133,9 @@ class RolloutConfig(Section):
     top_k: int = Field(
         default=0, ge=0, description="The student writes from this many most likely tokens. 0 takes all tokens."
     )
-    stop_strings: list[str] = Field(default_factory=list, description="Texts that end an answer.")
+    stop_strings: Annotated[list[str], AfterValidator(_not_empty)] = Field(
+        default_factory=list, description="Texts that end an answer."
+    )
     stop_token_ids: list[int] = Field(
         default_factory=list,
         description="Token ids that end an answer, beside the tokenizer's end token and the token that ends the answers of "

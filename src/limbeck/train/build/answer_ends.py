@@ -6,34 +6,62 @@ Where they do not, the teacher gives the student's last token a low probability,
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import asdict, replace
 from typing import Any
 
 from limbeck.config import DistillConfig
+from limbeck.data import tokenize_rows
+from limbeck.data.masks import IGNORE
+from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, end_token_ids
-from limbeck.train.build.data import teacher_tokenizer
+from limbeck.train.build.data import teacher_tokenizer, token_settings
 
 _CONVERSATION = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 
 
-def disagreements(config: DistillConfig, tokenizer: Any, last_tokens: Collection[int]) -> Iterator[str]:
+def end_of_template(config: DistillConfig, tokenizer: Any) -> set[int]:
+    """The token with which the template of the data ends an answer; empty if it refuses the conversation."""
+    settings = replace(
+        token_settings(config),
+        weight_key=None,
+        domain_key=None,
+        overlong="drop",
+        on_bad_row="error",
+        prompts_only=False,
+        keep_columns=False,
+        teacher_prompt=None,
+    )
+    try:
+        examples, _ = tokenize_rows([{"messages": _CONVERSATION}], tokenizer, **{**asdict(settings), "workers": 1})
+    except LimbeckError:  # the template refuses such a conversation, or the system message fills sequence_length
+        return set()
+    labels = examples.row(0)[1]
+    return {int(labels[labels != IGNORE][-1])}
+
+
+def disagreements(
+    config: DistillConfig, tokenizer: Any, last_tokens: Collection[int], has_answers: bool = True
+) -> Iterator[str]:
     """A sentence for each disagreement.
 
     Args:
         config: of the run.
         tokenizer: of the student.
         last_tokens: those with which the answers of the data end; empty if they have no such token in common.
+        has_answers: whether the data has whole answers. Else ``last_tokens`` are those of its template.
     """
+    answers = "The answers of the data" if has_answers else "Answers in the template of the data"
     student = str(config.student.model_args.model_name_or_path)
     ends = {tokenizer.eos_token_id} | end_token_ids(ModelSource.from_args(config.student.model_args, "student"))
     in_data = _names(last_tokens, tokenizer)
-    if not last_tokens:
+    if not last_tokens and has_answers:
         yield (
             f"The answers of the data end with different tokens, so they do not show how to end; {student} ends an answer with "
             f"{_names(ends, tokenizer)}. Use a template that ends each answer with it."
         )
-    elif not ends & set(last_tokens):
+    elif last_tokens and not ends & set(last_tokens):
         yield (
-            f"The answers of the data end with {in_data}, and {student} with {_names(ends, tokenizer)}. The student's answers "
+            f"{answers} end with {in_data}, and {student} with {_names(ends, tokenizer)}. The student's answers "
             f"end with either here; add {in_data} to the eos_token_id of the trained student, or use another template."
         )
     if not config.has_teacher or config.cross_tokenizer != "off":
@@ -45,10 +73,18 @@ def disagreements(config: DistillConfig, tokenizer: Any, last_tokens: Collection
     ends = {other.eos_token_id} | end_token_ids(ModelSource.from_args(config.teacher.model_args, "teacher"))
     if last_tokens and not ends & set(last_tokens):
         yield (
-            f"The answers of the data, and so the student's, end with {in_data}, and the teacher {teacher} ends an answer with "
+            f"{answers}, and so the student's, end with {in_data}, and the teacher {teacher} ends an answer with "
             f"{_names(ends, other)}. It may teach the student not to end; use a teacher or a template with the same end."
         )
-    if config.student.data_args.template not in (None, "native") or not tokenizer.chat_template:
+    if config.student.data_args.template not in (None, "native") or not (
+        tokenizer.chat_template or other.chat_template
+    ):
+        return
+    if not tokenizer.chat_template:
+        yield (
+            f"{student} has no chat template, so that the data is written without one, and the teacher {teacher} has one; set "
+            "student.data_args.template to the teacher's."
+        )
         return
     if not other.chat_template:
         yield (
