@@ -314,7 +314,7 @@ class Counting:
 @pytest.mark.parametrize("max_turns", [1, 2, 4])
 def test_only_the_tokens_that_the_student_wrote_are_supervised_in_all_turns(source, max_turns):
     ENVIRONMENTS.register("counting")(Counting)
-    half = list(range(0, 320, 2))  # end a completion, so that most are short
+    half = list(range(0, 300, 2))  # end a completion, so that most are short
     made, config, data = source(
         **{
             "rollout.environment": "counting",
