@@ -6,7 +6,7 @@ from tiny import make_tokenizer
 
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
-from limbeck.models import ModelSource, load_model
+from limbeck.models import ModelSource, load_model, megatron_hybrid_config
 from limbeck.models.megatron_config import canonical, hf_config, megatron_arguments
 
 LLAMA = {
@@ -64,7 +64,7 @@ def test_experts_and_hybrids_have_architectures_of_their_own():
         "position_embedding_type": "none",
         "mamba_num_groups": 2,
     }
-    config = hf_config(LLAMA | hybrid | {"untie_embeddings_and_output_weights": True}, "here")
+    config = megatron_hybrid_config.hf_config(LLAMA | hybrid | {"untie_embeddings_and_output_weights": True}, "here")
     assert (config.model_type, config.layer_types) == (
         "nemotron_h",
         ["linear_attention", "linear_attention", "full_attention"],

@@ -21,9 +21,10 @@ from limbeck.config.schema import ModelArgs
 from limbeck.data.tokenizers import NUMBERS, number_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder, is_megatron_checkpoint
+from limbeck.models import megatron_hybrid_config
 from limbeck.models.hub import offline_if_unreachable
 from limbeck.models.megatron_checkpoint import load_weights, open_checkpoint
-from limbeck.models.megatron_config import canonical, check_names, hf_config, initialize
+from limbeck.models.megatron_config import canonical, check_names, hf_config, is_hybrid, scale_output_projections
 from limbeck.models.memory import available_memory
 from limbeck.models.varlen_attention import BY_DOCUMENT
 
@@ -109,7 +110,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                     config, dtype=dtype, attn_implementation=attention, trust_remote_code=source.trust_remote_code
                 )
             if source.of_megatron:
-                initialize(model)
+                hybrid = config.model_type == megatron_hybrid_config.MODEL_TYPE
+                (megatron_hybrid_config.initialize if hybrid else scale_output_projections)(model)
         elif source.of_megatron:
             weights = load_weights(open_checkpoint(str(name)), config, dtype)
             with torch.device("meta"):
@@ -218,7 +220,7 @@ def _megatron_config(source: ModelSource) -> Any:
         size = 1 + max(tokenizer.get_vocab().values())
         if arguments.get("vocab_size") is None:
             arguments |= {"vocab_size": size, "tokenizer_type": None}
-    config = hf_config(arguments, where)
+    config = (megatron_hybrid_config.hf_config if is_hybrid(arguments) else hf_config)(arguments, where)
     # A vocab_size in a checkpoint may be less than what the tokenizer can name, as for published models.
     rows = config.vocab_size if "vocab_size" in given else arguments.get("padded_vocab_size") or config.vocab_size
     if size > rows:

@@ -16,8 +16,6 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_hybrid_config import HYBRID_TYPE, initialize_mamba, is_hybrid
-from limbeck.models.megatron_hybrid_config import hf_config as hybrid_config
 
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "normalization": ("LayerNorm", ("RMSNorm",)),
@@ -130,9 +128,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
     """
     given = canonical(arguments)
-    if is_hybrid(given):
-        return hybrid_config(given, where)
-    layers, hidden, heads = (_size(given, name, where) for name in _SIZES)
+    layers, hidden, heads = (size(given, name, where) for name in _SIZES)
     for name, (default, possible) in _FIXED.items():
         value = _or(given.get(name), default)
         if value not in possible:
@@ -149,9 +145,9 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         raise LimbeckError(
             f"{where}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; correct one."
         )
-    channels = _size(given, "kv_channels", where, hidden // heads)
+    channels = size(given, "kv_channels", where, hidden // heads)
     grouped = given.get("group_query_attention")
-    groups = _size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
+    groups = size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
     for name, value, divisor, of in (
         ("num_attention_heads", heads, groups, "num_query_groups"),
         ("kv_channels", channels, 2, "rotary positions"),
@@ -165,7 +161,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         raise LimbeckError(
             f"{where}: add_qkv_bias and qk_layernorm together are neither a qwen2 nor a qwen3 model; at most one may be true."
         )
-    width = _size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64)
+    width = size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64)
     kind, experts = "qwen3" if norms else "qwen2" if bias else "llama", dict[str, Any]()
     if given.get("num_experts"):
         kind, experts = _experts(given, where, kind, width)
@@ -177,12 +173,12 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         num_attention_heads=heads,
         num_key_value_heads=groups,
         head_dim=channels,
-        max_position_embeddings=_size(given, "max_position_embeddings", where, given.get("seq_length")),
+        max_position_embeddings=size(given, "max_position_embeddings", where, given.get("seq_length")),
         rope_parameters=_rope(given, where),
         rms_norm_eps=_number(given, "norm_epsilon", where, 1e-5),
         tie_word_embeddings=not given.get("untie_embeddings_and_output_weights"),
         initializer_range=_number(given, "init_method_std", where, 0.02),
-        vocab_size=_vocab_size(given, where),
+        vocab_size=vocab_size(given, where),
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
@@ -250,19 +246,26 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def initialize(model: Any) -> None:
-    """Change the random weights of a new ``model`` to how Megatron-LM draws them.
+def is_hybrid(arguments: Mapping[str, Any]) -> bool:
+    """Whether ``arguments`` describe a hybrid, see ``megatron_hybrid_config``."""
+    keys = (
+        "is_hybrid_model",
+        "hybrid_layer_pattern",
+        "hybrid_override_pattern",
+        "hybrid_attention_ratio",
+        "hybrid_mlp_ratio",
+    )
+    return any(arguments.get(key) for key in keys)
 
-    Those of the last projection of a layer are divided by the square root of the number of such projections
-    (``scaled_init_method_normal``): one in each layer of a hybrid, two of others.
+
+@torch.no_grad()
+def scale_output_projections(model: Any, per_layer: int = 2) -> None:
+    """Divide the random weights of the last projections of attention, feed-forward and Mamba by the square root of their
+    number, as Megatron-LM initialises them (``scaled_init_method_normal``). per_layer: how many a layer has.
     """
-    hybrid = model.config.model_type == HYBRID_TYPE
     for name, parameter in model.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "experts.down_proj")):
-            parameter.mul_(((1 if hybrid else 2) * model.config.num_hidden_layers) ** -0.5)
-    if hybrid:
-        initialize_mamba(model)
+            parameter.mul_((per_layer * model.config.num_hidden_layers) ** -0.5)
 
 
 def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tuple[str, dict[str, Any]]:
@@ -273,8 +276,8 @@ def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tup
                 f"{where}: {name} = {value} cannot be expressed as a mixtral or qwen3_moe model; it must be "
                 f"{' or '.join(_yaml(one) for one in possible if one is not None) or 'unset'}."
             )
-    count, active = _size(given, "num_experts", where), _size(given, "moe_router_topk", where, 2)
-    width, normalized = _size(given, "moe_ffn_hidden_size", where, width), not given.get("moe_router_pre_softmax")
+    count, active = size(given, "num_experts", where), size(given, "moe_router_topk", where, 2)
+    width, normalized = size(given, "moe_ffn_hidden_size", where, width), not given.get("moe_router_pre_softmax")
     if active > count:
         raise LimbeckError(f"{where}: moe_router_topk = {active} is more than num_experts = {count}; correct one.")
     if kind == "qwen3":
@@ -286,10 +289,11 @@ def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tup
     raise LimbeckError(f"{where}: {name} with num_experts is neither a mixtral nor a qwen3_moe model; set it to false.")
 
 
-def _vocab_size(given: Mapping[str, Any], where: str) -> int:
-    size = _size(given, "vocab_size", where, given.get("padded_vocab_size"))
+def vocab_size(given: Mapping[str, Any], where: str) -> int:
+    """The number of tokens of the model that the canonical arguments ``given`` describe."""
+    tokens = size(given, "vocab_size", where, given.get("padded_vocab_size"))
     # The end token of a NullTokenizer comes after its vocabulary.
-    return size + (given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer")
+    return tokens + (given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer")
 
 
 def _rope(given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -310,7 +314,8 @@ def _rope(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"rope_type": "default", **base}
 
 
-def _size(given: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+def size(given: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
+    """The argument ``name``, or ``default``. Raises LimbeckError unless it is a whole number above 0."""
     value = _or(given.get(name), default)
     if value is None:
         raise LimbeckError(f"{where}: {name} is missing; set it in model_args.megatron_arguments.")

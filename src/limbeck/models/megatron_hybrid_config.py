@@ -14,10 +14,11 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
+from limbeck.models.megatron_config import canonical, scale_output_projections, size, vocab_size
 from limbeck.models.recurrent_layers import recurrent_layers
 
-HYBRID_TYPE = "nemotron_h"
-"""``model_type`` of hybrids."""
+MODEL_TYPE = "nemotron_h"
+"""``model_type`` of the configurations of hybrids."""
 
 _KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
 _MAMBA, _ATTENTION, _MLP = _KINDS
@@ -45,18 +46,6 @@ _NO_LIMIT = 1e-30
 """Transformers limits steps to ``time_step_min`` from below, also when it computes; Megatron does not."""
 
 
-def is_hybrid(arguments: Mapping[str, Any]) -> bool:
-    """Whether ``arguments`` describe a hybrid."""
-    keys = (
-        "is_hybrid_model",
-        "hybrid_layer_pattern",
-        "hybrid_override_pattern",
-        "hybrid_attention_ratio",
-        "hybrid_mlp_ratio",
-    )
-    return any(arguments.get(key) for key in keys)
-
-
 def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
     """The configuration of the model that Megatron-LM builds from the ``arguments`` of a hybrid.
 
@@ -67,7 +56,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
     Raises:
         LimbeckError: if an argument is missing, has no valid value, or has no counterpart in Transformers.
     """
-    given = _renamed(arguments)
+    given = {name: value for name, value in canonical(arguments).items() if value is not None}
     layers = layer_kinds(given, where)
     fixed = {**_FIXED, **({"squared_relu": (False, True, "true")} if "mlp" in layers else {})}
     for name, (default, possible, words) in fixed.items():
@@ -76,29 +65,26 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
             raise LimbeckError(
                 f"{where}: {name} {state} cannot be expressed as a nemotron_h model; it must be {words}."
             )
-    hidden, heads = _size(given, "hidden_size", where), _size(given, "num_attention_heads", where)
+    hidden, heads = size(given, "hidden_size", where), size(given, "num_attention_heads", where)
     grouped = given.get("group_query_attention") in (None, True)
-    head_dim = _size(given, "mamba_head_dim", where, 64)
-    vocab_size = _size(given, "vocab_size", where, given.get("padded_vocab_size"))
-    if given.get("vocab_size") is not None and given.get("tokenizer_type") == "NullTokenizer":
-        vocab_size += 1  # the end token, which comes after its vocabulary
+    head_dim = size(given, "mamba_head_dim", where, 64)
     config = AutoConfig.for_model(
-        HYBRID_TYPE,
+        MODEL_TYPE,
         layers_block_type=layers,
         hidden_size=hidden,
-        intermediate_size=_size(given, "ffn_hidden_size", where, 4 * hidden),
+        intermediate_size=size(given, "ffn_hidden_size", where, 4 * hidden),
         num_attention_heads=heads,
-        num_key_value_heads=_size(given, "num_query_groups", where, heads) if grouped else heads,
-        head_dim=_size(given, "kv_channels", where, hidden // heads),
-        mamba_num_heads=_size(given, "mamba_num_heads", where, 2 * hidden // head_dim),
+        num_key_value_heads=size(given, "num_query_groups", where, heads) if grouped else heads,
+        head_dim=size(given, "kv_channels", where, hidden // heads),
+        mamba_num_heads=size(given, "mamba_num_heads", where, 2 * hidden // head_dim),
         mamba_head_dim=head_dim,
-        n_groups=_size(given, "mamba_num_groups", where, 8),
-        ssm_state_size=_size(given, "mamba_state_dim", where, 128),
+        n_groups=size(given, "mamba_num_groups", where, 8),
+        ssm_state_size=size(given, "mamba_state_dim", where, 128),
         time_step_min=_NO_LIMIT,
-        max_position_embeddings=_size(given, "max_position_embeddings", where, given.get("seq_length")),
+        max_position_embeddings=size(given, "max_position_embeddings", where, given.get("seq_length")),
         layer_norm_epsilon=1e-5,
         initializer_range=float(given.get("init_method_std") or 0.02),
-        vocab_size=vocab_size,
+        vocab_size=vocab_size(given, where),
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
@@ -127,7 +113,7 @@ def layer_kinds(arguments: Mapping[str, Any], where: str) -> list[str]:
             "and so must be their sum; correct them."
         )
     if pattern is None:
-        return [_KINDS[symbol] for symbol in _allocate(_size(arguments, "num_layers", where), *ratios)]
+        return [_KINDS[symbol] for symbol in _allocate(size(arguments, "num_layers", where), *ratios)]
     symbols = str(pattern).replace("|", "")  # which separates pipeline stages
     for symbol in symbols:
         if symbol not in _KINDS:
@@ -135,12 +121,18 @@ def layer_kinds(arguments: Mapping[str, Any], where: str) -> list[str]:
                 f"{where}: the hybrid pattern {pattern} has a layer {symbol}, and only M (Mamba), * (attention) and - "
                 "(feed-forward) can be expressed; change the pattern."
             )
-    count = _size(arguments, "num_layers", where, len(symbols))
+    count = size(arguments, "num_layers", where, len(symbols))
     if count != len(symbols):
         raise LimbeckError(
             f"{where}: the hybrid pattern {pattern} has {len(symbols)} layers, and num_layers is {count}; correct one of them."
         )
     return [_KINDS[symbol] for symbol in symbols]
+
+
+def initialize(model: Any) -> None:
+    """Change the random weights of a new hybrid to how Megatron-LM draws them."""
+    scale_output_projections(model, per_layer=1)
+    initialize_mamba(model)
 
 
 @torch.no_grad()
@@ -173,24 +165,3 @@ def _place(symbols: list[str], symbol: str, distance: float) -> None:
             left += distance
         else:
             left -= 1
-
-
-def _renamed(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """``arguments`` under the names in checkpoints."""
-    found = {name: value for name, value in arguments.items() if value is not None}
-    if found.get("disable_bias_linear"):
-        found["add_bias_linear"] = False
-    if "layernorm_epsilon" in found:
-        found.setdefault("norm_epsilon", found["layernorm_epsilon"])
-    if found.get("use_rotary_position_embeddings"):
-        found["position_embedding_type"] = "rope"
-    return found
-
-
-def _size(given: Mapping[str, Any], name: str, where: str, default: int | None = None) -> int:
-    value = default if given.get(name) is None else given[name]
-    if value is None:
-        raise LimbeckError(f"{where}: {name} is missing; set it in model_args.megatron_arguments.")
-    if type(value) is not int or value < 1:
-        raise LimbeckError(f"{where}: {name} = {value} must be a whole number above 0; correct it.")
-    return value
