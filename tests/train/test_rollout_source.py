@@ -261,12 +261,19 @@ def test_answers_that_were_cut_do_not_show_how_they_end(source, tmp_path):
     assert not [one for one in found if "end with different tokens" in str(one.message)]
 
 
-def test_a_teacher_with_a_chat_template_for_a_student_without_one_is_reported(source, assets, tmp_path):
+@pytest.mark.parametrize(
+    ("role", "sentence"),
+    [
+        ("student", r"plain has no chat template, .* and the teacher .* has one; set"),
+        ("teacher", r"The teacher .*plain has no chat template, and the data is written with that of .*student, which"),
+    ],
+)
+def test_a_model_without_a_chat_template_beside_one_with_it_is_reported(source, assets, tmp_path, role, sentence):
     folder = tmp_path / "plain"
-    shutil.copytree(assets / "student", folder)
+    shutil.copytree(assets / role, folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.warns(UserWarning, match=r"plain has no chat template, .* and the teacher .* has one; set"):
-        source(student_pretrain=str(folder))
+    with pytest.warns(UserWarning, match=sentence):
+        source(**{f"{role}_pretrain": str(folder)})
 
 
 def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
