@@ -50,8 +50,11 @@ def test_the_generators_log_probabilities_are_those_of_training(configure, chang
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_every_kind_of_student_trains_on_what_it_has_written(configure, tmp_path, kind):
-    student = make_model(tmp_path / "student", **STUDENTS[kind])
-    changes = {"student_pretrain": str(student), "student.use_sequence_packing": True, "rollout.max_new_tokens": 16}
+    models = {
+        f"{role}_pretrain": str(make_model(tmp_path / role, seed=seed, **STUDENTS[kind]))
+        for seed, role in enumerate(("student", "teacher"))
+    }
+    changes = {**models, "student.use_sequence_packing": True, "rollout.max_new_tokens": 16}
     found = DistillPipeline(configure(**{**SHORT, **changes})).run().metrics
     assert found["rollout/log_prob_gap_max"] < 1e-3
     assert found["train/train_distill_loss"] > 0

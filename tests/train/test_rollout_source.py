@@ -289,6 +289,27 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
     assert_same_weights(whole.student, parts.student)
 
 
+def test_a_run_whose_generator_dies_in_a_batch_goes_on_from_its_checkpoint(configure, tmp_path):
+    calls = iter(range(100))
+
+    def make_mortal(config, world):
+        generator = make_generator(config, world)
+        decode = generator._decode
+        generator._decode = lambda *args: decode(*args) if next(calls) != 20 else 1 / 0  # in the fourth step
+        return generator
+
+    GENERATORS.register("mortal")(make_mortal)
+    common = {**GREEDY, "rollout.generator": "mortal", "max_steps": 5, "save_steps": 1}
+    with pytest.raises(
+        LimbeckError, match=r"rollout.generator = mortal failed while it wrote: ZeroDivisionError: .*py:\d+"
+    ):
+        DistillPipeline(configure(**common)).run()
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
+    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
+    assert_same_weights(whole.student, parts.student)
+
+
 @pytest.mark.processes
 def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     losses = []
