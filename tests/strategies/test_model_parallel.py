@@ -52,7 +52,7 @@ HYBRID = {"kind": "nemotron_h", "hybrid_override_pattern": "M-M*-", "head_dim": 
           "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16}  # fmt: skip
 # As NeMo-RL's plan with whole sums: the last matrix of a block is sliced by columns too.
 GATHERED = {"layers.*.self_attn.o_proj": "colwise_gather", "layers.*.self_attn.[qkv]_proj": "colwise",
-            "layers.*.mlp.down_proj": "colwise_gather", "layers.*.mlp.*_proj": "colwise"}  # fmt: skip
+            "layers.*.mlp.down_proj": "colwise_gather", "layers.*.mlp.[gu]*_proj": "colwise"}  # fmt: skip
 # Vocabularies that are uneven or padded, tied or not; key heads fewer than ranks, with norms of their own.
 STUDENTS = {
     "plain": {},
@@ -260,6 +260,8 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
         ({**GATHERED, "layers.*.mixer.up_proj": "colwise"},
          "tensor_parallel_plan: the pattern layers.*.mixer.up_proj matches no module of Qwen3Model, whose matrices have names "
          "like layers.0.self_attn.q_proj"),
+        ({**GATHERED, "layers.*.mlp.*_proj": "colwise"},
+         "the patterns layers.*.mlp.down_proj and layers.*.mlp.*_proj both match layers.0.mlp.down_proj; let one of them match"),
         ({"model.layers.*.mlp.up_proj": "columns"}, "columns is not a style of layers.0.mlp.up_proj; use one of colwise,"),
         ({"layers.*.mlp.up_proj": "colwise"}, "it slices layers.0.mlp but not layers.0.mlp.gate_proj, whose gradients"),
         ({"layers.*.input_layernorm": "rowwise"}, "slices layers.0.input_layernorm in a way (rowwise) that is not built"),

@@ -79,10 +79,18 @@ def plan_of(trunk: Any, given: GivenPlan | None = None) -> Plan:
 
 
 def check_given_plan(trunk: Any, given: GivenPlan) -> None:
-    """Raise LimbeckError if a pattern of ``given`` matches nothing in the whole body ``trunk``, or gradients would be wrong."""
-    paths = [path for path, _ in trunk.named_modules()]
+    """Raise LimbeckError if a pattern of ``given`` matches nothing in the whole body ``trunk``, two match the same module, or
+    gradients would be wrong.
+    """
+    matched: dict[str, str] = {}  # path to pattern
     for pattern in _patterns(trunk, given):
-        if not any(fnmatchcase(path, pattern) for path in paths):
+        paths = [path for path, _ in trunk.named_modules() if fnmatchcase(path, pattern)]
+        for path in paths:
+            if matched.setdefault(path, pattern) != pattern:
+                raise LimbeckError(
+                    f"the patterns {matched[path]} and {pattern} both match {path}; let one of them match."
+                )
+        if not paths:
             linear = next((path for path, module in trunk.named_modules() if isinstance(module, nn.Linear)), "layers.0")
             raise LimbeckError(
                 f"the pattern {pattern} matches no module of {type(trunk).__name__}, whose matrices have names like {linear}; "
