@@ -65,8 +65,10 @@ student: &model
   precision: float32
   train_global_batch_size: 8
   name_prefix: distillation_policy
-  dtensor_cfg: {enabled: true, tensor_parallel_size: 1, context_parallel_size: 1}
-  dynamic_batching: {enabled: false}
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 1, context_parallel_size: 1, sequence_parallel: false,
+                activation_checkpointing: false, cpu_offload: false, custom_parallel_plan: null}
+  dynamic_batching: {enabled: false, train_mb_tokens: 16384}
+  sequence_packing: {enabled: false, train_mb_tokens: 16384}
 teacher: {<<: *model, model_name: large}
 cluster: {enabled: true, num_nodes: 1, gpus_per_node: 2}
 """
