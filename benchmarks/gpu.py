@@ -3,9 +3,9 @@
     make gpu PYTHON=python3
     python benchmarks/gpu.py --json gpu.json
 
-Runs the tests marked ``gpu``, ``step_gpu.py --quick`` and ``loss_gpu.py --quick``, each with a time limit, in at most eight
-minutes. A part that fails leaves the others standing. It uses the Python that runs it, this checkout's ``src``, and what is
-installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2 without a GPU.
+Runs the tests marked ``gpu``, ``step_gpu.py --quick``, ``loss_gpu.py --quick`` and ``rollout.py --quick``, each with a time
+limit, in at most eight minutes. A part that fails leaves the others standing. It uses the Python that runs it, this checkout's
+``src``, and what is installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS, STEP, LOSS = "tests", "step", "loss"
+TESTS, STEP, LOSS, WRITE = "tests", "step", "loss", "write"
 
 
 def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
@@ -50,6 +50,7 @@ def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
         (TESTS, 150, tests),
         (STEP, 165, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
         (LOSS, 75, ["benchmarks/loss_gpu.py", "--quick", "--json", str(folder / f"{LOSS}.json")]),
+        (WRITE, 60, ["benchmarks/rollout.py", "--quick", "--json", str(folder / f"{WRITE}.json")]),
     ]
 
 
@@ -100,6 +101,11 @@ def rows(name: str, found: dict[str, Any]) -> list[str]:
             )
         elif name == STEP:
             lines.append(f"       {result['shape']} {result['rows']} {result['side']}: {result['status']}")
+        elif name == WRITE:
+            lines.append(
+                f"       {result['side']}: {result['tokens_per_second']:.0f} tokens/s; limbeck is "
+                f"{result['times_as_fast_is_limbeck']:.2f} x as fast"
+            )
         elif "of_products" in result:
             lines.append(
                 f"       vocabulary {result['vocab']}, {result['what']}: {result['ms']:.2f} ms, "
@@ -114,7 +120,8 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("gpu.json"), help="the file of all results; gpu.json by default"
     )
-    parser.add_argument("--only", nargs="+", choices=(TESTS, STEP, LOSS), default=[TESTS, STEP, LOSS])
+    every = (TESTS, STEP, LOSS, WRITE)
+    parser.add_argument("--only", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     import torch
 

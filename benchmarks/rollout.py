@@ -3,23 +3,27 @@ with vLLM where it is installed.
 
     python benchmarks/rollout.py                    # on a GPU where there is one, in bf16
     python benchmarks/rollout.py --micro-batch 16 --rounds 5
+    python benchmarks/rollout.py --quick --json rollout.json    # one round; a part of make gpu
     .venv-vllm/bin/python benchmarks/rollout.py     # beside vLLM's CPU build; make test-vllm creates the environment
     .venv-vllm/bin/python benchmarks/rollout.py --compile
 
 All sample from the same model at temperature 1 for the same prompts of mixed lengths. 1 token in 64 is an end token, so that
 completions have different lengths: 55 tokens on average and at most 128. Tokens after a row's end are not counted. The sides
-alternate, so that other load on the machine affects all. ``vllm`` is the generator of that name, which computes
-log-probabilities as ``hf`` does; ``vllm alone`` is ``vllm.LLM`` without them and without seeds.
+alternate, so that other load on the machine affects all; ``limbeck`` is measured beside ``model.generate``, and again beside
+vLLM, which takes long to start. ``vllm`` is the generator of that name, which computes log-probabilities as ``hf`` does;
+``vllm alone`` is ``vllm.LLM`` without them and without seeds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +87,25 @@ def vllm_alone(generator: VllmGenerator, prompts: list[Prompt], max_tokens: int)
     return write
 
 
+def measure(sides: dict[str, Callable[[int], int]], rounds: int) -> list[dict[str, Any]]:
+    """The tokens per second of each side, which writes with a seed and returns the number of tokens. The first is compared."""
+    speeds: dict[str, list[float]] = {name: [] for name in sides}
+    for seed in range(rounds + 1):  # the first warms up
+        for name, side in sides.items():
+            start = time.perf_counter()
+            tokens = side(seed)
+            seconds = time.perf_counter() - start
+            if seed:
+                speeds[name].append(tokens / seconds)
+                print(f"  round {seed}: {name:14} {tokens:6d} tokens in {seconds:6.2f} s", flush=True)
+    middle = {name: statistics.median(values) for name, values in speeds.items()}
+    first = next(iter(middle))
+    return [
+        {"side": name, "tokens_per_second": value, f"times_as_fast_is_{first}": middle[first] / value}
+        for name, value in middle.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=64)
@@ -93,9 +116,12 @@ def main() -> None:
     )
     parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true", help="vLLM compiles its model, on a CPU too")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, rounds = torch.device(args.device), 1 if args.quick else args.rounds
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(MODEL, dtype=dtype).to(device).eval()
@@ -119,32 +145,28 @@ def main() -> None:
         torch.manual_seed(seed)
         return generate_in_batches(model, prompts, args.micro_batch, settings)
 
-    sides = {"limbeck": written_by(generator), "model.generate": theirs}
+    def report(results: list[dict[str, Any]]) -> None:
+        if args.json:
+            args.json.write_text(json.dumps({"device": str(device), "dtype": str(dtype), "results": results}, indent=1))
+
+    print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
+    results = measure({"limbeck": written_by(generator), "model.generate": theirs}, rounds)
+    report(results)  # starting vLLM may take longer than a caller waits
     if find_spec("vllm"):
         changes = {"enforce_eager": False} if args.compile else {}
         engine = VllmGenerator(
             outline, make_tokenizer(), args.longest + args.max_tokens, device.type, arguments=changes
         )
         engine.update_weights(model.state_dict().items(), 0)
-        sides |= {"vllm": written_by(engine), "vllm alone": vllm_alone(engine, prompts, args.max_tokens)}
         greedy = SamplingParams(args.max_tokens, temperature=0)
         pairs = zip(generator.generate(prompts, greedy), engine.generate(prompts, greedy), strict=True)
         print(f"greedy completions equal to those of vLLM: {sum(one.token_ids == two.token_ids for one, two in pairs)}")
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for seed in range(args.rounds + 1):  # the first warms up
-        for name, side in sides.items():
-            start = time.perf_counter()
-            tokens = side(seed)
-            seconds = time.perf_counter() - start
-            if seed:
-                speeds[name].append(tokens / seconds)
-                print(f"  round {seed}: {name:14} {tokens:6d} tokens in {seconds:6.2f} s", flush=True)
-    middle = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
-    for name, value in middle.items():
-        print(f"  {name:14} {value:8.0f} tokens/s")
-    for name in list(sides)[1:]:
-        print(f"  limbeck: {middle['limbeck'] / middle[name]:.2f} × the tokens/s of {name}")
+        alone = vllm_alone(engine, prompts, args.max_tokens)
+        results += measure({"limbeck": written_by(generator), "vllm": written_by(engine), "vllm alone": alone}, rounds)
+        report(results)
+    for result in results:
+        times = result["times_as_fast_is_limbeck"]
+        print(f"  {result['side']:14} {result['tokens_per_second']:8.0f} tokens/s; limbeck is {times:.2f} × as fast")
 
 
 if __name__ == "__main__":

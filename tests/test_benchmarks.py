@@ -72,3 +72,28 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_run(tmp_path):
     assert (one["kills"], two["kills"]) == (10, 2)
     assert all(one[moment] > 0 for moment in ("while loading", "between saves", "inside a save"))
     assert one["other final weights"] == two["other final weights"] == 0
+
+
+@pytest.mark.processes
+def test_the_benchmark_of_writing_compares_both_sides_and_gpu_shows_them(tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    sizes = ["--prompts", "4", "--max-tokens", "8", "--slots", "4"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "rollout.py"),
+        "--quick",
+        "--device",
+        "cpu",
+        *sizes,
+        "--json",
+        str(result),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text())
+    assert [one["side"] for one in found["results"]][:2] == ["limbeck", "model.generate"]
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    lines = gpu.rows(gpu.WRITE, {"status": "ok", "seconds": 1.0, **found})
+    assert "limbeck: " in lines[1] and "limbeck is 1.00 x as fast" in lines[1]
+    assert sum(limit for _, limit, _ in gpu.parts(tmp_path)) <= 8 * 60

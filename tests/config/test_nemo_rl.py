@@ -18,6 +18,8 @@ Mistakes = Callable[..., list[str]]
 
 REFERENCES = Path(__file__).resolve().parents[3] / "shared" / "references" / "configs" / "nemo-rl"
 
+CALCULATOR = Path(__file__).resolve().parents[2] / "examples" / "rollout" / "calculator.py"
+
 UPSTREAM = """
 distillation: {num_prompts_per_step: 16, num_generations_per_prompt: 2, max_num_steps: 7, val_period: 5, topk_logits_k: 8}
 loss_fn: {kl_type: reverse, zero_outside_topk: true}
@@ -63,8 +65,10 @@ student: &model
   precision: float32
   train_global_batch_size: 8
   name_prefix: distillation_policy
-  dtensor_cfg: {enabled: true, tensor_parallel_size: 1, context_parallel_size: 1}
-  dynamic_batching: {enabled: false}
+  dtensor_cfg: {enabled: true, tensor_parallel_size: 1, context_parallel_size: 1, sequence_parallel: false,
+                activation_checkpointing: false, cpu_offload: false, custom_parallel_plan: null}
+  dynamic_batching: {enabled: false, train_mb_tokens: 16384}
+  sequence_packing: {enabled: false, train_mb_tokens: 16384}
 teacher: {<<: *model, model_name: large}
 cluster: {enabled: true, num_nodes: 1, gpus_per_node: 2}
 """
@@ -276,6 +280,34 @@ def test_no_ignored_setting_stops_a_run(load: Load) -> None:
     notices = load(*(f"++{path}=1" for path in paths), yaml=UPSTREAM).notices
     ignored = next(notice for notice in notices if "no effect in Limbeck" in notice)
     assert all(f"{path} (command line)" in ignored for path in paths)
+
+
+def test_offloading_and_a_plan_belong_to_the_strategies_of_both_models(load: Load) -> None:
+    dtensor = "++{0}.dtensor_cfg.cpu_offload=true", "++{0}.dtensor_cfg.custom_parallel_plan=own.{0}.plan"
+    config = load(*(key.format(role) for role in ("policy", "teacher") for key in dtensor), yaml=UPSTREAM).config
+    for role, worker in (("policy", config.student), ("teacher", config.teacher)):
+        strategy = worker.strategy_args.strategy_config
+        assert (strategy.offload_policy, strategy.tensor_parallel_plan) == (True, f"own.{role}.plan")
+    student = load("++policy.dtensor_cfg.cpu_offload=true", yaml=UPSTREAM).config.student
+    assert student.strategy_args.strategy_config.offload_policy
+
+
+def test_an_environment_of_a_plug_in_has_its_turns_and_arguments(load: Load, mistakes: Mistakes) -> None:
+    turns = "++distillation.max_rollout_turns=3"
+    named = (
+        f"++plugins=[{CALCULATOR}]",
+        "data.default.env_name=calculator",
+        "++env.calculator={answer_key: a, max_calls: 2}",
+    )
+    rollout = load(turns, *named, "++env.math={num_workers: 2}", yaml=UPSTREAM).config.rollout
+    assert rollout is not None
+    assert (rollout.environment, rollout.max_turns) == ("calculator", 3)
+    assert rollout.environment_kwargs == {"answer_key": "a", "max_calls": 2}
+    (line,) = mistakes(turns, yaml=UPSTREAM)
+    assert "distillation.max_rollout_turns" in line
+    assert "= 3 needs an environment that replies, and math does not" in line
+    (line,) = mistakes("data.default.env_name=sliding_puzzle", yaml=UPSTREAM)
+    assert "data.default.env_name = sliding_puzzle is not a known environment; use one of" in line
 
 
 def test_a_variable_may_stand_beside_the_sections(load: Load) -> None:

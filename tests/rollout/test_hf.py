@@ -17,12 +17,20 @@ from limbeck.strategies.state import iter_model
 from limbeck.strategies.world import World
 
 SLIDING = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}
+
 KINDS = {
     "llama": {},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "qwen3 tied": {"head_dim": 8, "tie_word_embeddings": True},
+    "qwen2 sliding": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "mistral": {"sliding_window": 5},
+    "qwen3_moe": {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
+    "gemma": {"head_dim": 8},
+    "olmo2": {},
+    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "gemma3_text": SLIDING,
     "nemotron_h": {"hybrid_override_pattern": "M-*M", "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
                    "ssm_state_size": 8, "chunk_size": 16},

@@ -36,12 +36,23 @@ def spread(student: dict[str, int], teacher: dict[str, int] | None = None) -> di
     }
 
 
+def in_host_memory(*roles: str) -> dict:
+    return {f"{role}.strategy_args.strategy_config.offload_policy": True for role in roles}
+
+
+def planned(role: str, plan: dict[str, str] | str) -> dict:
+    return {f"{role}.strategy_args.strategy_config.tensor_parallel_plan": plan}
+
+
 PACKED = {"student.use_sequence_packing": True, "sequence_length": 96}
 RECOMPUTED = {"student.model_args.disable_gradient_checkpointing": False, "student.sequence_length_round_in_train": 1}
 FROZEN = {"kd_objective": "adaptive_kl", "student.model_args.freeze_module_prefix": "model.layers.0"}
 # The pattern puts different kinds of layers on the stages of a pipeline.
 HYBRID = {"kind": "nemotron_h", "hybrid_override_pattern": "M-M*-", "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 16,
           "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16}  # fmt: skip
+# As NeMo-RL's plan with whole sums: the last matrix of a block is sliced by columns too.
+GATHERED = {"layers.*.self_attn.o_proj": "colwise_gather", "layers.*.self_attn.[qkv]_proj": "colwise",
+            "layers.*.mlp.down_proj": "colwise_gather", "layers.*.mlp.[gu]*_proj": "colwise"}  # fmt: skip
 # Vocabularies that are uneven or padded, tied or not; key heads fewer than ranks, with norms of their own.
 STUDENTS = {
     "plain": {},
@@ -54,6 +65,9 @@ STUDENTS = {
 }
 CASES = {  # ranks, student, what one process and many have in common, what only many have
     "tp2": (2, "tied", {}, {**rows(8), **spread({TP: 2})}),
+    "tp2, given plans": (2, "qwen3", {}, {**rows(8), **spread({TP: 2}), **planned("student", GATHERED),
+                                          **planned("teacher", "given_plans.in_styles_of_pytorch")}),
+    "dp2 in host memory": (2, "tied", {}, {**rows(4), **in_host_memory("student", "teacher")}),
     "tp2, whole teacher": (2, "plain", FROZEN, {**rows(4, 2), **spread({TP: 2}, {})}),
     "teacher tp2, student dp2": (2, "plain", PACKED, {**rows(4), **spread({}, {TP: 2})}),
     "cp2": (2, "sliding", {}, {**rows(8), **spread({CP: 2})}),
@@ -63,10 +77,11 @@ CASES = {  # ranks, student, what one process and many have in common, what only
     "pp2, hybrid": (2, "hybrid", PACKED, {**rows(2, 4), **spread({PP: 2}, {TP: 2})}),
     "tp2, hybrid": (2, "hybrid", RECOMPUTED, {**rows(8), **spread({TP: 2}, {})}),
     "pp2, packed": (2, "deep", {**PACKED, **RECOMPUTED}, {**rows(2, 4), **spread({PP: 2})}),
-    "dp2 x tp2, teacher cp2": (4, "llama", {}, {**rows(4), **spread({TP: 2}, {CP: 2})}),
+    "dp2 x tp2, teacher cp2": (4, "llama", {}, {**rows(4), **spread({TP: 2}, {CP: 2}), **in_host_memory("student")}),
     "cp2 x tp2, teacher tp4": (4, "qwen3", {}, {**rows(8), **spread({TP: 2, CP: 2}, {TP: 4})}),
     "dp2, teacher cp2 x tp2": (4, "plain", PACKED, {**rows(2), **spread({}, {TP: 2, CP: 2})}),
-    "pp2 x tp2 with sequence": (4, "llama", RECOMPUTED, {**rows(2, 4), **spread({PP: 2, TP: 2, **SP}, {TP: 4, **SP})}),
+    "pp2 x tp2 with sequence": (4, "llama", RECOMPUTED, {**rows(2, 4), **spread({PP: 2, TP: 2, **SP}, {TP: 4, **SP}),
+                                                         **planned("teacher", GATHERED)}),
     "dp2 x pp2, teacher pp2 x cp2": (4, "deep", PACKED, {**rows(2, 2), **spread({PP: 2}, {PP: 2, CP: 2})}),
     "dp2 x tp2 x pp2, teacher tp2 x cp2 x pp2": (
         8, "plain", {}, {**rows(2, 2), **spread({TP: 2, PP: 2}, {TP: 2, CP: 2, PP: 2})},
@@ -237,3 +252,32 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(LimbeckError, match=re.escape(sentence)):
         check_model_parallel(model, dims, "tiny", "student")
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"),
+    [
+        ({**GATHERED, "layers.*.mixer.up_proj": "colwise"},
+         "tensor_parallel_plan: the pattern layers.*.mixer.up_proj matches no module of Qwen3Model, whose matrices have names "
+         "like layers.0.self_attn.q_proj"),
+        ({**GATHERED, "layers.*.mlp.*_proj": "colwise"},
+         "the patterns layers.*.mlp.down_proj and layers.*.mlp.*_proj both match layers.0.mlp.down_proj; let one"),
+        ({"model.layers.*.mlp.up_proj": "columns"}, "columns is not a style of layers.0.mlp.up_proj; use one of colwise,"),
+        ({"layers.*.mlp.up_proj": "colwise"}, "it slices layers.0.mlp but not layers.0.mlp.gate_proj, whose gradients"),
+        ({"layers.*.input_layernorm": "rowwise"}, "slices layers.0.input_layernorm in a way (rowwise) that is not built"),
+        ("nowhere.plan", "nowhere.plan cannot be imported (ModuleNotFoundError: No module named 'nowhere'); it must be"),
+        ("os.path", "os.path is a module; it must be a mapping"),
+    ],
+)  # fmt: skip
+def test_a_plan_that_does_not_fit_is_refused(plan, sentence):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=1, vocab_size=64, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(LimbeckError, match=re.escape(sentence)):
+        check_model_parallel(model, ParallelDims(tp=2, tp_plan=plan), "tiny", "student")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from runs import metrics
+from tiny import make_model
 
 from limbeck import DistillPipeline, LimbeckError
 from limbeck.config import load_mapping
@@ -21,6 +22,12 @@ REWARDED = {"rollout.environment": "exact", "rollout.num_generations": 2, "rollo
 SHORT = {
     "distill_loss_weight": 1.0, "rollout.max_new_tokens": 6, "eval_steps": 0, "save_steps": 0, "max_steps": 2,
     "student.training_args.per_device_train_batch_size": 4,
+}  # fmt: skip
+STUDENTS = {
+    "hybrid": {"kind": "nemotron_h", "hybrid_override_pattern": "M-*M", "head_dim": 8, "mamba_num_heads": 4,
+               "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 8, "chunk_size": 16},
+    "experts": {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    "sliding window": {"kind": "mistral", "sliding_window": 5},
 }  # fmt: skip
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -38,6 +45,18 @@ def test_the_generators_log_probabilities_are_those_of_training(configure, chang
     found = DistillPipeline(configure(**{**SHORT, **changes})).run().metrics
     assert 0 < found["rollout/log_prob_gap_mean"] <= found["rollout/log_prob_gap_max"] < 1e-4
     assert found["rollout/log_prob_gap_share"] == 0
+    assert found["train/train_distill_loss"] > 0
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_every_kind_of_student_trains_on_what_it_has_written(configure, tmp_path, kind):
+    models = {
+        f"{role}_pretrain": str(make_model(tmp_path / role, seed=seed, **STUDENTS[kind]))
+        for seed, role in enumerate(("student", "teacher"))
+    }
+    changes = {**models, "student.use_sequence_packing": True, "rollout.max_new_tokens": 16}
+    found = DistillPipeline(configure(**{**SHORT, **changes})).run().metrics
+    assert found["rollout/log_prob_gap_max"] < 1e-3
     assert found["train/train_distill_loss"] > 0
 
 

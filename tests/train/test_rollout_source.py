@@ -261,12 +261,19 @@ def test_answers_that_were_cut_do_not_show_how_they_end(source, tmp_path):
     assert not [one for one in found if "end with different tokens" in str(one.message)]
 
 
-def test_a_teacher_with_a_chat_template_for_a_student_without_one_is_reported(source, assets, tmp_path):
+@pytest.mark.parametrize(
+    ("role", "sentence"),
+    [
+        ("student", r"plain has no chat template, .* and the teacher .* has one; set"),
+        ("teacher", r"The teacher .*plain has no chat template, and the data is written with that of .*student, which"),
+    ],
+)
+def test_a_model_without_a_chat_template_beside_one_with_it_is_reported(source, assets, tmp_path, role, sentence):
     folder = tmp_path / "plain"
-    shutil.copytree(assets / "student", folder)
+    shutil.copytree(assets / role, folder)
     (folder / "chat_template.jinja").unlink()
-    with pytest.warns(UserWarning, match=r"plain has no chat template, .* and the teacher .* has one; set"):
-        source(student_pretrain=str(folder))
+    with pytest.warns(UserWarning, match=sentence):
+        source(**{f"{role}_pretrain": str(folder)})
 
 
 def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
@@ -276,6 +283,27 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
         LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"
     ):
         DistillPipeline(configure(**common, **limit)).run()
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
+    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
+    assert_same_weights(whole.student, parts.student)
+
+
+def test_a_run_whose_generator_dies_in_a_batch_goes_on_from_its_checkpoint(configure, tmp_path):
+    calls = iter(range(100))
+
+    def make_mortal(config, world):
+        generator = make_generator(config, world)
+        decode = generator._decode
+        generator._decode = lambda *args: decode(*args) if next(calls) != 20 else 1 / 0  # in the fourth step
+        return generator
+
+    GENERATORS.register("mortal")(make_mortal)
+    common = {**GREEDY, "rollout.generator": "mortal", "max_steps": 5, "save_steps": 1}
+    with pytest.raises(
+        LimbeckError, match=r"rollout.generator = mortal failed while it wrote: ZeroDivisionError: .*py:\d+"
+    ):
+        DistillPipeline(configure(**common)).run()
     assert (tmp_path / "out" / "checkpoint-3").is_dir()
     parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
     whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()

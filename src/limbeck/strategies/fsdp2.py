@@ -63,6 +63,11 @@ class Fsdp2Strategy:
                 "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
             )
         if role == "student":
+            if config.student.strategy_args.strategy_config.offload_policy and dims.size == 1:
+                raise LimbeckError(
+                    "student.strategy_args.strategy_config.offload_policy = true needs several processes, over which FSDP "
+                    "shards it; start more, or use deepspeed_train with offload_optimizer and offload_param."
+                )
             check_optimizer(config.student.training_args.optimizer_name, dims)
             for size, kind in ((dims.tp, "tensor"), (dims.pp, "pipeline")):
                 if args.lora_target and size > 1:
@@ -80,6 +85,11 @@ class Fsdp2Strategy:
             raise UnknownMemory(
                 "student.training_args.optimizer_name = adamw_8bit: limbeck plan does not know the size of torchao's moments; "
                 "plan with adamw, which has 4 times the moments."
+            )
+        if role == "student" and worker.strategy_args.strategy_config.offload_policy:
+            raise UnknownMemory(
+                "student.strategy_args.strategy_config.offload_policy = true: limbeck plan does not know what a student in "
+                "host memory needs on a GPU; plan without it, which needs more."
             )
         # Private modules, and needed by a plan only.
         from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
@@ -111,7 +121,11 @@ class Fsdp2Strategy:
             compile_layers(decoder_layers(model))
         dtype = _param_dtype(spec.worker)
         # Sharding moves layer by layer, so no device ever holds the whole model; the rest follows.
-        root = move(shard(root, decoder_layers(model), world, dims, given, dtype), world.device)
+        root = shard(root, decoder_layers(model), world, dims, given, dtype)
+        if given.offload_policy:
+            keep_on_host(root, root.parameters(), world.device)
+        else:
+            move(root, world.device)
         optimizer = make_optimizer(root, spec.worker.training_args)
         options: dict[str, Any] = {
             "max_norm": spec.config.max_grad_norm,
@@ -166,8 +180,8 @@ def shard(
     mesh = dims.fsdp_mesh(world.device.type, replicate=given.replicate)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=DTYPES[given.reduce_dtype])
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    if given.offload_policy and world.device.type != "cpu":  # there, parameters are in host memory anyway
-        options["offload_policy"] = CPUOffloadPolicy()
+    if given.offload_policy:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     reshard = True if given.reshard_after_forward is None else given.reshard_after_forward
     for layer in layers:
         fully_shard(layer, reshard_after_forward=reshard, **options)

@@ -111,7 +111,7 @@ def apply_model_parallel(
             mesh = dims.mesh(world.device.type)[TP]
             layers = decoder_layers(trunk)
             partial_gradients = apply_tensor_parallel(
-                unwrap_model(model), trunk, layers, mesh, sequence=dims.sequence_parallel
+                unwrap_model(model), trunk, layers, mesh, sequence=dims.sequence_parallel, given=dims.tp_plan
             )
         context = dims.group(world.device.type, CP)
         if context is not None:
@@ -153,7 +153,15 @@ def _verify(
     embedded = None
     if pipeline is not None and not pipeline.is_first:
         embedded = pipeline.recv_forward(torch.empty_like(before[:, own]))
-    after = hidden_states(trunk, ids[:, own], positions[:, own], None, embedded)
+    try:
+        after = hidden_states(trunk, ids[:, own], positions[:, own], None, embedded)
+    except RuntimeError as error:
+        if dims.tp_plan is None:
+            raise
+        raise LimbeckError(
+            f"{name} ({type(trunk).__name__}) cannot compute with the slices of tensor_parallel_plan ({error}); correct it, or "
+            "remove it to use the model's own."
+        ) from error
     if pipeline is not None and not pipeline.is_last:
         pipeline.send_forward(after)
         after = before[:, own]  # the last stage alone can compare
@@ -161,8 +169,9 @@ def _verify(
     worst = world.max((after - before[:, own]).abs().max().float().item())
     coarse = before.dtype in (torch.bfloat16, torch.float16)
     if not worst <= (0.1 if coarse else 1e-3) * before.abs().max().item():
+        remedy = "" if dims.tp_plan is None else "correct tensor_parallel_plan, or "
         raise LimbeckError(
             f"{name} ({type(trunk).__name__}) gives other hidden states with tensor_model_parallel_size = {dims.tp}, "
             f"context_parallel_size = {dims.cp} and pipeline_model_parallel_size = {dims.pp} (they differ by up to "
-            f"{worst:.3g}); set all to 1, and FSDP2 shards it all the same."
+            f"{worst:.3g}); {remedy}set all to 1, and FSDP2 shards it all the same."
         )

@@ -8,7 +8,8 @@ this file.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import NamedTuple
 
@@ -45,7 +46,7 @@ class ParallelDims:
     tensor-parallel ranks, each with a slice of every matrix. pp: pipeline stages. ep: ranks between which the experts of a
     layer are divided (Megatron). etp: ranks that each have a slice of every matrix of an expert. The ep · etp ranks of a
     group are neighbours on a stage: they span tp and cp first, then dp_shard. sequence_parallel: tensor-parallel ranks also
-    divide the time of activations between their slices.
+    divide the time of activations between their slices. tp_plan: the plan of tensor parallelism, if it is not the model's own.
     """
 
     dp_replicate: int = 1
@@ -56,6 +57,7 @@ class ParallelDims:
     ep: int = 1
     etp: int = 1
     sequence_parallel: bool = False
+    tp_plan: Mapping[str, str] | str | None = field(default=None, compare=False)  # meshes do not depend on it
 
     @classmethod
     def from_config(cls, given: StrategyConfig, ranks: int, role: str, *, shard: bool = True) -> ParallelDims:
@@ -88,7 +90,11 @@ class ParallelDims:
         else:
             ep, etp = given.megatron.expert_model_parallel_size, given.megatron.expert_tensor_parallel_size or tp
             shards = _expert_shards(ep, etp, data, cp, tp, role)
-        return cls(data // shards, shards, cp, tp, pp, ep, etp, sequence_parallel=given.sequence_parallel)
+        return cls(
+            *(data // shards, shards, cp, tp, pp, ep, etp),
+            sequence_parallel=given.sequence_parallel,
+            tp_plan=given.tensor_parallel_plan,
+        )
 
     @property
     def size(self) -> int:

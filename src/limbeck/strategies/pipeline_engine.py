@@ -21,7 +21,7 @@ from limbeck.strategies.base import MODEL, EngineState, MicroBatches, ModelOutli
 from limbeck.strategies.gradient_clipping import gradient_norm
 from limbeck.strategies.pipeline_parallel import PipelineGroup
 from limbeck.strategies.shards import Shard, Sliceable
-from limbeck.strategies.state import iter_model, model_shards, optimizer_shards
+from limbeck.strategies.state import model_shards, optimizer_shards
 from limbeck.strategies.torch_engine import TorchEngine
 from limbeck.strategies.world import World
 
@@ -117,7 +117,7 @@ class PipelineEngine(TorchEngine):
         return square.sqrt()
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
-        own = ((name, tensor) for name, tensor in iter_model(self.root, MODEL) if f"{MODEL}{name}" != self._tied_copy)
+        own = ((name, tensor) for name, tensor in super().iter_weights() if f"{MODEL}{name}" != self._tied_copy)
         return self._pipeline.broadcast_all(own, self._target)
 
     def state_dict(self) -> EngineState[Sequence[Shard]]:

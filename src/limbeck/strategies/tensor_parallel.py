@@ -1,5 +1,5 @@
 """Tensor parallelism: every matrix of a Hugging Face model sliced over neighbouring ranks, by the plan that comes with
-the model.
+the model or is given.
 
 PyTorch's ``parallelize_module`` applies it from outside; the plan's style for a module says along which side it is
 sliced. Where there are fewer key and value heads than ranks, several ranks compute the same head. Embeddings and output
@@ -8,8 +8,7 @@ head are sliced over the vocabulary. What leaves a layer is whole on every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,31 +16,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from limbeck.errors import LimbeckError
 from limbeck.strategies.parallel_dims import ParallelDims, join_or
 from limbeck.strategies.sequence_parallel import SequenceParallel
-
-_STYLES: dict[str, Callable[[], ParallelStyle]] = {
-    "colwise": ColwiseParallel,
-    "rowwise": RowwiseParallel,
-    "colwise_gather_output": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "rowwise_split_input": lambda: RowwiseParallel(input_layouts=Replicate()),
-}
-_PLANS = {
-    # Transformers' own plan slices experts only. Mamba layers stay whole: every rank computes all of their heads.
-    "nemotron_h": {
-        **{f"layers.*.mixer.{name}_proj": "colwise" for name in ("q", "k", "v", "up")},
-        **{f"layers.*.mixer.{name}_proj": "rowwise" for name in ("o", "down")},
-    },
-}
-"""``model_type`` to a plan beside the model's own."""
-_PARTIAL = "replicated_with_grad_allreduce"  # whole on every rank, each of which sees its own heads only
-_VOCABULARY = (
-    "embedding_rowwise",
-    "colwise_gather_output",
-)  # styles of embeddings and heads, which are sliced in any case
+from limbeck.strategies.tensor_parallel_plan import PARTIAL, STYLES, GivenPlan, check_given_plan, plan_of
 
 
 def check_tensor_parallel(trunk: Any, dims: ParallelDims, name: str, role: str) -> None:
@@ -53,14 +33,20 @@ def check_tensor_parallel(trunk: Any, dims: ParallelDims, name: str, role: str) 
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     sizes: dict[str, int] = {}
     if dims.tp > 1:
-        plan = _plan(trunk)
+        if dims.tp_plan is not None:
+            try:
+                check_given_plan(trunk, dims.tp_plan)
+            except LimbeckError as error:
+                raise LimbeckError(f"{role}.strategy_args.strategy_config.tensor_parallel_plan: {error}") from error
+        plan = plan_of(trunk, dims.tp_plan)
         if not plan:
             raise LimbeckError(
                 f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {dims.tp}: {type(trunk).__name__} "
-                "comes without a plan for tensor parallelism (base_model_tp_plan); use 1, and FSDP2 shards it all the same."
+                "comes without a plan for tensor parallelism (base_model_tp_plan); set tensor_parallel_plan, or use 1, and "
+                "FSDP2 shards it all the same."
             )
         for path, (style, module) in plan.items():
-            known = isinstance(module, nn.Linear) if style in _STYLES else style == _PARTIAL
+            known = isinstance(module, nn.Linear) if style in STYLES else style == PARTIAL
             if not known:
                 raise LimbeckError(
                     f"{role}.strategy_args.strategy_config.tensor_model_parallel_size = {dims.tp}: the plan of "
@@ -108,7 +94,13 @@ def _check_divides(
 
 
 def apply_tensor_parallel(
-    model: Any, trunk: Any, layers: Sequence[nn.Module], mesh: DeviceMesh, *, sequence: bool = False
+    model: Any,
+    trunk: Any,
+    layers: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    *,
+    sequence: bool = False,
+    given: GivenPlan | None = None,
 ) -> list[nn.Module]:
     """Slice ``model``, whose body is ``trunk`` with its ``layers``, over the ranks of ``mesh`` in place.
 
@@ -116,6 +108,7 @@ def apply_tensor_parallel(
 
     Args:
         sequence: between the sliced matrices each rank keeps a part of the rows' time only (``sequence_parallel.py``).
+        given: the plan; by default the model's own.
 
     Returns:
         The modules of whose gradients every rank has a part; see ``sum_partial_gradients``. The output head's weight
@@ -126,16 +119,16 @@ def apply_tensor_parallel(
     heads, keys = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     styles: dict[str, ParallelStyle] = {}
     partial, entered = [], {}
-    for path, (style, module) in _plan(trunk).items():
+    for path, (style, module) in plan_of(trunk, given).items():
         parent = path.rpartition(".")[0]
-        if style == _PARTIAL:
+        if style == PARTIAL:
             partial.append(module)
         elif keys % ranks and _is_key_or_value(path):
             _keep_one_head(module, mesh, rank * keys // ranks, keys)
             trunk.get_submodule(parent).num_key_value_groups = heads // ranks
         else:
-            styles[path] = _STYLES[style]()
-            if sequence and isinstance(styles[path], RowwiseParallel):
+            styles[path] = STYLES[style]()
+            if sequence and style in ("rowwise", "rowwise_split_input", "colwise_gather"):
                 styles[path].output_layouts = (Shard(1),)  # type: ignore[attr-defined]
         if style.startswith("colwise"):
             entered[parent] = trunk.get_submodule(parent)
@@ -157,21 +150,6 @@ def apply_tensor_parallel(
     return partial
 
 
-def sliced_parameters(model: Any, trunk: Any, ranks: int) -> list[nn.Parameter]:
-    """The parameters of which ``apply_tensor_parallel`` leaves each of ``ranks`` ranks a slice; the others stay
-    whole.
-    """
-    config = trunk.config.get_text_config()
-    keys = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    sliced: list[nn.Parameter] = []
-    for path, (style, module) in _plan(trunk).items():
-        if style != _PARTIAL and not (keys % ranks and _is_key_or_value(path)):
-            sliced += [p for name, p in module.named_parameters() if name == "weight" or style.startswith("colwise")]
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        sliced += [] if module is None else module.parameters()
-    return sliced
-
-
 @torch.no_grad()
 def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
     """Sum the gradients of ``modules`` over the ranks of ``mesh``: each computed the part of its own heads."""
@@ -180,18 +158,6 @@ def sum_partial_gradients(modules: list[nn.Module], mesh: DeviceMesh) -> None:
             if parameter.grad is not None:
                 grad = parameter.grad
                 dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=mesh.get_group())
-
-
-def _plan(trunk: Any) -> dict[str, tuple[str, nn.Module]]:
-    """Style and module of every path in ``trunk`` that its plan names, without embeddings."""
-    config = trunk.config.get_text_config()
-    plan = {**(getattr(config, "base_model_tp_plan", None) or {}), **_PLANS.get(config.model_type, {})}
-    found = {}
-    for path, module in trunk.named_modules():
-        style = next((style for pattern, style in plan.items() if fnmatchcase(path, pattern)), None)
-        if style is not None and not (isinstance(module, nn.Embedding) and style in _VOCABULARY):
-            found[path] = (style, module)
-    return found
 
 
 def _is_key_or_value(path: str) -> bool:

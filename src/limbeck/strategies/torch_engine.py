@@ -80,7 +80,7 @@ class TorchEngine:
             self._scaler.step(self.optimizer)
             self._scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.to(self._device)  # gradients may be in host memory
 
     def gradient_norm(self) -> Tensor:
         """The norm of the gradients over all processes."""
@@ -88,7 +88,8 @@ class TorchEngine:
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
         with self._in_float32():
-            yield from iter_model(self.root, MODEL)
+            for name, tensor in iter_model(self.root, MODEL):
+                yield name, tensor.to(self._device)
 
     def state_dict(self) -> EngineState[Sequence[Shard]]:
         with self._in_float32():

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from limbeck.config.dialects.base import Source
-from limbeck.config.dialects.nemo_rl_data import translate_data
+from limbeck.config.dialects.nemo_rl_data import environment_of, translate_data
 from limbeck.config.dialects.nemo_rl_file import NemoRlFile
 from limbeck.config.dialects.nemo_rl_steps import put_steps, translate_batches, translate_schedule
 from limbeck.config.dialects.nemo_rl_table import MOVED, READ
@@ -20,7 +20,7 @@ from limbeck.config.schema import TRACKER_KWARGS
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
-from limbeck.registry import GENERATORS
+from limbeck.registry import ENVIRONMENTS, GENERATORS
 
 _KL = {"forward": "forward_kl", "reverse": "reverse_kl", "mixed": "mixed_kl"}
 _METRICS = {"val:accuracy": "val/accuracy", "val_loss": "val/loss"}
@@ -97,16 +97,20 @@ def _place(file: NemoRlFile) -> int:
     world, own = file.num_ranks, file.generation_devices
     file.put("student.device_mapping", list(range(world)), "cluster.gpus_per_node")
     path = "policy.generation.colocated"
-    if own:
+    apart = file.section(path).get("enabled") is False
+    if apart and max(file.whole("cluster.num_nodes"), file.whole(f"{path}.resources.num_nodes")) > 1:
+        file.refuse(
+            f"{path}.enabled",
+            "= false is only supported on one machine: a generator on machines of its own is not there yet; set it to true",
+        )
+    elif own:
         file.put("rollout.device_mapping", list(range(world, world + own)), f"{path}.resources.gpus_per_node")
-    elif file.section(path).get("enabled") is False:
+    elif apart:
         file.refuse(
             f"{path}.resources.gpus_per_node",
             f"= {format_value(file.get(f'{path}.resources.gpus_per_node'))} must be the number of devices for the generation, "
             "fewer than cluster.gpus_per_node, because colocated.enabled = false",
         )
-    if own and max(file.whole("cluster.num_nodes"), file.whole(f"{path}.resources.num_nodes")) > 1:
-        file.refuse(f"{path}.enabled", "= false is only supported on one machine; set it to true")
     return world
 
 
@@ -163,8 +167,7 @@ def _translate_generation(file: NemoRlFile) -> None:
             file.put(target, longest, "distillation.max_length")
     if file.result.section("rollout") is None:
         file.put("rollout.on_policy_fraction", 1.0, "distillation")
-    if "env" in file.source or _has(file, "env_name"):
-        file.put("rollout.environment", "math", "env" if "env" in file.source else "data")
+    _translate_environment(file)
     backend = file.get("policy.generation.backend")
     if backend is None:
         return
@@ -190,9 +193,20 @@ def _translate_generation(file: NemoRlFile) -> None:
         )
 
 
-def _has(file: NemoRlFile, key: str) -> bool:
-    data = file.section("data")
-    return any(isinstance(part, Mapping) and part.get(key) for part in (data, data.get("default"), data.get("train")))
+def _translate_environment(file: NemoRlFile) -> None:
+    """The environment that the datasets name, or the first one of ``env``."""
+    given = [name for name in file.section("env") if name in ENVIRONMENTS]
+    found = environment_of(file.result, file.section("data"))
+    if found is None and "env" not in file.source:
+        return
+    name, path = found or ((given or ["math"])[0], "env")
+    if name not in ENVIRONMENTS:
+        file.refuse(path, f"= {name} {ENVIRONMENTS.explain_unknown(name)}, or let a file of plugins register it")
+        name = "math"  # so that its other keys are checked
+    file.put("rollout.environment", name, path)
+    if name != "math":  # whose arguments have other names here
+        file.put("rollout.environment_kwargs", dict(file.section(f"env.{name}")), f"env.{name}")
+    file.result.ignored += [f"env.{other}" for other in given if other != name]
 
 
 def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:

@@ -47,6 +47,12 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
             result.put("student.data_args.default_system", file.read_text(encoding="utf-8").strip(), path)
 
 
+def environment_of(result: Translation, data: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The ``env_name`` of the datasets and where it is written; None if there is none."""
+    entries = [*_entries(data, "train"), *_entries(data, "validation")]
+    return _common(result, "env_name", [entry for entry in entries if entry.get("env_name", (None, ""))[0] is not None])
+
+
 def _put_repeat(result: Translation, validation: list[Entry]) -> None:
     """Several answers to each validation question; NeMo-RL limits the number of answers, Limbeck that of questions."""
     repeats = {entry["repeat"] for entry in validation if entry.get("repeat", (None, ""))[0] is not None}

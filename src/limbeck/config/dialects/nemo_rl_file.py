@@ -9,6 +9,7 @@ from typing import Any
 from limbeck.config.dialects.nemo_rl_table import DISABLED_BY, FIXED, MOVED, NO_MEANING, READ, TEACHER_READS, Fixed
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
+from limbeck.registry import ENVIRONMENTS
 
 
 class NemoRlFile:
@@ -94,6 +95,8 @@ class NemoRlFile:
                 continue  # NeMo-RL does not read it either
             elif key in ignored:
                 self.result.ignored.append(inner)
+            elif path == "env" and key not in known and key in ENVIRONMENTS:
+                continue  # arguments of an environment, which it checks itself
             elif kind in DISABLED_BY:
                 self._check_switched(inner, value, kind)
             elif key in known:

@@ -31,6 +31,7 @@ MOVED: dict[str, str] = {
     "distillation.seed": "seed",
     "distillation.lambda": "rollout.on_policy_fraction",
     "distillation.num_generations_per_prompt": "rollout.num_generations",
+    "distillation.max_rollout_turns": "rollout.max_turns",
     "distillation.max_num_epochs": "student.training_args.num_train_epochs",
     "distillation.topk_logits_k": "logits_topk",
     "distillation.val_at_start": "validation.at_start",
@@ -46,6 +47,8 @@ MOVED: dict[str, str] = {
     "policy.dtensor_cfg.tensor_parallel_size": "student.strategy_args.strategy_config.tensor_model_parallel_size",
     "policy.dtensor_cfg.context_parallel_size": "student.strategy_args.strategy_config.context_parallel_size",
     "policy.dtensor_cfg.sequence_parallel": "student.strategy_args.strategy_config.sequence_parallel",
+    "policy.dtensor_cfg.cpu_offload": "student.strategy_args.strategy_config.offload_policy",
+    "policy.dtensor_cfg.custom_parallel_plan": "student.strategy_args.strategy_config.tensor_parallel_plan",
     "policy.dtensor_cfg.env_vars": "student.system_envs",
     "policy.optimizer.kwargs.lr": "student.training_args.learning_rate",
     "policy.optimizer.kwargs.weight_decay": "student.training_args.weight_decay",
@@ -65,6 +68,8 @@ MOVED: dict[str, str] = {
     "teacher.dtensor_cfg.tensor_parallel_size": "teacher.strategy_args.strategy_config.tensor_model_parallel_size",
     "teacher.dtensor_cfg.context_parallel_size": "teacher.strategy_args.strategy_config.context_parallel_size",
     "teacher.dtensor_cfg.sequence_parallel": "teacher.strategy_args.strategy_config.sequence_parallel",
+    "teacher.dtensor_cfg.cpu_offload": "teacher.strategy_args.strategy_config.offload_policy",
+    "teacher.dtensor_cfg.custom_parallel_plan": "teacher.strategy_args.strategy_config.tensor_parallel_plan",
     "teacher.dtensor_cfg.env_vars": "teacher.system_envs",
     "env.math.num_workers": "rollout.environment_kwargs.workers",
     "logger.log_dir": "output_dir",
@@ -102,11 +107,11 @@ READ: dict[str, frozenset[str]] = {
     "policy.generation.vllm_cfg": words("gpu_memory_utilization enforce_eager kv_cache_dtype tensor_parallel_size"),
     "data": words(
         """train validation default dataset_name data_path input_key output_key subset split prompt_file prompt_template
-        system_prompt_file max_samples"""
+        system_prompt_file max_samples env_name"""
     ),
     "dataset": words(
         """dataset_name data_path input_key output_key subset split prompt_file prompt_template system_prompt_file repeat
-        max_samples"""
+        max_samples env_name"""
     ),
     "env": words("math"),
     "env.math": frozenset(),
@@ -160,7 +165,6 @@ FIXED: dict[str, dict[str, Fixed]] = {
         "on_policy_distillation": _off("(teachers of a GRPO run) is not supported yet; remove it"),
     },
     "distillation": {
-        "max_rollout_turns": Fixed((None, 1), "(several turns) is not supported yet; set it to 1"),
         "generate_strategy": Fixed((None, {}), "is not read; set the keys of generation in the student's section"),
     },
     "loss_fn": {
@@ -187,10 +191,6 @@ FIXED: dict[str, dict[str, Fixed]] = {
         ),
     },
     "policy.dtensor_cfg": {
-        "cpu_offload": Fixed((None, False), "(parameters in CPU memory) is not supported yet; set it to false"),
-        "custom_parallel_plan": Fixed(
-            (None,), "is not supported; Limbeck derives the plan from the model, so remove it"
-        ),
         "expert_parallel_size": Fixed((None, 1), "is not supported yet; set it to 1"),
         "dp_replicate_size": Fixed((None, 1), "is not supported yet; set it to 1, and all ranks shard one copy"),
     },
@@ -223,11 +223,9 @@ FIXED: dict[str, dict[str, Fixed]] = {
         "num_prompts_per_dataloader": Fixed((None,), "is not supported; remove it"),
         "custom_dataloader": Fixed((None,), "is code of your own, which Limbeck does not run; remove it"),
         "processor": Fixed((None, "math_hf_data_processor"), "is not supported; use math_hf_data_processor"),
-        "env_name": Fixed((None, "math"), _ENVIRONMENT),
     },
     "dataset": {
         "processor": Fixed((None, "math_hf_data_processor"), "is not supported; use math_hf_data_processor"),
-        "env_name": Fixed((None, "math"), _ENVIRONMENT),
         "split_validation_size": Fixed(
             (None, 0, 0.0),
             "(a part of the training data for validation) is not supported; set it to 0, and data.validation",

@@ -31,6 +31,12 @@ def environment_contradictions(config: RunFields) -> Iterator[Contradiction]:
         yield Contradiction(
             "rollout.max_turns", f"= {rollout.max_turns} needs an environment that replies; set rollout.environment"
         )
+    if rollout is not None and known and rollout.max_turns > 1:
+        yield Contradiction(
+            "rollout.max_turns",
+            f"= {rollout.max_turns} needs an environment that replies, and {environment} does not; set it to 1, or use an "
+            "environment with turns",
+        )
     if writing is not None and (environment is None or config.effective_step_source != "rollout"):
         yield Contradiction(
             "validation.rollout",

@@ -139,6 +139,12 @@ class StrategyConfig(Section):
         "effect "
         "without tensor parallelism.",
     )
+    tensor_parallel_plan: dict[str, str] | str | None = Field(
+        default=None,
+        description="How tensor parallelism slices the model: patterns of module names and styles, such as "
+        "`{layers.*.mlp.up_proj: colwise, layers.*.mlp.down_proj: rowwise}`, or the dotted path of such a mapping in a Python "
+        "module, which is imported. If unset, by the plan that comes with the model.",
+    )
     replicate: bool = Field(
         default=False,
         description="Keep a whole copy of the model on every rank instead of sharding it, like ZeRO stage 0.",
@@ -150,8 +156,9 @@ class StrategyConfig(Section):
     )
     offload_policy: bool = Field(
         default=False,
-        description="Keep the teacher's parameters in host memory and copy each layer to the GPU for its forward pass, which "
-        "is slower and needs less GPU memory. For the teacher only; deepspeed_train offloads a student.",
+        description="Keep the parameters in host memory and copy each layer to the GPU for its passes, which is slower and "
+        "needs less GPU memory. The student's gradients and optimizer are in host memory too, and it needs several ranks; "
+        "deepspeed_train offloads a student on one.",
     )
     param_dtype: Dtype | None = Field(
         default=None,

@@ -267,16 +267,12 @@ def _placement_contradictions(config: RunFields) -> Iterator[Contradiction]:
             yield Contradiction(
                 f"{role}.strategy_args.strategy_config.replicate", "contradicts fsdp_size in the same section; keep one"
             )
-    if student.strategy_args.strategy_config.offload_policy:
-        yield Contradiction(
-            "student.strategy_args.strategy_config.offload_policy",
-            "= true is for the teacher; use deepspeed_train with offload_optimizer and offload_param, or set it to false",
-        )
-    if teacher.strategy_args.strategy_config.offload_policy and config.offloads_colocated:
-        yield Contradiction(
-            "teacher.strategy_args.strategy_config.offload_policy",
-            "and is_offload_states both keep the teacher in host memory; keep one of them",
-        )
+    for role, strategy in (("student", student.strategy_args), ("teacher", teacher.strategy_args)):
+        if strategy.strategy_config.offload_policy and config.offloads_colocated:
+            yield Contradiction(
+                f"{role}.strategy_args.strategy_config.offload_policy",
+                f"and is_offload_states both keep the {role} in host memory; keep one of them",
+            )
     if config.num_gpus_per_node is not None and config.device_mapping:
         available = config.num_nodes * config.num_gpus_per_node
         for role, mapping in (("student", config.student.device_mapping), ("teacher", teacher.device_mapping)):
@@ -440,6 +436,13 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             yield f"checkpoint_config.save_to_hub.{key}", "is only read with save_to_hub.repo_id"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
+    for role, worker in (("student", config.student), ("teacher", config.teacher)):
+        given = worker.strategy_args.strategy_config
+        if given.tensor_parallel_plan is not None and given.tensor_model_parallel_size == 1:
+            yield (
+                f"{role}.strategy_args.strategy_config.tensor_parallel_plan",
+                "is only read with tensor_model_parallel_size above 1",
+            )
     if not config.validation_sources:
         yield "eval_steps", "is only read with validation files"
     yield from unread_environment_keys(config)
@@ -452,7 +455,8 @@ def _foreign_strategy_keys(strategy: StrategyArgs, role: str) -> Iterator[Contra
     if not reads_megatron and given.megatron != MegatronConfig():
         which = "megatron_train" if role == "student" else "megatron_infer"
         yield Contradiction(f"{path}.megatron", f"is only read by strategy_name: {which}; set that, or remove it")
-    for key in ("fsdp_size", "replicate", "reshard_after_forward", "offload_policy") if reads_megatron else ():
+    foreign = ("fsdp_size", "replicate", "reshard_after_forward", "offload_policy", "tensor_parallel_plan")
+    for key in foreign if reads_megatron else ():
         if getattr(given, key) != StrategyConfig.model_fields[key].default:
             yield Contradiction(f"{path}.{key}", f"is not read by {strategy.strategy_name}; remove it")
     if not strategy.reads_deepspeed_block:
