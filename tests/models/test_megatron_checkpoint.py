@@ -244,6 +244,11 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--iteration", "3"]) == 0
     assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again")]) == 0
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+    legacy = str(tmp_path / "legacy")
+    assert main(["convert", str(tmp_path / "hf"), legacy, "--format", "torch", "--transformer-impl", "local"]) == 0
+    file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt"
+    assert "decoder.layers.0.input_layernorm.weight" in torch.load(file, weights_only=False)["model"]
+    assert_same(read(tmp_path / "legacy"), model)
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again")]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
 
@@ -307,6 +312,80 @@ def test_a_checkpoint_that_cannot_be_read_is_one_sentence(change, sentence, tmp_
     change(tmp_path)
     with pytest.raises(LimbeckError, match=sentence):
         read(tmp_path)
+
+
+def test_a_model_of_mamba_layers_alone_is_recognised_by_them(tmp_path):
+    """Megatron-LM stores the same arguments for it as for a GPTModel."""
+    config = megatron_hybrid_config.hf_config(
+        SHAPE | HYBRID["nemotron_h"] | {"hybrid_override_pattern": "MMMM"}, "here"
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    write_legacy(model, tmp_path, hybrid_override_pattern=None, is_hybrid_model=False)
+    assert_same(read(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "removed", "sentence"),
+    [
+        ({"num_experts": 3}, None, "expert_model_parallel_size = 2 in its arguments does not divide num_experts = 3"),
+        (
+            {"num_experts": 8, "module": "GroupedMLP"},
+            None,
+            r"layers.0.mlp.experts.experts.linear_fc1.weight has the shape",
+        ),
+        (
+            {"num_experts": 14, "module": "GroupedMLP"},
+            None,
+            r"mp_rank_00_000_000.* has experts of the shape \[64, 192\], which are not 7 matrices as num_experts",
+        ),
+        (
+            {},
+            "mp_rank_00_001_001",
+            "rank 0 and pipeline rank 1 with expert-parallel rank 1, .* saved by 2 x 2 x 2 of them",
+        ),
+        (
+            {},
+            "mp_rank_01_000_*",
+            "rank 1 and pipeline rank 0 with expert-parallel rank 0, .* saved by 2 x 2 x 2 of them",
+        ),
+    ],
+)
+def test_files_of_experts_that_do_not_fit_together_are_one_sentence(options, removed, sentence, tmp_path):
+    folder = write_legacy(make("mixtral"), tmp_path, expert=2, **options) / "iter_0000010"
+    for path in folder.glob(removed) if removed else ():
+        shutil.rmtree(path)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "sentence"),
+    [
+        (
+            "mixtral",
+            {"num_experts": 8},
+            "experts.linear_fc1.weight is of 4 experts, and num_experts in its arguments is 8",
+        ),
+        ("mixtral", {"num_experts": None}, "has no decoder.layers.0.mlp.linear_fc1.weight, which a llama model"),
+        (
+            "qwen3_moe",
+            {"moe_layer_freq": 1},
+            "has no decoder.layers.0.mlp.experts.experts.linear_fc1.weight, which a qwen3_",
+        ),
+        ("llama", {"num_experts": 4}, "has no decoder.layers.0.mlp.experts.experts.linear_fc1.weight, which a mixtral"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-MM"},
+            "has no decoder.layers.3.norm.weight, which a nemotron_h model",
+        ),
+        ("nemotron_h", {"mamba_state_dim": 16}, r"in_proj.weight has the shape \[268, 64\], .* give \[332, 64\]"),
+    ],
+)
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_arguments_of_experts_and_hybrids_that_do_not_fit_are_one_sentence(kind, form, arguments, sentence, tmp_path):
+    write_checkpoint(make(kind), tmp_path, 1, form=form)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path, megatron_arguments=arguments)
 
 
 @pytest.mark.parametrize(

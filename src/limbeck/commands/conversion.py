@@ -22,7 +22,8 @@ def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
         "--format",
         choices=("torch_dist", "torch"),
         default="torch_dist",
-        help="of the checkpoint of Megatron-LM: torch_dist (default) for any layout, or torch, the legacy one, for a single rank",
+        help="of the checkpoint of Megatron-LM: torch_dist (default), which it loads in any layout, or the legacy torch, for a "
+        "single rank",
     )
     convert.add_argument(
         "--transformer-impl",

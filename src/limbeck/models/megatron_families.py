@@ -84,9 +84,9 @@ _DENSE = {
     f"{_OURS}mlp.linear_fc2.weight": Rule("row", (f"{_MLP}down_proj.weight",)),
 }
 _EXPERTS = {
-    f"{_OURS}mlp.router.weight": Rule("copy", (f"{_MLP}gate.weight",)),
     f"{_OURS}mlp.experts.gate_up_proj": Rule("experts_gate_up", (f"{_MLP}experts.gate_up_proj",)),
     f"{_OURS}mlp.experts.down_proj": Rule("experts_down", (f"{_MLP}experts.down_proj",)),
+    f"{_OURS}mlp.router.weight": Rule("copy", (f"{_MLP}gate.weight",)),
 }
 _LLAMA: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Rule("vocabulary", (EMBEDDINGS,)),

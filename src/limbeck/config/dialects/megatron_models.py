@@ -86,7 +86,12 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
         folder = Path(name)
         can_be_new = flag == "--load" and resumes
         if is_run(folder) and not can_be_new:
-            return str(folder / _saved_at(given)), flag
+            saved = folder / (f"checkpoint-{given['ckpt-step']}" if "ckpt-step" in given else "student")
+            if not saved.is_dir():
+                result.refuse(
+                    "--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {name}; remove it for the newest"
+                )
+            return str(saved), flag
         if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
             return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
         if not can_be_new and (flag != "--load" or pretrained is None):
@@ -106,10 +111,6 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
 def is_run(folder: Path) -> bool:
     """Whether ``folder`` is what a run of Limbeck had as ``--save``."""
     return (folder / "student" / "config.json").is_file()
-
-
-def _saved_at(given: Mapping[str, Any]) -> str:
-    return f"checkpoint-{given['ckpt-step']}" if "ckpt-step" in given else "student"
 
 
 def _iteration(given: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from limbeck.models.megatron_families import HEAD, Heads, Kind, Parameter, famil
 
 _WITH_EXTRA_STATE = (
     *("linear_qkv", "linear_proj", "q_layernorm", "k_layernorm", "linear_fc1", "linear_fc2", "in_proj", "out_proj"),
-    *("pre_mlp_layernorm", "final_layernorm", "final_norm"),
+    *("pre_mlp_layernorm", "final_layernorm", "final_norm", "output_layer"),
 )
 
 
