@@ -173,7 +173,7 @@ def _parameters(state: Any, path: Path, layout: _Layout) -> dict[Key, Callable[[
             split = partial(_split, value, layout.experts // layout.expert, int(grouped[1]) - 1, path)
             found[_MATRICES[grouped[1]], layer] = split
         else:
-            found[key] = lambda value=value: value  # type: ignore[misc]
+            found[key] = partial(torch.Tensor.detach, value)
     return found | {key: partial(_stack, matrices) for key, matrices in experts.items()}
 
 
