@@ -342,6 +342,7 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert (at(other, model), at(other, resume)) == ("out/student", False)
     tuned = run("--load out --save out --finetune", student="")
     assert (at(tuned, model), at(tuned, resume)) == ("out/student", False)
+    (folder / "out" / "checkpoint-40" / "config.json").write_text("{}")
     early = run("--load out --ckpt-step 40 --save other", student="")
     assert at(early, model) == "out/checkpoint-40"
     assert (

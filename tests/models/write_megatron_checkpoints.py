@@ -248,7 +248,7 @@ def main(folder: Path) -> None:
             save(given, chunks, layout, Path(f"{path}-{layout_name}"))
     start(Layout())
     for path, given in models(folder):
-        for ours in sorted(folder.glob(f"{path.name}-ours-*")):
+        for ours in sorted(one for one in folder.glob(f"{path.name}-ours-*") if one.is_dir()):
             (model,) = build(given, Layout())
             load([model], ours)
             torch.save(logits(model), f"{ours}.pt")

@@ -87,7 +87,7 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
         can_be_new = flag == "--load" and resumes
         if is_run(folder) and not can_be_new:
             saved = folder / (f"checkpoint-{given['ckpt-step']}" if "ckpt-step" in given else "student")
-            if not saved.is_dir():
+            if not (saved / "config.json").is_file():
                 result.refuse(
                     "--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {name}; remove it for the newest"
                 )
