@@ -342,8 +342,27 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert (at(other, model), at(other, resume)) == ("out/student", False)
     tuned = run("--load out --save out --finetune", student="")
     assert (at(tuned, model), at(tuned, resume)) == ("out/student", False)
+    (folder / "out" / "checkpoint-40" / "config.json").write_text("{}")
+    early = run("--load out --ckpt-step 40 --save other", student="")
+    assert at(early, model) == "out/checkpoint-40"
+    assert (
+        "--ckpt-step = 7 has no checkpoint in out" in mistakes("--load out --ckpt-step 7 --save other", student="")[0]
+    )
+    taught = run("", teacher="--export-kd-teacher-load out")
+    assert at(taught, "teacher.model_args.model_name_or_path") == "out/student"
     step = run("--load mcore --ckpt-step 12 --tokenizer-model hf", student="")
     assert at(step, model) == "mcore/iter_0000012"
+
+
+def test_what_is_saved_is_also_a_checkpoint_of_megatron(folder: Path) -> None:
+    megatron_too, form = "checkpoint_config.save_megatron", "checkpoint_config.megatron_format"
+    saved = run("--save out --ckpt-format torch")
+    assert (at(saved, megatron_too), at(saved, form), at(run(""), megatron_too)) == (True, "torch", False)
+    divided = run("--save out --ckpt-format torch --tensor-model-parallel-size 2 checkpoint_config.save_megatron=true")
+    assert at(divided, form) == "torch_dist"
+    assert any("--ckpt-format torch: the student is saved as torch_dist" in notice for notice in divided.notices)
+    off = run("--save out --ckpt-format torch checkpoint_config.save_megatron=false")
+    assert (at(off, megatron_too), at(off, form)) == (False, "torch_dist")
 
 
 def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:

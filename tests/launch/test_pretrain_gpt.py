@@ -12,6 +12,7 @@ from tiny import make_corpus
 from transformers import AutoModelForCausalLM
 
 from limbeck.errors import USER_MISTAKE
+from limbeck.models import ModelSource, load_model
 from limbeck.models.megatron_checkpoint import write_checkpoint
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
@@ -69,6 +70,9 @@ def test_students_with_experts_and_with_mamba_layers_are_trained(script, assets,
     teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'teacher'}"
     assert script(f"{student} {RUN} {teacher} --mock-data --train-iters 2 --eval-iters 0 --save out") == 0
     assert json.loads(Path("out/student/config.json").read_text())["model_type"] == kind
+    saved, student = (load_model(ModelSource(name), torch.float32) for name in ("./out/megatron", "./out/student"))
+    assert saved.config.model_type == kind
+    assert all(torch.equal(saved.state_dict()[name], tensor) for name, tensor in student.state_dict().items())
     assert len(losses("out")) == 2
 
 

@@ -1,6 +1,7 @@
 """Megatron-LM's checkpoints as Hugging Face models, and back."""
 
 import importlib.util
+import itertools
 import json
 import pickle
 import shutil
@@ -16,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
-from limbeck.models import ModelSource, load_model
-from limbeck.models.megatron_checkpoint import write_checkpoint
-from limbeck.models.megatron_config import hf_config, megatron_arguments
+from limbeck.models import ModelSource, load_model, megatron_hybrid_config
+from limbeck.models.megatron_checkpoint import arguments_of, write_checkpoint
+from limbeck.models.megatron_config import hf_config
 from limbeck.models.megatron_families import FAMILIES, HEAD, Heads, slice_of
 
 needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
@@ -42,17 +43,44 @@ SHAPE = {
     "vocab_size": 300,
     "padded_vocab_size": 384,
 }
-ARCHITECTURES = {
+DENSE = {
     "llama": {"use_rope_scaling": True},
     "qwen2": {"add_qkv_bias": True, "untie_embeddings_and_output_weights": False, "rotary_base": 1000000},
     "qwen3": {"qk_layernorm": True, "kv_channels": 8, "rotary_seq_len_interpolation_factor": 2.0},
 }
+EXPERTS = {
+    "mixtral": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 96},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_router_topk": 3,
+        "moe_ffn_hidden_size": 32,
+        "moe_router_pre_softmax": True,
+        "moe_layer_freq": [0, 1, 1, 1],
+        "qk_layernorm": True,
+    },
+}
+HYBRID = {
+    "nemotron_h": {
+        "hybrid_override_pattern": "M-M*",
+        "mamba_state_dim": 8,
+        "mamba_head_dim": 8,
+        "mamba_num_groups": 4,
+        "mamba_num_heads": 12,
+        "position_embedding_type": "none",
+        "swiglu": False,
+        "squared_relu": True,
+        "norm_epsilon": 1e-5,
+    }
+}
+ARCHITECTURES = DENSE | EXPERTS | HYBRID
 
 
 def make(kind: str):
     """A Hugging Face model of one of ``ARCHITECTURES``, with no constant parameters."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(hf_config(SHAPE | ARCHITECTURES[kind], "here"), dtype=torch.float32)
+    read_arguments = megatron_hybrid_config.hf_config if kind in HYBRID else hf_config
+    config = read_arguments(SHAPE | ARCHITECTURES[kind], "here")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -71,48 +99,82 @@ def assert_same(found, expected) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def write_legacy(model, folder: Path, tensor: int = 2, pipeline: int = 2, virtual: int = 1, **options) -> Path:
+EXPERT_NAMES = {
+    "SequentialMLP": lambda number, matrices: {
+        f"local_experts.{i}.linear_fc{number}.weight": matrix for i, matrix in enumerate(matrices)
+    },
+    "TEGroupedMLP": lambda number, matrices: {
+        f"linear_fc{number}.weight{i}": matrix for i, matrix in enumerate(matrices)
+    },
+    "GroupedMLP": lambda number, matrices: {
+        f"weight{number}": matrices.transpose(1, 2).reshape((64, -1) if number == 1 else (-1, 64))
+    },
+}
+"""How Megatron's modules for experts name the matrices [experts, rows, columns] of a rank."""
+
+
+def transformer_engine_name(name: str, kind: str) -> str:
+    name = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
+    if kind not in EXPERTS:
+        name = name.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_")
+    if kind in HYBRID:
+        name = name.replace("*.norm.", "*.mixer.in_proj.layer_norm_").replace("final_layernorm", "final_norm")
+    return name
+
+
+def write_legacy(
+    model,
+    folder: Path,
+    tensor: int = 2,
+    pipeline: int = 2,
+    virtual: int = 1,
+    expert: int = 1,
+    module: str = "SequentialMLP",
+    **options,
+) -> Path:
     """The model in Megatron's format torch, with the names of Transformer Engine's layers."""
     config, tensors = model.config, dict(model.named_parameters(remove_duplicate=False))
-    heads, rules = Heads.of(config), FAMILIES[config.model_type].rules
-    rows = {"padded_vocab_size": 384, "tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": pipeline}
-    per_chunk = config.num_hidden_layers // (pipeline * virtual)
-    for t in range(tensor):
-        for p in range(pipeline):
-            chunks = []
-            for v in range(virtual):
-                first, last = (v, p) == (0, 0), (v, p) == (virtual - 1, pipeline - 1)
-                chunk = {}
-                for name, rule in rules.items():
-                    on_this = first if name.startswith("embedding") else last
-                    for local in range(per_chunk) if "*" in name else (None,) if on_this else ():
-                        layer = 0 if local is None else (v * pipeline + p) * per_chunk + local
-                        if rule.sources == (HEAD,) and config.tie_word_embeddings and pipeline == 1:
-                            continue  # a stage apart from the first holds a copy
-                        sources = [tensors[source.replace("*", str(layer))] for source in rule.sources]
-                        if rule.kind == "vocabulary":
-                            sources = [torch.nn.functional.pad(sources[0], (0, 0, 0, 84))]
-                        name_here = name.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_").replace(
-                            "pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"
-                        )
-                        chunk[name_here.replace("*", str(local))] = slice_of(
-                            rule.kind, sources, heads, t, tensor
-                        ).clone()
-                chunk["decoder.layers.0.mlp.linear_fc1._extra_state"] = None
-                chunks.append(chunk)
-            names = ["model"] if virtual == 1 else [f"model{v}" for v in range(virtual)]
-            arguments = Namespace(**megatron_arguments(config) | rows | options)
-            path = folder / "iter_0000010" / f"mp_rank_{t:02d}_{p:03d}" / "model_optim_rng.pt"
-            path.parent.mkdir(parents=True)
-            torch.save({"args": arguments, "iteration": 10, **dict(zip(names, chunks, strict=True))}, path)
+    heads, slices = Heads.of(config), options.get("expert_tensor_parallel_size", tensor)
+    sizes = {"tensor": tensor, "pipeline": pipeline, "expert": expert}
+    arguments = arguments_of(config) | {f"{axis}_model_parallel_size": size for axis, size in sizes.items()}
+    arguments |= {"padded_vocab_size": 384, **options}
+    per_chunk, last = config.num_hidden_layers // (pipeline * virtual), pipeline * virtual - 1
+    for t, p, e in itertools.product(range(tensor), range(pipeline), range(expert)):
+        if (e - t) % (tensor // slices):
+            continue  # with undivided experts, neighbouring ranks of tensor parallelism have others of them
+        chunks: list = [{"decoder.layers.0.mlp.linear_fc1._extra_state": None} for _ in range(virtual)]
+        for one in FAMILIES[config.model_type].parameters(model):
+            if one.sources == (HEAD,) and config.tie_word_embeddings and pipeline == 1:
+                continue  # a stage apart from the first holds a copy
+            at = 0 if one.name.startswith("embedding") else last
+            stage, local = (at, None) if one.layer is None else divmod(one.layer, per_chunk)
+            if stage % pipeline != p:
+                continue
+            sources, chunk = [tensors[source] for source in one.sources], chunks[stage // pipeline]
+            if one.kind == "vocabulary":
+                sources = [torch.nn.functional.pad(sources[0], (0, 0, 0, 84))]
+            if one.kind.startswith("experts"):
+                own = slice_of(one.kind, sources, heads, t % slices, slices).chunk(expert)[e]
+                named = EXPERT_NAMES[module](1 if one.kind == "experts_gate_up" else 2, own)
+                chunk |= {f"decoder.layers.{local}.mlp.experts.{name}": x.clone() for name, x in named.items()}
+            else:
+                name = transformer_engine_name(one.name, config.model_type).replace("*", str(local))
+                chunk[name] = slice_of(one.kind, sources, heads, t, tensor).clone()
+        name = f"mp_rank_{t:02d}" + f"_{p:03d}" * (pipeline > 1) + f"_{e:03d}" * (expert > 1)
+        path = folder / "iter_0000010" / name / "model_optim_rng.pt"
+        path.parent.mkdir(parents=True)
+        names = ["model"] if virtual == 1 else [f"model{v}" for v in range(virtual)]
+        content = {"args": Namespace(**arguments), "iteration": 10, **dict(zip(names, chunks, strict=True))}
+        torch.save(content, path)
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     return folder
 
 
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_what_is_written_is_read_again(kind, tmp_path):
+def test_what_is_written_is_read_again(kind, form, tmp_path):
     model = make(kind)
-    folder = write_checkpoint(model, tmp_path, 7)
+    folder = write_checkpoint(model, tmp_path, 7, form=form)
     assert folder == tmp_path / "iter_0000007"
     assert_same(read(tmp_path), model)
     assert_same(read(folder), model)
@@ -129,10 +191,22 @@ def test_classes_that_other_libraries_allow_change_nothing(tmp_path):
         assert Namespace in torch.serialization.get_safe_globals()
 
 
-@pytest.mark.parametrize(("kind", "virtual"), [("llama", 1), ("qwen2", 2), ("qwen3", 2)])
-def test_the_files_of_all_ranks_are_merged(kind, virtual, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    [
+        ("llama", {}),
+        ("qwen2", {"virtual": 2}),
+        ("qwen3", {"virtual": 2}),
+        ("nemotron_h", {}),
+        ("mixtral", {"expert": 2}),
+        ("mixtral", {"pipeline": 1, "expert": 2, "module": "TEGroupedMLP"}),
+        ("mixtral", {"pipeline": 1, "expert": 4, "expert_tensor_parallel_size": 1}),
+        ("qwen3_moe", {"expert": 2, "virtual": 2, "module": "GroupedMLP"}),
+    ],
+)
+def test_the_files_of_all_ranks_are_merged(kind, layout, tmp_path):
     model = make(kind)
-    assert_same(read(write_legacy(model, tmp_path, virtual=virtual)), model)
+    assert_same(read(write_legacy(model, tmp_path, **layout)), model)
 
 
 def test_the_whole_model_is_in_memory_once(tmp_path, monkeypatch):
@@ -170,6 +244,11 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--iteration", "3"]) == 0
     assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again")]) == 0
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+    legacy = str(tmp_path / "legacy")
+    assert main(["convert", str(tmp_path / "hf"), legacy, "--format", "torch", "--transformer-impl", "local"]) == 0
+    file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt"
+    assert "decoder.layers.0.input_layernorm.weight" in torch.load(file, weights_only=False)["model"]
+    assert_same(read(tmp_path / "legacy"), read(tmp_path / "megatron"))
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again")]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
 
@@ -235,6 +314,80 @@ def test_a_checkpoint_that_cannot_be_read_is_one_sentence(change, sentence, tmp_
         read(tmp_path)
 
 
+def test_a_model_of_mamba_layers_alone_is_recognised_by_them(tmp_path):
+    """Megatron-LM stores the same arguments for it as for a GPTModel."""
+    config = megatron_hybrid_config.hf_config(
+        SHAPE | HYBRID["nemotron_h"] | {"hybrid_override_pattern": "MMMM"}, "here"
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    write_legacy(model, tmp_path, hybrid_override_pattern=None, is_hybrid_model=False)
+    assert_same(read(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "removed", "sentence"),
+    [
+        ({"num_experts": 3}, None, "expert_model_parallel_size = 2 in its arguments does not divide num_experts = 3"),
+        (
+            {"num_experts": 8, "module": "GroupedMLP"},
+            None,
+            r"layers.0.mlp.experts.experts.linear_fc1.weight has the shape",
+        ),
+        (
+            {"num_experts": 14, "module": "GroupedMLP"},
+            None,
+            r"mp_rank_00_000_000.* has experts of the shape \[64, 192\], which are not 7 matrices as num_experts",
+        ),
+        (
+            {},
+            "mp_rank_00_001_001",
+            "rank 0 and pipeline rank 1 with expert-parallel rank 1, .* saved by 2 x 2 x 2 of them",
+        ),
+        (
+            {},
+            "mp_rank_01_000_*",
+            "rank 1 and pipeline rank 0 with expert-parallel rank 0, .* saved by 2 x 2 x 2 of them",
+        ),
+    ],
+)
+def test_files_of_experts_that_do_not_fit_together_are_one_sentence(options, removed, sentence, tmp_path):
+    folder = write_legacy(make("mixtral"), tmp_path, expert=2, **options) / "iter_0000010"
+    for path in folder.glob(removed) if removed else ():
+        shutil.rmtree(path)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "sentence"),
+    [
+        (
+            "mixtral",
+            {"num_experts": 8},
+            "experts.linear_fc1.weight is of 4 experts, and num_experts in its arguments is 8",
+        ),
+        ("mixtral", {"num_experts": None}, "has no decoder.layers.0.mlp.linear_fc1.weight, which a llama model"),
+        (
+            "qwen3_moe",
+            {"moe_layer_freq": 1},
+            "has no decoder.layers.0.mlp.experts.experts.linear_fc1.weight, which a qwen3_",
+        ),
+        ("llama", {"num_experts": 4}, "has no decoder.layers.0.mlp.experts.experts.linear_fc1.weight, which a mixtral"),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-MM"},
+            "has no decoder.layers.3.norm.weight, which a nemotron_h model",
+        ),
+        ("nemotron_h", {"mamba_state_dim": 16}, r"in_proj.weight has the shape \[268, 64\], .* give \[332, 64\]"),
+    ],
+)
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+def test_arguments_of_experts_and_hybrids_that_do_not_fit_are_one_sentence(kind, form, arguments, sentence, tmp_path):
+    write_checkpoint(make(kind), tmp_path, 1, form=form)
+    with pytest.raises(LimbeckError, match=sentence):
+        read(tmp_path, megatron_arguments=arguments)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -291,6 +444,8 @@ def test_models_compute_what_they_compute_in_megatron(tmp_path):
     for kind, changes in ARCHITECTURES.items():
         (tmp_path / f"{kind}.json").write_text(json.dumps(SHAPE | changes))
         write_checkpoint(models[kind], tmp_path / f"{kind}-ours-torch_dist", 10)
+        if kind not in HYBRID:  # which here have other names than with Transformer Engine, in this format
+            write_checkpoint(models[kind], tmp_path / f"{kind}-ours-torch", 10, form="torch", layers="local")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     script = str(Path(__file__).with_name("write_megatron_checkpoints.py"))
     done = subprocess.run([*command, script, str(tmp_path)], capture_output=True, text=True, timeout=280, check=False)
@@ -300,8 +455,10 @@ def test_models_compute_what_they_compute_in_megatron(tmp_path):
         for kind, model in models.items():
             theirs = torch.load(tmp_path / f"{kind}.logits.pt")
             folders = [path for path in tmp_path.glob(f"{kind}-*") if path.is_dir() and "ours" not in path.name]
-            assert len(folders) == 10
+            assert len(folders) == {**dict.fromkeys(DENSE, 10), **dict.fromkeys(EXPERTS, 12)}.get(kind, 6)
             for folder in folders:
                 torch.testing.assert_close(read(folder)(ids).logits, theirs[..., :300], rtol=0, atol=1e-5)
-            ours = torch.load(tmp_path / f"{kind}-ours-torch_dist.pt")
-            torch.testing.assert_close(model(ids).logits, ours[..., :300], rtol=0, atol=1e-5)
+            loaded = sorted(tmp_path.glob(f"{kind}-ours-*.pt"))
+            assert len(loaded) == (1 if kind in HYBRID else 2)
+            for path in loaded:
+                torch.testing.assert_close(model(ids).logits, torch.load(path)[..., :300], rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ from tiny import make_tokenizer
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_model, megatron_hybrid_config
+from limbeck.models.megatron_checkpoint import arguments_of
 from limbeck.models.megatron_config import canonical, hf_config, megatron_arguments
 
 LLAMA = {
@@ -69,9 +70,15 @@ def test_experts_and_hybrids_have_architectures_of_their_own():
         "nemotron_h",
         ["linear_attention", "linear_attention", "full_attention"],
     )
-    for one in (mixtral, qwen, config):
-        with pytest.raises(LimbeckError, match=f"model_type {one.model_type} cannot be written as a checkpoint"):
-            megatron_arguments(one)
+    some = hf_config(LLAMA | experts | {"qk_layernorm": True, "moe_layer_freq": 2}, "here")
+    assert some.mlp_only_layers == [1]
+    for one, read in (
+        (mixtral, hf_config),
+        (qwen, hf_config),
+        (some, hf_config),
+        (config, megatron_hybrid_config.hf_config),
+    ):
+        assert read(arguments_of(one), "here").to_dict() == one.to_dict()
 
 
 def test_the_end_token_of_a_null_tokenizer_is_one_more():
@@ -84,8 +91,15 @@ def test_the_end_token_of_a_null_tokenizer_is_one_more():
         ({"normalization": None}, "normalization is not given and has Megatron's default, LayerNorm, which cannot"),
         ({"position_embedding_type": "learned_absolute"}, "= learned_absolute cannot be expressed .* must be rope"),
         ({"add_bias_linear": True}, "add_bias_linear = True cannot be expressed .* must be false"),
-        ({"num_experts": 4, "moe_layer_freq": 2}, "moe_layer_freq = 2 cannot be expressed as a mixtral or qwen3_moe"),
-        ({"num_experts": 4, "moe_router_pre_softmax": True}, "moe_router_pre_softmax with num_experts is neither"),
+        ({"num_experts": 4, "moe_layer_freq": 2}, "moe_layer_freq = 2 with num_experts is neither a mixtral"),
+        (
+            {"num_experts": 4, "moe_layer_freq": [0, 1]},
+            "must be a whole number above 0 or a list of 0 and 1 for each of 3",
+        ),
+        (
+            {"num_experts": 4, "moe_router_pre_softmax": True},
+            "moe_router_pre_softmax = true with num_experts is neither",
+        ),
         ({"num_experts": 4, "moe_router_topk": 5}, "moe_router_topk = 5 is more than num_experts = 4"),
         ({"num_layers": None}, "num_layers is missing; set it in"),
         ({"num_layers": 2.5}, "num_layers = 2.5 must be a whole number above 0"),

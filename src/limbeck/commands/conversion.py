@@ -18,6 +18,19 @@ def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
     convert.add_argument("--tokenizer", help="folder or Hugging Face id; default: SOURCE, unless it is of Megatron-LM")
     convert.add_argument("--iteration", type=int, default=0, help="of the checkpoint of Megatron-LM; default: 0")
+    convert.add_argument(
+        "--format",
+        choices=("torch_dist", "torch"),
+        default="torch_dist",
+        help="of the checkpoint of Megatron-LM: torch_dist (default), which it loads in any layout, or the legacy torch, for a "
+        "single rank",
+    )
+    convert.add_argument(
+        "--transformer-impl",
+        choices=("transformer_engine", "local"),
+        default="transformer_engine",
+        help="with --format torch: the same argument of the Megatron-LM that will load it; default: transformer_engine",
+    )
     convert.set_defaults(run=_convert)
 
 
@@ -35,7 +48,8 @@ def _convert(args: argparse.Namespace) -> int:
     source = ModelSource(args.source, megatron_arguments=arguments)
     model = load_model(source, checkpoint_dtype(source))
     if not from_megatron:
-        print(write_checkpoint(model, args.output, args.iteration, args.tokenizer or args.source))
+        tokenizer, form, layers = args.tokenizer or args.source, args.format, args.transformer_impl
+        print(write_checkpoint(model, args.output, args.iteration, tokenizer, form, layers))
         return 0
     model.save_pretrained(args.output)
     if args.tokenizer:

@@ -215,6 +215,8 @@ def _megatron_config(source: ModelSource) -> Any:
         stored = open_checkpoint(source.name_or_path)
         arguments, where = {**canonical(stored.arguments), **canonical(given)}, stored.where
         dtype = stored.arguments.get("params_dtype")
+        if stored.has_mamba:
+            arguments["is_hybrid_model"] = True
     if (name := given.get("tokenizer_model")) is not None:
         tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
         size = 1 + max(tokenizer.get_vocab().values())

@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
+from limbeck.models.megatron_families import ExpertShape
 
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "normalization": ("LayerNorm", ("RMSNorm",)),
@@ -54,7 +55,8 @@ _EXPERTS: dict[str, tuple[Any, ...]] = {
     "moe_router_topk": (),
     "moe_ffn_hidden_size": (),
     "moe_router_pre_softmax": (None, False, True),
-    "moe_layer_freq": (None, 1),
+    "moe_layer_freq": (),
+    "moe_latent_size": (None,),
     "moe_shared_expert_intermediate_size": (None, 0),
     "moe_router_topk_scaling_factor": (None, 1.0),
     "moe_router_score_function": (None, "softmax"),
@@ -92,7 +94,16 @@ _LLAMA3_POSITIONS = 8192
 _PADDING = 128
 """Megatron's default of make_vocab_size_divisible_by."""
 
-_NOT_WRITTEN = "a model with {} cannot be written as a checkpoint of Megatron-LM; save it as it is."
+_KINDS = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
+"""The models, without hybrids, that Megatron-LM has arguments for."""
+
+
+def not_written(what: str) -> LimbeckError:
+    """The error for a model that Megatron-LM does not have."""
+    return LimbeckError(
+        f"a model with {what} cannot be written as a checkpoint of Megatron-LM; keep Hugging Face's, and in a run set "
+        "checkpoint_config.save_megatron: false."
+    )
 
 
 def check_names(arguments: Mapping[str, Any], where: str) -> None:
@@ -164,7 +175,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
     width = size(given, "ffn_hidden_size", where, 4 * hidden * 2 // 3 // 64 * 64)
     kind, experts = "qwen3" if norms else "qwen2" if bias else "llama", dict[str, Any]()
     if given.get("num_experts"):
-        kind, experts = _experts(given, where, kind, width)
+        kind, experts = _experts(given, where, kind, width, layers)
     return AutoConfig.for_model(
         kind,
         num_hidden_layers=layers,
@@ -191,8 +202,8 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
     Raises:
         LimbeckError: if Megatron-LM has no arguments for this model.
     """
-    if config.model_type not in ("llama", "mistral", "qwen2", "qwen3"):  # others may lack what is read below
-        raise LimbeckError(_NOT_WRITTEN.format(f"model_type {config.model_type}"))
+    if config.model_type not in _KINDS:  # others may lack what is read below
+        raise not_written(f"model_type {config.model_type}")
     rope = dict(config.rope_parameters)
     kind, bias = rope.get("rope_type", "default"), getattr(config, "attention_bias", False)
     odd = {
@@ -206,8 +217,10 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
             getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         ),
     }
+    experts = _expert_arguments(config)
+    odd["one expert for each token"] = experts.get("moe_router_topk") == 1 and not experts["moe_router_pre_softmax"]
     for what in (what for what, found in odd.items() if found):
-        raise LimbeckError(_NOT_WRITTEN.format(what))
+        raise not_written(what)
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     return {
@@ -235,14 +248,41 @@ def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
         "swiglu": True,
         "add_bias_linear": False,
         "add_qkv_bias": config.model_type == "qwen2",
-        "qk_layernorm": config.model_type == "qwen3",
+        "qk_layernorm": config.model_type in ("qwen3", "qwen3_moe"),
         "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
         "init_method_std": config.initializer_range,
+        **vocabulary_arguments(config),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        **experts,
+    }
+
+
+def vocabulary_arguments(config: PretrainedConfig) -> dict[str, Any]:
+    """Megatron's arguments of the vocabulary, with the rows that it adds."""
+    return {
         "vocab_size": config.vocab_size,
         "make_vocab_size_divisible_by": _PADDING,
         "padded_vocab_size": -(-config.vocab_size // _PADDING) * _PADDING,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
+    }
+
+
+def _expert_arguments(config: PretrainedConfig) -> dict[str, Any]:
+    shape = ExpertShape.of(config)
+    if shape is None:
+        return {}
+    dense, step = getattr(config, "mlp_only_layers", None) or [], getattr(config, "decoder_sparse_step", 1)
+    pattern = [int(layer not in dense and (layer + 1) % step == 0) for layer in range(config.num_hidden_layers)]
+    return {
+        "num_experts": shape.count,
+        "moe_ffn_hidden_size": shape.width,
+        "moe_router_topk": shape.active,
+        "moe_router_pre_softmax": not shape.normalized,
+        "moe_router_score_function": "softmax",
+        "moe_layer_freq": 1 if all(pattern) else pattern,
+        "moe_grouped_gemm": False,
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
     }
 
 
@@ -268,8 +308,8 @@ def scale_output_projections(model: Any, per_layer: int = 2) -> None:
             parameter.mul_((per_layer * model.config.num_hidden_layers) ** -0.5)
 
 
-def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tuple[str, dict[str, Any]]:
-    """The ``model_type`` of a model of ``kind`` with experts in every layer, and its keys of experts."""
+def _experts(given: Mapping[str, Any], where: str, kind: str, width: int, layers: int) -> tuple[str, dict[str, Any]]:
+    """The ``model_type`` of a model of ``kind`` with experts, and its keys of experts."""
     for name, possible in _EXPERTS.items():
         if possible and (value := given.get(name)) not in possible:
             raise LimbeckError(
@@ -280,13 +320,29 @@ def _experts(given: Mapping[str, Any], where: str, kind: str, width: int) -> tup
     width, normalized = size(given, "moe_ffn_hidden_size", where, width), not given.get("moe_router_pre_softmax")
     if active > count:
         raise LimbeckError(f"{where}: moe_router_topk = {active} is more than num_experts = {count}; correct one.")
+    dense = _dense_layers(given, where, layers)
     if kind == "qwen3":
         keys = {"num_experts": count, "moe_intermediate_size": width, "norm_topk_prob": normalized}
-        return "qwen3_moe", {**keys, "num_experts_per_tok": active}
-    if kind == "llama" and normalized:
+        return "qwen3_moe", {**keys, "num_experts_per_tok": active, "mlp_only_layers": dense}
+    if kind == "llama" and normalized and not dense:
         return "mixtral", {"num_local_experts": count, "intermediate_size": width, "num_experts_per_tok": active}
-    name = "add_qkv_bias" if kind == "qwen2" else "moe_router_pre_softmax"
-    raise LimbeckError(f"{where}: {name} with num_experts is neither a mixtral nor a qwen3_moe model; set it to false.")
+    name = "add_qkv_bias" if kind == "qwen2" else "moe_layer_freq" if dense else "moe_router_pre_softmax"
+    raise LimbeckError(
+        f"{where}: {name} = {_yaml(given[name])} with num_experts is neither a mixtral nor a qwen3_moe model; remove it."
+    )
+
+
+def _dense_layers(given: Mapping[str, Any], where: str, layers: int) -> list[int]:
+    """The layers without experts. Megatron's ``moe_layer_freq`` is the distance of those with experts, or 0 or 1 for each."""
+    pattern = _or(given.get("moe_layer_freq"), 1)
+    if type(pattern) is int and pattern > 0:
+        pattern = [int(layer % pattern == 0) for layer in range(layers)]
+    if not isinstance(pattern, list) or len(pattern) != layers or not {1} <= set(pattern) <= {0, 1}:
+        raise LimbeckError(
+            f"{where}: moe_layer_freq = {given['moe_layer_freq']} must be a whole number above 0 or a list of 0 and 1 for each "
+            f"of {layers} layers, with some 1; correct it."
+        )
+    return [layer for layer, has_experts in enumerate(pattern) if not has_experts]
 
 
 def vocab_size(given: Mapping[str, Any], where: str) -> int:

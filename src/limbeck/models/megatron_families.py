@@ -7,7 +7,7 @@ of their number. Optimizer moments have the shapes of their parameters and are c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +36,19 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Parameter:
+    """A parameter of one layer. name: has ``*`` for the number of the layer. layer: None outside of layers.
+
+    kind, sources: see ``Rule``; the sources have the layer's number.
+    """
+
+    name: str
+    layer: int | None
+    kind: Kind
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Family:
     """An architecture. rules: parameter of Megatron's to how it is made. qkv_bias, qk_norm: what Megatron must build.
 
@@ -49,15 +62,18 @@ class Family:
     activation: str = "silu"
     hybrid: bool = False
 
-    def sources(self, kinds: Sequence[str | None], experts: Sequence[bool]) -> set[str]:
-        """Names of the Hugging Face model's parameters, given for each layer its kind and whether it has experts."""
-        return {
-            source.replace("*", str(layer))
-            for name, rule in self.rules.items()
-            for source in rule.sources
-            for layer, (kind, has_experts) in enumerate(zip(kinds, experts, strict=True))
-            if rule.layers in (None, kind) and name not in (_DENSE if has_experts else _EXPERTS)
-        }
+    def parameters(self, model: Any) -> Iterator[Parameter]:
+        """All parameters of Megatron's model that is the Hugging Face ``model``, each name with all its layers in order."""
+        experts = layers_with_experts(model)
+        kinds = getattr(unwrap_model(model).config, "layer_types", None) or [None] * len(experts)
+        for name, rule in self.rules.items():
+            if "*" not in name:
+                yield Parameter(name, None, rule.kind, rule.sources)
+                continue
+            for layer, (kind, has_experts) in enumerate(zip(kinds, experts, strict=True)):
+                if rule.layers in (None, kind) and name not in (_DENSE if has_experts else _EXPERTS):
+                    sources = tuple(source.replace("*", str(layer)) for source in rule.sources)
+                    yield Parameter(name, layer, rule.kind, sources)
 
 
 _LAYER, _ATTENTION, _MLP = "model.layers.*.", "model.layers.*.self_attn.", "model.layers.*.mlp."
@@ -68,9 +84,9 @@ _DENSE = {
     f"{_OURS}mlp.linear_fc2.weight": Rule("row", (f"{_MLP}down_proj.weight",)),
 }
 _EXPERTS = {
-    f"{_OURS}mlp.router.weight": Rule("copy", (f"{_MLP}gate.weight",)),
     f"{_OURS}mlp.experts.gate_up_proj": Rule("experts_gate_up", (f"{_MLP}experts.gate_up_proj",)),
     f"{_OURS}mlp.experts.down_proj": Rule("experts_down", (f"{_MLP}experts.down_proj",)),
+    f"{_OURS}mlp.router.weight": Rule("copy", (f"{_MLP}gate.weight",)),
 }
 _LLAMA: dict[str, Rule] = {
     "embedding.word_embeddings.weight": Rule("vocabulary", (EMBEDDINGS,)),
@@ -129,10 +145,6 @@ _NEMOTRON_H: dict[str, Rule] = {
     "decoder.final_layernorm.weight": Rule("copy", ("model.norm_f.weight",)),
     "output_layer.weight": Rule("vocabulary", (HEAD,)),
 }
-"""In a checkpoint of Megatron's MambaModel, the last norm is ``decoder.final_norm``, and Transformer Engine's layers hold the
-norm of a layer as ``layer_norm_weight`` of its first matrix: ``mixer.in_proj``, ``self_attention.linear_qkv``,
-``mlp.linear_fc1``.
-"""
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_LLAMA),

@@ -7,6 +7,7 @@ default. Megatron's ``pretrain_mamba.py`` builds these models (its ``MambaModel`
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,14 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_config import canonical, scale_output_projections, size, vocab_size
+from limbeck.models.megatron_config import (
+    canonical,
+    not_written,
+    scale_output_projections,
+    size,
+    vocab_size,
+    vocabulary_arguments,
+)
 from limbeck.models.recurrent_layers import recurrent_layers
 
 MODEL_TYPE = "nemotron_h"
@@ -41,6 +49,9 @@ _FIXED: dict[str, tuple[Any, Any, str]] = {
 
 _STEPS = (1e-3, 0.1, 1e-4)
 """Of Megatron's Mamba layers: the range from which it draws steps, and the lower limit of what it draws."""
+
+_CONVOLUTION = 4
+"""Width of the convolutions of Megatron's Mamba layers."""
 
 _NO_LIMIT = 1e-30
 """Transformers limits steps to ``time_step_min`` from below, also when it computes; Megatron does not."""
@@ -97,6 +108,69 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         if value % divisor:
             raise LimbeckError(f"{where}: {name} = {value} is not a multiple of {other} = {divisor}; correct one.")
     return config
+
+
+def megatron_arguments(config: PretrainedConfig) -> dict[str, Any]:
+    """The arguments with which Megatron-LM builds the hybrid of ``config``, with names and values of its checkpoints.
+
+    Raises:
+        LimbeckError: if Megatron-LM has no arguments for this model.
+    """
+    symbols = {kind: symbol for symbol, kind in _KINDS.items()}
+    other = sorted(set(config.layer_types) - symbols.keys())
+    odd = {
+        f"layers of the kind {', '.join(other)}": bool(other),
+        "biases": config.attention_bias or config.mlp_bias or config.use_bias or config.mamba_proj_bias,
+        "convolutions without biases": not config.use_conv_bias,
+        f"mlp_hidden_act {config.mlp_hidden_act}": "mlp" in config.layer_types and config.mlp_hidden_act != "relu2",
+        f"mamba_hidden_act {config.mamba_hidden_act}": config.mamba_hidden_act != "silu",
+        f"conv_kernel {config.conv_kernel}": config.conv_kernel != _CONVOLUTION,
+        f"layer_norm_epsilon {config.layer_norm_epsilon}": config.layer_norm_epsilon != 1e-5,
+        "tied embeddings": config.tie_word_embeddings,
+        "a sliding window": bool(getattr(config, "sliding_window", None)),
+    }
+    for what in (what for what, found in odd.items() if found):
+        raise not_written(what)
+    if config.time_step_min > _NO_LIMIT:
+        warnings.warn(
+            f"Transformers limits the steps of this model's Mamba layers to time_step_min = {config.time_step_min:g} from "
+            "below, and Megatron-LM does not, so its outputs may differ.",
+            stacklevel=2,
+        )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    return {
+        "is_hybrid_model": True,
+        "hybrid_override_pattern": "".join(symbols[kind] for kind in config.layer_types),
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "ffn_hidden_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "group_query_attention": groups != heads,
+        "num_query_groups": groups,
+        "kv_channels": config.head_dim,
+        "mamba_num_heads": config.mamba_num_heads,
+        "mamba_head_dim": config.mamba_head_dim,
+        "mamba_num_groups": config.n_groups,
+        "mamba_state_dim": config.ssm_state_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "seq_length": config.max_position_embeddings,
+        "position_embedding_type": "none",
+        "add_position_embedding": False,
+        "use_rotary_position_embeddings": False,
+        "normalization": "RMSNorm",
+        "norm_epsilon": config.layer_norm_epsilon,
+        "apply_layernorm_1p": False,
+        "swiglu": False,
+        "squared_relu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": True,
+        "init_method_std": config.initializer_range,
+        **vocabulary_arguments(config),
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
 
 
 def layer_kinds(arguments: Mapping[str, Any], where: str) -> list[str]:

@@ -140,7 +140,8 @@ def _save_for_megatron(config: DistillConfig, world: World, result: RunResult, c
             source = ModelSource(str(result.student), "student")
             model = load_model(source, DTYPES[config.student.model_args.dtype])
             folder = config.checkpoint_dir / "megatron"
-            written = write_checkpoint(model, folder, result.step, config.tokenizer_name_or_path)
+            form = config.checkpoint_config.megatron_format
+            written = write_checkpoint(model, folder, result.step, config.tokenizer_name_or_path, form)
             print(f"Megatron-LM's checkpoint: {written}", file=console_file, flush=True)
     finally:
         world.barrier()

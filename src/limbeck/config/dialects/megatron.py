@@ -119,7 +119,7 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
     translate_teacher(result, given, locations)
     translate_data(result, given, steps.batch, EVAL_ITERS)
     _trackers(result, given)
-    _save(result, given)
+    _save(result, given, dims)
     for key, value in DEFAULTS.items():
         result.default(key, value, DEFAULT)
     balance = result.derived.get("loss_balance")
@@ -337,14 +337,21 @@ def _trackers(result: Translation, given: Values) -> None:
         result.default("tracker_kwargs", arguments if len(chosen) > 1 else arguments[chosen[0]], origin)
 
 
-def _save(result: Translation, given: Values) -> None:
+def _save(result: Translation, given: Values, dims: Mapping[str, int]) -> None:
     if "save" not in given and result.get("output_dir") is None:
         result.notices.append("--save is not given: the last checkpoint is kept in ./output.")
-    if "ckpt-format" in given and not result.get("checkpoint_config.save_megatron"):
+    if "save" in given:
+        result.default("checkpoint_config.save_megatron", True, "--save")
+    if "ckpt-format" not in given or result.get("checkpoint_config.save_megatron") is not True:
+        return
+    divided = any(dims[f"{axis}_model_parallel_size"] > 1 for axis in ("tensor", "pipeline"))
+    if given["ckpt-format"] == "torch" and (divided or number(given.get("expert-model-parallel-size", 1)) != 1):
         result.notices.append(
-            "--ckpt-format does not change what is saved: models of Hugging Face. checkpoint_config.save_megatron=true also "
-            "writes the student as a checkpoint of Megatron-LM at the end."
+            "--ckpt-format torch: the student is saved as torch_dist, which Megatron-LM loads in this layout; what Limbeck "
+            "writes as torch is for a single rank."
         )
+    else:
+        result.default("checkpoint_config.megatron_format", given["ckpt-format"], "--ckpt-format")
 
 
 def _whole(result: Translation, given: Values, name: str, default: int) -> int:

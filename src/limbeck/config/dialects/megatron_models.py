@@ -85,8 +85,13 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
             continue
         folder = Path(name)
         can_be_new = flag == "--load" and resumes
-        if (folder / "student" / "config.json").is_file() and not can_be_new:  # a run of Limbeck
-            return str(folder / "student"), flag
+        if is_run(folder) and not can_be_new:
+            saved = folder / (f"checkpoint-{given['ckpt-step']}" if "ckpt-step" in given else "student")
+            if not (saved / "config.json").is_file():
+                result.refuse(
+                    "--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {name}; remove it for the newest"
+                )
+            return str(saved), flag
         if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
             return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
         if not can_be_new and (flag != "--load" or pretrained is None):
@@ -101,6 +106,11 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
             "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
         )
     return None, "--load"
+
+
+def is_run(folder: Path) -> bool:
+    """Whether ``folder`` is what a run of Limbeck had as ``--save``."""
+    return (folder / "student" / "config.json").is_file()
 
 
 def _iteration(given: Mapping[str, Any]) -> str:
@@ -146,6 +156,8 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.default("distill_loss_weight", 0.0, f"no --{flag}")
             result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
         return
+    if is_run(Path(name)):
+        name = str(Path(name) / "student")
     result.default("teacher.model_args.model_name_or_path", name, f"--{flag}")
     if result.get("distillation_config") is None:  # ModelOpt's defaults: the divergence of whole vocabularies alone
         result.default("distill_loss_weight", 1.0, f"--{flag}")

@@ -434,6 +434,8 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if config.checkpoint_config.save_to_hub.repo_id is None:
         for key in ("private", "branch"):
             yield f"checkpoint_config.save_to_hub.{key}", "is only read with save_to_hub.repo_id"
+    if not config.checkpoint_config.save_megatron:
+        yield "checkpoint_config.megatron_format", "is only read with save_megatron: true"
     if config.distill_on_prompt:
         yield "student.data_args.train_on", "is not read with distill_on_prompt: true, which supervises every token"
     for role, worker in (("student", config.student), ("teacher", config.teacher)):

@@ -210,8 +210,13 @@ class CheckpointConfig(Section):
     )
     save_megatron: bool = Field(
         default=False,
-        description="At the end of the run, also write the student as a checkpoint of Megatron-LM (torch_dist), to the folder "
-        "`megatron` beside the checkpoints.",
+        description="At the end of the run, also write the student as a checkpoint of Megatron-LM, to the folder `megatron` "
+        "beside the checkpoints.",
+    )
+    megatron_format: Literal["torch_dist", "torch"] = Field(
+        default="torch_dist",
+        description="Format of that checkpoint. Megatron-LM loads `torch_dist` in any layout, and `torch`, its legacy format, "
+        "without tensor, pipeline and expert parallelism and with Transformer Engine's layers.",
     )
     save_to_hub: HubConfig = Field(
         default_factory=HubConfig, description="Upload of the student to the Hugging Face hub at the end of the run."

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from limbeck.errors import LimbeckError
 from limbeck.folders import MEGATRON_TRACKER
 from limbeck.models.megatron_checkpoint.legacy import open_legacy
-from limbeck.models.megatron_checkpoint.stored import StoredCheckpoint
+from limbeck.models.megatron_checkpoint.stored import StoredCheckpoint, path_of
 from limbeck.models.megatron_checkpoint.torch_dist import INDEX, open_torch_dist
-from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, ExpertShape, Heads, Kind, joined, slice_of
+from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, Heads, Kind, Parameter, joined, slice_of
 
 
 def open_checkpoint(name: str) -> StoredCheckpoint:
@@ -56,66 +56,64 @@ def load_weights(checkpoint: StoredCheckpoint, config: PretrainedConfig, dtype: 
     Rows of embeddings and output head beyond the vocabulary of ``config`` are left out.
 
     Raises:
-        LimbeckError: if the checkpoint has other parameters, or of other shapes, than this model; for hybrids and experts.
+        LimbeckError: if the checkpoint has other parameters, or of other shapes, than this model.
     """
-    family, experts = FAMILIES[config.model_type], ExpertShape.of(config)
-    if family.hybrid or experts is not None:
-        what = "Mamba layers" if family.hybrid else "experts"
-        raise LimbeckError(
-            f"{checkpoint.where} has {what}, whose weights are not read from checkpoints of Megatron-LM; convert it to a "
-            "Hugging Face folder (Megatron-Bridge does), and use that."
-        )
     with torch.device("meta"):
-        outline = AutoModelForCausalLM.from_config(config).state_dict()
-    heads, left, weights = Heads.of(config), dict(checkpoint.parameters), {}
-    for name, rule in family.rules.items():
-        tied = rule.sources == (HEAD,) and config.tie_word_embeddings
-        for layer in range(config.num_hidden_layers) if "*" in name else (None,):
-            key, sources = (name, layer), [source.replace("*", str(layer)) for source in rule.sources]
-            read = left.pop(key, None)
-            if read is None and tied:
-                continue
-            if read is None:
-                raise LimbeckError(
-                    f"{checkpoint.where} has no {_path(*key)}, which a {config.model_type} model with its arguments has; "
-                    "correct the arguments with model_args.megatron_arguments, or copy the checkpoint again."
-                )
-            slices = read()
-            _check_shape(rule.kind, slices, [outline[source] for source in sources], heads, checkpoint.where, key)
-            for source, tensor in zip(sources, joined(rule.kind, slices, heads, config.vocab_size), strict=True):
-                weights[source] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
-            if tied:
-                _check_tied(weights, checkpoint.where)
+        model = AutoModelForCausalLM.from_config(config)
+    outline, heads = model.state_dict(), Heads.of(config)
+    left, weights = dict(checkpoint.parameters), dict[str, Tensor]()
+    for parameter in FAMILIES[config.model_type].parameters(model):
+        tied = parameter.sources == (HEAD,) and config.tie_word_embeddings
+        key = parameter.name, parameter.layer
+        read = left.pop(key, None)
+        if read is None and tied:
+            continue
+        if read is None:
+            raise LimbeckError(
+                f"{checkpoint.where} has no {path_of(*key)}, which a {config.model_type} model with its arguments has; "
+                "correct the arguments with model_args.megatron_arguments, or copy the checkpoint again."
+            )
+        slices = read()
+        _check_shape(parameter, slices, [outline[source] for source in parameter.sources], heads, checkpoint.where)
+        tensors = joined(parameter.kind, slices, heads, config.vocab_size)
+        for source, tensor in zip(parameter.sources, tensors, strict=True):
+            weights[source] = torch.empty(tensor.shape, dtype=dtype).copy_(tensor)
+        if tied:
+            _check_tied(weights, checkpoint.where)
     if left:
         raise LimbeckError(
-            f"{checkpoint.where} has a {_path(*min(left, key=str))}, which a {config.model_type} model with its arguments does "
-            "not have; correct the arguments with model_args.megatron_arguments."
+            f"{checkpoint.where} has a {path_of(*min(left, key=str))}, which a {config.model_type} model with its arguments "
+            "does not have; correct the arguments with model_args.megatron_arguments."
         )
     return weights
 
 
-def _path(name: str, layer: int | None) -> str:
-    return name.replace("*", str(layer))
+_DIVIDED: dict[Kind, int | None] = {"copy": None, "row": 1, "experts_gate_up": 1, "experts_down": 2}
+"""The axis along which a parameter is divided into slices, where it is not the first."""
 
 
-def _check_shape(
-    kind: Kind, slices: list[Tensor], sources: list[Tensor], heads: Heads, where: str, key: tuple[str, int | None]
-) -> None:
-    """Raise LimbeckError unless the ``slices`` are those of the parameter made of ``sources``, which may be padded."""
+def _check_shape(parameter: Parameter, slices: list[Tensor], sources: list[Tensor], heads: Heads, where: str) -> None:
+    """Raise LimbeckError unless the ``slices`` are those of ``parameter``, made of ``sources``, which may be padded."""
+    kind, path = parameter.kind, path_of(parameter.name, parameter.layer)
     found, expected = list(slices[0].shape), list(slice_of(kind, sources, heads, 0, 1).shape)
-    axis = 1 if kind == "row" else 0
-    if kind != "copy" and len(found) > axis:
+    axis = _DIVIDED.get(kind, 0)
+    if axis is not None and len(found) > axis:
         found[axis] = sum(part.shape[axis] for part in slices)
     if kind == "vocabulary" and found[1:] == expected[1:]:
         if found[0] < expected[0]:
             raise LimbeckError(
-                f"{where}: {_path(*key)} has {found[0]} rows, and the vocabulary has {expected[0]} tokens; set the tokenizer "
-                "of the checkpoint."
+                f"{where}: {path} has {found[0]} rows, and the vocabulary has {expected[0]} tokens; set the tokenizer of the "
+                "checkpoint."
             )
         return
+    if kind in ("experts_gate_up", "experts_down") and found[0] != expected[0]:
+        raise LimbeckError(
+            f"{where}: {path} is of {found[0]} experts, and num_experts in its arguments is {expected[0]}; correct it with "
+            "model_args.megatron_arguments."
+        )
     if found != expected:
         raise LimbeckError(
-            f"{where}: {_path(*key)} has the shape {found}, and its arguments give {expected}; correct them with "
+            f"{where}: {path} has the shape {found}, and its arguments give {expected}; correct them with "
             "model_args.megatron_arguments."
         )
 

@@ -10,35 +10,66 @@ from typing import Any
 from torch import Tensor
 
 Key = tuple[str, int | None]
-"""Name of a parameter, with ``*`` for the number of the layer, and that number in the whole model."""
+"""Name of a parameter in ``megatron_families``, with ``*`` for the number of the layer, and that number in the whole model."""
+
+LAYERS = "decoder.layers."
 
 _PARTS = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.")
 _LAYER = re.compile(r"(?<=\.layers\.)(\d+)(?=\.)")
-FUSED = {  # Transformer Engine computes a norm and the projection after it in one module
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+
+PRE_MLP_NORM = f"{LAYERS}*.pre_mlp_layernorm.weight"
+
+FUSED = {
+    f"{LAYERS}*.input_layernorm.weight": f"{LAYERS}*.self_attention.linear_qkv.layer_norm_weight",
+    PRE_MLP_NORM: f"{LAYERS}*.mlp.linear_fc1.layer_norm_weight",
+    f"{LAYERS}*.norm.weight": f"{LAYERS}*.mixer.in_proj.layer_norm_weight",
 }
+"""Norms that Transformer Engine computes in one module with the matrix after it. Local layers have the first names."""
+
+HYBRID_NORM = {"decoder.final_layernorm.weight": "decoder.final_norm.weight"}
+"""The last norm of a MambaModel."""
+
+EXPERTS = {
+    f"{LAYERS}*.mlp.experts.gate_up_proj": f"{LAYERS}*.mlp.experts.experts.linear_fc1.weight",
+    f"{LAYERS}*.mlp.experts.down_proj": f"{LAYERS}*.mlp.experts.experts.linear_fc2.weight",
+}
+"""The matrices of all experts of a layer, in the format ``torch_dist``."""
+
+_NAMES = {there: here for names in (FUSED, HYBRID_NORM, EXPERTS) for here, there in names.items()}
 
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
     """where: its folder, for error messages. arguments: of Megatron-LM; empty if it holds none.
 
-    parameters: functions that read the slices of one parameter, one for each tensor-parallel rank.
+    parameters: functions that read the slices of one parameter, one for each tensor-parallel rank. The slices of experts are
+    those of all experts, [experts, rows, columns].
     """
 
     where: str
     arguments: dict[str, Any]
     parameters: dict[Key, Callable[[], list[Tensor]]]
 
+    @property
+    def has_mamba(self) -> bool:
+        """Whether it is of a MambaModel, which the arguments of one without attention layers do not show."""
+        return any(".mixer." in name for name, _ in self.parameters)
+
 
 def parameter_key(name: str) -> Key | None:
-    """The key of a parameter of the model under its name in a file; None for what is no parameter, or not the model's."""
+    """The key of a parameter of the model under its name in a file; None for what is no parameter, or not the model's.
+
+    A name of equal layers along a first axis has a ``*`` in its key, and None for the layer.
+    """
     while name.startswith(("model.", "module.")):
         name = name.partition(".")[2]
     if not name.startswith(_PARTS) or "._extra_state" in name:
         return None
-    for fused, separate in FUSED.items():
-        name = name.replace(fused, separate)
     found = _LAYER.search(name)
-    return _LAYER.sub("*", name, count=1), int(found[0]) if found else None
+    name = _LAYER.sub("*", name, count=1) if found else name.replace(LAYERS, f"{LAYERS}*.", 1)
+    return _NAMES.get(name, name), int(found[0]) if found else None
+
+
+def path_of(name: str, layer: int | None) -> str:
+    """What to call a parameter in a sentence."""
+    return EXPERTS.get(name, name).replace("*", str(layer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +17,15 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read_torch_file, reason
 from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, parameter_key
+from limbeck.models.megatron_families import Kind
 
 INDEX, COMMON = ".metadata", "common.pt"
 
-STACK = "decoder.layers."
+_IN_PROJ = ("z", "x", "B", "C", "dt")
+PARTS: dict[Kind, tuple[str, ...]] = {"mamba_in": _IN_PROJ, "mamba_conv": _IN_PROJ[1:4]}
+"""The parts into which Megatron divides some parameters of a Mamba layer, each a tensor of its own."""
+
+_PART = re.compile(rf"(.*\.mixer\.(?:in_proj|conv1d)\.(?:weight|bias))\.({'|'.join(_IN_PROJ)})")
 
 
 def open_torch_dist(folder: Path) -> StoredCheckpoint:
@@ -45,18 +51,27 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
             f"{folder / INDEX} does not list the parts of its tensors ({error}); copy the checkpoint again."
         ) from error
     parameters: dict[Key, Callable[[], list[Tensor]]] = {}
+    parts: dict[Key, dict[str, _Tensor]] = {}
     for name, tensor in tensors.items():
-        key = parameter_key(name)
+        part = _PART.fullmatch(name)
+        key = parameter_key(part[1] if part else name)
         assert key is not None
-        if key[1] is None and STACK in name:
-            stacked = key[0].replace(STACK, f"{STACK}*.", 1)
-            parameters |= {(stacked, layer): partial(tensor.read, layer) for layer in range(tensor.shape[0])}
+        if part:
+            parts.setdefault(key, {})[part[2]] = tensor
+        elif "*" in key[0] and key[1] is None:
+            parameters |= {(key[0], layer): partial(tensor.read, layer) for layer in range(tensor.shape[0])}
         else:
             parameters[key] = tensor.read
+    parameters |= {key: partial(_join, found) for key, found in parts.items()}
     arguments: Any = None
     if (folder / COMMON).is_file():
         arguments = read_torch_file(folder / COMMON).get("args")
     return StoredCheckpoint(str(folder), dict(vars(arguments)) if isinstance(arguments, Record) else {}, parameters)
+
+
+def _join(parts: dict[str, _Tensor]) -> list[Tensor]:
+    """A whole parameter of a Mamba layer. A missing part shows in its shape."""
+    return [torch.cat([parts[part].read()[0] for part in _IN_PROJ if part in parts])]
 
 
 @dataclass(frozen=True)

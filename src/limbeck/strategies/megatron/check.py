@@ -20,10 +20,8 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
             f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
             f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
         )
-    kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
-    odd = family.sources(kinds, layers_with_experts(causal)) ^ {
-        name for name, _ in causal.named_parameters(remove_duplicate=False)
-    }
+    known = {source for parameter in family.parameters(causal) for source in parameter.sources}
+    odd = known ^ {name for name, _ in causal.named_parameters(remove_duplicate=False)}
     activation = config.mlp_hidden_act if family.hybrid else config.hidden_act
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),

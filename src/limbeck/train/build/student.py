@@ -31,7 +31,7 @@ from limbeck.models import (
     undo_around,
 )
 from limbeck.models.dtypes import student_load_dtype
-from limbeck.models.megatron_config import megatron_arguments
+from limbeck.models.megatron_checkpoint import arguments_of
 from limbeck.objectives import CrossTokenizer, VocabParallel
 from limbeck.strategies.base import Capture, Engine, Placement, StudentSpec, dims_of, strategy_of
 from limbeck.strategies.parallel_dims import ParallelDims
@@ -92,7 +92,7 @@ def build_student(
     check_length(model, source.name, data.longest_row)
     check_head(model, source.name)
     if config.checkpoint_config.save_megatron:
-        megatron_arguments(model.config)  # raises for a model that could not be written at the end
+        arguments_of(model.config)  # raises for a model that could not be written at the end
     if worker.use_sequence_packing:
         enable_varlen_attention(model, source.name)
     if config.features.logit_layers:
