@@ -3,10 +3,10 @@
     python benchmarks/on_policy.py                       # three seeds; about 20 minutes on two cores
     python benchmarks/on_policy.py --seeds 1 --steps 50
 
-Every core trains one model at a time, in one thread. For each seed, the teacher and the distilled student of
-``limbeck demo`` are trained; then the student goes on for the same number of steps under each setting. All settings have the
-same prompts and the same number of samples per step. The student writes the share λ of the answers; the others are those of
-the data, of which 30 % are wrong. The figures are means over the seeds with the standard deviation after ±.
+Every core runs one seed at a time, in one thread. For each seed, the teacher and the distilled student of ``limbeck demo`` are
+trained; then the student goes on for the same number of steps under each setting. All settings have the same prompts and the
+same number of samples per step. The student writes the share λ of the answers; the others are those of the data, of which 30 %
+are wrong. The figures are means over the seeds with the standard deviation after ±.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -57,45 +57,32 @@ def tokens_of(folder: Path) -> int:
     return int(sum(json.loads(line).get("train/supervised_tokens", 0) for line in lines))
 
 
-@dataclass(frozen=True)
-class Seed:
-    """What the runs of one seed share."""
-
-    folder: Path
-    number: int
-    sizes: Sizes
-    problems: list[Problem]
-    teacher: Trained
-    distilled: Trained
-
-
-def prepare(folder: Path, sizes: Sizes, number: int) -> Seed:
-    """Makes the data and trains the teacher and the distilled student of one seed."""
-    problems = make_data(folder / "data", sizes, number)
+def compare(folder: Path, seed: int, sizes: Sizes, settings: list[Setting]) -> dict[Any, dict[str, float]]:
+    """The figures of the distilled student and of every setting."""
+    problems = make_data(folder / "data", sizes, seed)
     tokenizer = make_tokenizer(folder / "data", sizes.vocab_size)
     for name, shape in (("teacher", sizes.teacher), ("student", sizes.student)):
-        make_model(folder / "start" / name, tokenizer, shape, number)
-    teacher = train(
-        folder, "teacher", sizes, number, folder / "start" / "teacher", steps=sizes.teacher_steps, weight=0.0
-    )
+        make_model(folder / "start" / name, tokenizer, shape, seed)
+    teacher = train(folder, "teacher", sizes, seed, folder / "start" / "teacher", steps=sizes.teacher_steps, weight=0.0)
     student, weight = folder / "start" / "student", sizes.distill_loss_weight
-    distilled = train(folder, "distilled", sizes, number, student, weight=weight, teacher=teacher)
-    return Seed(folder, number, sizes, problems, teacher, distilled)
+    distilled = train(folder, "distilled", sizes, seed, student, weight=weight, teacher=teacher)
+    found: dict[Any, dict[str, float]] = {"before": figures(distilled, problems)}
+    for setting in settings:
+        objective, share, staleness = setting
+        name = f"{objective}-{share}-{staleness}"
+        stale = {"max_staleness": staleness} if staleness else {}
+        run = go_on(
+            folder, name, sizes, seed, distilled, teacher, kd_objective=objective, on_policy_fraction=share, **stale
+        )
+        found[setting] = {**figures(run, problems), "tokens": tokens_of(folder / name)}
+    return found
 
 
-def go_on_with(seed: Seed, setting: Setting) -> dict[str, float]:
-    """Trains the distilled student further under ``setting``. Returns its figures."""
-    objective, share, staleness = setting
-    name = f"{objective}-{share}-{staleness}"
-    rollout: dict[str, Any] = {"on_policy_fraction": share} | ({"max_staleness": staleness} if staleness else {})
-    run = go_on(
-        seed.folder, name, seed.sizes, seed.number, seed.distilled, seed.teacher, kd_objective=objective, **rollout
-    )
-    return {**figures(run, seed.problems), "tokens": tokens_of(seed.folder / name)}
-
-
-def figures_before(seed: Seed) -> dict[str, float]:
-    return figures(seed.distilled, seed.problems)
+def of_seed(sizes: Sizes, seed: int) -> dict[Any, dict[str, float]]:
+    """``compare`` in a folder of its own."""
+    configure_logging()
+    with TemporaryDirectory() as folder:
+        return compare(Path(folder), seed, sizes, SETTINGS + STALE)
 
 
 def main() -> None:
@@ -105,22 +92,14 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Sizes(further_steps=options.steps)
     os.environ["OMP_NUM_THREADS"] = "1"
-    results: dict[Setting | str, list[Future[dict[str, float]]]] = {}
-    with (
-        TemporaryDirectory() as root,
-        ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), initializer=configure_logging) as processes,
-    ):
-        seeds = [processes.submit(prepare, Path(root) / str(n), sizes, n) for n in range(options.seeds)]
-        for seed in as_completed(seeds):
-            results.setdefault("before", []).append(processes.submit(figures_before, seed.result()))
-            for setting in SETTINGS + STALE:
-                results.setdefault(setting, []).append(processes.submit(go_on_with, seed.result(), setting))
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
+        results = list(processes.map(partial(of_seed, sizes), range(options.seeds)))
     print(f"{options.seeds} seeds, {options.steps} further steps; mean ± standard deviation")
-    for setting, futures in results.items():
-        label = setting if isinstance(setting, str) else "{} λ={:g} staleness {}".format(*setting)
+    for setting in results[0]:
+        label = "before" if setting == "before" else "{} λ={:g} staleness {}".format(*setting)
         cells = []
-        for key in futures[0].result():
-            values = [future.result()[key] for future in futures]
+        for key in results[0][setting]:
+            values = [result[setting][key] for result in results]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             digits = 0 if key in ("tokens", "seconds") else 3
             cells.append(f"{key} {statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")

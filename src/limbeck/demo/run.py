@@ -133,9 +133,7 @@ def _summary(sizes: Sizes) -> str:
         f"The teacher learned from {sizes.teacher_problems:,} clean problems. The student, a fraction of its size, has "
         f"{sizes.student_problems:,}, and in {sizes.slips:.0%} of them the worked answer contains an error. With "
         f"cross-entropy only, the student learns these errors too; distilled, it also learns from the teacher's distribution. "
-        f"Both students start from the same weights and train on the same batches for {sizes.student_steps} steps. The "
-        f"distilled student then goes on for {sizes.further_steps} steps: off-policy, on the answers of its file, and "
-        "on-policy, on answers that it writes itself."
+        f"Both students start from the same weights and train on the same batches for {sizes.student_steps} steps."
     )
 
 
