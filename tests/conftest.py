@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from runs import nested
 from tiny import make_data, make_model
 
-from limbeck import registry
+from limbeck import DistillPipeline, registry
 from limbeck.config import DistillConfig, load_mapping
 
 
@@ -44,33 +45,51 @@ def assets(tmp_path_factory) -> Path:
     return folder
 
 
+def twelve_steps(assets: Path, output: Path, **changes) -> dict:
+    """Nested dictionaries of a 12-step float32 run."""
+    flat = {
+        "student_pretrain": str(assets / "student"),
+        "teacher_pretrain": str(assets / "teacher"),
+        "output_dir": str(output),
+        "sequence_length": 64,
+        "max_steps": 12,
+        "save_steps": 5,
+        "eval_steps": 4,
+        "logging_steps": 1,
+        "track_with": "none",
+        "student.model_args.dtype": "fp32",
+        "student.model_args.disable_gradient_checkpointing": True,
+        "student.training_args.learning_rate": 1e-3,
+        "student.training_args.per_device_train_batch_size": 8,
+        "student.data_args.file_name": [str(assets / "rows.jsonl")],
+        "teacher.model_args.dtype": "fp32",
+        "validation.data_args.file_name": [str(assets / "rows.jsonl")],
+        **changes,
+    }
+    return nested(flat)
+
+
 @pytest.fixture
 def settings(assets, tmp_path):
     """``settings(**{"dotted.key": value})`` → nested dictionaries of a 12-step float32 run."""
+    return partial(twelve_steps, assets, tmp_path / "out")
 
-    def build(**changes) -> dict:
-        flat = {
-            "student_pretrain": str(assets / "student"),
-            "teacher_pretrain": str(assets / "teacher"),
-            "output_dir": str(tmp_path / "out"),
-            "sequence_length": 64,
-            "max_steps": 12,
-            "save_steps": 5,
-            "eval_steps": 4,
-            "logging_steps": 1,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.model_args.disable_gradient_checkpointing": True,
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.per_device_train_batch_size": 8,
-            "student.data_args.file_name": [str(assets / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp32",
-            "validation.data_args.file_name": [str(assets / "rows.jsonl")],
-            **changes,
-        }
-        return nested(flat)
 
-    return build
+@pytest.fixture(scope="session")
+def alone(assets, tmp_path_factory):
+    """``alone(**{"dotted.key": value})`` → folder of such a run by one process, which tests share and only read."""
+    made: dict[str, Path] = {}
+
+    def run(**changes) -> Path:
+        name = repr(sorted(changes.items()))
+        if name not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            torch.manual_seed(0)
+            DistillPipeline(load_mapping(twelve_steps(assets, folder, **changes)).config).run()
+            made[name] = folder
+        return made[name]
+
+    return run
 
 
 @pytest.fixture

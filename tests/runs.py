@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from ranks import run_on_ranks
 from safetensors.torch import load_file
 
 from limbeck.strategies.shards import whole_box
@@ -27,13 +28,24 @@ def nested(flat: dict) -> dict:
 
 
 def train(settings: dict, tmp_path: Path, ranks: int, *overrides: str) -> str:
-    config = tmp_path / f"{ranks}.yaml"
-    config.write_text(yaml.safe_dump(settings))
+    """What ``limbeck train`` prints, on ranks that several tests use."""
+    return run_on_ranks(ranks, "-m", "limbeck", "train", str(_configuration(settings, tmp_path, ranks)), *overrides)
+
+
+def launch(settings: dict, tmp_path: Path, ranks: int, *overrides: str) -> str:
+    """The same in processes of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "limbeck", "train", str(config), *overrides]
+    config = str(_configuration(settings, tmp_path, ranks))
+    command = [*(launcher if ranks > 1 else [sys.executable]), "-m", "limbeck", "train", config, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def _configuration(settings: dict, tmp_path: Path, ranks: int) -> Path:
+    config = tmp_path / f"{ranks}.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return config
 
 
 def metrics(folder: Path, key: str) -> list[float]:

@@ -14,7 +14,6 @@ import pytest
 import yaml
 from runs import assert_same_weights, metrics, rows
 
-from limbeck import DistillPipeline
 from limbeck.errors import LimbeckError
 
 ray = pytest.importorskip("ray")
@@ -94,11 +93,10 @@ LONG = {"max_steps": 120, "save_steps": 20, "eval_steps": 0, "logging_steps": 5}
     [groups(2, 1, **COLOCATED), groups(1, 2), groups(2, 3, **NO_SHARDING), groups(2, 3)],
     ids=["two-colocated-with-one", "one-to-two-shards", "two-to-three-copies", "two-to-three-shards"],
 )
-def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
+def test_groups_give_the_losses_of_one_process(alone, configure, tmp_path, changes):
     lines = []
     run_on_ray(configure(**changes), lines.append)
-    one, out = tmp_path / "one", tmp_path / "out"
+    one, out = alone(), tmp_path / "out"
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {48 * 4.0}
@@ -117,18 +115,16 @@ def test_groups_give_the_losses_of_one_process(configure, tmp_path, changes):
     ],
     ids=["tp2-to-cp2", "packed-to-tp2", "to-pp2", "zero"],
 )
-def test_each_group_may_use_its_own_parallelism(configure, tmp_path, changes):
+def test_each_group_may_use_its_own_parallelism(alone, configure, tmp_path, changes):
     if changes.keys() & ZERO.keys():
         pytest.importorskip("deepspeed")
     short = {"max_steps": 4, "eval_steps": 0, "save_steps": 0}
     kept = ("student.training_args.adam_epsilon", "student.use_sequence_packing")
-    alone = {key: value for key, value in changes.items() if key in kept}
-    DistillPipeline(configure(**short, **alone, output_dir=str(tmp_path / "one"))).run()
+    one = alone(**short, **{key: value for key, value in changes.items() if key in kept})
     run_on_ray(configure(**short, **changes))
     for key in ("train/loss", "student/grad_norm", "val/loss"):
-        one, many = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
-        assert many == pytest.approx(one, rel=1e-5, abs=1e-5), key
-    assert_same_weights(tmp_path / "one" / "student", tmp_path / "out" / "student", tolerance=1e-5)
+        assert metrics(tmp_path / "out", key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
+    assert_same_weights(one / "student", tmp_path / "out" / "student", tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")

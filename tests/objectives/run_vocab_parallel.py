@@ -1,6 +1,7 @@
 """Run by torchrun: every rank holds a slice of both heads, and all of them find what one process finds."""
 
 import sys
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from limbeck.objectives import (
     take_rows,
 )
 from limbeck.objectives.vocab_parallel import NO_SHARDING
+from limbeck.strategies.world import start_world
 
 
 @register
@@ -45,11 +47,14 @@ def coupled_of_a_user():
     return terms
 
 
-def counted(calls: list[str]) -> None:
+def counted(calls: list[str]):
     """Note every collective of a loss."""
-    for name in ("all_reduce", "all_gather"):
-        plain = getattr(dist, name)
-        setattr(dist, name, lambda *a, plain=plain, name=name, **k: (calls.append(name), plain(*a, **k))[1])
+    plain = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+    counting = {
+        name: lambda *a, plain=call, name=name, **k: (calls.append(name), plain(*a, **k))[1]
+        for name, call in plain.items()
+    }
+    return patch.multiple(dist, **counting)
 
 
 def check_certain_teacher() -> None:
@@ -79,8 +84,6 @@ def check_certain_teacher() -> None:
 
 
 def main(vocab: int) -> None:
-    aligned_head._MULTIPLE["cpu"] = 8  # as on a GPU
-    dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     g = torch.Generator().manual_seed(0)
     randn = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)  # noqa: E731
@@ -96,8 +99,6 @@ def main(vocab: int) -> None:
     slice_t = take_rows(held, 0, mine)
     assert torch.equal(slice_t, w_t[mine])
 
-    calls: list[str] = []
-    counted(calls)
     cases = [(name, 0, "renormalize", tau) for name in names() for tau in (1.0, 2.0)]
     cases += [(name, 3, tail, 2.0) for name in ("forward_kl", "js_divergence") for tail in TAILS]
     cases += [("policy_gradient", 0, "renormalize", 2.0), ("reverse_kl", 3, "of_student", 2.0)]
@@ -123,10 +124,11 @@ def main(vocab: int) -> None:
             log_q = [] if rollout is None else [rollout.student_log_probs.clone()]
             return (*out, *log_q), [leaf.grad for leaf in leaves]
 
+        calls: list[str] = []
         whole, (dh, dw, db) = run(slice(None), w_t, None)
         compiled = ranks == 2 and compiler_found() and (name, topk, tau) == ("forward_kl", 0, 2.0)
-        calls.clear()
-        part, (dh_p, dw_p, db_p) = run(mine, slice_t, reducer, compiled=compiled)
+        with counted(calls):
+            part, (dh_p, dw_p, db_p) = run(mine, slice_t, reducer, compiled=compiled)
         # 8 positions, 4 a chunk, and the hidden states'
         assert len(calls) <= (7 if rollout else 5) * 2 + 1, f"{name} {topk} {tail}: {calls}"
         for one, other in ((dh_p, dh), (dw_p, dw[mine]), (db_p, db[mine]), *zip(part, whole, strict=True)):
@@ -169,7 +171,7 @@ def main(vocab: int) -> None:
     assert torch.isfinite(h.grad).all() and torch.isfinite(w.grad).all()
     check_certain_teacher()
     print(f"rank {rank} of {ranks} agrees")
-    dist.destroy_process_group()
 
 
-main(int(sys.argv[1]))
+with patch.dict(aligned_head._MULTIPLE, cpu=8), start_world():  # as on a GPU
+    main(int(sys.argv[1]))

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 import yaml
+from ranks import run_on_ranks
 
 from limbeck.cli import main
 from limbeck.config import load_mapping
@@ -81,11 +80,8 @@ def test_a_plan_equals_what_two_real_ranks_hold(from_config, tmp_path):
         values = from_config(**changes, output_dir=str(tmp_path / f"out-{number}"))
         files.append(tmp_path / f"{number}.yaml")
         files[-1].write_text(yaml.safe_dump(values))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(Path(__file__).with_name("held.py")), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stderr
-    (measured,) = (json.loads(line[1:]) for line in done.stdout.splitlines() if line.startswith("@"))
+    output = run_on_ranks(2, str(Path(__file__).with_name("held.py")), *map(str, files))
+    (measured,) = (json.loads(line[1:]) for line in output.splitlines() if line.startswith("@"))
     for number, (name, changes) in enumerate(CASES.items()):
         for step in simulate(load_mapping(from_config(**changes)).config, 3 if "remote" in name else 2, "cpu"):
             if step.role == "teacher":

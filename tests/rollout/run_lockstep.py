@@ -3,6 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import contract
 import torch
@@ -25,7 +26,7 @@ from limbeck.rollout.hf import HfGenerator, LockstepGenerator
 from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.fsdp2 import shard
 from limbeck.strategies.torch_engine import TorchEngine
-from limbeck.strategies.world import World
+from limbeck.strategies.world import World, start_world
 
 GREEDY = SamplingParams(8, temperature=0)
 SAMPLED = SamplingParams(8, n=2, temperature=1.5, seed=3)
@@ -90,10 +91,7 @@ def count_passes(graph, inputs):
     return run
 
 
-def main(folder):
-    compilation.BACKEND = count_passes
-    dist.init_process_group("gloo")
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+def main(folder, world):
     source = ModelSource(str(folder))
     outline, tokenizer = model_outline(source, torch.float32), load_tokenizer(source)
     generators = LockstepGenerator(outline, tokenizer, world, slots=3), HfGenerator(outline, tokenizer, slots=3)
@@ -101,7 +99,9 @@ def main(folder):
     check_training(folder, world, *generators, prompts)
     assert compiled_passes
     check_written(make_engine(folder, world, reshard_after_forward=False), *generators, prompts)
-    dist.destroy_process_group()
 
 
-main(Path(sys.argv[1]))
+with patch.object(compilation, "BACKEND", count_passes), start_world() as started:
+    torch._dynamo.reset()
+    main(Path(sys.argv[1]), World(started.rank, started.size, torch.device("cpu")))
+torch._dynamo.reset()

@@ -1,12 +1,10 @@
 """Without a copy of the weights, ranks write in lockstep with the student itself."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from tiny import make_model
 
 from limbeck.config import load_mapping
@@ -21,7 +19,6 @@ ZERO = {
     "student.strategy_args.strategy_name": "deepspeed_train",
     "student.strategy_args.strategy_config": {"zero_optimization": {"stage": 3}},
 }
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -31,17 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.processes
 def test_two_ranks_write_in_lockstep_what_each_writes_with_a_copy(folder):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    paths = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [*launcher, str(HERE / "run_lockstep.py"), str(folder)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks(2, str(Path(__file__).with_name("run_lockstep.py")), str(folder))
 
 
 def test_a_generator_without_a_student_is_refused(folder):

@@ -12,9 +12,11 @@ import contract
 import pytest
 import torch
 import yaml
-from runs import metrics, rows, train
-from test_vllm import VllmTests, make_student, needs_vllm
+from runs import launch, metrics, rows
+from test_vllm import VllmTests, make_student, needs_vllm, writing
 
+from limbeck import DistillPipeline
+from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_tokenizer, model_outline
 from limbeck.rollout import SamplingParams
@@ -59,6 +61,11 @@ def processes_of_group(number):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_student(tmp_path_factory.mktemp("qwen3"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    return make_student(tmp_path_factory.mktemp("qwen2"), "qwen2", tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="module")
@@ -133,52 +140,26 @@ def test_a_worker_ends_with_the_process_of_its_trainer():
 @pytest.mark.processes
 class TestRuns:
     @pytest.mark.parametrize(
-        ("ranks", "generator", "changes"),
-        [(1, "vllm", {"rollout.max_staleness": 1}), (2, "hf", {})],
-        ids=["beside the training", "one engine for two ranks"],
+        ("ranks", "staleness"), [(1, 1), (2, 0)], ids=["beside the training", "one engine for two ranks"]
     )
     def test_losses_are_those_of_a_generator_on_the_students_devices(
-        self, settings, tmp_path, ranks, generator, changes
+        self, alone, settings, tied, tmp_path, ranks, staleness
     ):
-        student = make_student(tmp_path / "student", "qwen2", tie_word_embeddings=True)
-        losses = []
+        changes = {**writing(tied), "max_steps": 8, "rollout.max_staleness": staleness}
+        expected = metrics(alone(**changes, **rows(4, 2)), "train/loss")
         apart = {"student.device_mapping": list(range(ranks)), "rollout.device_mapping": [ranks]}
-        for number, (name, own) in enumerate([(generator, {}), ("vllm", apart)]):
-            output = tmp_path / str(number)
-            values = {
-                "student_pretrain": str(student),
-                "output_dir": str(output),
-                "max_steps": 8,
-                "save_steps": 0,
-                "eval_steps": 0,
-                "distill_loss_weight": 1.0,
-                "rollout.generator": name,
-                "rollout.max_new_tokens": 12,
-                "rollout.temperature": 0.0,
-                **rows(4, 2 // ranks),
-                **changes,
-                **own,
-            }
-            assert "Traceback" not in train(settings(**values), tmp_path, ranks)
-            losses.append(metrics(output, "train/loss"))
-        assert len(losses[0]) == 8
-        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        config = settings(**changes, **rows(4, 2 // ranks), **apart, **{"rollout.generator": "vllm"})
+        if ranks == 1:
+            DistillPipeline(load_mapping(config).config).run()
+        else:
+            assert "Traceback" not in launch(config, tmp_path, ranks)
+        assert len(expected) == 8
+        assert metrics(tmp_path / "out", "train/loss") == pytest.approx(expected, rel=1e-4)
 
-    def test_ctrl_c_reaches_the_training_only_which_ends_the_engine(self, settings, tmp_path):
+    def test_ctrl_c_reaches_the_training_only_which_ends_the_engine(self, settings, tied, tmp_path):
         config = tmp_path / "run.yaml"
-        values = {
-            "student_pretrain": str(make_student(tmp_path / "student", "qwen2")),
-            "output_dir": str(tmp_path / "out"),
-            "max_steps": 5000,
-            "save_steps": 0,
-            "eval_steps": 0,
-            "distill_loss_weight": 1.0,
-            "student.device_mapping": [0],
-            "rollout.generator": "vllm",
-            "rollout.device_mapping": [1],
-            "rollout.max_new_tokens": 12,
-        }
-        config.write_text(yaml.safe_dump(settings(**values)))
+        apart = {"student.device_mapping": [0], "rollout.generator": "vllm", "rollout.device_mapping": [1]}
+        config.write_text(yaml.safe_dump(settings(**writing(tied), max_steps=5000, **apart)))
         command = [sys.executable, "-m", "limbeck", "train", str(config)]
         with (tmp_path / "printed").open("w") as printed:
             run = subprocess.Popen(command, start_new_session=True, stdout=printed, stderr=printed)

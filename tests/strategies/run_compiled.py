@@ -6,14 +6,15 @@ Writes ``<output_dir>/graph_runs-<rank>.json`` with those of each role.
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.models import compile as compiling
+from limbeck.strategies.world import start_world
 
 runs: dict[str, int] = {}
 
@@ -27,12 +28,11 @@ def count(graph, example_inputs):
     return run
 
 
-compiling.BACKEND = count
-dist.init_process_group("gloo")
-for path in map(Path, sys.argv[1:]):
-    torch._dynamo.reset()
-    runs.clear()
-    config = load_mapping(yaml.safe_load(path.read_text())).config
-    DistillPipeline(config).run()
-    (Path(config.output_dir) / f"graph_runs-{dist.get_rank()}.json").write_text(json.dumps(runs))
-dist.destroy_process_group()
+with patch.object(compiling, "BACKEND", count), start_world() as world:
+    for path in map(Path, sys.argv[1:]):
+        torch._dynamo.reset()
+        runs.clear()
+        config = load_mapping(yaml.safe_load(path.read_text())).config
+        DistillPipeline(config).run()
+        (Path(config.output_dir) / f"graph_runs-{world.rank}.json").write_text(json.dumps(runs))
+torch._dynamo.reset()

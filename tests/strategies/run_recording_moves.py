@@ -3,14 +3,15 @@
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
-import torch.distributed as dist
 import yaml
 from torch.distributed.tensor import DTensor
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
+from limbeck.strategies.world import start_world
 
 moved = []
 plain = torch.nn.Module.to
@@ -22,9 +23,7 @@ def recording(module, *args, **kwargs):
     return plain(module, *args, **kwargs)
 
 
-dist.init_process_group("gloo")
-torch.nn.Module.to = recording
-DistillPipeline(load_mapping(yaml.safe_load(Path(sys.argv[1]).read_text())).config).run()
-if dist.get_rank() == 0:
-    Path(sys.argv[2]).write_text(json.dumps(moved))
-dist.destroy_process_group()
+with patch.object(torch.nn.Module, "to", recording), start_world() as world:
+    DistillPipeline(load_mapping(yaml.safe_load(Path(sys.argv[1]).read_text())).config).run()
+    if world.is_main:
+        Path(sys.argv[2]).write_text(json.dumps(moved))

@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from runs import assert_same_weights, metrics, nested, rows, weights
 from tiny import make_data, make_model
 
@@ -145,12 +144,7 @@ def test_two_ranks_run_compiled_layers_and_give_the_uncompiled_losses(folder, tm
             settings = configuration(folder, output, compile_model=compiled, **{**rows(4), **changes})
             files.append(tmp_path / f"{output.name}.yaml")
             files[-1].write_text(yaml.safe_dump(settings))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = str(Path(__file__).with_name("run_compiled.py"))
-    done = subprocess.run(
-        [*launcher, script, *map(str, files)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks(2, str(Path(__file__).with_name("run_compiled.py")), *map(str, files))
     for name in cases:
         one, other = tmp_path / f"{name}-False", tmp_path / f"{name}-True"
         for key in KEYS:

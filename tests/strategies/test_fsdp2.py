@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 import yaml
-from runs import assert_same_weights, forget_after, metrics, rows, train
+from runs import assert_same_weights, forget_after, launch, metrics, rows, train
 
 from limbeck import DistillPipeline
 
@@ -26,12 +26,11 @@ from limbeck import DistillPipeline
     ],
     ids=["fsdp2", "accumulated-and-recomputed", "replicated", "hsdp"],
 )  # fmt: skip
-def test_ranks_give_the_losses_of_one(configure, settings, tmp_path, ranks, changes):
+def test_ranks_give_the_losses_of_one(alone, settings, tmp_path, ranks, changes):
     # No warm-up and clipping on: the gradient norm must be global for the weights to agree.
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    train(settings(output_dir=str(tmp_path / "many"), **changes), tmp_path, ranks)
+    train(settings(**changes), tmp_path, ranks)
     for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
-        assert metrics(tmp_path / "many", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-5, abs=1e-5), key
+        assert metrics(tmp_path / "out", key) == pytest.approx(metrics(alone(), key), rel=1e-5, abs=1e-5), key
 
 
 @pytest.mark.processes
@@ -52,24 +51,23 @@ def test_packed_ranks_give_the_losses_of_one_also_with_a_mixture(configure, sett
 
 
 @pytest.mark.processes
-def test_a_run_goes_on_with_another_number_of_ranks(configure, settings, tmp_path):
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    out = tmp_path / "out"
+def test_a_run_goes_on_with_another_number_of_ranks(alone, configure, settings, tmp_path, capsys):
+    one, out = alone(), tmp_path / "out"
     train(settings(**rows(4)), tmp_path, 2)
     forget_after(out, 10)
-    text = train(settings(**rows(8)), tmp_path, 1, "resume_from_checkpoint=latest")
-    assert "at step 10" in text
-    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(tmp_path / "one", "train/loss")[-1], abs=1e-6)
+    DistillPipeline(configure(resume_from_checkpoint="latest")).run()
+    assert "at step 10" in capsys.readouterr().out
+    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(one, "train/loss")[-1], abs=1e-6)
     forget_after(out, 10)
     train(settings(**rows(4)), tmp_path, 2, "resume_from_checkpoint=latest")
-    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(tmp_path / "one", "train/loss")[-1], abs=1e-6)
-    assert_same_weights(tmp_path / "one" / "student", out / "student", tolerance=1e-4)
+    assert metrics(out, "train/loss")[-1] == pytest.approx(metrics(one, "train/loss")[-1], abs=1e-6)
+    assert_same_weights(one / "student", out / "student", tolerance=1e-4)
 
 
 @pytest.mark.processes
 def test_device_mapping_starts_its_own_ranks(settings, tmp_path):
     mapped = settings(**rows(4), max_steps=2, **{"student.device_mapping": "list(range(0,2))"})
-    text = train(mapped, tmp_path, 1)
+    text = launch(mapped, tmp_path, 1)
     assert "4 × 1 × 2 rows on 2 × cpu" in text
     assert (tmp_path / "out" / "student" / "model.safetensors").is_file()
 

@@ -2,13 +2,12 @@
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from runs import assert_same_weights, forget_after, metrics, nested, rows
 from safetensors.torch import load_file, save_file
 from tiny import make_data, make_model
@@ -138,12 +137,7 @@ def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
 def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
     for path, settings in configurations.items():
         path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = str(Path(__file__).with_name("run_configurations.py"))
-    done = subprocess.run(
-        [*command, script, *map(str, configurations)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks(ranks, str(Path(__file__).with_name("run_configurations.py")), *map(str, configurations))
 
 
 @pytest.mark.processes

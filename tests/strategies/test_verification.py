@@ -1,13 +1,12 @@
 """The verification at the start of a model-parallel run."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from ranks import run_on_ranks
 from runs import rows, weights
 
 from limbeck.errors import LimbeckError
@@ -23,10 +22,7 @@ def test_only_slices_of_a_model_move_to_the_devices(settings, assets, tmp_path):
     config, found = tmp_path / "run.yaml", tmp_path / "moved.json"
     config.write_text(yaml.safe_dump(settings(**sizes, **rows(8), max_steps=1, eval_steps=0)))
     script = str(Path(__file__).with_name("run_recording_moves.py"))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, script, str(config), str(found)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks(2, script, str(config), str(found))
     for name, moved in zip(("teacher", "student"), json.loads(found.read_text()), strict=True):
         assert moved < 0.7 * sum(tensor.numel() for tensor in weights(assets / name).values())
 

@@ -15,7 +15,6 @@ import yaml
 from launch.test_driver import processes, ray_of_tests, run_on_ray
 from runs import metrics, rows
 
-from limbeck import DistillPipeline
 from limbeck.errors import LimbeckError
 
 ray = pytest.importorskip("ray")
@@ -82,12 +81,10 @@ def client(students: int, folder: Path, **changes) -> dict:
     }
 
 
-def test_two_runs_at_once_share_one_service_and_have_the_losses_of_one_process(configure, settings, tmp_path):
+def test_two_runs_at_once_share_one_service_and_have_the_losses_of_one_process(alone, configure, settings, tmp_path):
     from limbeck.cluster.groups import registered_groups
 
     top = {"logits_topk": 5}
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    DistillPipeline(configure(output_dir=str(tmp_path / "one-top"), **top)).run()
     runs = [configure(**client(2, tmp_path / "two-ranks")), configure(**client(1, tmp_path / "one-rank"))]
     failures: list[BaseException] = []
 
@@ -108,9 +105,9 @@ def test_two_runs_at_once_share_one_service_and_have_the_losses_of_one_process(c
         assert registered_groups() == {"judge": 2}  # they outlive the runs
         run_on_ray(configure(**client(1, tmp_path / "later", **top)))
     assert gone("TeacherWorker")
-    for name, alone in (("two-ranks", "one"), ("one-rank", "one"), ("later", "one-top")):
+    for name, one in (("two-ranks", alone()), ("one-rank", alone()), ("later", alone(**top))):
         for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss", "val/top1_agreement"):
-            expected = metrics(tmp_path / alone, key)
+            expected = metrics(one, key)
             assert metrics(tmp_path / name, key) == pytest.approx(expected, rel=1e-5, abs=1e-5), (name, key)
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from runs import metrics, rows
 
-from limbeck import DistillPipeline
 from limbeck.data.batch import Batch
 from limbeck.data.masks import IGNORE
 from limbeck.strategies.parallel_dims import ParallelDims
@@ -128,14 +127,13 @@ def groups(assets, tmp_path_factory):
     ],
 )
 def test_signals_and_transports_give_the_losses_of_one_process(
-    configure, groups, tmp_path, common, changes, bytes_per_token, requests
+    alone, configure, groups, tmp_path, common, changes, bytes_per_token, requests
 ):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3, **common}
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
     apart = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2, 3], **short, **changes}
     student, teacher = groups
     student.call("train", configure(**apart).model_dump(mode="json"), teacher.actors)
-    one, out = tmp_path / "one", tmp_path / "out"
+    one, out = alone(**short), tmp_path / "out"
     for key in KEYS:
         assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
@@ -166,16 +164,15 @@ def test_a_signal_of_any_number_of_tensors_reaches_every_rank(groups):
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_the_colocated_teacher_computes_several_steps_before_it_is_offloaded(configure, groups, tmp_path):
+def test_the_colocated_teacher_computes_several_steps_before_it_is_offloaded(alone, configure, groups, tmp_path):
     short = {"max_steps": 3, "save_steps": 0, "eval_steps": 3}
-    DistillPipeline(configure(output_dir=str(tmp_path / "one"), **short)).run()
     both = {"student.device_mapping": [0, 1], "teacher.device_mapping": [0, 1], "is_offload_states": True}
     config = configure(**short, **rows(4), **both, offload_interval=2)
     assert config.needs_worker_groups and config.offloads_colocated
     student, teacher = groups
     student.call("train", config.model_dump(mode="json"), teacher.actors)
     for key in KEYS:
-        one, out = metrics(tmp_path / "one", key), metrics(tmp_path / "out", key)
+        one, out = metrics(alone(**short), key), metrics(tmp_path / "out", key)
         assert out == pytest.approx(one, rel=1e-5, abs=1e-5), key
     # Two steps, the third, and three batches of the validation.
     calls = [*["request"] * 2, "offload", "request", "offload", *["request"] * 3, "offload"]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import metrics, rows, train
+from runs import launch, metrics, rows
 from strategies.engines import train_step
 
 from limbeck import DistillPipeline, OutputHead, fused_linear_distillation
@@ -87,7 +87,7 @@ def test_deepspeed_gives_the_losses_of_fsdp2(configure, settings, tmp_path, gpus
         "student.strategy_args.strategy_config": {"zero_optimization": optimization},
     }
     DistillPipeline(configure(output_dir=str(tmp_path / "one"))).run()
-    train(settings(**block, **rows(8 // gpus)), tmp_path, gpus)
+    launch(settings(**block, **rows(8 // gpus)), tmp_path, gpus)
     for key in ("train/loss", "train/train_distill_loss", "student/grad_norm", "val/loss"):
         assert metrics(tmp_path / "out", key) == pytest.approx(metrics(tmp_path / "one", key), rel=1e-4), key
 

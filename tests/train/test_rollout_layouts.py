@@ -1,18 +1,17 @@
 """Ranks with any layout write, and then train on, what one process does."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from ranks import run_on_ranks
 from runs import metrics, rows
 from tiny import make_model
 
 from limbeck import DistillPipeline
 
-RANKS = Path(__file__).parents[1] / "strategies" / "run_configurations.py"
+SCRIPT = Path(__file__).parents[1] / "strategies" / "run_configurations.py"
 LAYOUT = "student.strategy_args.strategy_config."
 WRITING = {
     "distill_loss_weight": 1.0,
@@ -71,10 +70,7 @@ def test_two_ranks_write_and_learn_what_one_process_does(configure, settings, tm
         files.append(tmp_path / f"{i}.yaml")
         files[-1].write_text(yaml.safe_dump(settings(**both, **changes, output_dir=str(many))))
         outputs[name] = (one, many)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, str(RANKS), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_on_ranks(2, str(SCRIPT), *map(str, files))
     for name, (one, many) in outputs.items():
         for key in ("train/loss", "rollout/mean_length", "rollout/on_policy_share", "student/grad_norm"):
             assert metrics(many, key) == pytest.approx(metrics(one, key), rel=1e-4), (name, key)
