@@ -9,15 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from limbeck.models.megatron_families import local_name
+
 Key = tuple[str, int | None]
 """Name of a parameter, with ``*`` for the number of the layer, and that number in the whole model."""
 
 _PARTS = ("embedding.", "decoder.", "output_layer.", "encoder.", "mtp.")
 _LAYER = re.compile(r"(?<=\.layers\.)(\d+)(?=\.)")
-FUSED = {  # Transformer Engine computes a norm and the projection after it in one module
-    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-}
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,6 @@ def parameter_key(name: str) -> Key | None:
         name = name.partition(".")[2]
     if not name.startswith(_PARTS) or "._extra_state" in name:
         return None
-    for fused, separate in FUSED.items():
-        name = name.replace(fused, separate)
+    name = local_name(name)
     found = _LAYER.search(name)
     return _LAYER.sub("*", name, count=1), int(found[0]) if found else None

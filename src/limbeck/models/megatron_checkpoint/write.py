@@ -21,10 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from limbeck.folders import MEGATRON_TRACKER
-from limbeck.models.megatron_checkpoint.stored import FUSED
 from limbeck.models.megatron_checkpoint.torch_dist import COMMON, STACK
 from limbeck.models.megatron_config import megatron_arguments
-from limbeck.models.megatron_families import HEAD, Heads, family_of, slice_of
+from limbeck.models.megatron_families import FUSED, HEAD, Heads, family_of, slice_of
 
 _FORMAT = {
     "sharded_backend": "torch_dist",

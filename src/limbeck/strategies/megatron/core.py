@@ -7,7 +7,8 @@ seconds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -46,6 +47,11 @@ def import_megatron() -> Any:
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 reads the name also without Transformer Engine
         moe_utils.te_general_gemm = None
     return megatron.core
+
+
+def submodules_of(specification: Any) -> Any:
+    """The submodules of a feed-forward layer, whose specification is a ModuleSpec in 0.16 and a function in 0.19."""
+    return specification.keywords["submodules"] if isinstance(specification, partial) else specification.submodules
 
 
 class ProcessGroups:
@@ -123,11 +129,14 @@ class OptimizerTensors:
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
+    _SCALER = ("growth_tracker", "hysteresis_tracker")  # besides the scale
 
     def __init__(self, optimizer: Any) -> None:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self._optimizers = [one for one in chained if one.optimizer is not None]
         self.adams: list[torch.optim.Optimizer] = [one.optimizer for one in self._optimizers]
+        scalers = [getattr(one, "grad_scaler", None) for one in self._optimizers]
+        self._scalers = [one for one in scalers if one is not None]
 
     def scheduled(self) -> torch.optim.Optimizer:
         """An optimizer with all groups of parameters, for schedules of the learning rate."""
@@ -179,6 +188,28 @@ class OptimizerTensors:
                     continue
                 for stepped in group["params"]:
                     adam.state[stepped]["step"] = torch.tensor(float(count))
+
+    def read_scaler(self) -> dict[str, Any]:
+        """JSON values of the scale of the loss in float16; empty in other precisions."""
+        if not self._scalers:
+            return {}
+        state = self._scalers[0].state_dict()
+        return {"scale": state["scale"].item(), **{key: state[key] for key in self._SCALER}}
+
+    def write_scaler(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``read_scaler``. Another strategy's values are ignored."""
+        if not all(key in state for key in ("scale", *self._SCALER)):
+            return
+        for scaler in self._scalers:
+            scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]])})
+
+    def join_scalers(self) -> None:
+        """After a step, give all optimizers one scale: of the one whose gradients overflowed, if one's did."""
+        if len(self._scalers) > 1:
+            states = [scaler.state_dict() for scaler in self._scalers]
+            lowest = min(states, key=lambda state: (state["scale"].item(), state["growth_tracker"]))
+            for scaler in self._scalers:
+                scaler.load_state_dict(lowest)
 
     def _optimizer_of(self, parameter: nn.Parameter) -> Any:
         return self._optimizers[-1 if is_divided_expert(parameter) else 0]

@@ -1,0 +1,92 @@
+"""megatron_train in float16: Megatron's scale of the loss, on CPUs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from runs import assert_same_weights, metrics, nested, rows, training_state
+from tiny import make_data, make_model
+from transformers import AutoModelForCausalLM
+
+from limbeck import DistillPipeline
+from limbeck.config import load_mapping
+
+HERE = Path(__file__).parent
+PP, SHARDED = "pipeline_model_parallel_size", {"use_distributed_optimizer": True}
+EXPERTS = {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
+
+
+def configuration(folder: Path, output: Path, layout: dict | None, per_device: int = 2, **changes) -> dict:
+    strategies = {
+        "student.strategy_args.strategy_name": "megatron_train",
+        "student.strategy_args.strategy_config": layout,
+        "teacher.strategy_args.strategy_name": "megatron_infer",
+        "teacher.strategy_args.strategy_config": {PP: 2},
+        "plugins": [str(HERE / "megatron_on_cpu.py")],
+    }
+    return nested(
+        {
+            "student_pretrain": str(folder / "student"),
+            "teacher_pretrain": str(folder / "teacher"),
+            "output_dir": str(output),
+            "sequence_length": 64,
+            "max_steps": 4,
+            "save_steps": 2,
+            "track_with": "none",
+            "student.model_args.dtype": "fp16",
+            "student.training_args.learning_rate": 1e-3,
+            **rows(per_device, 2),
+            "student.data_args.file_name": [str(folder / "rows.jsonl")],
+            "teacher.model_args.dtype": "fp16",
+            "features.pairs": [["model.layers.0", "model.layers.1"], ["model.norm", "model.norm"]],
+            **(strategies if layout is not None else {}),
+            **changes,
+        }
+    )
+
+
+@needs_megatron
+@pytest.mark.processes
+@pytest.mark.workers
+def test_float16_trains_as_with_fsdp2_and_resumes_exactly(tmp_path):
+    for name, shape in {"student": {}, "experts": EXPERTS}.items():
+        make_model(tmp_path / name, **shape)
+    make_model(tmp_path / "teacher", seed=1)
+    make_data(tmp_path / "rows.jsonl", 64)
+    expert = {"student_pretrain": str(tmp_path / "experts"), "features.pairs": []}
+    begun = {"resume_from_checkpoint": str(tmp_path / "pp" / "checkpoint-2")}
+    runs = {
+        "pp": configuration(tmp_path, tmp_path / "pp", {PP: 2}),
+        "again": configuration(tmp_path, tmp_path / "again", {PP: 2}, **begun),
+        "ep": configuration(
+            tmp_path, tmp_path / "ep", {"expert_model_parallel_size": 2, **SHARDED}, per_device=1, **expert
+        ),
+        # Gradients overflow from the first step on.
+        "overflow": configuration(tmp_path, tmp_path / "overflow", {PP: 2}, **{"features.weight": 1e7, "max_steps": 2}),
+    }
+    for name, settings in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "run_configurations.py"), *(str(tmp_path / f"{name}.yaml") for name in runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    for name, changes in {"pp": {}, "ep": expert}.items():
+        output = tmp_path / f"{name}-fsdp2"
+        DistillPipeline(load_mapping(configuration(tmp_path, output, None, **changes)).config).run()
+        for key, tolerance in (("train/loss", 1e-3), ("student/grad_norm", 1e-2)):
+            assert metrics(tmp_path / name, key) == pytest.approx(metrics(output, key), rel=tolerance), name
+    assert_same_weights(tmp_path / "pp" / "student", tmp_path / "again" / "student")  # exactly
+
+    state = json.loads((tmp_path / "overflow" / "checkpoint-2" / "training" / "state.json").read_text())
+    assert state["scaler"] == {"scale": 2.0**15, "growth_tracker": 0, "hysteresis_tracker": 0}
+    started = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    for key, master in training_state(tmp_path / "overflow" / "checkpoint-2", "masters").items():
+        if key in started:
+            torch.testing.assert_close(master, started[key].float(), rtol=0, atol=0)
