@@ -7,12 +7,15 @@ import importlib
 import sys
 from unittest.mock import MagicMock, patch
 
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: F401
 import torch
 from megatron.core import tensor_parallel, utils
 from megatron.core.extensions import transformer_engine
 from packaging.version import Version
 from torch import nn
 from torch.nn.functional import linear, rms_norm
+
+from limbeck.strategies.megatron.core import import_megatron
 
 
 class Linear(nn.Module):
@@ -73,13 +76,16 @@ class LayerNormLinear(Linear):
 
 
 class RMSNorm(nn.RMSNorm):
-    def __init__(self, hidden_size, *, eps, sequence_parallel, params_dtype, device, **unused) -> None:
-        super().__init__(hidden_size, eps=eps, device=device, dtype=params_dtype)
+    def __init__(
+        self, normalized_shape=None, *, hidden_size=None, eps, sequence_parallel, params_dtype, device, **unused
+    ) -> None:
+        super().__init__(normalized_shape or hidden_size, eps=eps, device=device, dtype=params_dtype)
         self.weight.sequence_parallel = sequence_parallel
 
 
 def install() -> None:
-    """Only Megatron's module of wrappers sees it."""
+    """Only Megatron's module of wrappers sees it; the others are imported before."""
+    import_megatron()
     package = MagicMock()
     package.pytorch.Linear, package.pytorch.LayerNormLinear, package.pytorch.RMSNorm = Linear, LayerNormLinear, RMSNorm
     utils._te_version = Version("2.2.0")  # later ones need more of the package

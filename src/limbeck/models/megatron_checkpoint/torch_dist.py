@@ -18,6 +18,7 @@ from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read
 from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, parameter_key
 
 INDEX, COMMON = ".metadata", "common.pt"
+_COMMON_PART = "common_state/shard_0_1"  # of the files of tensors, in place of COMMON since megatron-core 0.19
 
 STACK = "decoder.layers."
 
@@ -56,6 +57,9 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
     arguments: Any = None
     if (folder / COMMON).is_file():
         arguments = read_torch_file(folder / COMMON).get("args")
+    elif (_COMMON_PART, None) in places:
+        name, begin, length = places[_COMMON_PART, None]
+        arguments = read_torch_file(folder / name, (begin, length))[0].get("args")
     return StoredCheckpoint(str(folder), dict(vars(arguments)) if isinstance(arguments, Record) else {}, parameters)
 
 

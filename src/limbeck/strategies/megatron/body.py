@@ -32,7 +32,7 @@ from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, sub
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.megatron.mamba import MambaLayer
-from limbeck.strategies.megatron.transformer_engine import use_transformer_engine
+from limbeck.strategies.megatron.transformer_engine import transformer_engine_norm, use_transformer_engine
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
 
@@ -179,9 +179,7 @@ def build_gpt_chunks(
         ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
-    norm: Any = RMSNorm
-    if settings.transformer_impl == "transformer_engine":
-        from megatron.core.extensions.transformer_engine import TENorm as norm
+    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else RMSNorm
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None

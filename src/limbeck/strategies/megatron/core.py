@@ -86,15 +86,19 @@ class ProcessGroups:
         pp, copies, ep, etp = range(4)
         self.experts, self.expert_slices = _subgroup(held, ep), _subgroup(held, etp)
         self.experts_and_slices = _subgroup(held, ep, etp)
-        copies_of_experts = _subgroup(held, copies)
+        stages, copies_of_experts = _subgroup(held, pp, ep, etp), _subgroup(held, copies)
         state.update(
             _EXPERT_MODEL_PARALLEL_GROUP=self.experts,
             _EXPERT_MODEL_PARALLEL_RANKS=dist.get_process_group_ranks(self.experts),
             _EXPERT_TENSOR_PARALLEL_GROUP=self.expert_slices,
             _EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP=self.experts_and_slices,
-            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP=_subgroup(held, pp, ep, etp),
+            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP=stages,
             _EXPERT_DATA_PARALLEL_GROUP=copies_of_experts,
             _INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP=copies_of_experts,
+            # 0.19 also reads these, which are the same without its "GTP".
+            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP=stages,
+            _EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT=copies_of_experts,
+            _INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT=copies_of_experts,
         )
         # Megatron forks these random states around its layers, although nothing here is drawn from them.
         core.tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)

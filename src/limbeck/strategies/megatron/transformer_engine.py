@@ -44,3 +44,10 @@ def use_transformer_engine(layer: Any, *, experts: bool) -> None:
     mlp = submodules_of(layer.mlp)
     mlp.linear_fc1, mlp.linear_fc2 = engine.TELayerNormColumnParallelLinear, engine.TERowParallelLinear
     layer.pre_mlp_layernorm = IdentityOp
+
+
+def transformer_engine_norm() -> Any:
+    """The module of a norm that no matrix follows."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    return TENorm
