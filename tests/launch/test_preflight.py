@@ -194,7 +194,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
             {"student.device_mapping": list(range(6)), f"{STUDENT}.pipeline_model_parallel_size": 6},
             "pipeline_model_parallel_size = 6 is more than the layers of",
         ),
-        ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train only"),
+        ({**APART, "student.model_args.dtype": "fp16"}, "fp16 trains on several ranks with deepspeed_train and"),
         (
             {**APART, "logits_transfer_backend": "nccl-only"},
             "logits_transfer_backend = nccl-only does not send from CPU to CPU, where the workers are; use gloo (or ray).",

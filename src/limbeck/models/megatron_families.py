@@ -20,6 +20,13 @@ Kind = Literal[
     "vocabulary", "copy", "qkv", "gate_up", "row", "column", "experts_gate_up", "experts_down", "mamba_in", "mamba_conv"
 ]
 
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    "mixer.in_proj.layer_norm_": "norm.",
+}
+"""Names in Transformer Engine's layers, where a norm and the matrix after it are one module, to those in local layers."""
+
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -236,6 +243,13 @@ class ExpertShape:
             return None
         width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
         return cls(count, config.num_experts_per_tok, width, getattr(config, "norm_topk_prob", True))
+
+
+def local_name(name: str) -> str:
+    """The name that ``Family.rules`` have for a parameter of Megatron's, also of Transformer Engine's layers."""
+    for fused, separate in FUSED_NORMS.items():
+        name = name.replace(fused, separate)
+    return name.replace("mixer.conv1d_", "mixer.conv1d.")  # of the Mamba layers of Megatron 0.19
 
 
 def layers_with_experts(model: Any) -> list[bool]:

@@ -60,7 +60,8 @@ class Fsdp2Strategy:
             )
         if role == "student" and args.dtype == "fp16" and dims.size > 1:
             raise LimbeckError(
-                "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train only; use that, or bf16."
+                "student.model_args.dtype = fp16 trains on several ranks with deepspeed_train and megatron_train only; use one "
+                "of these, or bf16."
             )
         if role == "student":
             if config.student.strategy_args.strategy_config.offload_policy and dims.size == 1:

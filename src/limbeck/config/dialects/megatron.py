@@ -178,6 +178,9 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     if chosen == "megatron":
         for name, value in of_megatron.items():
             result.set(f"{config}.{name.replace('-', '_')}", value, f"--{name}")
+            if name in table.OF_BOTH:
+                teacher = config.replace("student", "teacher")
+                result.default(f"{teacher}.{name.replace('-', '_')}", value, f"--{name}")
     elif "limbeck-strategy" not in given:
         unread = f" without {', '.join(f'--{name}' for name in of_megatron)}" if of_megatron else ""
         result.notices.append(

@@ -95,8 +95,12 @@ OF_MEGATRON: dict[str, str] = {
     "recompute-method": VALUE,
     "recompute-num-layers": VALUE,
     "recompute-modules": VALUES,
+    "transformer-impl": VALUE,
 }
 """Keys of ``strategy_config.megatron`` of the student, which only Megatron's strategies read."""
+
+OF_BOTH = ("transformer-impl",)
+"""Those of ``OF_MEGATRON`` that the teacher gets too."""
 
 SPECIAL: dict[str, str] = {
     **_all(
@@ -142,7 +146,7 @@ IGNORED: dict[str, str] = {
         SWITCH,
     ),
     **_all(
-        """transformer-impl attention-backend distributed-backend local-rank num-workers
+        """attention-backend distributed-backend local-rank num-workers
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
         empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
@@ -234,6 +238,8 @@ def meaning(flag: str) -> str:
         return MOVED[flag]
     if flag in PARALLEL:
         return f"strategy_config.{PARALLEL[flag]} of both models"
+    if flag in OF_BOTH:
+        return f"strategy_config.megatron.{flag.replace('-', '_')} of both models"
     if flag in OF_MEGATRON:
         return f"student.strategy_args.strategy_config.megatron.{flag.replace('-', '_')}"
     if flag in IGNORED:

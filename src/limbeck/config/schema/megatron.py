@@ -12,6 +12,11 @@ from limbeck.config.schema.base import Section
 class MegatronConfig(Section):
     """Options of Megatron. They change results by rounding only."""
 
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = Field(
+        default="auto",
+        description="Modules of the matrices and norms in layers: local (Megatron's and PyTorch's) or transformer_engine, "
+        "which needs a GPU and pip install 'transformer-engine[pytorch]'. auto is local.",
+    )
     virtual_pipeline_model_parallel_size: int | None = Field(
         default=None,
         ge=2,

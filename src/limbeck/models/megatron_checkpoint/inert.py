@@ -90,15 +90,17 @@ def _without_allowed_classes() -> Iterator[None]:
         add_safe_globals(allowed)
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, part: tuple[int, int] | None = None) -> Any:
     """What ``torch.save`` wrote; tensors stay in the file until they are read.
+
+    part: first byte and number of bytes, if it is only a part of the file.
 
     Raises:
         LimbeckError: if it is damaged, or holds objects of other classes than Megatron stores.
     """
     try:
         with _without_allowed_classes():
-            names = get_unsafe_globals_in_checkpoint(str(path))
+            names = get_unsafe_globals_in_checkpoint(_source(path, part))
             odd = sorted(name for name in names if not name.startswith(_IN_FILES))
             if odd:
                 raise LimbeckError(
@@ -106,11 +108,20 @@ def read_torch_file(path: Path) -> Any:
                     "checkpoint with Megatron-LM and save it with --ckpt-format torch_dist."
                 )
             with safe_globals([(Record, name) for name in names]):
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                return torch.load(_source(path, part), map_location="cpu", weights_only=True, mmap=part is None)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise LimbeckError(
             f"{path} is damaged or no file of torch.save ({reason(error)}); copy the checkpoint again."
         ) from error
+
+
+def _source(path: Path, part: tuple[int, int] | None) -> Any:
+    """What PyTorch reads from: the name of the file, or some of its bytes."""
+    if part is None:
+        return str(path)
+    with path.open("rb") as file:
+        file.seek(part[0])
+        return io.BytesIO(file.read(part[1]))
 
 
 def reason(error: Exception) -> str:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from limbeck.models.megatron_families import local_name
+
 Key = tuple[str, int | None]
 """Name of a parameter in ``megatron_families``, with ``*`` for the number of the layer, and that number in the whole model."""
 
@@ -20,9 +22,12 @@ _LAYER = re.compile(r"(?<=\.layers\.)(\d+)(?=\.)")
 PRE_MLP_NORM = f"{LAYERS}*.pre_mlp_layernorm.weight"
 
 FUSED = {
-    f"{LAYERS}*.input_layernorm.weight": f"{LAYERS}*.self_attention.linear_qkv.layer_norm_weight",
-    PRE_MLP_NORM: f"{LAYERS}*.mlp.linear_fc1.layer_norm_weight",
-    f"{LAYERS}*.norm.weight": f"{LAYERS}*.mixer.in_proj.layer_norm_weight",
+    local_name(name): name
+    for name in (
+        f"{LAYERS}*.self_attention.linear_qkv.layer_norm_weight",
+        f"{LAYERS}*.mlp.linear_fc1.layer_norm_weight",
+        f"{LAYERS}*.mixer.in_proj.layer_norm_weight",
+    )
 }
 """Norms that Transformer Engine computes in one module with the matrix after it. Local layers have the first names."""
 
@@ -35,7 +40,7 @@ EXPERTS = {
 }
 """The matrices of all experts of a layer, in the format ``torch_dist``."""
 
-_NAMES = {there: here for names in (FUSED, HYBRID_NORM, EXPERTS) for here, there in names.items()}
+_NAMES = {there: here for names in (HYBRID_NORM, EXPERTS) for here, there in names.items()}
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,7 @@ def parameter_key(name: str) -> Key | None:
         name = name.partition(".")[2]
     if not name.startswith(_PARTS) or "._extra_state" in name:
         return None
+    name = local_name(name)
     found = _LAYER.search(name)
     name = _LAYER.sub("*", name, count=1) if found else name.replace(LAYERS, f"{LAYERS}*.", 1)
     return _NAMES.get(name, name), int(found[0]) if found else None

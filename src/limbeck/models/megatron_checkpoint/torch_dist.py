@@ -17,9 +17,10 @@ from torch import Tensor
 from limbeck.errors import LimbeckError
 from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read_torch_file, reason
 from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, parameter_key
-from limbeck.models.megatron_families import Kind
+from limbeck.models.megatron_families import Kind, local_name
 
 INDEX, COMMON = ".metadata", "common.pt"
+_COMMON_PART = "common_state/shard_0_1"  # of the files of tensors, in place of COMMON since megatron-core 0.19
 
 _IN_PROJ = ("z", "x", "B", "C", "dt")
 PARTS: dict[Kind, tuple[str, ...]] = {"mamba_in": _IN_PROJ, "mamba_conv": _IN_PROJ[1:4]}
@@ -53,7 +54,7 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
     parameters: dict[Key, Callable[[], list[Tensor]]] = {}
     parts: dict[Key, dict[str, _Tensor]] = {}
     for name, tensor in tensors.items():
-        part = _PART.fullmatch(name)
+        part = _PART.fullmatch(local_name(name))
         key = parameter_key(part[1] if part else name)
         assert key is not None
         if part:
@@ -66,6 +67,9 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
     arguments: Any = None
     if (folder / COMMON).is_file():
         arguments = read_torch_file(folder / COMMON).get("args")
+    elif (_COMMON_PART, None) in places:
+        name, begin, length = places[_COMMON_PART, None]
+        arguments = read_torch_file(folder / name, (begin, length))[0].get("args")
     return StoredCheckpoint(str(folder), dict(vars(arguments)) if isinstance(arguments, Record) else {}, parameters)
 
 

@@ -28,10 +28,11 @@ from limbeck.models.megatron_families import (
     padded_rows,
 )
 from limbeck.strategies.context_parallel import exchange_heads
-from limbeck.strategies.megatron.core import ProcessGroups, import_megatron
+from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, submodules_of
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
 from limbeck.strategies.megatron.mamba import MambaLayer
+from limbeck.strategies.megatron.transformer_engine import transformer_engine_norm, use_transformer_engine
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
 
@@ -173,11 +174,12 @@ def build_gpt_chunks(
     try:
         settings = _transformer_config(config, dims, dtype, given, recompute=recompute, family=family)
         specs = [
-            _layer(config, family, number, settings.num_moe_experts if found else None)
+            _layer(config, family, number, settings.num_moe_experts if found else None, settings.transformer_impl)
             for number, found in enumerate(layers_with_experts(shell))
         ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
+    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else RMSNorm
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
@@ -187,7 +189,7 @@ def build_gpt_chunks(
             GPTModel(
                 config=settings,
                 transformer_layer_spec=TransformerBlockSubmodules(
-                    layer_specs=specs[offset : offset + count], layer_norm=RMSNorm
+                    layer_specs=specs[offset : offset + count], layer_norm=norm
                 ),
                 vocab_size=padded_rows(shell.get_input_embeddings().num_embeddings, dims.tp),
                 max_sequence_length=config.max_position_embeddings,
@@ -239,10 +241,10 @@ def _device_type() -> str:
     return torch.device(torch.cuda.current_device()).type
 
 
-def _layer(config: Any, family: Family, number: int, experts: int | None) -> Any:
-    """The specification of layer ``number`` of a Hugging Face configuration, of Megatron's local layers.
+def _layer(config: Any, family: Family, number: int, experts: int | None, implementation: str) -> Any:
+    """The specification of layer ``number`` of a Hugging Face configuration.
 
-    experts: their number; None without.
+    experts: their number; None without. implementation: ``transformer_engine``, or ``local`` for Megatron's own modules.
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer.spec_utils import ModuleSpec
@@ -259,13 +261,19 @@ def _layer(config: Any, family: Family, number: int, experts: int | None) -> Any
     if family.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if experts:
-        parts.mlp.submodules.experts = Experts
+        submodules_of(parts.mlp).experts = Experts
+    if implementation == "transformer_engine":
+        use_transformer_engine(parts, experts=bool(experts))
     if kind == "full_attention":
         layer.submodules = TransformerLayerSubmodules(
-            input_layernorm=RMSNorm, self_attention=parts.self_attention, self_attn_bda=parts.self_attn_bda
+            input_layernorm=parts.input_layernorm,
+            self_attention=parts.self_attention,
+            self_attn_bda=parts.self_attn_bda,
         )
     elif kind == "mlp":
-        layer.submodules = TransformerLayerSubmodules(pre_mlp_layernorm=RMSNorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda)
+        layer.submodules = TransformerLayerSubmodules(
+            pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+        )
     return layer
 
 
@@ -304,8 +312,10 @@ def _transformer_config(
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
         params_dtype=dtype,
         pipeline_dtype=dtype,
+        transformer_impl="transformer_engine" if given.transformer_impl == "transformer_engine" else "local",
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
         **_expert_settings(config, dims, given),

@@ -30,6 +30,8 @@ _IN_LAYER = {
 }
 """Name within a Hugging Face layer to that within Megatron's."""
 
+_FUSED = ("input_layernorm", "post_attention_layernorm")  # with Transformer Engine, in layers without experts
+
 _LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.+))?")
 
 
@@ -70,6 +72,12 @@ def recompute_layers(trunk: MegatronBody, given: MegatronConfig) -> None:
 
 def _find(gpt: Any, name: str, role: str) -> nn.Module | None:
     found = _LAYER.fullmatch(name)
+    fused = gpt.config.transformer_impl == "transformer_engine" and found is not None and found[2] in _FUSED
+    if fused:
+        raise LimbeckError(
+            f"features.pairs: Transformer Engine computes the {role}'s {name} together with the matrix after it, and no output "
+            f"is left to compare; set {role}.strategy_args.strategy_config.transformer_impl: local, or pair another submodule."
+        )
     if found is not None and (found[2] or "") in _IN_LAYER:
         layers = {layer.layer_number - 1: layer for layer in gpt.decoder.layers}
         layer = layers.get(int(found[1]))

@@ -7,7 +7,8 @@ seconds.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -48,6 +49,11 @@ def import_megatron() -> Any:
     return megatron.core
 
 
+def submodules_of(specification: Any) -> Any:
+    """The submodules of a feed-forward layer, whose specification is a ModuleSpec in 0.16 and a function in 0.19."""
+    return specification.keywords["submodules"] if isinstance(specification, partial) else specification.submodules
+
+
 class ProcessGroups:
     """Megatron's process groups for one model.
 
@@ -80,15 +86,19 @@ class ProcessGroups:
         pp, copies, ep, etp = range(4)
         self.experts, self.expert_slices = _subgroup(held, ep), _subgroup(held, etp)
         self.experts_and_slices = _subgroup(held, ep, etp)
-        copies_of_experts = _subgroup(held, copies)
+        stages, copies_of_experts = _subgroup(held, pp, ep, etp), _subgroup(held, copies)
         state.update(
             _EXPERT_MODEL_PARALLEL_GROUP=self.experts,
             _EXPERT_MODEL_PARALLEL_RANKS=dist.get_process_group_ranks(self.experts),
             _EXPERT_TENSOR_PARALLEL_GROUP=self.expert_slices,
             _EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP=self.experts_and_slices,
-            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP=_subgroup(held, pp, ep, etp),
+            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP=stages,
             _EXPERT_DATA_PARALLEL_GROUP=copies_of_experts,
             _INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP=copies_of_experts,
+            # 0.19 also reads these, which are the same without its "GTP".
+            _EXPERT_TENSOR_MODEL_PIPELINE_PARALLEL_GROUP_WITH_EGTP=stages,
+            _EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT=copies_of_experts,
+            _INTRA_PARTIAL_EXPERT_DATA_PARALLEL_GROUP_WITH_GTP_REMAT=copies_of_experts,
         )
         # Megatron forks these random states around its layers, although nothing here is drawn from them.
         core.tensor_parallel.model_parallel_cuda_manual_seed(0, force_reset_rng=True)
@@ -123,11 +133,14 @@ class OptimizerTensors:
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
+    _SCALER = ("growth_tracker", "hysteresis_tracker")  # besides the scale
 
     def __init__(self, optimizer: Any) -> None:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self._optimizers = [one for one in chained if one.optimizer is not None]
         self.adams: list[torch.optim.Optimizer] = [one.optimizer for one in self._optimizers]
+        scalers = [getattr(one, "grad_scaler", None) for one in self._optimizers]
+        self._scalers = [one for one in scalers if one is not None]
 
     def scheduled(self) -> torch.optim.Optimizer:
         """An optimizer with all groups of parameters, for schedules of the learning rate."""
@@ -179,6 +192,28 @@ class OptimizerTensors:
                     continue
                 for stepped in group["params"]:
                     adam.state[stepped]["step"] = torch.tensor(float(count))
+
+    def read_scaler(self) -> dict[str, Any]:
+        """JSON values of the scale of the loss in float16; empty in other precisions."""
+        if not self._scalers:
+            return {}
+        state = self._scalers[0].state_dict()
+        return {"scale": state["scale"].item(), **{key: state[key] for key in self._SCALER}}
+
+    def write_scaler(self, state: Mapping[str, Any]) -> None:
+        """The inverse of ``read_scaler``. Another strategy's values are ignored."""
+        if not all(key in state for key in ("scale", *self._SCALER)):
+            return
+        for scaler in self._scalers:
+            scaler.load_state_dict({**state, "scale": torch.tensor([state["scale"]])})
+
+    def join_scalers(self) -> None:
+        """After a step, give all optimizers one scale: of the one whose gradients overflowed, if one's did."""
+        if len(self._scalers) > 1:
+            states = [scaler.state_dict() for scaler in self._scalers]
+            lowest = min(states, key=lambda state: (state["scale"].item(), state["growth_tracker"]))
+            for scaler in self._scalers:
+                scaler.load_state_dict(lowest)
 
     def _optimizer_of(self, parameter: nn.Parameter) -> Any:
         return self._optimizers[-1 if is_divided_expert(parameter) else 0]

@@ -55,7 +55,8 @@ class Chunk(nn.Module):
         if output is None:
             return message
         self.outputs.append(output.detached())
-        return _WithLoss.apply(message, output.loss)
+        scale = self.body.gpt.config.grad_scale_func  # of float16, which Megatron applies to the last stage's loss
+        return _WithLoss.apply(message, output.loss if scale is None else scale(output.loss))
 
 
 class _WithLoss(torch.autograd.Function):
@@ -133,6 +134,8 @@ class MegatronEngine:
             self._chunks, use_distributed_optimizer=given.use_distributed_optimizer, **settings
         )
         self._tensors = OptimizerTensors(self._megatron_optimizer)
+        if settings["fp16"]:
+            config.grad_scale_func = self._megatron_optimizer.scale_loss
         self.optimizer = self._tensors.scheduled()
         self._load(initial | added, None)
         # Their names, with those of other stages.
@@ -195,10 +198,12 @@ class MegatronEngine:
 
     def step(self) -> Tensor:
         self._groups.activate()
-        norm = self._megatron_optimizer.step()[1]
-        self._steps += 1
+        stepped, norm, _ = self._megatron_optimizer.step()
+        self._tensors.join_scalers()
+        self._steps += bool(stepped)
         self._clear_gradients()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self._world.device)
+        found = norm if stepped else torch.inf  # float16 gradients overflowed
+        return torch.as_tensor(found, dtype=torch.float32, device=self._world.device)
 
     def iter_weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self._stream(None):
@@ -219,10 +224,11 @@ class MegatronEngine:
                     kept[f"{name}{ending}"] = [shard_of(value.float().cpu())]
         if optimizer:
             optimizer |= {f"{name}|step": [shard_of(torch.tensor(float(self._steps)))] for name in model}
-        return EngineState(model, optimizer)
+        return EngineState(model, optimizer, self._tensors.read_scaler())
 
     def load_state_dict(self, state: EngineState[Sliceable]) -> None:
         self._load({name.removeprefix(MODEL): value for name, value in state.model.items()}, None)
+        self._tensors.write_scaler(state.scaler)
         if not state.optimizer:
             return
         for entry in self._tensors.MOMENTS:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
-from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, slice_of
+from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, local_name, slice_of
 from limbeck.strategies.megatron.core import ProcessGroups
 from limbeck.strategies.shards import Box, Sliceable, whole_box
 
@@ -119,7 +119,7 @@ def _of_experts(kind: Kind) -> bool:
 
 def _origin(name: str, chunk: Any, rules: Mapping[str, Any], tied: bool) -> tuple[Kind, tuple[str, ...]]:
     local = re.search(r"layers\.(\d+)\.", name)
-    rule = rules[re.sub(r"layers\.\d+\.", "layers.*.", name)]
+    rule = rules[re.sub(r"layers\.\d+\.", "layers.*.", local_name(name))]
     layer = str(chunk.decoder.layers[int(local[1])].layer_number - 1) if local else ""
     sources = tuple(source.replace("*", layer) for source in rule.sources)
     return rule.kind, (EMBEDDINGS,) if tied and sources == (HEAD,) else sources

@@ -1,0 +1,126 @@
+"""megatron_train in float16: Megatron's scale of the loss, on CPUs."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from runs import assert_same_weights, metrics, nested, rows, training_state
+from tiny import make_data, make_model
+from transformers import AutoModelForCausalLM
+
+from limbeck import DistillPipeline
+from limbeck.config import load_mapping
+from limbeck.strategies.megatron.core import OptimizerTensors
+
+HERE = Path(__file__).parent
+PP, SHARDED = "pipeline_model_parallel_size", {"use_distributed_optimizer": True}
+EXPERTS = {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
+
+
+def configuration(folder: Path, output: Path, layout: dict | None, per_device: int = 2, **changes) -> dict:
+    strategies = {
+        "student.strategy_args.strategy_name": "megatron_train",
+        "student.strategy_args.strategy_config": layout,
+        "teacher.strategy_args.strategy_name": "megatron_infer",
+        "teacher.strategy_args.strategy_config": {PP: 2},
+        "plugins": [str(HERE / "megatron_on_cpu.py")],
+    }
+    return nested(
+        {
+            "student_pretrain": str(folder / "student"),
+            "teacher_pretrain": str(folder / "teacher"),
+            "output_dir": str(output),
+            "sequence_length": 64,
+            "max_steps": 4,
+            "save_steps": 2,
+            "track_with": "none",
+            "student.model_args.dtype": "fp16",
+            "student.training_args.learning_rate": 1e-3,
+            **rows(per_device, 2),
+            "student.data_args.file_name": [str(folder / "rows.jsonl")],
+            "teacher.model_args.dtype": "fp16",
+            "student.training_args.adam_epsilon": 1e-4,
+            "features.pairs": [["model.layers.0", "model.layers.1"], ["model.norm", "model.norm"]],
+            **(strategies if layout is not None else {}),
+            **changes,
+        }
+    )
+
+
+class Scaler:
+    """Of Megatron's, what is read and written."""
+
+    def __init__(self, scale: float, growth: int) -> None:
+        self.state = {"scale": torch.tensor([scale]), "growth_tracker": growth, "hysteresis_tracker": 2}
+
+    def state_dict(self) -> dict:
+        return self.state
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state = dict(state)
+
+
+@pytest.mark.parametrize("overflowed", [Scaler(4.0, 0), Scaler(8.0, 0)])
+def test_optimizers_go_on_with_the_scale_of_the_one_that_overflowed(overflowed):
+    grown, scalers = Scaler(16.0, 0) if overflowed.state["scale"] == 8 else Scaler(8.0, 3), []
+    for order in ((grown, overflowed), (overflowed, grown)):
+        scalers = [Scaler(0.0, 0), Scaler(0.0, 0)]
+        for scaler, one in zip(scalers, order, strict=True):
+            scaler.load_state_dict(one.state)
+        optimizers = [SimpleNamespace(optimizer="adam", grad_scaler=scaler) for scaler in scalers]
+        tensors = OptimizerTensors(SimpleNamespace(chained_optimizers=optimizers))
+        tensors.join_scalers()
+        assert scalers[0].state == scalers[1].state == overflowed.state
+        assert tensors.read_scaler() == {**overflowed.state, "scale": overflowed.state["scale"].item()}
+
+
+@needs_megatron
+@pytest.mark.processes
+@pytest.mark.workers
+def test_float16_trains_as_with_fsdp2_and_resumes_exactly(tmp_path):
+    for name, shape in {"": {}, "experts-": EXPERTS}.items():
+        make_model(tmp_path / f"{name}student", **shape)
+        make_model(tmp_path / f"{name}teacher", seed=1, **shape)
+    make_data(tmp_path / "rows.jsonl", 64)
+    expert = {f"{role}_pretrain": str(tmp_path / f"experts-{role}") for role in ("student", "teacher")}
+    expert["features.pairs"] = []
+    begun = {"resume_from_checkpoint": str(tmp_path / "pp" / "checkpoint-2")}
+    runs = {
+        "pp": configuration(tmp_path, tmp_path / "pp", {PP: 2}),
+        "again": configuration(tmp_path, tmp_path / "again", {PP: 2}, **begun),
+        "ep": configuration(
+            tmp_path, tmp_path / "ep", {"expert_model_parallel_size": 2, **SHARDED}, per_device=1, **expert
+        ),
+        # Gradients overflow from the first step on.
+        "overflow": configuration(tmp_path, tmp_path / "overflow", {PP: 2}, **{"features.weight": 1e7, "max_steps": 2}),
+    }
+    for name, settings in runs.items():
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "run_configurations.py"), *(str(tmp_path / f"{name}.yaml") for name in runs)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    for name, changes in {"pp": {}, "ep": expert}.items():
+        output = tmp_path / f"{name}-fsdp2"
+        DistillPipeline(load_mapping(configuration(tmp_path, output, None, **changes)).config).run()
+        # With experts, gradients of the second step overflow; FSDP2 keeps those of parameters in float32.
+        steps = {"train/loss": 2, "student/grad_norm": 1} if name == "ep" else {}
+        for key, tolerance in (("train/loss", 1e-3), ("student/grad_norm", 1e-2)):
+            found, expected = (metrics(folder, key)[: steps.get(key)] for folder in (tmp_path / name, output))
+            assert found == pytest.approx(expected, rel=tolerance), name
+    assert_same_weights(tmp_path / "pp" / "student", tmp_path / "again" / "student")  # exactly
+
+    state = json.loads((tmp_path / "overflow" / "checkpoint-2" / "training" / "state.json").read_text())
+    assert state["scaler"] == {"scale": 2.0**15, "growth_tracker": 0, "hysteresis_tracker": 0}
+    started = AutoModelForCausalLM.from_pretrained(tmp_path / "student").state_dict()
+    for key, master in training_state(tmp_path / "overflow" / "checkpoint-2", "masters").items():
+        if key in started:
+            torch.testing.assert_close(master, started[key].float(), rtol=0, atol=0)
