@@ -77,7 +77,7 @@ def test_every_argument_says_what_becomes_of_it_and_names_real_keys() -> None:
     for key in megatron_table.MOVED.values():
         assert key in KEYS or key == "distillation_config", key
     for name in megatron_table.OF_MEGATRON:
-        assert f"student.strategy_args.strategy_config.megatron.{name.replace('-', '_')}" in KEYS
+        assert f"student.strategy_args.strategy_config.megatron.{megatron_table.megatron_key(name)}" in KEYS
     for key in megatron_table.PARALLEL.values():
         assert f"student.strategy_args.strategy_config.{key}" in KEYS
     assert megatron_table.SPECIAL_MEANING.keys() == megatron_table.SPECIAL.keys()
@@ -291,7 +291,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
             {"student": "--tokenizer-model hf"},
             "student_pretrain is not set; give --load CHECKPOINT, or --num-layers",
         ),
-        ("--tokenizer-type GPT2BPETokenizer", {}, "--tokenizer-type = GPT2BPETokenizer is not supported; convert it"),
+        ("--tokenizer-type BertWordPieceCase", {}, "--tokenizer-type = BertWordPieceCase is not supported; convert it"),
         ("", {"student": "--load mcore"}, "--tokenizer-model is not given"),
         ("--export-kd-cfg nowhere.yaml", {}, "distillation_config = nowhere.yaml is not a file"),
     ],

@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from limbeck.data import check_same_tokenizer
 from limbeck.errors import LimbeckError
+from limbeck.models import ModelSource, load_tokenizer
 
 
 def test_equal_content_under_another_name_passes(build_tokenizer):
@@ -67,3 +68,20 @@ def test_what_does_not_cut_text_may_differ(build_tokenizer):
         content["model"].update(dropout=None, fuse_unk=False)
 
     check_same_tokenizer(build_tokenizer(), changed(build_tokenizer(), change))
+
+
+def test_the_two_files_of_gpt2_are_its_tokenizer(build_tokenizer, tmp_path):
+    backend = build_tokenizer().backend_tokenizer
+    vocab, merges = backend.model.save(str(tmp_path))
+    tokenizer = load_tokenizer(ModelSource(f"gpt2:{vocab},{merges}", "student"))
+    for text in ("What is 3 plus 4?", "  two spaces, ünïcode and\nlines"):
+        assert tokenizer.encode(text) == backend.encode(text, add_special_tokens=False).ids
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    with pytest.raises(LimbeckError, match=r"vocab\.json has no token <\|endoftext\|>"):
+        load_tokenizer(ModelSource(f"gpt2:{vocab},{merges}", "student"))
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(LimbeckError, match=r"must name a vocab\.json and a merges\.txt of GPT-2, which cannot be read"):
+        load_tokenizer(ModelSource(f"gpt2:{vocab},{merges}", "student"))

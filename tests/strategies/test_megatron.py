@@ -1,21 +1,18 @@
 """Megatron's layouts give what FSDP2 gives with the Hugging Face model, and their checkpoints are everybody's."""
 
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-import yaml
-from runs import assert_same_weights, forget_after, metrics, nested, rows, training_state
-from safetensors.torch import load_file, save_file
-from tiny import make_data, make_model
+from runs import assert_same_weights, forget_after, metric_by_step, metrics, rows, training_state
+from tiny import make_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck import DistillPipeline
@@ -25,79 +22,33 @@ from limbeck.errors import LimbeckError
 from limbeck.models.megatron_families import Heads, MambaSizes, joined, local_name, padded_rows, slice_of
 from limbeck.strategies.megatron.body import build_gpt_chunks
 from limbeck.strategies.megatron.capture import capture_in
-from limbeck.strategies.megatron.check import check_family
+from limbeck.strategies.megatron.check import check_family, warn_of_unread_keys
 from limbeck.strategies.parallel_dims import ParallelDims
+from strategies.megatron_runs import (
+    ALLGATHER,
+    CP,
+    EP,
+    FIRST,
+    GROUPED,
+    HYBRID,
+    LAST,
+    LAYER,
+    OVERLAPPED,
+    PP,
+    RECOMPUTED,
+    SELECTIVE,
+    SHARDED,
+    SP,
+    STUDENTS,
+    TP,
+    VPP,
+    VPP_KEY,
+    configuration,
+    layout,
+    needs_megatron,
+    run_ranks,
+)
 
-TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
-VPP_KEY = "virtual_pipeline_model_parallel_size"
-FIRST, LAST = "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"
-VPP = {PP: 2, VPP_KEY: 2}
-SP, SHARDED = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
-RECOMPUTED, SELECTIVE = {"recompute_granularity": "full"}, {"recompute_granularity": "selective"}
-EP = "expert_model_parallel_size"
-ALLGATHER, GROUPED = {"moe_token_dispatcher_type": "allgather"}, {"moe_grouped_gemm": True}
-OVERLAPPED = {"overlap_grad_reduce": True, "ddp_average_in_collective": True}
-
-needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 1e4,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-HYBRID = {
-    "hybrid_override_pattern": "M-*M",
-    "head_dim": 8,
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 8,
-    "n_groups": 2,
-    "ssm_state_size": 8,
-    "chunk_size": 16,
-}
-# Norms of queries and keys; rows of uneven lengths, which neither 2 nor 4 divides. Tied and padded vocabulary, packed.
-# Pairs of layers on the same and on different stages; the teacher is wider, so projections are trained.
-LAYER = "model.layers."
-STUDENTS = {
-    "qwen3": (
-        {"kind": "qwen3", "head_dim": 8, "vocab_size": 325},
-        {
-            "student.sequence_length_round_in_train": 1,
-            "features.pairs": [
-                ["model.embed_tokens", "model.embed_tokens", "mse"],
-                [f"{LAYER}0.mlp", f"{LAYER}3.mlp"],
-                [f"{LAYER}2.post_attention_layernorm", f"{LAYER}0.input_layernorm"],
-                [f"{LAYER}3.self_attn", f"{LAYER}1.self_attn.o_proj", "mse"],
-            ],
-        },
-    ),
-    "llama": (
-        {"kind": "llama", "vocab_size": 333, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-        {
-            "student.use_sequence_packing": True,
-            "sequence_length": 96,
-            "features.pairs": [[f"{LAYER}*", f"{LAYER}*"], ["model.norm", f"{LAYER}3", "mse"]],
-            "features.mask": "supervised",
-        },
-    ),
-    # A layer without experts; weights of experts that do not sum to 1, and that do.
-    "qwen3_moe": (
-        {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
-         "mlp_only_layers": [1]},
-        {"student.sequence_length_round_in_train": 1},
-    ),
-    "mixtral": (
-        {"kind": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True},
-        {"student.use_sequence_packing": True, "sequence_length": 96},
-    ),
-    "hybrid": (
-        {"kind": "nemotron_h", **HYBRID},
-        {"student.use_sequence_packing": True, "sequence_length": 95, "student.sequence_length_round_in_train": 1},
-    ),
-}  # fmt: skip
-TEACHERS = {"hybrid": "teacher of hybrid", "mixtral": "qwen3_moe"}  # other students have the same teacher
 CASES = {  # ranks, student, what the student's strategy_config has, and the teacher's; None is fsdp2_infer
     "tp": (2, "qwen3", {TP: 2, **SELECTIVE}, None),
     "tp, sequence": (2, "qwen3", {TP: 2, **SP, **RECOMPUTED}, {TP: 2, **SP}),
@@ -120,88 +71,6 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Models and data."""
-    folder = tmp_path_factory.mktemp("megatron")
-    make_model(folder / "teacher", hidden=48, layers=4, seed=1, num_key_value_heads=4)
-    for path in (folder / "teacher").glob("tokenizer*"):  # Transformers reads one file as another tokenizer for llama
-        path.unlink()
-    make_data(folder / "rows.jsonl", 96)
-    for name, (shape, _) in STUDENTS.items():
-        make_model(folder / name, layers=4, **shape)
-        if name == "hybrid":
-            make_model(folder / TEACHERS[name], seed=1, **shape)
-    for student in ("qwen3", "qwen3_moe"):
-        weights = load_file(folder / student / "model.safetensors")
-        for name in weights:  # as in a fresh model; three times that, attention is so sharp that rounding grows
-            if name.endswith(("q_norm.weight", "k_norm.weight")):
-                weights[name] /= 3
-        save_file(weights, folder / student / "model.safetensors", {"format": "pt"})
-    return folder
-
-
-@pytest.fixture(scope="module")
-def runs_of_fsdp2(folder) -> dict[str, Path]:
-    """For each student the folder of its run by one process."""
-    outputs = {name: folder / f"{name}-one" for name in STUDENTS}
-    for name, output in outputs.items():
-        DistillPipeline(load_mapping(configuration(folder, output, name)).config).run()
-    return outputs
-
-
-def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
-    return nested(
-        {
-            "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / TEACHERS.get(student, "teacher")),
-            "output_dir": str(output),
-            "sequence_length": 63,
-            "max_steps": 8,
-            "save_steps": 4,
-            "eval_steps": 8,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.model_args.disable_gradient_checkpointing": True,
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.weight_decay": 0.1,
-            "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 becomes whole steps
-            **rows(2, 4),
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp32",
-            "validation.data_args.file_name": [str(folder / "rows.jsonl")],
-            **STUDENTS[student][1],
-            **changes,
-        }
-    )
-
-
-def layout(student: dict, teacher: dict | None = None) -> dict:
-    """Megatron for the student and, unless it has no settings, for the teacher."""
-    found = {
-        "plugins": [str(Path(__file__).with_name("megatron_on_cpu.py"))],
-        "student.strategy_args.strategy_name": "megatron_train",
-        "student.strategy_args.strategy_config": student,
-    }
-    if teacher is not None:
-        found |= {
-            "teacher.strategy_args.strategy_name": "megatron_infer",
-            "teacher.strategy_args.strategy_config": teacher,
-        }
-    return found
-
-
-def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
-    for path, settings in configurations.items():
-        path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    script = str(Path(__file__).with_name("run_configurations.py"))
-    done = subprocess.run(
-        [*command, script, *map(str, configurations)], capture_output=True, text=True, timeout=280, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
 @needs_megatron
 @pytest.mark.processes
 @pytest.mark.workers
@@ -218,6 +87,7 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
     # What one process has begun with FSDP2 goes on, and what other ranks have begun with other sizes.
     begun, again = tmp_path / "begun", tmp_path / "again"
     moe_begun, moe_again = tmp_path / "experts-begun", tmp_path / "experts-again"
+    others = {}  # of experts: the same checkpoint with other sizes
     if ranks == 2:
         sharded = files[tmp_path / "4.yaml"]
         for output, source in ((begun, runs_of_fsdp2["qwen3"]), (again, tmp_path / "4")):
@@ -247,7 +117,24 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
             **layout({CP: 2}),
             resume_from_checkpoint=str(tmp_path / "0" / "checkpoint-4"),
         )
+        for name, source, sizes, micro_batches in (
+            ("more experts", "ep x pp", {EP: 4}, 1),
+            ("fewer experts", "ep x pp", {EP: 2, TP: 2, **SP, "expert_tensor_parallel_size": 1, **SHARDED}, 2),
+            ("whole experts", "ep x tp", {**SHARDED, CP: 2}, 2),
+        ):
+            number, student = list(cases).index(source), cases[source][1]
+            resumed = {"resume_from_checkpoint": str(tmp_path / str(number) / "checkpoint-4")}
+            others[name] = student, tmp_path / name
+            files[tmp_path / f"{name}.yaml"] = configuration(
+                folder, tmp_path / name, student, **rows(2, micro_batches), **layout(sizes), **resumed
+            )
+        # A stage without experts has no part in dividing them.
+        begins = make_model(tmp_path / "begins", layers=4, **STUDENTS["qwen3_moe"][0] | {"mlp_only_layers": [2, 3]})
+        stages = {"student_pretrain": str(begins), **rows(2, 2), **layout({EP: 2, PP: 2})}
+        files[tmp_path / "stage.yaml"] = configuration(folder, tmp_path / "stage", "qwen3_moe", **stages)
     run_ranks(ranks, files)
+    errors = {path.stem: path.read_text() for path in tmp_path.glob("*.error")}
+    assert errors.keys() == ({"stage"} if ranks == 4 else set()), errors
     for i, (name, (_, student, *_)) in enumerate(cases.items()):
         one, many = runs_of_fsdp2[student], tmp_path / str(i)
         features = ["train/features/total"] if "features.pairs" in STUDENTS[student][1] else []
@@ -259,6 +146,7 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         assert_same_weights(runs_of_fsdp2["qwen3"] / "student", begun / "student", tolerance=1e-5)
         assert_same_weights(tmp_path / "4" / "student", again / "student")  # exactly
         assert_same_weights(runs_of_fsdp2["qwen3_moe"] / "student", moe_begun / "student", tolerance=1e-5)
+        assert_same_steps(runs_of_fsdp2["qwen3_moe"], moe_begun, after=4)
         assert_same_weights(tmp_path / str(number) / "student", moe_again / "student")  # exactly
         for name, (student, _) in halves.items():
             started = AutoModelForCausalLM.from_pretrained(folder / student).state_dict()
@@ -267,6 +155,12 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
                 torch.testing.assert_close(master, started[key], rtol=0, atol=1e-8)
     else:
         assert_same_weights(runs_of_fsdp2["llama"] / "student", again / "student", tolerance=1e-5)
+        for student, output in others.values():
+            assert_same_steps(runs_of_fsdp2[student], output, after=4)
+            assert_same_weights(runs_of_fsdp2[student] / "student", output / "student", tolerance=1e-5)
+        assert (
+            "one of the stages has no experts of" in errors["stage"] and not (tmp_path / "stage" / "student").exists()
+        )
         # And back: what the slices and stages of the first case have saved goes on in one process with FSDP2.
         forget_after(tmp_path / "0", 4)
         settings = configuration(folder, tmp_path / "0", "llama", resume_from_checkpoint=True)
@@ -282,6 +176,13 @@ def test_every_family_has_the_logits_of_transformers_and_gives_its_weights_back(
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def assert_same_steps(one: Path, other: Path, after: int) -> None:
+    """The steps of a resumed run, those after ``after``, have the losses and gradients of the whole run."""
+    for key in ("train/loss", "student/grad_norm"):
+        whole = {step: value for step, value in metric_by_step(one, key).items() if step > after}
+        assert metric_by_step(other, key) == pytest.approx(whole, rel=1e-5, abs=1e-5), key
 
 
 def assert_same_state(one: Path, other: Path) -> None:
@@ -305,46 +206,6 @@ def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path):
     assert (before["step"], after["step"]) == (100, 500)
     assert after["objects"] - before["objects"] < 400 / 10, "less than one object in ten steps"
     assert after["resident_mb"] - before["resident_mb"] < 10
-
-
-SHARED = Path(__file__).parents[3] / "shared" / "references" / "configs" / "roll" / "distill_megatron.yaml"
-
-
-@needs_megatron
-@pytest.mark.processes
-@pytest.mark.workers
-@pytest.mark.skipif(not SHARED.exists(), reason="needs ROLL's distill_megatron.yaml")
-@pytest.mark.skipif((os.cpu_count() or 1) < 8, reason="needs 8 cores")
-def test_the_megatron_example_of_roll_runs_with_other_paths(tmp_path):
-    make_model(tmp_path / "student", layers=2, hidden=64, num_attention_heads=8, num_key_value_heads=4)
-    make_model(tmp_path / "teacher", layers=2, hidden=64, seed=1, num_attention_heads=8, num_key_value_heads=4)
-    for name in ("student", "teacher"):
-        config = tmp_path / name / "config.json"
-        config.write_text(
-            config.read_text().replace('"max_position_embeddings": 256', '"max_position_embeddings": 2048')
-        )
-    data = make_data(tmp_path / "rows.json", 480)
-    data.write_text(data.read_text().replace('"question"', '"question_zh"').replace('"answer"', '"answer_zh"'))
-    text = SHARED.read_text()
-    for foreign, ours in (
-        ("Qwen/Qwen2.5-7B-Instruct", tmp_path / "student"),
-        ("Qwen/Qwen2.5-14B-Instruct", tmp_path / "teacher"),
-        ("data/GSM8K_zh.json", tmp_path / "rows.json"),
-        ("./output", tmp_path / "output"),
-        ("/var/tmp/ckpt", tmp_path / "checkpoints"),
-    ):
-        assert foreign in text
-        text = text.replace(foreign, str(ours))
-    plugin = Path(__file__).with_name("megatron_on_cpu.py")
-    (tmp_path / "distill.yaml").write_text(f"plugins: [{plugin}]\n{text}")
-    script = Path(__file__).parents[2] / "examples" / "start_distill_pipeline.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--config_path", str(tmp_path), "--config_name", "distill"],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    (student,) = tmp_path.glob("checkpoints/**/student")
-    AutoModelForCausalLM.from_pretrained(student)
 
 
 def test_a_sentence_says_what_to_install(folder, tmp_path, monkeypatch):
@@ -467,6 +328,24 @@ def test_models_that_megatron_does_not_compute_alike_are_refused(kind, changes, 
         check_family(model, ParallelDims(**dims), "tiny", "student")
 
 
+def test_keys_of_experts_on_a_dense_model_are_one_warning():
+    given = MegatronConfig(moe_router_dtype="fp32", expert_tensor_parallel_size=1)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1}
+    with torch.device("meta"):
+        dense, sparse = (
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape, num_key_value_heads=2))
+            for kind in ("llama", "mixtral")
+        )
+    both = "expert_tensor_parallel_size, moe_router_dtype have no effect: tiny has no experts."
+    with pytest.warns(UserWarning, match=both) as found:
+        warn_of_unread_keys(dense, given, "tiny", "teacher")
+    assert len(found) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_of_unread_keys(sparse, given, "tiny", "teacher")
+        warn_of_unread_keys(dense, MegatronConfig(), "tiny", "teacher")
+
+
 @needs_megatron
 @pytest.mark.parametrize(
     ("settings", "sentence"),
@@ -498,8 +377,8 @@ def test_layers_that_the_stages_cannot_share_are_refused(settings, sentence):
 
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.act_fn", "model"])
 def test_pairs_of_submodules_that_ranks_hold_slices_of_are_refused(name):
-    config = SimpleNamespace(transformer_impl="local")
-    trunk = SimpleNamespace(gpt=SimpleNamespace(config=config, decoder=SimpleNamespace(layers=[])))
+    gpt = SimpleNamespace(config=SimpleNamespace(transformer_impl="local"), decoder=SimpleNamespace(layers=[]))
+    trunk = SimpleNamespace(hybrid=False, gpt=gpt)
     with pytest.raises(LimbeckError, match=f"no submodule of megatron-core computes the student's {name} on one rank"):
         capture_in(trunk, "student", [name])
 

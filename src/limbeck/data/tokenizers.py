@@ -1,4 +1,4 @@
-"""A tokenizer for data without text, and the check that student and teacher have the same tokenizer."""
+"""Tokenizers that no checkpoint has, and the check that student and teacher have the same tokenizer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 NUMBERS = "null:"
 """Begins the name of a tokenizer of numbers: null:1000 has the tokens 0 to 999."""
+
+GPT2 = "gpt2:"
+"""Begins the name of a tokenizer of two files, as GPT-2's: gpt2:vocab.json,merges.txt."""
 
 _CUTS = {
     "normalizer": ("normalizer",),
@@ -42,6 +45,29 @@ def number_tokenizer(name: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel({str(number): number for number in range(int(size))}, unk_token=last))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=last, pad_token=last)
+
+
+def gpt2_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """The byte-level tokenizer ``gpt2:VOCAB,MERGES`` of a file with tokens and one with merges. Its end token is
+    ``<|endoftext|>``.
+
+    Raises LimbeckError if the files are not such files.
+    """
+    from tokenizers.models import BPE
+    from transformers import GPT2Tokenizer
+
+    vocab, _, merges = name.removeprefix(GPT2).rpartition(",")
+    try:
+        tokens, pairs = BPE.read_file(vocab, merges)
+    except Exception as error:
+        raise LimbeckError(
+            f"tokenizer = {name} must name a vocab.json and a merges.txt of GPT-2, which cannot be read: {error}."
+        ) from error
+    tokenizer: PreTrainedTokenizerFast = GPT2Tokenizer(vocab=tokens, merges=pairs)
+    if tokenizer.eos_token not in tokens:
+        raise LimbeckError(f"{vocab} has no token {tokenizer.eos_token}, which ends a document of GPT-2; add it.")
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import is_flash_attn_2_available
 
 from limbeck.config.schema import ModelArgs
-from limbeck.data.tokenizers import NUMBERS, number_tokenizer
+from limbeck.data.tokenizers import GPT2, NUMBERS, gpt2_tokenizer, number_tokenizer
 from limbeck.errors import LimbeckError
 from limbeck.folders import check_folder, is_megatron_checkpoint
 from limbeck.models import megatron_hybrid_config
@@ -275,13 +275,16 @@ def _changed(config: Any, changes: Mapping[str, Any]) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The fast tokenizer of a checkpoint, or for one of Megatron-LM that of ``megatron_arguments``; or ``null:N``.
+    """The fast tokenizer of a checkpoint, or for one of Megatron-LM that of ``megatron_arguments``; or ``null:N`` or
+    ``gpt2:VOCAB,MERGES``.
 
     One without a padding token pads with its end token.
     """
     name = str(source.megatron_arguments.get("tokenizer_model") or source.name_or_path)
     if name.startswith(NUMBERS):
         return number_tokenizer(name)
+    if name.startswith(GPT2):
+        return gpt2_tokenizer(name)
     check_folder(name, "tokenizer")
     if is_megatron_checkpoint(name) and not any(Path(name).glob("tokenizer*")):
         raise LimbeckError(

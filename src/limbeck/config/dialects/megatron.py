@@ -17,6 +17,7 @@ from limbeck.config.dialects.arguments import Parser, override
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.megatron_data import translate_data
 from limbeck.config.dialects.megatron_models import number, translate_student, translate_teacher
+from limbeck.config.dialects.megatron_yaml import read_arguments
 from limbeck.config.locations import COMMAND_LINE, SourceLocation
 from limbeck.config.schema import DistillConfig
 from limbeck.config.translation import Translation
@@ -57,7 +58,14 @@ class MegatronDialect:
         """Whether there is an argument that only Megatron's scripts have."""
         if isinstance(source, Mapping):
             return False
-        own = {"--export-kd-teacher-load", "--micro-batch-size", "--train-iters", "--train-samples", "--mock-data"}
+        own = {
+            "--export-kd-teacher-load",
+            "--micro-batch-size",
+            "--train-iters",
+            "--train-samples",
+            "--mock-data",
+            "--yaml-cfg",
+        }
         return any(word.partition("=")[0] in own for word in source)
 
     def translate(self, source: Source, locations: dict[str, SourceLocation]) -> Translation:
@@ -73,6 +81,8 @@ class MegatronDialect:
             locations[key] = COMMAND_LINE
         for name in given:
             locations.setdefault(f"--{name}", SourceLocation(f"--{name}"))
+        if "yaml-cfg" in given:  # a flag takes precedence over the file
+            given = read_arguments(result, given.pop("yaml-cfg"), locations) | given
         _translate(result, given, locations)
         return result
 
@@ -177,10 +187,10 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     config = "student.strategy_args.strategy_config.megatron"
     if chosen == "megatron":
         for name, value in of_megatron.items():
-            result.set(f"{config}.{name.replace('-', '_')}", value, f"--{name}")
+            result.set(f"{config}.{table.megatron_key(name)}", value, f"--{name}")
             if name in table.OF_BOTH:
                 teacher = config.replace("student", "teacher")
-                result.default(f"{teacher}.{name.replace('-', '_')}", value, f"--{name}")
+                result.default(f"{teacher}.{table.megatron_key(name)}", value, f"--{name}")
     elif "limbeck-strategy" not in given:
         unread = f" without {', '.join(f'--{name}' for name in of_megatron)}" if of_megatron else ""
         result.notices.append(

@@ -129,12 +129,18 @@ def _tokenizer(result: Translation, given: Mapping[str, Any], start: str | None)
             result.refuse("--tokenizer-type", "= NullTokenizer needs --vocab-size, the number of token ids")
         else:
             result.default("tokenizer", f"null:{size}", "--vocab-size")
-    elif kind not in (None, "HuggingFaceTokenizer"):
+    elif kind == "GPT2BPETokenizer":
+        _gpt2(result, given)
+    elif kind in _SENTENCEPIECE and model is not None:
+        _sentencepiece(result, kind, Path(model))
+    elif kind not in (None, "HuggingFaceTokenizer", *_SENTENCEPIECE):
+        reason = _OTHER_TOKENIZERS.get(kind, "is not supported")
         result.refuse(
             "--tokenizer-type",
-            f"= {kind} is not supported; convert it to a folder with a tokenizer.json, and give HuggingFaceTokenizer with "
+            f"= {kind} {reason}; convert it to a folder with a tokenizer.json, and give HuggingFaceTokenizer with "
             "--tokenizer-model FOLDER",
         )
+        result.default("tokenizer", kind, "--tokenizer-type")  # one error is enough
     elif model is not None:
         result.default("tokenizer", model, "--tokenizer-model")
     elif result.get("tokenizer") is None and not (start is not None and is_hugging_face(start)):
@@ -143,6 +149,37 @@ def _tokenizer(result: Translation, given: Mapping[str, Any], start: str | None)
         )
     if size is not None and kind != "NullTokenizer":
         result.ignored.append("--vocab-size")  # the tokenizer has it
+
+
+_SENTENCEPIECE = ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+_OTHER_TOKENIZERS = {
+    "TikTokenizer": "splits text by a pattern that its file does not have",
+    "MultimodalTokenizer": "is for images, and Limbeck distils text models only",
+}
+"""Why these are not supported."""
+
+
+def _gpt2(result: Translation, given: Mapping[str, Any]) -> None:
+    """``--vocab-file`` and ``--merge-file``: the byte-level tokens of GPT-2."""
+    files = {flag: given.get(flag) for flag in ("vocab-file", "merge-file")}
+    for flag, name in files.items():
+        if name is None or not Path(name).is_file():
+            shown = "is not given" if name is None else f"= {name} is not a file"
+            result.refuse(f"--{flag}", f"{shown}; GPT2BPETokenizer needs the two files of GPT-2's tokens and merges")
+    if result.get("tokenizer") is None:
+        result.put("tokenizer", f"gpt2:{files['vocab-file']},{files['merge-file']}", "--vocab-file")
+
+
+def _sentencepiece(result: Translation, kind: str, model: Path) -> None:
+    """``--tokenizer-model FILE`` in a folder that Transformers reads, as those of Hugging Face are."""
+    folder = model if model.is_dir() else model.parent
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        result.refuse(
+            "--tokenizer-model",
+            f"= {model} has no tokenizer.json or tokenizer_config.json beside it, from which Transformers reads a {kind}; copy "
+            "it from the model's Hugging Face folder, or give --tokenizer-type HuggingFaceTokenizer with that folder",
+        )
+    result.default("tokenizer", str(folder), "--tokenizer-model")
 
 
 def translate_teacher(result: Translation, given: Mapping[str, Any], locations: dict[str, SourceLocation]) -> None:

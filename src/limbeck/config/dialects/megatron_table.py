@@ -86,6 +86,8 @@ OF_MEGATRON: dict[str, str] = {
     "ddp-bucket-size": VALUE,
     "account-for-embedding-in-pipeline-split": SWITCH,
     "account-for-loss-in-pipeline-split": SWITCH,
+    "decoder-first-pipeline-num-layers": VALUE,
+    "decoder-last-pipeline-num-layers": VALUE,
     "expert-model-parallel-size": VALUE,
     "expert-tensor-parallel-size": VALUE,
     "moe-token-dispatcher-type": VALUE,
@@ -102,10 +104,21 @@ OF_MEGATRON: dict[str, str] = {
 OF_BOTH = ("transformer-impl",)
 """Those of ``OF_MEGATRON`` that the teacher gets too."""
 
+_OTHER_KEYS = {
+    "decoder-first-pipeline-num-layers": "num_layers_in_first_pipeline_stage",
+    "decoder-last-pipeline-num-layers": "num_layers_in_last_pipeline_stage",
+}
+
+
+def megatron_key(flag: str) -> str:
+    """The key of ``strategy_config.megatron`` for a flag of ``OF_MEGATRON``."""
+    return _OTHER_KEYS.get(flag, flag.replace("-", "_"))
+
+
 SPECIAL: dict[str, str] = {
     **_all(
         """export-kd-teacher-load export-kd-teacher-model-config export-model-type load pretrained-checkpoint ckpt-step
-        tokenizer-type tokenizer-model vocab-size global-batch-size train-iters train-samples
+        tokenizer-type tokenizer-model vocab-size vocab-file merge-file yaml-cfg global-batch-size train-iters train-samples
         exit-interval exit-duration-in-mins lr-decay-style lr-decay-iters lr-decay-samples lr-warmup-fraction
         lr-warmup-iters lr-warmup-samples lr-warmup-init lr-wsd-decay-style lr-wsd-decay-iters
         lr-wsd-decay-samples min-lr split data-args-path per-split-data-args-path eval-iters tensorboard-dir
@@ -185,6 +198,11 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("torch_dist", "torch"),
         "is not supported; checkpoints of Megatron-LM are torch_dist or torch",
     ),
+    "vocab-extra-ids": (
+        VALUE,
+        ("0",),
+        "adds tokens to the vocabulary, which is not supported; add them to the tokenizer",
+    ),
     "weight-decay-incr-style": (VALUE, ("constant",), "is not supported; use constant"),
     "mtp-num-layers": (VALUE, ("0",), "(multi-token prediction) is not supported; remove it"),
     "moe-aux-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
@@ -197,14 +215,13 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         (VALUE, (), _LATER),
     ),
     **_all(
-        """step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction vocab-file
-        merge-file vocab-extra-ids loss-scale encoder-num-layers decoder-num-layers encoder-seq-length
+        """step-batch-size-schedule start-eval-at-iter save-retain-interval warmup optimizer-offload-fraction
+        loss-scale encoder-num-layers decoder-num-layers encoder-seq-length
         decoder-seq-length kitchen-config-file ckpt-convert-format ckpt-convert-save qad-train-target
-        pipeline-model-parallel-layout decoder-first-pipeline-num-layers decoder-last-pipeline-num-layers""",
+        pipeline-model-parallel-layout""",
         (VALUE, (), _LATER),
     ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
-    "yaml-cfg": (VALUE, (), "is not read; write its values as arguments"),
     "spec": (VALUES, (), "is a module of your own, which Limbeck does not run; remove it"),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),
     **dict.fromkeys(("use-torch-fsdp2", "use-custom-fsdp", "use-megatron-fsdp"), (SWITCH, (), _FSDP)),
@@ -239,9 +256,9 @@ def meaning(flag: str) -> str:
     if flag in PARALLEL:
         return f"strategy_config.{PARALLEL[flag]} of both models"
     if flag in OF_BOTH:
-        return f"strategy_config.megatron.{flag.replace('-', '_')} of both models"
+        return f"strategy_config.megatron.{megatron_key(flag)} of both models"
     if flag in OF_MEGATRON:
-        return f"student.strategy_args.strategy_config.megatron.{flag.replace('-', '_')}"
+        return f"student.strategy_args.strategy_config.megatron.{megatron_key(flag)}"
     if flag in IGNORED:
         return "no effect"
     if flag in ONLY:
@@ -257,8 +274,10 @@ SPECIAL_MEANING: dict[str, str] = {
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
     "ckpt-step": "the iteration of --load",
-    "tokenizer-type": "only HuggingFaceTokenizer with --tokenizer-model, or NullTokenizer with --vocab-size",
+    "tokenizer-type": "how --tokenizer-model or --vocab-file is read; see Tokenizers",
     "tokenizer-model": "tokenizer",
+    **dict.fromkeys(("vocab-file", "merge-file"), "tokenizer: gpt2:VOCAB,MERGES with GPT2BPETokenizer"),
+    "yaml-cfg": "a file of these arguments",
     "vocab-size": "tokenizer: null:N with NullTokenizer, else no effect",
     "global-batch-size": "student.training_args.gradient_accumulation_steps",
     **dict.fromkeys(("train-iters", "train-samples", "exit-interval"), "max_steps"),

@@ -54,8 +54,8 @@ class RunFields(Section):
     )
     tokenizer: str | None = Field(
         default=None,
-        description="Folder or Hugging Face id of the tokenizer, or null:N for token ids below N without text. If unset, the "
-        "student's, else the teacher's.",
+        description="Folder or Hugging Face id of the tokenizer, or null:N for token ids below N without text, or "
+        "gpt2:VOCAB,MERGES for the files of a byte-level tokenizer of GPT-2. If unset, the student's, else the teacher's.",
     )
 
     question_key: str = Field(default="question", description="Column of the question.")

@@ -44,6 +44,9 @@ class MegatronBody(nn.Module):
         shell: the Hugging Face model that it replaces.
         groups: of ``gpt``.
         context: ranks that each hold a part of every row's time, or None.
+
+    Attributes:
+        hybrid: whether each layer is either a Mamba layer, attention or a feed-forward layer.
     """
 
     _no_split_modules: tuple[str, ...] = ()  # nothing here is compiled or sharded layer by layer
@@ -55,8 +58,8 @@ class MegatronBody(nn.Module):
         self._num_embeddings = shell.get_input_embeddings().num_embeddings
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         self._attention = attention if context is None else exchange_heads(attention, context)
-        self._hybrid, frequencies = family_of(shell).hybrid, None
-        if not self._hybrid:
+        self.hybrid, frequencies = family_of(shell).hybrid, None
+        if not self.hybrid:
             frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
             frequencies = frequencies.to(torch.cuda.current_device())
         self.register_buffer("inv_freq", frequencies, persistent=False)
@@ -142,7 +145,7 @@ class MegatronBody(nn.Module):
     def _document_numbers(self, width: int) -> Tensor | None:
         """[width], see ``AttentionInputs``."""
         documents = current_documents()
-        if documents is None or not self._hybrid:
+        if documents is None or not self.hybrid:
             return None
         positions = torch.arange(width, device=documents.cu_seqlens.device)
         return torch.bucketize(positions, documents.cu_seqlens[1:], right=True)

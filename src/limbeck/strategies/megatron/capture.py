@@ -9,7 +9,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -31,6 +30,20 @@ _IN_LAYER = {
 """Name within a Hugging Face layer to that within Megatron's."""
 
 _FUSED = ("input_layernorm", "post_attention_layernorm")  # with Transformer Engine, in layers without experts
+
+_IN_HYBRID_LAYER = {
+    "linear_attention": {"": "", "norm": "norm", "mixer": "mixer"},
+    "full_attention": {
+        "": "",
+        "norm": "input_layernorm",
+        "mixer": "self_attention",
+        "mixer.o_proj": "self_attention.linear_proj",
+    },
+    "mlp": {"": "", "norm": "pre_mlp_layernorm", "mixer": "mlp", "mixer.down_proj": "mlp.linear_fc2"},
+}
+"""The same for each kind of layer of a hybrid."""
+
+_EMBEDDINGS, _NORM = ("model.embed_tokens", "model.embeddings"), ("model.norm", "model.norm_f")
 
 _LAYER = re.compile(r"model\.layers\.(\d+)(?:\.(.+))?")
 
@@ -60,7 +73,7 @@ def capture_in(trunk: MegatronBody, role: str, names: Sequence[str]) -> HiddenSt
     Raises:
         LimbeckError: for a submodule without a counterpart.
     """
-    return MegatronCapture(tuple(names), tuple(_find(trunk.gpt, name, role) for name in names), role, trunk)
+    return MegatronCapture(tuple(names), tuple(_find(trunk, name, role) for name in names), role, trunk)
 
 
 def recompute_layers(trunk: MegatronBody, given: MegatronConfig) -> None:
@@ -70,24 +83,26 @@ def recompute_layers(trunk: MegatronBody, given: MegatronConfig) -> None:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def _find(gpt: Any, name: str, role: str) -> nn.Module | None:
-    found = _LAYER.fullmatch(name)
-    fused = gpt.config.transformer_impl == "transformer_engine" and found is not None and found[2] in _FUSED
-    if fused:
+def _find(trunk: MegatronBody, name: str, role: str) -> nn.Module | None:
+    gpt, found, inside = trunk.gpt, _LAYER.fullmatch(name), _IN_LAYER
+    if gpt.config.transformer_impl == "transformer_engine" and found is not None and found[2] in _FUSED:
         raise LimbeckError(
             f"features.pairs: Transformer Engine computes the {role}'s {name} together with the matrix after it, and no output "
             f"is left to compare; set {role}.strategy_args.strategy_config.transformer_impl: local, or pair another submodule."
         )
-    if found is not None and (found[2] or "") in _IN_LAYER:
+    if found is not None and trunk.hybrid:
+        inside = _IN_HYBRID_LAYER[trunk.config.layer_types[int(found[1])]]
+    if found is not None and (found[2] or "") in inside:
         layers = {layer.layer_number - 1: layer for layer in gpt.decoder.layers}
         layer = layers.get(int(found[1]))
-        return None if layer is None else layer.get_submodule(_IN_LAYER[found[2] or ""])
-    if name == "model.embed_tokens":
+        return None if layer is None else layer.get_submodule(inside[found[2] or ""])
+    if name in _EMBEDDINGS:
         return gpt.embedding if gpt.pre_process else None
-    if name == "model.norm":
+    if name in _NORM:
         return gpt.decoder.final_layernorm if gpt.post_process else None
-    inside = ", ".join(part for part in _IN_LAYER if part)
+    first, last = (names[trunk.hybrid] for names in (_EMBEDDINGS, _NORM))
     raise LimbeckError(
         f"features.pairs: no submodule of megatron-core computes the {role}'s {name} on one rank; name a layer "
-        f"(model.layers.0), or in it {inside}, or model.embed_tokens or model.norm, or use fsdp2_train and fsdp2_infer."
+        f"(model.layers.0), or in it {', '.join(part for part in inside if part)}, or {first} or {last}, or use "
+        "fsdp2_train and fsdp2_infer."
     )

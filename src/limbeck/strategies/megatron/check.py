@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
 from limbeck.models.megatron_families import FAMILIES, ExpertShape, Heads, layers_with_experts
@@ -62,6 +64,18 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
                 f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "
                 f"{name}; use a divisor, or fsdp2_train and fsdp2_infer."
             )
+
+
+def warn_of_unread_keys(model: Any, given: MegatronConfig, name: str, role: str) -> None:
+    """Warn once of the keys that only experts read, for a Hugging Face ``model`` without experts."""
+    keys = [key for key in MegatronConfig.model_fields if key.startswith(("moe_", "expert_"))]
+    unread = [key for key in keys if getattr(given, key) != MegatronConfig.model_fields[key].default]
+    if unread and not any(layers_with_experts(unwrap_model(model))):
+        have = "have" if len(unread) > 1 else "has"
+        warnings.warn(
+            f"{role}.strategy_args.strategy_config: {', '.join(unread)} {have} no effect: {name} has no experts.",
+            stacklevel=2,
+        )
 
 
 def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None:

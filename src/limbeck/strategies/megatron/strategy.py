@@ -24,7 +24,7 @@ from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec,
 from limbeck.strategies.fsdp2 import freeze_for_inference
 from limbeck.strategies.megatron.body import MegatronBody, build_gpt_chunks, replace_body, wrap_body
 from limbeck.strategies.megatron.capture import capture_in, recompute_layers
-from limbeck.strategies.megatron.check import check_family
+from limbeck.strategies.megatron.check import check_family, warn_of_unread_keys
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, is_divided_expert
 from limbeck.strategies.megatron.engine import Chunk, MegatronEngine
 from limbeck.strategies.megatron.transformer_engine import check_transformer_engine
@@ -184,6 +184,8 @@ def _build(
     recompute: bool,
 ) -> tuple[ProcessGroups, list[MegatronBody], WeightMap]:
     """The groups of ``dims``, this rank's layers without weights, and where their weights come from."""
+    if world.is_main:
+        warn_of_unread_keys(spec.model, spec.worker.strategy_args.strategy_config.megatron, spec.name, role)
     groups = ProcessGroups(dims, given.virtual_pipeline_model_parallel_size)
     dtype = compute_dtype(spec.worker)
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
