@@ -7,7 +7,7 @@ configuration and compared once with the model's own forward pass. A model with 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +16,13 @@ from torch import Tensor, nn
 from limbeck.data.batch import cumulative_lengths
 from limbeck.errors import LimbeckError
 from limbeck.models.recurrent_layers import separate_recurrent_layers
-from limbeck.models.varlen_attention import BY_DOCUMENT, GPU_KERNELS, separate_documents, varlen_kwargs
+from limbeck.models.varlen_attention import (
+    BY_DOCUMENT,
+    GPU_KERNELS,
+    one_document_per_row,
+    separate_documents,
+    varlen_kwargs,
+)
 from limbeck.objectives import OutputHead
 
 
@@ -59,7 +65,7 @@ def attending_within(
 
     The arguments are those of ``hidden_states``.
     """
-    separated: AbstractContextManager[None] = nullcontext()
+    separated: AbstractContextManager[None] = one_document_per_row()
     if documents is not None:
         if cu_seqlens is None:
             cu_seqlens = cumulative_lengths(documents).to(input_ids.device, non_blocking=True)

@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, flex_attention_mask, sdpa_mask
@@ -57,6 +57,7 @@ _VARLEN_OPTIONS = frozenset(() if varlen_attn is None else inspect.signature(var
 
 _warned: set[str] = set()
 _documents: ContextVar[Documents | None] = ContextVar("documents", default=None)
+_one_per_row: ContextVar[bool] = ContextVar("one_per_row", default=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +132,29 @@ def separate_documents(documents: Sequence[int], cu_seqlens: Tensor) -> Iterator
         yield
     finally:
         _documents.reset(token)
+
+
+@contextmanager
+def one_document_per_row() -> Iterator[None]:
+    """Each row is one document in the block. transformers would read that from the values of the positions, for which the host
+    waits until the GPU has computed everything before them.
+    """
+    token = _one_per_row.set(True)
+    try:
+        yield
+    finally:
+        _one_per_row.reset(token)
+
+
+def _unless_known(find: Callable[[Tensor], Tensor | None]) -> Callable[[Tensor], Tensor | None]:
+    @wraps(find)
+    def found(position_ids: Tensor) -> Tensor | None:
+        return None if _one_per_row.get() else find(position_ids)
+
+    return found
+
+
+masking_utils.find_packed_sequence_indices = _unless_known(masking_utils.find_packed_sequence_indices)
 
 
 def current_documents() -> Documents | None:

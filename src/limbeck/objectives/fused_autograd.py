@@ -184,7 +184,7 @@ def _process_chunks(
     d_weight = (torch.empty if count else torch.zeros)(weight.shape, dtype=sums, device=device) if needs[1] else None
     d_bias = torch.zeros(weight.shape[0], dtype=accumulate, device=device) if needs[2] else None
     stats = torch.zeros(len(STATS), dtype=accumulate, device=device)
-    factor = torch.as_tensor(options.logit_grad_scale, dtype=accumulate, device=device)
+    factor = _scalar(options.logit_grad_scale, accumulate, device)
 
     for start in range(0, count, chunk):
         index = rows[start : start + chunk]
@@ -271,6 +271,13 @@ def grad_dtype(options: FusedOptions, weight: Tensor, chunks: int, device: torch
     bfloat16 = options.dtype is weight.dtype is torch.bfloat16 and options.reducer is NO_SHARDING
     narrow = bfloat16 and chunks <= _NARROW_CHUNKS.get(device.type, 0)
     return torch.bfloat16 if narrow else options.accumulate
+
+
+def _scalar(value: float | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``value`` on the device. A GPU writes a number itself; ``torch.as_tensor`` would copy it, for which the host waits."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def fp16_grad_scale(objective: Objective, scale: float, weights: Tensor | None) -> float | Tensor:

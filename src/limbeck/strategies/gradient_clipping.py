@@ -21,8 +21,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, total_norm: Tensor) -> None:
     """Scale gradients of norm ``total_norm`` down to ``max_norm`` if they exceed it, in place; 0 switches clipping off."""
-    for group in _by_mesh(parameters):
-        torch.nn.utils.clip_grads_with_norm_(group, max_norm if max_norm > 0 else float("inf"), total_norm)
+    for group in _by_mesh(parameters) if max_norm > 0 else ():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total_norm)
 
 
 def _by_mesh(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -44,7 +44,7 @@ class LossSums:
 
     def add(self, loss: StudentLoss) -> None:
         """Add one micro-batch, whose loss is already divided by the count of the global batch."""
-        parts = torch.stack([part.detach().to(torch.float64) for part in loss.distillation])
+        parts = torch.stack([part.detach() for part in loss.distillation])
         self._sums[: len(parts)] += parts
         if loss.features is not None:
             self._sums[len(parts) :] += loss.features
