@@ -69,6 +69,11 @@ def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module | None]
             del layer.forward  # that of the class is left
 
 
+def compile_function(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled ``forward`` of a class of layers. `limbeck plan` replaces it."""
+    return torch.compile(forward, dynamic=True, backend=BACKEND)
+
+
 class _CompiledForward:
     """The compiled ``forward`` of one layer."""
 
@@ -81,7 +86,7 @@ class _CompiledForward:
         self._checkpoints = _FORWARD_CHECKPOINTS and isinstance(layer, GradientCheckpointingLayer)
         if self._checkpoints:
             self._plain = self._plain.__wrapped__  # type: ignore[attr-defined]
-        self._compiled = torch.compile(self._plain, dynamic=True, backend=BACKEND)
+        self._compiled = compile_function(self._plain)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self._layer

@@ -43,7 +43,9 @@ def adapt(config: DistillConfig, world: World, memory: float | None = None) -> D
     for choice in choices:
         try:
             gpu = replace(GPUS["H100"], memory=memory)
-            plan = make_plan(choice.of(config), 1, 1 + max(_devices(config, world.size)), gpu)
+            # Under `auto` a short run is not compiled, which takes more memory.
+            compiled = config.compile_model is True
+            plan = make_plan(choice.of(config), 1, 1 + max(_devices(config, world.size)), gpu, compiled=compiled)
         except UnknownMemory as error:
             chosen = _Choice(copies[0], recomputes[-1])
             reasons[_Choice(copies[0], recomputes[0])] = f"needs memory of unknown size: {error}"

@@ -176,8 +176,10 @@ class Plan:
         }
 
 
-def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -> Plan:
+def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu, *, compiled: bool | None = None) -> Plan:
     """The plan of ``config`` on ``nodes`` × ``gpus_per_node`` GPUs, whether it fits or not.
+
+    compiled: whether the layers of the models are; by default unless ``compile_model`` is false.
 
     What the configuration leaves open is as in a run: if ``disable_gradient_checkpointing`` is unset, activations are
     recomputed only if they do not fit otherwise, and the student writes in lockstep only if a copy of its weights does not fit.
@@ -188,16 +190,21 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     """
     if nodes < 1 or gpus_per_node < 1:
         raise LimbeckError(f"--nodes {nodes} --gpus-per-node {gpus_per_node} is no GPU; both must be 1 or more.")
+    compiled = config.compile_model is not False if compiled is None else compiled
+
+    def plan(changed: DistillConfig) -> Plan:
+        return make_plan(changed, nodes, gpus_per_node, gpu, compiled=compiled)
+
     if leaves_copy_open(config):
-        copied = make_plan(with_copy(config, copy=True), nodes, gpus_per_node, gpu)
+        copied = plan(with_copy(config, copy=True))
         if copied.fits:
             return copied
-        in_lockstep = make_plan(with_copy(config, copy=False), nodes, gpus_per_node, gpu)
+        in_lockstep = plan(with_copy(config, copy=False))
         return replace(in_lockstep, notices=(*in_lockstep.notices, _LOCKSTEP))
     if config.student.model_args.disable_gradient_checkpointing is None:
-        kept = make_plan(with_recomputation(config, recompute=False), nodes, gpus_per_node, gpu)
-        return kept if kept.fits else make_plan(with_recomputation(config, recompute=True), nodes, gpus_per_node, gpu)
-    steps = simulate(config, nodes * gpus_per_node)
+        kept = plan(with_recomputation(config, recompute=False))
+        return kept if kept.fits else plan(with_recomputation(config, recompute=True))
+    steps = simulate(config, nodes * gpus_per_node, compiled=compiled)
     used_nodes = {device // gpus_per_node for step in steps for device in step.devices}
     signal_link = "within the node" if len(used_nodes) == 1 else "between nodes"
     ranks = Counter(step.role for step in steps)
@@ -210,7 +217,6 @@ def make_plan(config: DistillConfig, nodes: int, gpus_per_node: int, gpu: Gpu) -
     if prompt is not None:
         longer = _LONGER_PROMPTS.format(prompt.max_length or config.sequence_length)
     notices = tuple(each for each in (notice, None if prompt is None else longer) if each is not None)
-    compiled = config.compile_model is not False
     return Plan(nodes, gpus_per_node, gpu, tuple(groups), config.offloads_colocated, notices, compiled)
 
 

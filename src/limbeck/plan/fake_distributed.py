@@ -24,6 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
 from limbeck.errors import LimbeckError
+from limbeck.models import compile as compilation
+from limbeck.plan.compiled_layers import SimulatedCompiler
 from limbeck.plan.tracker import ACTIVATIONS, GATHERED, current_tag, with_tag
 from limbeck.strategies.base import LibraryFunctions
 from limbeck.strategies.parallel_dims import forget_meshes
@@ -74,6 +76,7 @@ def fake_distributed(
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(_LibraryReads())
             stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+            stack.enter_context(patch.object(compilation, "compile_function", SimulatedCompiler()))
             backward = with_tag(ACTIVATIONS, torch.autograd.backward)
             stack.enter_context(patch.object(torch.autograd, "backward", backward))
             for library in libraries:

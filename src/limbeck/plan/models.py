@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import (
 from limbeck.config import DistillConfig
 from limbeck.config.schema import ModelArgs, WorkerConfig
 from limbeck.errors import UnknownMemory
-from limbeck.models import ModelSource, model_outline, output_head
+from limbeck.models import ModelSource, compile_layers, decoder_layers, model_outline, output_head
 from limbeck.models.dtypes import compute_dtype, student_load_dtype
 from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.objectives import OutputHead
@@ -61,11 +61,11 @@ class SimulatedStudent:
 
 @contextmanager
 def simulated_student(
-    config: DistillConfig, ranks: int, rank: int, *, with_teacher: bool = True
+    config: DistillConfig, ranks: int, rank: int, *, with_teacher: bool = True, compiled: bool = False
 ) -> Iterator[SimulatedStudent]:
     """The student of ``config`` on rank ``rank`` of ``ranks``, built inside of ``fake_distributed``.
 
-    with_teacher: False builds no teacher; its features are then not compared.
+    with_teacher: False builds no teacher; its features are then not compared. compiled: whether the layers are.
     """
     args, colocated = config.student.model_args, not config.needs_worker_groups
     strategy = strategy_of(config.student, "student")
@@ -76,7 +76,7 @@ def simulated_student(
         world = resolve_parallelism(config, world, teacher_here=colocated, device_type="cuda")
         teacher: LocalTeacher | RemoteTeacher | None = None
         if config.has_teacher and with_teacher:
-            teacher = build_teacher(config, world) if colocated else _remote_teacher(config, world)
+            teacher = build_teacher(config, world, compiled) if colocated else _remote_teacher(config, world)
         model = _outline(config, args, student_load_dtype(args), "student")
         size, vocab = count_parameters(model), output_head(model).weight.shape[0]
         if teacher is not None:
@@ -85,15 +85,17 @@ def simulated_student(
         objective, _ = make_objective(config, world.device)
         settings = LossSettings(objective, vocab, compiled=config.compile_loss is not False)
         with FirstChunks():
-            student = distribute_student(config, world, model, teacher, settings, verify=False)
+            student = distribute_student(config, world, model, teacher, settings, verify=False, compiled=compiled)
         yield SimulatedStudent(student, teacher, world, size, vocab)
 
 
 @contextmanager
-def simulated_teacher(config: DistillConfig, ranks: int, rank: int) -> Iterator[LocalTeacher]:
+def simulated_teacher(
+    config: DistillConfig, ranks: int, rank: int, *, compiled: bool = False
+) -> Iterator[LocalTeacher]:
     """The teacher of ``config`` on rank ``rank`` of ``ranks``, built inside of ``fake_distributed``."""
     with _values_are_unknown(), fake_distributed(ranks, rank, [_library(config.teacher, "teacher")]) as world:
-        yield build_teacher(config, world)
+        yield build_teacher(config, world, compiled)
 
 
 def _library(worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryFunctions]:
@@ -107,7 +109,7 @@ def _library(worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryF
     return strategy.simulate(worker, role)
 
 
-def build_teacher(config: DistillConfig, world: World) -> LocalTeacher:
+def build_teacher(config: DistillConfig, world: World, compiled: bool) -> LocalTeacher:
     """The teacher on a rank of the fake ``world``."""
     worker = config.teacher
     model = _outline(config, worker.model_args, compute_dtype(worker), "teacher")
@@ -115,7 +117,10 @@ def build_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     strategy = strategy_of(worker, "teacher")
     strategy.check_model(model, dims_of(worker, world.size, "teacher"), name, "teacher")
     with FirstChunks():
-        return LocalTeacher(strategy.build_teacher(TeacherSpec(model, name, worker, verify=False), world))
+        frozen = strategy.build_teacher(TeacherSpec(model, name, worker, verify=False), world)
+        if compiled and frozen.can_compile:
+            compile_layers(decoder_layers(frozen.body))
+        return LocalTeacher(frozen)
 
 
 def count_parameters(model: Any) -> int:

@@ -89,10 +89,10 @@ class Step:
         return sum(self.peak.values())
 
 
-def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[Step]:
+def simulate(config: DistillConfig, devices: int, device: str = "cuda", *, compiled: bool = False) -> list[Step]:
     """A step of ``config`` on ``devices`` devices of the kind ``device``.
 
-    Every row has ``sequence_length`` tokens, all supervised.
+    Every row has ``sequence_length`` tokens, all supervised. compiled: whether the layers of the models are.
 
     Returns:
         The student's step, and the teacher's if it has other devices. With a pipeline, those of the first and the last
@@ -111,12 +111,13 @@ def simulate(config: DistillConfig, devices: int, device: str = "cuda") -> list[
     dims = [student]
     if colocated and config.has_teacher:
         dims.append(dims_of(config.teacher, len(students), "teacher"))
-    steps = [_student_step(config, students, rank, kind) for rank in _simulated_ranks(dims)]
+    steps = [_student_step(config, students, rank, kind, compiled) for rank in _simulated_ranks(dims)]
     if config.needs_worker_groups and config.teacher.service is None:
         teachers = _devices(config.teacher.device_mapping, devices, "teacher")
         teacher = dims_of(config.teacher, len(teachers), "teacher")
         senders = student.data_size
-        steps += [_teacher_step(config, teachers, rank, senders, kind) for rank in _simulated_ranks([teacher])]
+        for rank in _simulated_ranks([teacher]):
+            steps.append(_teacher_step(config, teachers, rank, senders, kind, compiled))
     return steps
 
 
@@ -149,12 +150,14 @@ def _devices(mapping: Sequence[int] | None, devices: int, role: str) -> tuple[in
     return tuple(mapping)
 
 
-def _student_step(config: DistillConfig, devices: tuple[int, ...], rank: int, kind: torch.device) -> Step:
+def _student_step(
+    config: DistillConfig, devices: tuple[int, ...], rank: int, kind: torch.device, compiled: bool
+) -> Step:
     batch, micro_batches = full_micro_batch(config, longest_row(config)[0])
     colocated = config.has_teacher and not config.needs_worker_groups
     dims = dims_of(config.student, len(devices), "student")
     whole, own = batch.shard_for_context_parallel(dims.coordinates(rank).cp, dims.cp)
-    with simulated_student(config, len(devices), rank) as simulated:
+    with simulated_student(config, len(devices), rank, compiled=compiled) as simulated:
         teacher, request = simulated.teacher, None
         distils = config.distils or simulated.student.settings.features is not None
         if teacher is not None and distils:
@@ -271,12 +274,14 @@ class _Steps:
         self.activations = max(self.activations, self.tracker.live[ACTIVATIONS])
 
 
-def _teacher_step(config: DistillConfig, devices: tuple[int, ...], rank: int, senders: int, kind: torch.device) -> Step:
+def _teacher_step(
+    config: DistillConfig, devices: tuple[int, ...], rank: int, senders: int, kind: torch.device, compiled: bool
+) -> Step:
     """A step of a teacher that has its own devices and gets requests from ``senders`` student ranks."""
     batch, micro_batches = full_micro_batch(config, longest_row(config)[0])
     tracker, ranks = Tracker(), len(devices)
     dims = dims_of(config.teacher, ranks, "teacher")
-    with simulated_teacher(config, ranks, rank) as teacher:
+    with simulated_teacher(config, ranks, rank, compiled=compiled) as teacher:
         with unset_fake_temporarily():
             source = ModelSource.from_args(config.student.model_args, "student")
             student_rows = output_head(model_outline(source, torch.float32)).weight.shape[0]
