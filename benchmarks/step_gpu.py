@@ -1,8 +1,9 @@
 """Training steps on a GPU: Limbeck, TRL's GKDTrainer without and with Liger, and the parts of a step alone.
 
-    python benchmarks/step_gpu.py --quick                       # Limbeck and the matrix products, about two minutes
+    python benchmarks/step_gpu.py --quick                       # Limbeck and the matrix products, two to three minutes
     python benchmarks/step_gpu.py --folder /tmp/bench --json step.json
     python benchmarks/step_gpu.py --sides limbeck products --set compile_model=false --profile
+    python benchmarks/step_gpu.py --plan                        # what `limbeck plan` predicts, without a GPU
     python benchmarks/step_gpu.py --tiny --device cpu           # only checks that the script runs
 
 Student and teacher have the shapes of Qwen2.5 models (Llama classes, random weights, heads of 151 936 rows or more, a
@@ -36,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +45,8 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 SIDES = ("products", "limbeck", "trl", "liger")
 NEEDED = {"trl": ("trl", "datasets"), "liger": ("trl", "datasets", "liger_kernel")}
-QUICK_SECONDS = 145
+QUICK_SECONDS = 200
+QUICK_STEPS, STEPS = 9, 25  # a side that is stopped counts from its second group of steps on
 MODELS: dict[str, dict[str, Any]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
              "num_key_value_heads": 2, "vocab_size": 151_936, "tie_word_embeddings": True},
@@ -211,8 +214,10 @@ def summary(path: Path) -> dict[str, Any]:
     }
 
 
-def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folder: Path, deadline: float) -> list[dict]:
-    """All sides of one pair of models, as a list of results."""
+def compare(
+    args: argparse.Namespace, name: str, shape: Shape, data: Data, folder: Path, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """The results of all sides of one pair of models, each when it is measured."""
     bf16 = "bf16" if args.device == "cuda" else "fp32"
     student, teacher = MODELS[shape.student], MODELS[shape.teacher]
     checkpointing = shape.checkpointing if args.checkpointing is None else args.checkpointing == "on"
@@ -243,10 +248,13 @@ def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folde
             print(result["log"], flush=True)
         return result
 
-    results = [run("products", "full")] if "products" in args.sides else []
-    peak = results[0].get("peak_flops") if results else None
-    if results and "seconds" in results[0]:
-        results[0]["matmul_share"] = results[0]["operations"] / results[0]["seconds"] / peak
+    peak = None
+    if "products" in args.sides:
+        products = run("products", "full")
+        peak = products.get("peak_flops")
+        if peak and "seconds" in products:
+            products["matmul_share"] = products["operations"] / products["seconds"] / peak
+        yield products
     for rows in args.rows:
         for side in (side for side in SIDES[1:] if side in args.sides):
             # TRL pads short documents to two to three times their tokens.
@@ -258,14 +266,47 @@ def compare(args: argparse.Namespace, name: str, shape: Shape, data: Data, folde
             if peak and "seconds" in result:
                 work = operations_per_token(shape) * result["tokens_per_second"]
                 result["matmul_share"] = work / peak
-            results.append(result)
-    speeds = {(result["rows"], result["side"]): result.get("tokens_per_second") for result in results}
+            yield result
+
+
+def add_ratios(results: list[dict[str, Any]]) -> None:
+    """Add Limbeck's tokens per second divided by those of other sides with the same models and rows."""
+
+    def case(result: dict[str, Any], side: str) -> tuple[str, ...]:
+        return result["shape"], result["rows"], side
+
+    speeds = {case(result, result["side"]): result.get("tokens_per_second") for result in results}
     for result in results:
         for other in ("trl", "liger") if result["side"] == "limbeck" else ():
-            theirs, ours = speeds.get((result["rows"], other)), result.get("tokens_per_second")
+            theirs, ours = speeds.get(case(result, other)), result.get("tokens_per_second")
             if theirs and ours:
                 result[f"times_{other}"] = ours / theirs
-    return results
+
+
+def planned(shape: Shape, data: Data, options: argparse.Namespace, folder: Path) -> str:
+    """What ``limbeck plan`` predicts of Limbeck's step with full rows on one H100."""
+    from limbeck.config import load_mapping
+    from limbeck.plan.estimate import make_plan
+    from limbeck.plan.gpus import GPUS
+
+    models: dict[str, dict[str, Any]] = {}
+    for role, name in (("student", shape.student), ("teacher", shape.teacher)):
+        (folder / role).mkdir(exist_ok=True)
+        outline = {**MODELS[name], "model_type": "llama", "max_position_embeddings": 32_768}
+        (folder / role / "config.json").write_text(json.dumps(outline))
+        model_args = {"model_name_or_path": str(folder / role), "from_scratch": True, "dtype": "bf16"}
+        models[role] = {"model_args": model_args}
+    recomputes = shape.checkpointing if options.checkpointing is None else options.checkpointing == "on"
+    micro_batch = shape.rows["limbeck"]
+    models["student"]["model_args"]["disable_gradient_checkpointing"] = not recomputes
+    models["student"]["data_args"] = {"file_name": "full.jsonl"}
+    models["student"]["training_args"] = {
+        "per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": ROWS_PER_STEP // micro_batch,
+    }  # fmt: skip
+    run = {"output_dir": "out", "tokenizer": "tokenizer", "sequence_length": data.length, "distill_on_prompt": True}
+    plan = make_plan(load_mapping({**run, **options.set, **models}).config, 1, 1, GPUS["H100"])
+    speed = ROWS_PER_STEP * data.length / plan.expected
+    return f"planned: peak {plan.needed / 1e9:.1f} GB, {plan.expected:.3f} s/step, {speed:.0f} tokens/s"
 
 
 COLUMNS = [
@@ -306,20 +347,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sides", nargs="+", choices=SIDES, help="the sides to run; all by default")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, help="the pairs of models; both by default")
     parser.add_argument("--rows", nargs="+", choices=("full", "packed"), default=["full", "packed"])
-    parser.add_argument("--steps", type=int, help="steps of each side; 25 by default")
-    parser.add_argument("--limit", type=float, help="seconds that a side may take; 240 by default, 65 with --quick")
+    parser.add_argument("--steps", type=int, help=f"steps of each side; {STEPS} by default, {QUICK_STEPS} with --quick")
+    parser.add_argument("--limit", type=float, help="seconds that a side may take; 240 by default, 90 with --quick")
     parser.add_argument("--folder", type=Path, help="keeps models, data and logs; temporary by default")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--checkpointing", choices=("on", "off"), help="of all sides; by default as the models need it")
     parser.add_argument("--set", type=setting, nargs="+", default=[], metavar="KEY=VALUE", help="options of Limbeck")
+    parser.add_argument(
+        "--plan", action="store_true", help="print what limbeck plan predicts, which needs no GPU, and end"
+    )
     parser.add_argument("--profile", action="store_true", help="write the kernels of one step to profile.txt of a side")
     parser.add_argument("--tiny", action="store_true", help="tiny models and rows, to check that the script runs")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     args = parser.parse_args()
     args.sides = args.sides or (["products", "limbeck"] if args.quick else list(SIDES))
     args.shapes = args.shapes or (["0.5B<-1.5B"] if args.quick else list(SHAPES))
-    args.steps = args.steps or (6 if args.tiny else 25)
-    args.limit = args.limit or (65 if args.quick else 240)
+    args.steps = args.steps or (6 if args.tiny else QUICK_STEPS if args.quick else STEPS)
+    args.limit = args.limit or (90 if args.quick else 240)
     args.set = dict(args.set)
     if args.profile and args.folder is None:
         parser.error("--profile needs --folder, where the profiles are kept")
@@ -331,6 +375,11 @@ def main() -> None:
     deadline = time.monotonic() + (QUICK_SECONDS if args.quick else float("inf"))
     import torch
 
+    if args.plan:
+        for name in args.shapes:
+            with tempfile.TemporaryDirectory() as temporary:
+                print(name, planned(SHAPES[name], GPU_DATA, args, Path(temporary)), flush=True)
+        return
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("This measures a GPU, and there is none here; --tiny --device cpu checks that the script runs.")
     shapes = TINY if args.tiny else {name: SHAPES[name] for name in args.shapes}
@@ -343,13 +392,15 @@ def main() -> None:
             folder, {name for shape in shapes.values() for name in (shape.student, shape.teacher)}, data, args.device
         )
         print(f"{device}, torch {torch.__version__}; prepared in {time.monotonic() - begun:.0f} s", flush=True)
-        results = [
-            result for name, shape in shapes.items() for result in compare(args, name, shape, data, folder, deadline)
-        ]
+        results: list[dict[str, Any]] = []
+        report = {"device": device, "torch": torch.__version__, "overrides": args.set, "results": results}
+        for name, shape in shapes.items():
+            for result in compare(args, name, shape, data, folder, deadline):
+                results.append(result)
+                add_ratios(results)
+                if args.json:  # what is there stands if this process is ended
+                    args.json.write_text(json.dumps(report, indent=1))
         show(results)
-        if args.json:
-            report = {"device": device, "torch": torch.__version__, "overrides": args.set, "results": results}
-            args.json.write_text(json.dumps(report, indent=1))
     wanted = [result for result in results if not result["status"].startswith("not installed")]
     sys.exit(any("seconds" not in result for result in wanted))
 

@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -59,6 +61,56 @@ def test_a_side_that_fails_is_reported_and_leaves_the_others_standing(tmp_path):
     assert products["status"] == "ok"
     assert ours["status"].startswith("failed: ")
     assert "no_such_objective" in ours["status"]
+
+
+HANGS = """
+import subprocess, sys, time
+from pathlib import Path
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+measured = {"side": "limbeck", "shape": "s", "rows": "full", "status": "ok", "seconds": 0.5, "tokens_per_second": 7.0}
+Path(sys.argv[1]).write_text(repr({"results": [measured], "child": child.pid}).replace("'", '"'))
+time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_a_part_of_make_gpu_that_fails_or_hangs_leaves_the_others_standing(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    finds_package = "import limbeck.errors, pathlib, sys; pathlib.Path(sys.argv[1]).write_text('{}')"
+
+    def parts(folder):
+        return [
+            (gpu.TESTS, 60, ["-c", "import sys; print('== 1 failed =='); sys.exit(3)"]),
+            (gpu.STEP, 2, ["-c", HANGS, str(folder / f"{gpu.STEP}.json")]),
+            (gpu.LOSS, 60, ["-c", finds_package, str(folder / f"{gpu.LOSS}.json")]),
+        ]
+
+    monkeypatch.setattr(gpu, "parts", parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--json", str(tmp_path / "gpu.json")])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == 1
+    found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
+    statuses = {name: part["status"] for name, part in found.items()}
+    assert statuses == {"tests": "failed, exit status 3", "step": "stopped after 2 s", "loss": "ok"}
+    table = capsys.readouterr().out.split("a GPU, torch")[1]
+    assert "1 failed" in table
+    assert "s full limbeck: 0.5000 s/step, 7 tokens/s" in table  # what was measured before the limit
+    with pytest.raises(ProcessLookupError):  # the processes that a part has started end with it
+        for _ in range(200):
+            os.kill(found["step"]["child"], 0)
+            time.sleep(0.02)
+
+
+def test_the_parts_of_make_gpu_take_at_most_eight_minutes(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu, step_gpu = importlib.import_module("gpu"), importlib.import_module("step_gpu")
+    limits = {name: limit for name, limit, _ in gpu.parts(tmp_path)}
+    assert sum(limits.values()) <= 8 * 60
+    assert limits[gpu.STEP] > step_gpu.QUICK_SECONDS
 
 
 @pytest.mark.processes
