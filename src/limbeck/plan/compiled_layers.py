@@ -71,9 +71,10 @@ def _trace(call: Function, tensors: Sequence[Tensor]) -> Function | None:
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
+    compiler: Any = _Kernels
     compiled: Function = aot_function(
         call,
-        _Kernels,
+        compiler,
         partition_fn=partial(min_cut_rematerialization_partition, compiler="inductor"),
         decompositions=select_decomp_table(),
     )
