@@ -109,9 +109,12 @@ def test_the_names_of_norms_are_those_of_megatron():
     assert local_name("decoder.layers.3.mlp.linear_fc1.weight") == "decoder.layers.3.mlp.linear_fc1.weight"
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm", "model.layers.1.post_attention_layernorm"])
+@pytest.mark.parametrize(
+    "name", [f"model.layers.{x}" for x in ("0.input_layernorm", "1.post_attention_layernorm", "2.norm")]
+)
 def test_pairs_of_fused_norms_are_refused(name):
-    trunk = SimpleNamespace(gpt=SimpleNamespace(config=SimpleNamespace(transformer_impl="transformer_engine")))
+    gpt = SimpleNamespace(config=SimpleNamespace(transformer_impl="transformer_engine"))
+    trunk = SimpleNamespace(hybrid=name.endswith(".norm"), gpt=gpt)
     sentence = f"the teacher's {name} together with the matrix after it"
     with pytest.raises(LimbeckError, match=sentence):
         capture_in(trunk, "teacher", [name])

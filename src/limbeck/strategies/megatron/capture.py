@@ -29,7 +29,7 @@ _IN_LAYER = {
 }
 """Name within a Hugging Face layer to that within Megatron's."""
 
-_FUSED = ("input_layernorm", "post_attention_layernorm")  # with Transformer Engine, in layers without experts
+_FUSED = ("input_layernorm", "post_attention_layernorm", "norm")  # with Transformer Engine, in layers without experts
 
 _IN_HYBRID_LAYER = {
     "linear_attention": {"": "", "norm": "norm", "mixer": "mixer"},
