@@ -38,8 +38,8 @@ def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
         options += ["--timeout", "60"]
     return [
         (TESTS, 150, ["-m", "pytest", *options, *sorted(marked)]),
-        (STEP, 215, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
-        (LOSS, 75, ["benchmarks/loss_gpu.py", "--quick", "--json", str(folder / f"{LOSS}.json")]),
+        (STEP, 210, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
+        (LOSS, 60, ["benchmarks/loss_gpu.py", "--quick", "--json", str(folder / f"{LOSS}.json")]),
         (WRITE, 60, ["benchmarks/rollout.py", "--quick", "--json", str(folder / f"{WRITE}.json")]),
     ]
 

@@ -255,7 +255,7 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
          "tensor_parallel_plan: the pattern layers.*.mixer.up_proj matches no module of Qwen3Model, whose matrices have names "
          "like layers.0.self_attn.q_proj"),
         ({**GATHERED, "layers.*.mlp.*_proj": "colwise"},
-         "the patterns layers.*.mlp.down_proj and layers.*.mlp.*_proj both match layers.0.mlp.down_proj; let one"),
+         "the patterns layers.*.mlp.[gu]*_proj and layers.*.mlp.*_proj both match layers.0.mlp.gate_proj; let one of"),
         ({"model.layers.*.mlp.up_proj": "columns"}, "columns is not a style of layers.0.mlp.up_proj; use one of colwise,"),
         ({"layers.*.mlp.up_proj": "colwise"}, "it slices layers.0.mlp but not layers.0.mlp.gate_proj, whose gradients"),
         ({"layers.*.input_layernorm": "rowwise"}, "slices layers.0.input_layernorm in a way (rowwise) that is not built"),
