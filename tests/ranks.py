@@ -54,9 +54,8 @@ class Ranks:
 
     def run(self, *command: str) -> str:
         """The output of all ranks. An error of one ends them all, and is an AssertionError with the output."""
-        environment = {name: value for name, value in os.environ.items() if name.startswith("LIMBECK_")}
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"command": command, "environment": environment}) + "\n")
+        self._process.stdin.write(json.dumps({"command": command, "environment": dict(os.environ)}) + "\n")
         self._process.stdin.flush()
         output = ""
         try:

@@ -80,7 +80,12 @@ def test_a_zero_stage_gives_the_run_of_one_process(alone, settings, tmp_path, ti
 @pytest.mark.processes
 @pytest.mark.skipif(not compiler_found(), reason="DeepSpeed's CPU Adam is compiled")
 @pytest.mark.timeout(600)
-def test_an_offloaded_optimizer_steps_as_pytorchs(alone, settings, tmp_path):
+def test_an_offloaded_optimizer_steps_as_pytorchs(alone, settings, tmp_path, monkeypatch):
+    compiler = tmp_path / "c++"  # which is done in half the time
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -g0\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "built"))
     build = "from deepspeed.ops.op_builder import CPUAdamBuilder; CPUAdamBuilder().load()"
     subprocess.run([sys.executable, "-c", build], check=True, capture_output=True, timeout=500)
     one, many = alone(**SHORT), tmp_path / "out"
