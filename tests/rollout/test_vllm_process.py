@@ -140,13 +140,15 @@ def test_a_worker_ends_with_the_process_of_its_trainer():
 @pytest.mark.processes
 class TestRuns:
     @pytest.mark.parametrize(
-        ("ranks", "staleness"), [(1, 1), (2, 0)], ids=["beside the training", "one engine for two ranks"]
+        ("ranks", "generator", "staleness"),
+        [(1, "vllm", 1), (2, "hf", 0)],
+        ids=["beside the training", "one engine for two ranks"],
     )
     def test_losses_are_those_of_a_generator_on_the_students_devices(
-        self, alone, settings, tied, tmp_path, ranks, staleness
+        self, alone, settings, tied, tmp_path, ranks, generator, staleness
     ):
         changes = {**writing(tied), "max_steps": 8, "rollout.max_staleness": staleness}
-        expected = metrics(alone(**changes, **rows(4, 2)), "train/loss")
+        expected = metrics(alone(**changes, **rows(4, 2), **{"rollout.generator": generator}), "train/loss")
         apart = {"student.device_mapping": list(range(ranks)), "rollout.device_mapping": [ranks]}
         config = settings(**changes, **rows(4, 2 // ranks), **apart, **{"rollout.generator": "vllm"})
         if ranks == 1:
