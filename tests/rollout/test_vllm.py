@@ -172,7 +172,7 @@ class TestContract(VllmTests):
             generator.generate(prompts, SamplingParams(12))
         engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
-    def test_the_process_is_left_as_it_was(self, engine, folder):
+    def test_the_process_is_left_as_it_was(self, folder):
         torch.manual_seed(5)
         threads, expected = torch.get_num_threads(), torch.rand(1)
         torch.manual_seed(5)
@@ -180,13 +180,13 @@ class TestContract(VllmTests):
             LimbeckError, match=r"cannot run the student with these rollout.generator_kwargs: TypeError: .*spede"
         ):
             start(folder, arguments={"spede": 3})
-        start(folder, max_model_len=64)
+        first, _ = start(folder, max_model_len=64), start(folder, max_model_len=64)
         assert torch.equal(torch.rand(1), expected)
         torch.set_num_threads(threads + 1)
         assert torch.get_num_threads() == threads + 1
         torch.set_num_threads(threads)
         with pytest.raises(LimbeckError, match="has failed or was ended"):
-            engine.update_weights(iter_model(contract.load(folder)), 1)
+            first.update_weights(iter_model(contract.load(folder)), 1)
 
 
 @needs_vllm
