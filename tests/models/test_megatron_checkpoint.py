@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_model, megatron_hybrid_config
-from limbeck.models.megatron_checkpoint import arguments_of, write_checkpoint
+from limbeck.models.megatron_checkpoint import arguments_of, open_checkpoint, write_checkpoint
 from limbeck.models.megatron_config import hf_config
 from limbeck.models.megatron_families import FAMILIES, HEAD, Heads, slice_of
 
@@ -178,6 +178,25 @@ def test_what_is_written_is_read_again(kind, form, tmp_path):
     assert folder == tmp_path / "iter_0000007"
     assert_same(read(tmp_path), model)
     assert_same(read(folder), model)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "expected"),
+    [
+        ("org/name", {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": "org/name"}),
+        ("null:63", {"tokenizer_type": "NullTokenizer"}),
+        (
+            "gpt2:a/v.json,a/m.txt",
+            {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": "a/v.json", "merge_file": "a/m.txt"},
+        ),
+    ],
+)
+def test_the_tokenizer_of_the_run_is_written_as_megatron_names_it(tokenizer, expected, tmp_path):
+    model = make("llama")
+    write_checkpoint(model, tmp_path, 1, tokenizer)
+    stored = open_checkpoint(str(tmp_path)).arguments
+    assert {name: stored[name] for name in expected} == expected
+    assert_same(read(tmp_path), model)
 
 
 def test_classes_that_other_libraries_allow_change_nothing(tmp_path):

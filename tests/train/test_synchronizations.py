@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -43,6 +44,20 @@ class Waits(TorchDispatchMode):
         return result
 
 
+class Numbers(TorchFunctionMode):
+    """Notes Python numbers that are copied to a GPU, for which the host waits as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor) and result.device.type == "meta" and result is not args[0]:
+            self.found.append(func.__name__)
+        return result
+
+
 def model(hidden: int):
     config = LlamaConfig(
         vocab_size=80, hidden_size=hidden, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -80,6 +95,6 @@ def test_a_step_waits_for_nothing(world):
         return engine.step()
 
     step()  # creates the optimizer's state
-    with Waits() as waits:
+    with Waits() as waits, Numbers() as numbers:
         step()
-    assert waits.found == []
+    assert waits.found == numbers.found == []

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import PretrainedConfig
 
+from limbeck.data.tokenizers import GPT2, NUMBERS
 from limbeck.folders import MEGATRON_TRACKER
 from limbeck.models import megatron_hybrid_config
 from limbeck.models.megatron_checkpoint.write_legacy import write_legacy
@@ -35,7 +36,7 @@ def write_checkpoint(
         model: a Hugging Face model on the CPU; its precision is kept.
         folder: of checkpoints; what Megatron-LM calls ``--load``.
         iteration: number of optimizer steps.
-        tokenizer: folder or hub id, for Megatron-LM's ``tokenizer_model``.
+        tokenizer: of the run, as in ``DistillConfig.tokenizer``, for Megatron-LM's arguments of the tokenizer.
         form: ``torch_dist`` is loaded in any layout, ``torch`` only without tensor, pipeline and expert parallelism.
         layers: of the model that loads a checkpoint in the format ``torch``, in which their parameters have other names.
 
@@ -66,12 +67,21 @@ def arguments_of(config: PretrainedConfig) -> dict[str, Any]:
     return (megatron_hybrid_config.megatron_arguments if of_hybrid else megatron_arguments)(config)
 
 
+def _tokenizer_arguments(name: str, size: int) -> dict[str, Any]:
+    """Megatron-LM's arguments for the tokenizer of a run. ``size`` is the model's vocabulary."""
+    if name.startswith(NUMBERS):
+        return {"tokenizer_type": "NullTokenizer", "vocab_size": size - 1}  # to which Megatron-LM adds one token
+    if name.startswith(GPT2):
+        vocab, _, merges = name.removeprefix(GPT2).rpartition(",")
+        return {"tokenizer_type": "GPT2BPETokenizer", "vocab_file": vocab, "merge_file": merges}
+    return {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": name}
+
+
 def _arguments(model: Any, tokenizer: str | None, layers: Layers) -> dict[str, Any]:
     dtype = next(model.parameters()).dtype
-    named = {} if tokenizer is None else {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer}
     return {
         **arguments_of(model.config),
-        **named,
+        **({} if tokenizer is None else _tokenizer_arguments(tokenizer, model.config.vocab_size)),
         "transformer_impl": layers,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,
