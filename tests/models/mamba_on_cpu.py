@@ -44,7 +44,7 @@ def _module(name: str, **content: object) -> None:
 for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
     _module(package)
 _module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=GatedRMSNorm)
-_module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=scan, mamba_split_conv1d_scan_combined=scan)
+_module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=scan, mamba_split_conv1d_scan_combined=None)
 _module("mamba_ssm.ops.triton.selective_state_update", selective_state_update=None)
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
