@@ -48,10 +48,8 @@ $(VLLM)/.installed: pyproject.toml
 test-megatron: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]' \
 		nvidia-modelopt==0.47.0 requests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron.py tests/strategies/test_megatron_resume.py \
-		tests/strategies/test_megatron_roll.py tests/strategies/test_megatron_beside_modelopt.py \
-		tests/strategies/test_megatron_transformer_engine.py tests/strategies/test_megatron_fp16.py \
-		tests/models/test_megatron_checkpoint.py tests/config/test_roll_files.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron*.py tests/models/test_megatron*.py \
+		tests/data/test_concatenated.py tests/config/test_roll_files.py
 
 # Uses $(PYTHON) and what is installed for it: machines with GPUs often have no network.
 gpu:

@@ -90,7 +90,8 @@ def test_float16_trains_as_with_fsdp2_and_resumes_exactly(tmp_path):
         make_model(tmp_path / f"{name}teacher", seed=1, **shape)
     make_data(tmp_path / "rows.jsonl", 64)
     expert = {f"{role}_pretrain": str(tmp_path / f"experts-{role}") for role in ("student", "teacher")}
-    expert["features.pairs"] = []
+    # Gradients that do not overflow at the first scale.
+    expert |= {"features.pairs": [], "distill_loss_weight": 1.0, "kd_temperature": 4.0}
     begun = {"resume_from_checkpoint": str(tmp_path / "pp" / "checkpoint-2")}
     runs = {
         "pp": configuration(tmp_path, tmp_path / "pp", {PP: 2}),
@@ -111,10 +112,10 @@ def test_float16_trains_as_with_fsdp2_and_resumes_exactly(tmp_path):
     for name, changes in {"pp": {}, "ep": expert}.items():
         output = tmp_path / f"{name}-fsdp2"
         DistillPipeline(load_mapping(configuration(tmp_path, output, None, **changes)).config).run()
-        # With experts, gradients of the second step overflow; FSDP2 keeps those of parameters in float32.
-        compared = (
-            {"train/loss": (2, 1e-3)} if name == "ep" else {"train/loss": (4, 1e-3), "student/grad_norm": (4, 1e-2)}
-        )
+        # Rounding routes some tokens to other experts, so gradients of later steps differ even from those of float32.
+        loss, norm = ((4, 1e-2), (1, 3e-2)) if name == "ep" else ((4, 1e-3), (4, 1e-2))
+        compared = {"train/loss": loss, "student/grad_norm": norm}
+        assert len(metrics(tmp_path / name, "student/grad_norm")) == 4, "no step overflowed"
         for key, (steps, tolerance) in compared.items():
             found, expected = (metrics(folder, key)[:steps] for folder in (tmp_path / name, output))
             assert found == pytest.approx(expected, rel=tolerance), name

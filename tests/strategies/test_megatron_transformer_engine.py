@@ -100,13 +100,15 @@ def test_layers_of_transformer_engine_train_as_local_ones_and_take_their_checkpo
 @needs_megatron
 def test_the_names_of_norms_are_those_of_megatron():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.post_training.modelopt.gpt.state_dict_hooks import mcore_gpt_load_te_state_dict_pre_hook
 
     names = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.sharded_state_dict_keys_map
-    of_mamba = {"mixer.in_proj.layer_norm_": "norm."}  # which Megatron does not map
-    assert {fused: separate for separate, fused in names.items()} | of_mamba == FUSED_NORMS
-    assert (
-        local_name("decoder.layers.3.mlp.linear_fc1.layer_norm_weight") == "decoder.layers.3.pre_mlp_layernorm.weight"
-    )
+    assert {fused: separate for separate, fused in names.items()}.items() <= FUSED_NORMS.items()
+    for fused, separate in FUSED_NORMS.items():  # which are also those of Mamba layers
+        name = f"decoder.layers.3.{fused}weight"
+        state = {name: None}
+        mcore_gpt_load_te_state_dict_pre_hook(state, "", {}, True, [], [], [])
+        assert list(state) == [f"decoder.layers.3.{separate}weight"] == [local_name(name)]
     assert local_name("decoder.layers.3.mlp.linear_fc1.weight") == "decoder.layers.3.mlp.linear_fc1.weight"
 
 
