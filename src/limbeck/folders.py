@@ -1,13 +1,34 @@
-"""Checks the names of checkpoints: local folders, or ids on the Hugging Face Hub."""
+"""Finds checkpoints in folders, and checks their names: local folders, or ids on the Hugging Face Hub."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from limbeck.errors import LimbeckError
 
 MEGATRON_TRACKER = "latest_checkpointed_iteration.txt"
 """The file in which Megatron-LM keeps the iteration of its newest checkpoint."""
+
+
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run in ``folder``, oldest first."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def run_weights(folder: Path) -> Path | None:
+    """The newest weights in the output folder of a run: ``student`` or, of an interrupted run, those of its newest checkpoint.
+
+    None if ``folder`` has neither.
+    """
+    found = [folder / "student", *reversed(list_checkpoints(folder))]
+    return next((path for path in found if (path / "config.json").is_file()), None)
 
 
 def is_megatron_checkpoint(name: str | None) -> bool:

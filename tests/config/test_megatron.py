@@ -352,6 +352,27 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert at(taught, "teacher.model_args.model_name_or_path") == "out/student"
     step = run("--load mcore --ckpt-step 12 --tokenizer-model hf", student="")
     assert at(step, model) == "mcore/iter_0000012"
+    _checkpoint(folder / "out" / "checkpoint-9")
+    earlier = run("--load ./out/ --save out --ckpt-step 9 --exit-interval 30")
+    assert (at(earlier, resume), at(earlier, "max_steps")) == ("out/checkpoint-9", 30)
+    assert earlier.origins[resume] == "--ckpt-step"
+    (line,) = mistakes("--load out --save out --ckpt-step 7")
+    assert "--ckpt-step = 7 has no checkpoint in out" in line
+
+
+def test_an_interrupted_run_is_a_start_or_a_teacher_from_its_newest_checkpoint(folder: Path) -> None:
+    for step in (9, 10):
+        _checkpoint(folder / "out" / f"checkpoint-{step}")
+    model = "student.model_args.model_name_or_path"
+    assert at(run("--load out --save other", student=""), model) == "out/checkpoint-10"
+    taught = run("", teacher="--export-kd-teacher-load out")
+    assert at(taught, "teacher.model_args.model_name_or_path") == "out/checkpoint-10"
+    assert at(run("--load out --save other --ckpt-step 9", student=""), model) == "out/checkpoint-9"
+
+
+def _checkpoint(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "config.json").write_text("{}")
 
 
 def test_what_is_saved_is_also_a_checkpoint_of_megatron(folder: Path) -> None:

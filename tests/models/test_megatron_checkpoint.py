@@ -270,6 +270,12 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert_same(read(tmp_path / "legacy"), read(tmp_path / "megatron"))
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again")]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
+    (tmp_path / "run").mkdir()
+    (tmp_path / "hf").rename(tmp_path / "run" / "checkpoint-4")  # an interrupted run, without student/
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "of_run"), "--iteration", "4"]) == 0
+    assert_same(read(tmp_path / "of_run"), read(tmp_path / "megatron"))
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "below"), "--iteration", "-1"]) == 2
+    assert "--iteration = -1 must be at least 0." in capsys.readouterr().err
 
 
 class _Malicious:

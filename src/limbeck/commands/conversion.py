@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from limbeck.errors import LimbeckError
-from limbeck.folders import is_megatron_checkpoint
+from limbeck.folders import is_megatron_checkpoint, run_weights
 
 
 def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,7 +14,7 @@ def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     convert = commands.add_parser(
         "convert", help="convert a checkpoint of Megatron-LM to Hugging Face's format, or back"
     )
-    convert.add_argument("source", metavar="SOURCE", help="folder of a checkpoint, or Hugging Face id")
+    convert.add_argument("source", metavar="SOURCE", help="folder of a checkpoint or of a run, or Hugging Face id")
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
     convert.add_argument("--tokenizer", help="folder or Hugging Face id; default: SOURCE, unless it is of Megatron-LM")
     convert.add_argument("--iteration", type=int, default=0, help="of the checkpoint of Megatron-LM; default: 0")
@@ -42,8 +42,12 @@ def _convert(args: argparse.Namespace) -> int:
 
     if args.output.exists():
         raise LimbeckError(f"{args.output} exists; name a new folder for the converted checkpoint.")
+    if args.iteration < 0:
+        raise LimbeckError(f"--iteration = {args.iteration} must be at least 0.")
     configure_logging()
     from_megatron = is_megatron_checkpoint(args.source)
+    weights = None if from_megatron or (Path(args.source) / "config.json").is_file() else run_weights(Path(args.source))
+    args.source = str(weights or args.source)
     arguments = {"tokenizer_model": args.tokenizer} if from_megatron and args.tokenizer else {}
     source = ModelSource(args.source, megatron_arguments=arguments)
     model = load_model(source, checkpoint_dtype(source))

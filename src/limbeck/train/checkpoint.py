@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.folders import list_checkpoints as list_checkpoints
 from limbeck.strategies.shards import Sliceable
 from limbeck.strategies.world import World
 from limbeck.train.gather import gather_json
@@ -27,7 +27,6 @@ from limbeck.train.tensor_files import fingerprint, open_shards
 
 MANIFEST = "manifest.json"
 TRAINING = "training"
-_NAME = re.compile(r"checkpoint-(\d+)")
 _TEMPORARY = ".checkpoint-{}.writing"
 
 
@@ -162,12 +161,6 @@ def find_damage(path: Path, rank: int = 0, size: int = 1) -> str | None:
     return None
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, oldest first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
-
-
 def refuse_earlier_checkpoints(resume: bool | str, folder: Path) -> None:
     """Raise LimbeckError if a run does not resume and ``folder`` contains checkpoints of another run."""
     if not resume and list_checkpoints(folder):
@@ -202,7 +195,7 @@ def find_resume(setting: bool | str, folder: Path) -> Path | None:
         raise LimbeckError(
             f"resume_from_checkpoint = {str(path)!r} is not a folder; use one of the existing checkpoints: {names}."
         )
-    if not _NAME.fullmatch(path.resolve().name) and list_checkpoints(path):
+    if path.resolve() not in list_checkpoints(path.resolve().parent) and list_checkpoints(path):
         return list_checkpoints(path)[-1]
     return path
 

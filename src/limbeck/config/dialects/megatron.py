@@ -7,6 +7,7 @@ written among the arguments, as ``key=value``.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,19 @@ from limbeck.config.dialects import megatron_table as table
 from limbeck.config.dialects.arguments import Parser, override
 from limbeck.config.dialects.base import Source
 from limbeck.config.dialects.megatron_data import translate_data
-from limbeck.config.dialects.megatron_models import number, translate_student, translate_teacher
+from limbeck.config.dialects.megatron_models import (
+    number,
+    resumed_checkpoint,
+    translate_student,
+    translate_teacher,
+    whole,
+)
 from limbeck.config.dialects.megatron_yaml import read_arguments
 from limbeck.config.locations import COMMAND_LINE, SourceLocation
 from limbeck.config.schema import DistillConfig
+from limbeck.config.schema.path_rules import path_fault
 from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
 
 DEFAULT = "Megatron-LM's default"
@@ -83,6 +92,7 @@ class MegatronDialect:
             locations.setdefault(f"--{name}", SourceLocation(f"--{name}"))
         if "yaml-cfg" in given:  # a flag takes precedence over the file
             given = read_arguments(result, given.pop("yaml-cfg"), locations) | given
+        _check_text(given)
         _translate(result, given, locations)
         return result
 
@@ -140,6 +150,18 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
         )
 
 
+def _check_text(given: Values) -> None:
+    """Raise LimbeckError for text that is not UTF-8, or can be no name of a file where that is the value of a flag."""
+    for name, value in given.items():
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        # An argument that is not UTF-8 has half surrogate pairs in place of the other bytes.
+        fault = "it is not UTF-8" if re.search("[\ud800-\udfff]", " ".join(texts)) else None
+        if isinstance(value, str) and name not in table.MODEL_VALUES:
+            fault = fault or path_fault(value)
+        if fault is not None:
+            raise LimbeckError(f"--{name} = {' '.join(texts)[:30]!a} cannot be read: {fault}.")
+
+
 def _refuse(result: Translation, given: Values) -> None:
     for name, (_, allowed, sentence) in table.ONLY.items():
         value = given.get(name)
@@ -179,10 +201,9 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
         result.default(f"{path}.strategy_name", f"{chosen}_{mode}", origin)
         for name, key in table.PARALLEL.items():
             if name in given:
-                assign(f"{path}.strategy_config.{key}", given[name], f"--{name}")
-    sizes = {
-        key: _size(result, given, name, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"
-    }
+                value = True if name == "sequence-parallel" else whole(result, given, name, 1, least=1)
+                assign(f"{path}.strategy_config.{key}", value, f"--{name}")
+    sizes = {key: _size(result, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"}
     _virtual_stages(result, given, of_megatron, sizes["pipeline_model_parallel_size"])
     config = "student.strategy_args.strategy_config.megatron"
     if chosen == "megatron":
@@ -205,10 +226,10 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     return sizes
 
 
-def _size(result: Translation, given: Values, flag: str, key: str) -> int:
-    """The student's size of a parallel dimension, from an override or else the flag."""
+def _size(result: Translation, key: str) -> int:
+    """The student's size of a parallel dimension, from an override or a flag; the schema refuses others than whole numbers."""
     value = number(result.get(f"student.strategy_args.strategy_config.{key}"))
-    return value if type(value) is int and value > 0 else _whole(result, given, flag, 1)
+    return value if type(value) is int and value > 0 else 1
 
 
 def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pipeline: int) -> None:
@@ -217,15 +238,15 @@ def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pip
     )
     if layers is not None:
         flag = "num-layers-per-virtual-pipeline-stage"
-        held = _whole(result, given, flag, 1) * pipeline
-        whole = _whole(result, given, "num-layers", 0)
-        if not whole or not held or whole % held:
+        held = whole(result, given, flag, 1) * pipeline
+        every = whole(result, given, "num-layers", 0)
+        if not every or not held or every % held:
             result.refuse(
                 f"--{flag}",
-                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {whole or 'not given'}",
+                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {every or 'not given'}",
             )
             return
-        stages = whole // held
+        stages = every // held
     if stages is not None and number(stages) != 1:
         of_megatron["virtual-pipeline-model-parallel-size"] = stages
 
@@ -252,12 +273,15 @@ def _steps(result: Translation, given: Values, dims: Mapping[str, int]) -> _Step
     """Set micro-batches and steps. Numbers that cannot be read are errors and count as 1."""
     if "micro-batch-size" not in given:
         result.refuse("--micro-batch-size", "is not given; give the number of rows of a micro-batch")
-    micro = _whole(result, given, "micro-batch-size", 1)
+    micro = whole(result, given, "micro-batch-size", 1, least=1)
+    if number(given.get("micro-batch-size", micro)) != micro:
+        # One error is enough.
+        result.put("student.training_args.per_device_train_batch_size", micro, "--micro-batch-size")
     world, together = int(os.environ.get("WORLD_SIZE", "1")), 1
     for size in dims.values():
         together *= max(size, 1)
     ranks = max(world // together, 1)
-    batch = _whole(result, given, "global-batch-size", micro * ranks)
+    batch = whole(result, given, "global-batch-size", micro * ranks, least=1)
     if batch % (micro * ranks):
         result.refuse(
             "--global-batch-size",
@@ -274,37 +298,43 @@ def _steps(result: Translation, given: Values, dims: Mapping[str, int]) -> _Step
             "and --train-iters are both given; keep one" if names else "is not given, nor is --train-samples; give one"
         )
         result.refuse(f"--{names[-1] if names else 'train-iters'}", problem)
-    steps = _whole(result, given, "train-iters", 0) or _whole(result, given, "train-samples", 0) // batch
-    steps = steps or number(result.get("max_steps") or 1)
+    own = number(result.get("max_steps"))
+    steps = own if type(own) is int else 1
+    if "train-iters" in given:
+        steps = whole(result, given, "train-iters", 1, least=1)
+    elif "train-samples" in given:
+        samples = whole(result, given, "train-samples", batch, least=1)
+        if samples < batch:
+            result.refuse("--train-samples", f"= {samples} must be at least {batch}, the number of rows of a step")
+        steps = max(samples // batch, 1)
     last = steps
     if "exit-interval" in given:
-        interval = max(_whole(result, given, "exit-interval", 1), 1)
-        last = min(steps, (_newest_step(given) // interval + 1) * interval)
+        interval = whole(result, given, "exit-interval", 1, least=1)
+        resumed = resumed_checkpoint(given)
+        done = int(resumed.name.removeprefix("checkpoint-")) if resumed else 0
+        last = min(steps, (done // interval + 1) * interval)
     result.default(
         "max_steps", last, "--exit-interval" if last != steps else f"--{names[0] if names else 'train-iters'}"
     )
     if "exit-duration-in-mins" in given:
-        minutes = _whole(result, given, "exit-duration-in-mins", 1)
+        minutes = whole(result, given, "exit-duration-in-mins", 1, least=1)
         limit = f"{minutes // 60:02d}:{minutes % 60:02d}"
         result.set("checkpoint_config.save_before", limit, "--exit-duration-in-mins")
     return _Steps(batch, steps)
-
-
-def _newest_step(given: Values) -> int:
-    """The step of the newest checkpoint in ``--save`` if the run resumes from it, else 0."""
-    if "save" not in given or given.get("load") != given["save"] or "finetune" in given:
-        return 0
-    numbers = [path.name.removeprefix("checkpoint-") for path in Path(given["save"]).glob("checkpoint-*")]
-    return max((int(one) for one in numbers if one.isdecimal()), default=0)
 
 
 def _schedule(result: Translation, given: Values, steps: _Steps) -> None:
     """Set ``lr_scheduler_type: megatron``. Numbers of samples become numbers of steps."""
 
     def in_steps(stem: str, default: int) -> int:
-        if f"{stem}-samples" in given:
-            return _whole(result, given, f"{stem}-samples", 0) // steps.batch
-        return _whole(result, given, f"{stem}-iters", default)
+        chosen = [
+            f"{stem}-{unit}" for unit in ("fraction", "samples", "iters") if number(given.get(f"{stem}-{unit}", 0))
+        ]
+        if len(chosen) > 1:  # Megatron-LM also accepts one beside another that is 0
+            result.refuse(f"--{chosen[0]}", f"and --{chosen[1]} are both given; keep one")
+        if f"{stem}-samples" in chosen:
+            return whole(result, given, f"{stem}-samples", default * steps.batch) // steps.batch
+        return whole(result, given, f"{stem}-iters", default)
 
     if "lr" not in given:
         result.refuse("--lr", "is not given; give the learning rate")
@@ -312,7 +342,11 @@ def _schedule(result: Translation, given: Values, steps: _Steps) -> None:
     decay = in_steps("lr-decay", steps.steps)
     warmup = in_steps("lr-warmup", 0)
     if "lr-warmup-fraction" in given:
-        warmup = int(float(number(given["lr-warmup-fraction"])) * decay)
+        fraction = number(given["lr-warmup-fraction"])
+        if not isinstance(fraction, (int, float)) or not 0 <= fraction <= 1:
+            result.refuse("--lr-warmup-fraction", f"= {format_value(fraction)} must be a number from 0 to 1")
+            fraction = 0
+        warmup = int(fraction * decay) if fraction else warmup
     style = given.get("lr-decay-style", "linear")
     kwargs: dict[str, Any] = {"decay_style": style, "decay_steps": decay}
     for flag, key in (("min-lr", "min_lr"), ("lr-warmup-init", "warmup_init")):
@@ -365,12 +399,3 @@ def _save(result: Translation, given: Values, dims: Mapping[str, int]) -> None:
         )
     else:
         result.default("checkpoint_config.megatron_format", given["ckpt-format"], "--ckpt-format")
-
-
-def _whole(result: Translation, given: Values, name: str, default: int) -> int:
-    """The whole number that a flag has, or ``default``; anything else is an error."""
-    value = number(given.get(name, default))
-    if type(value) is int and value >= 0:
-        return value
-    result.refuse(f"--{name}", f"= {given[name]} must be a whole number")
-    return default

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from limbeck.config.dialects.files import read_mapping
 from limbeck.config.locations import SourceLocation
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
+from limbeck.folders import list_checkpoints, run_weights
 
 _CHECKPOINT = ("latest_checkpointed_iteration.txt", "iter_*", ".metadata", "mp_rank_*", "release")
 """What a folder with a checkpoint of Megatron-LM contains one of."""
@@ -34,6 +36,32 @@ def number(value: Any) -> Any:
             except ValueError:
                 pass
     return value
+
+
+def whole(result: Translation, given: Mapping[str, Any], name: str, default: int, least: int = 0) -> int:
+    """The whole number that a flag has, or ``default``; anything else, or a number below ``least``, is an error."""
+    value = number(given.get(name, default))
+    if type(value) is int and least <= value < 2**63:
+        return value
+    below = type(value) is int and 0 <= value < least
+    result.refuse(
+        f"--{name}", f"= {format_value(given[name])} must be {f'at least {least}' if below else 'a whole number'}"
+    )
+    return default
+
+
+def resumes(given: Mapping[str, Any]) -> bool:
+    """Whether ``--load`` is ``--save``, in any spelling, and the run in that folder goes on."""
+    load, save = given.get("load"), given.get("save")
+    return bool(load and save) and os.path.realpath(load) == os.path.realpath(save) and "finetune" not in given
+
+
+def resumed_checkpoint(given: Mapping[str, Any]) -> Path | None:
+    """The checkpoint in ``--save`` from which a run resumes: of ``--ckpt-step``, or the newest."""
+    found = {path.name: path for path in list_checkpoints(Path(given["save"]))} if resumes(given) else {}
+    if "ckpt-step" in given:
+        return found.get(f"checkpoint-{number(given['ckpt-step'])}")
+    return list(found.values())[-1] if found else None
 
 
 def is_hugging_face(name: str) -> bool:
@@ -76,22 +104,26 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     ``--load`` that is ``--save`` resumes the run in that folder. Until it has a checkpoint of Limbeck, one of Megatron-LM
     there or ``--pretrained-checkpoint`` starts the student.
     """
-    load, save, pretrained = (given.get(name) for name in ("load", "save", "pretrained-checkpoint"))
-    resumes = load is not None and load == save and "finetune" not in given
-    if resumes:
-        result.default("resume_from_checkpoint", "latest", "--load")
+    load, pretrained = (given.get(name) for name in ("load", "pretrained-checkpoint"))
+    goes_on = resumes(given)
+    if goes_on:
+        found = resumed_checkpoint(given) if "ckpt-step" in given else None
+        has_step = found is not None or (_is_megatron(Path(load or "")) and not list_checkpoints(Path(load or "")))
+        if "ckpt-step" in given and not has_step:
+            _refuse_step(result, given, load)
+        result.default("resume_from_checkpoint", str(found or "latest"), "--ckpt-step" if found else "--load")
     for name, flag in ((load, "--load"), (pretrained, "--pretrained-checkpoint")):
         if name is None:
             continue
         folder = Path(name)
-        can_be_new = flag == "--load" and resumes
-        if is_run(folder) and not can_be_new:
-            saved = folder / (f"checkpoint-{given['ckpt-step']}" if "ckpt-step" in given else "student")
-            if not (saved / "config.json").is_file():
-                result.refuse(
-                    "--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {name}; remove it for the newest"
-                )
-            return str(saved), flag
+        can_be_new = flag == "--load" and goes_on
+        weights = None if can_be_new else run_weights(folder)
+        if weights is not None:
+            if "ckpt-step" in given:
+                weights = folder / f"checkpoint-{number(given['ckpt-step'])}"
+                if not (weights / "config.json").is_file():
+                    _refuse_step(result, given, name)
+            return str(weights), flag
         if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
             return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
         if not can_be_new and (flag != "--load" or pretrained is None):
@@ -108,9 +140,8 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     return None, "--load"
 
 
-def is_run(folder: Path) -> bool:
-    """Whether ``folder`` is what a run of Limbeck had as ``--save``."""
-    return (folder / "student" / "config.json").is_file()
+def _refuse_step(result: Translation, given: Mapping[str, Any], folder: str | None) -> None:
+    result.refuse("--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {folder}; remove it for the newest")
 
 
 def _iteration(given: Mapping[str, Any]) -> str:
@@ -193,8 +224,7 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.default("distill_loss_weight", 0.0, f"no --{flag}")
             result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
         return
-    if is_run(Path(name)):
-        name = str(Path(name) / "student")
+    name = str(run_weights(Path(name)) or name)
     result.default("teacher.model_args.model_name_or_path", name, f"--{flag}")
     if result.get("distillation_config") is None:  # ModelOpt's defaults: the divergence of whole vocabularies alone
         result.default("distill_loss_weight", 1.0, f"--{flag}")
@@ -263,7 +293,7 @@ _PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "fp16": "fp16
 
 def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], file: str) -> None:
     """Add the arguments of a key whose value has another form in Megatron."""
-    if key == "activation" and value in _ACTIVATIONS:
+    if key == "activation" and isinstance(value, str) and value in _ACTIVATIONS:
         found.update(_ACTIVATIONS[value])
     elif key == "share_embeddings_and_output_weights" and isinstance(value, bool):
         found["untie_embeddings_and_output_weights"] = not value
@@ -275,4 +305,4 @@ def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], f
         dtype = _PRECISIONS[str(value).lower()]
         result.put("teacher.model_args.dtype", dtype, f"precision in {file}")
     else:
-        result.refuse(key, f"= {json.dumps(value)} in {file} is not a value that Limbeck can translate")
+        result.refuse(key, f"= {json.dumps(value, default=str)} in {file} is not a value that Limbeck can translate")

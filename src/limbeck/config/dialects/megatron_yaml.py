@@ -70,7 +70,7 @@ def read_arguments(result: Translation, name: str, locations: dict[str, SourceLo
     for path, key, value in _keys(result, content, locations):
         for flag, text in _arguments(result, path, key, value):
             given[flag] = text
-            locations.setdefault(f"--{flag}", locations[path])
+            locations.setdefault(f"--{flag}", locations.get(path, SourceLocation(name)))
     return given
 
 
@@ -90,7 +90,7 @@ def _arguments(result: Translation, path: str, key: str, value: Any) -> Iterator
     """The flags that a key of the file stands for, with their texts."""
     kinds = table.kinds()
     flag = RENAMED.get(key, key.replace("_", "-"))
-    if key == "activation_func" and value in ACTIVATIONS:
+    if key == "activation_func" and isinstance(value, str) and value in ACTIVATIONS:
         yield from ((name, True) for name in ACTIVATIONS[value])
     elif (opposite := NEGATED.get(key, f"no-{flag}")) in kinds and isinstance(value, bool):
         yield from [] if value else [(opposite, True)]

@@ -35,11 +35,11 @@ def path_contradictions(config: RunFields) -> Iterator[Contradiction]:
         key = f"{role}.data_args.{'sources' if args is not None and args.sources else 'file_name'}"
         names += [(key, name) for source in sources for name in source.path or ()]
     for key, name in names:
-        if name is not None and (fault := _fault(name)) is not None:
+        if name is not None and (fault := path_fault(name)) is not None:
             yield Contradiction(key, f"= {name[:30]!a} cannot be the name of a file or folder: {fault}")
 
 
-def _fault(name: str) -> str | None:
+def path_fault(name: str) -> str | None:
     """Why no file can have this name; None if one can."""
     if "\0" in name:
         return "it contains the character NUL"
