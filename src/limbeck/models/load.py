@@ -120,6 +120,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                 None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
             )
             model.config.name_or_path = model.name_or_path = str(name)
+            # It lists the conversions of loading, of which these names needed none. Without it, saving writes the hub's names.
+            model._weight_conversions = None
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
