@@ -214,9 +214,9 @@ num_query_groups: 4
 bias: false
 activation: fast-swiglu
 normalization: rmsnorm
-layernorm_epsilon: 1.0e-6
+layernorm_epsilon: 1e-6
 position_embedding_type: rope
-rotary_base: 1000000
+rotary_base: 1e6
 rotary_percentage: 1.0
 share_embeddings_and_output_weights: false
 make_vocab_size_divisible_by: 64

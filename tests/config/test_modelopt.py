@@ -68,6 +68,11 @@ def test_the_scale_is_the_ratio_of_the_two_weights(scale: float | None) -> None:
     assert w / (1 - w) == pytest.approx(1.0 if scale is None else scale)
 
 
+def test_a_number_in_its_file_needs_no_dot(run) -> None:
+    w = load_config(run("skip_lm_loss: false\nkd_loss_scale: 1e1\n")).config.distill_loss_weight
+    assert w / (1 - w) == pytest.approx(10.0)
+
+
 def test_an_empty_section_is_modelopts_default() -> None:
     loaded = inline()
     assert loaded.config.distill_loss_weight == 1.0

@@ -85,10 +85,15 @@ def test_a_cached_model_loads_at_once_without_the_hub(endpoint, closed_port, mon
     assert time.monotonic() - begun < 10
 
 
-def test_a_model_that_is_not_cached_is_one_sentence(endpoint, closed_port):
+def test_a_name_that_is_neither_a_folder_nor_cached_is_one_sentence(endpoint, closed_port):
     endpoint(closed_port)
-    with pytest.raises(
-        LimbeckError, match=r"configuration of the teacher 'nobody/nothing': .*cached files\. .*network"
-    ):
-        model_outline(ModelSource("nobody/nothing", "teacher"), torch.float32)
+    source = ModelSource("nobody/nothing", "teacher")
+    end = (
+        r" 'nobody/nothing', which is not a folder here and cannot be loaded from the hub \(.*cached files\); check the path, "
+        r"or the hub name and the network\.$"
+    )
+    with pytest.raises(LimbeckError, match=f"^cannot read the configuration of the teacher{end}"):
+        model_outline(source, torch.float32)
+    with pytest.raises(LimbeckError, match=f"^cannot load a tokenizer from{end}"):
+        load_tokenizer(source)
     assert not constants.is_offline_mode()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import weights
 from tiny import make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -276,6 +277,18 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert_same(read(tmp_path / "of_run"), read(tmp_path / "megatron"))
     assert main(["convert", str(tmp_path / "run"), str(tmp_path / "below"), "--iteration", "-1"]) == 2
     assert "--iteration = -1 must be at least 0." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["torch_dist", "torch"])
+@pytest.mark.parametrize("kind", EXPERTS | HYBRID)
+def test_the_command_writes_the_names_of_the_hub(kind, form, tmp_path):
+    """For these kinds they differ from those in memory."""
+    make(kind).save_pretrained(tmp_path / "hf")
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "megatron"), "--format", form]) == 0
+    assert main(["convert", str(tmp_path / "megatron"), str(tmp_path / "again")]) == 0
+    expected, found = weights(tmp_path / "hf"), weights(tmp_path / "again")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 class _Malicious:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from runs import assert_same_weights
+from runs import assert_same_weights, weights
+from tiny import make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline
@@ -29,6 +30,30 @@ def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(confi
     saved = load_model(ModelSource(str(tmp_path / "other" / "megatron")), torch.float32).state_dict()
     trained = AutoModelForCausalLM.from_pretrained(one.student, dtype=torch.float32).state_dict()
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
+STUDENTS = {
+    "mixtral": {"num_local_experts": 4, **EXPERTS},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8, **EXPERTS},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "mlp"],
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_a_run_writes_the_names_of_the_hub(kind, configure, assets, tmp_path):
+    """For these kinds they differ from those in memory."""
+    folder = make_model(tmp_path / "hf", kind=kind, **STUDENTS[kind])
+    write_checkpoint(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "student", 1)
+    settings = {"student_pretrain": str(tmp_path / "student"), "tokenizer": str(assets / "student")}
+    run = DistillPipeline(configure(**settings, max_steps=1, save_steps=1, eval_steps=0)).run()
+    assert run.student.resolve() == (tmp_path / "out" / "checkpoint-1").resolve()
+    assert weights(run.student).keys() == weights(folder).keys()
 
 
 def test_a_student_that_megatron_cannot_load_is_refused_before_training(configure, tmp_path):

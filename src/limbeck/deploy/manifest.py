@@ -12,6 +12,7 @@ import yaml
 
 from limbeck.config import DistillConfig, load_config
 from limbeck.config.compose import find_file
+from limbeck.config.yaml_values import load_yaml
 from limbeck.deploy.job import CONFIG_FOLDER, Job
 from limbeck.deploy.kinds import KINDS, Manifest, metadata
 from limbeck.errors import LimbeckError
@@ -92,7 +93,7 @@ def _read(config_file: Path) -> str:
             f"{config_file} has defaults from other files, which are not in the manifest; write one file with `limbeck config "
             f"{config_file} > whole.yaml`, and use that."
         )
-    for key, value in _leaves(yaml.safe_load(text)):
+    for key, value in _leaves(load_yaml(text)):
         if key in ("layers_to_unfreeze", "unfrozen_parameters") and isinstance(value, str):
             raise LimbeckError(
                 f"{config_file} names the file {value} in {key}, which is not in the manifest; write the list of that file "

@@ -120,6 +120,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
                 None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
             )
             model.config.name_or_path = model.name_or_path = str(name)
+            # It lists the conversions of loading, of which these names needed none. Without it, saving writes the hub's names.
+            model._weight_conversions = None
         else:
             options = {"config": config, "dtype": dtype, "attn_implementation": attention, **source.hub_kwargs}
             model = _from_pretrained(AutoModelForCausalLM, name, options)
@@ -132,7 +134,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, seed: int = 0) -> Any:
         ) from error
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
         which = f"new {role}" if name is None else f"{role} {name!r}"
-        raise LimbeckError(f"cannot load the {which}: {_first_line(error)}{_hint(name, error)}") from error
+        raise LimbeckError(f"cannot load the {which}{_reason(name, error)}") from error
 
 
 def _attention(source: ModelSource) -> str | None:
@@ -243,9 +245,7 @@ def _unreadable(what: str, name: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ImportError, StrictDataclassError) as error:
-        raise LimbeckError(
-            f"cannot read the configuration of {what}: {_first_line(error)}{_hint(name, error)}"
-        ) from error
+        raise LimbeckError(f"cannot read the configuration of {what}{_reason(name, error)}") from error
 
 
 def _refuse_too_large(config: Any, dtype: torch.dtype, name: str | None, role: str) -> None:
@@ -293,9 +293,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = _from_pretrained(AutoTokenizer, name, source.hub_kwargs)
     except (OSError, ValueError, ImportError) as error:
-        raise LimbeckError(
-            f"cannot load a tokenizer from {name!r}: {_first_line(error)}{_hint(name, error)}"
-        ) from error
+        raise LimbeckError(f"cannot load a tokenizer from {name!r}{_reason(name, error)}") from error
     if tokenizer.eos_token_id is None:
         raise LimbeckError(f"the tokenizer of {name!r} has no end-of-sequence token; set eos_token in its config.")
     if tokenizer.pad_token_id is None:
@@ -316,11 +314,16 @@ def _first_line(error: BaseException) -> str:
     return first.rstrip(".") + "."
 
 
-def _hint(name_or_path: str | None, error: Exception) -> str:
+def _reason(name_or_path: str | None, error: Exception) -> str:
+    """The end of the sentence that something cannot be loaded from ``name_or_path``."""
+    reason = _first_line(error)
     if name_or_path is None or isinstance(error, ImportError):
-        return ""
+        return f": {reason}"
     if not Path(name_or_path).is_dir():
-        return " It is not a folder here; check the path, or the hub name and the network."
+        return (
+            f", which is not a folder here and cannot be loaded from the hub ({reason.rstrip('.')}); check the path, or the "
+            "hub name and the network."
+        )
     if isinstance(error, (OSError, StrictDataclassError)):
-        return " Check the files in that folder, or copy the checkpoint again."
-    return ""
+        return f": {reason} Check the files in that folder, or copy the checkpoint again."
+    return f": {reason}"

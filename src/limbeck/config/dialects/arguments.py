@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+from limbeck.config.yaml_values import load_yaml
 from limbeck.errors import LimbeckError
 
 
@@ -38,6 +39,6 @@ def override(word: str) -> tuple[str, Any]:
             f"{word} is neither a flag nor a setting; write --flag VALUE, or key=value for a key of Limbeck."
         )
     try:
-        return key, yaml.safe_load(text)
+        return key, load_yaml(text)
     except yaml.YAMLError:
         return key, text

@@ -12,6 +12,7 @@ import yaml
 
 from limbeck.config.locations import SourceLocation, leaves, read_locations
 from limbeck.config.translation import Translation
+from limbeck.config.yaml_values import load_yaml
 from limbeck.errors import LimbeckError
 
 _FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst", ".bin", ".idx")
@@ -30,7 +31,7 @@ def read_mapping(file: Path, key: str, locations: dict[str, SourceLocation]) -> 
         raise LimbeckError(f"{key} {file} must end in .json, .yaml or .yml; rename it.")
     try:
         text = file.read_text(encoding="utf-8")
-        content = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if file.suffix == ".json" else load_yaml(text)
     except OSError as error:
         raise LimbeckError(f"{key} {file} cannot be read ({error.strerror}); check the path.") from error
     except UnicodeDecodeError as error:

@@ -14,6 +14,7 @@ import yaml
 from limbeck.config.locations import SourceLocation, read_locations
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
+from limbeck.config.yaml_values import load_yaml
 from limbeck.errors import LimbeckError
 
 KEY = "distillation_config"
@@ -112,7 +113,7 @@ def _read(file: Path, locations: dict[str, SourceLocation]) -> Any:
         raise LimbeckError(f"{KEY} = {file} is not a file; set it to a ModelOpt YAML file, or write its keys below it.")
     locations.update(read_locations(file, str(file), KEY))
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        return load_yaml(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise LimbeckError(f"{file}: this is not YAML: {' '.join(str(error).split())}.") from error
 
