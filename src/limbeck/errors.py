@@ -12,6 +12,10 @@ class StopTraining(LimbeckError):
     """Ends a run after it has saved a checkpoint: going on makes no sense."""
 
 
+class WritingError(LimbeckError):
+    """A generator failed to write completions; raised on every rank, and before the optimizer has changed anything."""
+
+
 class UnknownMemory(LimbeckError):
     """What a run holds in memory cannot be determined without running it."""
 

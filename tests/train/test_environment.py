@@ -220,6 +220,18 @@ def test_two_ranks_score_what_one_does(settings, tmp_path):
             {"rollout.environment": "exact", "rollout.environment_kwargs.workers": 2},
             "rollout.environment_kwargs.workers is not read by environment = exact, which reads answer_key",
         ),
+        *(
+            (
+                {"rollout.environment": "math", f"rollout.environment_kwargs.{key}": value},
+                f"{key} = {value} is not {what}",
+            )
+            for key, value, what in (
+                ("workers", 0, "a whole number of at least 1"),
+                ("workers", "two", "a whole number of at least 1"),
+                ("seconds", -1, "a number greater than 0"),
+                ("answer_key", 3, "the name of a column"),
+            )
+        ),
         (
             {"rollout.environment": None, "validation.rollout": {}},
             "validation.rollout needs a generator and an environment",

@@ -289,7 +289,8 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
     assert_same_weights(whole.student, parts.student)
 
 
-def test_a_run_whose_generator_dies_in_a_batch_goes_on_from_its_checkpoint(configure, tmp_path):
+@pytest.mark.parametrize(("layout", "completed"), [({}, 3), ({"rollout.max_staleness": 1}, 2)])
+def test_a_run_whose_generator_dies_in_a_batch_loses_no_completed_step(configure, tmp_path, layout, completed):
     calls = iter(range(100))
 
     def make_mortal(config, world):
@@ -299,12 +300,13 @@ def test_a_run_whose_generator_dies_in_a_batch_goes_on_from_its_checkpoint(confi
         return generator
 
     GENERATORS.register("mortal")(make_mortal)
-    common = {**GREEDY, "rollout.generator": "mortal", "max_steps": 5, "save_steps": 1}
+    common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.8, "rollout.generator": "mortal", "max_steps": 5}
     with pytest.raises(
-        LimbeckError, match=r"rollout.generator = mortal failed while it wrote: ZeroDivisionError: .*py:\d+"
+        LimbeckError,
+        match=rf"mortal failed while it wrote: ZeroDivisionError: .*py:\d+.* up to step {completed}, are saved",
     ):
         DistillPipeline(configure(**common)).run()
-    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    assert (tmp_path / "out" / f"checkpoint-{completed}").is_dir()
     parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
     whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
     assert_same_weights(whole.student, parts.student)

@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -20,7 +20,7 @@ import torch
 
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch, StepBatch
-from limbeck.errors import LimbeckError, StopTraining
+from limbeck.errors import LimbeckError, StopTraining, WritingError
 from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import ModelSource, explain_oom, load_model
 from limbeck.models.dtypes import DTYPES
@@ -179,12 +179,8 @@ def train(
                 _validate(run, console)
         limits.training_starts()
         while run.step < run.total_steps and not cut_short:
-            try:
+            with _saves_before_error(run, saved):
                 train_step(run)
-            except StopTraining:
-                if saved != run.step:
-                    run.saver.save(run.step, run.requests.state_dict(), {})
-                raise
             stopped = int(world.max(stop.poll()))
             out_of_time = run.step < run.total_steps and limits.is_out_of_time(run.saver.longest)
             cut_short = bool(stopped) or out_of_time
@@ -198,7 +194,8 @@ def train(
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
                 if validates and not cut_short and (at_end or due or run.step % config.eval_steps == 0):
-                    measured = measured | _validate(run, console)
+                    with _saves_before_error(run, saved):
+                        measured = measured | _validate(run, console)
                 if ended or due:
                     run.saver.save(run.step, run.requests.state_dict(), measured)
                     saved = run.step
@@ -212,6 +209,25 @@ def train(
             reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
             console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
+
+
+@contextmanager
+def _saves_before_error(run: Run, saved: int) -> Iterator[None]:
+    """Save the last completed step, unless it is step ``saved``, before an error that ends the run on every rank."""
+    state = run.requests.state_dict()  # a step that fails has moved the position in the data
+    try:
+        yield
+    except (StopTraining, WritingError) as error:
+        if run.step == 0:
+            raise
+        if run.step != saved:
+            run.saver.save(run.step, state, {})
+        run.saver.wait()
+        if isinstance(error, StopTraining):
+            raise
+        raise LimbeckError(
+            f"{error} The steps before, up to step {run.step}, are saved; resume_from_checkpoint: latest goes on from there."
+        ) from error
 
 
 def _validate(run: Run, console: RunConsole) -> dict[str, float]:
@@ -232,6 +248,8 @@ def train_step(run: Run) -> None:
         for loss in run.engine.forward_backward(train_inputs(run, batch, signals)):
             run.metrics.losses.add(loss)
             kd += loss.distillation.kd
+    with timer.section("data"):
+        getattr(run.source, "before_update", _nothing_to_wait_for)()
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
@@ -243,6 +261,10 @@ def train_step(run: Run) -> None:
     if run.taid:
         run.taid.update(world.sum(kd) / world.dims.loss_ranks, run.step / run.total_steps)
     run.metrics.count(batch, norm)
+
+
+def _nothing_to_wait_for() -> None:
+    """Most step sources do nothing beside a training step."""
 
 
 def train_inputs(run: Run, batch: StepBatch, signals: Sequence[SignalFuture | None]) -> MicroBatches[TrainInput]:

@@ -137,6 +137,9 @@ class RolloutSource:
             examples = with_teacher_prompts(examples, self._examples)
         return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
 
+    def before_update(self) -> None:
+        self._ahead.finish()  # a failure now loses no step
+
     def weights_changed(self, weights: Weights, step: int) -> None:
         self._ahead.finish()  # with the weights before these
         self.writer.weights_changed(weights, step)

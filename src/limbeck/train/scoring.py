@@ -37,7 +37,15 @@ class Scorer:
         arguments = dict(config.rollout.environment_kwargs)
         if self._name in ("math", "exact"):
             arguments.setdefault("answer_key", config.answer_key)
-        self._environment = make_environment(self._name, **arguments)
+        try:
+            self._environment = make_environment(self._name, **arguments)
+        except LimbeckError:
+            raise
+        except Exception as error:  # an environment is a plug-in and may raise anything
+            raise LimbeckError(
+                f"rollout.environment = {self._name} could not be made: {type(error).__name__}: {error}. Its arguments are "
+                "rollout.environment_kwargs."
+            ) from error
         self._warned = False
 
     def check(self, examples: Examples, what: str) -> None:

@@ -38,7 +38,11 @@ class Weights:
 
 
 class StepSource(Protocol):
-    """Yields optimizer steps. Every rank calls every method in the same order."""
+    """Yields optimizer steps. Every rank calls every method in the same order.
+
+    A source that uses the weights beside a training step may have a further member: ``before_update`` is called before the
+    optimizer changes them, waits for that use, and raises what ``next`` does.
+    """
 
     max_lookahead: int
     """Steps that may be made, and requested from the teacher, before earlier ones are trained; 0 if a step depends on
@@ -53,6 +57,7 @@ class StepSource(Protocol):
 
         Raises:
             StopTraining: to end the run after a checkpoint; on every rank, and before the state is changed.
+            WritingError: if a generator failed; on every rank. The run ends with a checkpoint of the last completed step.
         """
 
     def weights_changed(self, weights: Weights, step: int) -> None:

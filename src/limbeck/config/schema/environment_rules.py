@@ -27,6 +27,8 @@ def environment_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"rollout.environment_kwargs.{key}",
                 f"is not read by environment = {environment}, which reads {', '.join(known)}",
             )
+        elif fault := _fault_of_argument(key, rollout.environment_kwargs[key]):
+            yield Contradiction(f"rollout.environment_kwargs.{key}", fault)
     if rollout is not None and environment is None and rollout.max_turns > 1:
         yield Contradiction(
             "rollout.max_turns", f"= {rollout.max_turns} needs an environment that replies; set rollout.environment"
@@ -51,6 +53,18 @@ def environment_contradictions(config: RunFields) -> Iterator[Contradiction]:
             "checkpoint_config.best_mode",
             f"= min selects the lowest {best.best_metric}, which is the worst; set it to max",
         )
+
+
+def _fault_of_argument(key: str, value: object) -> str | None:
+    """What is wrong with an argument of a built-in environment, or None."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if key == "workers" and not (isinstance(number, int) and number >= 1):
+        return f"= {value} is not a whole number of at least 1"
+    if key == "seconds" and not 0 < number < float("inf"):
+        return f"= {value} is not a number greater than 0"
+    if key == "answer_key" and not (isinstance(value, str) and value):
+        return f"= {value} is not the name of a column"
+    return None
 
 
 def unread_environment_keys(config: RunFields) -> Iterator[tuple[str, str]]:
