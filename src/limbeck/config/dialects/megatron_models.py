@@ -53,7 +53,9 @@ def whole(result: Translation, given: Mapping[str, Any], name: str, default: int
 def resumes(given: Mapping[str, Any]) -> bool:
     """Whether ``--load`` is ``--save``, in any spelling, and the run in that folder goes on."""
     load, save = given.get("load"), given.get("save")
-    return bool(load and save) and os.path.realpath(load) == os.path.realpath(save) and "finetune" not in given
+    if not load or not save:
+        return False
+    return os.path.realpath(load) == os.path.realpath(save) and "finetune" not in given
 
 
 def resumed_checkpoint(given: Mapping[str, Any]) -> Path | None:

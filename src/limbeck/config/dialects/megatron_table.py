@@ -273,7 +273,7 @@ SPECIAL_MEANING: dict[str, str] = {
     "export-model-type": "only GPTModel or MambaModel",
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
-    "ckpt-step": "the iteration of --load",
+    "ckpt-step": "the iteration or step of --load, or resume_from_checkpoint if that is --save",
     "tokenizer-type": "how --tokenizer-model or --vocab-file is read; see Tokenizers",
     "tokenizer-model": "tokenizer",
     **dict.fromkeys(("vocab-file", "merge-file"), "tokenizer: gpt2:VOCAB,MERGES with GPT2BPETokenizer"),
