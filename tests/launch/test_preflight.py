@@ -62,6 +62,8 @@ def test_the_data_is_read_as_in_training(check, configure, tmp_path):
     assert describe_data(configure(**environment)).endswith("\nfirst batch: written by the student when it trains")
     with pytest.raises(LimbeckError, match="a row has no reference answer in the column result"):
         describe_data(configure(**environment, **{"rollout.environment_kwargs": {"answer_key": "result"}}))
+    with pytest.raises(LimbeckError, match="num_generations = 3 does not divide the 8 samples of a step"):
+        describe_data(configure(**environment, **{"rollout.num_generations": 3}))
 
 
 def test_the_position_of_a_checkpoint_must_fit(check, configure):

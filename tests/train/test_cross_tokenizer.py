@@ -107,6 +107,16 @@ def test_with_equal_tokenizers_the_losses_are_those_of_an_ordinary_run(configure
     assert set(lines(tmp_path / "hybrid", "train/aligned_share")) == {1.0}
 
 
+def test_samples_of_one_origin_have_one_objective(configure, cross, tmp_path):
+    changes = {**cross, "max_steps": 1, "eval_steps": 0, "sequence_length": 96, "rollout": {"max_new_tokens": 8}}
+    for weight in (0.9, 1.0):  # what the student writes has no cross-entropy
+        changes |= {"distill_loss_weight": weight, "output_dir": str(tmp_path / str(weight))}
+        DistillPipeline(configure(**changes)).run()
+    assert lines(tmp_path / "0.9", "train/loss") == lines(tmp_path / "1.0", "train/loss")
+    with pytest.raises(LimbeckError, match="several objectives, and cross_tokenizer supports only one"):
+        configure(**{**changes, "distill_loss_weight": 0.9, "rollout": {"on_policy_fraction": 0.5}})
+
+
 @pytest.mark.parametrize("prompt", [{}, {"teacher.prompt.template": "{{ question }} It is {{ answer }}"}])
 def test_packed_answers_of_the_student_give_the_losses_of_padded_ones(configure, cross, tmp_path, prompt):
     changes = {**cross, **prompt, "max_steps": 2, "eval_steps": 0, "sequence_length": 96}

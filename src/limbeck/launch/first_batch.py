@@ -13,6 +13,7 @@ from limbeck.strategies.world import World
 from limbeck.train.build.data import Data, make_data
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.checkpoint import load_checkpoint
+from limbeck.train.rollout_source import prompts_per_step
 from limbeck.train.saving import find_checkpoint
 from limbeck.train.scoring import Scorer
 
@@ -52,6 +53,8 @@ def describe_data(config: DistillConfig) -> str:
 
 def _describe_first_batch(config: DistillConfig, world: World, data: Data) -> str:
     if config.rollout is not None:
+        if config.effective_step_source == "rollout":
+            prompts_per_step(config, world)
         return "first batch: written by the student when it trains"
     source = STEP_SOURCES.get(config.effective_step_source)(config, world, data)
     resume, step = find_checkpoint(config), 0

@@ -61,16 +61,9 @@ class RolloutSource:
         self._replay = ReplayBuffer(config.rollout.replay.capacity) if config.rollout.replay.is_used else None
         self._replay_share = config.rollout.replay.schedule
         self._examples, self._stream_settings = data.examples, data.stream_settings
-        training = config.student.training_args
-        samples = training.per_device_train_batch_size * training.gradient_accumulation_steps * world.dims.data_size
-        if samples % self._settings.num_generations:
-            raise LimbeckError(
-                f"rollout.num_generations = {self._settings.num_generations} does not divide the {samples} samples of a step "
-                "(per_device_train_batch_size x gradient_accumulation_steps x ranks); change one of them."
-            )
         prompts = replace(
             data.stream_settings,
-            per_device_batch_size=samples // self._settings.num_generations,
+            per_device_batch_size=prompts_per_step(config, world),
             accumulation_steps=1,
             packing=False,
             group_by_length=False,
@@ -295,3 +288,16 @@ class RolloutSource:
             int(labels[-1]) for labels, is_whole in zip(supervised, whole, strict=True) if is_whole and len(labels)
         )
         return {token for token, times in last.items() if times > last.total() // 2}, bool(last)
+
+
+def prompts_per_step(config: DistillConfig, world: World) -> int:
+    """Number of prompts of a step, on all ranks together. Raises LimbeckError if their samples do not fill it."""
+    assert config.rollout is not None
+    training, each = config.student.training_args, config.rollout.num_generations
+    samples = training.per_device_train_batch_size * training.gradient_accumulation_steps * world.dims.data_size
+    if samples % each:
+        raise LimbeckError(
+            f"rollout.num_generations = {each} does not divide the {samples} samples of a step "
+            "(per_device_train_batch_size x gradient_accumulation_steps x ranks); change one of them."
+        )
+    return samples // each

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, SAMPLED_OBJECTIVES
-from limbeck.config.schema.origin_objectives import for_origin, objectives_by_origin
+from limbeck.config.schema.origin_objectives import for_origin, objective_key, objectives_by_origin
 from limbeck.config.schema.origins import ORIGINS
 from limbeck.config.schema.schedules import AdaptiveSchedule
 
@@ -86,7 +86,7 @@ def mixture_contradictions(config: RunFields) -> Iterator[Contradiction]:
         "objective_faults": bool(config.objective_faults),
         "loss_balance: modelopt": config.loss_balance == "modelopt",
         "kd_objective: taid": any(one.kd_objective == "taid" for one in used),
-        "cross_tokenizer": config.cross_tokenizer != "off",
+        "cross_tokenizer": config.cross_tokenizer != "off" and len(set(map(objective_key, objectives.values()))) > 1,
     }
     for key in (key for key, given in one_objective.items() if given):
         yield Contradiction(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.mixture_rules import mixture_contradictions, unread_mixture_keys
@@ -78,6 +78,8 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if rollout.generator == "hf":
+        yield from _hf_contradictions(rollout.generator_kwargs)
     if rollout.in_lockstep:
         obstacle = lockstep_obstacle(config)
         if obstacle is not None:
@@ -94,6 +96,22 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
     if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
         yield Contradiction(
             "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
+        )
+
+
+def _hf_contradictions(arguments: Mapping[str, Any]) -> Iterator[Contradiction]:
+    """Of the arguments of the generator hf; the engine of another checks its own."""
+    slots, copy = arguments.get("slots", 64), arguments.get("copy", "auto")
+    wrong = dict.fromkeys(sorted(arguments.keys() - {"slots", "copy"}), "is no argument of the generator hf")
+    if type(slots) is not int or slots < 1:
+        wrong["slots"] = f"= {slots} is no positive number"
+    if copy != "auto" and type(copy) is not bool:
+        wrong["copy"] = f"= {copy} is neither auto nor true or false"
+    for key, fault in wrong.items():
+        yield Contradiction(
+            f"rollout.generator_kwargs.{key}",
+            f"{fault}; set slots, the number of completions that are written at the same time, copy, whether each rank has a "
+            "copy of the weights, or nothing",
         )
 
 
