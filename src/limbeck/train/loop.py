@@ -249,7 +249,7 @@ def train_step(run: Run) -> None:
             run.metrics.losses.add(loss)
             kd += loss.distillation.kd
     with timer.section("data"):
-        getattr(run.source, "before_update", _nothing_to_wait_for)()
+        run.source.before_update()
     with timer.section("optimizer"):
         norm = run.engine.step()
         run.scheduler.step()
@@ -261,10 +261,6 @@ def train_step(run: Run) -> None:
     if run.taid:
         run.taid.update(world.sum(kd) / world.dims.loss_ranks, run.step / run.total_steps)
     run.metrics.count(batch, norm)
-
-
-def _nothing_to_wait_for() -> None:
-    """Most step sources do nothing beside a training step."""
 
 
 def train_inputs(run: Run, batch: StepBatch, signals: Sequence[SignalFuture | None]) -> MicroBatches[TrainInput]:

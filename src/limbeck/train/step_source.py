@@ -38,11 +38,7 @@ class Weights:
 
 
 class StepSource(Protocol):
-    """Yields optimizer steps. Every rank calls every method in the same order.
-
-    A source that uses the weights beside a training step may have a further member: ``before_update`` is called before the
-    optimizer changes them, waits for that use, and raises what ``next`` does.
-    """
+    """Yields optimizer steps. Every rank calls every method in the same order."""
 
     max_lookahead: int
     """Steps that may be made, and requested from the teacher, before earlier ones are trained; 0 if a step depends on
@@ -59,6 +55,9 @@ class StepSource(Protocol):
             StopTraining: to end the run after a checkpoint; on every rank, and before the state is changed.
             WritingError: if a generator failed; on every rank. The run ends with a checkpoint of the last completed step.
         """
+
+    def before_update(self) -> None:
+        """Wait for what uses the weights beside the training step, before the optimizer changes them. Raises as ``next``."""
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """The student has taken step ``step``, or is about to begin after it; ``weights()`` iterates over its current
@@ -110,6 +109,9 @@ class DatasetSource:
 
     def next(self, step: int) -> StepBatch:
         return next(self._stream)
+
+    def before_update(self) -> None:
+        """Nothing uses the weights."""
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """A dataset does not depend on the weights."""
