@@ -21,13 +21,13 @@ def environment_contradictions(config: RunFields) -> Iterator[Contradiction]:
     if rollout is not None and environment is None and rollout.environment_kwargs:
         yield Contradiction("rollout.environment_kwargs", "needs an environment; set rollout.environment")
     known = ENVIRONMENT_KWARGS.get(environment or "", ())
-    for key in rollout.environment_kwargs if rollout is not None and known else ():
+    for key, value in rollout.environment_kwargs.items() if rollout is not None and known else ():
         if key not in known:  # an environment from a plug-in checks its own arguments
             yield Contradiction(
                 f"rollout.environment_kwargs.{key}",
                 f"is not read by environment = {environment}, which reads {', '.join(known)}",
             )
-        elif fault := _fault_of_argument(key, rollout.environment_kwargs[key]):
+        elif fault := _fault_of_argument(key, value):
             yield Contradiction(f"rollout.environment_kwargs.{key}", fault)
     if rollout is not None and environment is None and rollout.max_turns > 1:
         yield Contradiction(
