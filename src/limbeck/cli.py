@@ -223,15 +223,17 @@ def _serve_teacher(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    config = _load_and_print_notices(args)
+    loaded = _load(args)
+    for notice in loaded.notices:
+        print(f"note: {notice}", file=sys.stderr)
 
     from limbeck.launch.preflight import check_run
     from limbeck.models.logs import configure_logging
 
     configure_logging()
-    problems = check_run(config)
+    problems = check_run(loaded.config)
     for problem in problems:
-        print(f"limbeck: {problem}", file=sys.stderr)
+        print(f"limbeck: {loaded.with_origin(problem)}", file=sys.stderr)
     return USER_MISTAKE if problems else 0
 
 

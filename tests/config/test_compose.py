@@ -127,8 +127,9 @@ def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mi
         ),
         (
             "student.data_args.file_name={a: b}",
-            "student.data_args.file_name = {'a': 'b'} is not a list of text values.",
+            "student.data_args.file_name = {'a': 'b'} is not a list of texts.",
         ),
+        ("rollout.stop_token_ids=5", "rollout.stop_token_ids = 5 is not a list of whole numbers."),
         ("teacher=3", "teacher = 3 is not a section; write its keys below it as `key: value` lines."),
         ("system_envs={A: true}", "system_envs.A = true is not text; put it in quotes."),
         ("student.device_mapping=8", "student.device_mapping = 8 is one number, which could mean the device 8 or 8"),
@@ -137,6 +138,23 @@ def test_an_unknown_key_is_shown_by_line_with_the_nearest_known_one(mistakes: Mi
 def test_an_invalid_value_is_reported_with_the_allowed_values(mistakes: Mistakes, override: str, sentence: str) -> None:
     (line,) = mistakes(override)
     assert line.startswith(f"command line: {sentence}")
+
+
+@pytest.mark.parametrize(
+    ("override", "end"),
+    [
+        (
+            "rollout.objectives.studnt.kd_temperature=2",
+            "is below rollout.objectives.studnt, which is not a section; did you mean student?",
+        ),
+        ("validation.rollout.num_samples=2", "not of validation.rollout; did you mean max_samples?"),
+        ("rollout.on_policy_fraction={start: 0, end: 2, steps: 5}", "(end: must be less than or equal to 1)."),
+        ("rollout.on_policy_fraction={start: 0, end: 1}", "(needs either steps or share)."),
+    ],
+)
+def test_an_error_in_a_nested_key_ends_with_the_remedy(mistakes: Mistakes, override: str, end: str) -> None:
+    (line,) = mistakes(override)
+    assert line.endswith(end)
 
 
 def test_a_wrong_value_in_a_file_is_shown_by_line(mistakes: Mistakes) -> None:

@@ -28,6 +28,7 @@ class Toy:
         "small": "student_pretrain",
         "rows": "student.data_args.file_name",
         "heat": "kd_temperature",
+        "slices": "student.strategy_args.strategy_config.tensor_parallel_plan",
     }
 
     def recognises(self, source: Source) -> bool:
@@ -87,6 +88,14 @@ def test_an_error_in_a_translated_value_names_line_and_key_of_the_file(toy_file:
     with pytest.raises(LimbeckError, match=r"toy\.yaml:7: colour is not a setting of ToyKD\.$"):
         toy_file.write_text(toy_file.read_text().replace("heat: 0", "heat: 1") + "colour: red\n")
         load_config(toy_file)
+
+
+@pytest.mark.parametrize("slices", ["my.plan", "{layers: colwise}"])
+def test_an_error_after_loading_names_the_key_that_the_user_wrote(toy_file: Path, slices: str) -> None:
+    toy_file.write_text(f"{toy_file.read_text()}slices: {slices}\n")
+    loaded, key = load_config(toy_file), "student.strategy_args.strategy_config.tensor_parallel_plan"
+    assert loaded.with_origin(f"{key}: wrong.") == f"{key} (derived from slices (toy.yaml:7)): wrong."
+    assert loaded.with_origin("student.strategy_args is wrong.") == "student.strategy_args is wrong."
 
 
 def test_a_plugin_can_be_named_on_the_command_line(write: Write) -> None:

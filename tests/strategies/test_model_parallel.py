@@ -259,6 +259,7 @@ def test_sizes_that_a_model_does_not_take_are_refused_with_those_that_it_takes(c
         ({"model.layers.*.mlp.up_proj": "columns"}, "columns is not a style of layers.0.mlp.up_proj; use one of colwise,"),
         ({"layers.*.mlp.up_proj": "colwise"}, "it slices layers.0.mlp but not layers.0.mlp.gate_proj, whose gradients"),
         ({"layers.*.input_layernorm": "rowwise"}, "slices layers.0.input_layernorm in a way (rowwise) that is not built"),
+        ("5", "5 is neither a mapping of module names to styles nor the path of one"),
         ("nowhere.plan", "nowhere.plan cannot be imported (ModuleNotFoundError: No module named 'nowhere'); it must be"),
         ("os.path", "os.path is a module; it must be a mapping"),
     ],

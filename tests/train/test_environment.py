@@ -291,6 +291,17 @@ def test_a_faulty_environment_is_named(source, steps, sentence):
         made.scorer.begin(data.examples, [0]).step({0: (1,)})
 
 
+def test_an_environment_that_exits_does_not_end_the_run(source):
+    class Exits(Lengths):
+        def step(self, episodes, completions):
+            raise SystemExit(3)
+
+    ENVIRONMENTS.register("exits")(Exits)
+    made, _, data = source(**{"rollout.environment": "exits"})
+    (step,) = made.scorer.begin(data.examples, [0]).step({0: (1,)}).values()
+    assert step.reward is None and step.reason == "error: SystemExit: 3"
+
+
 def test_an_environment_that_cannot_begin_is_named(source):
     class Faulty(Lengths):
         def reset(self, row):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,16 @@ class LoadedConfig:
     origins: dict[str, str]
     notices: list[str]
     dialect: str = native.NATIVE
+
+    def with_origin(self, sentence: str) -> str:
+        """The sentence of an error that was found later, with the user's key behind the first key that is derived from one."""
+        keys = {path for path, _ in walk_keys(DistillConfig)}
+        for found in re.finditer(r"[a-z]\w*(?:\.\w+)+", sentence):
+            is_value = found[0] in self.origins or found[0] in keys  # and not a section
+            origin = _origin_of(found[0], self.origins)
+            if is_value and origin.startswith("derived from"):
+                return f"{sentence[: found.end()]} ({origin}){sentence[found.end() :]}"
+        return sentence
 
 
 def load_config(
@@ -253,6 +264,12 @@ def _origins(
             yield path, "default"
 
 
+def _origin_of(path: str, origins: Mapping[str, str]) -> str:
+    """The origin of a value, or of the first one in a mapping."""
+    inside = (origin for inner, origin in origins.items() if inner.startswith(f"{path}."))
+    return origins[path] if path in origins else next(inside, "default")
+
+
 def _notices(
     config: DistillConfig,
     translation: Translation,
@@ -273,8 +290,9 @@ def _notices(
     defaults = {path: field.get_default(call_default_factory=True) for path, field in walk_keys(DistillConfig)}
     values = dict(leaves(config.model_dump()))
     for path, reason in unread_keys(config):
-        if origins[path] != "default" and values[path] != defaults[path]:
-            yield f"{origins[path]}: {path} has no effect: it {reason}."
+        origin = _origin_of(path, origins)
+        if origin != "default" and (path not in values or values[path] != defaults[path]):
+            yield f"{origin}: {path} has no effect: it {reason}."
 
 
 def _find_data_files(folder: Path, values: dict[str, Any]) -> None:

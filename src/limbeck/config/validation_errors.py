@@ -22,6 +22,7 @@ _BOUNDS = {
     "less_than_equal": ("must be at most", "le"),
 }
 _TYPES: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_PLURALS: dict[Any, str] = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def explain(error: ValidationError) -> list[Contradiction]:
@@ -80,12 +81,16 @@ def explain_unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
         return "is a section, not a key with a value"
     if section in known:
         return f"is below {section}, which is not a section but holds one value"
+    if near_section := _near_section(section, known):
+        return f"is below {section}, which is not a section; did you mean {near_section}?"
     if leaf in FOREIGN_KEYS:
         system, instead = FOREIGN_KEYS[leaf]
         return f"is a key of {system}; use {instead}"
-    if leaf in elsewhere:
-        return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}"
     siblings = [name for name, paths in elsewhere.items() if any(p.rpartition(".")[0] == section for p in paths)]
+    if leaf in elsewhere:
+        similar = difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7) if section else []
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        return f"is a key of {_sections(elsewhere[leaf])}, not of {section or 'the top level'}{hint}"
     inner = {
         p[len(section) :].lstrip(".").partition(".")[0] for p in known if p.startswith(f"{section}.") or not section
     }
@@ -96,6 +101,15 @@ def explain_unknown_key(path: str, known: Mapping[str, FieldInfo]) -> str:
         if near:
             return f"is not a key; did you mean {near[0]}, a key of {_sections(elsewhere[near[0]])}?"
     return "is not a key; `limbeck config --schema` lists them all"
+
+
+def _near_section(section: str, known: Mapping[str, FieldInfo]) -> str | None:
+    """The name of a section beside ``section`` that is like its own; None if ``section`` exists or none is alike."""
+    parent, _, name = section.rpartition(".")
+    inner = [path.removeprefix(f"{parent}.") for path in known if not parent or path.startswith(f"{parent}.")]
+    beside = {path.partition(".")[0] for path in inner if "." in path}
+    near = [] if name in beside else difflib.get_close_matches(name, beside, n=1, cutoff=0.7)
+    return near[0] if near else None
 
 
 def _sections(paths: list[str]) -> str:
@@ -136,7 +150,8 @@ def describe_type(annotation: Any) -> str:
         choices = [format_value(choice) for choice in get_args(annotation)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
     if origin is list:
-        return f"a list of {describe_type(get_args(annotation)[0])} values"
+        (item,) = get_args(annotation)
+        return f"a list of {_PLURALS[item]}" if item in _PLURALS else f"a list of values, each {describe_type(item)}"
     if origin is dict:
         return "a section of `key: value` lines"
     if get_origin(annotation) is not None and get_args(annotation):

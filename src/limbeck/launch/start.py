@@ -46,6 +46,14 @@ def train_from_arguments(script: str, argv: Sequence[str], dialect: str) -> int:
 
 
 def _train(loaded: LoadedConfig, command: Sequence[str]) -> int:
+    try:
+        return _start(loaded, command)
+    except LimbeckError as error:
+        error.args = (loaded.with_origin(str(error)), *error.args[1:])
+        raise
+
+
+def _start(loaded: LoadedConfig, command: Sequence[str]) -> int:
     if not os.environ.get(STARTED_HERE):  # a device_mapping starts more processes than the launcher
         check_world_size(os.environ)
     config = loaded.config

@@ -115,8 +115,8 @@ class MathVerifier(WorkerPool):
     def __init__(self, workers: int = 2, seconds: float = 10.0) -> None:
         if find_spec("math_verify") is None:
             raise LimbeckError(
-                "the math verifier needs math-verify, which is not installed; pip install 'limbeck[math]', or use the "
-                "verifier exact, which compares numbers only."
+                "comparing expressions needs math-verify, which is not installed; pip install 'limbeck[math]', or set "
+                "rollout.environment: exact (limbeck eval --verifier exact), which compares numbers and text only."
             )
         super().__init__(check_math, workers, seconds)
 

@@ -67,7 +67,7 @@ class Fsdp2Strategy:
             if config.student.strategy_args.strategy_config.offload_policy and dims.size == 1:
                 raise LimbeckError(
                     "student.strategy_args.strategy_config.offload_policy = true needs several processes, over which FSDP "
-                    "shards it; start more, or use deepspeed_train with offload_optimizer and offload_param."
+                    "shards it; use more devices, or set it to false."
                 )
             check_optimizer(config.student.training_args.optimizer_name, dims)
             for size, kind in ((dims.tp, "tensor"), (dims.pp, "pipeline")):

@@ -135,6 +135,10 @@ def _load(given: GivenPlan) -> Mapping[str, Any]:
     if not isinstance(given, str):
         return given
     module, _, name = given.rpartition(".")
+    if not module:
+        raise LimbeckError(
+            f"{given} is neither a mapping of module names to styles nor the path of one, such as my_plans.plan."
+        )
     try:
         found = getattr(import_module(module), name)
         found = found() if callable(found) else found

@@ -74,7 +74,7 @@ class Scorer:
         texts = [self._tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in completions]
         try:
             steps = self._environment.step(states, texts)
-        except Exception as error:  # an environment is a plug-in and may raise anything
+        except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
             return [self._unknown(error)] * len(texts)
         if not isinstance(steps, Sequence) or len(steps) != len(texts):
             found = f"{len(steps)} steps" if isinstance(steps, Sequence) else f"a {type(steps).__name__}"
@@ -88,7 +88,7 @@ class Scorer:
         """The state of a new episode, or the step that ends it because the environment raised."""
         try:
             return self._environment.reset(examples.columns_of(row))
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return self._unknown(error)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class Scorer:
             ) from None
         return step if known else replace(step, reward=None, reason=f"error: the reward is {step.reward}")
 
-    def _unknown(self, error: Exception) -> EnvironmentStep:
+    def _unknown(self, error: BaseException) -> EnvironmentStep:
         if not self._warned:
             self._warned = True
             logger.warning(

@@ -224,6 +224,8 @@ def fault_of(
         max_tokens: of a completion.
         num_tokens: number of the student's token ids; None if they are not limited.
     """
+    if not isinstance(completions, Sequence):
+        return f"a {type(completions).__name__} in place of a list of limbeck.rollout.Completion"
     given, missing = {prompt.row_id: prompt for prompt in prompts}, {prompt.row_id: count for prompt in prompts}
     for one in completions:
         if not isinstance(one, Completion):

@@ -21,8 +21,7 @@ def environment_contradictions(config: RunFields) -> Iterator[Contradiction]:
     if rollout is not None and environment is None and rollout.environment_kwargs:
         yield Contradiction("rollout.environment_kwargs", "needs an environment; set rollout.environment")
     known = ENVIRONMENT_KWARGS.get(environment or "", ())
-    given = rollout.environment_kwargs if rollout is not None and known else {}
-    for key, value in given.items():
+    for key, value in rollout.environment_kwargs.items() if rollout is not None and known else ():
         if key not in known:  # an environment from a plug-in checks its own arguments
             yield Contradiction(
                 f"rollout.environment_kwargs.{key}",

@@ -69,8 +69,9 @@ def _known_fraction(value: float | dict[str, float | str]) -> float | dict[str, 
     except ValidationError as error:
         first = error.errors()[0]
         where = "".join(f"{part}: " for part in first["loc"]) if isinstance(value, dict) else ""
+        reason = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         raise ValueError(
-            f"must be a number from 0 to 1, or a schedule {{start, end, steps or share, shape}} ({where}{first['msg']})"
+            f"must be a number from 0 to 1, or a schedule {{start, end, steps or share, shape}} ({where}{reason})"
         ) from error
     return value
 
