@@ -44,7 +44,8 @@ def _module(name: str, **content: object) -> None:
 for package in ("mamba_ssm", "mamba_ssm.ops", "mamba_ssm.ops.triton"):
     _module(package)
 _module("mamba_ssm.ops.triton.layernorm_gated", RMSNorm=GatedRMSNorm)
-_module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=scan, mamba_split_conv1d_scan_combined=None)
+# 0.19 reads the arguments of both kernels; without its memory-efficient path, it calls the first one only.
+_module("mamba_ssm.ops.triton.ssd_combined", mamba_chunk_scan_combined=scan, mamba_split_conv1d_scan_combined=scan)
 _module("mamba_ssm.ops.triton.selective_state_update", selective_state_update=None)
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add  # noqa: E402
@@ -62,7 +63,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules  # noqa: E402
 
-mamba_block.TENorm = WrappedTorchNorm
+# Where the module of the stack reads it: in 0.19, mamba_block has other names for those of another one.
+vars(sys.modules[mamba_block.MambaStack.__module__])["TENorm"] = WrappedTorchNorm
 
 STACK = ModuleSpec(
     module=mamba_block.MambaStack,

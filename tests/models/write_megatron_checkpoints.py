@@ -30,12 +30,14 @@ from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 from megatron.core.transformer.moe import experts, moe_utils  # noqa: E402
 
 moe_utils.te_general_gemm = None  # 0.16 reads the name also without Transformer Engine
-experts.gg.assert_grouped_gemm_is_available = lambda: None  # GroupedMLP is built and saved, but does not compute
+HAS_GROUPED = hasattr(experts, "GroupedMLP")  # not in 0.19
+if HAS_GROUPED:
+    experts.gg.assert_grouped_gemm_is_available = lambda: None  # GroupedMLP is built and saved, but does not compute
 
 
 @dataclass(frozen=True)
 class Layout:
-    """grouped: experts as one matrix (GroupedMLP), not one after the other (SequentialMLP)."""
+    """grouped: experts as one matrix (GroupedMLP) where Megatron has it, not one after the other (SequentialMLP)."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -96,11 +98,11 @@ def configuration(given: dict, layout: Layout) -> TransformerConfig:
             "moe_layer_freq": given.get("moe_layer_freq", 1),
             "moe_router_load_balancing_type": "none",
             "moe_token_dispatcher_type": "alltoall",
-            "moe_grouped_gemm": layout.grouped,
-            "moe_use_legacy_grouped_gemm": layout.grouped,
             "expert_model_parallel_size": layout.expert,
             "expert_tensor_parallel_size": layout.expert_tensor,
         }
+        if HAS_GROUPED:
+            kind |= {"moe_grouped_gemm": layout.grouped, "moe_use_legacy_grouped_gemm": layout.grouped}
     return TransformerConfig(
         num_layers=given["num_layers"],
         hidden_size=given["hidden_size"],

@@ -196,7 +196,10 @@ def assert_same_state(one: Path, other: Path) -> None:
 @needs_megatron
 @pytest.mark.processes
 @pytest.mark.workers
-def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path):
+def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path, monkeypatch):
+    # With 1, which DeepSpeed sets if it is installed, PyTorch built for CUDA looks for NVML at each step of Adam where there
+    # is no GPU, and each look leaves a cycle of seven objects.
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "0")
     changes = {**rows(1, 2), **layout({}, {}), "max_steps": 500, "save_steps": 0, "eval_steps": 0}
     settings = configuration(folder, tmp_path / "out", "qwen3", **changes, logging_steps=50)
     settings["plugins"].append(str(Path(__file__).with_name("count_objects.py")))
