@@ -366,6 +366,8 @@ def explained(failed: str) -> Iterator[None]:
         hint = ""
         if isinstance(error, torch.OutOfMemoryError):
             hint = " Lower rollout.generator_kwargs.gpu_memory_utilization or max_num_seqs."
-        elif type(error).__name__ == "EngineDeadError":
+        elif (
+            type(error).__name__ == "EngineDeadError" or str(error) == "cancelled"
+        ):  # an executor waited for the process
             hint = " A process of the engine has ended, and its messages are above; restart the run."
         raise LimbeckError(f"{failed}: {type(error).__name__}: {' '.join(lines[:3])}{hint}") from error
