@@ -41,6 +41,9 @@ class WrittenRows:
             rows.append(Batch.of(ids, labels, None, ids.numel()))
         return StepBatch.of(rows)
 
+    def before_update(self):
+        """Nothing is written beside a training step."""
+
     def weights_changed(self, weights, step):
         self.generator.update_weights(weights(), step)
 
