@@ -1,6 +1,5 @@
 """megatron_train in float16: Megatron's scale of the loss, on CPUs."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,11 +16,11 @@ from transformers import AutoModelForCausalLM
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.strategies.megatron.core import OptimizerTensors
+from strategies.megatron_runs import needs_megatron
 
 HERE = Path(__file__).parent
 PP, SHARDED = "pipeline_model_parallel_size", {"use_distributed_optimizer": True}
 EXPERTS = {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
 
 
 def configuration(folder: Path, output: Path, layout: dict | None, per_device: int = 2, **changes) -> dict:

@@ -17,11 +17,11 @@ from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models.megatron_families import FUSED_NORMS, local_name
 from limbeck.strategies.megatron.capture import capture_in
+from strategies.megatron_runs import needs_megatron
 
 HERE = Path(__file__).parent
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", {"sequence_parallel": True}
 ENGINE = {"transformer_impl": "transformer_engine"}
-needs_megatron = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="needs limbeck[megatron]")
 
 MODELS = {
     "qwen2": {"kind": "qwen2"},  # biases
