@@ -36,6 +36,8 @@ def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
     options = ["-v", "-m", "gpu", "--durations", "10", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if find_spec("pytest_timeout") is not None:
         options += ["--timeout", "60"]
+    if find_spec("xdist") is not None:  # most of their time is compilation, which takes a core
+        options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
     return [
         (TESTS, 150, ["-m", "pytest", *options, *sorted(marked)]),
         (STEP, 210, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),

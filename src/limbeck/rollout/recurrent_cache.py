@@ -6,6 +6,7 @@ lead to the slots that a forward pass computes.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,21 @@ class RecurrentPass:
 
     def is_recording_past(self, layer_idx: int) -> bool:
         return False
+
+    # What transformers before 5.21 calls in place of the three reading methods.
+    def has_previous_state(self, layer_idx: int) -> bool:
+        return not self._begins and layer_idx in self._states.windows
+
+    @property
+    def layers(self) -> dict[int, SimpleNamespace]:
+        return {
+            layer: SimpleNamespace(
+                conv_states=[self.get_conv_state(layer)],
+                recurrent_states=[self.get_recurrent_state(layer)],
+                record_past=False,
+            )
+            for layer in self._states.windows
+        }
 
     def _read(self, kind: dict[int, Tensor], layer: int) -> Tensor | None:
         return None if self._begins or layer not in kind else kind[layer][self._rows]
