@@ -36,8 +36,8 @@ def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
     options = ["-v", "-m", "gpu", "--durations", "10", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     if find_spec("pytest_timeout") is not None:
         options += ["--timeout", "60"]
-    if find_spec("xdist") is not None:  # most of their time is compilation, which takes a core
-        options += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
+    if find_spec("xdist") is not None:  # most of their time is compilation, which takes one core each
+        options += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
     return [
         (TESTS, 150, ["-m", "pytest", *options, *sorted(marked)]),
         (STEP, 210, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
@@ -50,6 +50,8 @@ def run(name: str, limit: int, arguments: list[str], folder: Path) -> dict[str, 
     """Run one part and show its output. Returns its status, its seconds, and its last line or what it measured."""
     paths = [str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+    if name == TESTS:
+        environment |= {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     log, measured = folder / f"{name}.log", folder / f"{name}.json"
     print(f"== {name}, at most {limit} s", flush=True)
     begun = time.monotonic()

@@ -3,8 +3,8 @@
     python benchmarks/on_policy.py                       # three seeds; about 20 minutes on two cores
     python benchmarks/on_policy.py --seeds 1 --steps 50
 
-Every core runs one seed at a time, in one thread. For each seed, the teacher and the distilled student of ``limbeck demo`` are
-trained; then the student goes on for the same number of steps under each setting. All settings have the same prompts and the
+Every core trains one model at a time, in one thread. For each seed, the teacher and the distilled student of ``limbeck demo``
+are trained; then the student goes on for the same number of steps under each setting. All settings have the same prompts and the
 same number of samples per step. The student writes the share λ of the answers; the others are those of the data, of which 30 %
 are wrong. The figures are means over the seeds with the standard deviation after ±.
 """
@@ -15,12 +15,11 @@ import argparse
 import json
 import os
 import statistics
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 from limbeck.demo.problems import Problem
 from limbeck.demo.training import (
@@ -57,8 +56,20 @@ def tokens_of(folder: Path) -> int:
     return int(sum(json.loads(line).get("train/supervised_tokens", 0) for line in lines))
 
 
-def compare(folder: Path, seed: int, sizes: Sizes, settings: list[Setting]) -> dict[Any, dict[str, float]]:
-    """The figures of the distilled student and of every setting."""
+class Prepared(NamedTuple):
+    """What the settings of a seed share: its folder, the teacher and the distilled student."""
+
+    folder: Path
+    seed: int
+    problems: list[Problem]
+    teacher: Trained
+    distilled: Trained
+
+
+def prepare(root: Path, sizes: Sizes, seed: int) -> tuple[Prepared, dict[str, float]]:
+    """Train both models of a seed. Returns them with the figures of the student."""
+    configure_logging()
+    folder = root / str(seed)
     problems = make_data(folder / "data", sizes, seed)
     tokenizer = make_tokenizer(folder / "data", sizes.vocab_size)
     for name, shape in (("teacher", sizes.teacher), ("student", sizes.student)):
@@ -66,23 +77,18 @@ def compare(folder: Path, seed: int, sizes: Sizes, settings: list[Setting]) -> d
     teacher = train(folder, "teacher", sizes, seed, folder / "start" / "teacher", steps=sizes.teacher_steps, weight=0.0)
     student, weight = folder / "start" / "student", sizes.distill_loss_weight
     distilled = train(folder, "distilled", sizes, seed, student, weight=weight, teacher=teacher)
-    found: dict[Any, dict[str, float]] = {"before": figures(distilled, problems)}
-    for setting in settings:
-        objective, share, staleness = setting
-        name = f"{objective}-{share}-{staleness}"
-        stale = {"max_staleness": staleness} if staleness else {}
-        run = go_on(
-            folder, name, sizes, seed, distilled, teacher, kd_objective=objective, on_policy_fraction=share, **stale
-        )
-        found[setting] = {**figures(run, problems), "tokens": tokens_of(folder / name)}
-    return found
+    return Prepared(folder, seed, problems, teacher, distilled), figures(distilled, problems)
 
 
-def of_seed(sizes: Sizes, seed: int) -> dict[Any, dict[str, float]]:
-    """``compare`` in a folder of its own."""
+def measure(models: Prepared, sizes: Sizes, setting: Setting) -> dict[str, float]:
+    """The figures of the student after the further steps of a setting."""
     configure_logging()
-    with TemporaryDirectory() as folder:
-        return compare(Path(folder), seed, sizes, SETTINGS + STALE)
+    objective, share, staleness = setting
+    name = f"{objective}-{share}-{staleness}"
+    rollout = {"on_policy_fraction": share, **({"max_staleness": staleness} if staleness else {})}
+    folder, seed, problems, teacher, distilled = models
+    run = go_on(folder, name, sizes, seed, distilled, teacher, kd_objective=objective, **rollout)
+    return {**figures(run, problems), "tokens": tokens_of(folder / name)}
 
 
 def main() -> None:
@@ -92,14 +98,22 @@ def main() -> None:
     options = parser.parse_args()
     sizes = Sizes(further_steps=options.steps)
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
-        results = list(processes.map(partial(of_seed, sizes), range(options.seeds)))
+    results: dict[Any, list[dict[str, float]]] = {"before": []}
+    waiting: dict[Setting, list[Future[dict[str, float]]]] = {setting: [] for setting in SETTINGS + STALE}
+    with TemporaryDirectory() as root, ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
+        seeds = [processes.submit(prepare, Path(root), sizes, seed) for seed in range(options.seeds)]
+        for seed in as_completed(seeds):
+            models, before = seed.result()
+            results["before"].append(before)
+            for setting, futures in waiting.items():
+                futures.append(processes.submit(measure, models, sizes, setting))
+        results |= {setting: [future.result() for future in futures] for setting, futures in waiting.items()}
     print(f"{options.seeds} seeds, {options.steps} further steps; mean ± standard deviation")
-    for setting in results[0]:
+    for setting, found in results.items():
         label = "before" if setting == "before" else "{} λ={:g} staleness {}".format(*setting)
         cells = []
-        for key in results[0][setting]:
-            values = [result[setting][key] for result in results]
+        for key in found[0]:
+            values = [result[key] for result in found]
             spread = statistics.stdev(values) if len(values) > 1 else 0.0
             digits = 0 if key in ("tokens", "seconds") else 3
             cells.append(f"{key} {statistics.mean(values):.{digits}f} ± {spread:.{digits}f}")

@@ -262,6 +262,7 @@ def test_greedy_completions_equal_those_of_transformers_on_a_gpu(kind, tmp_path)
     model, generator = contract.load(folder), make_generator(folder, device="cuda")
     generator.update_weights(iter_model(model), 1)
     contract.check_greedy(generator, model, contract.make_prompts(model.config.vocab_size))
+    assert generator._records_graphs or kind in ("qwen3_moe", "mixtral")  # whose experts may be chosen on the host
 
 
 def test_the_registered_generator_has_the_students_structure(configure):

@@ -32,7 +32,7 @@ _ADAM_BYTES = (
 )
 
 
-_BODIES = {True: 0.36, False: 0.24}
+_BODIES = {True: 0.45, False: 0.24}
 _EFFICIENCY = {"loss": 0.64, "optimizer": 0.8, "communication": 1.0}
 """Shares of the peak rates that parts of a step reach: the models' layers compiled or not, and the others. Measured with
 Qwen2.5-0.5B as the student and 1.5B as the teacher on an H100 (benchmarks/step_gpu.py); larger models reach more."""

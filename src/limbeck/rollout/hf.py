@@ -33,6 +33,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
+from limbeck.rollout.decode_graphs import DecodeGraphs
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
 from limbeck.rollout.recurrent_cache import keep_states_in_slots
@@ -127,6 +128,7 @@ class HfGenerator:
             limit for limit in (getattr(config, "max_position_embeddings", None), max_length) if limit is not None
         ]
         self._max_length = min(limits, default=None)
+        self._records_graphs = self._device.type == "cuda"
         self._num_tokens = num_tokens(tokenizer)
         self._end_ids = end_token_ids(model, tokenizer)
 
@@ -158,14 +160,16 @@ class HfGenerator:
             min(self._slots, len(rows)),
             max((len(row.prompt.token_ids) + row.max_tokens - 1 for row in rows), default=0),
         )
+        graphs = DecodeGraphs(self._next_logits, cache, records=self._records_graphs)
         active: list[_Row] = []  # by slot
         with self._writing():
             while waiting or active:
                 added = [waiting.popleft() for _ in range(min(len(waiting), cache.slots - len(active)))]
                 if added:
                     self._admit(added, active, cache)
-                self._decode(active, cache, sampling)
+                self._decode(active, graphs, sampling)
                 active = _remove_ended(active, cache)
+        self._records_graphs = graphs.records
         return [
             Completion(row.prompt, tuple(row.token_ids), tuple(row.log_probs), row.finished, self.version)
             for row in rows
@@ -183,6 +187,12 @@ class HfGenerator:
     def _forward(self, compute: Callable[[Any], T]) -> T:
         """``compute(model)``, which is one forward pass of the model."""
         return compute(self.model)
+
+    def _next_logits(self, ids: Tensor, positions: Tensor, slots: Decode) -> Tensor:
+        """Logits [rows, vocabulary] after one more token of each row."""
+        inputs = {"input_ids": ids, "position_ids": positions[:, None], "use_cache": False, "slots": slots}
+        logits: Tensor = self._forward(lambda model: model(**inputs).logits)
+        return logits[:, 0]
 
     def _make_rows(self, index: int, prompt: Prompt, sampling: SamplingParams) -> list[_Row]:
         length, most = len(prompt.token_ids), sampling.max_tokens
@@ -231,16 +241,13 @@ class HfGenerator:
             sources, targets = zip(*copies, strict=True)
             cache.copy(sources, targets, max(len(active[slot].prompt.token_ids) for slot in targets))
 
-    def _decode(self, rows: list[_Row], cache: SlotCache, sampling: SamplingParams) -> None:
+    def _decode(self, rows: list[_Row], graphs: DecodeGraphs, sampling: SamplingParams) -> None:
         """Write one token to every row."""
         ids = torch.tensor([[row.next_input] for row in rows], device=self._device)
         positions = torch.tensor([row.position for row in rows], device=self._device)
         draws = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=self._device)
-        slots = Decode(cache, positions, max(row.position for row in rows))
-        logits = self._forward(
-            lambda model: model(input_ids=ids, position_ids=positions[:, None], use_cache=False, slots=slots).logits
-        )
-        tokens, log_probs = sample_tokens(logits[:, 0, : self._num_tokens], draws, sampling)
+        logits = graphs.logits(ids, positions, max(row.position for row in rows))
+        tokens, log_probs = sample_tokens(logits[:, : self._num_tokens], draws, sampling)
         for row, token, log_prob in zip(rows, tokens.tolist(), log_probs.tolist(), strict=True):
             row.token_ids.append(token)
             row.log_probs.append(log_prob)
@@ -275,7 +282,7 @@ class LockstepGenerator(HfGenerator):
         self, model: Any, tokenizer: Any, world: World, slots: int = 64, max_length: int | None = None
     ) -> None:
         super().__init__(model, tokenizer, world.device, slots, max_length)
-        self._world = world
+        self._world, self._records_graphs = world, False  # a pass gathers layers from other ranks
         self._engine: Engine | None = None
 
     def use_student(self, engine: Engine, version: int) -> None:

@@ -110,12 +110,11 @@ class Prefill:
 class Decode:
     """Writes one token to each of the first slots, at its own position; it attends to the positions before it.
 
-    positions: of the tokens, [batch] on the device. longest: the largest of them.
+    positions: of the tokens, [batch] on the device. length: positions of the cache that are read, more than each of them.
     """
 
-    def __init__(self, cache: SlotCache, positions: Tensor, longest: int) -> None:
-        self._cache, self._positions = cache, positions
-        self._length = round_length(longest + 1)
+    def __init__(self, cache: SlotCache, positions: Tensor, length: int) -> None:
+        self._cache, self._positions, self._length = cache, positions, length
         self._rows = torch.arange(len(positions), device=positions.device)
         self._masks: dict[int | None, Tensor] = {}
         self.recurrent = RecurrentPass(cache.recurrent, slice(len(positions)), begins=False)
