@@ -4,9 +4,9 @@
     python benchmarks/on_policy.py --seeds 1 --steps 50
 
 Every core trains one model at a time, in one thread. For each seed, the teacher and the distilled student of ``limbeck demo``
-are trained; then the student goes on for the same number of steps under each setting. All settings have the same prompts and the
-same number of samples per step. The student writes the share λ of the answers; the others are those of the data, of which 30 %
-are wrong. The figures are means over the seeds with the standard deviation after ±.
+are trained; then the student goes on for the same number of steps under each setting. All settings have the same prompts and
+the same number of samples per step. The student writes the share λ of the answers; the others are those of the data, of which
+30 % are wrong. The figures are means over the seeds with the standard deviation after ±.
 """
 
 from __future__ import annotations
