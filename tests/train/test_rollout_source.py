@@ -289,21 +289,40 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
     assert_same_weights(whole.student, parts.student)
 
 
-@pytest.mark.parametrize(("layout", "completed"), [({}, 3), ({"rollout.max_staleness": 1}, 2)])
-def test_a_run_whose_generator_dies_in_a_batch_loses_no_completed_step(configure, tmp_path, layout, completed):
-    calls = iter(range(100))
+DEATHS = [  # the layout, the method that raises, in which call, what, and the last completed step
+    ({}, "_decode", 20, ZeroDivisionError, 3),
+    ({"rollout.max_staleness": 1}, "_decode", 20, ZeroDivisionError, 2),
+    ({}, "generate", 3, torch.OutOfMemoryError, 3),
+    ({}, "update_weights", 3, ZeroDivisionError, 3),
+    ({"rollout.max_staleness": 1}, "update_weights", 3, torch.OutOfMemoryError, 3),
+    ({"rollout.offload": True}, "reload", 3, ZeroDivisionError, 3),
+    ({"rollout.offload": True}, "offload", 3, ZeroDivisionError, 3),
+]
+
+
+@pytest.mark.parametrize(("layout", "method", "call", "error", "completed"), DEATHS)
+def test_a_run_whose_generator_dies_loses_no_completed_step(
+    configure, tmp_path, layout, method, call, error, completed
+):
+    calls = iter(range(1000))
 
     def make_mortal(config, world):
         generator = make_generator(config, world)
-        decode = generator._decode
-        generator._decode = lambda *args: decode(*args) if next(calls) != 20 else 1 / 0  # in the fourth step
+        living = getattr(generator, method)
+
+        def mortal(*args):
+            if next(calls) == call:
+                raise error("the end")
+            return living(*args)
+
+        setattr(generator, method, mortal)
         return generator
 
     GENERATORS.register("mortal")(make_mortal)
     common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.8, "rollout.generator": "mortal", "max_steps": 5}
     with pytest.raises(
         LimbeckError,
-        match=rf"mortal failed while it wrote: ZeroDivisionError: .*py:\d+.* up to step {completed}, are saved",
+        match=rf"mortal .*: {error.__name__}: the end \(.*py:\d+\).* up to step {completed}, are saved",
     ):
         DistillPipeline(configure(**common)).run()
     assert (tmp_path / "out" / f"checkpoint-{completed}").is_dir()

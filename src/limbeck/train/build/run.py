@@ -268,6 +268,7 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
         "max_lookahead",
         "steps_per_epoch",
         "next",
+        "before_update",
         "weights_changed",
         "validated",
         "metrics",
