@@ -181,7 +181,7 @@ class Writer:
             yield
         except LimbeckError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = extract_tb(error.__traceback__)
             place = next((frame for frame in frames if frame.filename != __file__), frames[-1])
             reason = " ".join(str(error).split()) or "no message"
