@@ -19,6 +19,7 @@ from typing import TextIO
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.config.launcher import launched_processes
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining, WritingError
 from limbeck.interrupt import SAVES, StopRequest, stop_requests
@@ -91,10 +92,10 @@ class DistillPipeline:
         configured.
         """
         os.environ.update(self.config.environment)
-        ranks = len(self.config.device_mapping or [0])
-        if self.config.device_mapping and int(os.environ.get("WORLD_SIZE", "1")) != ranks:
+        ranks, started = len(self.config.device_mapping or [0]), launched_processes() or 1
+        if self.config.device_mapping and started != ranks:
             raise LimbeckError(
-                f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
+                f"student.device_mapping names {ranks} devices, but this is one of {started} "
                 "processes; start it with `limbeck train`, or with torchrun and as many processes."
             )
         if self.config.needs_worker_groups:
