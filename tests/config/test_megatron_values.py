@@ -74,7 +74,7 @@ def test_a_wrong_value_or_a_conflict_is_one_sentence(
 
 
 def test_an_empty_tokenizer_type_is_one_sentence() -> None:
-    with pytest.raises(LimbeckError, match='^--tokenizer-type = "" is not supported; convert it .*FOLDER.$'):
+    with pytest.raises(LimbeckError, match=r'^--tokenizer-type = "" is not supported; convert it .*FOLDER\.$'):
         load_arguments([*words("", RUN), *MODEL.split(), "--tokenizer-type", ""], "megatron")
 
 
