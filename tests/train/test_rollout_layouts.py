@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ranks import run_on_ranks
-from runs import assert_same_weights, metrics, rows
+from runs import metrics, rows
 from tiny import make_model
 
 from limbeck import DistillPipeline
@@ -83,44 +83,3 @@ def test_two_ranks_write_and_learn_what_one_process_does(configure, settings, tm
                 more = {"max_steps": 3, "resume_from_checkpoint": True, "output_dir": str(folder)}
                 DistillPipeline(configure(**WRITING | common | more, student_pretrain=tied)).run()
             assert metrics(many, "train/loss") == pytest.approx(metrics(one, "train/loss"), rel=1e-4)
-
-
-MORTAL = """
-from pathlib import Path
-from limbeck.registry import GENERATORS
-from limbeck.rollout.hf import make_generator
-
-@GENERATORS.register("mortal_on_one_rank")
-def make(config, world):
-    generator, method, calls = make_generator(config, world), Path(config.output_dir).name, []
-    living = getattr(generator, method, None)
-
-    def mortal(*args):
-        calls.append(args)
-        return 1 / 0 if len(calls) == 3 else living(*args)
-
-    if world.rank == 1 and living is not None and not config.resume_from_checkpoint:
-        setattr(generator, method, mortal)
-    return generator
-"""
-
-
-@pytest.mark.processes
-def test_ranks_save_together_when_the_generator_of_one_fails(settings, tmp_path):
-    plugin = tmp_path / "mortal.py"
-    plugin.write_text(MORTAL)
-    common = {**WRITING, **rows(4), "plugins": [str(plugin)], "rollout.generator": "mortal_on_one_rank", "max_steps": 3}
-    files = []
-    for name in ("whole", "update_weights", "generate"):
-        for resume in (False, True)[: 1 + (name != "whole")]:
-            files.append(tmp_path / f"{name}-{resume}.yaml")
-            changes = {"output_dir": str(tmp_path / name), "resume_from_checkpoint": resume}
-            files[-1].write_text(yaml.safe_dump(settings(**common, **changes)))
-    run_on_ranks(2, str(SCRIPT), *map(str, files))
-    failures = {"update_weights": "could not load the weights of step 2", "generate": "failed while it wrote"}
-    for name, what in failures.items():
-        error = (tmp_path / f"{name}-False.error").read_text()
-        assert f"mortal_on_one_rank {what}: ZeroDivisionError: " in error
-        assert "The steps before, up to step 2, are saved" in error
-        assert not (tmp_path / f"{name}-True.error").exists()
-        assert_same_weights(*(tmp_path / one / "checkpoint-3" for one in ("whole", name)))

@@ -289,48 +289,6 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
     assert_same_weights(whole.student, parts.student)
 
 
-DEATHS = [  # the layout, the method that raises, in which call, what, and the last completed step
-    ({}, "_decode", 20, ZeroDivisionError, 3),
-    ({"rollout.max_staleness": 1}, "_decode", 20, ZeroDivisionError, 2),
-    ({}, "generate", 3, torch.OutOfMemoryError, 3),
-    ({}, "update_weights", 3, ZeroDivisionError, 3),
-    ({"rollout.max_staleness": 1}, "update_weights", 3, torch.OutOfMemoryError, 3),
-    ({"rollout.offload": True}, "reload", 3, ZeroDivisionError, 3),
-    ({"rollout.offload": True}, "offload", 3, ZeroDivisionError, 3),
-]
-
-
-@pytest.mark.parametrize(("layout", "method", "call", "error", "completed"), DEATHS)
-def test_a_run_whose_generator_dies_loses_no_completed_step(
-    configure, tmp_path, layout, method, call, error, completed
-):
-    calls = iter(range(1000))
-
-    def make_mortal(config, world):
-        generator = make_generator(config, world)
-        living = getattr(generator, method)
-
-        def mortal(*args):
-            if next(calls) == call:
-                raise error("the end")
-            return living(*args)
-
-        setattr(generator, method, mortal)
-        return generator
-
-    GENERATORS.register("mortal")(make_mortal)
-    common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.8, "rollout.generator": "mortal", "max_steps": 5}
-    with pytest.raises(
-        LimbeckError,
-        match=rf"mortal .*: {error.__name__}: the end \(.*py:\d+\).* up to step {completed}, are saved",
-    ):
-        DistillPipeline(configure(**common)).run()
-    assert (tmp_path / "out" / f"checkpoint-{completed}").is_dir()
-    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
-    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
-    assert_same_weights(whole.student, parts.student)
-
-
 @pytest.mark.processes
 def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     losses = []
