@@ -110,16 +110,19 @@ def test_a_run_whose_generator_dies_in_a_validation_repeats_it_when_it_resumes(c
 MORTAL = """
 from pathlib import Path
 from limbeck.registry import GENERATORS
-from limbeck.rollout.hf import make_generator
+from limbeck.rollout.hf import LockstepGenerator, make_generator
+from limbeck.rollout.student import student_outline
 
 @GENERATORS.register("mortal_on_one_rank")
 def make(config, world):
-    generator, method, calls = make_generator(config, world), Path(config.output_dir).name, []
+    method, calls = Path(config.output_dir).name, []
+    in_lockstep = method == "_decode"
+    generator = LockstepGenerator(*student_outline(config, world), world) if in_lockstep else make_generator(config, world)
     living = getattr(generator, method, None)
 
     def mortal(*args):
         calls.append(args)
-        return 1 / 0 if len(calls) == (9 if method == "_decode" else 3) else living(*args)
+        return 1 / 0 if len(calls) == (9 if in_lockstep else 3) else living(*args)
 
     if world.rank == 1 and living is not None and not config.resume_from_checkpoint:
         setattr(generator, method, mortal)
@@ -127,10 +130,10 @@ def make(config, world):
 """
 
 
-FAILURES = {  # of one rank: the method that raises, what it did, and whether the ranks write in lockstep
-    "update_weights": ("could not load the weights of step 2", False),
-    "generate": ("failed while it wrote", False),
-    "_decode": ("failed while it wrote", True),
+FAILURES = {  # the method that raises on one rank, and what the generator did; the last one writes in lockstep
+    "update_weights": "could not load the weights of step 2",
+    "generate": "failed while it wrote",
+    "_decode": "failed while it wrote",
 }
 
 
@@ -141,13 +144,12 @@ def test_ranks_save_together_when_the_generator_of_one_fails(settings, tmp_path)
     common = {**GREEDY, **rows(4), "plugins": [str(plugin)], "rollout.generator": "mortal_on_one_rank", "max_steps": 3}
     files = []
     for name in ("whole", *FAILURES):
-        lockstep = {"rollout.generator_kwargs": {"copy": False}} if FAILURES.get(name, ("", False))[1] else {}
         for resume in (False, True)[: 1 + (name in FAILURES)]:
             files.append(tmp_path / f"{name}-{resume}.yaml")
             changes = {"output_dir": str(tmp_path / name), "resume_from_checkpoint": resume}
-            files[-1].write_text(yaml.safe_dump(settings(**common, **lockstep, **changes)))
+            files[-1].write_text(yaml.safe_dump(settings(**common, **changes)))
     run_on_ranks(2, str(SCRIPT), *map(str, files))
-    for name, (what, _) in FAILURES.items():
+    for name, what in FAILURES.items():
         error = (tmp_path / f"{name}-False.error").read_text()
         assert f"mortal_on_one_rank {what}: ZeroDivisionError: " in error
         assert re.search(r"The steps before, up to step \d, are saved", error)
