@@ -88,7 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve.set_defaults(run=_serve_teacher)
 
-    check = commands.add_parser("check", help="check files, machines, memory and data of a run, without training")
+    check = commands.add_parser(
+        "check",
+        help="check files, machines, memory and data of a run, without training",
+        description="Check files, machines, memory and data of a run, without training. Without a device_mapping the run has "
+        "the number of processes in the environment variable WORLD_SIZE, which launchers such as torchrun set, or one; "
+        "LOCAL_WORLD_SIZE is the number of those on this machine.",
+    )
     _add_config_arguments(check)
     check.set_defaults(run=_check)
 

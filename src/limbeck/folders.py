@@ -23,11 +23,11 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def run_weights(folder: Path) -> Path | None:
-    """The newest weights in the output folder of a run: ``student`` or, of an interrupted run, those of its newest checkpoint.
+    """The newest weights in the output folder of a run: its newest checkpoint or, where only that is left, ``student``.
 
-    None if ``folder`` has neither.
+    ``student`` may be a copy that is older than the checkpoints beside it. None if ``folder`` has neither.
     """
-    found = [folder / "student", *reversed(list_checkpoints(folder))]
+    found = [*reversed(list_checkpoints(folder)), folder / "student"]
     return next((path for path in found if (path / "config.json").is_file()), None)
 
 

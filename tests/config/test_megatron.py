@@ -335,7 +335,7 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert at(run("--load out --save out"), model) is None
     (folder / "out" / "checkpoint-40").mkdir(parents=True)
     (folder / "out" / "student").mkdir()
-    (folder / "out" / "student" / "config.json").write_text("{}")
+    (folder / "out" / "student" / "config.json").write_text("{}")  # an older copy, or all that is left
     again = run("--load out --save out --pretrained-checkpoint student --exit-interval 30")
     assert (at(again, model), at(again, resume), at(again, "max_steps")) == ("student", "latest", 60)
     other = run("--load out --save other", student="")
@@ -343,13 +343,17 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     tuned = run("--load out --save out --finetune", student="")
     assert (at(tuned, model), at(tuned, resume)) == ("out/student", False)
     (folder / "out" / "checkpoint-40" / "config.json").write_text("{}")
+    (folder / "out" / "checkpoint-5").mkdir()
+    (folder / "out" / "checkpoint-5" / "config.json").write_text("{}")
+    for text in ("--load out --save other", "--load out --save out --finetune", "--pretrained-checkpoint out"):
+        assert at(run(text, student=""), model) == "out/checkpoint-40"
     early = run("--load out --ckpt-step 40 --save other", student="")
     assert at(early, model) == "out/checkpoint-40"
     assert (
         "--ckpt-step = 7 has no checkpoint in out" in mistakes("--load out --ckpt-step 7 --save other", student="")[0]
     )
     taught = run("", teacher="--export-kd-teacher-load out")
-    assert at(taught, "teacher.model_args.model_name_or_path") == "out/student"
+    assert at(taught, "teacher.model_args.model_name_or_path") == "out/checkpoint-40"
     step = run("--load mcore --ckpt-step 12 --tokenizer-model hf", student="")
     assert at(step, model) == "mcore/iter_0000012"
     _checkpoint(folder / "out" / "checkpoint-9")

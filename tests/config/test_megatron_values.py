@@ -73,6 +73,18 @@ def test_a_wrong_value_or_a_conflict_is_one_sentence(
     assert len(lines) == 1 and sentence in lines[0] and lines[0].endswith("."), lines
 
 
+def test_an_empty_tokenizer_type_is_one_sentence() -> None:
+    with pytest.raises(LimbeckError, match=r'^--tokenizer-type = "" is not supported; convert it .*FOLDER\.$'):
+        load_arguments([*words("", RUN), *MODEL.split(), "--tokenizer-type", ""], "megatron")
+
+
+def test_a_number_of_processes_that_is_no_number_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in ("", "many", "0", "-1", "1.5"):
+        monkeypatch.setenv("WORLD_SIZE", number)
+        with pytest.raises(LimbeckError, match=f"^the environment variable WORLD_SIZE = '{number}' is not a number of"):
+            load_arguments([*words("", RUN), *MODEL.split()], "megatron")
+
+
 def test_a_zero_beside_another_warmup_is_no_conflict() -> None:
     loaded = load_arguments([*words("--lr-warmup-fraction .1 --lr-warmup-iters 0", RUN), *MODEL.split()], "megatron")
     assert loaded.config.student.training_args.warmup_steps == 10

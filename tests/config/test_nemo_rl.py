@@ -12,6 +12,7 @@ from limbeck.config import LoadedConfig, load_config, render_config
 from limbeck.config.dialects.nemo_rl import DIALECT
 from limbeck.config.dialects.nemo_rl_table import FIXED, NO_MEANING
 from limbeck.errors import LimbeckError
+from limbeck.strategies.parallel_dims import ParallelDims
 
 Load = Callable[..., LoadedConfig]
 Mistakes = Callable[..., list[str]]
@@ -231,6 +232,14 @@ def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, ex
         ),
         ("policy.train_global_batch_size=64", "policy.train_global_batch_size = 64 does not divide the 32 samples"),
         ("policy.train_micro_batch_size=none", "policy.train_micro_batch_size = none must be a whole number"),
+        (
+            "++policy.dtensor_cfg.dp_replicate_size=4",
+            "dp_replicate_size = 4 must divide the 4 data parallel ranks and be",
+        ),
+        (
+            "++teacher.dtensor_cfg.dp_replicate_size=3",
+            "dp_replicate_size = 3 must divide the 2 data parallel ranks and be",
+        ),
         ("policy.dtensor_cfg.context_parallel_size=3", "policy.dtensor_cfg.tensor_parallel_size = 2 times"),
         ("policy.sequence_packing.enabled=true", "policy.sequence_packing.enabled = true contradicts dynamic_batching"),
         (
@@ -290,6 +299,20 @@ def test_offloading_and_a_plan_belong_to_the_strategies_of_both_models(load: Loa
         assert (strategy.offload_policy, strategy.tensor_parallel_plan) == (True, f"own.{role}.plan")
     student = load("++policy.dtensor_cfg.cpu_offload=true", yaml=UPSTREAM).config.student
     assert student.strategy_args.strategy_config.offload_policy
+
+
+@pytest.mark.parametrize("yaml", [UPSTREAM, FORK, FORK.replace("teacher: {<<: *model, model_name: large}", "")])
+def test_copies_of_the_models_are_groups_of_ranks_that_share_one(load: Load, yaml: str) -> None:
+    policy = "policy" if yaml == UPSTREAM else "student"
+    sizes = [f"{policy}.dtensor_cfg.context_parallel_size=2", f"{policy}.train_global_batch_size=64"]
+    sizes += [f"++{role}.dtensor_cfg.dp_replicate_size=2" for role in (policy, "teacher") if f"\n{role}:" in yaml]
+    sizes += ["cluster.gpus_per_node=32", "++distillation.num_prompts_per_step=64"]
+    config = load(
+        *sizes, *([] if "\nteacher:" in yaml else ["++distillation.teacher_model_path=large"]), yaml=yaml
+    ).config
+    for role, worker in (("student", config.student), ("teacher", config.teacher)):
+        dims = ParallelDims.from_config(worker.strategy_args.strategy_config, 32, role)
+        assert (dims.dp_replicate, dims.size) == (2, 32) and dims.dp_shard > 1
 
 
 def test_an_environment_of_a_plug_in_has_its_turns_and_arguments(load: Load, mistakes: Mistakes) -> None:

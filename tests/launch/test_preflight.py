@@ -21,7 +21,8 @@ from limbeck.registry import NEEDS_NO_MODEL, TEACHERS
 @pytest.fixture
 def check(settings, tmp_path, monkeypatch, capsys):
     """``check(**changes)``: exit status, standard output and standard error of the command."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for variable in ("RAY_ADDRESS", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(variable, raising=False)
 
     def run(**changes) -> tuple[int, str, str]:
         config = tmp_path / "run.yaml"
@@ -224,6 +225,27 @@ def test_each_problem_is_one_sentence(check, changes, sentence):
     assert sentence in err
     assert all(line.startswith(("limbeck: ", "note: ")) for line in err.splitlines())
     assert "\nfits\n" not in out
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "sentence"),
+    [
+        ({"WORLD_SIZE": "2"}, {f"{STUDENT}.tensor_model_parallel_size": 2}, ""),
+        ({}, {f"{STUDENT}.tensor_model_parallel_size": 2}, "does not divide the 1 process"),
+        ({"WORLD_SIZE": "3"}, {f"{STUDENT}.tensor_model_parallel_size": 2}, "does not divide the 3 processes"),
+        ({"WORLD_SIZE": "many"}, {}, "WORLD_SIZE = 'many' is not a number of processes; unset it"),
+        ({"WORLD_SIZE": "4"}, {}, "device_mapping names GPU 3, but there are 2"),
+        ({"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, {"num_nodes": 2, "num_gpus_per_node": 2}, ""),
+    ],
+)
+def test_the_ranks_of_a_launcher_are_counted(check, monkeypatch, processes, changes, sentence):
+    machine = preflight.Machine("box", 8, 2, 2**40, 2**40, versions())
+    monkeypatch.setattr(preflight, "this_machine", lambda: machine)
+    for name, number in processes.items():
+        monkeypatch.setenv(name, number)
+    status, out, err = check(**changes)
+    assert (status, "first batch of each rank" in out) == ((2, False) if sentence else (0, True)), err
+    assert sentence in err
 
 
 @pytest.mark.parametrize(("gpu_memory", "fits"), [(2**20, True), (2**19, False)])

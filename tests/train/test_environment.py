@@ -314,6 +314,19 @@ def test_an_environment_that_cannot_begin_is_named(source):
         source(**{"rollout.environment": "faulty"})
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), ValueError("3")])
+def test_an_environment_that_cannot_be_made_is_named(source, error):
+    def make():
+        raise error
+
+    ENVIRONMENTS.register("unmade")(make)
+    with pytest.raises(
+        LimbeckError,
+        match=rf"rollout\.environment = unmade could not be made: {type(error).__name__}: 3\. Its arguments",
+    ):
+        source(**{"rollout.environment": "unmade"})
+
+
 class Counting:
     """Replies with a number in each turn but the last."""
 

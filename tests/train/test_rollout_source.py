@@ -289,29 +289,6 @@ def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_pa
     assert_same_weights(whole.student, parts.student)
 
 
-@pytest.mark.parametrize(("layout", "completed"), [({}, 3), ({"rollout.max_staleness": 1}, 2)])
-def test_a_run_whose_generator_dies_in_a_batch_loses_no_completed_step(configure, tmp_path, layout, completed):
-    calls = iter(range(100))
-
-    def make_mortal(config, world):
-        generator = make_generator(config, world)
-        decode = generator._decode
-        generator._decode = lambda *args: decode(*args) if next(calls) != 20 else 1 / 0  # in the fourth step
-        return generator
-
-    GENERATORS.register("mortal")(make_mortal)
-    common = {**GREEDY, **layout, "rollout.on_policy_fraction": 0.8, "rollout.generator": "mortal", "max_steps": 5}
-    with pytest.raises(
-        LimbeckError,
-        match=rf"mortal failed while it wrote: ZeroDivisionError: .*py:\d+.* up to step {completed}, are saved",
-    ):
-        DistillPipeline(configure(**common)).run()
-    assert (tmp_path / "out" / f"checkpoint-{completed}").is_dir()
-    parts = DistillPipeline(configure(**common, resume_from_checkpoint=True)).run()
-    whole = DistillPipeline(configure(**common, output_dir=str(tmp_path / "whole"))).run()
-    assert_same_weights(whole.student, parts.student)
-
-
 @pytest.mark.processes
 def test_two_ranks_write_the_samples_of_one(settings, tmp_path):
     losses = []

@@ -160,6 +160,6 @@ def test_a_source_without_a_method_is_refused_before_training(record):
 
     with pytest.raises(
         LimbeckError,
-        match="recording lacks weights_changed, validated, metrics, state_dict, load_state_dict, close; define",
+        match="recording lacks before_update, weights_changed, validated, metrics, state_dict, load_state_dict, close; define",
     ):
         record(kind=Incomplete)

@@ -1,5 +1,7 @@
 """The ranks of a generator's engines write the prompts, and what a generator returns is checked."""
 
+import sys
+
 import pytest
 import torch
 
@@ -57,6 +59,7 @@ WRITTEN = [
     (lambda prompts, n: None, "a NoneType in place of a list of limbeck.rollout.Completion"),
     (lambda prompts, n: [(1,)], "a tuple in place of a limbeck.rollout.Completion"),
     (lambda prompts, n: {}[3], r"failed while it wrote: KeyError: 3 \(.*test_writer\.py:\d+\)"),
+    (lambda prompts, n: sys.exit(3), r"failed while it wrote: SystemExit: 3 \("),
 ]  # fmt: skip
 
 

@@ -32,6 +32,6 @@ def load_plugin(path: str | Path) -> None:
     except LimbeckError as error:
         del sys.modules[name]
         raise LimbeckError(f"{file}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise LimbeckError(f"{file} cannot be run ({type(error).__name__}: {error}); correct it.") from error

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from limbeck.config import LauncherSetting
 from limbeck.config.dialects.files import read_mapping
+from limbeck.config.launcher import launched_processes
 from limbeck.errors import LimbeckError
 
 _COMMAND = "accelerate launch"
@@ -74,7 +75,7 @@ def check_world_size(environment: Mapping[str, str]) -> None:
     """
     if "ACCELERATE_MIXED_PRECISION" not in environment:
         return
-    started = int(environment.get("WORLD_SIZE", "1"))
+    started = launched_processes(environment) or 1
     requested: int | str | None = next(
         (n for argv in _ancestors() if (n := requested_processes(argv)) is not None), None
     )

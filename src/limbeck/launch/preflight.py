@@ -25,6 +25,7 @@ from limbeck.cluster.actors import versions
 from limbeck.cluster.placement import Place, describe_device_slots, plan_placement, unknown_gpu
 from limbeck.cluster.session import can_join, load_ray, ray_session
 from limbeck.config import DistillConfig
+from limbeck.config.launcher import launched_processes
 from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.launch.driver import refuse_backend
@@ -57,6 +58,7 @@ def check_run(config: DistillConfig) -> list[str]:
 
     The data is read only if nothing else is wrong.
     """
+    config = _with_launched_ranks(config)
     print("versions: " + ", ".join(f"{name} {version}" for name, version in versions().items()))
     problems = [*wrong_versions(), *check_machines(config)]
     try:
@@ -72,6 +74,16 @@ def check_run(config: DistillConfig) -> list[str]:
     except LimbeckError as error:
         return [str(error)]
     return []
+
+
+def _with_launched_ranks(config: DistillConfig) -> DistillConfig:
+    """``config`` with a device for each process of the launcher, if only the launcher decides their number."""
+    ranks = launched_processes()
+    if ranks is None or config.device_mapping or config.needs_worker_groups:
+        return config
+    return config.model_copy(
+        update={"student": config.student.model_copy(update={"device_mapping": list(range(ranks))})}
+    )
 
 
 def wrong_versions() -> list[str]:
@@ -123,7 +135,7 @@ def check_machines(config: DistillConfig) -> list[str]:
 
 def _would_join(config: DistillConfig) -> bool:
     """Whether the run would join a Ray that is running."""
-    uses_ray = config.needs_worker_groups or config.num_nodes > 1
+    uses_ray = config.needs_worker_groups or (config.num_nodes > 1 and launched_processes() is None)
     return uses_ray and can_join()
 
 
@@ -208,17 +220,18 @@ def _mappings(config: DistillConfig) -> list[list[int]]:
 def _placement_problems(config: DistillConfig, machines: Sequence[Machine], loads: Sequence[ModelMemory]) -> list[str]:
     """Print the placement; returns what cannot be placed, and which memory is too small for what is placed on it."""
     problems = []
-    if config.num_nodes > len(machines):
+    if config.num_nodes > len(machines) and launched_processes() is None:
         hint = "" if can_join() else "; set RAY_ADDRESS to a Ray that has them"
         problems.append(f"num_nodes = {config.num_nodes}, but there are {len(machines)} machine(s){hint}.")
-    mappings = _mappings(config)
+    here = launched_processes(variable="LOCAL_WORLD_SIZE")  # the other ranks are on other machines
+    mappings = [mapping[:here] for mapping in _mappings(config)]
     on_gpus = any(machine.gpus for machine in machines)
     # Roles in one process take one slot; as groups of workers each takes its own.
     placed = mappings if config.needs_worker_groups else mappings[:1]
     own = (config.rollout and config.rollout.device_mapping) or []
     named = [*placed, own] if own else placed
     problems += filter(None, [unknown_gpu(named, sum(machine.gpus for machine in machines))])
-    bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus, config.generator_devices)
+    bundles, places = plan_placement(placed, config.num_gpus_per_node, on_gpus, config.generator_devices[:here])
     device = "GPU" if on_gpus else "CPU"
     # A Ray that is started here is given as many CPU slots as the run needs.
     bounded = on_gpus or _would_join(config)

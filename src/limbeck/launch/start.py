@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from limbeck.config import DistillConfig, LoadedConfig, load_arguments, load_config
+from limbeck.config.launcher import launched_processes
 from limbeck.errors import USER_MISTAKE, LimbeckError
 from limbeck.launch.accelerate import check_world_size, launcher_settings
 from limbeck.launch.local_ranks import STARTED_HERE, run_ranks, visible_devices
@@ -59,10 +60,10 @@ def _start(loaded: LoadedConfig, command: Sequence[str]) -> int:
     config = loaded.config
     os.environ.update(config.environment)  # before torch is imported, which reads some of them only once
     devices = config.device_mapping or []
-    launched = "WORLD_SIZE" in os.environ
-    if launched and devices and int(os.environ["WORLD_SIZE"]) != len(devices):
+    launched = launched_processes()
+    if launched and devices and launched != len(devices):
         raise LimbeckError(
-            f"student.device_mapping names {len(devices)} devices, but the launcher started {os.environ['WORLD_SIZE']} "
+            f"student.device_mapping names {len(devices)} devices, but the launcher started {launched} "
             f"processes; start {len(devices)} processes, or remove device_mapping."
         )
     if config.needs_worker_groups and launched:

@@ -300,10 +300,12 @@ class LockstepGenerator(HfGenerator):
         try:
             # Not in inference mode: FSDP keeps some of the tensors that it makes here, and training needs them.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                yield
-                ids = torch.zeros(1, 1, dtype=torch.long, device=self._device)
-                while self._world.max(0):
-                    self._engine.evaluate(partial(_prefill, ids=ids, slots=Prefill(SlotCache(1, 1), [0])))
+                try:
+                    yield
+                finally:  # also after an error between two passes: the other ranks go on
+                    ids = torch.zeros(1, 1, dtype=torch.long, device=self._device)
+                    while self._world.max(0):
+                        self._engine.evaluate(partial(_prefill, ids=ids, slots=Prefill(SlotCache(1, 1), [0])))
         finally:
             model.set_attn_implementation(own)
             root.train(was_training)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from limbeck.config.launcher import launched_processes
 from limbeck.strategies.parallel_dims import Coordinates, ParallelDims, forget_meshes
 
 BARRIER_TIMEOUT = timedelta(days=30)
@@ -82,7 +83,7 @@ class World:
 @contextmanager
 def start_world(timeout_minutes: float = 30) -> Iterator[World]:
     """Join the process group that torchrun describes in the environment (gloo on CPUs, NCCL on GPUs), or be alone."""
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    size, rank = launched_processes() or 1, int(os.environ.get("RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -11,7 +11,7 @@ import os
 import random
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TextIO
@@ -19,6 +19,7 @@ from typing import TextIO
 import torch
 
 from limbeck.config import DistillConfig
+from limbeck.config.launcher import launched_processes
 from limbeck.data.batch import Batch, StepBatch
 from limbeck.errors import LimbeckError, StopTraining, WritingError
 from limbeck.interrupt import SAVES, StopRequest, stop_requests
@@ -31,7 +32,7 @@ from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
 from limbeck.teachers.protocol import SignalFuture, receive_signal
 from limbeck.train.build.data import Progress
-from limbeck.train.build.run import Run, build_run
+from limbeck.train.build.run import VALIDATES_FIRST, Run, build_run
 from limbeck.train.build.student import resolve_parallelism
 from limbeck.train.console import RunConsole
 from limbeck.train.disk import FULL, explain_disk_errors
@@ -91,10 +92,10 @@ class DistillPipeline:
         configured.
         """
         os.environ.update(self.config.environment)
-        ranks = len(self.config.device_mapping or [0])
-        if self.config.device_mapping and int(os.environ.get("WORLD_SIZE", "1")) != ranks:
+        ranks, started = len(self.config.device_mapping or [0]), launched_processes() or 1
+        if self.config.device_mapping and started != ranks:
             raise LimbeckError(
-                f"student.device_mapping names {ranks} devices, but this is one of {os.environ.get('WORLD_SIZE', '1')} "
+                f"student.device_mapping names {ranks} devices, but this is one of {started} "
                 "processes; start it with `limbeck train`, or with torchrun and as many processes."
             )
         if self.config.needs_worker_groups:
@@ -174,8 +175,8 @@ def train(
     validates = bool(run.data.validation) and config.eval_steps > 0
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
-        if validates and settings.at_start and run.step == 0:
-            with run.metrics.exclude_from_timing():
+        if validates and (run.validates_first or (settings.at_start and run.step == 0)):
+            with run.metrics.exclude_from_timing(), _saves_before_error(run, saved):
                 _validate(run, console)
         limits.training_starts()
         while run.step < run.total_steps and not cut_short:
@@ -194,7 +195,7 @@ def train(
             with run.metrics.exclude_from_timing():
                 at_end = ended and settings.at_end
                 if validates and not cut_short and (at_end or due or run.step % config.eval_steps == 0):
-                    with _saves_before_error(run, saved):
+                    with _saves_before_error(run, saved, {VALIDATES_FIRST: True}):
                         measured = measured | _validate(run, console)
                 if ended or due:
                     run.saver.save(run.step, run.requests.state_dict(), measured)
@@ -212,8 +213,11 @@ def train(
 
 
 @contextmanager
-def _saves_before_error(run: Run, saved: int) -> Iterator[None]:
-    """Save the last completed step, unless it is step ``saved``, before an error that ends the run on every rank."""
+def _saves_before_error(run: Run, saved: int, more: Mapping[str, object] | None = None) -> Iterator[None]:
+    """Save the last completed step, unless it is step ``saved``, before an error that ends the run on every rank.
+
+    more: is saved with the position in the data.
+    """
     state = run.requests.state_dict()  # a step that fails has moved the position in the data
     try:
         yield
@@ -221,7 +225,7 @@ def _saves_before_error(run: Run, saved: int) -> Iterator[None]:
         if run.step == 0:
             raise
         if run.step != saved:
-            run.saver.save(run.step, state, {})
+            run.saver.save(run.step, {**state, **(more or {})}, {})
         run.saver.wait()
         if isinstance(error, StopTraining):
             raise

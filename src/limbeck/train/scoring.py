@@ -41,7 +41,7 @@ class Scorer:
             self._environment = make_environment(self._name, **arguments)
         except LimbeckError:
             raise
-        except Exception as error:  # an environment is a plug-in and may raise anything
+        except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
             raise LimbeckError(
                 f"rollout.environment = {self._name} could not be made: {type(error).__name__}: {error}. Its arguments are "
                 "rollout.environment_kwargs."
@@ -58,7 +58,7 @@ class Scorer:
         for row in np.unique(groups, return_index=True)[1]:
             try:
                 self._environment.reset(examples.columns_of(int(row)))
-            except Exception as error:  # an environment is a plug-in and may raise anything
+            except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
                 reason = str(error) if isinstance(error, LimbeckError) else f"{type(error).__name__}: {error}."
                 raise LimbeckError(
                     f"rollout.environment = {self._name} cannot use the {what}: {reason} Its arguments are "

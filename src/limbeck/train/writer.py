@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from traceback import extract_tb
+from traceback import clear_frames, extract_tb
 from typing import Any
 
 import torch
@@ -25,6 +25,11 @@ from limbeck.rollout import Completion, Generator, InPlaceGenerator, Prompt, Sam
 from limbeck.strategies.world import World
 from limbeck.train.gather import gather_json
 from limbeck.train.step_source import Weights
+
+_LESS_TO_WRITE = (
+    "Lower rollout.max_new_tokens or the number of answers that are written at a time (slots or max_num_seqs in "
+    "rollout.generator_kwargs), set rollout.offload: true, or use devices with more memory."
+)
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Writer:
         self._offloads = config.offloads_colocated or config.rollout.offload
         self._weights: Weights | None = None
         self._version = 0
+        self._failure: LimbeckError | None = None  # of loading the weights that write
         self._thread = ThreadPoolExecutor(1, "writer") if config.rollout.max_staleness else None
         self._stream = torch.cuda.Stream(world.device) if self._thread and world.device.type == "cuda" else None
         self.counts = WritingCounts()
@@ -98,8 +104,6 @@ class Writer:
         """The same, in two parts: the function that is returned waits for the completions. Both are collective."""
         if not prompts:
             return list
-        if self._offloads:
-            self._generator.reload()
         self._load()
         wanted = Counter(prompts)
         sampling = replace(self._sampling, seed=seed, **changes)  # type: ignore[arg-type]
@@ -121,6 +125,14 @@ class Writer:
         getattr(self._generator, "close", self._generator.offload)()
 
     def _load(self) -> None:
+        """Make the generator ready with the newest weights.
+
+        A failure ends the writing that follows, like one of the generator itself: there all ranks learn of it, and the step
+        before is complete.
+        """
+        if self._offloads:
+            with self._postponed("could not be reloaded"):
+                self._generator.reload()
         if self._weights is None:
             return
         if isinstance(self._generator, InPlaceGenerator):
@@ -128,10 +140,14 @@ class Writer:
             self._weights = None
             return
         begun, weights = time.perf_counter(), self._weights()
+        loaded: Iterable[tuple[str, Tensor]] = weights
         if self._thread is not None:  # the generator may use tensors as they are, and the optimizer will change them
-            weights = ((name, tensor.detach().clone()) for name, tensor in weights)
-        with self._explained(f"could not load the weights of step {self._version}"):
-            self._generator.update_weights(weights, self._version)
+            loaded = ((name, tensor.detach().clone()) for name, tensor in weights)
+        with self._postponed(f"could not load the weights of step {self._version}"):
+            self._generator.update_weights(loaded, self._version)
+        if self._failure is not None:
+            for _ in weights:  # the other ranks gather the rest
+                pass
         self._weights = None
         if self._stream is not None:
             torch.cuda.current_stream().synchronize()  # the thread's stream does not wait for this one
@@ -141,6 +157,8 @@ class Writer:
         self, groups: Sequence[tuple[int, list[Prompt]]], sampling: SamplingParams
     ) -> tuple[list[Completion], float]:
         """Completions of ``groups``, each with their number per prompt and its prompts, and the seconds that they took."""
+        if self._failure is not None:
+            raise self._failure
         begun = time.perf_counter()
         own: list[Completion] = []
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
@@ -151,6 +169,9 @@ class Writer:
                 if fault:
                     raise LimbeckError(f"{self._name} returned {fault}; correct the generator.")
                 own += written
+        if self._offloads:
+            with self._explained("could not be offloaded"):
+                self._generator.offload()
         return own, time.perf_counter() - begun
 
     @contextmanager
@@ -158,15 +179,26 @@ class Writer:
         """Turns any exception of the generator, which may be a plug-in, into one sentence."""
         try:
             yield
-        except (LimbeckError, torch.OutOfMemoryError):  # the run explains the latter
+        except LimbeckError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frames = extract_tb(error.__traceback__)
             place = next((frame for frame in frames if frame.filename != __file__), frames[-1])
             reason = " ".join(str(error).split()) or "no message"
-            raise LimbeckError(
-                f"{self._name} {what}: {type(error).__name__}: {reason} ({place.filename}:{place.lineno})."
-            ) from error
+            sentence = f"{self._name} {what}: {type(error).__name__}: {reason} ({place.filename}:{place.lineno})."
+            if isinstance(error, torch.OutOfMemoryError):
+                clear_frames(error.__traceback__)  # what they hold takes the memory in which the run saves
+                sentence += f" {_LESS_TO_WRITE}"
+            raise LimbeckError(sentence) from error
+
+    @contextmanager
+    def _postponed(self, what: str) -> Iterator[None]:
+        """Keeps the sentence of an exception for the next writing."""
+        try:
+            with self._explained(what):
+                yield
+        except LimbeckError as error:
+            self._failure = self._failure or error
 
     def _finish(
         self, prompts: Sequence[Prompt], generate: Callable[[], tuple[list[Completion], float]]
@@ -177,8 +209,6 @@ class Writer:
         known = {prompt.row_id: prompt for prompt in prompts}
         for completion in _gather(own, known, self._world):
             by_prompt.setdefault(completion.prompt.row_id, []).append(completion)
-        if self._offloads:
-            self._generator.offload()
         found = [by_prompt[prompt.row_id].pop(0) for prompt in prompts]
         self.counts.completions += len(found)
         self.counts.tokens += sum(len(completion.token_ids) for completion in found)

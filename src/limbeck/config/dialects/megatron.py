@@ -25,6 +25,7 @@ from limbeck.config.dialects.megatron_models import (
     whole,
 )
 from limbeck.config.dialects.megatron_yaml import read_arguments
+from limbeck.config.launcher import launched_processes
 from limbeck.config.locations import COMMAND_LINE, SourceLocation
 from limbeck.config.schema import DistillConfig
 from limbeck.config.schema.path_rules import path_fault
@@ -277,7 +278,7 @@ def _steps(result: Translation, given: Values, dims: Mapping[str, int]) -> _Step
     if number(given.get("micro-batch-size", micro)) != micro:
         # One error is enough.
         result.put("student.training_args.per_device_train_batch_size", micro, "--micro-batch-size")
-    world, together = int(os.environ.get("WORLD_SIZE", "1")), 1
+    world, together = launched_processes() or 1, 1
     for size in dims.values():
         together *= max(size, 1)
     ranks = max(world // together, 1)

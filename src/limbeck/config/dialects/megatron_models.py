@@ -167,13 +167,13 @@ def _tokenizer(result: Translation, given: Mapping[str, Any], start: str | None)
     elif kind in _SENTENCEPIECE and model is not None:
         _sentencepiece(result, kind, Path(model))
     elif kind not in (None, "HuggingFaceTokenizer", *_SENTENCEPIECE):
-        reason = _OTHER_TOKENIZERS.get(kind, "is not supported")
+        reason, shown = _OTHER_TOKENIZERS.get(kind, "is not supported"), kind or '""'
         result.refuse(
             "--tokenizer-type",
-            f"= {kind} {reason}; convert it to a folder with a tokenizer.json, and give HuggingFaceTokenizer with "
+            f"= {shown} {reason}; convert it to a folder with a tokenizer.json, and give HuggingFaceTokenizer with "
             "--tokenizer-model FOLDER",
         )
-        result.default("tokenizer", kind, "--tokenizer-type")  # one error is enough
+        result.default("tokenizer", shown, "--tokenizer-type")  # one error is enough
     elif model is not None:
         result.default("tokenizer", model, "--tokenizer-model")
     elif result.get("tokenizer") is None and not (start is not None and is_hugging_face(start)):

@@ -82,12 +82,30 @@ def _translate_models(file: NemoRlFile) -> None:
         if world > 1:
             ours, suffix = ("student", "train") if role == "policy" else ("teacher", "infer")
             file.put(f"{ours}.strategy_args.strategy_name", f"fsdp2_{suffix}", f"{role}.dtensor_cfg")
+        _translate_replicas(file, role, world)
     recompute = file.get("policy.dtensor_cfg.activation_checkpointing")
     if isinstance(recompute, bool):
         path = "policy.dtensor_cfg.activation_checkpointing"
         file.put("student.model_args.disable_gradient_checkpointing", not recompute, path)
     _translate_tokenizer(file)
     _translate_lora(file)
+
+
+def _translate_replicas(file: NemoRlFile, role: str, world: int) -> None:
+    """Copies of the model become the number of ranks that share one of them, which includes context parallel ranks."""
+    path = f"{role}.dtensor_cfg.dp_replicate_size"
+    copies = file.whole(path)
+    tp, cp = (file.whole(f"{role}.dtensor_cfg.{key}_parallel_size") for key in ("tensor", "context"))
+    data = world // (tp * cp)  # a remainder is an error elsewhere
+    if copies == 1:
+        return
+    if data % copies or data <= copies:
+        file.refuse(
+            path, f"= {copies} must divide the {data} data parallel ranks and be less, so that two or more share a copy"
+        )
+        return
+    for ours in ("student", "teacher") if "teacher" not in file.source else ("student" if role == "policy" else role,):
+        file.put(f"{ours}.strategy_args.strategy_config.fsdp_size", data // copies * cp, path)
 
 
 def _place(file: NemoRlFile) -> int:

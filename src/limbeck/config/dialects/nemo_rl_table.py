@@ -95,7 +95,7 @@ READ: dict[str, frozenset[str]] = {
         max_grad_norm make_sequence_length_divisible_by optimizer scheduler generation"""
     ),
     "policy.tokenizer": words("name chat_template"),
-    "policy.dtensor_cfg": words("enabled activation_checkpointing lora_cfg"),
+    "policy.dtensor_cfg": words("enabled activation_checkpointing dp_replicate_size lora_cfg"),
     "policy.dtensor_cfg.lora_cfg": words("enabled target_modules match_all_linear dim alpha dropout"),
     "policy.dynamic_batching": words("enabled train_mb_tokens sequence_length_round"),
     "policy.sequence_packing": words("enabled train_mb_tokens sequence_length_round algorithm"),
@@ -192,7 +192,6 @@ FIXED: dict[str, dict[str, Fixed]] = {
     },
     "policy.dtensor_cfg": {
         "expert_parallel_size": Fixed((None, 1), "is not supported yet; set it to 1"),
-        "dp_replicate_size": Fixed((None, 1), "is not supported yet; set it to 1, and all ranks shard one copy"),
     },
     "policy.dtensor_cfg.lora_cfg": {
         "exclude_modules": Fixed((None, []), "is not supported; name the other modules in target_modules"),

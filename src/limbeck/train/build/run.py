@@ -45,6 +45,9 @@ from limbeck.train.trackers.metrics_file import MetricsFile
 from limbeck.train.validate_rollout import RolloutValidation
 from limbeck.version import VERSION
 
+VALIDATES_FIRST = "validates_first"
+"""Added to the position in the data if the step of a checkpoint still has to be validated."""
+
 
 @dataclass
 class Run:
@@ -53,7 +56,7 @@ class Run:
     average: the teacher, if it is an average of the student's weights, which each step changes; else None.
     distils: signals are needed for training; otherwise a teacher is used in validation only. step: optimizer steps
     taken. metrics_file, trackers: on the main process. latest: the last value of every metric. changed: settings that
-    differ from those of ``resumed_from``.
+    differ from those of ``resumed_from``. validates_first: the run that wrote ``resumed_from`` ended in its validation.
     """
 
     config: DistillConfig
@@ -76,6 +79,7 @@ class Run:
     step: int = 0
     resumed_from: Path | None = None
     changed: Sequence[str] = ()
+    validates_first: bool = False
     metrics_file: MetricsFile | None = None
     trackers: list[BackgroundTracker] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
@@ -268,6 +272,7 @@ def _make_step_source(config: DistillConfig, world: World, data: Data) -> StepSo
         "max_lookahead",
         "steps_per_epoch",
         "next",
+        "before_update",
         "weights_changed",
         "validated",
         "metrics",
@@ -283,6 +288,7 @@ def _restore(run: Run, resume: Path) -> None:
     run.changed = changed_settings(resume, shareable(run.config))
     try:
         run.step, position = run.saver.restore(resume)
+        run.validates_first = VALIDATES_FIRST in position
         run.source.load_state_dict(position)
     except LimbeckError as error:
         if not run.changed:
