@@ -23,14 +23,14 @@ from limbeck.models.megatron_families import (
     Family,
     Heads,
     MambaSizes,
-    family_of,
     layers_with_experts,
     padded_rows,
 )
 from limbeck.strategies.context_parallel import exchange_heads
+from limbeck.strategies.megatron.bridge import family_of
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, submodules_of
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
-from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
+from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, Norm, RMSNorm
 from limbeck.strategies.megatron.mamba import MambaLayer
 from limbeck.strategies.megatron.transformer_engine import transformer_engine_norm, use_transformer_engine
 from limbeck.strategies.parallel_dims import CP, ParallelDims
@@ -55,7 +55,9 @@ class MegatronBody(nn.Module):
     def __init__(self, gpt: Any, shell: Any, groups: ProcessGroups, context: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.gpt, self.config, self.groups = gpt, shell.config, groups
-        self._num_embeddings = shell.get_input_embeddings().num_embeddings
+        embeddings = shell.get_input_embeddings()
+        self._num_embeddings = embeddings.num_embeddings
+        self._embed_scale: float | None = getattr(embeddings, "scalar_embed_scale", None)  # of Gemma
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         self._attention = attention if context is None else exchange_heads(attention, context)
         self.hybrid, frequencies = family_of(shell).hybrid, None
@@ -123,6 +125,8 @@ class MegatronBody(nn.Module):
         if self.gpt.pre_process:
             assert input_ids is not None
             hidden = self.gpt.embedding(input_ids=pad(input_ids, (0, padding)), position_ids=None)
+            if self._embed_scale is not None:
+                hidden = hidden * torch.tensor(self._embed_scale, dtype=hidden.dtype)
         computed: Tensor = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -182,7 +186,7 @@ def build_gpt_chunks(
         ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
-    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else RMSNorm
+    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else _norm(family)
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
@@ -259,10 +263,10 @@ def _layer(config: Any, family: Family, number: int, experts: int | None, implem
     layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=family.qk_norm)
     parts = layer.submodules
     attention = parts.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = _norm(family)
     attention.core_attention = CoreAttention
     if family.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = _norm(family)
     if experts:
         submodules_of(parts.mlp).experts = Experts
     if implementation == "transformer_engine":
@@ -280,11 +284,15 @@ def _layer(config: Any, family: Family, number: int, experts: int | None, implem
     return layer
 
 
+def _norm(family: Family) -> type[nn.Module]:
+    """The module of norms in Megatron's local layers."""
+    unusual = family.settings.get("layernorm_zero_centered_gamma") or family.settings.get("normalization") == "LayerNorm"
+    return Norm if unusual else RMSNorm
+
+
 def _transformer_config(
     config: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, family: Family
 ) -> Any:
-    from megatron.core.activations import squared_relu
-
     core, heads, virtual = import_megatron(), Heads.of(config), given.virtual_pipeline_model_parallel_size
     return core.transformer.TransformerConfig(
         num_layers=config.num_hidden_layers,
@@ -293,13 +301,6 @@ def _transformer_config(
         num_attention_heads=heads.heads,
         num_query_groups=heads.groups,
         kv_channels=heads.dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.layer_norm_epsilon if family.hybrid else config.rms_norm_eps,
-        gated_linear_unit=family.activation != "relu2",
-        activation_func=squared_relu if family.activation == "relu2" else torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=family.qkv_bias,
-        qk_layernorm=family.qk_norm,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=dims.tp,
@@ -321,9 +322,28 @@ def _transformer_config(
         transformer_impl="transformer_engine" if given.transformer_impl == "transformer_engine" else "local",
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
-        **_expert_settings(config, dims, given),
+        **_architecture(config, dims, given, family),
         **_recomputation(given, recompute=recompute),
     )
+
+
+def _architecture(config: Any, dims: ParallelDims, given: MegatronConfig, family: Family) -> dict[str, Any]:
+    """Megatron's settings of layers that depend on the family and on the Hugging Face configuration."""
+    from megatron.core.activations import squared_relu
+
+    usual = _expert_settings(config, dims, given)
+    if not family.settings:
+        return usual | {
+            "normalization": "RMSNorm",
+            "layernorm_epsilon": config.layer_norm_epsilon if family.hybrid else config.rms_norm_eps,
+            "gated_linear_unit": family.activation != "relu2",
+            "activation_func": squared_relu if family.activation == "relu2" else torch.nn.functional.silu,
+            "add_bias_linear": False,
+            "add_qkv_bias": family.qkv_bias,
+            "qk_layernorm": family.qk_norm,
+        }
+    precision = {"moe_router_dtype": given.moe_router_dtype} if given.moe_router_dtype else {}
+    return usual | family.settings | precision
 
 
 def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> dict[str, Any]:
@@ -337,6 +357,7 @@ def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> 
         "moe_ffn_hidden_size": experts.width,
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_load_balancing_type": "none",
+        "moe_router_bias_update_rate": 0.0,
         "moe_router_dtype": given.moe_router_dtype,
         "moe_token_dispatcher_type": given.moe_token_dispatcher_type,
         "moe_grouped_gemm": given.moe_grouped_gemm,

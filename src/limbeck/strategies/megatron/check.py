@@ -8,7 +8,8 @@ from typing import Any
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
-from limbeck.models.megatron_families import FAMILIES, ExpertShape, Heads, layers_with_experts
+from limbeck.models.megatron_families import ExpertShape, Heads, layers_with_experts
+from limbeck.strategies.megatron.bridge import family_of
 from limbeck.strategies.parallel_dims import ParallelDims
 
 
@@ -16,22 +17,21 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     """Raise LimbeckError unless Megatron can be built as the Hugging Face model ``name`` and divided so."""
     causal = unwrap_model(model)
     config, section = causal.config, f"{role}.strategy_args"
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise LimbeckError(
-            f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
-            f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
-        )
+    try:
+        family = family_of(model)
+    except LimbeckError as error:
+        raise LimbeckError(f"{section}.strategy_name: {name} cannot be built with megatron: {error}") from error
     known = {source for parameter in family.parameters(causal) for source in parameter.sources}
-    odd = known ^ {name for name, _ in causal.named_parameters(remove_duplicate=False)}
+    odd = known ^ set(causal.state_dict())
     activation = config.mlp_hidden_act if family.hybrid else config.hidden_act
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
-        f"{'mlp_' if family.hybrid else ''}hidden_act = {activation}": activation != family.activation,
+        f"{'mlp_' if family.hybrid else ''}hidden_act = {activation}": not family.settings and activation != family.activation,
         f"mamba_hidden_act = {getattr(config, 'mamba_hidden_act', None)}": family.hybrid
         and config.mamba_hidden_act != "silu",
         "tied embeddings": family.hybrid and config.tie_word_embeddings,
         f"attention_dropout = {config.attention_dropout:g}": config.attention_dropout > 0,
+        "hidden_dropout": getattr(config, "hidden_dropout", 0) > 0,
         "RoPE scaling that depends on the length or scales attention": not family.hybrid
         and _has_unusual_rope(body(causal)),
         f"attn_implementation = {config._attn_implementation}": not config._attn_implementation.startswith(
