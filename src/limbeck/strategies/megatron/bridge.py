@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,7 +31,6 @@ from limbeck.models.megatron_families import (
     local_name,
     rules_of_experts,
 )
-from limbeck.strategies.megatron.core import import_megatron
 
 _TAKEN = frozenset(
     "normalization layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit activation_func add_bias_linear "
@@ -72,42 +72,52 @@ def family_of(model: Any) -> Family:
 
 
 def _bridged(causal: Any) -> Family:
-    bridge, model_type = _bridge_of(causal), causal.config.model_type
-    provider = bridge.provider_bridge(SimpleNamespace(config=causal.config))
+    model_type = causal.config.model_type
+    with _quiet():  # about what it could not import, and kernels that are not used here
+        bridge = _bridge_of(causal)
+        provider, mappings = bridge.provider_bridge(SimpleNamespace(config=causal.config)), bridge.mapping_registry()
     for problem in _problems(causal, provider):
         raise LimbeckError(
-            f"Megatron-Bridge describes {model_type} models with {problem}, which Limbeck cannot build in megatron-core's GPTModel; "
-            "use fsdp2_train and fsdp2_infer."
+            f"Megatron-Bridge describes {model_type} models with {problem}, which Limbeck cannot build in megatron-core's "
+            "GPTModel; use fsdp2_train and fsdp2_infer."
         )
     settings = {name: getattr(provider, name) for name in _TAKEN if getattr(provider, name, None) is not None}
-    return Family(_rules(causal, bridge.mapping_registry()), qk_norm=provider.qk_layernorm, settings=settings)
+    return Family(_rules(causal, mappings), qk_norm=provider.qk_layernorm, settings=settings)
 
 
 def _bridge_of(causal: Any) -> Any:
     """Bridge's object for the class of a Hugging Face model."""
-    model_type = causal.config.model_type
-    ours = f"megatron has no weight map for model_type {model_type}, only for {', '.join(FAMILIES)}"
-    import_megatron()
-    disabled = logging.root.manager.disable
+    missing = f"no weight map for model_type {causal.config.model_type}, only for {', '.join(FAMILIES)}"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)  # of what it could not import
-            import megatron.bridge
-            from megatron.bridge.models.conversion.model_bridge import get_model_bridge
+        import megatron.bridge
+        from megatron.bridge.models.conversion.model_bridge import get_model_bridge
     except Exception as error:  # of the many packages that it imports
         raise LimbeckError(
-            f"{ours}, and Megatron-Bridge, which knows others, cannot be imported ({error}); install megatron-bridge and "
+            f"{missing}, and Megatron-Bridge, which has others, cannot be imported ({error}); install megatron-bridge and "
             "Transformer Engine, or use fsdp2_train and fsdp2_infer."
         ) from error
-    finally:
-        logging.disable(disabled)
     try:
         return get_model_bridge(type(causal), hf_config=causal.config)
     except NotImplementedError as error:
         raise LimbeckError(
-            f"{ours}, and Megatron-Bridge {megatron.bridge.__version__} has none either; use fsdp2_train and fsdp2_infer."
+            f"{missing}, and Megatron-Bridge {megatron.bridge.__version__} has none either; use fsdp2_train and fsdp2_infer."
         ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings below an error, and with the logging that was configured before."""
+    root, disabled = logging.root, logging.root.manager.disable
+    before = root.level, root.handlers[:]
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        root.setLevel(before[0])
+        root.handlers[:] = before[1]
 
 
 def _problems(causal: Any, provider: Any) -> Iterator[str]:

@@ -20,7 +20,7 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     try:
         family = family_of(model)
     except LimbeckError as error:
-        raise LimbeckError(f"{section}.strategy_name: {name} cannot be built with megatron: {error}") from error
+        raise LimbeckError(f"{section}.strategy_name = megatron: {name}: {error}") from error
     known = {source for parameter in family.parameters(causal) for source in parameter.sources}
     odd = known ^ set(causal.state_dict())
     activation = config.mlp_hidden_act if family.hybrid else config.hidden_act
