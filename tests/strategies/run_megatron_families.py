@@ -34,6 +34,7 @@ CHANGES = {
         "decoder_sparse_step": 2,
         "norm_topk_prob": True,
     },
+    "arcee": {"attention_bias": True, "mlp_bias": True},
     "glm4_moe": {
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -45,6 +46,7 @@ CHANGES = {
         "attention_bias": True,
     },
 }
+WITH_EXPERTS = CHANGES.keys() - {"arcee"}
 HYBRID = {"nemotron_h": {"hybrid_override_pattern": "M-*", "mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 2,
                          "ssm_state_size": 8, "chunk_size": 4}}  # fmt: skip
 DENSE = [
@@ -93,12 +95,12 @@ def check(kind: str, dims: ParallelDims, settings: dict) -> None:
     streamed = {name: torch.equal(value, whole[name]) for name, value in weights.stream(lambda parameter: parameter)}
     dist.all_gather_object(seen, streamed)
     assert seen[0] | seen[1] == dict.fromkeys(whole.keys() - ({HEAD} if weights.tied else set()), True), (kind, dims)
-    if kind in CHANGES:
+    if kind in WITH_EXPERTS:
         assert any(layers_with_experts(model))
 
 
 dist.init_process_group("gloo")
 for kind in sys.argv[1:] or FAMILIES:
-    for dims, settings in DENSE + (EXPERTS if kind in CHANGES else []):
+    for dims, settings in DENSE + (EXPERTS if kind in WITH_EXPERTS else []):
         check(kind, dims, settings)
 dist.destroy_process_group()

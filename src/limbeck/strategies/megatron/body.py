@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, current_documents, unwrap_model
-from limbeck.models.megatron_families import Family, MambaSizes, layers_with_experts, padded_rows
+from limbeck.models.megatron_families import Family, MambaSizes, is_hybrid, layers_with_experts, padded_rows
 from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.strategies.context_parallel import exchange_heads
 from limbeck.strategies.megatron.bridge import family_of
@@ -57,7 +57,7 @@ class MegatronBody(nn.Module):
         name = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS[BY_DOCUMENT.get(name, name)]
         self._attention = attention if context is None else exchange_heads(attention, context)
-        self.hybrid, frequencies = family_of(shell).hybrid, None
+        self.hybrid, frequencies = is_hybrid(self.config), None
         if not self.hybrid:
             frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
             frequencies = frequencies.to(torch.cuda.current_device())
@@ -283,7 +283,9 @@ def _layer(config: Any, family: Family, number: int, experts: int | None, implem
 
 def _norm(family: Family) -> type[nn.Module]:
     """The module of norms in Megatron's local layers."""
-    unusual = family.settings.get("layernorm_zero_centered_gamma") or family.settings.get("normalization") == "LayerNorm"
+    unusual = (
+        family.settings.get("layernorm_zero_centered_gamma") or family.settings.get("normalization") == "LayerNorm"
+    )
     return Norm if unusual else RMSNorm
 
 

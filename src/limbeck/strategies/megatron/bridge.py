@@ -32,29 +32,33 @@ from limbeck.models.megatron_families import (
     rules_of_experts,
 )
 
-_TAKEN = frozenset(
-    "normalization layernorm_epsilon layernorm_zero_centered_gamma gated_linear_unit activation_func add_bias_linear "
-    "add_qkv_bias qk_layernorm softmax_scale num_moe_experts moe_router_topk moe_ffn_hidden_size moe_router_pre_softmax "
-    "moe_router_score_function moe_router_enable_expert_bias moe_router_topk_scaling_factor moe_router_num_groups "
-    "moe_router_group_topk moe_router_dtype moe_shared_expert_intermediate_size".split()
-)
+# fmt: off
+_TAKEN = frozenset((
+    "normalization", "layernorm_epsilon", "layernorm_zero_centered_gamma", "gated_linear_unit", "activation_func",
+    "add_bias_linear", "add_qkv_bias", "qk_layernorm", "softmax_scale", "num_moe_experts", "moe_router_topk",
+    "moe_ffn_hidden_size", "moe_router_pre_softmax", "moe_router_score_function", "moe_router_enable_expert_bias",
+    "moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk", "moe_router_dtype",
+    "moe_shared_expert_intermediate_size",
+))
 """Settings of the architecture, which are passed to Megatron as Bridge has them."""
 
-_OTHERWISE = frozenset(
+_OTHERWISE = frozenset((
     # From the Hugging Face configuration, the modules of the Hugging Face model, or the run's configuration.
-    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size seq_length "
-    "share_embeddings_and_output_weights rotary_base rotary_percent rope_scaling rope_scaling_factor moe_layer_freq "
-    "bf16 fp16 params_dtype autocast_dtype moe_grouped_gemm moe_token_dispatcher_type hidden_dropout attention_dropout "
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels", "vocab_size",
+    "seq_length", "share_embeddings_and_output_weights", "rotary_base", "rotary_percent", "rope_scaling",
+    "rope_scaling_factor", "moe_layer_freq", "bf16", "fp16", "params_dtype", "autocast_dtype", "moe_grouped_gemm",
+    "moe_token_dispatcher_type", "hidden_dropout", "attention_dropout",
     # Without an effect on what is computed here: initial values, kernels, losses that are no part of distillation.
-    "init_method_std make_vocab_size_divisible_by hf_model_id hf_model_revision attention_backend persist_layer_norm "
-    "attention_softmax_in_fp32 apply_rope_fusion bias_activation_fusion bias_dropout_fusion masked_softmax_fusion "
-    "cross_entropy_loss_fusion cross_entropy_fusion_impl gradient_accumulation_fusion deallocate_pipeline_outputs "
-    "moe_permute_fusion moe_shared_expert_overlap moe_router_load_balancing_type moe_aux_loss_coeff moe_z_loss_coeff "
-    "moe_router_bias_update_rate mtp_num_layers mtp_loss_scaling_factor "
+    "init_method_std", "make_vocab_size_divisible_by", "hf_model_id", "hf_model_revision", "attention_backend",
+    "persist_layer_norm", "attention_softmax_in_fp32", "apply_rope_fusion", "bias_activation_fusion", "bias_dropout_fusion",
+    "masked_softmax_fusion", "cross_entropy_loss_fusion", "cross_entropy_fusion_impl", "gradient_accumulation_fusion",
+    "deallocate_pipeline_outputs", "moe_permute_fusion", "moe_shared_expert_overlap", "moe_router_load_balancing_type",
+    "moe_router_bias_update_rate", "moe_aux_loss_coeff", "moe_z_loss_coeff", "mtp_num_layers", "mtp_loss_scaling_factor",
     # Checked by themselves.
-    "position_embedding_type transformer_layer_spec".split()
-)
-"""Settings that are not passed on."""
+    "position_embedding_type", "transformer_layer_spec",
+))
+"""Settings that are not passed on. A change of any other is an error."""
+# fmt: on
 
 _SCALES_EMBEDDINGS = "GemmaModelProvider"
 """The provider that only adds to a model what ``MegatronBody`` reads from the Hugging Face model's embeddings."""
@@ -75,7 +79,14 @@ def _bridged(causal: Any) -> Family:
     model_type = causal.config.model_type
     with _quiet():  # about what it could not import, and kernels that are not used here
         bridge = _bridge_of(causal)
-        provider, mappings = bridge.provider_bridge(SimpleNamespace(config=causal.config)), bridge.mapping_registry()
+        try:
+            provider = bridge.provider_bridge(SimpleNamespace(config=causal.config))
+            mappings = bridge.mapping_registry()
+        except Exception as error:  # of one of many architectures
+            raise LimbeckError(
+                f"Megatron-Bridge cannot describe this {model_type} model ({type(error).__name__}: {error}); use fsdp2_train "
+                "and fsdp2_infer."
+            ) from error
     for problem in _problems(causal, provider):
         raise LimbeckError(
             f"Megatron-Bridge describes {model_type} models with {problem}, which Limbeck cannot build in megatron-core's "
@@ -142,12 +153,13 @@ def _problems(causal: Any, provider: Any) -> Iterator[str]:
         if changed and not name.startswith("_") and name not in _TAKEN | _OTHERWISE:
             yield f"{name} = {value}"
     config, function = causal.config, provider.activation_func
-    name, points = getattr(config, "hidden_act", None) or config.hidden_activation, torch.linspace(-6, 6, 97)
-    if not torch.allclose(ACT2FN[name](points), function(points), atol=1e-5):
-        yield f"the activation {function.__name__} for hidden_act = {name}"
+    activation = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    points = torch.linspace(-6, 6, 97)
+    if activation not in ACT2FN or not torch.allclose(ACT2FN[activation](points), function(points), atol=1e-5):
+        yield f"the activation {function.__name__} for hidden_act = {activation}"
     gated = provider.gated_linear_unit and not provider.add_bias_linear and function is torch.nn.functional.silu
     if any(layers_with_experts(causal)) and not gated:
-        yield f"experts that are not gated by SiLU without biases (hidden_act = {name})"
+        yield f"experts that are not gated by SiLU without biases (hidden_act = {activation})"
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -70,7 +70,7 @@ def _architecture(config: Any, dims: ParallelDims, given: MegatronConfig, family
             "qk_layernorm": family.qk_norm,
         }
     precision = {"moe_router_dtype": given.moe_router_dtype} if given.moe_router_dtype else {}
-    return usual | family.settings | precision
+    return {**usual, **family.settings, **precision}
 
 
 def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> dict[str, Any]:

@@ -65,7 +65,9 @@ class WeightMap:
         """Raise LimbeckError unless the layers have all tensors that are ``expected`` in them, and in their shapes."""
         odd = expected - {source for held in self.held for source in held.sources}
         for parameter, value in self.slices({name: value.to("meta") for name, value in model.state_dict().items()}):
-            odd |= {held.sources[0] for held in self.held if held.parameter is parameter and value.shape != parameter.shape}
+            odd |= {
+                held.sources[0] for held in self.held if held.parameter is parameter and value.shape != parameter.shape
+            }
         for source in sorted(odd)[:1]:
             raise LimbeckError(
                 f"megatron-core has no parameter that fits {source} of {model.config.model_type} models; use fsdp2_train and "
