@@ -19,7 +19,7 @@ from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.strategies.megatron.check import check_family
 from limbeck.strategies.parallel_dims import ParallelDims
-from strategies.megatron_runs import EP, PP, SHARDED, SP, TP, VPP, layout, run_ranks
+from strategies.megatron_runs import CP, EP, PP, SHARDED, SP, TP, VPP, layout, run_ranks
 
 HERE = Path(__file__).parent
 FOUND = importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.bridge") is not None
@@ -28,7 +28,7 @@ needs_bridge = pytest.mark.skipif(not FOUND, reason="needs megatron-bridge")
 GLM = {"kind": "glm4_moe", "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
        "n_group": 1, "routed_scaling_factor": 1.5, "use_qk_norm": True, "attention_bias": True}  # fmt: skip
 MODELS = {
-    "nemotron": {"kind": "nemotron", "head_dim": 8, "vocab_size": 325},
+    "nemotron": {"kind": "nemotron", "head_dim": 8, "vocab_size": 325},  # which two ranks pad
     "gemma": {"kind": "gemma", "head_dim": 8, "tie_word_embeddings": True, "layers": 4},
     "glm4_moe": {**GLM, "first_k_dense_replace": 1},
 }
@@ -36,7 +36,7 @@ CASES = {  # ranks, model, the student's strategy_config and the teacher's
     "tp": (2, "nemotron", {TP: 2, **SP, **SHARDED}, {PP: 2}),
     "pp": (2, "gemma", VPP, {TP: 1}),
     "ep": (2, "glm4_moe", {EP: 2, **SHARDED}, {TP: 2, **SP}),
-    "tp of experts": (2, "glm4_moe", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, None),
+    "tp of experts": (2, "glm4_moe", {TP: 2, **SP, EP: 2, "expert_tensor_parallel_size": 1}, {CP: 2}),
     "one": (1, "glm4_moe", {}, {}),
 }
 
@@ -58,6 +58,7 @@ def configuration(folder: Path, output: Path, model: str, **changes) -> dict:
             "student.use_sequence_packing": True,
             "student.data_args.file_name": [str(folder / "rows.jsonl")],
             "teacher.model_args.dtype": "fp32",
+            "features.pairs": [[f"model.layers.{x}", f"model.layers.{x}"] for x in ("0.self_attn.o_proj", "1.mlp")],
             **changes,
         }
     )
@@ -89,9 +90,14 @@ def test_a_bridged_model_trains_as_with_fsdp2_and_takes_its_checkpoint(tmp_path)
         "resume_from_checkpoint": f"{tmp_path}/glm4_moe-fsdp2/checkpoint-2",
     }
     files[2][tmp_path / "again.yaml"] = files[2][tmp_path / "ep.yaml"] | resumed
+    # Bridge counts one shared expert.
+    other = {"student_pretrain": str(make_model(tmp_path / "other", **MODELS["glm4_moe"], n_shared_experts=2))}
+    files[1][tmp_path / "other.yaml"] = files[1][tmp_path / "one.yaml"] | {"output_dir": f"{tmp_path}/refused", **other}
     for ranks, group in files.items():
         run_ranks(ranks, group)
-    assert not list(tmp_path.glob("*.error")), [path.read_text() for path in tmp_path.glob("*.error")]
+    errors = {path.stem: path.read_text() for path in tmp_path.glob("*.error")}
+    assert errors.keys() == {"other"}, errors
+    assert "megatron-core has no parameter that fits model.layers.1.mlp.shared_experts.down_proj.weight" in errors["other"]
     for name, (_, model, *_) in CASES.items():
         one, other = tmp_path / f"{model}-fsdp2", tmp_path / name
         for key in ("train/loss", "student/grad_norm"):
