@@ -90,6 +90,10 @@ def test_a_bridged_model_trains_as_with_fsdp2_and_takes_its_checkpoint(tmp_path)
         "resume_from_checkpoint": f"{tmp_path}/glm4_moe-fsdp2/checkpoint-2",
     }
     files[2][tmp_path / "again.yaml"] = files[2][tmp_path / "ep.yaml"] | resumed
+    # Rounding sends a token to another expert.
+    half = {"student.model_args.dtype": "bf16", "max_steps": 1, **layout({TP: 2, **SP})}
+    half["plugins"] = files[1][tmp_path / "one.yaml"]["plugins"]
+    files[2][tmp_path / "half.yaml"] = configuration(tmp_path, tmp_path / "half", "glm4_moe", **rows(2, 4), **half)
     # Bridge counts one shared expert.
     other = {"student_pretrain": str(make_model(tmp_path / "other", **MODELS["glm4_moe"], n_shared_experts=2))}
     files[1][tmp_path / "other.yaml"] = files[1][tmp_path / "one.yaml"] | {"output_dir": f"{tmp_path}/refused", **other}
@@ -97,7 +101,9 @@ def test_a_bridged_model_trains_as_with_fsdp2_and_takes_its_checkpoint(tmp_path)
         run_ranks(ranks, group)
     errors = {path.stem: path.read_text() for path in tmp_path.glob("*.error")}
     assert errors.keys() == {"other"}, errors
-    assert "megatron-core has no parameter that fits model.layers.1.mlp.shared_experts.down_proj.weight" in errors["other"]
+    assert (
+        "megatron-core has no parameter that fits model.layers.1.mlp.shared_experts.down_proj.weight" in errors["other"]
+    )
     for name, (_, model, *_) in CASES.items():
         one, other = tmp_path / f"{model}-fsdp2", tmp_path / name
         for key in ("train/loss", "student/grad_norm"):
