@@ -58,7 +58,9 @@ def configuration(folder: Path, output: Path, model: str, **changes) -> dict:
             "student.use_sequence_packing": True,
             "student.data_args.file_name": [str(folder / "rows.jsonl")],
             "teacher.model_args.dtype": "fp32",
-            "features.pairs": [[f"model.layers.{x}", f"model.layers.{x}"] for x in ("0.self_attn.o_proj", "1.mlp")],
+            "features.pairs": [
+                [f"model.{x}"] * 2 for x in ("embed_tokens", "layers.0.self_attn.o_proj", "layers.1.mlp")
+            ],
             **changes,
         }
     )

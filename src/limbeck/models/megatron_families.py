@@ -332,5 +332,5 @@ def joined(kind: Kind, slices: Sequence[Tensor], heads: Heads, vocab_size: int) 
 
 
 def family_of(model: Any) -> Family:
-    """The family of a Hugging Face model that ``check_family`` has accepted."""
+    """The family of a Hugging Face model with a table."""
     return FAMILIES[unwrap_model(model).config.model_type]

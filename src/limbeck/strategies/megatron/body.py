@@ -21,7 +21,7 @@ from limbeck.models import body, causal_mask, current_documents, unwrap_model
 from limbeck.models.megatron_families import Family, MambaSizes, is_hybrid, layers_with_experts, padded_rows
 from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.strategies.context_parallel import exchange_heads
-from limbeck.strategies.megatron.bridge import family_of
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, submodules_of
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
 from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, Norm, RMSNorm
@@ -52,7 +52,9 @@ class MegatronBody(nn.Module):
         self.gpt, self.config, self.groups = gpt, shell.config, groups
         embeddings = shell.get_input_embeddings()
         self._num_embeddings = embeddings.num_embeddings
-        self._embed_scale: float | None = getattr(embeddings, "scalar_embed_scale", None)  # of Gemma
+        scale: float | None = getattr(embeddings, "scalar_embed_scale", None)  # of Gemma
+        if scale is not None and gpt.pre_process:
+            gpt.embedding.register_forward_hook(lambda _module, _inputs, x: x * torch.tensor(scale, dtype=x.dtype))
         # That for packed rows also where the Hugging Face model's layers cannot use it.
         name = self.config._attn_implementation
         attention = ALL_ATTENTION_FUNCTIONS[BY_DOCUMENT.get(name, name)]
@@ -122,8 +124,6 @@ class MegatronBody(nn.Module):
         if self.gpt.pre_process:
             assert input_ids is not None
             hidden = self.gpt.embedding(input_ids=pad(input_ids, (0, padding)), position_ids=None)
-            if self._embed_scale is not None:
-                hidden = hidden * torch.tensor(self._embed_scale, dtype=hidden.dtype)
         computed: Tensor = self.gpt.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -173,7 +173,7 @@ def build_gpt_chunks(
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     shell = unwrap_model(model)
-    config, family = shell.config, family_of(model)
+    config, family = shell.config, find_family(model)
     _check_layers(config.num_hidden_layers, dims.pp, given, name, role)
     try:
         settings = transformer_config(config, dims, dtype, given, recompute=recompute, family=family)

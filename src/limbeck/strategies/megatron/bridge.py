@@ -64,7 +64,7 @@ _SCALES_EMBEDDINGS = "GemmaModelProvider"
 """The provider that only adds to a model what ``MegatronBody`` reads from the Hugging Face model's embeddings."""
 
 
-def family_of(model: Any) -> Family:
+def find_family(model: Any) -> Family:
     """The family of a Hugging Face model: from the tables, or from Megatron-Bridge.
 
     Raises:

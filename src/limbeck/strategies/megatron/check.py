@@ -9,7 +9,7 @@ from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
 from limbeck.models.megatron_families import ExpertShape, Heads, layers_with_experts
-from limbeck.strategies.megatron.bridge import family_of
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.parallel_dims import ParallelDims
 
 
@@ -18,7 +18,7 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     causal = unwrap_model(model)
     config, section = causal.config, f"{role}.strategy_args"
     try:
-        family = family_of(model)
+        family = find_family(model)
     except LimbeckError as error:
         raise LimbeckError(f"{section}.strategy_name = megatron: {name}: {error}") from error
     known = {source for parameter in family.parameters(causal) for source in parameter.sources}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
 from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Family, Heads, Kind, joined, local_name, slice_of
-from limbeck.strategies.megatron.bridge import family_of
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.megatron.core import ProcessGroups
 from limbeck.strategies.shards import Box, Sliceable, whole_box
 
@@ -46,7 +46,7 @@ class WeightMap:
         self.tied = bool(config.tie_word_embeddings)
         self._heads, self._groups = Heads.of(config), groups
         self._vocab_size = unwrap_model(model).get_input_embeddings().num_embeddings
-        family = family_of(model)
+        family = find_family(model)
         self.held = [
             HeldParameter(parameter, *_origin(name, chunk, family, self.tied))
             for chunk in chunks
