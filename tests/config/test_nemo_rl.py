@@ -337,6 +337,24 @@ def test_the_reference_configurations_load_unchanged(file: Path, tmp_path: Path)
     assert load_config(whole).config == config
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss_fn.kl_type=[forward]",
+        "checkpointing.metric_name=[val:accuracy]",
+        "policy.tokenizer.chat_template=[a]",
+        "data.train.dataset_name=[DeepScaler]",
+        "++data.validation.repeat=[2]",
+        "data.default.env_name={a: 1}",
+    ],
+)
+def test_a_list_or_section_in_place_of_a_value_is_refused_in_one_sentence(mistakes: Mistakes, override: str) -> None:
+    (line,) = mistakes(override, yaml=UPSTREAM)
+    key = override.partition("=")[0].strip("+")
+    assert line.startswith(f"command line: {key} = ")
+    assert line.endswith(" must be one value, not a list or a section of keys.")
+
+
 def test_a_file_that_cannot_be_read_as_sections_is_an_error(mistakes: Mistakes) -> None:
     assert any(
         "policy.optimizer = 7 must be a section of keys" in line

@@ -81,14 +81,14 @@ def _entries(data: Mapping[str, Any], part: str) -> Iterator[Entry]:
 
 
 def _put_sources(result: Translation, target: str, entries: list[Entry]) -> None:
-    sources = [source for entry in entries if (source := _source(result, entry)) is not None]
+    sources = [_source(result, entry) for entry in entries]
     if sources:
         name = "data_path" if "data_path" in entries[0] else "dataset_name"
         result.put(target, sources, entries[0].get(name, (None, "data"))[1])
 
 
-def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
-    """The entry of ``data_args.sources`` for a dataset."""
+def _source(result: Translation, entry: Entry) -> dict[str, Any]:
+    """The entry of ``data_args.sources`` for a dataset; one by its name alone if it is refused."""
 
     def value(key: str) -> Any:
         return entry.get(key, (None, ""))[0]
@@ -96,7 +96,7 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
     name, file = value("dataset_name"), value("data_path")
     by_hub = {part["hub"]: named for named, parts in NAMED_DATASETS.items() for part in parts}
     columns = _GENERIC.get(name, {})
-    source: dict[str, Any]
+    source: dict[str, Any] = {"hub": str(name)}
     if file is not None:
         source = {"path": [file]} if _is_file(str(file)) else {"hub": file}
     elif name in NAMED_DATASETS or name in by_hub:
@@ -104,8 +104,9 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
     elif isinstance(name, str) and _is_file(name):
         source = {"path": [name]}
     elif name is None or name in _GENERIC:
-        result.refuse(entry.get("dataset_name", (None, "data.train"))[1], "needs data_path, a file; set it")
-        return None
+        path = entry.get("dataset_name", (None, "data.train"))[1]
+        if path not in {one.path for one in result.contradictions}:  # nor a value of the wrong kind
+            result.refuse(path, "needs data_path, a file; set it")
     else:
         near = difflib.get_close_matches(str(name), NAMED_DATASETS, n=1)
         hint = (
@@ -114,7 +115,6 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
             else f"use one of {', '.join(NAMED_DATASETS)}, or set data_path to a file"
         )
         result.refuse(entry["dataset_name"][1], f"= {name} is not a dataset that Limbeck knows by name; {hint}")
-        return None
     if name == "openai_format":
         source["format"] = "messages"
     more = {
