@@ -194,7 +194,12 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
 @pytest.mark.parametrize(
     ("override", "value", "expected"),
     [
-        ("data.train.data_path", "rows.jsonl", {"path": ["rows.jsonl"], "question_key": None}),
+        ("data.train.data_path", "rows.jsonl", {"path": ["rows.jsonl"], "question_key": "problem", "answer_key": None}),
+        (
+            "data.train",
+            "{dataset_name: pe-nlp/math-cl, data_path: rows.jsonl, input_key: question}",
+            {"path": ["rows.jsonl"], "question_key": "question", "answer_key": "ground_truth_answer"},
+        ),
         ("data.train.dataset_name", "rows.jsonl", {"path": ["rows.jsonl"]}),
         ("data.train.dataset_name", "pe-nlp/math-cl", {"hub": "pe-nlp/math-cl", "answer_key": "ground_truth_answer"}),
         (
@@ -213,6 +218,15 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
 def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, expected: dict[str, Any]) -> None:
     (source,) = load(f"{override}={value}", yaml=UPSTREAM).config.data_sources
     assert {key: getattr(source, key) for key in expected} == expected
+
+
+def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> None:
+    config = load(
+        "++data.data_path=rows.jsonl", "++data.output_key=a", "++data.validation.dataset_name=gsm8k", yaml=FORK
+    ).config
+    (train,), (valid,) = config.data_sources, config.validation_sources
+    assert (train.path, train.question_key, train.answer_key) == (["rows.jsonl"], "problem", "a")
+    assert (valid.path, valid.hub, valid.answer_key) == (None, "openai/gsm8k", "answer")
 
 
 @pytest.mark.parametrize(

@@ -121,8 +121,8 @@ READ: dict[str, frozenset[str]] = {
 """Keys that ``nemo_rl.py`` and ``nemo_rl_data.py`` translate."""
 
 NESTED = words(
-    """student teacher plugins data.train data.validation data.default policy.dtensor_cfg.lora_cfg.target_modules policy.optimizer.kwargs.betas
-    policy.scheduler policy.generation.vllm_kwargs logger.wandb logger.mlflow logger.swanlab"""
+    """student teacher plugins data.train data.validation data.default policy.dtensor_cfg.lora_cfg.target_modules
+    policy.optimizer.kwargs.betas policy.scheduler policy.generation.vllm_kwargs logger.wandb logger.mlflow logger.swanlab"""
 )
 """Those of them that may have a list or a section, besides the sections that are keys of ``READ``."""
 
