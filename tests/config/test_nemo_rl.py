@@ -179,6 +179,31 @@ def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
     assert values["max_ckpt_to_keep"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("train:loss", "train/loss"),
+        ("train:grad_norm", "student/grad_norm"),
+        ("train:mean_gen_tokens_per_sample", "rollout/mean_length"),
+        ("train:rollout/reward", "rollout/reward"),
+        ("train:student/grad_norm", "student/grad_norm"),
+        ("val:accuracy", "val/accuracy"),
+        ("val:val/kd", "val/kd"),
+        ("val:avg_length", "val/mean_length"),
+    ],
+)
+def test_a_metric_has_the_name_of_either_system(load: Load, name: str, ours: str) -> None:
+    higher = "checkpointing.higher_is_better=true"
+    assert load(f"checkpointing.metric_name={name}", higher, yaml=UPSTREAM).config.checkpoint_config.best_metric == ours
+
+
+def test_a_metric_of_written_answers_needs_an_environment(mistakes: Mistakes) -> None:
+    keys = ("++checkpointing.metric_name='val:accuracy'", "++data.validation.dataset_name=gsm8k")
+    (line,) = mistakes(*keys, yaml=FORK)
+    assert "checkpointing.metric_name = val:accuracy needs an environment" in line
+    assert line.endswith("add env: {math: {}}.")
+
+
 def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
     config = load(yaml=FORK).config
     assert config.rollout is not None
