@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     assert config.tracker_kwargs == {"log_dir": "logs/tensorboard"}
     ignored = next(notice for notice in loaded.notices if "no effect in Limbeck" in notice)
     assert "policy.generation.port_range_low (run.yaml:" in ignored
-    assert "teacher" not in ignored
+    assert re.findall(r"teacher\.[\w.]+", ignored) == ["teacher.make_sequence_length_divisible_by"]  # of its own size
     assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
 
 
@@ -347,6 +348,18 @@ def test_an_environment_of_a_plug_in_has_its_turns_and_arguments(load: Load, mis
     assert "= 3 needs an environment that replies, and math does not" in line
     (line,) = mistakes("data.default.env_name=sliding_puzzle", yaml=UPSTREAM)
     assert "data.default.env_name = sliding_puzzle is not a known environment; use one of" in line
+
+
+def test_keys_of_the_teacher_that_are_not_read_are_in_the_notice_if_they_differ(load: Load) -> None:
+    for key, value in (
+        ("tokenizer.name", "other"),
+        ("generation.temperature", "0.3"),
+        ("train_global_batch_size", "4"),
+    ):
+        ignored = load(f"++teacher.{key}={value}", yaml=UPSTREAM).notices[0]
+        found = set(re.findall(r"(teacher\.[\w.]+) \(command line\)", ignored))
+        assert found == {f"teacher.{key}"}
+    assert not any("teacher" in notice for notice in load(yaml=FORK).notices)
 
 
 def test_a_variable_may_stand_beside_the_sections(load: Load) -> None:

@@ -102,7 +102,7 @@ class NemoRlFile:
             if key in fixed:
                 self._check_fixed(inner, value, fixed[key])
             elif path == "teacher" and key in known and key not in TEACHER_READS:
-                continue  # NeMo-RL does not read it either
+                self.result.ignored += self._unread_of_teacher(inner, value)
             elif key in ignored:
                 self.result.ignored.append(inner)
             elif path == "env" and key not in known and key in ENVIRONMENTS:
@@ -130,6 +130,19 @@ class NemoRlFile:
                 self._check(path, one)
             else:
                 self.result.refuse(path, f"= {format_value(one)} must be a section of keys")
+
+    def _unread_of_teacher(self, path: str, value: Any) -> Iterator[str]:
+        """The keys at ``path``, which NeMo-RL does not read either, with another value than the student's.
+
+        A teacher is usually written as a copy of the student's section, whose keys need no notice.
+        """
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from self._unread_of_teacher(f"{path}.{key}", inner)
+        elif value not in (None, self.get(path.replace("teacher", "policy", 1))) and not (
+            path in ("teacher.tokenizer", "teacher.tokenizer.name") and value == self.get("teacher.model_name")
+        ):
+            yield path
 
     def _check_switched(self, path: str, value: Any, kind: str) -> None:
         unsupported = DISABLED_BY[kind]
