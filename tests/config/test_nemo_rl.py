@@ -239,6 +239,7 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
             {"hub": "own/chats", "format": "messages"},
         ),
         ("data.train.output_key", "solution", {"answer_key": "solution"}),
+        ("data.train.split", "train[:95%]", {"split": "train[:95%]"}),
     ],
 )
 def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, expected: dict[str, Any]) -> None:

@@ -234,7 +234,8 @@ FIXED: dict[str, dict[str, Fixed]] = {
         "processor": Fixed((None, "math_hf_data_processor"), "is not supported; use math_hf_data_processor"),
         "split_validation_size": Fixed(
             (None, 0, 0.0),
-            "(a part of the training data for validation) is not supported; set it to 0, and data.validation",
+            "(rows of the training data, drawn for validation) is not supported; set it to 0, and name the rows with split: "
+            "train[:95%] in data.train, and the same dataset with train[95%:] in data.validation",
         ),
         "extract_answer": Fixed((None,), "is not supported; remove it: a checker finds the final answer itself"),
     },
