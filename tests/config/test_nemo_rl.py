@@ -413,6 +413,8 @@ def test_a_file_that_cannot_be_read_as_sections_is_an_error(mistakes: Mistakes) 
         "policy.optimizer = 7 must be a section of keys" in line
         for line in mistakes("policy.optimizer=7", yaml=UPSTREAM)
     )
+    (line,) = mistakes("policy.dynamic_batching=true", yaml=UPSTREAM)
+    assert "policy.dynamic_batching = true must be a section of keys" in line
 
 
 def test_arguments_are_refused() -> None:

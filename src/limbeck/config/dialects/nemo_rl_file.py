@@ -26,7 +26,7 @@ class NemoRlFile:
     """One file and its translation. Paths have ``policy`` for the student's section, also if the file calls it ``student``."""
 
     def __init__(self, source: Mapping[str, Any]) -> None:
-        self.source = copy.deepcopy(source)  # values of the wrong kind are taken out of it
+        self.source: dict[str, Any] = copy.deepcopy(dict(source))  # values of the wrong kind are taken out of it
         self.student = "student" if "student" in source and "policy" not in source else "policy"
         self.result = Translation({})
 
@@ -151,6 +151,8 @@ class NemoRlFile:
             self.result.refuse(f"{path}.enabled", f"= true {unsupported.sentence}")
         elif enabled:
             self._check(path, value)
+        elif value is not None and not isinstance(value, dict):
+            self.result.refuse(path, f"= {format_value(value)} must be a section of keys, with enabled: true or false")
 
     def _check_fixed(self, path: str, value: Any, fixed: Fixed) -> None:
         off = fixed.section and isinstance(value, Mapping) and not value.get("enabled")
