@@ -325,6 +325,7 @@ def test_an_answer_ends_at_the_sequence_length(source):
         ({"rollout.num_generations": 3}, "rollout.num_generations = 3 does not divide the 8 samples of a step"),
         ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
+        ({"student.data_args.overlong": "split"}, "overlong = split cuts rows from the beginning of their prompts"),
         ({"rollout.stop_strings": ["x", ""]}, r"rollout.stop_strings = \['x', ''\] has an empty text"),
         ({"rollout.stop_token_ids": [1, 10**6]}, "rollout.stop_token_ids has 1000000, which is no token of"),
         ({"rollout.stop_token_ids": [-1]}, "rollout.stop_token_ids has -1, which is no token of"),
@@ -336,6 +337,19 @@ def test_an_answer_ends_at_the_sequence_length(source):
 def test_what_cannot_run_is_refused_before_the_first_step(configure, changes, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         DistillPipeline(configure(**{**GREEDY, **changes})).run()
+
+
+def test_rows_without_a_prompt_are_refused_where_prompts_are_continued(configure, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Water {n} boils at a hundred degrees."}) + "\n" for n in range(16)))
+    texts, given = {"student.data_args.file_name": [str(path)]}, {"rollout.on_policy_fraction": 0.0}
+    written = {"validation.data_args.file_name": [str(path)], "validation.rollout": {}, "rollout.environment": "exact"}
+    for changes in (texts, {**texts, **given, "rollout.off_policy": "teacher"}, {**given, **written}):
+        with pytest.raises(LimbeckError, match=r"text\.jsonl has rows of text, in which no prompt ends"):
+            make_data(configure(**{**GREEDY, **changes}), ALONE)
+    assert len(
+        make_data(configure(**{**GREEDY, **texts, **given, "student.data_args.overlong": "split"}), ALONE).examples
+    )
 
 
 def test_a_source_of_rollouts_needs_its_section(settings):

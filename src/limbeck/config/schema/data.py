@@ -180,8 +180,7 @@ class DataArgs(Section):
     overlong: Literal["truncate", "drop", "split"] = Field(
         default="truncate",
         description="How rows longer than sequence_length are handled: truncate cuts the right end, drop removes the "
-        "row, "
-        "split divides it into several rows.",
+        "row, split divides it into several rows, whose prompts rollout cannot continue.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",

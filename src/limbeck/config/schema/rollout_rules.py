@@ -78,6 +78,11 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if config.student.data_args.overlong == "split" and config.writes_answers:
+        yield Contradiction(
+            "student.data_args.overlong",
+            "= split cuts rows from the beginning of their prompts, which rollout continues; use drop or truncate",
+        )
     if rollout.generator == "hf":
         yield from _hf_contradictions(rollout.generator_kwargs)
     if rollout.in_lockstep:

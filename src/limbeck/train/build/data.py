@@ -26,7 +26,9 @@ from limbeck.data import (
     mix,
     tokenize_files,
 )
+from limbeck.data.encode import TOKENS
 from limbeck.data.teacher_prompts import TeacherPrompt
+from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_tokenizer, model_limits
 from limbeck.strategies.world import World
 from limbeck.train.build.counts import reduce_counts
@@ -37,6 +39,8 @@ from limbeck.train.reference_quirks import train_padding
 from limbeck.train.samples import answer_starts
 
 Progress = Callable[[int], None]
+
+_DOCUMENTS = ("text", TOKENS, "concatenated tokens")  # formats of rows that are no prompt with an answer
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         world.barrier()
     if "trained_padding" in config.objective_faults:
         train = train_padding(train, config.sequence_length, tokenizer.pad_token_id)
+    if config.writes_answers:
+        _check_prompts(report)
+        if held_out is not None and config.effective_validation.rollout is not None:
+            _check_prompts(held_out[1])
     mixture = mix(train, report, mixture_settings(config), config.data_seed)
     text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
     if train.weights is not None:
@@ -174,6 +182,16 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         None if held_out is None else held_out[0],
         of_teacher,
     )
+
+
+def _check_prompts(report: DataReport) -> None:
+    """Raise LimbeckError for rows that have no prompt."""
+    for file in report.files:
+        if file.format in _DOCUMENTS:
+            raise LimbeckError(
+                f"{file.path} has rows of {file.format}, in which no prompt ends where an answer begins, and rollout continues "
+                "prompts; give rows with questions, or set rollout.on_policy_fraction: 0 without validation.rollout."
+            )
 
 
 def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
