@@ -1,6 +1,7 @@
 """Rewards of what the student writes, validation by writing, and the files of samples."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,36 @@ def test_an_environment_that_exits_does_not_end_the_run(source):
     made, _, data = source(**{"rollout.environment": "exits"})
     (step,) = made.scorer.begin(data.examples, [0]).step({0: (1,)}).values()
     assert step.reward is None and step.reason == "error: SystemExit: 3"
+
+
+def test_an_environment_that_hangs_does_not_hold_the_run(source, caplog):
+    released, threads = threading.Event(), []
+
+    class Hangs(Lengths):
+        def reset(self, row):
+            threads.append(threading.current_thread())
+            if row["question"].startswith("What is 1 "):
+                released.wait(60)
+            return row["question"]
+
+        def step(self, episodes, completions):
+            if len(completions) > 1:
+                released.wait(60)
+            return [EnvironmentStep(reward=1.0)] * len(completions)
+
+    ENVIRONMENTS.register("hangs")(Hangs)
+    made, _, data = source(**{"rollout.environment": "hangs", "rollout.environment_seconds": 0.2})
+    number = next(n for n in range(96) if data.examples.columns_of(n)["question"].startswith("What is 1 "))
+    episodes = made.scorer.begin(data.examples, [number, 0, 0, 0])
+    steps = [episodes.step(dict.fromkeys(numbers, (1,))) for numbers in ((0, 1), (2, 3), (1,))]
+    released.set()
+    found = [(step.reward, step.reason) for one in steps for step in one.values()]
+    assert sorted(found[:2], key=str) == [(1.0, ""), (None, "timeout")]  # the first never began
+    assert found[2:] == [(None, "timeout"), (None, "timeout"), (1.0, "")]
+    assert caplog.text.count("took longer than rollout.environment_seconds") == 1
+    assert len(set(threads)) == 2 and all(thread.daemon for thread in threads)
+    made.close()
+    threads[-1].join(60)
 
 
 def test_an_environment_that_cannot_begin_is_named(source):

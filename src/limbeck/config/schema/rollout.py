@@ -209,6 +209,14 @@ class RolloutConfig(Section):
         "default the top-level answer_key); math also reads workers, the number of processes that compare answers (2), and "
         "seconds, the time limit of one comparison (10).",
     )
+    environment_seconds: float | None = Field(
+        default=300,
+        gt=0,
+        le=86400,
+        description="Time limit of one call of an environment that a plug-in registers. The rewards of a call that takes "
+        "longer are not known, and the call goes on in its thread beside later ones. Signal handlers cannot be set in that "
+        "thread; null calls the environment in the main thread, without a limit.",
+    )
     max_turns: int = Field(
         default=1,
         ge=1,
