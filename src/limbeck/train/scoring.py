@@ -97,9 +97,9 @@ class Scorer:
             return self._unknown(error)
 
     def close(self) -> None:
-        """End the processes of the environment."""
+        """End the processes of the environment, if it has a method for that."""
         self._calls.close()
-        self._environment.close()
+        getattr(self._environment, "close", lambda: None)()
 
     def _checked(self, step: Any) -> EnvironmentStep:
         """The step; a reward that is not finite is not known."""
