@@ -236,6 +236,23 @@ def test_answers_that_end_differently_for_data_and_models_are_reported(source, a
     assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
 
 
+@pytest.mark.parametrize(
+    ("end", "tokens", "reported"), [("<|end|>", {}, False), ("<pad>", {}, True), ("<pad>", {"<|end|>": "<pad>"}, False)]
+)
+def test_an_end_that_a_teacher_with_another_tokenizer_does_not_write_is_reported(
+    source, assets, tmp_path, end, tokens, reported
+):
+    shutil.copytree(assets / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", end))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cross = {"cross_tokenizer": "hybrid", "cross_tokenizer_tokens": tokens}
+        source(teacher_pretrain=str(tmp_path / "teacher"), **cross)
+    sentences = [str(one.message) for one in found if "teach the student not to end" in str(one.message)]
+    assert len(sentences) == reported
+    assert all("reads as <|end|>, and its own template ends an answer with <pad>" in one for one in sentences)
+
+
 def test_without_answers_the_template_shows_how_they_end(source, assets, tmp_path):
     path, folder = tmp_path / "prompts.jsonl", tmp_path / "student"
     path.write_text("".join(json.dumps({"question": f"What is {n} plus 1?"}) + "\n" for n in range(16)))
