@@ -42,3 +42,5 @@ def test_a_stop_string_that_no_answer_contains_is_reported_once(recwarn):
         unseen.add(answers)
     (found,) = recwarn.list
     assert "None of the student's first 800 answers contains the stop string 'xy';" in str(found.message)
+    unseen.report()
+    assert len(recwarn) == 1

@@ -336,6 +336,15 @@ def test_an_answer_ends_at_the_sequence_length(source):
     assert max(lengths) <= 64
 
 
+def test_a_stop_string_that_a_short_run_has_not_seen_is_reported_at_its_end(source):
+    made, config, _ = source(**{"rollout.generator": "hf", "rollout.stop_strings": ["ZZZZ"]})
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    made.next(0)
+    with pytest.warns(UserWarning, match="None of the student's first 8 answers contains the stop string 'ZZZZ'"):
+        made.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

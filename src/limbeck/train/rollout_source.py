@@ -183,6 +183,7 @@ class RolloutSource:
             self._teacher.close()
         if self.scorer is not None:
             self.scorer.close()
+        self._unseen.report()
 
     def _begin(self, step: int) -> Callable[[], list[Sample]]:
         """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""
