@@ -350,6 +350,7 @@ def test_a_stop_string_that_a_short_run_has_not_seen_is_reported_at_its_end(sour
     [
         ({"rollout.num_generations": 3}, "rollout.num_generations = 3 does not divide the 8 samples of a step"),
         ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
+        ({"rollout.stop_if.mean_length_above": 6}, "mean_length_above = 6 is never passed, .* at most 6 tokens"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
         ({"student.data_args.overlong": "split"}, "overlong = split cuts rows from the beginning of their prompts"),
         ({"rollout.stop_strings": ["x", ""]}, r"rollout.stop_strings = \['x', ''\] has an empty text"),

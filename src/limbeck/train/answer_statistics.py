@@ -84,6 +84,7 @@ _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "repeated_share": ("rollout/repeated_share", operator.ge),
     "empty_share": ("rollout/empty_share", operator.ge),
     "mean_length_below": ("rollout/mean_length", operator.lt),
+    "mean_length_above": ("rollout/mean_length", operator.gt),
 }
 """Keys of ``rollout.stop_if``: the metric of each, and when a value of it passes the limit."""
 

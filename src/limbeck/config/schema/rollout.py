@@ -56,6 +56,9 @@ class StopIf(Section):
     mean_length_below: float | None = Field(
         default=None, gt=0, description="A step's answers have fewer tokens than this on average."
     )
+    mean_length_above: float | None = Field(
+        default=None, gt=0, description="A step's answers have more tokens than this on average."
+    )
     for_steps: int = Field(default=20, ge=1, description="Number of steps in a row.")
 
 
