@@ -152,6 +152,31 @@ def test_validation_writes_answers_and_measures_them(configure, tmp_path, capsys
     assert json.loads((out / "checkpoint-3" / "manifest.json").read_text())["metric_name"] == "val/accuracy"
 
 
+@pytest.mark.parametrize("answered", [0, 2])
+def test_validation_by_writing_needs_no_answers(configure, tmp_path, answered):
+    """The loss is that of the rows with answers."""
+    found = [{"question": f"What is {n} plus 5?"} | ({"answer": "7"} if n < 6 + answered else {}) for n in range(6, 10)]
+    for name, lines in (("some", found), ("all", found[:answered])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(name: str, **changes) -> tuple[dict, dict]:
+        given = {**VALIDATED, "rollout.environment": "lengths", "max_steps": 1, "output_dir": str(tmp_path / name)}
+        given |= {"checkpoint_config.best_metric": "val/loss", "checkpoint_config.best_mode": "min", **changes}
+        DistillPipeline(
+            configure(**given, **{"validation.data_args.file_name": [str(tmp_path / f"{name}.jsonl")]})
+        ).run()
+        return metric_by_step(tmp_path / name, "val/accuracy"), metric_by_step(tmp_path / name, "val/loss")
+
+    accuracy, loss = run("some")
+    assert set(accuracy) == {0, 1}
+    if answered:
+        assert loss == pytest.approx(run("all")[1])
+    else:
+        assert loss == {}
+        with pytest.raises(LimbeckError, match="the shape adaptive, which follows val/loss, and no validation row"):
+            run("some", **{"rollout.on_policy_fraction": {"shape": "adaptive"}, "output_dir": str(tmp_path / "other")})
+
+
 def test_without_validation_at_the_end_the_last_checkpoint_has_no_metric(configure, tmp_path):
     DistillPipeline(configure(**{**VALIDATED, "validation.at_end": False, "validation.at_start": False})).run()
     assert list(metric_by_step(tmp_path / "out", "val/accuracy")) == [2]

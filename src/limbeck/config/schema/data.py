@@ -219,6 +219,6 @@ class ValidationConfig(Section):
     at_end: bool = Field(default=True, description="Validate after the last step.")
     rollout: ValidationRolloutConfig | None = Field(
         default=None,
-        description="Let the student answer the validation prompts as well, and measure val/accuracy. If unset, only the loss "
-        "is measured.",
+        description="Let the student answer the validation prompts as well, and measure val/accuracy. Rows without an answer "
+        "are then prompts only. If unset, only the loss is measured.",
     )

@@ -259,7 +259,10 @@ class RolloutConfig(Section):
 
 
 class ValidationRolloutConfig(Section):
-    """Validation by writing: the student answers the validation prompts, and rollout.environment compares the answers."""
+    """Validation by writing: the student answers the validation prompts, and rollout.environment compares the answers.
+
+    Rows may lack an answer, which the loss alone needs.
+    """
 
     max_samples: int | None = Field(
         default=None, ge=1, description="Number of validation rows that are answered, the first ones. If unset, all."

@@ -144,6 +144,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     if held_out is not None:
         caps = tuple(entry.max_samples for entry in config.validation_sources)
         chosen = mix(*held_out, MixtureSettings(max_samples=caps), config.data_seed)
+        rows = np.arange(len(held_out[0])) if chosen is None else chosen.rows_of_epoch(0)
         validation = fixed_batches(
             held_out[0],
             batch_size=config.student.infer_batch_size,
@@ -151,7 +152,9 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
             world_size=world.dims.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
-            rows=None if chosen is None else chosen.rows_of_epoch(0),
+            rows=rows[
+                held_out[0].num_supervised[rows] > 0
+            ],  # prompts without an answer are for validation.rollout only
         )
         validation = reduce_counts(validation, world)
         if translator is not None:
@@ -219,10 +222,12 @@ def prepare_examples(
 def prepare_validation(
     config: DistillConfig, tokenizer: Any, *, show: bool = True, progress: Progress | None = None
 ) -> tuple[Examples, DataReport] | None:
-    """The same for the validation rows; None if there are none."""
+    """The same for the validation rows; None if there are none. With ``validation.rollout`` they may lack an answer."""
     if not config.validation_sources:
         return None
-    settings = replace(token_settings(config), domain_key=None, prompts_only=False)
+    settings = replace(
+        token_settings(config), domain_key=None, prompts_only=config.effective_validation.rollout is not None
+    )
     return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)
 
 
