@@ -346,14 +346,13 @@ def test_an_environment_that_hangs_does_not_hold_the_run(source, caplog):
     ENVIRONMENTS.register("hangs")(Hangs)
     made, _, data = source(**{"rollout.environment": "hangs", "rollout.environment_seconds": 0.2})
     number = next(n for n in range(96) if data.examples.columns_of(n)["question"].startswith("What is 1 "))
-    episodes = made.scorer.begin(data.examples, [number, 0, 0, 0])
-    steps = [episodes.step(dict.fromkeys(numbers, (1,))) for numbers in ((0, 1), (2, 3), (1,))]
+    steps = []
+    for rows_begun, stepped in (([0, number], [0, 1]), ([0, 0, 0], [0, 1]), ([0, 0, 0], [2])):
+        steps += made.scorer.begin(data.examples, rows_begun).step(dict.fromkeys(stepped, (1,))).values()
     released.set()
-    found = [(step.reward, step.reason) for one in steps for step in one.values()]
-    assert sorted(found[:2], key=str) == [(1.0, ""), (None, "timeout")]  # the first never began
-    assert found[2:] == [(None, "timeout"), (None, "timeout"), (1.0, "")]
+    assert [(step.reward, step.reason) for step in steps] == [(None, "timeout")] * 4 + [(1.0, "")]
     assert caplog.text.count("took longer than rollout.environment_seconds") == 1
-    assert len(set(threads)) == 2 and all(thread.daemon for thread in threads)
+    assert len(set(threads)) == 3 and all(thread.daemon for thread in threads)
     made.close()
     threads[-1].join(60)
 

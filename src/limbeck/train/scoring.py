@@ -89,10 +89,17 @@ class Scorer:
             )
         return [self._checked(step) for step in steps]
 
-    def reset(self, examples: Examples, row: int) -> Any:
-        """The state of a new episode, or the step that ends it because the environment raised or took too long."""
+    def reset(self, examples: Examples, rows: Sequence[int]) -> list[Any]:
+        """The state of a new episode of each row, or the step that ends it because the environment raised or took too long."""
         try:
-            return self._calls.call(self._environment.reset, examples.columns_of(row))
+            begun: list[Any] = self._calls.call(lambda: [self._reset(examples.columns_of(row)) for row in rows])
+        except LateCallError as error:
+            return [self._unknown(error)] * len(rows)
+        return begun
+
+    def _reset(self, row: Mapping[str, Any]) -> Any:
+        try:
+            return self._environment.reset(row)
         except (Exception, SystemExit) as error:
             return self._unknown(error)
 
@@ -150,7 +157,7 @@ class Episodes:
     def __init__(self, scorer: Scorer, examples: Examples, rows: Sequence[int]) -> None:
         self._scorer, self._world = scorer, scorer.world
         mine = range(self._world.rank, len(rows), self._world.size)
-        self._states = {number: scorer.reset(examples, rows[number]) for number in mine}
+        self._states = dict(zip(mine, scorer.reset(examples, [rows[number] for number in mine]), strict=True))
 
     def step(self, completions: Mapping[int, Sequence[int]]) -> dict[int, EnvironmentStep]:
         """The results of the completions (token ids) of some episodes, by the episode's number. Collective."""

@@ -73,7 +73,7 @@ def disagreements(
         return
     teacher = str(config.teacher.model_args.model_name_or_path)
     if config.cross_tokenizer != "off":
-        own = {"template": None, "template_kwargs": {}, "default_system": None, "prompt_file": None}
+        own: dict[str, Any] = {"template": None, "template_kwargs": {}, "default_system": None, "prompt_file": None}
         theirs = {other.decode([token]) for token in end_of_template(config, other, **own)}
         table = {tokenizer.eos_token: other.eos_token, **config.cross_tokenizer_tokens}
         read = {table.get(token, token) for token in map(tokenizer.decode, ([token] for token in last_tokens))}

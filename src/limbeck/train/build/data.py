@@ -145,6 +145,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         caps = tuple(entry.max_samples for entry in config.validation_sources)
         chosen = mix(*held_out, MixtureSettings(max_samples=caps), config.data_seed)
         rows = np.arange(len(held_out[0])) if chosen is None else chosen.rows_of_epoch(0)
+        rows = rows[held_out[0].num_supervised[rows] > 0]  # prompts without an answer are for validation.rollout only
         validation = fixed_batches(
             held_out[0],
             batch_size=config.student.infer_batch_size,
@@ -152,9 +153,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
             world_size=world.dims.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
-            rows=rows[
-                held_out[0].num_supervised[rows] > 0
-            ],  # prompts without an answer are for validation.rollout only
+            rows=rows,
         )
         validation = reduce_counts(validation, world)
         if translator is not None:
