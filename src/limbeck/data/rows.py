@@ -35,7 +35,7 @@ _QUESTION_NAMES = ("question", "problem", "prompt", "instruction", "query", "inp
 _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "target")
 _WITHOUT_ANSWERS = (
     "let the student write all answers (rollout.on_policy_fraction: 1), or the teacher the others "
-    "(rollout.off_policy: teacher)"
+    "(rollout.off_policy: teacher); validation rows may lack an answer with validation.rollout"
 )
 
 
