@@ -93,7 +93,7 @@ def test_the_documentation_has_every_argument_with_its_meaning() -> None:
     of_model = megatron_table.MODEL_VALUES | megatron_table.MODEL_SWITCHES.keys()
     for flag in megatron_table.kinds():
         meaning = megatron_table.meaning(flag)
-        if meaning.startswith("refused"):
+        if meaning == "refused":
             assert f"`--{flag}`" in refused, flag
         elif flag in of_model or flag in megatron_table.IGNORED:
             assert f"`--{flag}`" in (described if flag in of_model else ignored.partition("\n## ")[0]), flag
@@ -111,10 +111,15 @@ def test_an_argument_without_effect_is_in_the_one_notice(folder: Path, flag: str
 @pytest.mark.parametrize("flag", sorted(megatron_table.ONLY))
 def test_an_argument_that_would_change_the_result_is_refused(folder: Path, flag: str) -> None:
     kind, allowed, _ = megatron_table.ONLY[flag]
-    (line,) = mistakes(f"--{flag} {'' if kind == 'switch' else '0.5'}")
-    assert line.startswith(f"--{flag}") and line.endswith(".")
+    text = f"--{flag} {'' if kind == 'switch' else '0.5'}"
+    needed = [f"--{name}" for name in megatron_table.NEEDED.get(flag, ())]
+    for switch in needed or [""]:
+        (line,) = mistakes(f"{text} {switch}")
+        assert line.startswith(f"--{flag}") and line.endswith(".")
     for value in allowed:
-        run(f"--{flag} {value}")
+        run(f"--{flag} {value} {''.join(needed[:1])}")
+    if needed:
+        assert any(f"--{flag}" in notice for notice in run(text).notices if "have no effect" in notice)
 
 
 @pytest.mark.parametrize(
@@ -372,6 +377,31 @@ def test_an_interrupted_run_is_a_start_or_a_teacher_from_its_newest_checkpoint(f
     taught = run("", teacher="--export-kd-teacher-load out")
     assert at(taught, "teacher.model_args.model_name_or_path") == "out/checkpoint-10"
     assert at(run("--load out --save other --ckpt-step 9", student=""), model) == "out/checkpoint-9"
+
+
+@pytest.mark.parametrize("flag", sorted(megatron_table.OF_RESUMED))
+def test_a_flag_about_a_resumed_checkpoint_is_an_error_when_there_is_one(folder: Path, flag: str) -> None:
+    _checkpoint(folder / "out" / "checkpoint-9")
+    for text in ("--load out --save out", "--save other resume_from_checkpoint=out/checkpoint-9"):
+        (line,) = mistakes(f"{text} --{flag}")
+        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and line.endswith(".")
+    for text in ("--load new --save new", "--load out --save out --finetune", "--load mcore"):
+        assert any(f"--{flag}" in notice for notice in run(f"{text} --{flag}").notices if "have no effect" in notice)
+
+
+def test_a_missing_checkpoint_ends_the_run_if_it_shall(folder: Path) -> None:
+    text = "--load out --save out --exit-on-missing-checkpoint"
+    for more in ("", "student_pretrain=student"):
+        (line,) = mistakes(f"{text} {more}")
+        assert line.startswith("--load = out has no checkpoint; check the path")
+    run(f"{text} --pretrained-checkpoint student")
+    _checkpoint(folder / "out" / "checkpoint-9")
+    assert at(run(text), "resume_from_checkpoint") == "latest"
+
+
+def test_gradients_are_reduced_in_the_chosen_precision(folder: Path) -> None:
+    key = "student.strategy_args.strategy_config.reduce_dtype"
+    assert [at(run(f"--grad-reduce-in-bf16 {text}"), key) for text in ("--bf16", "")] == ["bf16", "fp32"]
 
 
 def _checkpoint(path: Path) -> None:

@@ -166,7 +166,9 @@ def _check_text(given: Values) -> None:
 def _refuse(result: Translation, given: Values) -> None:
     for name, (_, allowed, sentence) in table.ONLY.items():
         value = given.get(name)
-        if name in given and not any(number(value) == number(one) for one in allowed):
+        if name in given and not any(needed in given for needed in table.NEEDED.get(name, given)):
+            result.ignored.append(f"--{name}")
+        elif name in given and not any(number(value) == number(one) for one in allowed):
             shown = "" if value is True else f" = {' '.join(value) if isinstance(value, list) else value}"
             result.refuse(f"--{name}", f"{shown} {sentence}".strip())
     model = given.get("export-model-type", "GPTModel")
@@ -260,6 +262,10 @@ def _precision(result: Translation, given: Values) -> None:
         result.default(
             f"{role}.model_args.dtype", chosen[0] if chosen else "fp32", f"--{chosen[0]}" if chosen else DEFAULT
         )
+    if "grad-reduce-in-bf16" in given and "bf16" in given:
+        result.set("student.strategy_args.strategy_config.reduce_dtype", "bf16", "--grad-reduce-in-bf16")
+    elif "grad-reduce-in-bf16" in given:
+        result.ignored.append("--grad-reduce-in-bf16")
 
 
 @dataclass(frozen=True)

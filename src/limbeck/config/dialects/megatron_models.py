@@ -108,6 +108,12 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     """
     load, pretrained = (given.get(name) for name in ("load", "pretrained-checkpoint"))
     goes_on = resumes(given)
+    resumed = result.get("resume_from_checkpoint") or resumed_checkpoint(given)
+    for flag, sentence in table.OF_RESUMED.items():
+        if flag in given and resumed:
+            result.refuse(f"--{flag}", sentence.format(resumed))
+        elif flag in given:
+            result.ignored.append(f"--{flag}")
     if goes_on:
         found = resumed_checkpoint(given) if "ckpt-step" in given else None
         has_step = found is not None or (_is_megatron(Path(load or "")) and not list_checkpoints(Path(load or "")))
@@ -133,6 +139,10 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
                 flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
             )
             return name, flag
+    if load is not None and resumed is None and "exit-on-missing-checkpoint" in given:
+        result.refuse(
+            "--load", f"= {load} has no checkpoint; check the path, or start without --exit-on-missing-checkpoint"
+        )
     named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
     if load is None and pretrained is None and "num-layers" not in given and not named:
         result.refuse(

@@ -126,6 +126,8 @@ SPECIAL: dict[str, str] = {
         num-virtual-stages-per-pipeline-rank limbeck-strategy""",
         VALUE,
     ),
+    **_all("no-load-optim no-load-rng use-checkpoint-opt-param-scheduler override-opt-param-scheduler", SWITCH),
+    **_all("exit-on-missing-checkpoint grad-reduce-in-bf16", SWITCH),
     **_all("data-path train-data-path valid-data-path test-data-path", VALUES),
     **_all("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations", SWITCH),
 }
@@ -134,15 +136,15 @@ SPECIAL: dict[str, str] = {
 IGNORED: dict[str, str] = {
     **_all(
         """export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
-        no-load-optim no-load-rng no-save-optim no-save-rng exit-on-missing-checkpoint auto-detect-ckpt-format
+        no-save-optim no-save-rng auto-detect-ckpt-format
         use-dist-ckpt async-save ckpt-fully-parallel-save no-ckpt-fully-parallel-save ckpt-fully-parallel-load
         ckpt-assume-constant-structure use-persistent-ckpt-worker no-use-tokenizer-model-from-checkpoint-args
-        use-mp-args-from-checkpoint-args override-opt-param-scheduler use-checkpoint-opt-param-scheduler
+        use-mp-args-from-checkpoint-args
         overlap-param-gather overlap-param-gather-with-optimizer-step no-align-grad-reduce no-align-param-gather
         align-param-gather no-overlap-p2p-communication overlap-p2p-communication-warmup-flush use-flash-attn
         defer-embedding-wgrad-compute tp-comm-overlap disable-tp-comm-overlap-ag disable-tp-comm-overlap-rs
-        no-async-tensor-model-parallel-allreduce accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16
-        attention-softmax-in-fp32 apply-query-key-layer-scaling fp32-residual-connection fp16-lm-cross-entropy
+        no-async-tensor-model-parallel-allreduce accumulate-allreduce-grads-in-fp32
+        attention-softmax-in-fp32 apply-query-key-layer-scaling fp16-lm-cross-entropy
         no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion
         no-gradient-accumulation-fusion no-persist-layer-norm persist-layer-norm cross-entropy-loss-fusion
         distribute-saved-activations use-cpu-initialization init-model-with-meta-device te-rng-tracker
@@ -163,14 +165,14 @@ IGNORED: dict[str, str] = {
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
         empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
-        num-dataset-builder-threads loss-scale-window hysteresis initial-loss-scale min-loss-scale
+        num-dataset-builder-threads min-loss-scale
         ckpt-fully-parallel-load-exchange-algo dist-ckpt-format dist-ckpt-strictness async-strategy
         pipeline-model-parallel-comm-backend microbatch-group-size-per-virtual-pipeline-stage
         tp-comm-bootstrap-backend nccl-communicator-config-path num-distributed-optimizer-instances
         train-sync-interval check-weight-hash-across-dp-replicas-interval
         mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type ddp-num-buckets
         rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
-        config-logger-dir main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype sgd-momentum
+        config-logger-dir sgd-momentum
         wgrad-deferral-limit sample-rate eval-global-batch-size""",
         VALUE,
     ),
@@ -182,6 +184,7 @@ _LATER = "is not supported; remove it"
 _PACKS = "is not supported: documents of a row attend to each other, as by default in Megatron-LM; remove it"
 _FSDP = "is not supported; --limbeck-strategy fsdp2 shards with PyTorch's FSDP2"
 _OFFLINE = "(cached logits of the teacher) is not supported; the teacher computes during the run, so remove it"
+_SCALER = "is not supported: with --fp16 the scale of the loss is PyTorch's {}; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
 
 ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
@@ -221,6 +224,14 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         pipeline-model-parallel-layout""",
         (VALUE, (), _LATER),
     ),
+    "initial-loss-scale": (VALUE, ("65536",), _SCALER.format("and begins at 65536")),
+    "loss-scale-window": (VALUE, ("2000",), _SCALER.format("and grows after 2000 steps without an overflow")),
+    "hysteresis": (VALUE, ("1",), _SCALER.format("and shrinks at every overflow, which is --hysteresis 1")),
+    "fp32-residual-connection": (SWITCH, (), "is not supported: residuals have the data type of the model; remove it"),
+    **_all(
+        "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype",
+        (VALUE, ("fp32",), "is not supported: the optimizer and what it adds to are fp32; set it to fp32"),
+    ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
     "spec": (VALUES, (), "is a module of your own, which Limbeck does not run; remove it"),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),
@@ -237,6 +248,23 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
 }
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    **_all("initial-loss-scale loss-scale-window hysteresis", ("fp16",)),
+    "fp32-residual-connection": ("bf16", "fp16"),
+}
+"""Arguments of ``ONLY`` that have no effect without one of these switches."""
+
+OF_RESUMED: dict[str, str] = {
+    **_all(
+        "no-load-optim no-load-rng",
+        "cannot leave out a part of {}, which the run resumes from; remove it, or give another --save, which starts at step 0 "
+        "from the weights of --load",
+    ),
+    "use-checkpoint-opt-param-scheduler": "is not supported: a run that resumes from {} has the schedule of the command line; "
+    "remove it, and give the arguments of the schedule as before",
+}
+"""Arguments of ``SPECIAL`` about the checkpoint of a run that resumes, and the errors for them. Else they have no effect."""
 
 
 def kinds() -> dict[str, str]:
@@ -263,7 +291,9 @@ def meaning(flag: str) -> str:
         return "no effect"
     if flag in ONLY:
         allowed = ONLY[flag][1]
-        return f"only {' or '.join(allowed)}" if allowed else "refused"
+        meaning = f"only {' or '.join(allowed)}" if allowed else "refused"
+        needed = " or ".join(f"--{name}" for name in NEEDED.get(flag, ()))
+        return f"with {needed}: {meaning}; else no effect" if needed else meaning
     return SPECIAL_MEANING[flag]
 
 
@@ -311,6 +341,10 @@ SPECIAL_MEANING: dict[str, str] = {
     "finetune": "--load is not resumed; its weights start the student",
     "use-checkpoint-args": "arguments that describe the student are those of --load",
     "recompute-activations": "recompute-granularity selective",
+    **dict.fromkeys(OF_RESUMED, "an error when a run resumes; else no effect"),
+    "override-opt-param-scheduler": "as always: a run that resumes has the schedule of the command line",
+    "exit-on-missing-checkpoint": "an error if --load has no checkpoint",
+    "grad-reduce-in-bf16": "with --bf16: strategy_config.reduce_dtype of the student; else no effect",
 }
 """What becomes of the arguments in ``SPECIAL``."""
 
