@@ -247,6 +247,35 @@ def test_the_teachers_nemo_file_becomes_megatrons_arguments(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "tokenizer: {library: huggingface, type: some/model}",
+        "tokenizer: {type: HuggingFaceTokenizer, model: some/model}",
+        "tokenizer_type: HuggingFaceTokenizer\ntokenizer_model: some/model",
+    ],
+)
+def test_the_teachers_own_tokenizer_is_read_or_named(folder: Path, tokenizer: str) -> None:
+    (folder / "mcore" / "model_config.yaml").write_text(tokenizer)
+    teacher = "--export-kd-teacher-load mcore"
+    key = "teacher.model_args.megatron_arguments.tokenizer_model"
+    same = run("", teacher=teacher)
+    assert at(same, key) == "null:1000"
+    assert any("the tokenizer some/model in mcore/model_config.yaml is not read" in notice for notice in same.notices)
+    own = run("cross_tokenizer=hybrid", teacher=teacher)
+    assert at(own, key) == "some/model" and not any("some/model" in notice for notice in own.notices)
+
+
+def test_megatrons_own_names_are_known_in_the_teachers_file(folder: Path) -> None:
+    lines = "bf16: true\nfp16: false\nposition_embedding_type: null\ndisable_bias_linear: true\nlog_interval: 3"
+    (folder / "mcore" / "model_config.yaml").write_text(lines)
+    loaded = run("", teacher="--export-kd-teacher-load mcore")
+    assert at(loaded, "teacher.model_args.dtype") == "bf16"
+    arguments = dict(at(loaded, "teacher.model_args.megatron_arguments"))
+    del arguments["tokenizer_model"]
+    assert arguments == {"position_embedding_type": "rope", "disable_bias_linear": True}
+
+
+@pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("num_layer: 3", "num_layer in {} is not a key of a teacher's model_config.yaml; did you mean num_layers?"),
@@ -273,7 +302,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         (
             "--export-model-type T5Model",
             {},
-            "--export-model-type = T5Model is not supported; only GPTModel and MambaModel",
+            "--export-model-type = T5Model is not supported; use GPTModel, MambaModel or HybridModel",
         ),
         ("--limbeck-strategy ddp", {}, "--limbeck-strategy = ddp is not one of megatron, fsdp2"),
         ("--lr-decay-style WSD", {}, "lr_scheduler_kwargs.wsd_decay_steps = 0 must be a whole number of steps above 0"),
@@ -402,6 +431,29 @@ def test_a_missing_checkpoint_ends_the_run_if_it_shall(folder: Path) -> None:
 def test_gradients_are_reduced_in_the_chosen_precision(folder: Path) -> None:
     key = "student.strategy_args.strategy_config.reduce_dtype"
     assert [at(run(f"--grad-reduce-in-bf16 {text}"), key) for text in ("--bf16", "")] == ["bf16", "fp32"]
+
+
+HYBRID = """--hidden-size 64 --num-attention-heads 4 --tokenizer-type NullTokenizer --vocab-size 1000"""
+SPEC = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+
+
+@pytest.mark.parametrize(
+    ("text", "hybrid"),
+    [
+        ("--num-layers 4", None),
+        ("--num-layers 4 --export-model-type MambaModel", True),
+        ("--yaml-cfg args.yaml --export-model-type HybridModel", True),
+        (f"--num-layers 4 {SPEC}", True),
+        ("--hybrid-layer-pattern MM-* --export-model-type MambaModel", True),  # which has the number of layers
+        ("--hybrid-override-pattern MM-*", None),  # a hybrid by its pattern
+    ],
+)
+def test_the_type_of_the_model_or_megatrons_own_layers_make_it_a_hybrid(
+    folder: Path, text: str, hybrid: bool | None
+) -> None:
+    (folder / "args.yaml").write_text("num_layers: 4")
+    arguments = at(run(text, student=HYBRID), "student.model_args.megatron_arguments")
+    assert arguments.get("is_hybrid_model") is hybrid
 
 
 def _checkpoint(path: Path) -> None:

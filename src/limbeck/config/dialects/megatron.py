@@ -165,15 +165,15 @@ def _check_text(given: Values) -> None:
 
 def _refuse(result: Translation, given: Values) -> None:
     for name, (_, allowed, sentence) in table.ONLY.items():
-        value = given.get(name)
+        value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
         if name in given and not any(needed in given for needed in table.NEEDED.get(name, given)):
             result.ignored.append(f"--{name}")
         elif name in given and not any(number(value) == number(one) for one in allowed):
-            shown = "" if value is True else f" = {' '.join(value) if isinstance(value, list) else value}"
+            shown = "" if value is True else f" = {value}"
             result.refuse(f"--{name}", f"{shown} {sentence}".strip())
     model = given.get("export-model-type", "GPTModel")
-    if model not in ("GPTModel", "MambaModel"):
-        result.refuse("--export-model-type", f"= {model} is not supported; only GPTModel and MambaModel are")
+    if model not in ("GPTModel", *table.HYBRID_MODELS):
+        result.refuse("--export-model-type", f"= {model} is not supported; use GPTModel, MambaModel or HybridModel")
     if "attention-dropout" not in given or "hidden-dropout" not in given:
         result.notices.append(
             "there is no dropout; Megatron-LM's default is 0.1 (--attention-dropout, --hidden-dropout)."

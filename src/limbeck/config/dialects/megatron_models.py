@@ -95,6 +95,11 @@ def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given
     }
     found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
+    hybrid = given.get("export-model-type") in table.HYBRID_MODELS
+    if found and (
+        hybrid or "spec" in given
+    ):  # which this script, or another of ModelOpt's, builds from these arguments
+        found.setdefault("is_hybrid_model", (True, "export-model-type" if hybrid else "spec"))
     if found and "seq-length" in given:
         found["seq_length"] = (number(given["seq-length"]), "seq-length")
     return found
@@ -144,12 +149,17 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
             "--load", f"= {load} has no checkpoint; check the path, or start without --exit-on-missing-checkpoint"
         )
     named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
-    if load is None and pretrained is None and "num-layers" not in given and not named:
+    if load is None and pretrained is None and not _has_layers(given) and not named:
         result.refuse(
             "student_pretrain",
             "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
         )
     return None, "--load"
+
+
+def _has_layers(given: Mapping[str, Any]) -> bool:
+    """Whether the number of the student's layers is given, which a pattern of a hybrid also says."""
+    return any(name in given for name in ("num-layers", "hybrid-layer-pattern", "hybrid-override-pattern"))
 
 
 def _refuse_step(result: Translation, given: Mapping[str, Any], folder: str | None) -> None:
@@ -251,7 +261,9 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
                 f"--{config_flag}", f"= {file} is not a file; leave it out, as {name} has a config.json for the teacher"
             )
     elif named is not None or file.is_file():
-        arguments = nemo_arguments(result, read_mapping(file, f"--{config_flag}", locations), str(file))
+        content = read_mapping(file, f"--{config_flag}", locations)
+        arguments = nemo_arguments(result, content, str(file))
+        _teacher_tokenizer(result, content, str(file), arguments)
         result.put("teacher.model_args.megatron_arguments", arguments, f"--{config_flag}")
     elif _is_megatron(folder):
         result.notices.append(f"{file} does not exist: the teacher has the arguments that its checkpoint stores.")
@@ -265,9 +277,10 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
 def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Megatron's arguments for the keys of a NeMo file. Keys that do not describe the model have no effect."""
     found: dict[str, Any] = {}
-    known = [*ARGUMENTS, *table.NEMO, *table.NEMO_ONLY, *table.NEMO_IGNORED, *_CONVERTED]
+    others = {flag.replace("-", "_") for flag in table.kinds().keys() - table.ONLY.keys()}
+    known = [*ARGUMENTS, *table.NEMO, *table.NEMO_ONLY, *table.NEMO_IGNORED, *_CONVERTED, *others]
     for key, value in content.items():
-        if key in table.NEMO_IGNORED:
+        if key in (*table.NEMO_IGNORED, *table.NEMO_TOKENIZER):
             continue
         if key in table.NEMO_ONLY:
             if value is not None and value not in table.NEMO_ONLY[key]:
@@ -277,7 +290,7 @@ def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -
         elif key in table.NEMO or key in ARGUMENTS:
             if value is not None:
                 found[table.NEMO.get(key, key)] = value
-        else:
+        elif key not in others:
             near = difflib.get_close_matches(key, known, n=1)
             result.refuse(
                 key,
@@ -286,12 +299,34 @@ def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -
     return found
 
 
+def _teacher_tokenizer(result: Translation, content: Mapping[str, Any], file: str, arguments: dict[str, Any]) -> None:
+    """Add the tokenizer of a NeMo file to the teacher's ``arguments`` if the models have two, else name it in a notice."""
+    given = content.get("tokenizer")
+    section = given if isinstance(given, Mapping) else {"model": given}
+    of_library = "type" if section.get("library") == "huggingface" else "model"  # NeMo's type is then a name on the hub
+    name = content.get("tokenizer_model") or section.get(of_library) or section.get("type")
+    if not name:
+        return
+    name = str(Path(str(name)).parent if Path(str(name)).is_file() else name)
+    if result.get("cross_tokenizer") not in (None, False, "off"):
+        arguments["tokenizer_model"] = name
+    elif name != result.get("tokenizer"):
+        result.notices.append(
+            f"the tokenizer {name} in {file} is not read: the teacher has that of the run. If that is another one, set "
+            "cross_tokenizer=hybrid."
+        )
+
+
 _CONVERTED = (
     "activation",
     "share_embeddings_and_output_weights",
     "normalization",
     "precision",
     "position_embedding_type",
+    "bf16",
+    "fp16",
+    "disable_bias_linear",
+    "use_rotary_position_embeddings",
 )
 _ACTIVATIONS = {
     "swiglu": {"swiglu": True},
@@ -312,7 +347,12 @@ def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], f
     elif key == "normalization" and isinstance(value, str):
         found["normalization"] = _NORMS.get(value.lower(), value)
     elif key == "position_embedding_type":
-        found[key] = "none" if value is None else value  # NeMo's null: no positions
+        found[key] = "rope" if value is None else value  # as ModelOpt reads NeMo's null
+    elif key in ("bf16", "fp16") and isinstance(value, bool):
+        if value:
+            result.put("teacher.model_args.dtype", key, f"{key} in {file}")
+    elif key in ("disable_bias_linear", "use_rotary_position_embeddings") and isinstance(value, bool):
+        found[key] = value
     elif key == "precision" and str(value).lower() in _PRECISIONS:
         dtype = _PRECISIONS[str(value).lower()]
         result.put("teacher.model_args.dtype", dtype, f"precision in {file}")

@@ -187,6 +187,15 @@ _OFFLINE = "(cached logits of the teacher) is not supported; the teacher compute
 _SCALER = "is not supported: with --fp16 the scale of the loss is PyTorch's {}; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
 
+HYBRID_MODELS = ("MambaModel", "HybridModel")
+"""Values of ``--export-model-type`` for hybrids of Mamba, attention and feed-forward layers."""
+
+HYBRID_SPECS = (
+    "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
+    "megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec",
+)
+"""Values of ``--spec`` that name Megatron's own layers of hybrids."""
+
 ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "optimizer": (VALUE, ("adam",), "is not supported; use adam, or set student.training_args.optimizer_name=NAME"),
     "attention-dropout": (VALUE, ("0",), "is not supported; set it to 0"),
@@ -233,7 +242,7 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         (VALUE, ("fp32",), "is not supported: the optimizer and what it adds to are fp32; set it to fp32"),
     ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
-    "spec": (VALUES, (), "is a module of your own, which Limbeck does not run; remove it"),
+    "spec": (VALUES, HYBRID_SPECS, "is a module of your own, which Limbeck does not run; remove it"),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),
     **dict.fromkeys(("use-torch-fsdp2", "use-custom-fsdp", "use-megatron-fsdp"), (SWITCH, (), _FSDP)),
     **dict.fromkeys(("logits-save-dir", "logits-load-dir", "logits-save-top-k"), (VALUE, (), _OFFLINE)),
@@ -300,7 +309,7 @@ def meaning(flag: str) -> str:
 SPECIAL_MEANING: dict[str, str] = {
     "export-kd-teacher-load": "teacher.model_args.model_name_or_path",
     "export-kd-teacher-model-config": "teacher.model_args.megatron_arguments",
-    "export-model-type": "only GPTModel or MambaModel",
+    "export-model-type": "GPTModel; or MambaModel or HybridModel, whose layers are Mamba layers",
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
     "ckpt-step": "the iteration or step of --load, or resume_from_checkpoint if that is --save",
@@ -371,7 +380,7 @@ NEMO_ONLY: dict[str, tuple[Any, ...]] = {
 """Keys of NeMo of which only these values describe a model that Limbeck has."""
 
 NEMO_IGNORED = words(
-    """tokenizer micro_batch_size global_batch_size rampup_batch_size tensor_model_parallel_size
+    """micro_batch_size global_batch_size rampup_batch_size tensor_model_parallel_size
     pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     sequence_parallel use_scaled_init_method hidden_dropout attention_dropout ffn_dropout
     apply_query_key_layer_scaling do_layer_norm_weight_decay persist_layer_norm overlap_p2p_comm batch_p2p_comm
@@ -385,6 +394,9 @@ NEMO_IGNORED = words(
     fp8_amax_history_len fp8_amax_compute_algo reduce_amax use_emha ub_tp_comm_overlap use_flash_attention data optim
     nsys_profile gc_interval target nemo_version restore_from_path activation_func_fp8_input_store
     attention_softmax_in_fp32 tp_comm_overlap cpu_offloading cpu_offloading_num_layers fsdp name
-    no_masked_softmax_fusion use_mcore_models tokenizer_type tokenizer_model"""
+    no_masked_softmax_fusion"""
 )
-"""Keys of NeMo that do not describe the model."""
+"""Keys of NeMo that do not describe the model. Nor do the names of ``IGNORED`` and other arguments of Megatron."""
+
+NEMO_TOKENIZER = ("tokenizer", "tokenizer_type", "tokenizer_model")
+"""Keys of the teacher's tokenizer, NeMo's and those of Megatron's arguments."""
