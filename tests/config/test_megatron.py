@@ -347,6 +347,35 @@ def test_the_strategy_follows_the_devices_and_keeps_the_sizes(folder: Path, monk
     assert at(run(f"{text} --limbeck-strategy fsdp2"), "teacher.strategy_args.strategy_name") == "fsdp2_infer"
 
 
+def test_a_teacher_that_can_be_divided_like_the_student_is(folder: Path) -> None:
+    experts = "--num-experts 4 --expert-model-parallel-size 2 --moe-grouped-gemm --moe-router-dtype fp32"
+    stages = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+    key = "{}.strategy_args.strategy_config.megatron"
+    text = f"--limbeck-strategy megatron {experts} {stages}"
+    both = {"expert_model_parallel_size": 2, "moe_grouped_gemm": True, "moe_router_dtype": "fp32"}
+    first = {"num_layers_in_first_pipeline_stage": 1}
+
+    def taught(content: dict[str, Any], more: str = "") -> tuple[dict[str, Any], list[str]]:
+        (folder / "hf" / "config.json").write_text(json.dumps(content))
+        loaded = run(f"{text} {more}")
+        assert at(loaded, key.format("student")).model_dump(exclude_defaults=True) == both | first
+        found = at(loaded, key.format("teacher")).model_dump(exclude_defaults=True)
+        return found, [notice for notice in loaded.notices if "of the student only" in notice]
+
+    assert taught({"num_hidden_layers": 8, "num_local_experts": 8}) == (both | first, [])
+    assert taught({"num_hidden_layers": 8}) == (first, [])  # without experts
+    found, (notice,) = taught({"num_hidden_layers": 1, "num_experts": 8})
+    assert found == both and notice.startswith("--decoder-first-pipeline-num-layers: of the student only")
+    own = f"{key.format('teacher')}.expert_model_parallel_size=4"
+    assert taught({"num_hidden_layers": 8, "num_experts": 8}, own)[0]["expert_model_parallel_size"] == 4
+    (folder / "mcore" / "model_config.yaml").write_text("num_layers: 8\nnum_moe_experts: 8")
+    nemo = at(run(text, teacher="--export-kd-teacher-load mcore"), key.format("teacher"))
+    assert nemo.model_dump(exclude_defaults=True) == both | first
+    (folder / "mcore" / "model_config.yaml").unlink()
+    (notice,) = [one for one in run(text, teacher="--export-kd-teacher-load mcore").notices if "student only" in one]
+    assert "--expert-model-parallel-size" in notice and "--decoder-first" in notice
+
+
 def test_overrides_count_among_the_sizes_and_may_give_the_teacher_its_own(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

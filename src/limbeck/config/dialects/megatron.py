@@ -20,6 +20,7 @@ from limbeck.config.dialects.megatron_data import translate_data
 from limbeck.config.dialects.megatron_models import (
     number,
     resumed_checkpoint,
+    share_with_teacher,
     translate_student,
     translate_teacher,
     whole,
@@ -138,6 +139,7 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
     _schedule(result, given, steps)
     translate_student(result, given)
     translate_teacher(result, given, locations)
+    share_with_teacher(result, given)
     translate_data(result, given, steps.batch, EVAL_ITERS)
     _trackers(result, given)
     _save(result, given, dims)

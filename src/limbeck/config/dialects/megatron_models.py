@@ -274,6 +274,47 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
         )
 
 
+def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
+    """Divide the experts and the stages of the teacher as those of the student, where its model can be divided so.
+
+    In Megatron-LM both models have one layout.
+    """
+    student, teacher = (f"{role}.strategy_args.strategy_config" for role in ("student", "teacher"))
+    name = result.get("teacher.model_args.model_name_or_path") or result.get("teacher_pretrain")
+    if name is None or result.get("teacher.strategy_args.strategy_name") != "megatron_infer":
+        return
+    layers, experts = _layers_and_experts(result, str(name))
+    shared = [flag for flag in (*table.OF_EXPERTS, *table.OF_STAGES) if flag in given]
+    values = {flag: number(result.get(f"{student}.megatron.{table.megatron_key(flag)}")) for flag in shared}
+    ends = [value for flag, value in values.items() if flag in table.OF_STAGES and isinstance(value, int)]
+    rest, stages = (layers or 0) - sum(ends), number(result.get(f"{teacher}.pipeline_model_parallel_size")) or 1
+    others = stages - len(ends) if isinstance(stages, int) else -1
+    fits = layers is not None and stages != 1 and (rest == 0 if others == 0 else rest >= others > 0 == rest % others)
+    for flag, value in values.items():
+        if experts if flag in table.OF_EXPERTS else fits:
+            result.default(f"{teacher}.megatron.{table.megatron_key(flag)}", value, f"--{flag}")
+    alone = [f"--{flag}" for flag in shared if (experts is None if flag in table.OF_EXPERTS else not fits)]
+    if alone:
+        result.notices.append(
+            f"{', '.join(alone)}: of the student only, as {name} is not known to be a teacher that can be divided so; "
+            f"{teacher}.megatron.{table.megatron_key(alone[0][2:])} is the key of the teacher."
+        )
+
+
+def _layers_and_experts(result: Translation, teacher: str) -> tuple[int | None, int | None]:
+    """The numbers of layers, and of experts of a layer, that the teacher's configuration has; None where it is not known."""
+    file, found = Path(teacher) / "config.json", result.get("teacher.model_args.megatron_arguments") or {}
+    names = [("num_layers",), ("num_experts",)]
+    if file.is_file():
+        names = [("num_hidden_layers",), ("num_local_experts", "num_experts")]
+        try:
+            found = {"num_experts": 0, **json.loads(file.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError):
+            found = {}  # an error when the teacher is loaded
+    layers, experts = (next((found[key] for key in keys if isinstance(found.get(key), int)), None) for keys in names)
+    return layers, experts
+
+
 def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Megatron's arguments for the keys of a NeMo file. Keys that do not describe the model have no effect."""
     found: dict[str, Any] = {}

@@ -104,6 +104,18 @@ OF_MEGATRON: dict[str, str] = {
 OF_BOTH = ("transformer-impl",)
 """Those of ``OF_MEGATRON`` that the teacher gets too."""
 
+OF_EXPERTS = (
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "moe-token-dispatcher-type",
+    "moe-grouped-gemm",
+    "moe-router-dtype",
+)
+"""Those that a teacher with experts gets too."""
+
+OF_STAGES = ("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers")
+"""Those that a teacher gets too whose layers can be divided so."""
+
 _OTHER_KEYS = {
     "decoder-first-pipeline-num-layers": "num_layers_in_first_pipeline_stage",
     "decoder-last-pipeline-num-layers": "num_layers_in_last_pipeline_stage",
@@ -294,6 +306,10 @@ def meaning(flag: str) -> str:
         return f"strategy_config.{PARALLEL[flag]} of both models"
     if flag in OF_BOTH:
         return f"strategy_config.megatron.{megatron_key(flag)} of both models"
+    if flag in OF_EXPERTS:
+        return f"strategy_config.megatron.{megatron_key(flag)} of the student, and of a teacher with experts"
+    if flag in OF_STAGES:
+        return f"strategy_config.megatron.{megatron_key(flag)} of the student, and of a teacher that can be divided so"
     if flag in OF_MEGATRON:
         return f"student.strategy_args.strategy_config.megatron.{megatron_key(flag)}"
     if flag in IGNORED:
@@ -359,6 +375,7 @@ SPECIAL_MEANING: dict[str, str] = {
 
 NEMO: dict[str, str] = {
     "encoder_seq_length": "seq_length",
+    "num_moe_experts": "num_experts",
     "bias": "add_bias_linear",
     "layernorm_epsilon": "norm_epsilon",
     "rotary_percentage": "rotary_percent",
