@@ -295,6 +295,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
     ("text", "parts", "sentence"),
     [
         ("--micro-batch-siz 3", {}, "--micro-batch-siz is not a flag, did you mean --micro-batch-size?"),
+        ("--moe-layer-frequency-of-all 3", {}, "--moe-layer-frequency-of-all is not a flag; --help lists"),
         ("--lr", {}, "expected one argument"),
         ("--global-batch-size 3", {}, "--global-batch-size = 3 is not a multiple of --micro-batch-size 2 x 1 data"),
         ("--train-samples 3", {}, "--train-samples and --train-iters are both given; keep one"),
@@ -374,6 +375,18 @@ def test_a_teacher_that_can_be_divided_like_the_student_is(folder: Path) -> None
     (folder / "mcore" / "model_config.yaml").unlink()
     (notice,) = [one for one in run(text, teacher="--export-kd-teacher-load mcore").notices if "student only" in one]
     assert "--expert-model-parallel-size" in notice and "--decoder-first" in notice
+
+
+def test_layers_of_experts_are_recomputed_and_code_is_run_only_if_chosen(folder: Path) -> None:
+    key = "student.strategy_args.strategy_config.megatron.recompute_modules"
+    text = "--limbeck-strategy megatron --num-experts 4 --moe-layer-recompute"
+    assert at(run(text), key) == ["core_attn", "moe"]
+    assert at(run(f"{text} --recompute-granularity selective --recompute-modules mlp"), key) == ["mlp", "moe"]
+    (line,) = mistakes(f"{text} --recompute-granularity full")
+    assert line.startswith("--moe-layer-recompute and --recompute-granularity full contradict each other")
+    trusted = [f"{role}.model_args.trust_remote_code" for role in ("student", "teacher")]
+    assert [at(run("--trust-remote-code"), key) for key in trusted] == [True, True]
+    assert [at(run(""), key) for key in trusted] == [False, False]
 
 
 def test_overrides_count_among_the_sizes_and_may_give_the_teacher_its_own(

@@ -140,6 +140,8 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
     translate_student(result, given)
     translate_teacher(result, given, locations)
     share_with_teacher(result, given)
+    for role in ("student", "teacher") if "trust-remote-code" in given else ():
+        result.default(f"{role}.model_args.trust_remote_code", True, "--trust-remote-code")
     translate_data(result, given, steps.batch, EVAL_ITERS)
     _trackers(result, given)
     _save(result, given, dims)
@@ -200,6 +202,11 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     of_megatron = {name: given[name] for name in table.OF_MEGATRON if name in given}
     if given.get("recompute-activations"):
         of_megatron.setdefault("recompute-granularity", "selective")
+    if given.get("moe-layer-recompute"):
+        if of_megatron.setdefault("recompute-granularity", "selective") == "full":
+            result.refuse("--moe-layer-recompute", "and --recompute-granularity full contradict each other; keep one")
+        modules = of_megatron.get("recompute-modules", ["core_attn"])
+        of_megatron["recompute-modules"] = modules if "moe" in modules else [*modules, "moe"]
     for role, mode, assign in (("student", "train", result.set), ("teacher", "infer", result.default)):
         path = f"{role}.strategy_args"
         origin = "--limbeck-strategy" if "limbeck-strategy" in given else "the devices of this machine"
