@@ -309,6 +309,12 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         ("--lr-decay-style WSD", {}, "lr_scheduler_kwargs.wsd_decay_steps = 0 must be a whole number of steps above 0"),
         ("--lr-decay-style exp", {}, "decay_style = exp is not one of linear, cosine"),
         ("--num-layers-per-virtual-pipeline-stage 3", {}, "must divide --num-layers, which is 4"),
+        (
+            "--num-layers-per-virtual-pipeline-stage 3",
+            {"student": "--load mcore --use-checkpoint-args --tokenizer-model hf"},
+            "must divide --num-layers, which is not given; give it, also beside --use-checkpoint-args",
+        ),
+        ("--make-vocab-size-divisible-by 0", {}, "--make-vocab-size-divisible-by = 0 must be at least 1"),
         ("", {"teacher": "--export-kd-teacher-load nowhere"}, "--export-kd-teacher-load = nowhere has no checkpoint"),
         (
             "--export-kd-teacher-model-config nowhere.yaml",
@@ -375,6 +381,13 @@ def test_a_teacher_that_can_be_divided_like_the_student_is(folder: Path) -> None
     (folder / "mcore" / "model_config.yaml").unlink()
     (notice,) = [one for one in run(text, teacher="--export-kd-teacher-load mcore").notices if "student only" in one]
     assert "--expert-model-parallel-size" in notice and "--decoder-first" in notice
+
+
+def test_virtual_stages_are_counted_in_the_layers_of_the_students_folder(folder: Path) -> None:
+    (folder / "student" / "config.json").write_text('{"num_hidden_layers": 8}')
+    text = "--limbeck-strategy megatron --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    loaded = run(f"{text} --use-checkpoint-args", student="--load student")
+    assert at(loaded, "student.strategy_args.strategy_config.megatron.virtual_pipeline_model_parallel_size") == 4
 
 
 def test_layers_of_experts_are_recomputed_and_code_is_run_only_if_chosen(folder: Path) -> None:
@@ -531,6 +544,8 @@ def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:
         ("a", [0.949, 0.999], 12),
         ("b", [0.949, 0.999], 28),
     ]
+    train, valid = sources("--data-path a")  # Megatron's default of --split
+    assert [one["documents"] for one in (*train, *valid)] == [[0.0, 0.969], [0.969, 0.999]]
     assert sources("--data-path a --split 1,0,0") == ([{"path": "a", "concatenate": True}], None)
     train, valid = sources("--train-data-path a b --valid-data-path c --eval-iters 1")
     assert (len(train), valid) == (2, [{"path": "c", "concatenate": True, "max_samples": 2}])
@@ -540,7 +555,6 @@ def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:
     assert sources("student.data_args.file_name=rows.jsonl")[0] is None
     for arguments, sentence in (
         ("", "student.data_args.file_name is not set; give --data-path CORPUS, --mock-data"),
-        ("--data-path a", "--split is not given"),
         ("--data-path a --split x", "--split = x must be the shares"),
         ("--data-path a --split 0,1", "leaves no documents for training"),
         ("--data-path 1 a b c --split 1", "--data-path = 1 a b c must be paths, or a weight before each path"),

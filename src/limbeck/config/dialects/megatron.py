@@ -21,6 +21,7 @@ from limbeck.config.dialects.megatron_models import (
     number,
     resumed_checkpoint,
     share_with_teacher,
+    student_layers,
     translate_student,
     translate_teacher,
     whole,
@@ -251,11 +252,12 @@ def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pip
     if layers is not None:
         flag = "num-layers-per-virtual-pipeline-stage"
         held = whole(result, given, flag, 1) * pipeline
-        every = whole(result, given, "num-layers", 0)
+        every = student_layers(result, given)
         if not every or not held or every % held:
+            number_of = f"{every}" if every else "not given; give it, also beside --use-checkpoint-args"
             result.refuse(
                 f"--{flag}",
-                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {every or 'not given'}",
+                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {number_of}",
             )
             return
         stages = every // held

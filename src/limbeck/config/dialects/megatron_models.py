@@ -80,6 +80,7 @@ def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
         result.default("student.model_args.model_name_or_path", start, origin)
     start = result.get("student.model_args.model_name_or_path") or result.get("student_pretrain")
     _tokenizer(result, given, start)
+    whole(result, given, "make-vocab-size-divisible-by", 128, least=1)
     described = architecture(given)
     if start is not None and (is_hugging_face(start) or "use-checkpoint-args" in given):
         unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
@@ -303,16 +304,32 @@ def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
 
 def _layers_and_experts(result: Translation, teacher: str) -> tuple[int | None, int | None]:
     """The numbers of layers, and of experts of a layer, that the teacher's configuration has; None where it is not known."""
-    file, found = Path(teacher) / "config.json", result.get("teacher.model_args.megatron_arguments") or {}
+    found = result.get("teacher.model_args.megatron_arguments") or {}
     names = [("num_layers",), ("num_experts",)]
-    if file.is_file():
+    if (Path(teacher) / "config.json").is_file():
+        found = _config(teacher)
+        found.setdefault("num_experts", 0)
         names = [("num_hidden_layers",), ("num_local_experts", "num_experts")]
-        try:
-            found = {"num_experts": 0, **json.loads(file.read_text(encoding="utf-8"))}
-        except (OSError, ValueError, TypeError):
-            found = {}  # an error when the teacher is loaded
     layers, experts = (next((found[key] for key in keys if isinstance(found.get(key), int)), None) for keys in names)
     return layers, experts
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The ``config.json`` in the folder ``name``; empty if it cannot be read, which is an error when the model is loaded."""
+    try:
+        found = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def student_layers(result: Translation, given: Mapping[str, Any]) -> int:
+    """The number of the student's layers: of its Hugging Face folder, or else of the flags; 0 if it is not known."""
+    for name in (given.get("load"), given.get("pretrained-checkpoint")):
+        found = _config(str(run_weights(Path(name)) or name)).get("num_hidden_layers") if name else None
+        if isinstance(found, int):
+            return found
+    return whole(result, given, "num-layers", 0)
 
 
 def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:
