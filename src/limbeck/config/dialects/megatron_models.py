@@ -305,7 +305,7 @@ def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
 def _layers_and_experts(result: Translation, teacher: str) -> tuple[int | None, int | None]:
     """The numbers of layers, and of experts of a layer, that the teacher's configuration has; None where it is not known."""
     found = result.get("teacher.model_args.megatron_arguments") or {}
-    names = [("num_layers",), ("num_experts",)]
+    names: list[tuple[str, ...]] = [("num_layers",), ("num_experts",)]
     if (Path(teacher) / "config.json").is_file():
         found = _config(teacher)
         found.setdefault("num_experts", 0)
