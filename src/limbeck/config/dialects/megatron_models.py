@@ -97,9 +97,7 @@ def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     }
     found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
     hybrid = given.get("export-model-type") in table.HYBRID_MODELS
-    if found and (
-        hybrid or "spec" in given
-    ):  # which this script, or another of ModelOpt's, builds from these arguments
+    if found and (hybrid or "spec" in given):  # only the specs of hybrids are accepted
         found.setdefault("is_hybrid_model", (True, "export-model-type" if hybrid else "spec"))
     if found and "seq-length" in given:
         found["seq_length"] = (number(given["seq-length"]), "seq-length")
