@@ -483,6 +483,20 @@ def test_a_missing_checkpoint_ends_the_run_if_it_shall(folder: Path) -> None:
     assert at(run(text), "resume_from_checkpoint") == "latest"
 
 
+@pytest.mark.parametrize(("strategy", "window", "hysteresis"), [("megatron", 1000, 2), ("fsdp2", 2000, 1)])
+def test_the_scale_of_the_loss_changes_as_the_strategy_does_it(
+    folder: Path, strategy: str, window: int, hysteresis: int
+) -> None:
+    text = f"--limbeck-strategy {strategy} --fp16"
+    run(f"{text} --loss-scale-window {window} --hysteresis {hysteresis}")
+    lines = mistakes(f"{text} --loss-scale-window {window + 1} --hysteresis {hysteresis + 1}")
+    assert all(
+        f"with the strategy {strategy} it is {n};" in x for n, x in zip((window, hysteresis), lines, strict=True)
+    )
+    (notice,) = [one for one in run("--hysteresis 7").notices if "have no effect" in one]
+    assert "--hysteresis" in notice
+
+
 def test_gradients_are_reduced_in_the_chosen_precision(folder: Path) -> None:
     key = "student.strategy_args.strategy_config.reduce_dtype"
     assert [at(run(f"--grad-reduce-in-bf16 {text}"), key) for text in ("--bf16", "")] == ["bf16", "fp32"]

@@ -273,6 +273,15 @@ def _precision(result: Translation, given: Values) -> None:
         result.default(
             f"{role}.model_args.dtype", chosen[0] if chosen else "fp32", f"--{chosen[0]}" if chosen else DEFAULT
         )
+    kind = str(result.get("student.strategy_args.strategy_name")).removesuffix("_train")
+    for flag, values in table.LOSS_SCALE.items():
+        if flag in given and "fp16" not in given:
+            result.ignored.append(f"--{flag}")
+        elif flag in given and number(given[flag]) != values.get(kind):
+            only = f"; with the strategy {kind} it is {values[kind]}" if kind in values else ""
+            result.refuse(
+                f"--{flag}", f"= {given[flag]} is not supported with --fp16{only}; remove it, or train with --bf16"
+            )
     if "grad-reduce-in-bf16" in given and "bf16" in given:
         result.set("student.strategy_args.strategy_config.reduce_dtype", "bf16", "--grad-reduce-in-bf16")
     elif "grad-reduce-in-bf16" in given:

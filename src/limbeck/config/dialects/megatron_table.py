@@ -139,6 +139,7 @@ SPECIAL: dict[str, str] = {
         VALUE,
     ),
     **_all("no-load-optim no-load-rng use-checkpoint-opt-param-scheduler override-opt-param-scheduler", SWITCH),
+    **_all("loss-scale-window hysteresis", VALUE),
     **_all("exit-on-missing-checkpoint grad-reduce-in-bf16 moe-layer-recompute trust-remote-code", SWITCH),
     **_all("data-path train-data-path valid-data-path test-data-path", VALUES),
     **_all("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations", SWITCH),
@@ -196,7 +197,7 @@ _LATER = "is not supported; remove it"
 _PACKS = "is not supported: documents of a row attend to each other, as by default in Megatron-LM; remove it"
 _FSDP = "is not supported; --limbeck-strategy fsdp2 shards with PyTorch's FSDP2"
 _OFFLINE = "(cached logits of the teacher) is not supported; the teacher computes during the run, so remove it"
-_SCALER = "is not supported: with --fp16 the scale of the loss is PyTorch's {}; remove it, or train with --bf16"
+_SCALER = "is not supported: with --fp16 the scale of the loss begins at 65536; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
 
 HYBRID_MODELS = ("MambaModel", "HybridModel")
@@ -249,9 +250,7 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         pipeline-model-parallel-layout""",
         (VALUE, (), _LATER),
     ),
-    "initial-loss-scale": (VALUE, ("65536",), _SCALER.format("and begins at 65536")),
-    "loss-scale-window": (VALUE, ("2000",), _SCALER.format("and grows after 2000 steps without an overflow")),
-    "hysteresis": (VALUE, ("1",), _SCALER.format("and shrinks at every overflow, which is --hysteresis 1")),
+    "initial-loss-scale": (VALUE, ("65536",), _SCALER),
     "fp32-residual-connection": (SWITCH, (), "is not supported: residuals have the data type of the model; remove it"),
     **_all(
         "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype",
@@ -275,10 +274,16 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
 
 NEEDED: dict[str, tuple[str, ...]] = {
-    **_all("initial-loss-scale loss-scale-window hysteresis", ("fp16",)),
+    "initial-loss-scale": ("fp16",),
     "fp32-residual-connection": ("bf16", "fp16"),
 }
 """Arguments of ``ONLY`` that have no effect without one of these switches."""
+
+LOSS_SCALE: dict[str, dict[str, int]] = {
+    "loss-scale-window": {"megatron": 1000, "fsdp2": 2000},
+    "hysteresis": {"megatron": 2, "fsdp2": 1},
+}
+"""Arguments of ``SPECIAL`` about the scale of the loss with fp16, to the only value that each strategy has."""
 
 OF_RESUMED: dict[str, str] = {
     **_all(
@@ -372,6 +377,10 @@ SPECIAL_MEANING: dict[str, str] = {
     "recompute-activations": "recompute-granularity selective",
     "moe-layer-recompute": "recompute-granularity selective, and moe in recompute-modules",
     "trust-remote-code": "model_args.trust_remote_code of both models; false without",
+    **{
+        flag: f"with --fp16: only {' or '.join(f'{value} ({name})' for name, value in values.items())}; else no effect"
+        for flag, values in LOSS_SCALE.items()
+    },
     **dict.fromkeys(OF_RESUMED, "an error when a run resumes; else no effect"),
     "override-opt-param-scheduler": "as always: a run that resumes has the schedule of the command line",
     "exit-on-missing-checkpoint": "an error if --load has no checkpoint",
