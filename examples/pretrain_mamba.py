@@ -16,9 +16,9 @@ from limbeck.launch.start import train_from_arguments
 
 def main() -> int:
     words = sys.argv[1:]
-    described = [word for word in words if word.startswith("--num-layers")]
-    hybrid = ["--is-hybrid-model"] if described and "--is-hybrid-model" not in words else []
-    return train_from_arguments(__file__, [*words, *hybrid], "megatron")
+    chosen = any(word.partition("=")[0] == "--export-model-type" for word in words)
+    model = [] if chosen else ["--export-model-type", "MambaModel"]
+    return train_from_arguments(__file__, [*words, *model], "megatron")
 
 
 if __name__ == "__main__":

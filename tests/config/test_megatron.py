@@ -93,7 +93,7 @@ def test_the_documentation_has_every_argument_with_its_meaning() -> None:
     of_model = megatron_table.MODEL_VALUES | megatron_table.MODEL_SWITCHES.keys()
     for flag in megatron_table.kinds():
         meaning = megatron_table.meaning(flag)
-        if meaning.startswith("refused"):
+        if meaning == "refused":
             assert f"`--{flag}`" in refused, flag
         elif flag in of_model or flag in megatron_table.IGNORED:
             assert f"`--{flag}`" in (described if flag in of_model else ignored.partition("\n## ")[0]), flag
@@ -111,10 +111,15 @@ def test_an_argument_without_effect_is_in_the_one_notice(folder: Path, flag: str
 @pytest.mark.parametrize("flag", sorted(megatron_table.ONLY))
 def test_an_argument_that_would_change_the_result_is_refused(folder: Path, flag: str) -> None:
     kind, allowed, _ = megatron_table.ONLY[flag]
-    (line,) = mistakes(f"--{flag} {'' if kind == 'switch' else '0.5'}")
-    assert line.startswith(f"--{flag}") and line.endswith(".")
+    text = f"--{flag} {'' if kind == 'switch' else '0.5'}"
+    needed = [f"--{name}" for name in megatron_table.NEEDED.get(flag, ())]
+    for switch in needed or [""]:
+        (line,) = mistakes(f"{text} {switch}")
+        assert line.startswith(f"--{flag}") and line.endswith(".")
     for value in allowed:
-        run(f"--{flag} {value}")
+        run(f"--{flag} {value} {''.join(needed[:1])}")
+    if needed:
+        assert any(f"--{flag}" in notice for notice in run(text).notices if "have no effect" in notice)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +247,35 @@ def test_the_teachers_nemo_file_becomes_megatrons_arguments(folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    "tokenizer",
+    [
+        "tokenizer: {library: huggingface, type: some/model}",
+        "tokenizer: {type: HuggingFaceTokenizer, model: some/model}",
+        "tokenizer_type: HuggingFaceTokenizer\ntokenizer_model: some/model",
+    ],
+)
+def test_the_teachers_own_tokenizer_is_read_or_named(folder: Path, tokenizer: str) -> None:
+    (folder / "mcore" / "model_config.yaml").write_text(tokenizer)
+    teacher = "--export-kd-teacher-load mcore"
+    key = "teacher.model_args.megatron_arguments.tokenizer_model"
+    same = run("", teacher=teacher)
+    assert at(same, key) == "null:1000"
+    assert any("the tokenizer some/model in mcore/model_config.yaml is not read" in notice for notice in same.notices)
+    own = run("cross_tokenizer=hybrid", teacher=teacher)
+    assert at(own, key) == "some/model" and not any("some/model" in notice for notice in own.notices)
+
+
+def test_megatrons_own_names_are_known_in_the_teachers_file(folder: Path) -> None:
+    lines = "bf16: true\nfp16: false\nposition_embedding_type: null\ndisable_bias_linear: true\nlog_interval: 3"
+    (folder / "mcore" / "model_config.yaml").write_text(lines)
+    loaded = run("", teacher="--export-kd-teacher-load mcore")
+    assert at(loaded, "teacher.model_args.dtype") == "bf16"
+    arguments = dict(at(loaded, "teacher.model_args.megatron_arguments"))
+    del arguments["tokenizer_model"]
+    assert arguments == {"position_embedding_type": "rope", "disable_bias_linear": True}
+
+
+@pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("num_layer: 3", "num_layer in {} is not a key of a teacher's model_config.yaml; did you mean num_layers?"),
@@ -261,6 +295,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
     ("text", "parts", "sentence"),
     [
         ("--micro-batch-siz 3", {}, "--micro-batch-siz is not a flag, did you mean --micro-batch-size?"),
+        ("--moe-layer-frequency-of-all 3", {}, "--moe-layer-frequency-of-all is not a flag; --help lists"),
         ("--lr", {}, "expected one argument"),
         ("--global-batch-size 3", {}, "--global-batch-size = 3 is not a multiple of --micro-batch-size 2 x 1 data"),
         ("--train-samples 3", {}, "--train-samples and --train-iters are both given; keep one"),
@@ -268,12 +303,18 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         (
             "--export-model-type T5Model",
             {},
-            "--export-model-type = T5Model is not supported; only GPTModel and MambaModel",
+            "--export-model-type = T5Model is not supported; use GPTModel, MambaModel or HybridModel",
         ),
         ("--limbeck-strategy ddp", {}, "--limbeck-strategy = ddp is not one of megatron, fsdp2"),
         ("--lr-decay-style WSD", {}, "lr_scheduler_kwargs.wsd_decay_steps = 0 must be a whole number of steps above 0"),
         ("--lr-decay-style exp", {}, "decay_style = exp is not one of linear, cosine"),
         ("--num-layers-per-virtual-pipeline-stage 3", {}, "must divide --num-layers, which is 4"),
+        (
+            "--num-layers-per-virtual-pipeline-stage 3",
+            {"student": "--load mcore --use-checkpoint-args --tokenizer-model hf"},
+            "must divide --num-layers, which is not given; give it, also beside --use-checkpoint-args",
+        ),
+        ("--make-vocab-size-divisible-by 0", {}, "--make-vocab-size-divisible-by = 0 must be at least 1"),
         ("", {"teacher": "--export-kd-teacher-load nowhere"}, "--export-kd-teacher-load = nowhere has no checkpoint"),
         (
             "--export-kd-teacher-model-config nowhere.yaml",
@@ -311,6 +352,54 @@ def test_the_strategy_follows_the_devices_and_keeps_the_sizes(folder: Path, monk
     monkeypatch.setattr(megatron, "has_gpu", lambda: True)
     assert at(run(text), "student.strategy_args.strategy_config.megatron.overlap_grad_reduce") is True
     assert at(run(f"{text} --limbeck-strategy fsdp2"), "teacher.strategy_args.strategy_name") == "fsdp2_infer"
+
+
+def test_a_teacher_that_can_be_divided_like_the_student_is(folder: Path) -> None:
+    experts = "--num-experts 4 --expert-model-parallel-size 2 --moe-grouped-gemm --moe-router-dtype fp32"
+    stages = "--pipeline-model-parallel-size 2 --decoder-first-pipeline-num-layers 1"
+    key = "{}.strategy_args.strategy_config.megatron"
+    text = f"--limbeck-strategy megatron {experts} {stages}"
+    both = {"expert_model_parallel_size": 2, "moe_grouped_gemm": True, "moe_router_dtype": "fp32"}
+    first = {"num_layers_in_first_pipeline_stage": 1}
+
+    def taught(content: dict[str, Any], more: str = "") -> tuple[dict[str, Any], list[str]]:
+        (folder / "hf" / "config.json").write_text(json.dumps(content))
+        loaded = run(f"{text} {more}")
+        assert at(loaded, key.format("student")).model_dump(exclude_defaults=True) == both | first
+        found = at(loaded, key.format("teacher")).model_dump(exclude_defaults=True)
+        return found, [notice for notice in loaded.notices if "of the student only" in notice]
+
+    assert taught({"num_hidden_layers": 8, "num_local_experts": 8}) == (both | first, [])
+    assert taught({"num_hidden_layers": 8}) == (first, [])  # without experts
+    found, (notice,) = taught({"num_hidden_layers": 1, "num_experts": 8})
+    assert found == both and notice.startswith("--decoder-first-pipeline-num-layers: of the student only")
+    own = f"{key.format('teacher')}.expert_model_parallel_size=4"
+    assert taught({"num_hidden_layers": 8, "num_experts": 8}, own)[0]["expert_model_parallel_size"] == 4
+    (folder / "mcore" / "model_config.yaml").write_text("num_layers: 8\nnum_moe_experts: 8")
+    nemo = at(run(text, teacher="--export-kd-teacher-load mcore"), key.format("teacher"))
+    assert nemo.model_dump(exclude_defaults=True) == both | first
+    (folder / "mcore" / "model_config.yaml").unlink()
+    (notice,) = [one for one in run(text, teacher="--export-kd-teacher-load mcore").notices if "student only" in one]
+    assert "--expert-model-parallel-size" in notice and "--decoder-first" in notice
+
+
+def test_virtual_stages_are_counted_in_the_layers_of_the_students_folder(folder: Path) -> None:
+    (folder / "student" / "config.json").write_text('{"num_hidden_layers": 8}')
+    text = "--limbeck-strategy megatron --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+    loaded = run(f"{text} --use-checkpoint-args", student="--load student")
+    assert at(loaded, "student.strategy_args.strategy_config.megatron.virtual_pipeline_model_parallel_size") == 4
+
+
+def test_layers_of_experts_are_recomputed_and_code_is_run_only_if_chosen(folder: Path) -> None:
+    key = "student.strategy_args.strategy_config.megatron.recompute_modules"
+    text = "--limbeck-strategy megatron --num-experts 4 --moe-layer-recompute"
+    assert at(run(text), key) == ["core_attn", "moe"]
+    assert at(run(f"{text} --recompute-granularity selective --recompute-modules mlp"), key) == ["mlp", "moe"]
+    (line,) = mistakes(f"{text} --recompute-granularity full")
+    assert line.startswith("--moe-layer-recompute and --recompute-granularity full contradict each other")
+    trusted = [f"{role}.model_args.trust_remote_code" for role in ("student", "teacher")]
+    assert [at(run("--trust-remote-code"), key) for key in trusted] == [True, True]
+    assert [at(run(""), key) for key in trusted] == [False, False]
 
 
 def test_overrides_count_among_the_sizes_and_may_give_the_teacher_its_own(
@@ -374,6 +463,68 @@ def test_an_interrupted_run_is_a_start_or_a_teacher_from_its_newest_checkpoint(f
     assert at(run("--load out --save other --ckpt-step 9", student=""), model) == "out/checkpoint-9"
 
 
+@pytest.mark.parametrize("flag", sorted(megatron_table.OF_RESUMED))
+def test_a_flag_about_a_resumed_checkpoint_is_an_error_when_there_is_one(folder: Path, flag: str) -> None:
+    _checkpoint(folder / "out" / "checkpoint-9")
+    for text in ("--load out --save out", "--save other resume_from_checkpoint=out/checkpoint-9"):
+        (line,) = mistakes(f"{text} --{flag}")
+        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and line.endswith(".")
+    for text in ("--load new --save new", "--load out --save out --finetune", "--load mcore"):
+        assert any(f"--{flag}" in notice for notice in run(f"{text} --{flag}").notices if "have no effect" in notice)
+
+
+def test_a_missing_checkpoint_ends_the_run_if_it_shall(folder: Path) -> None:
+    text = "--load out --save out --exit-on-missing-checkpoint"
+    for more in ("", "student_pretrain=student"):
+        (line,) = mistakes(f"{text} {more}")
+        assert line.startswith("--load = out has no checkpoint; check the path")
+    run(f"{text} --pretrained-checkpoint student")
+    _checkpoint(folder / "out" / "checkpoint-9")
+    assert at(run(text), "resume_from_checkpoint") == "latest"
+
+
+@pytest.mark.parametrize(("strategy", "window", "hysteresis"), [("megatron", 1000, 2), ("fsdp2", 2000, 1)])
+def test_the_scale_of_the_loss_changes_as_the_strategy_does_it(
+    folder: Path, strategy: str, window: int, hysteresis: int
+) -> None:
+    text = f"--limbeck-strategy {strategy} --fp16"
+    run(f"{text} --loss-scale-window {window} --hysteresis {hysteresis}")
+    lines = mistakes(f"{text} --loss-scale-window {window + 1} --hysteresis {hysteresis + 1}")
+    assert all(
+        f"with the strategy {strategy} it is {n};" in x for n, x in zip((window, hysteresis), lines, strict=True)
+    )
+    (notice,) = [one for one in run("--hysteresis 7").notices if "have no effect" in one]
+    assert "--hysteresis" in notice
+
+
+def test_gradients_are_reduced_in_the_chosen_precision(folder: Path) -> None:
+    key = "student.strategy_args.strategy_config.reduce_dtype"
+    assert [at(run(f"--grad-reduce-in-bf16 {text}"), key) for text in ("--bf16", "")] == ["bf16", "fp32"]
+
+
+HYBRID = """--hidden-size 64 --num-attention-heads 4 --tokenizer-type NullTokenizer --vocab-size 1000"""
+SPEC = "--spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+
+
+@pytest.mark.parametrize(
+    ("text", "hybrid"),
+    [
+        ("--num-layers 4", None),
+        ("--num-layers 4 --export-model-type MambaModel", True),
+        ("--yaml-cfg args.yaml --export-model-type HybridModel", True),
+        (f"--num-layers 4 {SPEC}", True),
+        ("--hybrid-layer-pattern MM-* --export-model-type MambaModel", True),  # which has the number of layers
+        ("--hybrid-override-pattern MM-*", None),  # a hybrid by its pattern
+    ],
+)
+def test_the_type_of_the_model_or_megatrons_own_layers_make_it_a_hybrid(
+    folder: Path, text: str, hybrid: bool | None
+) -> None:
+    (folder / "args.yaml").write_text("num_layers: 4")
+    arguments = at(run(text, student=HYBRID), "student.model_args.megatron_arguments")
+    assert arguments.get("is_hybrid_model") is hybrid
+
+
 def _checkpoint(path: Path) -> None:
     path.mkdir(parents=True)
     (path / "config.json").write_text("{}")
@@ -407,6 +558,8 @@ def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:
         ("a", [0.949, 0.999], 12),
         ("b", [0.949, 0.999], 28),
     ]
+    train, valid = sources("--data-path a")  # Megatron's default of --split
+    assert [one["documents"] for one in (*train, *valid)] == [[0.0, 0.969], [0.969, 0.999]]
     assert sources("--data-path a --split 1,0,0") == ([{"path": "a", "concatenate": True}], None)
     train, valid = sources("--train-data-path a b --valid-data-path c --eval-iters 1")
     assert (len(train), valid) == (2, [{"path": "c", "concatenate": True, "max_samples": 2}])
@@ -416,7 +569,6 @@ def test_corpora_are_blended_and_split_by_documents(folder: Path) -> None:
     assert sources("student.data_args.file_name=rows.jsonl")[0] is None
     for arguments, sentence in (
         ("", "student.data_args.file_name is not set; give --data-path CORPUS, --mock-data"),
-        ("--data-path a", "--split is not given"),
         ("--data-path a --split x", "--split = x must be the shares"),
         ("--data-path a --split 0,1", "leaves no documents for training"),
         ("--data-path 1 a b c --split 1", "--data-path = 1 a b c must be paths, or a weight before each path"),

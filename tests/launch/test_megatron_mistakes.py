@@ -92,6 +92,12 @@ def _index_of_something_else(folder: Path) -> str:
     return flags
 
 
+def _index_that_is_too_long(folder: Path) -> str:
+    flags = _corpus(folder)
+    (folder / "corpus.idx").write_bytes((folder / "corpus.idx").read_bytes() + b"xx")
+    return flags
+
+
 class _Malicious:
     def __reduce__(self):
         return exec, ("raise SystemExit('it ran')",)
@@ -121,6 +127,7 @@ def _legacy(folder: Path) -> Path:
         (_other_tokenizer_than_the_teachers, "The tokenizers of student"),
         (_bin_that_is_too_short, "corpus.bin"),
         (_index_of_something_else, "corpus.idx"),
+        (_index_that_is_too_long, "corpus.idx has 2 bytes after what its 8 sequences need"),
         (lambda folder: f"--load {_legacy(folder)} --use-checkpoint-args {TOKENIZER} --mock-data", "would have to be unpick"),
         (lambda folder: _flags("")(folder).replace("load teacher", f"load {_legacy(folder)}"), "would have to be unpickled"),
     ],

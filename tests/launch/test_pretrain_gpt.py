@@ -15,7 +15,8 @@ from limbeck.errors import USER_MISTAKE
 from limbeck.models import ModelSource, load_model
 from limbeck.models.megatron_checkpoint import write_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "pretrain_gpt.py"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SCRIPT = EXAMPLES / "pretrain_gpt.py"
 STUDENT = """--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --group-query-attention
     --num-query-groups 2 --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
     --untie-embeddings-and-output-weights --max-position-embeddings 64 --attention-dropout 0 --hidden-dropout 0"""
@@ -29,12 +30,12 @@ def script(monkeypatch, tmp_path):
     """``script(text)`` returns the exit status; the working folder is empty."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    spec = importlib.util.spec_from_file_location("pretrain_gpt", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
 
-    def run(text: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *text.split()])
+    def run(text: str, path: Path = SCRIPT) -> int:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [str(path), *text.split()])
         return module.main()
 
     return run
@@ -74,6 +75,21 @@ def test_students_with_experts_and_with_mamba_layers_are_trained(script, assets,
     assert saved.config.model_type == kind
     assert all(torch.equal(saved.state_dict()[name], tensor) for name, tensor in student.state_dict().items())
     assert len(losses("out")) == 2
+
+
+def test_the_layers_of_pretrain_mamba_are_mamba_layers(script, assets):
+    """With Megatron's own ``--spec``, and the number of layers from the pattern or from ``--num-layers``."""
+    teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'teacher'}"
+    common = f"{HYBRID} {RUN} {teacher} --mock-data --train-iters 1 --eval-iters 0"
+    common += " --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+    patterned = common.replace("--hybrid-override-pattern M-*", "--hybrid-layer-pattern MM").replace(
+        "--num-layers 3", ""
+    )
+    plain = common.replace("--hybrid-override-pattern M-*", "").replace("--num-layers 3", "--num-layers 2")
+    for text, save in ((patterned, "patterned"), (plain, "plain")):
+        assert script(f"{text} --save {save}", EXAMPLES / "pretrain_mamba.py") == 0
+    assert json.loads(Path("plain/student/config.json").read_text())["model_type"] == "nemotron_h"
+    assert losses("patterned") == pytest.approx(losses("plain"), rel=1e-6)
 
 
 def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, tmp_path):

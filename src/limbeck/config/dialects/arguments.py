@@ -27,8 +27,10 @@ class Parser(argparse.ArgumentParser):
         for word in words:
             if word.startswith("-"):
                 name = word.partition("=")[0]
-                near = difflib.get_close_matches(name, list(flags), n=1)
-                self.error(f"{name} is not a flag{f', did you mean {near[0]}?' if near else ''}")
+                known = [flag.lstrip("-") for flag in flags]
+                # Flags with many words in common, such as --moe-layer-freq and --moe-layer-recompute, are no typing mistakes.
+                near = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0.75)
+                self.error(f"{name} is not a flag{f', did you mean --{near[0]}?' if near else ''}")
 
 
 def override(word: str) -> tuple[str, Any]:

@@ -20,6 +20,8 @@ from limbeck.config.dialects.megatron_data import translate_data
 from limbeck.config.dialects.megatron_models import (
     number,
     resumed_checkpoint,
+    share_with_teacher,
+    student_layers,
     translate_student,
     translate_teacher,
     whole,
@@ -138,6 +140,9 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
     _schedule(result, given, steps)
     translate_student(result, given)
     translate_teacher(result, given, locations)
+    share_with_teacher(result, given)
+    for role in ("student", "teacher") if "trust-remote-code" in given else ():
+        result.default(f"{role}.model_args.trust_remote_code", True, "--trust-remote-code")
     translate_data(result, given, steps.batch, EVAL_ITERS)
     _trackers(result, given)
     _save(result, given, dims)
@@ -165,13 +170,15 @@ def _check_text(given: Values) -> None:
 
 def _refuse(result: Translation, given: Values) -> None:
     for name, (_, allowed, sentence) in table.ONLY.items():
-        value = given.get(name)
-        if name in given and not any(number(value) == number(one) for one in allowed):
-            shown = "" if value is True else f" = {' '.join(value) if isinstance(value, list) else value}"
+        value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
+        if name in given and not any(needed in given for needed in table.NEEDED.get(name, given)):
+            result.ignored.append(f"--{name}")
+        elif name in given and not any(number(value) == number(one) for one in allowed):
+            shown = "" if value is True else f" = {value}"
             result.refuse(f"--{name}", f"{shown} {sentence}".strip())
     model = given.get("export-model-type", "GPTModel")
-    if model not in ("GPTModel", "MambaModel"):
-        result.refuse("--export-model-type", f"= {model} is not supported; only GPTModel and MambaModel are")
+    if model not in ("GPTModel", *table.HYBRID_MODELS):
+        result.refuse("--export-model-type", f"= {model} is not supported; use GPTModel, MambaModel or HybridModel")
     if "attention-dropout" not in given or "hidden-dropout" not in given:
         result.notices.append(
             "there is no dropout; Megatron-LM's default is 0.1 (--attention-dropout, --hidden-dropout)."
@@ -196,6 +203,11 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
     of_megatron = {name: given[name] for name in table.OF_MEGATRON if name in given}
     if given.get("recompute-activations"):
         of_megatron.setdefault("recompute-granularity", "selective")
+    if given.get("moe-layer-recompute"):
+        if of_megatron.setdefault("recompute-granularity", "selective") == "full":
+            result.refuse("--moe-layer-recompute", "and --recompute-granularity full contradict each other; keep one")
+        modules = of_megatron.get("recompute-modules", ["core_attn"])
+        of_megatron["recompute-modules"] = modules if "moe" in modules else [*modules, "moe"]
     for role, mode, assign in (("student", "train", result.set), ("teacher", "infer", result.default)):
         path = f"{role}.strategy_args"
         origin = "--limbeck-strategy" if "limbeck-strategy" in given else "the devices of this machine"
@@ -240,11 +252,12 @@ def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pip
     if layers is not None:
         flag = "num-layers-per-virtual-pipeline-stage"
         held = whole(result, given, flag, 1) * pipeline
-        every = whole(result, given, "num-layers", 0)
+        every = student_layers(result, given)
         if not every or not held or every % held:
+            number_of = f"{every}" if every else "not given; give it, also beside --use-checkpoint-args"
             result.refuse(
                 f"--{flag}",
-                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {every or 'not given'}",
+                f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {number_of}",
             )
             return
         stages = every // held
@@ -260,6 +273,19 @@ def _precision(result: Translation, given: Values) -> None:
         result.default(
             f"{role}.model_args.dtype", chosen[0] if chosen else "fp32", f"--{chosen[0]}" if chosen else DEFAULT
         )
+    kind = str(result.get("student.strategy_args.strategy_name")).removesuffix("_train")
+    for flag, values in table.LOSS_SCALE.items():
+        if flag in given and "fp16" not in given:
+            result.ignored.append(f"--{flag}")
+        elif flag in given and number(given[flag]) != values.get(kind):
+            only = f"; with the strategy {kind} it is {values[kind]}" if kind in values else ""
+            result.refuse(
+                f"--{flag}", f"= {given[flag]} is not supported with --fp16{only}; remove it, or train with --bf16"
+            )
+    if "grad-reduce-in-bf16" in given and "bf16" in given:
+        result.set("student.strategy_args.strategy_config.reduce_dtype", "bf16", "--grad-reduce-in-bf16")
+    elif "grad-reduce-in-bf16" in given:
+        result.ignored.append("--grad-reduce-in-bf16")
 
 
 @dataclass(frozen=True)

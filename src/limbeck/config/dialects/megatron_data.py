@@ -15,6 +15,9 @@ from limbeck.config.translation import Translation
 
 TRAIN, VALID = "student.data_args.sources", "validation.data_args.sources"
 
+SPLIT = "969,30,1"
+"""Megatron's default of ``--split``."""
+
 MOCK_ROWS = 1024
 """Rows of mock data; a run repeats them."""
 
@@ -114,10 +117,13 @@ def _blends(result: Translation, given: Mapping[str, Any]) -> tuple[Parts, Parts
             "is not set; give --data-path CORPUS, --mock-data, or this key with any other data",
         )
         return None
-    parts = split_parts(str(given.get("split", "")))
+    if "split" not in given:
+        result.notices.append(f"--split is not given, and is {SPLIT} as in Megatron-LM: training, validation and test.")
+    parts = split_parts(str(given.get("split", SPLIT)))
     if parts is None:
-        shown = f"= {given['split']} must be" if "split" in given else "is not given; give"
-        result.refuse("--split", f"{shown} the shares of training, validation and test, such as 99,1,0")
+        result.refuse(
+            "--split", f"= {given['split']} must be the shares of training, validation and test, such as 99,1,0"
+        )
         return None
     if parts[0] is None:
         result.refuse("--split", f"= {given['split']} leaves no documents for training")

@@ -80,6 +80,7 @@ def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
         result.default("student.model_args.model_name_or_path", start, origin)
     start = result.get("student.model_args.model_name_or_path") or result.get("student_pretrain")
     _tokenizer(result, given, start)
+    whole(result, given, "make-vocab-size-divisible-by", 128, least=1)
     described = architecture(given)
     if start is not None and (is_hugging_face(start) or "use-checkpoint-args" in given):
         unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
@@ -95,6 +96,9 @@ def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
         name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given
     }
     found |= {name: (value, flag) for flag, (name, value) in table.MODEL_SWITCHES.items() if flag in given}
+    hybrid = given.get("export-model-type") in table.HYBRID_MODELS
+    if found and (hybrid or "spec" in given):  # only the specs of hybrids are accepted
+        found.setdefault("is_hybrid_model", (True, "export-model-type" if hybrid else "spec"))
     if found and "seq-length" in given:
         found["seq_length"] = (number(given["seq-length"]), "seq-length")
     return found
@@ -108,6 +112,12 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     """
     load, pretrained = (given.get(name) for name in ("load", "pretrained-checkpoint"))
     goes_on = resumes(given)
+    resumed = result.get("resume_from_checkpoint") or resumed_checkpoint(given)
+    for flag, sentence in table.OF_RESUMED.items():
+        if flag in given and resumed:
+            result.refuse(f"--{flag}", sentence.format(resumed))
+        elif flag in given:
+            result.ignored.append(f"--{flag}")
     if goes_on:
         found = resumed_checkpoint(given) if "ckpt-step" in given else None
         has_step = found is not None or (_is_megatron(Path(load or "")) and not list_checkpoints(Path(load or "")))
@@ -133,13 +143,22 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
                 flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
             )
             return name, flag
+    if load is not None and resumed is None and "exit-on-missing-checkpoint" in given:
+        result.refuse(
+            "--load", f"= {load} has no checkpoint; check the path, or start without --exit-on-missing-checkpoint"
+        )
     named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
-    if load is None and pretrained is None and "num-layers" not in given and not named:
+    if load is None and pretrained is None and not _has_layers(given) and not named:
         result.refuse(
             "student_pretrain",
             "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
         )
     return None, "--load"
+
+
+def _has_layers(given: Mapping[str, Any]) -> bool:
+    """Whether the number of the student's layers is given, which a pattern of a hybrid also says."""
+    return any(name in given for name in ("num-layers", "hybrid-layer-pattern", "hybrid-override-pattern"))
 
 
 def _refuse_step(result: Translation, given: Mapping[str, Any], folder: str | None) -> None:
@@ -241,7 +260,9 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
                 f"--{config_flag}", f"= {file} is not a file; leave it out, as {name} has a config.json for the teacher"
             )
     elif named is not None or file.is_file():
-        arguments = nemo_arguments(result, read_mapping(file, f"--{config_flag}", locations), str(file))
+        content = read_mapping(file, f"--{config_flag}", locations)
+        arguments = nemo_arguments(result, content, str(file))
+        _teacher_tokenizer(result, content, str(file), arguments)
         result.put("teacher.model_args.megatron_arguments", arguments, f"--{config_flag}")
     elif _is_megatron(folder):
         result.notices.append(f"{file} does not exist: the teacher has the arguments that its checkpoint stores.")
@@ -252,12 +273,70 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
         )
 
 
+def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
+    """Divide the experts and the stages of the teacher as those of the student, where its model can be divided so.
+
+    In Megatron-LM both models have one layout.
+    """
+    student, teacher = (f"{role}.strategy_args.strategy_config" for role in ("student", "teacher"))
+    name = result.get("teacher.model_args.model_name_or_path") or result.get("teacher_pretrain")
+    if name is None or result.get("teacher.strategy_args.strategy_name") != "megatron_infer":
+        return
+    layers, experts = _layers_and_experts(result, str(name))
+    shared = [flag for flag in (*table.OF_EXPERTS, *table.OF_STAGES) if flag in given]
+    values = {flag: number(result.get(f"{student}.megatron.{table.megatron_key(flag)}")) for flag in shared}
+    ends = [value for flag, value in values.items() if flag in table.OF_STAGES and isinstance(value, int)]
+    rest, stages = (layers or 0) - sum(ends), number(result.get(f"{teacher}.pipeline_model_parallel_size")) or 1
+    others = stages - len(ends) if isinstance(stages, int) else -1
+    fits = layers is not None and stages != 1 and (rest == 0 if others == 0 else rest >= others > 0 == rest % others)
+    for flag, value in values.items():
+        if experts if flag in table.OF_EXPERTS else fits:
+            result.default(f"{teacher}.megatron.{table.megatron_key(flag)}", value, f"--{flag}")
+    alone = [f"--{flag}" for flag in shared if (experts is None if flag in table.OF_EXPERTS else not fits)]
+    if alone:
+        result.notices.append(
+            f"{', '.join(alone)}: of the student only, as {name} is not known to be a teacher that can be divided so; "
+            f"{teacher}.megatron.{table.megatron_key(alone[0][2:])} is the key of the teacher."
+        )
+
+
+def _layers_and_experts(result: Translation, teacher: str) -> tuple[int | None, int | None]:
+    """The numbers of layers, and of experts of a layer, that the teacher's configuration has; None where it is not known."""
+    found = result.get("teacher.model_args.megatron_arguments") or {}
+    names: list[tuple[str, ...]] = [("num_layers",), ("num_experts",)]
+    if (Path(teacher) / "config.json").is_file():
+        found = _config(teacher)
+        found.setdefault("num_experts", 0)
+        names = [("num_hidden_layers",), ("num_local_experts", "num_experts")]
+    layers, experts = (next((found[key] for key in keys if isinstance(found.get(key), int)), None) for keys in names)
+    return layers, experts
+
+
+def _config(name: str) -> dict[str, Any]:
+    """The ``config.json`` in the folder ``name``; empty if it cannot be read, which is an error when the model is loaded."""
+    try:
+        found = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def student_layers(result: Translation, given: Mapping[str, Any]) -> int:
+    """The number of the student's layers: of its Hugging Face folder, or else of the flags; 0 if it is not known."""
+    for name in (given.get("load"), given.get("pretrained-checkpoint")):
+        found = _config(str(run_weights(Path(name)) or name)).get("num_hidden_layers") if name else None
+        if isinstance(found, int):
+            return found
+    return whole(result, given, "num-layers", 0)
+
+
 def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:
     """Megatron's arguments for the keys of a NeMo file. Keys that do not describe the model have no effect."""
     found: dict[str, Any] = {}
-    known = [*ARGUMENTS, *table.NEMO, *table.NEMO_ONLY, *table.NEMO_IGNORED, *_CONVERTED]
+    others = {flag.replace("-", "_") for flag in table.kinds().keys() - table.ONLY.keys()}
+    known = [*ARGUMENTS, *table.NEMO, *table.NEMO_ONLY, *table.NEMO_IGNORED, *_CONVERTED, *others]
     for key, value in content.items():
-        if key in table.NEMO_IGNORED:
+        if key in (*table.NEMO_IGNORED, *table.NEMO_TOKENIZER):
             continue
         if key in table.NEMO_ONLY:
             if value is not None and value not in table.NEMO_ONLY[key]:
@@ -267,7 +346,7 @@ def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -
         elif key in table.NEMO or key in ARGUMENTS:
             if value is not None:
                 found[table.NEMO.get(key, key)] = value
-        else:
+        elif key not in others:
             near = difflib.get_close_matches(key, known, n=1)
             result.refuse(
                 key,
@@ -276,12 +355,34 @@ def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -
     return found
 
 
+def _teacher_tokenizer(result: Translation, content: Mapping[str, Any], file: str, arguments: dict[str, Any]) -> None:
+    """Add the tokenizer of a NeMo file to the teacher's ``arguments`` if the models have two, else name it in a notice."""
+    given = content.get("tokenizer")
+    section = given if isinstance(given, Mapping) else {"model": given}
+    of_library = "type" if section.get("library") == "huggingface" else "model"  # NeMo's type is then a name on the hub
+    name = content.get("tokenizer_model") or section.get(of_library) or section.get("type")
+    if not name:
+        return
+    name = str(Path(str(name)).parent if Path(str(name)).is_file() else name)
+    if result.get("cross_tokenizer") not in (None, False, "off"):
+        arguments["tokenizer_model"] = name
+    elif name != result.get("tokenizer"):
+        result.notices.append(
+            f"the tokenizer {name} in {file} is not read: the teacher has that of the run. If that is another one, set "
+            "cross_tokenizer=hybrid."
+        )
+
+
 _CONVERTED = (
     "activation",
     "share_embeddings_and_output_weights",
     "normalization",
     "precision",
     "position_embedding_type",
+    "bf16",
+    "fp16",
+    "disable_bias_linear",
+    "use_rotary_position_embeddings",
 )
 _ACTIVATIONS = {
     "swiglu": {"swiglu": True},
@@ -302,7 +403,12 @@ def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], f
     elif key == "normalization" and isinstance(value, str):
         found["normalization"] = _NORMS.get(value.lower(), value)
     elif key == "position_embedding_type":
-        found[key] = "none" if value is None else value  # NeMo's null: no positions
+        found[key] = "rope" if value is None else value  # as ModelOpt reads NeMo's null
+    elif key in ("bf16", "fp16") and isinstance(value, bool):
+        if value:
+            result.put("teacher.model_args.dtype", key, f"{key} in {file}")
+    elif key in ("disable_bias_linear", "use_rotary_position_embeddings") and isinstance(value, bool):
+        found[key] = value
     elif key == "precision" and str(value).lower() in _PRECISIONS:
         dtype = _PRECISIONS[str(value).lower()]
         result.put("teacher.model_args.dtype", dtype, f"precision in {file}")

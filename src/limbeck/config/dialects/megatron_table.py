@@ -104,6 +104,18 @@ OF_MEGATRON: dict[str, str] = {
 OF_BOTH = ("transformer-impl",)
 """Those of ``OF_MEGATRON`` that the teacher gets too."""
 
+OF_EXPERTS = (
+    "expert-model-parallel-size",
+    "expert-tensor-parallel-size",
+    "moe-token-dispatcher-type",
+    "moe-grouped-gemm",
+    "moe-router-dtype",
+)
+"""Those that a teacher with experts gets too."""
+
+OF_STAGES = ("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers")
+"""Those that a teacher gets too whose layers can be divided so."""
+
 _OTHER_KEYS = {
     "decoder-first-pipeline-num-layers": "num_layers_in_first_pipeline_stage",
     "decoder-last-pipeline-num-layers": "num_layers_in_last_pipeline_stage",
@@ -126,6 +138,9 @@ SPECIAL: dict[str, str] = {
         num-virtual-stages-per-pipeline-rank limbeck-strategy""",
         VALUE,
     ),
+    **_all("no-load-optim no-load-rng use-checkpoint-opt-param-scheduler override-opt-param-scheduler", SWITCH),
+    **_all("loss-scale-window hysteresis", VALUE),
+    **_all("exit-on-missing-checkpoint grad-reduce-in-bf16 moe-layer-recompute trust-remote-code", SWITCH),
     **_all("data-path train-data-path valid-data-path test-data-path", VALUES),
     **_all("bf16 fp16 finetune use-checkpoint-args mock-data full-validation recompute-activations", SWITCH),
 }
@@ -134,15 +149,15 @@ SPECIAL: dict[str, str] = {
 IGNORED: dict[str, str] = {
     **_all(
         """export-te-mcore-model export-default-te-spec export-force-local-attention modelopt-enabled use-mcore-models
-        no-load-optim no-load-rng no-save-optim no-save-rng exit-on-missing-checkpoint auto-detect-ckpt-format
+        no-save-optim no-save-rng auto-detect-ckpt-format
         use-dist-ckpt async-save ckpt-fully-parallel-save no-ckpt-fully-parallel-save ckpt-fully-parallel-load
         ckpt-assume-constant-structure use-persistent-ckpt-worker no-use-tokenizer-model-from-checkpoint-args
-        use-mp-args-from-checkpoint-args override-opt-param-scheduler use-checkpoint-opt-param-scheduler
+        use-mp-args-from-checkpoint-args
         overlap-param-gather overlap-param-gather-with-optimizer-step no-align-grad-reduce no-align-param-gather
         align-param-gather no-overlap-p2p-communication overlap-p2p-communication-warmup-flush use-flash-attn
         defer-embedding-wgrad-compute tp-comm-overlap disable-tp-comm-overlap-ag disable-tp-comm-overlap-rs
-        no-async-tensor-model-parallel-allreduce accumulate-allreduce-grads-in-fp32 grad-reduce-in-bf16
-        attention-softmax-in-fp32 apply-query-key-layer-scaling fp32-residual-connection fp16-lm-cross-entropy
+        no-async-tensor-model-parallel-allreduce accumulate-allreduce-grads-in-fp32
+        attention-softmax-in-fp32 apply-query-key-layer-scaling fp16-lm-cross-entropy
         no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion no-bias-dropout-fusion no-rope-fusion
         no-gradient-accumulation-fusion no-persist-layer-norm persist-layer-norm cross-entropy-loss-fusion
         distribute-saved-activations use-cpu-initialization init-model-with-meta-device te-rng-tracker
@@ -163,14 +178,14 @@ IGNORED: dict[str, str] = {
         dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
         empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
-        num-dataset-builder-threads loss-scale-window hysteresis initial-loss-scale min-loss-scale
+        num-dataset-builder-threads min-loss-scale
         ckpt-fully-parallel-load-exchange-algo dist-ckpt-format dist-ckpt-strictness async-strategy
         pipeline-model-parallel-comm-backend microbatch-group-size-per-virtual-pipeline-stage
         tp-comm-bootstrap-backend nccl-communicator-config-path num-distributed-optimizer-instances
         train-sync-interval check-weight-hash-across-dp-replicas-interval
         mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type ddp-num-buckets
         rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
-        config-logger-dir main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype sgd-momentum
+        config-logger-dir sgd-momentum
         wgrad-deferral-limit sample-rate eval-global-batch-size""",
         VALUE,
     ),
@@ -182,7 +197,17 @@ _LATER = "is not supported; remove it"
 _PACKS = "is not supported: documents of a row attend to each other, as by default in Megatron-LM; remove it"
 _FSDP = "is not supported; --limbeck-strategy fsdp2 shards with PyTorch's FSDP2"
 _OFFLINE = "(cached logits of the teacher) is not supported; the teacher computes during the run, so remove it"
+_SCALER = "is not supported: with --fp16 the scale of the loss begins at 65536; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
+
+HYBRID_MODELS = ("MambaModel", "HybridModel")
+"""Values of ``--export-model-type`` for hybrids of Mamba, attention and feed-forward layers."""
+
+HYBRID_SPECS = (
+    "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
+    "megatron.core.models.hybrid.hybrid_layer_specs hybrid_stack_spec",
+)
+"""Values of ``--spec`` that name Megatron's own layers of hybrids."""
 
 ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "optimizer": (VALUE, ("adam",), "is not supported; use adam, or set student.training_args.optimizer_name=NAME"),
@@ -205,7 +230,11 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
     "weight-decay-incr-style": (VALUE, ("constant",), "is not supported; use constant"),
     "mtp-num-layers": (VALUE, ("0",), "(multi-token prediction) is not supported; remove it"),
-    "moe-aux-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
+    "moe-aux-loss-coeff": (
+        VALUE,
+        ("0",),
+        "is not supported yet: the loss of a run has no term that balances experts, so set it to 0",
+    ),
     "moe-z-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
     "moe-router-load-balancing-type": (VALUE, ("none", "aux_loss"), "is not supported yet; use none"),
     "rl-default-temperature": (VALUE, (), "belongs to reinforcement learning; " + _LATER),
@@ -221,8 +250,14 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         pipeline-model-parallel-layout""",
         (VALUE, (), _LATER),
     ),
+    "initial-loss-scale": (VALUE, ("65536",), _SCALER),
+    "fp32-residual-connection": (SWITCH, (), "is not supported: residuals have the data type of the model; remove it"),
+    **_all(
+        "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype",
+        (VALUE, ("fp32",), "is not supported: the optimizer and what it adds to are fp32; set it to fp32"),
+    ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
-    "spec": (VALUES, (), "is a module of your own, which Limbeck does not run; remove it"),
+    "spec": (VALUES, HYBRID_SPECS, "is a module of your own, which Limbeck does not run; remove it"),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),
     **dict.fromkeys(("use-torch-fsdp2", "use-custom-fsdp", "use-megatron-fsdp"), (SWITCH, (), _FSDP)),
     **dict.fromkeys(("logits-save-dir", "logits-load-dir", "logits-save-top-k"), (VALUE, (), _OFFLINE)),
@@ -237,6 +272,29 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     ),
 }
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
+
+NEEDED: dict[str, tuple[str, ...]] = {
+    "initial-loss-scale": ("fp16",),
+    "fp32-residual-connection": ("bf16", "fp16"),
+}
+"""Arguments of ``ONLY`` that have no effect without one of these switches."""
+
+LOSS_SCALE: dict[str, dict[str, int]] = {
+    "loss-scale-window": {"megatron": 1000, "fsdp2": 2000},
+    "hysteresis": {"megatron": 2, "fsdp2": 1},
+}
+"""Arguments of ``SPECIAL`` about the scale of the loss with fp16, to the only value that each strategy has."""
+
+OF_RESUMED: dict[str, str] = {
+    **_all(
+        "no-load-optim no-load-rng",
+        "cannot leave out a part of {}, which the run resumes from; remove it, or give another --save, which starts at step 0 "
+        "from the weights of --load",
+    ),
+    "use-checkpoint-opt-param-scheduler": "is not supported: a run that resumes from {} has the schedule of the command line; "
+    "remove it, and give the arguments of the schedule as before",
+}
+"""Arguments of ``SPECIAL`` about the checkpoint of a run that resumes, and the errors for them. Else they have no effect."""
 
 
 def kinds() -> dict[str, str]:
@@ -257,20 +315,26 @@ def meaning(flag: str) -> str:
         return f"strategy_config.{PARALLEL[flag]} of both models"
     if flag in OF_BOTH:
         return f"strategy_config.megatron.{megatron_key(flag)} of both models"
+    if flag in OF_EXPERTS:
+        return f"strategy_config.megatron.{megatron_key(flag)} of the student, and of a teacher with experts"
+    if flag in OF_STAGES:
+        return f"strategy_config.megatron.{megatron_key(flag)} of the student, and of a teacher that can be divided so"
     if flag in OF_MEGATRON:
         return f"student.strategy_args.strategy_config.megatron.{megatron_key(flag)}"
     if flag in IGNORED:
         return "no effect"
     if flag in ONLY:
         allowed = ONLY[flag][1]
-        return f"only {' or '.join(allowed)}" if allowed else "refused"
+        meaning = f"only {' or '.join(allowed)}" if allowed else "refused"
+        needed = " or ".join(f"--{name}" for name in NEEDED.get(flag, ()))
+        return f"with {needed}: {meaning}; else no effect" if needed else meaning
     return SPECIAL_MEANING[flag]
 
 
 SPECIAL_MEANING: dict[str, str] = {
     "export-kd-teacher-load": "teacher.model_args.model_name_or_path",
     "export-kd-teacher-model-config": "teacher.model_args.megatron_arguments",
-    "export-model-type": "only GPTModel or MambaModel",
+    "export-model-type": "GPTModel; or MambaModel or HybridModel, whose layers are Mamba layers",
     "load": "student.model_args.model_name_or_path, or resume_from_checkpoint if it is --save",
     "pretrained-checkpoint": "student.model_args.model_name_or_path, if --load has no checkpoint",
     "ckpt-step": "the iteration or step of --load, or resume_from_checkpoint if that is --save",
@@ -311,11 +375,22 @@ SPECIAL_MEANING: dict[str, str] = {
     "finetune": "--load is not resumed; its weights start the student",
     "use-checkpoint-args": "arguments that describe the student are those of --load",
     "recompute-activations": "recompute-granularity selective",
+    "moe-layer-recompute": "recompute-granularity selective, and moe in recompute-modules",
+    "trust-remote-code": "model_args.trust_remote_code of both models; false without",
+    **{
+        flag: f"with --fp16: only {' or '.join(f'{value} ({name})' for name, value in values.items())}; else no effect"
+        for flag, values in LOSS_SCALE.items()
+    },
+    **dict.fromkeys(OF_RESUMED, "an error when a run resumes; else no effect"),
+    "override-opt-param-scheduler": "as always: a run that resumes has the schedule of the command line",
+    "exit-on-missing-checkpoint": "an error if --load has no checkpoint",
+    "grad-reduce-in-bf16": "with --bf16: strategy_config.reduce_dtype of the student; else no effect",
 }
 """What becomes of the arguments in ``SPECIAL``."""
 
 NEMO: dict[str, str] = {
     "encoder_seq_length": "seq_length",
+    "num_moe_experts": "num_experts",
     "bias": "add_bias_linear",
     "layernorm_epsilon": "norm_epsilon",
     "rotary_percentage": "rotary_percent",
@@ -337,7 +412,7 @@ NEMO_ONLY: dict[str, tuple[Any, ...]] = {
 """Keys of NeMo of which only these values describe a model that Limbeck has."""
 
 NEMO_IGNORED = words(
-    """tokenizer micro_batch_size global_batch_size rampup_batch_size tensor_model_parallel_size
+    """micro_batch_size global_batch_size rampup_batch_size tensor_model_parallel_size
     pipeline_model_parallel_size virtual_pipeline_model_parallel_size context_parallel_size expert_model_parallel_size
     sequence_parallel use_scaled_init_method hidden_dropout attention_dropout ffn_dropout
     apply_query_key_layer_scaling do_layer_norm_weight_decay persist_layer_norm overlap_p2p_comm batch_p2p_comm
@@ -351,6 +426,9 @@ NEMO_IGNORED = words(
     fp8_amax_history_len fp8_amax_compute_algo reduce_amax use_emha ub_tp_comm_overlap use_flash_attention data optim
     nsys_profile gc_interval target nemo_version restore_from_path activation_func_fp8_input_store
     attention_softmax_in_fp32 tp_comm_overlap cpu_offloading cpu_offloading_num_layers fsdp name
-    no_masked_softmax_fusion use_mcore_models tokenizer_type tokenizer_model"""
+    no_masked_softmax_fusion"""
 )
-"""Keys of NeMo that do not describe the model."""
+"""Keys of NeMo that do not describe the model. Nor do the names of ``IGNORED`` and other arguments of Megatron."""
+
+NEMO_TOKENIZER = ("tokenizer", "tokenizer_type", "tokenizer_model")
+"""Keys of the teacher's tokenizer, NeMo's and those of Megatron's arguments."""

@@ -82,8 +82,14 @@ def open_corpus(index: Path, tokens: Path) -> Corpus:
                 f"{index} has version {version} and number type {code}; only version 1 with integers is supported."
             )
         start = len(_MAGIC) + _HEADER.size
-        if index.stat().st_size < start + sequences * 12 + boundaries * 8:
+        left = index.stat().st_size - (start + sequences * 12 + boundaries * 8)
+        if left < 0:
             raise LimbeckError(f"{index} is cut off: it names {sequences} sequences; copy it again.")
+        if left:
+            raise LimbeckError(
+                f"{index} has {left} bytes after what its {sequences} sequences need, as corpora of images do, which are not "
+                "supported; copy it again, or write the corpus again with Megatron's tools/preprocess_data.py."
+            )
         raw = np.memmap(index, dtype=np.uint8, mode="r")
         sizes = np.frombuffer(raw, np.int32, sequences, start)
         offsets = np.frombuffer(raw, np.int64, sequences, start + sequences * 4)
