@@ -64,6 +64,13 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
                 f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "
                 f"{name}; use a divisor, or fsdp2_train and fsdp2_infer."
             )
+    query, keys = heads.heads // dims.tp, heads.groups // dims.tp
+    if query % dims.cp or (keys % dims.cp and dims.cp % keys):
+        raise LimbeckError(
+            f"{section}.strategy_config.context_parallel_size = {dims.cp} does not divide the {query} attention heads ({keys} "
+            f"of keys and values) of a tensor parallel rank of {name}; use a size that divides both, or a multiple of {keys} "
+            f"that divides {query}."
+        )
 
 
 def warn_of_unread_keys(model: Any, given: MegatronConfig, name: str, role: str) -> None:
