@@ -301,7 +301,7 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
         ),
         (
             "llama",
-            {"num_attention_heads": 12, "num_key_value_heads": 3},
+            {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3},
             {"cp": 2},
             "the 12 attention heads (3 of keys and",
         ),
