@@ -32,6 +32,29 @@ def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(confi
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"checkpoint_config.save_before": "00:01"}, None),
+        ({"rollout": {"max_new_tokens": 2, "stop_if": {"mean_length_below": 3, "for_steps": 1}}}, "has passed"),
+    ],
+)
+def test_a_run_that_ends_early_leaves_a_checkpoint_of_megatron_too(changes, error, configure, tmp_path):
+    run = DistillPipeline(
+        configure(**changes, max_steps=3, save_steps=0, eval_steps=0, **{"checkpoint_config.save_megatron": True})
+    )
+    if error is None:
+        assert run.run().out_of_time
+    else:
+        with pytest.raises(LimbeckError, match=error):
+            run.run()
+    saved, trained = (
+        load_model(ModelSource(str(tmp_path / "out" / name)), torch.float32).state_dict()
+        for name in ("megatron/iter_0000001", "checkpoint-1")
+    )
+    assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
 EXPERTS = {"num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}
 STUDENTS = {
     "mixtral": {"num_local_experts": 4, **EXPERTS},
