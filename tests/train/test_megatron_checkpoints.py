@@ -12,7 +12,7 @@ from limbeck.models import ModelSource, load_model
 from limbeck.models.megatron_checkpoint import write_checkpoint
 
 
-def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(configure, assets, tmp_path):
+def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(configure, assets, tmp_path, capsys):
     short = {"max_steps": 2, "save_steps": 0, "eval_steps": 0}
     one = DistillPipeline(configure(**short)).run()
     roles = {}
@@ -26,6 +26,7 @@ def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(confi
         "checkpoint_config.save_megatron": True,
     }
     other = DistillPipeline(configure(**short, **roles, **settings)).run()
+    assert "load it in Megatron-LM with --use-checkpoint-args --norm-epsilon 1e-06" in capsys.readouterr().out
     assert_same_weights(one.student, other.student)
     saved = load_model(ModelSource(str(tmp_path / "other" / "megatron")), torch.float32).state_dict()
     trained = AutoModelForCausalLM.from_pretrained(one.student, dtype=torch.float32).state_dict()

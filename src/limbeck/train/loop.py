@@ -26,7 +26,7 @@ from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import ModelSource, explain_oom, load_model
 from limbeck.models.dtypes import DTYPES
 from limbeck.models.logs import configure_logging
-from limbeck.models.megatron_checkpoint import write_checkpoint
+from limbeck.models.megatron_checkpoint import loading_flags, write_checkpoint
 from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
@@ -149,7 +149,11 @@ def _save_for_megatron(config: DistillConfig, world: World, step: int, console_f
             folder = config.checkpoint_dir / "megatron"
             form = config.checkpoint_config.megatron_format
             written = write_checkpoint(model, folder, step, config.tokenizer_name_or_path, form)
-            print(f"Megatron-LM's checkpoint: {written}", file=console_file, flush=True)
+            print(
+                f"Megatron-LM's checkpoint: {written}\nload it in Megatron-LM with {loading_flags(model.config)}",
+                file=console_file,
+                flush=True,
+            )
     finally:
         world.barrier()
 
