@@ -224,6 +224,13 @@ def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path, monkeypa
     assert after["resident_mb"] - before["resident_mb"] < 10
 
 
+def test_the_extra_has_what_megatron_hangs_without():
+    """megatron-core does not declare psutil, without which saving a distributed checkpoint of its own never ends."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^megatron = (.*)$", project, re.MULTILINE)
+    assert "psutil" in json.loads(extra)
+
+
 def test_a_sentence_says_what_to_install(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron", None)
     settings = configuration(folder, tmp_path / "out", "qwen3", **layout({}))
