@@ -44,9 +44,11 @@ EXPERTS = [
 
 
 @torch.no_grad()
-def check(kind: str, dims: ParallelDims, settings: dict) -> None:
+def check(kind: str, dims: ParallelDims, settings: dict, **changes) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | (CHANGES | HYBRID).get(kind, {})))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SHAPE | (CHANGES | HYBRID).get(kind, {}) | changes)
+    )
     for parameter in model.parameters():
         parameter.mul_(3)
     ids = torch.randint(SHAPE["vocab_size"], (2, 7 + dist.get_rank() * (dims.dp_shard > 1)))  # uneven with experts
@@ -83,4 +85,5 @@ dist.init_process_group("gloo")
 for kind in FAMILIES:
     for dims, settings in DENSE + (EXPERTS if kind in CHANGES else []):
         check(kind, dims, settings)
+    check(kind, *DENSE[1], num_key_value_heads=1)  # the ranks share a key head
 dist.destroy_process_group()

@@ -67,6 +67,7 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
     "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
     "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, {EP: 2, PP: 2, **ALLGATHER}),
+    "tp, shared keys": (4, "qwen3", {TP: 4, **SELECTIVE}, None),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
 }
 
@@ -291,8 +292,8 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
         (
             "mistral",
             {"sliding_window": None},
-            {"tp": 4},
-            "tensor_model_parallel_size = 4 does not divide the 2 key and value heads",
+            {"tp": 3},
+            "tensor_model_parallel_size = 3 does not divide the 2 key and value heads",
         ),
         (
             "llama",
