@@ -44,10 +44,11 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec # do not fit torch's CPU build, and are not needed
 	@touch $@
 
-# Adds megatron-core to the environment, and ModelOpt, whose distillation is compared with.
+# Adds megatron-core to the environment, ModelOpt, whose distillation is compared with, and Megatron-Bridge where it can be used.
 test-megatron: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,megatron]' \
 		nvidia-modelopt==0.47.0 requests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "megatron-bridge==0.6.2 ; python_version == '3.12'"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/strategies/test_megatron*.py tests/models/test_megatron*.py \
 		tests/data/test_concatenated.py tests/config/test_roll_files.py
 

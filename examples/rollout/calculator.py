@@ -48,8 +48,5 @@ class Calculator:
         episode["calls"] += 1
         return EnvironmentStep(reply=calculate(call[1]))
 
-    def close(self):
-        self.answers.close()
-
 
 ENVIRONMENTS.register("calculator")(Calculator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_the_settings_of_upstream_become_those_of_limbeck(load: Load, tmp_path: 
     assert config.tracker_kwargs == {"log_dir": "logs/tensorboard"}
     ignored = next(notice for notice in loaded.notices if "no effect in Limbeck" in notice)
     assert "policy.generation.port_range_low (run.yaml:" in ignored
-    assert "teacher" not in ignored
+    assert re.findall(r"teacher\.[\w.]+", ignored) == ["teacher.make_sequence_length_divisible_by"]  # of its own size
     assert loaded.origins["sequence_length"].startswith("derived from policy.max_total_sequence_length (run.yaml:")
 
 
@@ -180,6 +181,31 @@ def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
     assert values["max_ckpt_to_keep"] == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("train:loss", "train/loss"),
+        ("train:grad_norm", "student/grad_norm"),
+        ("train:mean_gen_tokens_per_sample", "rollout/mean_length"),
+        ("train:rollout/reward", "rollout/reward"),
+        ("train:student/grad_norm", "student/grad_norm"),
+        ("val:accuracy", "val/accuracy"),
+        ("val:val/kd", "val/kd"),
+        ("val:avg_length", "val/mean_length"),
+    ],
+)
+def test_a_metric_has_the_name_of_either_system(load: Load, name: str, ours: str) -> None:
+    higher = "checkpointing.higher_is_better=true"
+    assert load(f"checkpointing.metric_name={name}", higher, yaml=UPSTREAM).config.checkpoint_config.best_metric == ours
+
+
+def test_a_metric_of_written_answers_needs_an_environment(mistakes: Mistakes) -> None:
+    keys = ("++checkpointing.metric_name='val:accuracy'", "++data.validation.dataset_name=gsm8k")
+    (line,) = mistakes(*keys, yaml=FORK)
+    assert "checkpointing.metric_name = val:accuracy needs an environment" in line
+    assert line.endswith("add env: {math: {}}.")
+
+
 def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
     config = load(yaml=FORK).config
     assert config.rollout is not None
@@ -195,7 +221,12 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
 @pytest.mark.parametrize(
     ("override", "value", "expected"),
     [
-        ("data.train.data_path", "rows.jsonl", {"path": ["rows.jsonl"], "question_key": None}),
+        ("data.train.data_path", "rows.jsonl", {"path": ["rows.jsonl"], "question_key": "problem", "answer_key": None}),
+        (
+            "data.train",
+            "{dataset_name: pe-nlp/math-cl, data_path: rows.jsonl, input_key: question}",
+            {"path": ["rows.jsonl"], "question_key": "question", "answer_key": "ground_truth_answer"},
+        ),
         ("data.train.dataset_name", "rows.jsonl", {"path": ["rows.jsonl"]}),
         ("data.train.dataset_name", "pe-nlp/math-cl", {"hub": "pe-nlp/math-cl", "answer_key": "ground_truth_answer"}),
         (
@@ -209,11 +240,21 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
             {"hub": "own/chats", "format": "messages"},
         ),
         ("data.train.output_key", "solution", {"answer_key": "solution"}),
+        ("data.train.split", "train[:95%]", {"split": "train[:95%]"}),
     ],
 )
 def test_a_dataset_is_a_name_or_a_file(load: Load, override: str, value: str, expected: dict[str, Any]) -> None:
     (source,) = load(f"{override}={value}", yaml=UPSTREAM).config.data_sources
     assert {key: getattr(source, key) for key in expected} == expected
+
+
+def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> None:
+    config = load(
+        "++data.data_path=rows.jsonl", "++data.output_key=a", "++data.validation.dataset_name=gsm8k", yaml=FORK
+    ).config
+    (train,), (valid,) = config.data_sources, config.validation_sources
+    assert (train.path, train.question_key, train.answer_key) == (["rows.jsonl"], "problem", "a")
+    assert (valid.path, valid.hub, valid.answer_key) == (None, "openai/gsm8k", "answer")
 
 
 @pytest.mark.parametrize(
@@ -333,6 +374,18 @@ def test_an_environment_of_a_plug_in_has_its_turns_and_arguments(load: Load, mis
     assert "data.default.env_name = sliding_puzzle is not a known environment; use one of" in line
 
 
+def test_keys_of_the_teacher_that_are_not_read_are_in_the_notice_if_they_differ(load: Load) -> None:
+    for key, value in (
+        ("tokenizer.name", "other"),
+        ("generation.temperature", "0.3"),
+        ("train_global_batch_size", "4"),
+    ):
+        ignored = load(f"++teacher.{key}={value}", yaml=UPSTREAM).notices[0]
+        found = set(re.findall(r"(teacher\.[\w.]+) \(command line\)", ignored))
+        assert found == {f"teacher.{key}"}
+    assert not any("teacher" in notice for notice in load(yaml=FORK).notices)
+
+
 def test_a_variable_may_stand_beside_the_sections(load: Load) -> None:
     assert load("++who=tiny", "policy.model_name=${who}", yaml=UPSTREAM).config.student_pretrain == "tiny"
 
@@ -360,11 +413,31 @@ def test_the_reference_configurations_load_unchanged(file: Path, tmp_path: Path)
     assert load_config(whole).config == config
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        "loss_fn.kl_type=[forward]",
+        "checkpointing.metric_name=[val:accuracy]",
+        "policy.tokenizer.chat_template=[a]",
+        "data.train.dataset_name=[DeepScaler]",
+        "++data.validation.repeat=[2]",
+        "data.default.env_name={a: 1}",
+    ],
+)
+def test_a_list_or_section_in_place_of_a_value_is_refused_in_one_sentence(mistakes: Mistakes, override: str) -> None:
+    (line,) = mistakes(override, yaml=UPSTREAM)
+    key = override.partition("=")[0].strip("+")
+    assert line.startswith(f"command line: {key} = ")
+    assert line.endswith(" must be one value, not a list or a section of keys.")
+
+
 def test_a_file_that_cannot_be_read_as_sections_is_an_error(mistakes: Mistakes) -> None:
     assert any(
         "policy.optimizer = 7 must be a section of keys" in line
         for line in mistakes("policy.optimizer=7", yaml=UPSTREAM)
     )
+    (line,) = mistakes("policy.dynamic_batching=true", yaml=UPSTREAM)
+    assert "policy.dynamic_batching = true must be a section of keys" in line
 
 
 def test_arguments_are_refused() -> None:

@@ -18,6 +18,8 @@ from fuzzing import VALUES, count, mutate, refusal
 
 from limbeck.config import LoadedConfig, load_arguments, load_config, render_config
 from limbeck.config.dialects.hyperpod import SETTINGS
+from limbeck.config.dialects.nemo_rl import DIALECT
+from limbeck.config.dialects.nemo_rl_table import MOVED, READ
 from limbeck.config.schema import DistillConfig, walk_keys
 from limbeck.train.build.objective import make_objective, make_objectives
 
@@ -112,6 +114,25 @@ def check(loaded: LoadedConfig) -> None:
     render_config(loaded)
     make_objective(loaded.config, torch.device("cpu"))
     make_objectives(loaded.config, torch.device("cpu"))
+
+
+def nemo_rl_places() -> list[tuple[str, str]]:
+    """Every key that the dialect translates: its section, and its name."""
+    inside = {"dataset": ["data.train", "data.validation", "data.default"]}
+    read = [(place, key) for table, keys in READ.items() for place in inside.get(table, [table]) for key in keys]
+    return sorted({*read, *((path.rpartition(".")[0], path.rpartition(".")[2]) for path in MOVED)})
+
+
+def test_a_value_of_another_kind_in_a_file_of_nemo_rl_is_accepted_or_refused_with_sentences() -> None:
+    (valid,) = VALID["nemo_rl"]()
+    for place, key in nemo_rl_places():
+        for value in (["a"], [["a"]], [{}], [2], {"a": 1}):
+            values = copy.deepcopy(valid)
+            section = values
+            for name in place.split(".") if place else ():
+                section = section.setdefault(name, {})
+            section[key] = value
+            refusal(lambda: DIALECT.translate(values, {}), f"{place}.{key} = {value}")  # noqa: B023
 
 
 @pytest.mark.parametrize("dialect", list(VALID))

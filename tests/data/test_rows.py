@@ -66,7 +66,7 @@ SHARE = {"conversations": [{"from": "human", "value": "u"}, {"from": "gpt", "val
     [
         (None, {"problem": "q", "answer": "a"}, ['"question"', "problem, answer", "question_key: problem"]),
         (None, {"question": "q", "solution": "a"}, ['"answer"', "answer_key: solution"]),
-        (None, {"foo": "q"}, ['"question"', "foo", "set question_key"]),
+        (None, {"foo": "q"}, ['"question"', "foo", "set question_key", "(input_key in the form of NeMo-RL)"]),
         (QA, {"question": "q"}, ['"answer"', "answer_key"]),
         (QA, {"question": "q", "answer": " \n"}, ['"answer" is empty']),
         (QA, {"question": "q", "answer": 5}, ['"answer" must be a string', "int"]),

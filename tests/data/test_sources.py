@@ -122,7 +122,8 @@ def test_a_source_may_have_columns_of_its_own(tmp_path, tokenizer):
     assert again.tokens.tolist() != ours.tokens.tolist()
     nested.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(
-        LimbeckError, match=r'nested.jsonl:2 has no "prompt.0.content" \(its columns are prompt, gold\)'
+        LimbeckError,
+        match=r'nested.jsonl:2 has no "prompt.0.content" \(its columns are prompt, gold\); .*input_key or output_key',
     ):
         tokenize_files([Source(path=(str(nested),), **columns)], tokenizer, template="base")
     _, report = tokenize_files([Source(path=(str(nested),), **columns)], tokenizer, template="base", on_bad_row="skip")

@@ -29,7 +29,6 @@ def test_a_math_answer_is_rewarded_and_ends_the_episode():
     steps = finish(environment, [{"answer": "6 * 7\n#### 42"}, {"answer": 42}], [r"\boxed{42}", r"\boxed{41}"])
     assert steps == [EnvironmentStep(reward=1.0), EnvironmentStep(reward=0.0)]
     assert all(step.done for step in steps)
-    environment.close()
 
 
 def test_no_answer_earns_nothing_but_is_counted():
@@ -94,7 +93,6 @@ def test_the_calculator_replies_and_rewards_the_last_turn(example):
     turns = ["12 dozen sevens: <calc>12*7</calc>", r"\boxed{80}"]
     assert environment.step(episodes, turns) == [EnvironmentStep(reply="84"), EnvironmentStep(reward=0.0)]
     assert environment.step(episodes[:1], [r"\boxed{84}"]) == [EnvironmentStep(reward=1.0)]
-    environment.close()
 
 
 def test_the_calculator_stops_replying(example):

@@ -271,8 +271,8 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
             "gpt2",
             {},
             {},
-            "has no weight map for tiny (model_type gpt2), only for llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, "
-            "nemotron_h; use",
+            "tiny: no weight map for model_type gpt2, only for llama, mistral, qwen2, qwen3, mixtral, qwen3_moe, nemotron_h, "
+            "and Megatron-Bridge",
         ),
         (
             "llama",

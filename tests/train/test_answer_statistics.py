@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from limbeck.train.answer_statistics import AnswerStatistics, UnseenStopStrings, ends_in_loop
+from limbeck.config.schema.rollout import StopIf
+from limbeck.errors import StopTraining
+from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings, ends_in_loop
 from limbeck.train.samples import STUDENT, Sample
 
 
@@ -31,6 +33,17 @@ def test_answers_are_counted_by_length_and_end():
     assert set(AnswerStatistics().metrics().values()) == {0.0}
 
 
+@pytest.mark.parametrize(("limit", "lengths"), [("mean_length_below", (1, 3)), ("mean_length_above", (5, 5))])
+def test_answers_that_are_too_short_or_too_long_in_several_steps_end_the_run(limit, lengths):
+    rule = StopRule(StopIf.model_validate({limit: 3, "for_steps": 2}))
+    for step, passing in enumerate((True, False, True, True)):
+        rule.check(step)
+        texts = lengths if passing else (3, 3)  # the limit itself is not passed
+        rule.add([Sample.written(0, 0, STUDENT, (1, 2), [7] * length, None, True) for length in texts])
+    with pytest.raises(StopTraining, match=f"rollout/mean_length has passed rollout.stop_if.{limit} = 3 in 2 steps"):
+        rule.check(4)
+
+
 def test_a_stop_string_that_no_answer_contains_is_reported_once(recwarn):
     class Letters:
         def decode(self, tokens):
@@ -42,3 +55,5 @@ def test_a_stop_string_that_no_answer_contains_is_reported_once(recwarn):
         unseen.add(answers)
     (found,) = recwarn.list
     assert "None of the student's first 800 answers contains the stop string 'xy';" in str(found.message)
+    unseen.report()
+    assert len(recwarn) == 1

@@ -1,6 +1,7 @@
 """Rewards of what the student writes, validation by writing, and the files of samples."""
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -149,6 +150,31 @@ def test_validation_writes_answers_and_measures_them(configure, tmp_path, capsys
     assert printed.count("prompt: <|user|>") == 3
     assert (out / "best").resolve().name == "checkpoint-3"
     assert json.loads((out / "checkpoint-3" / "manifest.json").read_text())["metric_name"] == "val/accuracy"
+
+
+@pytest.mark.parametrize("answered", [0, 2])
+def test_validation_by_writing_needs_no_answers(configure, tmp_path, answered):
+    """The loss is that of the rows with answers."""
+    found = [{"question": f"What is {n} plus 5?"} | ({"answer": "7"} if n < 6 + answered else {}) for n in range(6, 10)]
+    for name, lines in (("some", found), ("all", found[:answered])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def run(name: str, **changes) -> tuple[dict, dict]:
+        given = {**VALIDATED, "rollout.environment": "lengths", "max_steps": 1, "output_dir": str(tmp_path / name)}
+        given |= {"checkpoint_config.best_metric": "val/loss", "checkpoint_config.best_mode": "min", **changes}
+        DistillPipeline(
+            configure(**given, **{"validation.data_args.file_name": [str(tmp_path / f"{name}.jsonl")]})
+        ).run()
+        return metric_by_step(tmp_path / name, "val/accuracy"), metric_by_step(tmp_path / name, "val/loss")
+
+    accuracy, loss = run("some")
+    assert set(accuracy) == {0, 1}
+    if answered:
+        assert loss == pytest.approx(run("all")[1])
+    else:
+        assert loss == {}
+        with pytest.raises(LimbeckError, match="the shape adaptive, which follows val/loss, and no validation row"):
+            run("some", **{"rollout.on_policy_fraction": {"shape": "adaptive"}, "output_dir": str(tmp_path / "other")})
 
 
 def test_without_validation_at_the_end_the_last_checkpoint_has_no_metric(configure, tmp_path):
@@ -300,6 +326,35 @@ def test_an_environment_that_exits_does_not_end_the_run(source):
     made, _, data = source(**{"rollout.environment": "exits"})
     (step,) = made.scorer.begin(data.examples, [0]).step({0: (1,)}).values()
     assert step.reward is None and step.reason == "error: SystemExit: 3"
+
+
+def test_an_environment_that_hangs_does_not_hold_the_run(source, caplog):
+    released, threads = threading.Event(), []
+
+    class Hangs(Lengths):
+        def reset(self, row):
+            threads.append(threading.current_thread())
+            if row["question"].startswith("What is 1 "):
+                released.wait(60)
+            return row["question"]
+
+        def step(self, episodes, completions):
+            if len(completions) > 1:
+                released.wait(60)
+            return [EnvironmentStep(reward=1.0)] * len(completions)
+
+    ENVIRONMENTS.register("hangs")(Hangs)
+    made, _, data = source(**{"rollout.environment": "hangs", "rollout.environment_seconds": 0.2})
+    number = next(n for n in range(96) if data.examples.columns_of(n)["question"].startswith("What is 1 "))
+    steps = []
+    for rows_begun, stepped in (([0, number], [0, 1]), ([0, 0, 0], [0, 1]), ([0, 0, 0], [2])):
+        steps += made.scorer.begin(data.examples, rows_begun).step(dict.fromkeys(stepped, (1,))).values()
+    released.set()
+    assert [(step.reward, step.reason) for step in steps] == [(None, "timeout")] * 4 + [(1.0, "")]
+    assert caplog.text.count("took longer than rollout.environment_seconds") == 1
+    assert len(set(threads)) == 3 and all(thread.daemon for thread in threads)
+    made.close()
+    threads[-1].join(60)
 
 
 def test_an_environment_that_cannot_begin_is_named(source):

@@ -15,7 +15,8 @@ from limbeck.config import load_mapping
 from limbeck.registry import GENERATORS
 from limbeck.rollout.environments import EnvironmentStep, MathEnvironment
 from limbeck.strategies.world import World
-from limbeck.train.on_policy import LogProbGap, OnPolicyLoss
+from limbeck.train.metrics import check_best_metric
+from limbeck.train.on_policy import GAP_METRICS, LogProbGap, OnPolicyLoss
 from limbeck.train.samples import DATASET, STUDENT, Sample, to_examples
 
 REWARDED = {"rollout.environment": "exact", "rollout.num_generations": 2, "rollout.reward_weight": 2.0}
@@ -71,6 +72,22 @@ def test_a_policy_gradient_of_fresh_samples_is_the_estimate_of_the_reverse_kl(co
         metrics(tmp_path / "out", f"train/{key}") for key in ("policy_loss", "train_distill_loss")
     )
     assert policy == pytest.approx(estimate, rel=1e-4) and policy != loss
+
+
+def test_every_metric_of_a_run_may_select_the_best_checkpoint(configure, tmp_path):
+    best = "checkpoint_config.best_metric"
+    changes = {**SHORT, "max_steps": 1, "kd_objective": "policy_gradient", "rollout.environment": "exact"}
+    found = DistillPipeline(configure(**changes, **{best: "rollout/log_prob_gap_mean"})).run().metrics
+    assert (tmp_path / "out" / "best").exists()
+    assert {"train/policy_loss", "rollout/log_prob_gap_max", "rollout/reward", "student/grad_norm"} < set(found)
+    of_source = [name for name in found if name.startswith(("rollout/", "time/")) and name not in GAP_METRICS]
+    for name in (*found, "rollout/reward_reasons/timeout"):
+        for known in (None, of_source):
+            check_best_metric(configure(**changes, **{best: name, "checkpoint_config.best_mode": "max"}), ALONE, known)
+    with pytest.raises(LimbeckError, match="not a metric of this run"):
+        check_best_metric(configure(**SHORT, **{best: "train/policy_loss"}), ALONE)
+    pairs = {"features.pairs": [["model.norm", "model.norm"]], best: "train/features/model.norm"}
+    check_best_metric(configure(**SHORT, **pairs), ALONE, of_source)
 
 
 def test_later_steps_on_one_rollout_are_compared_with_the_weights_that_wrote(configure, tmp_path):

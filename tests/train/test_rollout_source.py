@@ -236,6 +236,23 @@ def test_answers_that_end_differently_for_data_and_models_are_reported(source, a
     assert re.search(r"The answers of the data end with <\|end\|>, and .*ours with <pad>", ours)
 
 
+@pytest.mark.parametrize(
+    ("end", "tokens", "reported"), [("<|end|>", {}, False), ("<pad>", {}, True), ("<pad>", {"<|end|>": "<pad>"}, False)]
+)
+def test_an_end_that_a_teacher_with_another_tokenizer_does_not_write_is_reported(
+    source, assets, tmp_path, end, tokens, reported
+):
+    shutil.copytree(assets / "teacher", tmp_path / "teacher")
+    (tmp_path / "teacher" / "chat_template.jinja").write_text(TEMPLATE.replace("<|end|>", end))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        cross = {"cross_tokenizer": "hybrid", "cross_tokenizer_tokens": tokens}
+        source(teacher_pretrain=str(tmp_path / "teacher"), **cross)
+    sentences = [str(one.message) for one in found if "teach the student not to end" in str(one.message)]
+    assert len(sentences) == reported
+    assert all("reads as <|end|>, and its own template ends an answer with <pad>" in one for one in sentences)
+
+
 def test_without_answers_the_template_shows_how_they_end(source, assets, tmp_path):
     path, folder = tmp_path / "prompts.jsonl", tmp_path / "student"
     path.write_text("".join(json.dumps({"question": f"What is {n} plus 1?"}) + "\n" for n in range(16)))
@@ -319,12 +336,23 @@ def test_an_answer_ends_at_the_sequence_length(source):
     assert max(lengths) <= 64
 
 
+def test_a_stop_string_that_a_short_run_has_not_seen_is_reported_at_its_end(source):
+    made, config, _ = source(**{"rollout.generator": "hf", "rollout.stop_strings": ["ZZZZ"]})
+    model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
+    made.weights_changed(lambda: iter(model.state_dict().items()), 0)
+    made.next(0)
+    with pytest.warns(UserWarning, match="None of the student's first 8 answers contains the stop string 'ZZZZ'"):
+        made.close()
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
         ({"rollout.num_generations": 3}, "rollout.num_generations = 3 does not divide the 8 samples of a step"),
         ({"rollout.stop_if.for_steps": 3}, "rollout.stop_if has no limit; set truncated_share"),
+        ({"rollout.stop_if.mean_length_above": 6}, "mean_length_above = 6 is never passed, .* at most 6 tokens"),
         ({"distill_on_prompt": True}, "distill_on_prompt hides where an answer begins"),
+        ({"student.data_args.overlong": "split"}, "overlong = split cuts rows from the beginning of their prompts"),
         ({"rollout.stop_strings": ["x", ""]}, r"rollout.stop_strings = \['x', ''\] has an empty text"),
         ({"rollout.stop_token_ids": [1, 10**6]}, "rollout.stop_token_ids has 1000000, which is no token of"),
         ({"rollout.stop_token_ids": [-1]}, "rollout.stop_token_ids has -1, which is no token of"),
@@ -336,6 +364,19 @@ def test_an_answer_ends_at_the_sequence_length(source):
 def test_what_cannot_run_is_refused_before_the_first_step(configure, changes, sentence):
     with pytest.raises(LimbeckError, match=sentence):
         DistillPipeline(configure(**{**GREEDY, **changes})).run()
+
+
+def test_rows_without_a_prompt_are_refused_where_prompts_are_continued(configure, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Water {n} boils at a hundred degrees."}) + "\n" for n in range(16)))
+    texts, given = {"student.data_args.file_name": [str(path)]}, {"rollout.on_policy_fraction": 0.0}
+    written = {"validation.data_args.file_name": [str(path)], "validation.rollout": {}, "rollout.environment": "exact"}
+    for changes in (texts, {**texts, **given, "rollout.off_policy": "teacher"}, {**given, **written}):
+        with pytest.raises(LimbeckError, match=r"text\.jsonl has rows of text, in which no prompt ends"):
+            make_data(configure(**{**GREEDY, **changes}), ALONE)
+    assert len(
+        make_data(configure(**{**GREEDY, **texts, **given, "student.data_args.overlong": "split"}), ALONE).examples
+    )
 
 
 def test_a_source_of_rollouts_needs_its_section(settings):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from limbeck.data.sources import Record, RowError
+from limbeck.data.sources.columns import NEMO_RL_KEYS
 from limbeck.errors import LimbeckError
 
 Message = dict[str, Any]
@@ -34,7 +35,7 @@ _QUESTION_NAMES = ("question", "problem", "prompt", "instruction", "query", "inp
 _ANSWER_NAMES = ("answer", "solution", "response", "output", "completion", "target")
 _WITHOUT_ANSWERS = (
     "let the student write all answers (rollout.on_policy_fraction: 1), or the teacher the others "
-    "(rollout.off_policy: teacher)"
+    "(rollout.off_policy: teacher); validation rows may lack an answer with validation.rollout"
 )
 
 
@@ -439,6 +440,7 @@ def _text(record: Record, key: str, setting: str) -> str:
         usual = _QUESTION_NAMES if setting == "question_key" else _ANSWER_NAMES
         guess = next((name for name in usual if name in record.row), None)
         advice = f"{setting}: {guess}" if guess else f"{setting} to the column that holds it"
+        advice += f" ({NEMO_RL_KEYS[setting]} in the form of NeMo-RL)"
         if setting == "answer_key" and guess is None:
             advice += f", or {_WITHOUT_ANSWERS}"
         raise RowError("missing key", f'{record.where} has no "{key}" (it has {listed(record.row)}); set {advice}.')

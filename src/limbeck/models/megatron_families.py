@@ -7,8 +7,8 @@ of their number. Optimizer moments have the shapes of their parameters and are c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,6 +61,7 @@ class Family:
 
     activation: of feed-forward layers, which have a gate unless it is ``relu2``. hybrid: each layer is either a Mamba layer,
     attention or a feed-forward layer, by the configuration's ``layer_types``, and there are no position embeddings.
+    settings: of Megatron's TransformerConfig, instead of those that follow from the rest.
     """
 
     rules: dict[str, Rule]
@@ -68,6 +69,7 @@ class Family:
     qk_norm: bool = False
     activation: str = "silu"
     hybrid: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def parameters(self, model: Any) -> Iterator[Parameter]:
         """All parameters of Megatron's model that is the Hugging Face ``model``, each name with all its layers in order."""
@@ -78,9 +80,15 @@ class Family:
                 yield Parameter(name, None, rule.kind, rule.sources)
                 continue
             for layer, (kind, has_experts) in enumerate(zip(kinds, experts, strict=True)):
-                if rule.layers in (None, kind) and name not in (_DENSE if has_experts else _EXPERTS):
+                if rule.layers in (None, kind) and _is_in(name, has_experts=has_experts):
                     sources = tuple(source.replace("*", str(layer)) for source in rule.sources)
                     yield Parameter(name, layer, rule.kind, sources)
+
+
+def _is_in(name: str, *, has_experts: bool) -> bool:
+    """Whether a layer, which has experts or none, has the parameter ``name`` of Megatron's."""
+    part = name.partition(".mlp.")[2]
+    return not part or part.startswith("linear_fc") != has_experts
 
 
 _LAYER, _ATTENTION, _MLP = "model.layers.*.", "model.layers.*.self_attn.", "model.layers.*.mlp."
@@ -165,6 +173,16 @@ FAMILIES: dict[str, Family] = {
 """``model_type`` of a Hugging Face configuration to its family."""
 
 
+def is_hybrid(config: Any) -> bool:
+    """Whether a Hugging Face configuration is of a hybrid."""
+    return config.model_type in FAMILIES and FAMILIES[config.model_type].hybrid
+
+
+def rules_of_experts() -> dict[str, Rule]:
+    """How experts and routers are made of the tensors that Transformers' models with experts have."""
+    return dict(_EXPERTS)
+
+
 @dataclass(frozen=True)
 class MambaSizes:
     """Of a whole Mamba-2 layer. dim: of a head. groups: of heads that share the inputs and outputs of their states.
@@ -216,7 +234,7 @@ class Heads:
         """Those of a Hugging Face configuration."""
         heads = config.num_attention_heads
         groups = getattr(config, "num_key_value_heads", None) or heads
-        mamba = MambaSizes.of(config) if FAMILIES[config.model_type].hybrid else None
+        mamba = MambaSizes.of(config) if is_hybrid(config) else None
         return cls(heads, groups, getattr(config, "head_dim", None) or config.hidden_size // heads, mamba)
 
 
@@ -236,7 +254,7 @@ class ExpertShape:
     @classmethod
     def of(cls, config: Any) -> ExpertShape | None:
         """Those of a Hugging Face configuration; None for a dense model. The layers of hybrids have none."""
-        if FAMILIES[config.model_type].hybrid:
+        if is_hybrid(config):
             return None
         count = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None)
         if not count:
@@ -314,5 +332,5 @@ def joined(kind: Kind, slices: Sequence[Tensor], heads: Heads, vocab_size: int) 
 
 
 def family_of(model: Any) -> Family:
-    """The family of a Hugging Face model that ``check_family`` has accepted."""
+    """The family of a Hugging Face model with a table."""
     return FAMILIES[unwrap_model(model).config.model_type]

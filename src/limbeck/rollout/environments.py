@@ -38,7 +38,8 @@ class EnvironmentStep:
 class Environment(Protocol):
     """Replies to completions and rewards them.
 
-    An episode starts with a dataset row and has one or more completions. A row may have several episodes at a time.
+    An episode starts with a dataset row and has one or more completions. A row may have several episodes at a time. An
+    environment that holds processes or files may also have ``close()``, which is called at the end.
     """
 
     def reset(self, row: Mapping[str, Any]) -> Any:
@@ -51,9 +52,6 @@ class Environment(Protocol):
             episodes: the state of each completion's episode, which ``step`` may change.
             completions: what the student wrote, without end tokens.
         """
-
-    def close(self) -> None:
-        """End the processes of the environment, if there are any."""
 
 
 class MathEnvironment:
@@ -106,7 +104,7 @@ def make_environment(name: str, **arguments: Any) -> Environment:
         LimbeckError: if there is none, or it is incomplete.
     """
     environment: Environment = ENVIRONMENTS.get(name)(**arguments)
-    check_members(f"the environment {name}", environment, ("reset", "step", "close"))
+    check_members(f"the environment {name}", environment, ("reset", "step"))
     return environment
 
 

@@ -84,6 +84,7 @@ _LIMITS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "repeated_share": ("rollout/repeated_share", operator.ge),
     "empty_share": ("rollout/empty_share", operator.ge),
     "mean_length_below": ("rollout/mean_length", operator.lt),
+    "mean_length_above": ("rollout/mean_length", operator.gt),
 }
 """Keys of ``rollout.stop_if``: the metric of each, and when a value of it passes the limit."""
 
@@ -125,7 +126,7 @@ class StopRule:
 
 
 class UnseenStopStrings:
-    """Warns once about stop strings that none of the first 500 answers contains."""
+    """Warns once about stop strings that none of the first 500 answers contains, or none of all in a shorter run."""
 
     def __init__(self, stop_strings: Sequence[str], tokenizer: Any) -> None:
         self._unseen, self._tokenizer, self._count = set(stop_strings), tokenizer, 0
@@ -138,7 +139,12 @@ class UnseenStopStrings:
             text = self._tokenizer.decode(answer.labels[answer.labels != IGNORE].tolist())
             self._unseen -= {stop for stop in self._unseen if stop in text}
         self._count += len(answers)
-        if self._unseen and self._count >= _ANSWERS:
+        if self._count >= _ANSWERS:
+            self.report()
+
+    def report(self) -> None:
+        """Warn about the stop strings that have not occurred so far, if there was an answer."""
+        if self._unseen and self._count:
             warnings.warn(
                 f"None of the student's first {self._count} answers contains the stop string "
                 f"{' or '.join(sorted(map(repr, self._unseen)))}; compare rollout.stop_strings with the answers of the data.",

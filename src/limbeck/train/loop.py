@@ -182,7 +182,7 @@ def train(
     current = config.checkpoint_dir / f"checkpoint-{run.step}"
     saved = run.step if run.resumed_from is not None and current.is_dir() else -1
     stopped, out_of_time, cut_short, settings = 0, False, False, config.effective_validation
-    validates = bool(run.data.validation) and config.eval_steps > 0
+    validates = (bool(run.data.validation) or run.rollout_validation is not None) and config.eval_steps > 0
     with RunConsole(config.exp_name, run.total_steps, run.step, enabled=world.is_main, file=console_file) as console:
         introduce(run, console)
         if validates and (run.validates_first or (settings.at_start and run.step == 0)):

@@ -19,7 +19,7 @@ from limbeck.data.batch import StepBatch
 from limbeck.errors import LimbeckError
 from limbeck.objectives import DistillationLoss
 from limbeck.strategies.world import World
-from limbeck.train.on_policy import LogProbGap
+from limbeck.train.on_policy import GAP_METRICS, LogProbGap
 from limbeck.train.student import StudentLoss
 
 FEATURES = "features/"
@@ -202,15 +202,21 @@ def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[s
     if config.effective_validation.rollout is not None:
         validation += WRITTEN_METRICS
     training = StepMetrics(world).line(0.0, teacher)
+    aligned = config.cross_tokenizer != "off"
     optional = {
         "train/topk_mass": teacher and config.logits_topk > 0,
         "train/topk_overlap": teacher and config.logits_topk > 0,
-        "train/aligned_share": config.cross_tokenizer != "off",
+        "train/aligned_share": aligned,
         f"train/{FEATURES}total": bool(config.features.pairs),
+        "train/policy_loss": config.has_policy_gradient,
+        **dict.fromkeys(GAP_METRICS, config.rollout is not None and not config.rollout.truncates and not aligned),
     }
-    trained = [name for name in training if name.startswith(("train/", "student/"))]
-    known = [*validation, *(of_source or ()), *trained, *(name for name, given in optional.items() if given)]
-    if metric not in known:
+    known = [*validation, *(of_source or ()), *training, *(name for name, given in optional.items() if given)]
+    named_later = (  # by a submodule, or by an environment
+        *((f"train/{FEATURES}",) if config.features.pairs else ()),
+        *(("rollout/reward_reasons/",) if config.rollout is not None and config.rollout.environment else ()),
+    )
+    if metric not in known and not metric.startswith(named_later):
         close = difflib.get_close_matches(metric, known, n=1)
         raise LimbeckError(
             f"checkpoint_config.best_metric = {metric!r} is not a metric of this run; "

@@ -13,6 +13,8 @@ from limbeck.data.batch import Batch
 from limbeck.objectives import RolloutTokens
 from limbeck.strategies.world import World
 
+GAP_METRICS = ("rollout/log_prob_gap_mean", "rollout/log_prob_gap_max", "rollout/log_prob_gap_share")
+
 
 class LogProbGap:
     """Compares the log-probabilities of written tokens: the generator's with the student's in training.
@@ -59,11 +61,7 @@ class LogProbGap:
                 "another temperature, or reads the prompt with another chat template.",
                 stacklevel=2,
             )
-        return {
-            "rollout/log_prob_gap_mean": mean,
-            "rollout/log_prob_gap_max": largest,
-            "rollout/log_prob_gap_share": over / tokens,
-        }
+        return dict(zip(GAP_METRICS, (mean, largest, over / tokens), strict=True))
 
 
 @dataclass(frozen=True)

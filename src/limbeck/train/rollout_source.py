@@ -58,6 +58,11 @@ class RolloutSource:
         schedule, self._objectives = config.rollout.schedule, objective_indices(config)
         self._share = AdaptiveShare(schedule) if isinstance(schedule, AdaptiveSchedule) else schedule
         self._weights = {origin: weight_of_origin(config, origin) for origin in ORIGINS}
+        if isinstance(schedule, AdaptiveSchedule) and not data.validation:
+            raise LimbeckError(
+                f"rollout.on_policy_fraction has the shape adaptive, which follows {schedule.metric}, and no validation row "
+                "has an answer, on which it is measured; give validation rows with answers, or use another shape."
+            )
         self._replay = ReplayBuffer(config.rollout.replay.capacity) if config.rollout.replay.is_used else None
         self._replay_share = config.rollout.replay.schedule
         self._examples, self._stream_settings = data.examples, data.stream_settings
@@ -183,6 +188,7 @@ class RolloutSource:
             self._teacher.close()
         if self.scorer is not None:
             self.scorer.close()
+        self._unseen.report()
 
     def _begin(self, step: int) -> Callable[[], list[Sample]]:
         """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""

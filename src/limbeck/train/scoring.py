@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 
 from limbeck.config import DistillConfig
+from limbeck.config.schema.rollout import ENVIRONMENT_KWARGS
 from limbeck.data.examples import Examples
 from limbeck.errors import LimbeckError
 from limbeck.rollout import EnvironmentStep, count_reasons, make_environment
+from limbeck.rollout.verifiers import TIMEOUT
 from limbeck.strategies.world import World
 from limbeck.train.gather import gather_json
+from limbeck.train.timed_calls import LateCallError, TimedCalls
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +38,9 @@ class Scorer:
         self._name, self._tokenizer = config.rollout.environment, tokenizer
         self.world = world
         arguments = dict(config.rollout.environment_kwargs)
-        if self._name in ("math", "exact"):
+        is_built_in = self._name in ENVIRONMENT_KWARGS  # which limit their own time
+        self._calls = TimedCalls(None if is_built_in else config.rollout.environment_seconds, world.device)
+        if is_built_in:
             arguments.setdefault("answer_key", config.answer_key)
         try:
             self._environment = make_environment(self._name, **arguments)
@@ -46,7 +51,7 @@ class Scorer:
                 f"rollout.environment = {self._name} could not be made: {type(error).__name__}: {error}. Its arguments are "
                 "rollout.environment_kwargs."
             ) from error
-        self._warned = False
+        self._warned = self._warned_of_time = False
 
     def check(self, examples: Examples, what: str) -> None:
         """Start an episode of the first row of every source of ``examples``.
@@ -57,7 +62,7 @@ class Scorer:
         groups = np.zeros(len(examples), dtype=np.int32) if examples.groups is None else examples.groups
         for row in np.unique(groups, return_index=True)[1]:
             try:
-                self._environment.reset(examples.columns_of(int(row)))
+                self._calls.call(self._environment.reset, examples.columns_of(int(row)))
             except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
                 reason = str(error) if isinstance(error, LimbeckError) else f"{type(error).__name__}: {error}."
                 raise LimbeckError(
@@ -70,10 +75,10 @@ class Scorer:
         return Episodes(self, examples, rows)
 
     def step(self, states: Sequence[Any], completions: Sequence[Sequence[int]]) -> list[EnvironmentStep]:
-        """One step of some episodes of this rank. If the environment raises, no reward of them is known."""
+        """One step of some episodes of this rank. If the environment raises or takes too long, no reward of them is known."""
         texts = [self._tokenizer.decode(list(tokens), skip_special_tokens=True) for tokens in completions]
         try:
-            steps = self._environment.step(states, texts)
+            steps = self._calls.call(self._environment.step, states, texts)
         except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
             return [self._unknown(error)] * len(texts)
         if not isinstance(steps, Sequence) or len(steps) != len(texts):
@@ -84,16 +89,24 @@ class Scorer:
             )
         return [self._checked(step) for step in steps]
 
-    def reset(self, examples: Examples, row: int) -> Any:
-        """The state of a new episode, or the step that ends it because the environment raised."""
+    def reset(self, examples: Examples, rows: Sequence[int]) -> list[Any]:
+        """The state of a new episode of each row, or the step that ends it because the environment raised or took too long."""
         try:
-            return self._environment.reset(examples.columns_of(row))
+            begun: list[Any] = self._calls.call(lambda: [self._reset(examples.columns_of(row)) for row in rows])
+        except LateCallError as error:
+            return [self._unknown(error)] * len(rows)
+        return begun
+
+    def _reset(self, row: Mapping[str, Any]) -> Any:
+        try:
+            return self._environment.reset(row)
         except (Exception, SystemExit) as error:
             return self._unknown(error)
 
     def close(self) -> None:
-        """End the processes of the environment."""
-        self._environment.close()
+        """End the processes of the environment, if it has a method for that."""
+        self._calls.close()
+        getattr(self._environment, "close", lambda: None)()
 
     def _checked(self, step: Any) -> EnvironmentStep:
         """The step; a reward that is not finite is not known."""
@@ -113,6 +126,15 @@ class Scorer:
         return step if known else replace(step, reward=None, reason=f"error: the reward is {step.reward}")
 
     def _unknown(self, error: BaseException) -> EnvironmentStep:
+        if isinstance(error, LateCallError):
+            if not self._warned_of_time:
+                self._warned_of_time = True
+                logger.warning(
+                    "The environment %s took longer than rollout.environment_seconds, so the rewards of this call are not "
+                    "known; further ones are only counted.",
+                    self._name,
+                )
+            return EnvironmentStep(reason=TIMEOUT)
         if not self._warned:
             self._warned = True
             logger.warning(
@@ -135,7 +157,7 @@ class Episodes:
     def __init__(self, scorer: Scorer, examples: Examples, rows: Sequence[int]) -> None:
         self._scorer, self._world = scorer, scorer.world
         mine = range(self._world.rank, len(rows), self._world.size)
-        self._states = {number: scorer.reset(examples, rows[number]) for number in mine}
+        self._states = dict(zip(mine, scorer.reset(examples, [rows[number] for number in mine]), strict=True))
 
     def step(self, completions: Mapping[int, Sequence[int]]) -> dict[int, EnvironmentStep]:
         """The results of the completions (token ids) of some episodes, by the episode's number. Collective."""

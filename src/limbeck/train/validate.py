@@ -26,8 +26,10 @@ def validation_metrics(run: Run, console: RunConsole) -> dict[str, float]:
 
 @torch.no_grad()
 def validate(run: Run) -> dict[str, float]:
-    """The metrics of the validation rows, which need no writing. Collective."""
+    """The metrics of the validation rows with an answer, which need no writing; empty without such rows. Collective."""
     world, batches = run.world, run.data.validation
+    if not batches:
+        return {}
     sums = LossSums(world.device, run.feature_labels)
     count = sum(batch.normalizer for batch in batches)
     tokens = sum(batch.num_tokens for batch in batches)

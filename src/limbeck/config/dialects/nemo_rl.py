@@ -23,7 +23,25 @@ from limbeck.errors import LimbeckError
 from limbeck.registry import ENVIRONMENTS, GENERATORS
 
 _KL = {"forward": "forward_kl", "reverse": "reverse_kl", "mixed": "mixed_kl"}
-_METRICS = {"val:accuracy": "val/accuracy", "val_loss": "val/loss"}
+_METRICS = {
+    "val_loss": "val/loss",
+    "val:avg_length": "val/mean_length",
+    "val:mean_gen_tokens_per_sample": "val/mean_length",
+    "val:truncation_rate": "val/truncated_share",
+    "train:grad_norm": "student/grad_norm",
+    "train:lr": "student/lr",
+    "train:total_num_tokens": "train/tokens",
+    "train:global_valid_toks": "train/supervised_tokens",
+    "train:tokens_per_sec_per_gpu": "train/tokens_per_second",
+    "train:mean_gen_tokens_per_sample": "rollout/mean_length",
+    "train:max_gen_tokens_per_sample": "rollout/max_length",
+    "train:truncation_rate": "rollout/truncated_share",
+}
+"""Metrics that have another name here; the others keep theirs."""
+
+_GROUPS = ("train/", "val/", "student/", "rollout/", "time/", "system/")
+_WRITTEN = ("val/accuracy", "val/mean_length", "val/truncated_share")
+"""Metrics of answers that the student writes in validation, which needs an environment."""
 
 
 class NemoRlDialect:
@@ -245,7 +263,12 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
     kind, colon, name = str(metric).partition(":")
     if metric not in _METRICS and (kind not in ("val", "train") or not colon):
         file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
-    file.put("checkpoint_config.best_metric", _METRICS.get(metric, f"{kind}/{name}"), path)
+    ours = _METRICS.get(metric, name if name.startswith(_GROUPS) else f"{kind}/{name}")
+    if ours in _WRITTEN and file.result.get("rollout.environment") is None:
+        file.refuse(
+            path, f"= {metric} needs an environment, which checks answers in validation; add env: {{math: {{}}}}"
+        )
+    file.put("checkpoint_config.best_metric", ours, path)
     higher = file.get("checkpointing.higher_is_better")
     file.put("checkpoint_config.best_mode", "min" if higher is False else "max", "checkpointing.higher_is_better")
     file.put("checkpoint_config.keep_best", keep, "checkpointing.keep_top_k")

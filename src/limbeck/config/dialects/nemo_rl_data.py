@@ -16,9 +16,13 @@ Entry = dict[str, tuple[Any, str]]
 """A dataset: each key with its value and the path under which it is written."""
 
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
-_GENERIC = {"ResponseDataset": {"input_key": "input", "output_key": "output"}, "openai_format": {}}
+_GENERIC = {
+    "ResponseDataset": {"question_key": "input", "answer_key": "output"},
+    "openai_format": {"format": "messages"},
+}
 """Names of NeMo-RL that stand for any file or hub dataset, and the columns that they assume."""
 
+_OF_ONE_DATASET = ("data_path", "input_key", "output_key", "subset", "split")
 _REPOSITORY = Path(__file__).resolve().parents[4]
 _PROMPT_FOLDERS = (".", "examples/prompts", "prompts")
 
@@ -77,35 +81,43 @@ def _entries(data: Mapping[str, Any], part: str) -> Iterator[Entry]:
         given = {}
     for one in given if isinstance(given, list) else [] if given is None else [given]:
         if isinstance(one, Mapping):
-            yield shared | {key: (value, f"data.{part}.{key}") for key, value in one.items()}
+            # What `data` itself says of its dataset does not hold for another one.
+            other = {
+                (key, f"data.{key}") for key in _OF_ONE_DATASET if "dataset_name" in one and "dataset_name" in data
+            }
+            inherited = {key: found for key, found in shared.items() if (key, found[1]) not in other}
+            yield inherited | {key: (value, f"data.{part}.{key}") for key, value in one.items()}
 
 
 def _put_sources(result: Translation, target: str, entries: list[Entry]) -> None:
-    sources = [source for entry in entries if (source := _source(result, entry)) is not None]
+    sources = [_source(result, entry) for entry in entries]
     if sources:
         name = "data_path" if "data_path" in entries[0] else "dataset_name"
         result.put(target, sources, entries[0].get(name, (None, "data"))[1])
 
 
-def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
-    """The entry of ``data_args.sources`` for a dataset."""
+def _source(result: Translation, entry: Entry) -> dict[str, Any]:
+    """The entry of ``data_args.sources`` for a dataset; one by its name alone if it is refused."""
 
     def value(key: str) -> Any:
         return entry.get(key, (None, ""))[0]
 
     name, file = value("dataset_name"), value("data_path")
     by_hub = {part["hub"]: named for named, parts in NAMED_DATASETS.items() for part in parts}
-    columns = _GENERIC.get(name, {})
-    source: dict[str, Any]
+    known = by_hub.get(name, name)
+    # A file that stands in for a dataset has its columns, as a copy of it does.
+    columns = NAMED_DATASETS[known][0] if file is not None and known in NAMED_DATASETS else _GENERIC.get(name, {})
+    source: dict[str, Any] = {"hub": str(name)}
     if file is not None:
         source = {"path": [file]} if _is_file(str(file)) else {"hub": file}
     elif name in NAMED_DATASETS or name in by_hub:
-        source = {"hub": by_hub.get(name, name)}
+        source = {"hub": known}
     elif isinstance(name, str) and _is_file(name):
         source = {"path": [name]}
     elif name is None or name in _GENERIC:
-        result.refuse(entry.get("dataset_name", (None, "data.train"))[1], "needs data_path, a file; set it")
-        return None
+        path = entry.get("dataset_name", (None, "data.train"))[1]
+        if path not in {one.path for one in result.contradictions}:  # nor a value of the wrong kind
+            result.refuse(path, "needs data_path, a file; set it")
     else:
         near = difflib.get_close_matches(str(name), NAMED_DATASETS, n=1)
         hint = (
@@ -114,12 +126,10 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any] | None:
             else f"use one of {', '.join(NAMED_DATASETS)}, or set data_path to a file"
         )
         result.refuse(entry["dataset_name"][1], f"= {name} is not a dataset that Limbeck knows by name; {hint}")
-        return None
-    if name == "openai_format":
-        source["format"] = "messages"
     more = {
-        "question_key": value("input_key") or columns.get("input_key"),
-        "answer_key": value("output_key") or columns.get("output_key"),
+        "format": columns.get("format"),
+        "question_key": value("input_key") or columns.get("question_key"),
+        "answer_key": value("output_key") or columns.get("answer_key"),
         "config": value("subset") if "hub" in source else None,
         "split": value("split") if "hub" in source else None,
         "max_samples": value("max_samples"),

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from limbeck.config.dialects.nemo_rl_table import DISABLED_BY, FIXED, MOVED, NO_MEANING, READ, TEACHER_READS, Fixed
+from limbeck.config.dialects.nemo_rl_table import (
+    DISABLED_BY,
+    FIXED,
+    MOVED,
+    NESTED,
+    NO_MEANING,
+    READ,
+    TEACHER_READS,
+    Fixed,
+)
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.registry import ENVIRONMENTS
@@ -16,7 +26,7 @@ class NemoRlFile:
     """One file and its translation. Paths have ``policy`` for the student's section, also if the file calls it ``student``."""
 
     def __init__(self, source: Mapping[str, Any]) -> None:
-        self.source = source
+        self.source: dict[str, Any] = copy.deepcopy(dict(source))  # values of the wrong kind are taken out of it
         self.student = "student" if "student" in source and "policy" not in source else "policy"
         self.result = Translation({})
 
@@ -79,7 +89,7 @@ class NemoRlFile:
         for path, target in MOVED.items():
             self.put(target, self.get(path), path)
 
-    def _check(self, path: str, section: Mapping[str, Any]) -> None:
+    def _check(self, path: str, section: dict[str, Any]) -> None:
         table = path
         if path.startswith("data."):
             table = "dataset"
@@ -87,18 +97,21 @@ class NemoRlFile:
             table = ".".join(["policy", *path.split(".")[1:]])
         fixed, ignored = FIXED.get(table, {}), NO_MEANING.get(table, frozenset())
         known = {*READ.get(table, ()), *fixed, *ignored, *_moved_keys(table)}
-        for key, value in section.items():
+        for key, value in list(section.items()):
             inner, kind = f"{path}.{key}" if path else key, f"{table}.{key}" if table else key
             if key in fixed:
                 self._check_fixed(inner, value, fixed[key])
             elif path == "teacher" and key in known and key not in TEACHER_READS:
-                continue  # NeMo-RL does not read it either
+                self.result.ignored += self._unread_of_teacher(inner, value)
             elif key in ignored:
                 self.result.ignored.append(inner)
             elif path == "env" and key not in known and key in ENVIRONMENTS:
                 continue  # arguments of an environment, which it checks itself
             elif kind in DISABLED_BY:
                 self._check_switched(inner, value, kind)
+            elif key in known and isinstance(value, (Mapping, list)) and _is_single(kind):
+                self.result.refuse(inner, f"= {format_value(value)} must be one value, not a list or a section of keys")
+                section[key] = None  # what reads it expects a value
             elif key in known:
                 self._check_inner(inner, value, kind)
             elif path:
@@ -113,24 +126,44 @@ class NemoRlFile:
         if kind not in sections or value is None or (kind == "policy.tokenizer" and isinstance(value, str)):
             return
         for one in value if isinstance(value, list) and kind.startswith("data.") else [value]:
-            if isinstance(one, Mapping):
+            if isinstance(one, dict):
                 self._check(path, one)
             else:
                 self.result.refuse(path, f"= {format_value(one)} must be a section of keys")
 
+    def _unread_of_teacher(self, path: str, value: Any) -> Iterator[str]:
+        """The keys at ``path``, which NeMo-RL does not read either, with another value than the student's.
+
+        A teacher is usually written as a copy of the student's section, whose keys need no notice.
+        """
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                yield from self._unread_of_teacher(f"{path}.{key}", inner)
+        elif value not in (None, self.get(path.replace("teacher", "policy", 1))) and not (
+            path in ("teacher.tokenizer", "teacher.tokenizer.name") and value == self.get("teacher.model_name")
+        ):
+            yield path
+
     def _check_switched(self, path: str, value: Any, kind: str) -> None:
         unsupported = DISABLED_BY[kind]
-        enabled = isinstance(value, Mapping) and value.get("enabled") is True
+        enabled = isinstance(value, dict) and value.get("enabled") is True
         if enabled and unsupported is not None:
             self.result.refuse(f"{path}.enabled", f"= true {unsupported.sentence}")
         elif enabled:
             self._check(path, value)
+        elif value is not None and not isinstance(value, dict):
+            self.result.refuse(path, f"= {format_value(value)} must be a section of keys, with enabled: true or false")
 
     def _check_fixed(self, path: str, value: Any, fixed: Fixed) -> None:
         off = fixed.section and isinstance(value, Mapping) and not value.get("enabled")
         if not off and not any(type(value) is type(one) and value == one for one in fixed.values):
             shown = "" if isinstance(value, (Mapping, list)) else f"= {format_value(value)} "
             self.result.refuse(path, f"{shown}{fixed.sentence}")
+
+
+def _is_single(kind: str) -> bool:
+    """Whether a key is read here and has neither a section nor a list. The schema checks the values of moved keys."""
+    return kind not in {*MOVED, *READ, *NESTED}
 
 
 def _moved_keys(table: str) -> Iterator[str]:

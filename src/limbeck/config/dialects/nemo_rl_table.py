@@ -120,6 +120,12 @@ READ: dict[str, frozenset[str]] = {
 }
 """Keys that ``nemo_rl.py`` and ``nemo_rl_data.py`` translate."""
 
+NESTED = words(
+    """student teacher plugins data.train data.validation data.default policy.dtensor_cfg.lora_cfg.target_modules
+    policy.optimizer.kwargs.betas policy.scheduler policy.generation.vllm_kwargs logger.wandb logger.mlflow logger.swanlab"""
+)
+"""Those of them that may have a list or a section, besides the sections that are keys of ``READ``."""
+
 NO_MEANING: dict[str, frozenset[str]] = {
     "distillation": words("val_batch_size"),
     "checkpointing": words(
@@ -227,7 +233,8 @@ FIXED: dict[str, dict[str, Fixed]] = {
         "processor": Fixed((None, "math_hf_data_processor"), "is not supported; use math_hf_data_processor"),
         "split_validation_size": Fixed(
             (None, 0, 0.0),
-            "(a part of the training data for validation) is not supported; set it to 0, and data.validation",
+            "(rows of the training data, drawn for validation) is not supported; set it to 0, and name the rows with split: "
+            "train[:95%] in data.train, and the same dataset with train[95%:] in data.validation",
         ),
         "extract_answer": Fixed((None,), "is not supported; remove it: a checker finds the final answer itself"),
     },

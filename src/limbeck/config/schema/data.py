@@ -180,8 +180,7 @@ class DataArgs(Section):
     overlong: Literal["truncate", "drop", "split"] = Field(
         default="truncate",
         description="How rows longer than sequence_length are handled: truncate cuts the right end, drop removes the "
-        "row, "
-        "split divides it into several rows.",
+        "row, split divides it into several rows, whose prompts rollout cannot continue.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",
@@ -220,6 +219,6 @@ class ValidationConfig(Section):
     at_end: bool = Field(default=True, description="Validate after the last step.")
     rollout: ValidationRolloutConfig | None = Field(
         default=None,
-        description="Let the student answer the validation prompts as well, and measure val/accuracy. If unset, only the loss "
-        "is measured.",
+        description="Let the student answer the validation prompts as well, and measure val/accuracy. Rows without an answer "
+        "are then prompts only. If unset, only the loss is measured.",
     )

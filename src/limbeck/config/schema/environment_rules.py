@@ -69,6 +69,8 @@ def _fault_of_argument(key: str, value: object) -> str | None:
 
 def unread_environment_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     """Keys that have no effect in this combination, with the reason."""
+    if config.rollout is not None and config.rollout.environment in (None, *ENVIRONMENT_KWARGS):
+        yield "rollout.environment_seconds", "is only read with an environment that a plug-in registers"
     if config.validation is not None and (config.eval_steps == 0 or not config.validation_sources):
         for key in ("at_start", "at_end"):
             yield f"validation.{key}", "is only read with validation files and eval_steps above 0"

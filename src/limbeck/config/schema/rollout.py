@@ -56,6 +56,9 @@ class StopIf(Section):
     mean_length_below: float | None = Field(
         default=None, gt=0, description="A step's answers have fewer tokens than this on average."
     )
+    mean_length_above: float | None = Field(
+        default=None, gt=0, description="A step's answers have more tokens than this on average."
+    )
     for_steps: int = Field(default=20, ge=1, description="Number of steps in a row.")
 
 
@@ -209,6 +212,14 @@ class RolloutConfig(Section):
         "default the top-level answer_key); math also reads workers, the number of processes that compare answers (2), and "
         "seconds, the time limit of one comparison (10).",
     )
+    environment_seconds: float | None = Field(
+        default=300,
+        gt=0,
+        le=86400,
+        description="Time limit of one call of an environment that a plug-in registers. The rewards of a call that takes "
+        "longer are not known, and the call goes on in its thread beside later ones. Signal handlers cannot be set in that "
+        "thread; null calls the environment in the main thread, without a limit.",
+    )
     max_turns: int = Field(
         default=1,
         ge=1,
@@ -248,7 +259,10 @@ class RolloutConfig(Section):
 
 
 class ValidationRolloutConfig(Section):
-    """Validation by writing: the student answers the validation prompts, and rollout.environment compares the answers."""
+    """Validation by writing: the student answers the validation prompts, and rollout.environment compares the answers.
+
+    Rows may lack an answer, which the loss alone needs.
+    """
 
     max_samples: int | None = Field(
         default=None, ge=1, description="Number of validation rows that are answered, the first ones. If unset, all."

@@ -78,6 +78,11 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
             )
     if config.distill_on_prompt:
         yield Contradiction("distill_on_prompt", "hides where an answer begins, which rollout needs; set it to false")
+    if config.student.data_args.overlong == "split" and config.writes_answers:
+        yield Contradiction(
+            "student.data_args.overlong",
+            "= split cuts rows from the beginning of their prompts, which rollout continues; use drop or truncate",
+        )
     if rollout.generator == "hf":
         yield from _hf_contradictions(rollout.generator_kwargs)
     if rollout.in_lockstep:
@@ -95,7 +100,15 @@ def rollout_contradictions(config: RunFields) -> Iterator[Contradiction]:
         yield from _own_device_contradictions(config, rollout.device_mapping)
     if rollout.stop_if is not None and not rollout.stop_if.model_fields_set - {"for_steps"}:
         yield Contradiction(
-            "rollout.stop_if", "has no limit; set truncated_share, repeated_share, empty_share or mean_length_below"
+            "rollout.stop_if",
+            "has no limit; set truncated_share, repeated_share, empty_share, mean_length_below or mean_length_above",
+        )
+    above = None if rollout.stop_if is None else rollout.stop_if.mean_length_above
+    if above is not None and above >= rollout.max_new_tokens * rollout.max_turns:
+        yield Contradiction(
+            "rollout.stop_if.mean_length_above",
+            f"= {above:g} is never passed, because an answer has at most {rollout.max_new_tokens * rollout.max_turns} tokens "
+            "(rollout.max_new_tokens in each turn); lower it",
         )
 
 

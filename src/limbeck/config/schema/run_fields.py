@@ -339,6 +339,13 @@ class RunFields(Section):
         return "dataset" in self.rollout.origins
 
     @property
+    def writes_answers(self) -> bool:
+        """Whether prompts of the rows are continued: by the student or the teacher in training, or in validation."""
+        if self.rollout is None or self.effective_step_source != "rollout":
+            return False
+        return bool({"student", "teacher"} & set(self.rollout.origins)) or self.effective_validation.rollout is not None
+
+    @property
     def effective_step_source(self) -> str:
         """``step_source``, or what follows from ``rollout``."""
         return self.step_source or ("dataset" if self.rollout is None else "rollout")

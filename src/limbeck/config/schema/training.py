@@ -187,8 +187,8 @@ class CheckpointConfig(Section):
     )
     best_metric: str | None = Field(
         default="val/loss",
-        description="Metric that selects the best checkpoints: any metric of the run whose name begins with train/, val/ or "
-        "rollout/, such as val/loss or val/accuracy; `null` selects none.",
+        description="Metric that selects the best checkpoints: any metric of the run, such as val/loss, val/accuracy or "
+        "train/loss; `null` selects none.",
     )
     best_mode: Literal["min", "max"] = Field(
         default="min", description="Whether the smallest or the largest value of best_metric is the best."

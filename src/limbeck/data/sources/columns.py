@@ -7,6 +7,9 @@ from typing import Any
 
 from limbeck.data.sources.items import BadRow, Item, Line, Record, RowError, decoded
 
+NEMO_RL_KEYS = {"question_key": "input_key", "answer_key": "output_key"}
+"""Keys of the columns, and their names in a configuration of NeMo-RL."""
+
 
 def with_columns(items: Iterable[Item], columns: Mapping[str, str]) -> Iterator[Item]:
     """Yields the items, with values of each record also under another key; numbers become text.
@@ -43,6 +46,6 @@ def _value(record: Record, path: str) -> Any:
                 raise RowError(
                     "missing key",
                     f'{record.where} has no "{path}" (its columns are {columns}); correct the question_key or answer_key of '
-                    "the source.",
+                    f"the source ({' or '.join(NEMO_RL_KEYS.values())} in the form of NeMo-RL).",
                 )
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value

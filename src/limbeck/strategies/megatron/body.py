@@ -18,20 +18,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, causal_mask, current_documents, unwrap_model
-from limbeck.models.megatron_families import (
-    ExpertShape,
-    Family,
-    Heads,
-    MambaSizes,
-    family_of,
-    layers_with_experts,
-    padded_rows,
-)
+from limbeck.models.megatron_families import Family, MambaSizes, is_hybrid, layers_with_experts, padded_rows
+from limbeck.models.varlen_attention import BY_DOCUMENT
 from limbeck.strategies.context_parallel import exchange_heads
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.megatron.core import ProcessGroups, import_megatron, submodules_of
 from limbeck.strategies.megatron.experts import Experts, allow_uneven_tokens
-from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, RMSNorm
+from limbeck.strategies.megatron.layers import AttentionInputs, CoreAttention, Norm, RMSNorm
 from limbeck.strategies.megatron.mamba import MambaLayer
+from limbeck.strategies.megatron.transformer_config import transformer_config
 from limbeck.strategies.megatron.transformer_engine import transformer_engine_norm, use_transformer_engine
 from limbeck.strategies.parallel_dims import CP, ParallelDims
 
@@ -55,10 +50,16 @@ class MegatronBody(nn.Module):
     def __init__(self, gpt: Any, shell: Any, groups: ProcessGroups, context: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.gpt, self.config, self.groups = gpt, shell.config, groups
-        self._num_embeddings = shell.get_input_embeddings().num_embeddings
-        attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        embeddings = shell.get_input_embeddings()
+        self._num_embeddings = embeddings.num_embeddings
+        scale: float | None = getattr(embeddings, "scalar_embed_scale", None)  # of Gemma
+        if scale is not None and gpt.pre_process:
+            gpt.embedding.register_forward_hook(lambda _module, _inputs, x: x * torch.tensor(scale, dtype=x.dtype))
+        # That for packed rows also where the Hugging Face model's layers cannot use it.
+        name = self.config._attn_implementation
+        attention = ALL_ATTENTION_FUNCTIONS[BY_DOCUMENT.get(name, name)]
         self._attention = attention if context is None else exchange_heads(attention, context)
-        self.hybrid, frequencies = family_of(shell).hybrid, None
+        self.hybrid, frequencies = is_hybrid(self.config), None
         if not self.hybrid:
             frequencies = body(shell).rotary_emb.inv_freq.detach().float().clone()  # type: ignore[union-attr, operator]
             frequencies = frequencies.to(torch.cuda.current_device())
@@ -172,17 +173,17 @@ def build_gpt_chunks(
     from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
     shell = unwrap_model(model)
-    config, family = shell.config, family_of(model)
+    config, family = shell.config, find_family(model)
     _check_layers(config.num_hidden_layers, dims.pp, given, name, role)
     try:
-        settings = _transformer_config(config, dims, dtype, given, recompute=recompute, family=family)
+        settings = transformer_config(config, dims, dtype, given, recompute=recompute, family=family)
         specs = [
             _layer(config, family, number, settings.num_moe_experts if found else None, settings.transformer_impl)
             for number, found in enumerate(layers_with_experts(shell))
         ]
     except (AssertionError, ValueError) as error:
         raise LimbeckError(f"megatron-core refuses {role}.strategy_args.strategy_config: {error}") from error
-    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else RMSNorm
+    norm = transformer_engine_norm() if settings.transformer_impl == "transformer_engine" else _norm(family)
     chunks = []
     for index in range(given.virtual_pipeline_model_parallel_size or 1):
         stage = index if given.virtual_pipeline_model_parallel_size else None
@@ -259,10 +260,10 @@ def _layer(config: Any, family: Family, number: int, experts: int | None, implem
     layer = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm", qk_layernorm=family.qk_norm)
     parts = layer.submodules
     attention = parts.self_attention.submodules
-    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.input_layernorm = parts.pre_mlp_layernorm = _norm(family)
     attention.core_attention = CoreAttention
     if family.qk_norm:
-        attention.q_layernorm = attention.k_layernorm = RMSNorm
+        attention.q_layernorm = attention.k_layernorm = _norm(family)
     if experts:
         submodules_of(parts.mlp).experts = Experts
     if implementation == "transformer_engine":
@@ -280,82 +281,12 @@ def _layer(config: Any, family: Family, number: int, experts: int | None, implem
     return layer
 
 
-def _transformer_config(
-    config: Any, dims: ParallelDims, dtype: torch.dtype, given: MegatronConfig, *, recompute: bool, family: Family
-) -> Any:
-    from megatron.core.activations import squared_relu
-
-    core, heads, virtual = import_megatron(), Heads.of(config), given.virtual_pipeline_model_parallel_size
-    return core.transformer.TransformerConfig(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        ffn_hidden_size=config.intermediate_size,
-        num_attention_heads=heads.heads,
-        num_query_groups=heads.groups,
-        kv_channels=heads.dim,
-        normalization="RMSNorm",
-        layernorm_epsilon=config.layer_norm_epsilon if family.hybrid else config.rms_norm_eps,
-        gated_linear_unit=family.activation != "relu2",
-        activation_func=squared_relu if family.activation == "relu2" else torch.nn.functional.silu,
-        add_bias_linear=False,
-        add_qkv_bias=family.qkv_bias,
-        qk_layernorm=family.qk_norm,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        tensor_model_parallel_size=dims.tp,
-        sequence_parallel=dims.sequence_parallel and dims.tp > 1,
-        # Context parallelism is in CoreAttention; Megatron's own needs Transformer Engine.
-        pipeline_model_parallel_size=dims.pp,
-        virtual_pipeline_model_parallel_size=virtual,
-        num_layers_in_first_pipeline_stage=given.num_layers_in_first_pipeline_stage,
-        num_layers_in_last_pipeline_stage=given.num_layers_in_last_pipeline_stage,
-        account_for_embedding_in_pipeline_split=given.account_for_embedding_in_pipeline_split,
-        account_for_loss_in_pipeline_split=given.account_for_loss_in_pipeline_split,
-        # With Megatron's defaults, interleaved stages exchange their messages and train on wrong activations, silently.
-        overlap_p2p_comm=virtual is not None,
-        batch_p2p_comm=virtual is None,
-        bf16=dtype is torch.bfloat16,
-        fp16=dtype is torch.float16,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        transformer_impl="transformer_engine" if given.transformer_impl == "transformer_engine" else "local",
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        **_expert_settings(config, dims, given),
-        **_recomputation(given, recompute=recompute),
+def _norm(family: Family) -> type[nn.Module]:
+    """The module of norms in Megatron's local layers."""
+    unusual = (
+        family.settings.get("layernorm_zero_centered_gamma") or family.settings.get("normalization") == "LayerNorm"
     )
-
-
-def _expert_settings(config: Any, dims: ParallelDims, given: MegatronConfig) -> dict[str, Any]:
-    """Megatron's settings of a mixture of experts; none for a dense model."""
-    experts = ExpertShape.of(config)
-    if experts is None:
-        return {}
-    return {
-        "num_moe_experts": experts.count,
-        "moe_router_topk": experts.active,
-        "moe_ffn_hidden_size": experts.width,
-        "moe_router_pre_softmax": not experts.normalized,
-        "moe_router_load_balancing_type": "none",
-        "moe_router_dtype": given.moe_router_dtype,
-        "moe_token_dispatcher_type": given.moe_token_dispatcher_type,
-        "moe_grouped_gemm": given.moe_grouped_gemm,
-        "expert_model_parallel_size": dims.ep,
-        "expert_tensor_parallel_size": dims.etp,
-    }
-
-
-def _recomputation(given: MegatronConfig, *, recompute: bool) -> dict[str, Any]:
-    """Megatron's settings of activation checkpointing; of every layer where only ``recompute`` wants it."""
-    granularity = given.recompute_granularity or ("full" if recompute else None)
-    if granularity != "full":
-        modules = {} if given.recompute_modules is None else {"recompute_modules": given.recompute_modules}
-        return {"recompute_granularity": granularity, **modules}
-    return {
-        "recompute_granularity": "full",
-        "recompute_method": given.recompute_method,
-        "recompute_num_layers": given.recompute_num_layers,
-    }
+    return Norm if unusual else RMSNorm
 
 
 def _check_layers(layers: int, stages: int, given: MegatronConfig, name: str, role: str) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 from limbeck.config.schema import MegatronConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
-from limbeck.models.megatron_families import FAMILIES, ExpertShape, Heads, layers_with_experts
+from limbeck.models.megatron_families import ExpertShape, Heads, layers_with_experts
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.parallel_dims import ParallelDims
 
 
@@ -16,22 +17,22 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     """Raise LimbeckError unless Megatron can be built as the Hugging Face model ``name`` and divided so."""
     causal = unwrap_model(model)
     config, section = causal.config, f"{role}.strategy_args"
-    family = FAMILIES.get(config.model_type)
-    if family is None:
-        raise LimbeckError(
-            f"{section}.strategy_name: megatron has no weight map for {name} (model_type {config.model_type}), only for "
-            f"{', '.join(FAMILIES)}; use fsdp2_train and fsdp2_infer."
-        )
+    try:
+        family = find_family(model)
+    except LimbeckError as error:
+        raise LimbeckError(f"{section}.strategy_name = megatron: {name}: {error}") from error
     known = {source for parameter in family.parameters(causal) for source in parameter.sources}
-    odd = known ^ {name for name, _ in causal.named_parameters(remove_duplicate=False)}
-    activation = config.mlp_hidden_act if family.hybrid else config.hidden_act
+    odd = known ^ set(causal.state_dict())
+    activation = getattr(config, "mlp_hidden_act" if family.hybrid else "hidden_act", None)
+    dropout = {key: getattr(config, key, 0) for key in ("attention_dropout", "hidden_dropout")}
     other = {
         f"the parameter {min(odd, default='')}, which differs from other {config.model_type} models": bool(odd),
-        f"{'mlp_' if family.hybrid else ''}hidden_act = {activation}": activation != family.activation,
+        f"{'mlp_' if family.hybrid else ''}hidden_act = {activation}": not family.settings
+        and activation != family.activation,
         f"mamba_hidden_act = {getattr(config, 'mamba_hidden_act', None)}": family.hybrid
         and config.mamba_hidden_act != "silu",
         "tied embeddings": family.hybrid and config.tie_word_embeddings,
-        f"attention_dropout = {config.attention_dropout:g}": config.attention_dropout > 0,
+        **{f"{key} = {value:g}": value > 0 for key, value in dropout.items()},
         "RoPE scaling that depends on the length or scales attention": not family.hybrid
         and _has_unusual_rope(body(causal)),
         f"attn_implementation = {config._attn_implementation}": not config._attn_implementation.startswith(
@@ -118,5 +119,5 @@ def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None
 
 
 def _has_unusual_rope(trunk: Any) -> bool:
-    rotary = trunk.rotary_emb
-    return rotary.rope_type not in ("default", "linear", "llama3") or rotary.attention_scaling != 1
+    rotary = getattr(trunk, "rotary_emb", None)
+    return rotary is None or rotary.rope_type not in ("default", "linear", "llama3") or rotary.attention_scaling != 1

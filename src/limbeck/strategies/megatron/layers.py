@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import layer_norm, pad, rms_norm
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,3 +72,23 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
         super().__init__(hidden_size, eps=eps, device=torch.cuda.current_device(), dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, by Megatron's ``config``, whose weight may be stored as the difference from 1."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        like = {"device": torch.cuda.current_device(), "dtype": config.params_dtype}
+        self.eps, self._offset = eps, float(config.layernorm_zero_centered_gamma)
+        self.weight = nn.Parameter(torch.full((hidden_size,), 1 - self._offset, **like))
+        self.bias = nn.Parameter(torch.zeros(hidden_size, **like)) if config.normalization == "LayerNorm" else None
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # see RMSNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computed in float32."""
+        weight = self.weight.float() + self._offset
+        if self.bias is None:
+            return rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return layer_norm(x.float(), weight.shape, weight, self.bias.float(), self.eps).to(x.dtype)

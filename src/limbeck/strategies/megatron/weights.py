@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 
 from limbeck.errors import LimbeckError
 from limbeck.models import unwrap_model
-from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Heads, Kind, family_of, joined, local_name, slice_of
+from limbeck.models.megatron_families import EMBEDDINGS, HEAD, Family, Heads, Kind, joined, local_name, slice_of
+from limbeck.strategies.megatron.bridge import find_family
 from limbeck.strategies.megatron.core import ProcessGroups
 from limbeck.strategies.shards import Box, Sliceable, whole_box
 
 
 @dataclass(frozen=True, eq=False)
 class HeldParameter:
-    """A parameter of this rank. kind, sources: see ``Rule``; the sources have the layer's number in the whole model."""
+    """A parameter of this rank, or a buffer that is saved with them.
+
+    kind, sources: see ``Rule``; the sources have the layer's number in the whole model.
+    """
 
     parameter: nn.Parameter
     kind: Kind
@@ -31,6 +36,9 @@ class WeightMap:
     """The parameters of this rank's ``chunks`` (GPTModels) and the tensors of the Hugging Face ``model`` in them.
 
     With tied embeddings, a last stage apart from the first holds a copy of them, which is loaded but not streamed.
+
+    Raises:
+        LimbeckError: if Megatron-Bridge describes other parameters than megatron-core builds.
     """
 
     def __init__(self, chunks: Sequence[Any], model: Any, groups: ProcessGroups) -> None:
@@ -38,13 +46,33 @@ class WeightMap:
         self.tied = bool(config.tie_word_embeddings)
         self._heads, self._groups = Heads.of(config), groups
         self._vocab_size = unwrap_model(model).get_input_embeddings().num_embeddings
+        family = find_family(model)
         self.held = [
-            HeldParameter(parameter, *_origin(name, chunk, family_of(model).rules, self.tied))
+            HeldParameter(parameter, *_origin(name, chunk, family, self.tied))
             for chunk in chunks
-            for name, parameter in chunk.named_parameters()
+            for name, parameter in chain(chunk.named_parameters(), chunk.named_buffers())
+            if isinstance(parameter, nn.Parameter) or _rule_name(name) in family.rules
         ]
         own_copy = {id(chunk.output_layer.weight) for chunk in chunks if self.tied and chunk.post_process}
         self.streamed = [held for held in self.held if id(held.parameter) not in own_copy]
+        numbers = {layer.layer_number - 1 for chunk in chunks for layer in chunk.decoder.layers}
+        self._check(
+            {source for one in family.parameters(model) if one.layer in numbers for source in one.sources},
+            unwrap_model(model),
+        )
+
+    def _check(self, expected: set[str], model: Any) -> None:
+        """Raise LimbeckError unless the layers have all tensors that are ``expected`` in them, and in their shapes."""
+        odd = expected - {source for held in self.held for source in held.sources}
+        for parameter, value in self.slices({name: value.to("meta") for name, value in model.state_dict().items()}):
+            odd |= {
+                held.sources[0] for held in self.held if held.parameter is parameter and value.shape != parameter.shape
+            }
+        for source in sorted(odd)[:1]:
+            raise LimbeckError(
+                f"megatron-core has no parameter that fits {source} of {model.config.model_type} models; use fsdp2_train and "
+                "fsdp2_infer."
+            )
 
     def slices(self, tensors: Mapping[str, Sliceable]) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Each parameter of this rank of which ``tensors`` has the whole sources, and its slice of them."""
@@ -103,7 +131,7 @@ class WeightMap:
             LimbeckError: if only some of the sources of one parameter are trained.
         """
         for held in self.held:
-            wanted = {name: trained[name] for name in held.sources}
+            wanted = {name: trained.get(name, False) for name in held.sources}  # False for buffers
             if len(set(wanted.values())) > 1:
                 frozen = next(name for name, value in wanted.items() if not value)
                 raise LimbeckError(
@@ -117,9 +145,18 @@ def _of_experts(kind: Kind) -> bool:
     return kind in ("experts_gate_up", "experts_down")
 
 
-def _origin(name: str, chunk: Any, rules: Mapping[str, Any], tied: bool) -> tuple[Kind, tuple[str, ...]]:
+def _origin(name: str, chunk: Any, family: Family, tied: bool) -> tuple[Kind, tuple[str, ...]]:
     local = re.search(r"layers\.(\d+)\.", name)
-    rule = rules[re.sub(r"layers\.\d+\.", "layers.*.", local_name(name))]
+    rule = family.rules.get(_rule_name(name))
+    if rule is None:
+        raise LimbeckError(
+            f"megatron-core has a parameter {name} that Megatron-Bridge does not know; use fsdp2_train and fsdp2_infer."
+        )
     layer = str(chunk.decoder.layers[int(local[1])].layer_number - 1) if local else ""
     sources = tuple(source.replace("*", layer) for source in rule.sources)
     return rule.kind, (EMBEDDINGS,) if tied and sources == (HEAD,) else sources
+
+
+def _rule_name(name: str) -> str:
+    """The name that ``Family.rules`` has for a parameter of a GPTModel."""
+    return re.sub(r"layers\.\d+\.", "layers.*.", local_name(name))

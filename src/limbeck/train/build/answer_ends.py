@@ -19,8 +19,11 @@ from limbeck.train.build.data import teacher_tokenizer, token_settings
 _CONVERSATION = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
 
 
-def end_of_template(config: DistillConfig, tokenizer: Any) -> set[int]:
-    """The token with which the template of the data ends an answer; empty if it refuses the conversation."""
+def end_of_template(config: DistillConfig, tokenizer: Any, **changes: Any) -> set[int]:
+    """The token with which the template of the data ends an answer; empty if it refuses the conversation.
+
+    changes: replace settings of the data, such as the template.
+    """
     settings = replace(
         token_settings(config),
         weight_key=None,
@@ -30,6 +33,7 @@ def end_of_template(config: DistillConfig, tokenizer: Any) -> set[int]:
         prompts_only=False,
         keep_columns=False,
         teacher_prompt=None,
+        **changes,
     )
     try:
         examples, _ = tokenize_rows([{"messages": _CONVERSATION}], tokenizer, **{**asdict(settings), "workers": 1})
@@ -64,12 +68,22 @@ def disagreements(
             f"{answers} end with {in_data}, and {student} with {_names(ends, tokenizer)}. The student's answers "
             f"end with either here; add {in_data} to the eos_token_id of the trained student, or use another template."
         )
-    if not config.has_teacher or config.cross_tokenizer != "off":
-        return
-    other = teacher_tokenizer(config.teacher)
+    other = teacher_tokenizer(config.teacher) if config.has_teacher else None
     if other is None:
         return
     teacher = str(config.teacher.model_args.model_name_or_path)
+    if config.cross_tokenizer != "off":
+        own: dict[str, Any] = {"template": None, "template_kwargs": {}, "default_system": None, "prompt_file": None}
+        theirs = {other.decode([token]) for token in end_of_template(config, other, **own)}
+        table = {tokenizer.eos_token: other.eos_token, **config.cross_tokenizer_tokens}
+        read = {table.get(token, token) for token in map(tokenizer.decode, ([token] for token in last_tokens))}
+        if read and theirs and not read & theirs:
+            yield (
+                f"{answers}, and so the student's, end with {in_data}, which the teacher {teacher} reads as "
+                f"{' or '.join(sorted(read))}, and its own template ends an answer with {' or '.join(sorted(theirs))}. It may "
+                "teach the student not to end; name both tokens in cross_tokenizer_tokens."
+            )
+        return
     ends = {other.eos_token_id} | end_token_ids(ModelSource.from_args(config.teacher.model_args, "teacher"))
     if last_tokens and not ends & set(last_tokens):
         yield (

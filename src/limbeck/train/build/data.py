@@ -26,7 +26,9 @@ from limbeck.data import (
     mix,
     tokenize_files,
 )
+from limbeck.data.encode import TOKENS
 from limbeck.data.teacher_prompts import TeacherPrompt
+from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_tokenizer, model_limits
 from limbeck.strategies.world import World
 from limbeck.train.build.counts import reduce_counts
@@ -37,6 +39,8 @@ from limbeck.train.reference_quirks import train_padding
 from limbeck.train.samples import answer_starts
 
 Progress = Callable[[int], None]
+
+_DOCUMENTS = ("text", TOKENS, "concatenated tokens")  # formats of rows that are no prompt with an answer
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,10 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         world.barrier()
     if "trained_padding" in config.objective_faults:
         train = train_padding(train, config.sequence_length, tokenizer.pad_token_id)
+    if config.writes_answers:
+        _check_prompts(report)
+        if held_out is not None and config.effective_validation.rollout is not None:
+            _check_prompts(held_out[1])
     mixture = mix(train, report, mixture_settings(config), config.data_seed)
     text = f"training: {report}" + (f"\nmixture: {mixture}" if mixture else "")
     if train.weights is not None:
@@ -136,6 +144,8 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     if held_out is not None:
         caps = tuple(entry.max_samples for entry in config.validation_sources)
         chosen = mix(*held_out, MixtureSettings(max_samples=caps), config.data_seed)
+        rows = np.arange(len(held_out[0])) if chosen is None else chosen.rows_of_epoch(0)
+        rows = rows[held_out[0].num_supervised[rows] > 0]  # prompts without an answer are for validation.rollout only
         validation = fixed_batches(
             held_out[0],
             batch_size=config.student.infer_batch_size,
@@ -143,7 +153,7 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
             world_size=world.dims.data_size,
             pad_id=tokenizer.pad_token_id,
             length_round=config.student.sequence_length_round_in_train,
-            rows=None if chosen is None else chosen.rows_of_epoch(0),
+            rows=rows,
         )
         validation = reduce_counts(validation, world)
         if translator is not None:
@@ -176,6 +186,16 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
     )
 
 
+def _check_prompts(report: DataReport) -> None:
+    """Raise LimbeckError for rows that have no prompt."""
+    for file in report.files:
+        if file.format in _DOCUMENTS:
+            raise LimbeckError(
+                f"{file.path} has rows of {file.format}, in which no prompt ends where an answer begins, and rollout continues "
+                "prompts; give rows with questions, or set rollout.on_policy_fraction: 0 without validation.rollout."
+            )
+
+
 def make_translator(config: DistillConfig, tokenizer: Any) -> Translator:
     """Converts the student's batches into the teacher's tokens, for a teacher with another tokenizer."""
     source = ModelSource.from_args(config.teacher.model_args, "teacher")
@@ -201,10 +221,12 @@ def prepare_examples(
 def prepare_validation(
     config: DistillConfig, tokenizer: Any, *, show: bool = True, progress: Progress | None = None
 ) -> tuple[Examples, DataReport] | None:
-    """The same for the validation rows; None if there are none."""
+    """The same for the validation rows; None if there are none. With ``validation.rollout`` they may lack an answer."""
     if not config.validation_sources:
         return None
-    settings = replace(token_settings(config), domain_key=None, prompts_only=False)
+    settings = replace(
+        token_settings(config), domain_key=None, prompts_only=config.effective_validation.rollout is not None
+    )
     return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)
 
 
