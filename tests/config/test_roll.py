@@ -209,6 +209,20 @@ def test_megatron_reads_the_keys_that_other_strategies_ignore(load: Load) -> Non
             "fsdp_size is not read by megatron_train; remove it",
         ),
         (["strategy_name=megatron_train", "strategy_config.fp8=true"], "fp8 = true is not supported yet; remove it"),
+        *(
+            (
+                ["strategy_name=megatron_train", f"strategy_config.recompute_modules=[{module}]"],
+                f"has {module}, which {why}",
+            )
+            for module, why in (
+                (
+                    "moe_act",
+                    "is an activation inside of Megatron's own experts, in place of which Limbeck's are used; use moe",
+                ),
+                ("shared_experts", "are not recomputed alone; use moe"),
+                ("mla_up_proj", "belongs to multi-latent attention, which is not built for megatron; remove it"),
+            )
+        ),
         (
             ["strategy_name=megatron_train", "strategy_config.recompute_granularity=all"],
             "= all is not one of full, selective",

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_model, megatron_hybrid_config
-from limbeck.models.megatron_checkpoint import arguments_of, open_checkpoint, write_checkpoint
+from limbeck.models.megatron_checkpoint import arguments_of, loading_flags, open_checkpoint, write_checkpoint
 from limbeck.models.megatron_config import hf_config
 from limbeck.models.megatron_families import FAMILIES, HEAD, Heads, slice_of
 
@@ -179,6 +179,18 @@ def test_what_is_written_is_read_again(kind, form, tmp_path):
     assert folder == tmp_path / "iter_0000007"
     assert_same(read(tmp_path), model)
     assert_same(read(folder), model)
+
+
+def test_the_flags_for_megatron_are_what_it_does_not_take_from_the_checkpoint():
+    found = {kind: loading_flags(make(kind).config) for kind in ARCHITECTURES}
+    assert found == {
+        "llama": "--use-checkpoint-args --norm-epsilon 1e-06 --use-rope-scaling --rope-scaling-factor 8",
+        "qwen2": "--use-checkpoint-args --norm-epsilon 1e-06",
+        "qwen3": "--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm --rotary-seq-len-interpolation-factor 2",
+        "mixtral": "--use-checkpoint-args --norm-epsilon 1e-06",
+        "qwen3_moe": "--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm",
+        "nemotron_h": "--use-checkpoint-args --norm-epsilon 1e-05",
+    }
 
 
 @pytest.mark.parametrize(

@@ -62,9 +62,11 @@ EXPERTS = [
 
 
 @torch.no_grad()
-def check(kind: str, dims: ParallelDims, settings: dict) -> None:
+def check(kind: str, dims: ParallelDims, settings: dict, **changes) -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SHAPE | (CHANGES | HYBRID).get(kind, {})))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **SHAPE | (CHANGES | HYBRID).get(kind, {}) | changes)
+    )
     for tensor in model.state_dict().values():
         tensor.mul_(3)
         if kind not in FAMILIES:  # also where zeros are usual
@@ -104,4 +106,6 @@ dist.init_process_group("gloo")
 for kind in sys.argv[1:] or FAMILIES:
     for dims, settings in DENSE + (EXPERTS if kind in WITH_EXPERTS else []):
         check(kind, dims, settings)
+    if kind in FAMILIES:
+        check(kind, *DENSE[1], num_key_value_heads=1)  # the ranks share a key head
 dist.destroy_process_group()

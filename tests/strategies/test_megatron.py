@@ -67,6 +67,7 @@ CASES = {  # ranks, student, what the student's strategy_config has, and the tea
     "dp x pp, interleaved": (4, "llama", {**VPP, **SHARDED}, {PP: 2, CP: 2}),
     "ep x pp": (4, "qwen3_moe", {EP: 2, PP: 2, **SHARDED}, None),
     "ep x tp": (4, "mixtral", {EP: 2, TP: 2, **SP}, {EP: 2, PP: 2, **ALLGATHER}),
+    "tp, shared keys": (4, "qwen3", {TP: 4, **SELECTIVE}, None),
     "dp x tp": (4, "qwen3", {TP: 2, **SP, **SHARDED}, {TP: 2, PP: 2}),
 }
 
@@ -108,6 +109,14 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         for name, (student, sizes) in halves.items():
             changes = {**half, **rows(2, 2), **layout(sizes), "eval_steps": 0}
             files[tmp_path / f"{name}.yaml"] = configuration(folder, tmp_path / name, student, **changes)
+        # Heads that context parallelism cannot divide, of models that have no weights to load.
+        odd = make_model(tmp_path / "odd", kind="llama", hidden=48, num_attention_heads=3, num_key_value_heads=3)
+        for file in odd.glob("*.safetensors"):
+            file.unlink()
+        for role in ("student", "teacher"):
+            changes = {**rows(2, 4), **layout({}, {}), "tokenizer": str(folder / "llama")}
+            changes |= {f"{role}.strategy_args.strategy_config": {CP: 2}, f"{role}_pretrain": str(odd)}
+            files[tmp_path / f"{role}.yaml"] = configuration(folder, tmp_path / role, "llama", **changes)
     else:
         files[tmp_path / "again.yaml"] = configuration(
             folder,
@@ -134,7 +143,7 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         files[tmp_path / "stage.yaml"] = configuration(folder, tmp_path / "stage", "qwen3_moe", **stages)
     run_ranks(ranks, files)
     errors = {path.stem: path.read_text() for path in tmp_path.glob("*.error")}
-    assert errors.keys() == ({"stage"} if ranks == 4 else set()), errors
+    assert errors.keys() == ({"stage"} if ranks == 4 else {"student", "teacher"}), errors
     for i, (name, (_, student, *_)) in enumerate(cases.items()):
         one, many = runs_of_fsdp2[student], tmp_path / str(i)
         features = ["train/features/total"] if "features.pairs" in STUDENTS[student][1] else []
@@ -143,6 +152,11 @@ def test_a_layout_gives_the_losses_and_the_student_of_fsdp2_and_takes_its_checkp
         assert_same_weights(one / "student", many / "student", tolerance=1e-5)
         assert_same_state(one / "checkpoint-8", many / "checkpoint-8")
     if ranks == 2:
+        for role in ("student", "teacher"):
+            sentence = (
+                f"{role}.strategy_args.strategy_config.context_parallel_size = 2 does not divide the 3 attention heads"
+            )
+            assert sentence in errors[role]
         assert_same_weights(runs_of_fsdp2["qwen3"] / "student", begun / "student", tolerance=1e-5)
         assert_same_weights(tmp_path / "4" / "student", again / "student")  # exactly
         assert_same_weights(runs_of_fsdp2["qwen3_moe"] / "student", moe_begun / "student", tolerance=1e-5)
@@ -211,6 +225,13 @@ def test_memory_is_flat_without_the_garbage_collector(folder, tmp_path, monkeypa
     assert after["resident_mb"] - before["resident_mb"] < 10
 
 
+def test_the_extra_has_what_megatron_hangs_without():
+    """megatron-core does not declare psutil, without which saving a distributed checkpoint of its own never ends."""
+    project = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^megatron = (.*)$", project, re.MULTILINE)
+    assert "psutil" in json.loads(extra)
+
+
 def test_a_sentence_says_what_to_install(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "megatron", None)
     settings = configuration(folder, tmp_path / "out", "qwen3", **layout({}))
@@ -271,8 +292,26 @@ def test_what_is_not_built_is_refused_before_anything_is_loaded(folder, tmp_path
         (
             "mistral",
             {"sliding_window": None},
-            {"tp": 4},
-            "tensor_model_parallel_size = 4 does not divide the 2 key and value heads",
+            {"tp": 3},
+            "tensor_model_parallel_size = 3 does not divide the 2 key and value heads",
+        ),
+        (
+            "llama",
+            {},
+            {"cp": 3},
+            "context_parallel_size = 3 does not divide the 4 attention heads (2 of keys and values) of",
+        ),
+        (
+            "llama",
+            {"num_key_value_heads": 4},
+            {"tp": 2, "cp": 4},
+            "= 4 does not divide the 2 attention heads (2 of keys and",
+        ),
+        (
+            "llama",
+            {"hidden_size": 48, "num_attention_heads": 12, "num_key_value_heads": 3},
+            {"cp": 2},
+            "the 12 attention heads (3 of keys and",
         ),
         (
             "nemotron_h",

@@ -25,6 +25,11 @@ def test_a_run_killed_inside_a_save_resumes_exactly_and_close_with_other_sizes(f
     whole = {tmp_path / "whole.yaml": settings("whole", EXPERTS, 2), tmp_path / "killed.yaml": killed}
     run_ranks(2, whole, killed=True)
     assert (tmp_path / "whole" / "checkpoint-8").exists()
+    # Each of the ranks writes about half of the state.
+    for kind in ("masters", "optimizer"):
+        files = list((tmp_path / "whole" / "checkpoint-8" / "training").glob(f"{kind}-*.safetensors"))
+        small, large = sorted(path.stat().st_size for path in files)
+        assert small > 0.7 * large, kind
     assert {path.name for path in (tmp_path / "killed").glob("*checkpoint-*")} == {
         "checkpoint-2", "checkpoint-4", ".checkpoint-6.writing",
     }  # fmt: skip

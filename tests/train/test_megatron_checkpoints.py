@@ -12,7 +12,7 @@ from limbeck.models import ModelSource, load_model
 from limbeck.models.megatron_checkpoint import write_checkpoint
 
 
-def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(configure, assets, tmp_path):
+def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(configure, assets, tmp_path, capsys):
     short = {"max_steps": 2, "save_steps": 0, "eval_steps": 0}
     one = DistillPipeline(configure(**short)).run()
     roles = {}
@@ -26,9 +26,33 @@ def test_a_run_is_the_one_of_the_same_models_in_the_format_of_hugging_face(confi
         "checkpoint_config.save_megatron": True,
     }
     other = DistillPipeline(configure(**short, **roles, **settings)).run()
+    assert "load it in Megatron-LM with --use-checkpoint-args --norm-epsilon 1e-06" in capsys.readouterr().out
     assert_same_weights(one.student, other.student)
     saved = load_model(ModelSource(str(tmp_path / "other" / "megatron")), torch.float32).state_dict()
     trained = AutoModelForCausalLM.from_pretrained(one.student, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"checkpoint_config.save_before": "00:01"}, None),
+        ({"rollout": {"max_new_tokens": 2, "stop_if": {"mean_length_below": 3, "for_steps": 1}}}, "has passed"),
+    ],
+)
+def test_a_run_that_ends_early_leaves_a_checkpoint_of_megatron_too(changes, error, configure, tmp_path):
+    run = DistillPipeline(
+        configure(**changes, max_steps=3, save_steps=0, eval_steps=0, **{"checkpoint_config.save_megatron": True})
+    )
+    if error is None:
+        assert run.run().out_of_time
+    else:
+        with pytest.raises(LimbeckError, match=error):
+            run.run()
+    saved, trained = (
+        load_model(ModelSource(str(tmp_path / "out" / name)), torch.float32).state_dict()
+        for name in ("megatron/iter_0000001", "checkpoint-1")
+    )
     assert all(torch.equal(saved[name], trained[name]) for name in trained)
 
 

@@ -38,7 +38,7 @@ def _convert(args: argparse.Namespace) -> int:
     from limbeck.models import ModelSource, load_model, load_tokenizer
     from limbeck.models.load import checkpoint_dtype
     from limbeck.models.logs import configure_logging
-    from limbeck.models.megatron_checkpoint import write_checkpoint
+    from limbeck.models.megatron_checkpoint import loading_flags, write_checkpoint
 
     if args.output.exists():
         raise LimbeckError(f"{args.output} exists; name a new folder for the converted checkpoint.")
@@ -54,6 +54,7 @@ def _convert(args: argparse.Namespace) -> int:
     if not from_megatron:
         tokenizer, form, layers = args.tokenizer or args.source, args.format, args.transformer_impl
         print(write_checkpoint(model, args.output, args.iteration, tokenizer, form, layers))
+        print(f"load it in Megatron-LM with {loading_flags(model.config)}")
         return 0
     model.save_pretrained(args.output)
     if args.tokenizer:

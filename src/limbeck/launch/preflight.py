@@ -30,10 +30,8 @@ from limbeck.config.schema import WorkerConfig
 from limbeck.errors import LimbeckError, UnknownMemory
 from limbeck.launch.driver import refuse_backend
 from limbeck.launch.first_batch import FirstRank, describe_data
-from limbeck.models import ModelSource, model_outline
-from limbeck.models.dtypes import DTYPES
 from limbeck.plan.memory import ModelMemory, student_memory, teacher_memory
-from limbeck.strategies.base import dims_of, strategy_of
+from limbeck.strategies.base import check_worker
 from limbeck.teachers.service import find_service
 from limbeck.train.build.early_checks import early_checks
 from limbeck.train.build.objective import make_objective, make_objectives
@@ -188,7 +186,7 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         lambda: make_objective(config, torch.device("cpu")),
         lambda: make_objectives(config, torch.device("cpu")),
         lambda: refuse_backend(config, "GPU" if on_gpus else "CPU"),
-        *(partial(_check_worker, config, *role, device_type) for role in roles),
+        *(partial(check_worker, config, *role, device_type) for role in roles),
     ]
     problems = []
     for check in checks:
@@ -197,15 +195,6 @@ def _layout_problems(config: DistillConfig, *, on_gpus: bool) -> list[str]:
         except LimbeckError as error:
             problems += str(error).splitlines()
     return problems
-
-
-def _check_worker(config: DistillConfig, role: str, worker: WorkerConfig, ranks: int, device_type: str) -> None:
-    """Raise LimbeckError unless a role's strategy runs on its ranks and divides its model."""
-    strategy, dims = strategy_of(worker, role), dims_of(worker, ranks, role)
-    strategy.check(config, dims, role, device_type)
-    if dims.model_parallel_size > 1:
-        source = ModelSource.from_args(worker.model_args, role)
-        strategy.check_model(model_outline(source, DTYPES[worker.model_args.dtype]), dims, source.name, role)
 
 
 def _mappings(config: DistillConfig) -> list[list[int]]:

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema import StudentConfig, TeacherConfig, WorkerConfig
-from limbeck.models import HiddenStateCapture, submodules
+from limbeck.models import HiddenStateCapture, ModelSource, model_outline, submodules
+from limbeck.models.dtypes import DTYPES
 from limbeck.objectives import OutputHead
 from limbeck.registry import STRATEGIES
 from limbeck.strategies.parallel_dims import ParallelDims
@@ -290,3 +291,13 @@ def strategy_of(worker: WorkerConfig, role: str) -> Strategy:
 def dims_of(worker: WorkerConfig, ranks: int, role: str) -> ParallelDims:
     """How ``ranks`` ranks divide a role's model under its strategy."""
     return strategy_of(worker, role).dims(worker, ranks, role)
+
+
+def check_worker(config: DistillConfig, role: str, worker: WorkerConfig, ranks: int, device_type: str) -> None:
+    """Raise LimbeckError unless a role's strategy runs on its ranks and divides its model, of which no weight is loaded."""
+    strategy, dims, args = strategy_of(worker, role), dims_of(worker, ranks, role), worker.model_args
+    strategy.check(config, dims, role, device_type)
+    # The model of another source of teachers is not its own, and a class from the hub may not support the meta device.
+    if dims.model_parallel_size > 1 and args.names_a_model and not args.trust_remote_code:
+        source = ModelSource.from_args(args, role)
+        strategy.check_model(model_outline(source, DTYPES[args.dtype]), dims, source.name, role)

@@ -26,7 +26,7 @@ from limbeck.models import (
     undo_around,
 )
 from limbeck.models.dtypes import compute_dtype
-from limbeck.strategies.base import FrozenModel, TeacherSpec, dims_of, strategy_of
+from limbeck.strategies.base import FrozenModel, TeacherSpec, check_worker, dims_of, strategy_of
 from limbeck.strategies.world import World
 from limbeck.teachers.model_parallel import exchange_batches
 from limbeck.teachers.protocol import SignalFuture, TeacherContext, TeacherInfo
@@ -146,7 +146,7 @@ def load_local_teacher(config: DistillConfig, world: World) -> LocalTeacher:
     source = ModelSource.from_args(worker.model_args, "teacher")
     dims = dims_of(worker, world.size, "teacher")
     strategy = strategy_of(worker, "teacher")
-    strategy.check(config, dims, "teacher", world.device.type)
+    check_worker(config, "teacher", worker, world.size, world.device.type)
     model = load_model(source, compute_dtype(worker), config.seed)
     if config.features.logit_layers:
         check_logit_layer(model, config.features.logit_layers[1], "teacher")

@@ -26,7 +26,7 @@ from limbeck.interrupt import SAVES, StopRequest, stop_requests
 from limbeck.models import ModelSource, explain_oom, load_model
 from limbeck.models.dtypes import DTYPES
 from limbeck.models.logs import configure_logging
-from limbeck.models.megatron_checkpoint import write_checkpoint
+from limbeck.models.megatron_checkpoint import loading_flags, write_checkpoint
 from limbeck.strategies.base import MicroBatches
 from limbeck.strategies.host_memory import keep_freed_pages
 from limbeck.strategies.world import World, start_world
@@ -125,25 +125,35 @@ class DistillPipeline:
                 nullcontext(given.stop) if given.stop is not None else stop_requests(SAVES if world.is_main else None)
             )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
-                result = train(run, stop, given.console, limits)
+                try:
+                    result = train(run, stop, given.console, limits)
+                except StopTraining:
+                    if run.step > 0:
+                        _save_for_megatron(config, world, run.step, given.console)
+                    raise
+        _save_for_megatron(config, world, result.step, given.console)
         completed = not (result.stopped_by or result.out_of_time)
-        if completed and config.checkpoint_config.save_megatron:
-            _save_for_megatron(config, world, result, given.console)
         if completed and config.checkpoint_config.save_to_hub.repo_id is not None:
             _push(config, world, result, given.console)
         return result
 
 
-def _save_for_megatron(config: DistillConfig, world: World, result: RunResult, console_file: TextIO | None) -> None:
-    """Write the student as a checkpoint of Megatron-LM from the main process, while the others wait."""
+def _save_for_megatron(config: DistillConfig, world: World, step: int, console_file: TextIO | None) -> None:
+    """If configured, write the checkpoint of ``step`` as one of Megatron-LM from the main process, while the others wait."""
+    if not config.checkpoint_config.save_megatron:
+        return
     try:
         if world.is_main:
-            source = ModelSource(str(result.student), "student")
+            source = ModelSource(str(config.checkpoint_dir / f"checkpoint-{step}"), "student")
             model = load_model(source, DTYPES[config.student.model_args.dtype])
             folder = config.checkpoint_dir / "megatron"
             form = config.checkpoint_config.megatron_format
-            written = write_checkpoint(model, folder, result.step, config.tokenizer_name_or_path, form)
-            print(f"Megatron-LM's checkpoint: {written}", file=console_file, flush=True)
+            written = write_checkpoint(model, folder, step, config.tokenizer_name_or_path, form)
+            print(
+                f"Megatron-LM's checkpoint: {written}\nload it in Megatron-LM with {loading_flags(model.config)}",
+                file=console_file,
+                flush=True,
+            )
     finally:
         world.barrier()
 

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from limbeck.config.schema.base import Section
+
+_NOT_RECOMPUTED = {
+    "moe_act": "is an activation inside of Megatron's own experts, in place of which Limbeck's are used; use moe, which "
+    "recomputes the whole layer",
+    "shared_experts": "are not recomputed alone; use moe, which recomputes the whole layer",
+    "mla_up_proj": "belongs to multi-latent attention, which is not built for megatron; remove it",
+    "gdn_norm_out": "belongs to gated delta nets, which are not built for megatron; remove it",
+}
+"""Megatron's other names of modules, and why they cannot be recomputed."""
 
 
 class MegatronConfig(Section):
@@ -96,3 +105,11 @@ class MegatronConfig(Section):
     ddp_average_in_collective: bool = Field(
         default=False, description="Average gradients in the collective operation instead of dividing them before it."
     )
+
+    @field_validator("recompute_modules", mode="before")
+    @classmethod
+    def _of_limbecks_layers(cls, value: Any) -> Any:
+        for module in value if isinstance(value, list) else []:
+            if str(module) in _NOT_RECOMPUTED:
+                raise ValueError(f"has {module}, which {_NOT_RECOMPUTED[str(module)]}")
+        return value

@@ -210,8 +210,9 @@ class CheckpointConfig(Section):
     )
     save_megatron: bool = Field(
         default=False,
-        description="At the end of the run, also write the student as a checkpoint of Megatron-LM, to the folder `megatron` "
-        "beside the checkpoints.",
+        description="When the run ends with a checkpoint, also at a time limit, a signal or a limit of rollout.stop_if, "
+        "write the student as a checkpoint of Megatron-LM, to the folder `megatron` beside the checkpoints. `limbeck convert` "
+        "makes one from any checkpoint.",
     )
     megatron_format: Literal["torch_dist", "torch"] = Field(
         default="torch_dist",

@@ -67,6 +67,23 @@ def arguments_of(config: PretrainedConfig) -> dict[str, Any]:
     return (megatron_hybrid_config.megatron_arguments if of_hybrid else megatron_arguments)(config)
 
 
+def loading_flags(config: PretrainedConfig) -> str:
+    """The flags with which Megatron-LM builds the model of ``config`` from its checkpoint.
+
+    They are those of its arguments that ``--use-checkpoint-args`` does not take (``load_args_from_checkpoint`` of
+    ``megatron/training/checkpointing.py``).
+    """
+    arguments = arguments_of(config)
+    flags = ["--use-checkpoint-args", f"--norm-epsilon {arguments['norm_epsilon']:g}"]
+    if arguments["qk_layernorm"]:
+        flags.append("--qk-layernorm")
+    if arguments.get("use_rope_scaling"):
+        flags.append(f"--use-rope-scaling --rope-scaling-factor {arguments['rope_scaling_factor']:g}")
+    if arguments.get("rotary_seq_len_interpolation_factor") is not None:
+        flags.append(f"--rotary-seq-len-interpolation-factor {arguments['rotary_seq_len_interpolation_factor']:g}")
+    return " ".join(flags)
+
+
 def _tokenizer_arguments(name: str, size: int) -> dict[str, Any]:
     """Megatron-LM's arguments for the tokenizer of a run. ``size`` is the model's vocabulary."""
     if name.startswith(NUMBERS):

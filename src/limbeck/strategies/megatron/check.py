@@ -59,12 +59,22 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
     mamba = {}
     if heads.mamba is not None:
         mamba = {"heads of Mamba layers": heads.mamba.heads, "groups of Mamba layers": heads.mamba.groups}
-    for what, size in {"key and value heads": heads.groups, **dense, **mamba}.items():
+    # Megatron gives several ranks the same key head: they slice its matrix evenly and gather what they compute with it.
+    shares = dims.tp % heads.groups == 0 and not any(x % dims.tp for x in (heads.heads, 2 * heads.groups * heads.dim))
+    keys = {} if shares else {"key and value heads": heads.groups}
+    for what, size in {**keys, **dense, **mamba}.items():
         if size % dims.tp:
             raise LimbeckError(
                 f"{section}.strategy_config.tensor_model_parallel_size = {dims.tp} does not divide the {size} {what} of "
                 f"{name}; use a divisor, or fsdp2_train and fsdp2_infer."
             )
+    query, key = heads.heads // dims.tp, max(heads.groups // dims.tp, 1)
+    if query % dims.cp or (key % dims.cp and dims.cp % key):
+        raise LimbeckError(
+            f"{section}.strategy_config.context_parallel_size = {dims.cp} does not divide the {query} attention heads ({key} "
+            f"of keys and values) of a tensor parallel rank of {name}; use a size that divides both, or a multiple of {key} "
+            f"that divides {query}."
+        )
 
 
 def warn_of_unread_keys(model: Any, given: MegatronConfig, name: str, role: str) -> None:

@@ -215,11 +215,15 @@ class MegatronEngine:
         trained = self.trained_names()
         model: dict[str, list[Shard]] = {}
         optimizer: dict[str, list[Shard]] = {}
+        keepers, load = dict[str, int](), [0] * self._world.size  # the rank that keeps a whole tensor, on the host
         for entry in (None, *self._tensors.MOMENTS) if self._steps else (None,):
             every = ((f"{MODEL}{name}", value) for name, value in self._stream(entry))
             added = ((name, self._tensors.read(parameter, entry)) for name, parameter in self._added.items())
             for name, value in chain(every, self._from_all_stages(added)):
-                if self._world.is_main and name in trained:  # which alone keeps whole tensors, on the host
+                if name in trained and name not in keepers:  # every rank sees the same names and sizes
+                    keepers[name] = load.index(min(load))
+                    load[keepers[name]] += value.numel()
+                if keepers.get(name) == self._world.rank:
                     kept, ending = (model, "") if entry is None else (optimizer, f"|{entry}")
                     kept[f"{name}{ending}"] = [shard_of(value.float().cpu())]
         if optimizer:

@@ -16,7 +16,7 @@ from limbeck.errors import LimbeckError
 from limbeck.objectives import TaidSchedule
 from limbeck.registry import STEP_SOURCES, check_members
 from limbeck.report import load_run, write_report
-from limbeck.strategies.base import Engine, dims_of, strategy_of
+from limbeck.strategies.base import Engine, check_worker
 from limbeck.strategies.optimizer import make_scheduler
 from limbeck.strategies.world import World
 from limbeck.teachers.connect import connect_teacher
@@ -176,8 +176,8 @@ def build_run(
         progress: called with the number of rows tokenised so far.
     """
     if config.has_teacher and not workers:
-        dims = dims_of(config.teacher, world.size, "teacher")
-        strategy_of(config.teacher, "teacher").check(config, dims, "teacher", world.device.type)
+        check_worker(config, "teacher", config.teacher, world.size, world.device.type)
+    check_worker(config, "student", config.student, world.size, world.device.type)
     for check in early_checks(config, world):
         check()
     resume = find_checkpoint(config)
