@@ -144,7 +144,27 @@ def test_the_benchmark_of_writing_compares_both_sides_and_gpu_shows_them(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
     assert [one["side"] for one in found["results"]][:2] == ["limbeck", "model.generate"]
+    assert found["equal_greedy_completions"]["model.generate"] == 4
+    assert "greedy completions equal to those of model.generate: 4 of 4" in done.stdout
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu = importlib.import_module("gpu")
     lines = gpu.rows(gpu.WRITE, {"status": "ok", "seconds": 1.0, **found})
     assert "limbeck: " in lines[1] and "limbeck is 1.00 x as fast" in lines[1]
+
+
+@pytest.mark.processes
+def test_the_benchmark_of_on_policy_steps_measures_without_trl_and_gpu_shows_it(tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    options = ["--quick", "--device", "cpu", "--prompts", "8", "--max-tokens", "4", "--json", str(result)]
+    command = [sys.executable, str(BENCHMARKS / "on_policy_step.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text())
+    ours = found["results"][0]
+    assert (found["device"], found["dtype"], ours["side"]) == ("cpu", "fp32", "limbeck")
+    assert 8 <= ours["written"] <= 32 and ours["writing"] + ours["teacher"] + ours["student"] < ours["seconds"]
+    assert (len(found["results"]) == 1) == ("only limbeck was measured" in done.stdout) == (find_spec("trl") is None)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    lines = gpu.rows(gpu.ON_POLICY, {"status": "ok", "seconds": 1.0, **found})
+    assert " written tokens; limbeck is 1.00 x as fast" in lines[1]
