@@ -89,7 +89,10 @@ def test_the_bytes_of_a_cache_are_known_before_it_is_allocated(kind, dtype, tmp_
         generator.generate(prompts, SamplingParams(max_tokens, n=count))
         outline = model_outline(ModelSource(str(folder)), dtype)
         expected = cache_bytes(outline, min(3, 2 * count), length + max_tokens - 1)
-        assert caches.pop().nbytes == expected > 0
+        cache = caches.pop()
+        states = [*cache.recurrent.windows.values(), *cache.recurrent.states.values()]
+        tensors = [*(tensor for pair in cache._layers.values() for tensor in pair), *states]
+        assert sum(tensor.nbytes for tensor in tensors) == cache.nbytes == expected > 0
 
 
 def test_samples_of_a_prompt_begin_with_the_state_of_the_prompt(tmp_path):
