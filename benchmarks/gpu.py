@@ -3,9 +3,10 @@
     make gpu PYTHON=python3
     python benchmarks/gpu.py --json gpu.json
 
-Runs the tests marked ``gpu``, ``step_gpu.py --quick``, ``loss_gpu.py --quick`` and ``rollout.py --quick``, each with a time
-limit, in at most eight minutes. A part that fails leaves the others standing. It uses the Python that runs it, this checkout's
-``src``, and what is installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2 without a GPU.
+Runs the tests marked ``gpu``, and ``step_gpu.py``, ``loss_gpu.py``, ``rollout.py`` and ``on_policy_step.py`` with ``--quick``,
+each with a time limit, in at most eight minutes. A part that fails leaves the others standing. It uses the Python that runs
+it, this checkout's ``src``, and what is installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2
+without a GPU.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS, STEP, LOSS, WRITE = "tests", "step", "loss", "write"
+TESTS, STEP, LOSS, WRITE, ON_POLICY = "tests", "step", "loss", "write", "on_policy"
 
 
 def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
@@ -39,10 +40,11 @@ def parts(folder: Path) -> list[tuple[str, int, list[str]]]:
     if find_spec("xdist") is not None:  # most of their time is compilation, which takes one core each
         options += ["-n", str(max(1, min(12, (os.cpu_count() or 1) - 2)))]
     return [
-        (TESTS, 150, ["-m", "pytest", *options, *sorted(marked)]),
-        (STEP, 210, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
-        (LOSS, 60, ["benchmarks/loss_gpu.py", "--quick", "--json", str(folder / f"{LOSS}.json")]),
-        (WRITE, 60, ["benchmarks/rollout.py", "--quick", "--json", str(folder / f"{WRITE}.json")]),
+        (TESTS, 130, ["-m", "pytest", *options, *sorted(marked)]),
+        (STEP, 180, ["benchmarks/step_gpu.py", "--quick", "--json", str(folder / f"{STEP}.json")]),
+        (LOSS, 50, ["benchmarks/loss_gpu.py", "--quick", "--json", str(folder / f"{LOSS}.json")]),
+        (WRITE, 55, ["benchmarks/rollout.py", "--quick", "--json", str(folder / f"{WRITE}.json")]),
+        (ON_POLICY, 60, ["benchmarks/on_policy_step.py", "--quick", "--json", str(folder / f"{ON_POLICY}.json")]),
     ]
 
 
@@ -84,7 +86,7 @@ def run(name: str, limit: int, arguments: list[str], folder: Path) -> dict[str, 
 
 def rows(name: str, found: dict[str, Any]) -> list[str]:
     """One line for the part, and one for each of its measurements."""
-    lines = [f"{name:6} {found['status']:24} {found['seconds']:6.1f} s  {found.get('last_line', '')}"]
+    lines = [f"{name:9} {found['status']:24} {found['seconds']:6.1f} s  {found.get('last_line', '')}"]
     for result in found.get("results", []):
         if name == STEP and "seconds" in result:
             share = f"{result['matmul_share']:.1%}" if "matmul_share" in result else "-"
@@ -98,6 +100,11 @@ def rows(name: str, found: dict[str, Any]) -> list[str]:
         elif name == WRITE:
             lines.append(
                 f"       {result['side']}: {result['tokens_per_second']:.0f} tokens/s; limbeck is "
+                f"{result['times_as_fast_is_limbeck']:.2f} x as fast"
+            )
+        elif name == ON_POLICY:
+            lines.append(
+                f"       {result['side']}: {result['seconds']:.2f} s for {result['written']:.0f} written tokens; limbeck is "
                 f"{result['times_as_fast_is_limbeck']:.2f} x as fast"
             )
         elif "of_products" in result:
@@ -114,7 +121,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, default=Path("gpu.json"), help="the file of all results; gpu.json by default"
     )
-    every = (TESTS, STEP, LOSS, WRITE)
+    every = (TESTS, STEP, LOSS, WRITE, ON_POLICY)
     parser.add_argument("--only", nargs="+", choices=every, default=every)
     args = parser.parse_args()
     import torch

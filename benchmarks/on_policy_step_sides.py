@@ -10,11 +10,27 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from step_sides import send, turns
 
-MAX_TOKENS, SAMPLES, MICRO_BATCH = 128, 64, 8
+MICRO_BATCH = 8
+
+
+class Sizes(NamedTuple):
+    """dtype: that both models compute in. samples: of a step. max_tokens: of a completion."""
+
+    dtype: str
+    samples: int
+    max_tokens: int
+
+
+def finish() -> None:
+    """Wait for the GPU, if there is one."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def timed(seconds: Counter[str], name: str, function: Any) -> Any:
@@ -25,12 +41,13 @@ def timed(seconds: Counter[str], name: str, function: Any) -> Any:
         try:
             return function(*args, **options)
         finally:
+            finish()
             seconds[name] += time.perf_counter() - begun
 
     return call
 
 
-def limbeck(folder: Path, steps: int) -> None:
+def limbeck(folder: Path, steps: int, sizes: Sizes) -> None:
     from limbeck.config import DistillConfig
     from limbeck.teachers.signals import TeacherRequest
     from limbeck.train import loop
@@ -66,6 +83,7 @@ def limbeck(folder: Path, steps: int) -> None:
         run.metrics.timer.read()
         begun = time.perf_counter()
         step(run)
+        finish()
         whole, parts = time.perf_counter() - begun, run.metrics.timer.read()
         send(
             seconds=whole, teacher=parts["teacher"], student=parts["student"] + parts["optimizer"],
@@ -79,22 +97,22 @@ def limbeck(folder: Path, steps: int) -> None:
     config = DistillConfig(
         student_pretrain=str(folder / "student"), teacher_pretrain=str(folder / "teacher"), output_dir=str(folder / "run"),
         sequence_length=512, max_steps=steps + 1, save_steps=0, logging_steps=10**6, track_with="none",
-        kd_objective="reverse_kl", distill_loss_weight=1.0, rollout={"max_new_tokens": MAX_TOKENS},
+        kd_objective="reverse_kl", distill_loss_weight=1.0, rollout={"max_new_tokens": sizes.max_tokens},
         student={
             "use_sequence_packing": True,
-            "model_args": {"dtype": "fp32", "disable_gradient_checkpointing": True},
+            "model_args": {"dtype": sizes.dtype, "disable_gradient_checkpointing": True},
             "training_args": {
-                "per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": SAMPLES // MICRO_BATCH,
+                "per_device_train_batch_size": MICRO_BATCH, "gradient_accumulation_steps": sizes.samples // MICRO_BATCH,
                 "learning_rate": 1e-5,
             },
             "data_args": {"file_name": [str(folder / "data.jsonl")], "cache_path": str(folder / "cache")},
         },
-        teacher={"model_args": {"dtype": "fp32"}},
+        teacher={"model_args": {"dtype": sizes.dtype}},
     )  # fmt: skip
     loop.DistillPipeline(config).run()
 
 
-def trl(folder: Path, steps: int) -> None:
+def trl(folder: Path, steps: int, sizes: Sizes) -> None:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -137,6 +155,7 @@ def trl(folder: Path, steps: int) -> None:
             self.begun = time.perf_counter()
 
         def on_step_end(self, *args, **kwargs):
+            finish()
             whole = time.perf_counter() - self.begun
             student = whole - seconds["writing"] - seconds["teacher"]
             send(
@@ -145,17 +164,20 @@ def trl(folder: Path, steps: int) -> None:
             )  # fmt: skip
 
     config = GKDConfig(
-        output_dir=str(folder / "trl"), lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=MAX_TOKENS, bf16=False,
-        use_cpu=True,
+        output_dir=str(folder / "trl"), lmbda=1.0, beta=1.0, temperature=1.0, max_new_tokens=sizes.max_tokens,
+        bf16=sizes.dtype == "bf16", use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=False, per_device_train_batch_size=MICRO_BATCH,
-        gradient_accumulation_steps=SAMPLES // MICRO_BATCH, max_steps=steps + 1, learning_rate=1e-5, report_to="none",
+        gradient_accumulation_steps=sizes.samples // MICRO_BATCH, max_steps=steps + 1, learning_rate=1e-5, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True, max_length=256,
     )  # fmt: skip
-    load = lambda name: AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32)  # noqa: E731
-    messages = [{"messages": [{"role": "user", "content": "w500"}, {"role": "assistant", "content": "w600"}]}] * SAMPLES
+    load = AutoModelForCausalLM.from_pretrained
+    computes = torch.bfloat16 if sizes.dtype == "bf16" else torch.float32
+    messages = [
+        {"messages": [{"role": "user", "content": "w500"}, {"role": "assistant", "content": "w600"}]}
+    ] * sizes.samples
     trainer = SameBatches(
-        model=load("student"), teacher_model=load("teacher"), args=config, processing_class=tokenizer,
-        train_dataset=Dataset.from_list(messages), callbacks=[TimedSteps()],
+        model=load(folder / "student", dtype=torch.float32), teacher_model=load(folder / "teacher", dtype=computes),
+        args=config, processing_class=tokenizer, train_dataset=Dataset.from_list(messages), callbacks=[TimedSteps()],
     )  # fmt: skip
     trainer.teacher_model.forward = timed(seconds, "teacher", trainer.teacher_model.forward)
     trainer.train()
@@ -163,5 +185,7 @@ def trl(folder: Path, steps: int) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    side, where, _, count = sys.argv[1:]
-    {"limbeck": limbeck, "trl": trl}[side](Path(where), int(count))
+    side, where, dtype, count, device, samples, max_tokens = sys.argv[1:]
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    {"limbeck": limbeck, "trl": trl}[side](Path(where), int(count), Sizes(dtype, int(samples), int(max_tokens)))

@@ -58,9 +58,11 @@ def make_prompts(count: int, longest: int) -> list[Prompt]:
 
 
 @torch.no_grad()
-def generate_in_batches(model: Any, prompts: list[Prompt], size: int, settings: GenerationConfig) -> int:
-    """The number of tokens that ``model.generate`` writes up to the end of every row, ``size`` rows at a time."""
-    written = 0
+def generate_in_batches(
+    model: Any, prompts: list[Prompt], size: int, settings: GenerationConfig
+) -> list[tuple[int, ...]]:
+    """What ``model.generate`` writes up to the end of every row, ``size`` rows at a time."""
+    written: list[tuple[int, ...]] = []
     for start in range(0, len(prompts), size):
         rows = [prompt.token_ids for prompt in prompts[start : start + size]]
         width = max(map(len, rows))
@@ -68,7 +70,8 @@ def generate_in_batches(model: Any, prompts: list[Prompt], size: int, settings: 
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
         output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)[:, width:]
         ends = torch.isin(output, torch.tensor(ENDS, device=model.device)).int()
-        written += int((ends.cumsum(-1) == ends).sum())  # no end before this token
+        lengths = (ends.cumsum(-1) == ends).sum(-1)  # no end before these tokens
+        written += [tuple(row[:length]) for row, length in zip(output.tolist(), lengths.tolist(), strict=True)]
     return written
 
 
@@ -143,13 +146,23 @@ def main() -> None:
 
     def theirs(seed: int) -> int:
         torch.manual_seed(seed)
-        return generate_in_batches(model, prompts, args.micro_batch, settings)
+        return sum(map(len, generate_in_batches(model, prompts, args.micro_batch, settings)))
+
+    greedy = SamplingParams(args.max_tokens, temperature=0)
+
+    def equal_greedy(others: list[tuple[int, ...]]) -> int:
+        """The number of prompts whose most likely completion is that of ``others``; in bf16, rounding decides ties."""
+        ours = [completion.token_ids for completion in generator.generate(prompts, greedy)]
+        return sum(one == other for one, other in zip(ours, others, strict=True))
 
     def report(results: list[dict[str, Any]]) -> None:
         if args.json:
-            args.json.write_text(json.dumps({"device": str(device), "dtype": str(dtype), "results": results}, indent=1))
+            values = {"device": str(device), "dtype": str(dtype), "equal_greedy_completions": equal, "results": results}
+            args.json.write_text(json.dumps(values, indent=1))
 
     print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
+    likeliest = GenerationConfig(**{**settings.to_diff_dict(), "do_sample": False, "temperature": None, "top_k": None})
+    equal = {"model.generate": equal_greedy(generate_in_batches(model, prompts, args.micro_batch, likeliest))}
     results = measure({"limbeck": written_by(generator), "model.generate": theirs}, rounds)
     report(results)  # starting vLLM may take longer than a caller waits
     if find_spec("vllm"):
@@ -158,12 +171,12 @@ def main() -> None:
             outline, make_tokenizer(), args.longest + args.max_tokens, device.type, arguments=changes
         )
         engine.update_weights(model.state_dict().items(), 0)
-        greedy = SamplingParams(args.max_tokens, temperature=0)
-        pairs = zip(generator.generate(prompts, greedy), engine.generate(prompts, greedy), strict=True)
-        print(f"greedy completions equal to those of vLLM: {sum(one.token_ids == two.token_ids for one, two in pairs)}")
+        equal["vllm"] = equal_greedy([completion.token_ids for completion in engine.generate(prompts, greedy)])
         alone = vllm_alone(engine, prompts, args.max_tokens)
         results += measure({"limbeck": written_by(generator), "vllm": written_by(engine), "vllm alone": alone}, rounds)
         report(results)
+    for side, number in equal.items():
+        print(f"  greedy completions equal to those of {side}: {number} of {len(prompts)}")
     for result in results:
         times = result["times_as_fast_is_limbeck"]
         print(f"  {result['side']:14} {result['tokens_per_second']:8.0f} tokens/s; limbeck is {times:.2f} × as fast")

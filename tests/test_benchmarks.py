@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -144,7 +146,77 @@ def test_the_benchmark_of_writing_compares_both_sides_and_gpu_shows_them(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(result.read_text())
     assert [one["side"] for one in found["results"]][:2] == ["limbeck", "model.generate"]
+    assert found["equal_greedy_completions"]["model.generate"] == 4
+    assert "greedy completions equal to those of model.generate: 4 of 4" in done.stdout
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     gpu = importlib.import_module("gpu")
     lines = gpu.rows(gpu.WRITE, {"status": "ok", "seconds": 1.0, **found})
     assert "limbeck: " in lines[1] and "limbeck is 1.00 x as fast" in lines[1]
+
+
+@pytest.mark.processes
+def test_the_benchmark_of_on_policy_steps_measures_without_trl_and_gpu_shows_it(tmp_path, monkeypatch):
+    result = tmp_path / "result.json"
+    options = ["--quick", "--device", "cpu", "--prompts", "8", "--max-tokens", "4", "--json", str(result)]
+    command = [sys.executable, str(BENCHMARKS / "on_policy_step.py"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(result.read_text())
+    ours = found["results"][0]
+    assert (found["device"], found["dtype"], ours["side"]) == ("cpu", "fp32", "limbeck")
+    assert 8 <= ours["written"] <= 32 and ours["writing"] + ours["teacher"] + ours["student"] < ours["seconds"]
+    assert (len(found["results"]) == 1) == ("only limbeck was measured" in done.stdout) == (find_spec("trl") is None)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu = importlib.import_module("gpu")
+    lines = gpu.rows(gpu.ON_POLICY, {"status": "ok", "seconds": 1.0, **found})
+    assert " written tokens; limbeck is 1.00 x as fast" in lines[1]
+
+
+class Here:
+    """Stands in for a pool of processes; runs what is submitted at once."""
+
+    def __init__(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def test_the_benchmark_of_what_a_share_does_prints_every_setting(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    on_policy = importlib.import_module("on_policy")
+
+    @dataclass(frozen=True)
+    class Small(on_policy.Sizes):
+        teacher_problems: int = 200
+        student_problems: int = 64
+        held_out: int = 8
+        teacher: tuple[int, int] = (1, 32)
+        student: tuple[int, int] = (1, 32)
+        teacher_steps: int = 2
+        student_steps: int = 2
+        packs_per_step: int = 1
+
+    monkeypatch.setattr(on_policy, "Sizes", Small)
+    monkeypatch.setattr(on_policy, "SETTINGS", on_policy.SETTINGS[-1:])
+    monkeypatch.setattr(on_policy, "STALE", on_policy.STALE[:1])
+    monkeypatch.setattr(on_policy, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sys, "argv", ["on_policy.py", "--seeds", "1", "--steps", "2"])
+    on_policy.main()
+    lines = capsys.readouterr().out.split("mean ± standard deviation")[1].strip().splitlines()
+    assert [line.split("exact match")[0].strip() for line in lines] == [
+        "before",
+        "reverse_kl λ=1 staleness 0",
+        "forward_kl λ=1 staleness 1",
+    ]
+    assert all("val/ce" in line and "± 0.000" in line for line in lines)
+    assert "tokens" in lines[1] and "tokens 0 " not in lines[1]

@@ -220,6 +220,7 @@ def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypat
         assert words in shown
     page = (tmp_path / "demo" / "report.html").read_text()
     assert "Distilled" in page
+    assert "in two ways, each for 2 further steps" in page
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
     assert main(["demo", "--output", str(tmp_path / "mine")]) == 2

@@ -12,8 +12,11 @@ from runs import rows
 from limbeck import DistillPipeline
 from limbeck.plan.adapt import adapt
 from limbeck.plan.copied_weights import with_copy
-from limbeck.plan.estimate import RESERVED, make_plan
+from limbeck.plan.estimate import RESERVED, make_plan, refusal
 from limbeck.plan.gpus import GPUS
+from limbeck.plan.simulate import simulate
+from limbeck.rollout import hf
+from limbeck.rollout.kv_cache import SlotCache
 from limbeck.strategies.world import World
 from limbeck.train.build.student import recomputes_activations, with_recomputation
 
@@ -127,6 +130,72 @@ def test_an_offloaded_copy_is_not_beside_activations(configure):
     plain = configure(**{**WRITING, "rollout.generator_kwargs": {"copy": False}})
     gpu = GPUS["H100"]
     assert make_plan(config, 1, 1, gpu).needed == make_plan(plain, 1, 1, gpu).needed
+
+
+WRITERS = {
+    "student ahead": {"rollout.max_staleness": 1, "rollout.generator_kwargs": {"slots": 5}},
+    "teacher": {"rollout.on_policy_fraction": 0.0, "rollout.off_policy": "teacher"},
+    "validation": {
+        "rollout.on_policy_fraction": 0.0,
+        "rollout.environment": "exact",
+        "eval_steps": 1,
+        "validation.rollout.max_samples": 3,
+        "validation.rollout.num_generations": 2,
+    },
+}
+
+
+@pytest.mark.parametrize("changes", WRITERS.values(), ids=WRITERS)
+def test_a_plan_counts_what_writing_holds_in_a_run(configure, monkeypatch, changes):
+    several = {"rollout.num_generations": 2, "max_steps": 1, "eval_steps": 0}
+    config = configure(**{**WRITING, **several, "rollout.max_new_tokens": 64, **changes})
+    (step,) = simulate(config, 1, "cpu")
+    caches, copies = [], set()
+    monkeypatch.setattr(hf, "SlotCache", lambda *sizes: caches.append(SlotCache(*sizes)) or caches[-1])
+    plain = hf.HfGenerator.update_weights
+
+    def update_weights(generator, *args):
+        plain(generator, *args)
+        copies.add(sum(parameter.nbytes for parameter in generator.model.parameters()))
+
+    monkeypatch.setattr(hf.HfGenerator, "update_weights", update_weights)
+    DistillPipeline(config).run()
+    assert step.most["cache"] == max(cache.nbytes for cache in caches)
+    assert {step.most[tag] for tag in ("copy", "teacher copy") if tag in step.most} == copies
+
+
+def test_the_cache_is_beside_activations_only_if_the_student_writes_ahead(configure):
+    both = {**WRITING, **rows(1, 64), "rollout.off_policy": "teacher", "rollout.on_policy_fraction": 0.5}
+    plans = [
+        make_plan(
+            configure(**both, **changes, **{"rollout.generator_kwargs": {"copy": True, "slots": slots}}), 1, 1, small
+        )
+        for small, slots, changes in (
+            (replace(GPUS["H100"], memory=1e5), 64, {}),
+            (GPUS["H100"], 1, {"rollout.offload": True}),
+            (GPUS["H100"], 1, {"rollout.max_staleness": 1}),
+        )
+    ]
+    large, offloaded, ahead = (plan.groups[0].step for plan in plans)
+    assert large.peak.keys() == {"parameters", "optimizer", "teacher", "copy", "teacher copy", "cache"}
+    assert "most of it for cache" in str(refusal(plans[0])) and "rollout.generator_kwargs.slots" in str(
+        refusal(plans[0])
+    )
+    assert not offloaded.peak.keys() & {"copy", "teacher copy", "cache"} and "activations" in offloaded.peak
+    assert 64 * offloaded.most["cache"] == large.most["cache"] == large.peak["cache"]
+    beside = {tag: ahead.peak[tag] for tag in ("copy", "teacher copy", "cache")}
+    assert ahead.total - offloaded.total == sum(beside.values())
+    assert (
+        ahead.most["cache"] == beside["cache"] + offloaded.most["cache"]
+    )  # the student's and the teacher's, which is larger
+
+
+def test_lockstep_for_the_sake_of_a_cache_names_slots(configure, capsys):
+    many = {**rows(1, 256), "rollout.generator_kwargs": {"slots": 256}}
+    assert copied(configure(**{**WRITING, **many}), 1.0) is False
+    assert (
+        "of which a cache of keys and values takes 0.0 GiB (rollout.generator_kwargs.slots)" in capsys.readouterr().err
+    )
 
 
 def test_a_plan_names_prompts_of_the_teachers_own(configure):

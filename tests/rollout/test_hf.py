@@ -11,8 +11,8 @@ from tiny import make_model
 from limbeck import registry
 from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, load_model, load_tokenizer, model_outline
-from limbeck.rollout import Prompt, SamplingParams
-from limbeck.rollout.hf import HfGenerator
+from limbeck.rollout import Prompt, SamplingParams, hf
+from limbeck.rollout.hf import HfGenerator, cache_bytes
 from limbeck.strategies.state import iter_model
 from limbeck.strategies.world import World
 
@@ -67,6 +67,32 @@ def generator(folder, model):
 def test_greedy_completions_equal_those_of_transformers(kind, tmp_path):
     folder = make_model(tmp_path, kind=kind.split()[0], **KINDS[kind])
     contract.check_new(make_generator(folder), folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "nemotron_h"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_bytes_of_a_cache_are_known_before_it_is_allocated(kind, dtype, tmp_path, monkeypatch):
+    """llama has two groups of keys and values for four heads, gemma3 sliding windows, and nemotron_h states."""
+    folder = make_model(tmp_path, kind=kind, **KINDS[kind])
+    generator, model = make_generator(folder, dtype=dtype), contract.load(folder)
+    generator.update_weights(iter_model(model), 1)
+    caches = []
+
+    def recorded(*sizes):
+        caches.append(hf_cache(*sizes))
+        return caches[-1]
+
+    hf_cache = hf.SlotCache
+    monkeypatch.setattr(hf, "SlotCache", recorded)
+    for length, count, max_tokens in ((9, 2, 1), (70, 1, 3), (20, 4, 110)):
+        prompts = contract.make_prompts(model.config.vocab_size, (length, 2))
+        generator.generate(prompts, SamplingParams(max_tokens, n=count))
+        outline = model_outline(ModelSource(str(folder)), dtype)
+        expected = cache_bytes(outline, min(3, 2 * count), length + max_tokens - 1)
+        cache = caches.pop()
+        states = [*cache.recurrent.windows.values(), *cache.recurrent.states.values()]
+        tensors = [*(tensor for pair in cache._layers.values() for tensor in pair), *states]
+        assert sum(tensor.nbytes for tensor in tensors) == cache.nbytes == expected > 0
 
 
 def test_samples_of_a_prompt_begin_with_the_state_of_the_prompt(tmp_path):

@@ -133,7 +133,10 @@ def _summary(sizes: Sizes) -> str:
         f"The teacher learned from {sizes.teacher_problems:,} clean problems. The student, a fraction of its size, has "
         f"{sizes.student_problems:,}, and in {sizes.slips:.0%} of them the worked answer contains an error. With "
         f"cross-entropy only, the student learns these errors too; distilled, it also learns from the teacher's distribution. "
-        f"Both students start from the same weights and train on the same batches for {sizes.student_steps} steps."
+        f"Both students start from the same weights and train on the same batches for {sizes.student_steps} steps. The "
+        f"distilled student then goes on in two ways, each for {sizes.further_steps} further steps on the same prompts and "
+        "with the teacher's distribution only: off-policy on the answers of its file, which is the control, and on-policy on "
+        "answers that it writes itself. The curves are those of the first two students."
     )
 
 

@@ -19,6 +19,7 @@ from limbeck.strategies.world import World
 from limbeck.train.build.student import with_recomputation
 
 _RECOMPUTES, _COPIES = "student.model_args.disable_gradient_checkpointing", "rollout.generator_kwargs.copy"
+_SLOTS = "rollout.generator_kwargs.slots"
 
 
 def adapt(config: DistillConfig, world: World, memory: float | None = None) -> DistillConfig:
@@ -94,5 +95,7 @@ def _devices(config: DistillConfig, ranks: int) -> list[int]:
 
 
 def _reason(plan: Plan) -> str:
-    gib = 2**30
-    return f"needs about {plan.needed / gib:.1f} GiB, and a GPU has {plan.usable / gib:.1f} GiB"
+    gib, fullest = 2**30, max(plan.groups, key=lambda group: group.step.total)
+    cache = fullest.step.peak.get("cache")
+    part = f", of which a cache of keys and values takes {cache / gib:.1f} GiB ({_SLOTS})" if cache else ""
+    return f"needs about {plan.needed / gib:.1f} GiB{part}, and a GPU has {plan.usable / gib:.1f} GiB"

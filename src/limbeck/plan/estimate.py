@@ -20,7 +20,7 @@ RESERVED = 0.08
 
 _LOCKSTEP = (
     "a copy of the student's weights for writing does not fit, so that the student writes in lockstep; set "
-    "rollout.generator_kwargs.copy to choose."
+    "rollout.generator_kwargs.copy to choose, or smaller rollout.generator_kwargs.slots."
 )
 _LONGER_PROMPTS = (
     "teacher.prompt: the teacher's rows are planned as long as the student's, and its own prompts of up to {} tokens may make "
@@ -275,6 +275,10 @@ def _remedy(largest: str, step: Step) -> str:
         return "fewer tokens in a micro-batch, a larger context_parallel_size"
     if largest == "copy":
         return "rollout.generator_kwargs.copy=false, rollout.offload=true"
+    if largest == "cache":
+        return "a smaller rollout.generator_kwargs.slots"
+    if largest == "teacher copy":
+        return "rollout.off_policy=dataset, rollout.offload=true"
     if largest == "teacher":
         return "fsdp2_infer, which shards the teacher, on more GPUs"
     if largest in ("parameters", "gradients", "optimizer"):

@@ -77,7 +77,7 @@ def simulated_student(
         teacher: LocalTeacher | RemoteTeacher | None = None
         if config.has_teacher and with_teacher:
             teacher = build_teacher(config, world, compiled) if colocated else _remote_teacher(config, world)
-        model = _outline(config, args, student_load_dtype(args), "student")
+        model = outline(config, args, student_load_dtype(args), "student")
         size, vocab = count_parameters(model), output_head(model).weight.shape[0]
         if teacher is not None:
             vocab = min(vocab, teacher.info.vocab_size)
@@ -112,7 +112,7 @@ def _library(worker: WorkerConfig, role: str) -> AbstractContextManager[LibraryF
 def build_teacher(config: DistillConfig, world: World, compiled: bool) -> LocalTeacher:
     """The teacher on a rank of the fake ``world``."""
     worker = config.teacher
-    model = _outline(config, worker.model_args, compute_dtype(worker), "teacher")
+    model = outline(config, worker.model_args, compute_dtype(worker), "teacher")
     name = ModelSource.from_args(worker.model_args, "teacher").name
     strategy = strategy_of(worker, "teacher")
     strategy.check_model(model, dims_of(worker, world.size, "teacher"), name, "teacher")
@@ -139,7 +139,7 @@ def _values_are_unknown() -> Iterator[None]:
         ) from error
 
 
-def _outline(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
+def outline(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: str) -> Any:
     """A whole model on fake tensors."""
     with unset_fake_temporarily():
         model = model_outline(ModelSource.from_args(args, role), dtype)
@@ -153,7 +153,7 @@ def _outline(config: DistillConfig, args: ModelArgs, dtype: torch.dtype, role: s
 
 def _remote_teacher(config: DistillConfig, world: World) -> RemoteTeacher:
     """A teacher in other processes."""
-    model = _outline(config, config.teacher.model_args, compute_dtype(config.teacher), "teacher")
+    model = outline(config, config.teacher.model_args, compute_dtype(config.teacher), "teacher")
     channel = _SizedChannel(output_head(model), count_parameters(model))
     return connect_channels(TeacherContext(config, world, longest_row=0, largest_token=0), [channel])
 

@@ -12,6 +12,8 @@ _NAMES = {
     "gradients": "gradients",
     "optimizer": "optimizer state (ZeRO: and float32 masters)",
     "copy": "copy of the student's weights for writing",
+    "teacher copy": "copy of the teacher for writing",
+    "cache": "cache of keys and values for writing",
     "teacher": "teacher (its part of the body, the whole head)",
     "gathered": "gathered layers and buffers of collectives",
     "signal": "signal and activations of the teacher's pass",

@@ -22,7 +22,7 @@ from limbeck.models import ModelSource, model_outline, output_head
 from limbeck.objectives import DistillationLoss, Sampled, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
-from limbeck.plan.copied_weights import add_copy
+from limbeck.plan.copied_weights import add_writing
 from limbeck.plan.micro_batch import full_micro_batch, longest_row
 from limbeck.plan.models import SIGNAL, SimulatedStudent, simulated_student, simulated_teacher
 from limbeck.plan.tracker import ACTIVATIONS, Tracker, local, tagged, with_tag
@@ -171,7 +171,7 @@ def _student_step(
             waits["teacher"] = dims_of(config.teacher, len(devices), "teacher").pp - 1
         optimizer = simulated.student.engine.optimizer
         peak, most = dict(+steps.tracker.peak), dict(+steps.tracker.most)
-        add_copy(config, peak, most, simulated.num_parameters, kind.type)
+        add_writing(config, peak, most, len(devices), kind.type)
         return Step(
             role="student and teacher" if colocated else "student",
             rank=rank,

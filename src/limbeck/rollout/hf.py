@@ -107,21 +107,12 @@ class HfGenerator:
         slots: int = 64,
         max_length: int | None = None,
     ) -> None:
+        _check_layers(model)
         config = model.config.get_text_config()
-        unknown = (
-            set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES - _HYBRIDS.get(config.model_type, set())
-        )
-        if unknown or not (model._supports_attention_backend or config.model_type in _HYBRIDS):
-            raise LimbeckError(
-                f"the generator hf caches keys and values of full and sliding window attention, and states of Mamba layers of "
-                f"{', '.join(_HYBRIDS)}, only, and "
-                f"{type(model).__name__} has {', '.join(sorted(unknown)) or 'an attention of its own'}; use another generator."
-            )
         self.version = 0
         self._device, self._slots, self._tokenizer = torch.device(device), slots, tokenizer
         self.model = deepcopy(model).eval()  # its configuration, which is changed, may belong to another model too
-        self.model.set_attn_implementation(SLOT_ATTENTION)
-        self._recurrent = keep_states_in_slots(self.model)
+        self._recurrent = _use_slots(self.model)
         self._weights = SharedWeights(self.model, self._device)
         self._has_weights = False
         limits = [
@@ -317,6 +308,43 @@ class LockstepGenerator(HfGenerator):
         return self._engine.evaluate(lambda model: compute(unwrap_model(model)))  # type: ignore[return-value]
 
 
+def cache_bytes(model: Any, slots: int, positions: int) -> int:
+    """Bytes of the cache of ``slots`` completions whose last token is at most at position ``positions``.
+
+    One token is prefilled, which allocates all of it.
+
+    Args:
+        model: on fake tensors, in the dtype to compute in; it is changed.
+        slots, positions: see above.
+
+    Raises:
+        LimbeckError: if the model keeps state other than keys and values.
+    """
+    _check_layers(model)
+    _use_slots(model.eval())
+    cache = SlotCache(slots, positions)
+    with torch.no_grad():
+        _prefill(model, torch.zeros(1, 1, dtype=torch.long, device=model.device), Prefill(cache, [0]))
+    return cache.nbytes
+
+
+def _check_layers(model: Any) -> None:
+    config = model.config.get_text_config()
+    unknown = set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES - _HYBRIDS.get(config.model_type, set())
+    if unknown or not (model._supports_attention_backend or config.model_type in _HYBRIDS):
+        raise LimbeckError(
+            f"the generator hf caches keys and values of full and sliding window attention, and states of Mamba layers of "
+            f"{', '.join(_HYBRIDS)}, only, and "
+            f"{type(model).__name__} has {', '.join(sorted(unknown)) or 'an attention of its own'}; use another generator."
+        )
+
+
+def _use_slots(model: Any) -> bool:
+    """Let the layers of ``model`` keep their state in slots; returns whether some are recurrent."""
+    model.set_attn_implementation(SLOT_ATTENTION)
+    return keep_states_in_slots(model)
+
+
 def _prefill(model: Any, ids: Tensor, slots: Prefill) -> None:
     """One forward pass of ``model`` over prompts, which writes their keys and values. ids: [prompts, time]."""
     body(model)(input_ids=ids, use_cache=False, slots=slots)
@@ -336,7 +364,7 @@ def _remove_ended(rows: list[_Row], cache: SlotCache) -> list[_Row]:
 
 def make_generator(config: DistillConfig, world: World) -> HfGenerator:
     """The generator of a run's student, without weights. ``rollout.generator_kwargs`` may set ``slots`` and ``copy``."""
-    slots = config.rollout.generator_kwargs.get("slots", 64) if config.rollout else 64
+    slots = config.rollout.slots if config.rollout else 64
     model, tokenizer = student_outline(config, world)
     if config.rollout is not None and config.rollout.in_lockstep:
         return LockstepGenerator(model, tokenizer, world, slots, config.sequence_length)

@@ -38,6 +38,12 @@ class SlotCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.recurrent = RecurrentStates(slots)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are allocated."""
+        tensors = [tensor for layer in self._layers.values() for tensor in layer]
+        return sum(tensor.nbytes for tensor in tensors + self.recurrent.tensors())
+
     def layer(self, number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer that computes ``key`` and ``value``."""
         if number not in self._layers:

@@ -38,11 +38,11 @@ class TeacherWriter:
     def __init__(self, config: DistillConfig, world: World, tokenizer: object, stop_token_ids: Sequence[int]) -> None:
         source = ModelSource.from_args(config.teacher.model_args, "teacher")
         dtype = writing_dtype(world.device.type)
+        assert config.rollout is not None
         generator = HfGenerator(
-            model_outline(source, dtype), tokenizer, world.device, max_length=config.sequence_length
+            model_outline(source, dtype), tokenizer, world.device, config.rollout.slots, config.sequence_length
         )
         generator.update_weights(load_model(source, dtype, config.seed).state_dict().items(), 0)
-        assert config.rollout is not None
         at_once = config.model_copy(update={"rollout": config.rollout.model_copy(update={"max_staleness": 0})})
         self._writer = Writer(at_once, world, stop_token_ids, generator)
         self._seed = config.seed

@@ -111,7 +111,7 @@ class RolloutConfig(Section):
         default="dataset",
         description="Who writes the answers that the student does not write: dataset (those of the data are used) or teacher "
         "(the teacher writes them in the student's processes, as in sequence-level distillation; a row gets the same answer in "
-        "every epoch).",
+        "every epoch, and each rank holds the whole teacher a second time, with offload only while it writes).",
     )
     replay: ReplayConfig = Field(
         default_factory=ReplayConfig, description="Earlier samples of the student that are trained on again."
@@ -235,6 +235,11 @@ class RolloutConfig(Section):
     def in_lockstep(self) -> bool:
         """Whether all ranks write together with the student itself, and not with copies of its weights."""
         return self.generator == "hf" and self.generator_kwargs.get("copy") is False
+
+    @property
+    def slots(self) -> int:
+        """Number of answers that a model in the training process writes at a time."""
+        return int(self.generator_kwargs.get("slots", 64)) if self.generator == "hf" else 64
 
     @property
     def truncates(self) -> bool:
