@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 import yaml
 from ranks import run_on_ranks
+from tiny import make_model
 
 from limbeck.cli import main
 from limbeck.config import load_mapping
@@ -188,6 +189,16 @@ def test_a_teacher_without_a_model_cannot_be_planned(from_config):
     config = from_config(teacher_pretrain=None, **{"teacher.source": "mine"})
     with pytest.raises(UnknownMemory, match=r"does not know what teacher\.source = mine holds in memory"):
         plan(config)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_student_with_experts_is_planned_in_any_precision(from_config, tmp_path, dtype):
+    shape = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    student = make_model(tmp_path, kind="qwen3_moe", **shape)
+    (group,) = plan(
+        from_config(student_pretrain=str(student), **{"student.model_args.dtype": dtype}), per_node=1
+    ).groups
+    assert group.step.total > 0
 
 
 def test_a_plan_that_does_not_fit_names_remedies(from_config):

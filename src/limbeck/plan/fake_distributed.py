@@ -22,6 +22,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
+from transformers.integrations import moe
 
 from limbeck.errors import LimbeckError
 from limbeck.models import compile as compilation
@@ -70,6 +71,9 @@ def fake_distributed(
             logging.disable(logging.WARNING)
             # Whether a row holds several documents is read from the values of its positions; here each holds one.
             stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
+            # Fake tensors have PyTorch's product of groups in bfloat16 only; the substitute has the same sizes.
+            grouped = lambda product, weight, offsets: weight.dtype is torch.bfloat16  # noqa: E731
+            stack.enter_context(patch.object(moe, "_can_use_grouped_mm", grouped))
             # FSDP2 joins meshes and reads the ranks in them.
             meshes = unset_fake_temporarily()(DeviceMesh.__init__)
             stack.enter_context(patch.object(DeviceMesh, "__init__", meshes))
