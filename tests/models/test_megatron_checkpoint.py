@@ -291,6 +291,28 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     assert "--iteration = -1 must be at least 0." in capsys.readouterr().err
 
 
+def test_the_command_reads_the_iteration_that_is_named(tmp_path, capsys):
+    older, newer = make("llama"), make("llama")
+    with torch.no_grad():
+        newer.model.norm.weight.add_(1)
+    for model, iteration in ((older, 1), (newer, 2)):
+        model.save_pretrained(tmp_path / "hf")
+        assert (
+            main(["convert", str(tmp_path / "hf"), str(tmp_path / f"{iteration}"), "--iteration", f"{iteration}"]) == 0
+        )
+    (tmp_path / "1" / "iter_0000001").rename(tmp_path / "2" / "iter_0000001")
+    for arguments, model in (([], newer), (["--iteration", "1"], older), (["--iteration", "2"], newer)):
+        written = tmp_path / f"of {arguments}"
+        assert main(["convert", str(tmp_path / "2"), str(written), *arguments]) == 0
+        assert_same(AutoModelForCausalLM.from_pretrained(written), model)
+    for arguments, message in (
+        (["--iteration", "99"], "iter_0000099; name another --iteration"),
+        (["--format", "torch"], "is read in its own format; remove --format"),
+    ):
+        assert main(["convert", str(tmp_path / "2"), str(tmp_path / "other"), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["torch_dist", "torch"])
 @pytest.mark.parametrize("kind", EXPERTS | HYBRID)
 def test_the_command_writes_the_names_of_the_hub(kind, form, tmp_path):

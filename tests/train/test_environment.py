@@ -357,6 +357,26 @@ def test_an_environment_that_hangs_does_not_hold_the_run(source, caplog):
     threads[-1].join(60)
 
 
+def test_an_environment_that_cannot_be_closed_is_left_behind(source, caplog):
+    released = threading.Event()
+
+    class Stays(Lengths):
+        def __init__(self, hangs):
+            self.hangs = hangs
+
+        def close(self):
+            if self.hangs:
+                released.wait(60)
+            raise ValueError("it is in use")
+
+    ENVIRONMENTS.register("stays")(Stays)
+    for hangs, reason in ((False, "ValueError: it is in use"), (True, "no result after 0.2 seconds")):
+        kwargs = {"rollout.environment_kwargs": {"hangs": hangs}}
+        source(**{"rollout.environment": "stays", "rollout.environment_seconds": 0.2, **kwargs})[0].close()
+        assert f"The environment stays could not be closed ({reason})" in caplog.text
+    released.set()
+
+
 def test_an_environment_that_cannot_begin_is_named(source):
     class Faulty(Lengths):
         def reset(self, row):

@@ -17,18 +17,20 @@ def add_convert_command(commands: argparse._SubParsersAction[argparse.ArgumentPa
     convert.add_argument("source", metavar="SOURCE", help="folder of a checkpoint or of a run, or Hugging Face id")
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="folder to write")
     convert.add_argument("--tokenizer", help="folder or Hugging Face id; default: SOURCE, unless it is of Megatron-LM")
-    convert.add_argument("--iteration", type=int, default=0, help="of the checkpoint of Megatron-LM; default: 0")
+    convert.add_argument(
+        "--iteration",
+        type=int,
+        help="of the checkpoint of Megatron-LM that is written, default 0, or read, default the newest",
+    )
     convert.add_argument(
         "--format",
         choices=("torch_dist", "torch"),
-        default="torch_dist",
-        help="of the checkpoint of Megatron-LM: torch_dist (default), which it loads in any layout, or the legacy torch, for a "
-        "single rank",
+        help="of the checkpoint of Megatron-LM that is written: torch_dist (default), which it loads in any layout, or the "
+        "legacy torch, for a single rank",
     )
     convert.add_argument(
         "--transformer-impl",
         choices=("transformer_engine", "local"),
-        default="transformer_engine",
         help="with --format torch: the same argument of the Megatron-LM that will load it; default: transformer_engine",
     )
     convert.set_defaults(run=_convert)
@@ -42,18 +44,21 @@ def _convert(args: argparse.Namespace) -> int:
 
     if args.output.exists():
         raise LimbeckError(f"{args.output} exists; name a new folder for the converted checkpoint.")
-    if args.iteration < 0:
+    if (args.iteration or 0) < 0:
         raise LimbeckError(f"--iteration = {args.iteration} must be at least 0.")
     configure_logging()
     from_megatron = is_megatron_checkpoint(args.source)
     weights = None if from_megatron or (Path(args.source) / "config.json").is_file() else run_weights(Path(args.source))
     args.source = str(weights or args.source)
+    if from_megatron:
+        args.source = _iteration_to_read(args)
     arguments = {"tokenizer_model": args.tokenizer} if from_megatron and args.tokenizer else {}
     source = ModelSource(args.source, megatron_arguments=arguments)
     model = load_model(source, checkpoint_dtype(source))
     if not from_megatron:
-        tokenizer, form, layers = args.tokenizer or args.source, args.format, args.transformer_impl
-        print(write_checkpoint(model, args.output, args.iteration, tokenizer, form, layers))
+        tokenizer, form = args.tokenizer or args.source, args.format or "torch_dist"
+        layers = args.transformer_impl or "transformer_engine"
+        print(write_checkpoint(model, args.output, args.iteration or 0, tokenizer, form, layers))
         print(f"load it in Megatron-LM with {loading_flags(model.config)}")
         return 0
     model.save_pretrained(args.output)
@@ -61,3 +66,22 @@ def _convert(args: argparse.Namespace) -> int:
         load_tokenizer(ModelSource(args.tokenizer)).save_pretrained(args.output)
     print(args.output)
     return 0
+
+
+def _iteration_to_read(args: argparse.Namespace) -> str:
+    """The folder of the checkpoint of Megatron-LM that the arguments name.
+
+    Raises:
+        LimbeckError: if it is not there, or for an argument about a checkpoint that is written.
+    """
+    for name, value in (("--format", args.format), ("--transformer-impl", args.transformer_impl)):
+        if value is not None:
+            raise LimbeckError(
+                f"{args.source} is a checkpoint of Megatron-LM, which is read in its own format; remove {name}."
+            )
+    if args.iteration is None:
+        return str(args.source)
+    folder = Path(args.source) / f"iter_{args.iteration:07d}"
+    if not folder.is_dir():
+        raise LimbeckError(f"there is no {folder}; name another --iteration, or remove it for the newest.")
+    return str(folder)

@@ -36,7 +36,7 @@ from limbeck.models import body, unwrap_model
 from limbeck.rollout.decode_graphs import DecodeGraphs
 from limbeck.rollout.generator import Completion, Prompt, SamplingParams
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
-from limbeck.rollout.recurrent_cache import keep_states_in_slots
+from limbeck.rollout.recurrent_cache import keep_states_in_slots, states_in_slots
 from limbeck.rollout.sampling import sample_tokens
 from limbeck.rollout.student import end_token_ids, num_tokens, student_outline
 from limbeck.rollout.weights import SharedWeights, transposed_linears
@@ -290,7 +290,7 @@ class LockstepGenerator(HfGenerator):
         model.set_attn_implementation(SLOT_ATTENTION)
         try:
             # Not in inference mode: FSDP keeps some of the tensors that it makes here, and training needs them.
-            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"), states_in_slots(model):
                 try:
                     yield
                 finally:  # also after an error between two passes: the other ranks go on

@@ -6,6 +6,8 @@ lead to the slots that a forward pass computes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -88,6 +90,21 @@ def keep_states_in_slots(model: nn.Module) -> bool:
     for layer in layers:
         layer.forward = _SlotForward(layer)
     return bool(layers)
+
+
+@contextmanager
+def states_in_slots(model: nn.Module) -> Iterator[None]:
+    """As ``keep_states_in_slots``, for the duration of the block."""
+    own = [(layer, vars(layer).get("forward")) for layer in recurrent_layers(model)]
+    keep_states_in_slots(model)
+    try:
+        yield
+    finally:
+        for layer, forward in own:
+            if forward is None:
+                del layer.forward  # that of the class is left
+            else:
+                layer.forward = forward
 
 
 class _SlotForward:

@@ -104,9 +104,13 @@ class Scorer:
             return self._unknown(error)
 
     def close(self) -> None:
-        """End the processes of the environment, if it has a method for that."""
+        """End the processes of the environment, if it has a method for that. What was trained stays if that fails."""
+        try:
+            self._calls.call(getattr(self._environment, "close", lambda: None))
+        except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
+            reason = str(error) if isinstance(error, LateCallError) else f"{type(error).__name__}: {error}"
+            logger.warning("The environment %s could not be closed (%s); the run ends without it.", self._name, reason)
         self._calls.close()
-        getattr(self._environment, "close", lambda: None)()
 
     def _checked(self, step: Any) -> EnvironmentStep:
         """The step; a reward that is not finite is not known."""
