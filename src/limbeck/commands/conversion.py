@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Literal
 
 from limbeck.errors import LimbeckError
 from limbeck.folders import is_megatron_checkpoint, run_weights
@@ -56,9 +57,9 @@ def _convert(args: argparse.Namespace) -> int:
     source = ModelSource(args.source, megatron_arguments=arguments)
     model = load_model(source, checkpoint_dtype(source))
     if not from_megatron:
-        tokenizer, form = args.tokenizer or args.source, args.format or "torch_dist"
-        layers = args.transformer_impl or "transformer_engine"
-        print(write_checkpoint(model, args.output, args.iteration or 0, tokenizer, form, layers))
+        form: Literal["torch_dist", "torch"] = args.format or "torch_dist"
+        layers: Literal["transformer_engine", "local"] = args.transformer_impl or "transformer_engine"
+        print(write_checkpoint(model, args.output, args.iteration or 0, args.tokenizer or args.source, form, layers))
         print(f"load it in Megatron-LM with {loading_flags(model.config)}")
         return 0
     model.save_pretrained(args.output)
