@@ -335,9 +335,38 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         ("--tokenizer-type BertWordPieceCase", {}, "--tokenizer-type = BertWordPieceCase is not supported; convert it"),
         ("", {"student": "--load mcore"}, "--tokenizer-model is not given"),
         ("--export-kd-cfg nowhere.yaml", {}, "distillation_config = nowhere.yaml is not a file"),
+        (
+            "--export-kd-cfg kd.yaml",
+            {"teacher": ""},
+            "--export-kd-cfg needs --export-kd-teacher-load; give the teacher",
+        ),
+        (
+            "",
+            {"teacher": "--export-kd-teacher-load nemo"},
+            "--export-kd-teacher-load = nemo has no checkpoint of Megatron",
+        ),
+        ("--spec local", {}, "--spec = local is not supported: layers of a GPT model need no --spec"),
+        (
+            "--hybrid-layer-pattern=",
+            {},
+            "--hybrid-layer-pattern is empty; give a symbol for each layer, or remove it and",
+        ),
+        (
+            "--hybrid-layer-pattern MM-* --hybrid-override-pattern MMMM",
+            {},
+            "--hybrid-layer-pattern = MM-* contradicts --hybrid-override-pattern = MMMM; keep one of them.",
+        ),
+        (
+            "--hybrid-override-pattern MM-* --hybrid-attention-ratio 0.5 --hybrid-mlp-ratio 0.25",
+            {},
+            "--hybrid-attention-ratio = 0.5 contradicts --hybrid-override-pattern = MM-*, of whose 4 layers 1 are *; keep",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(folder: Path, text: str, parts: dict[str, str], sentence: str) -> None:
+    (folder / "kd.yaml").write_text("kd_loss_scale: 10.0")
+    (folder / "nemo").mkdir()
+    (folder / "nemo" / "model_config.yaml").write_text("num_layers: 4")
     lines = mistakes(text, **parts)
     assert len(lines) == 1 and sentence in lines[0] and lines[0].endswith((".", "?")), lines
 
@@ -468,7 +497,7 @@ def test_a_flag_about_a_resumed_checkpoint_is_an_error_when_there_is_one(folder:
     _checkpoint(folder / "out" / "checkpoint-9")
     for text in ("--load out --save out", "--save other resume_from_checkpoint=out/checkpoint-9"):
         (line,) = mistakes(f"{text} --{flag}")
-        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and line.endswith(".")
+        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and f"remove --{flag}, " in line
     for text in ("--load new --save new", "--load out --save out --finetune", "--load mcore"):
         assert any(f"--{flag}" in notice for notice in run(f"{text} --{flag}").notices if "have no effect" in notice)
 
@@ -523,6 +552,13 @@ def test_the_type_of_the_model_or_megatrons_own_layers_make_it_a_hybrid(
     (folder / "args.yaml").write_text("num_layers: 4")
     arguments = at(run(text, student=HYBRID), "student.model_args.megatron_arguments")
     assert arguments.get("is_hybrid_model") is hybrid
+
+
+def test_boundaries_of_stages_in_a_pattern_are_named_as_without_effect(folder: Path) -> None:
+    (notice,) = [
+        one for one in run("--hybrid-layer-pattern MM|-* --hybrid-override-pattern MM-*").notices if "|" in one
+    ]
+    assert notice.startswith("the | in --hybrid-layer-pattern have no effect")
 
 
 def _checkpoint(path: Path) -> None:
