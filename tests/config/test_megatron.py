@@ -458,12 +458,13 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert (at(again, model), at(again, resume), at(again, "max_steps")) == ("student", "latest", 60)
     other = run("--load out --save other", student="")
     assert (at(other, model), at(other, resume)) == ("out/student", False)
-    tuned = run("--load out --save out --finetune", student="")
+    elsewhere = "--load out --save out --finetune checkpoint_config.output_dir=new"
+    tuned = run(elsewhere, student="")
     assert (at(tuned, model), at(tuned, resume)) == ("out/student", False)
     (folder / "out" / "checkpoint-40" / "config.json").write_text("{}")
     (folder / "out" / "checkpoint-5").mkdir()
     (folder / "out" / "checkpoint-5" / "config.json").write_text("{}")
-    for text in ("--load out --save other", "--load out --save out --finetune", "--pretrained-checkpoint out"):
+    for text in ("--load out --save other", elsewhere, "--pretrained-checkpoint out"):
         assert at(run(text, student=""), model) == "out/checkpoint-40"
     early = run("--load out --ckpt-step 40 --save other", student="")
     assert at(early, model) == "out/checkpoint-40"
@@ -498,7 +499,7 @@ def test_a_flag_about_a_resumed_checkpoint_is_an_error_when_there_is_one(folder:
     for text in ("--load out --save out", "--save other resume_from_checkpoint=out/checkpoint-9"):
         (line,) = mistakes(f"{text} --{flag}")
         assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and f"remove --{flag}, " in line
-    for text in ("--load new --save new", "--load out --save out --finetune", "--load mcore"):
+    for text in ("--load new --save new", "--load out --save other --finetune", "--load mcore"):
         assert any(f"--{flag}" in notice for notice in run(f"{text} --{flag}").notices if "have no effect" in notice)
 
 
@@ -552,6 +553,17 @@ def test_the_type_of_the_model_or_megatrons_own_layers_make_it_a_hybrid(
     (folder / "args.yaml").write_text("num_layers: 4")
     arguments = at(run(text, student=HYBRID), "student.model_args.megatron_arguments")
     assert arguments.get("is_hybrid_model") is hybrid
+
+
+@pytest.mark.parametrize("text", ["", "--load student", "--load out --finetune"])
+def test_a_folder_of_an_earlier_run_is_resumed_with_load_or_left_alone(folder: Path, text: str) -> None:
+    _checkpoint(folder / "out" / "checkpoint-9")
+    (line,) = mistakes(f"--save out {text}")
+    assert line.startswith(
+        "--save = out has checkpoints of an earlier run; give --load out without --finetune to go on"
+    )
+    run(f"--save out {text} checkpoint_config.output_dir=other")
+    run("--save out --load out")
 
 
 def test_boundaries_of_stages_in_a_pattern_are_named_as_without_effect(folder: Path) -> None:
