@@ -566,6 +566,16 @@ def test_a_folder_of_an_earlier_run_is_resumed_with_load_or_left_alone(folder: P
     run("--save out --load out")
 
 
+def test_how_to_go_on_after_a_limit_is_in_the_words_of_the_command_line(folder: Path) -> None:
+    end = (
+        "Stopped by checkpoint_config.save_before = 00:01 after step 1; resume_from_checkpoint=true goes on from there."
+    )
+    found = run("--save out --exit-duration-in-mins 1").with_origin(end)
+    assert "checkpoint_config.save_before (--exit-duration-in-mins) = 00:01" in found
+    assert found.endswith("; --load out goes on from there.")
+    assert run("").with_origin(end).endswith("; --load ./output --save ./output goes on from there.")
+
+
 def test_boundaries_of_stages_in_a_pattern_are_named_as_without_effect(folder: Path) -> None:
     (notice,) = [
         one for one in run("--hybrid-layer-pattern MM|-* --hybrid-override-pattern MM-*").notices if "|" in one
