@@ -335,9 +335,38 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         ("--tokenizer-type BertWordPieceCase", {}, "--tokenizer-type = BertWordPieceCase is not supported; convert it"),
         ("", {"student": "--load mcore"}, "--tokenizer-model is not given"),
         ("--export-kd-cfg nowhere.yaml", {}, "distillation_config = nowhere.yaml is not a file"),
+        (
+            "--export-kd-cfg kd.yaml",
+            {"teacher": ""},
+            "--export-kd-cfg needs --export-kd-teacher-load; give the teacher",
+        ),
+        (
+            "",
+            {"teacher": "--export-kd-teacher-load nemo"},
+            "--export-kd-teacher-load = nemo has no checkpoint of Megatron",
+        ),
+        ("--spec local", {}, "--spec = local is not supported: layers of a GPT model need no --spec"),
+        (
+            "--hybrid-layer-pattern=",
+            {},
+            "--hybrid-layer-pattern is empty; give a symbol for each layer, or remove it and",
+        ),
+        (
+            "--hybrid-layer-pattern MM-* --hybrid-override-pattern MMMM",
+            {},
+            "--hybrid-layer-pattern = MM-* contradicts --hybrid-override-pattern = MMMM; keep one of them.",
+        ),
+        (
+            "--hybrid-override-pattern MM-* --hybrid-attention-ratio 0.5 --hybrid-mlp-ratio 0.25",
+            {},
+            "--hybrid-attention-ratio = 0.5 contradicts --hybrid-override-pattern = MM-*, of whose 4 layers 1 are *; keep",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(folder: Path, text: str, parts: dict[str, str], sentence: str) -> None:
+    (folder / "kd.yaml").write_text("kd_loss_scale: 10.0")
+    (folder / "nemo").mkdir()
+    (folder / "nemo" / "model_config.yaml").write_text("num_layers: 4")
     lines = mistakes(text, **parts)
     assert len(lines) == 1 and sentence in lines[0] and lines[0].endswith((".", "?")), lines
 
@@ -429,12 +458,13 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     assert (at(again, model), at(again, resume), at(again, "max_steps")) == ("student", "latest", 60)
     other = run("--load out --save other", student="")
     assert (at(other, model), at(other, resume)) == ("out/student", False)
-    tuned = run("--load out --save out --finetune", student="")
+    elsewhere = "--load out --save out --finetune checkpoint_config.output_dir=new"
+    tuned = run(elsewhere, student="")
     assert (at(tuned, model), at(tuned, resume)) == ("out/student", False)
     (folder / "out" / "checkpoint-40" / "config.json").write_text("{}")
     (folder / "out" / "checkpoint-5").mkdir()
     (folder / "out" / "checkpoint-5" / "config.json").write_text("{}")
-    for text in ("--load out --save other", "--load out --save out --finetune", "--pretrained-checkpoint out"):
+    for text in ("--load out --save other", elsewhere, "--pretrained-checkpoint out"):
         assert at(run(text, student=""), model) == "out/checkpoint-40"
     early = run("--load out --ckpt-step 40 --save other", student="")
     assert at(early, model) == "out/checkpoint-40"
@@ -468,8 +498,8 @@ def test_a_flag_about_a_resumed_checkpoint_is_an_error_when_there_is_one(folder:
     _checkpoint(folder / "out" / "checkpoint-9")
     for text in ("--load out --save out", "--save other resume_from_checkpoint=out/checkpoint-9"):
         (line,) = mistakes(f"{text} --{flag}")
-        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and line.endswith(".")
-    for text in ("--load new --save new", "--load out --save out --finetune", "--load mcore"):
+        assert line.startswith(f"--{flag} ") and "out/checkpoint-9" in line and f"remove --{flag}, " in line
+    for text in ("--load new --save new", "--load out --save other --finetune", "--load mcore"):
         assert any(f"--{flag}" in notice for notice in run(f"{text} --{flag}").notices if "have no effect" in notice)
 
 
@@ -523,6 +553,34 @@ def test_the_type_of_the_model_or_megatrons_own_layers_make_it_a_hybrid(
     (folder / "args.yaml").write_text("num_layers: 4")
     arguments = at(run(text, student=HYBRID), "student.model_args.megatron_arguments")
     assert arguments.get("is_hybrid_model") is hybrid
+
+
+@pytest.mark.parametrize("text", ["", "--load student", "--load out --finetune"])
+def test_a_folder_of_an_earlier_run_is_resumed_with_load_or_left_alone(folder: Path, text: str) -> None:
+    _checkpoint(folder / "out" / "checkpoint-9")
+    (line,) = mistakes(f"--save out {text}")
+    assert line.startswith(
+        "--save = out has checkpoints of an earlier run; give --load out without --finetune to go on"
+    )
+    run(f"--save out {text} checkpoint_config.output_dir=other")
+    run("--save out --load out")
+
+
+def test_how_to_go_on_after_a_limit_is_in_the_words_of_the_command_line(folder: Path) -> None:
+    end = (
+        "Stopped by checkpoint_config.save_before = 00:01 after step 1; resume_from_checkpoint=true goes on from there."
+    )
+    found = run("--save out --exit-duration-in-mins 1").with_origin(end)
+    assert "checkpoint_config.save_before (--exit-duration-in-mins) = 00:01" in found
+    assert found.endswith("; --load out goes on from there.")
+    assert run("").with_origin(end).endswith("; --load ./output --save ./output goes on from there.")
+
+
+def test_boundaries_of_stages_in_a_pattern_are_named_as_without_effect(folder: Path) -> None:
+    (notice,) = [
+        one for one in run("--hybrid-layer-pattern MM|-* --hybrid-override-pattern MM-*").notices if "|" in one
+    ]
+    assert notice.startswith("the | in --hybrid-layer-pattern have no effect")
 
 
 def _checkpoint(path: Path) -> None:

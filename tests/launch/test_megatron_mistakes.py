@@ -143,3 +143,11 @@ def test_a_mistake_is_one_sentence_before_anything_is_trained(folder, capfd, cha
 def test_without_a_mistake_the_same_command_trains(folder):
     assert train_from_arguments("examples/pretrain_gpt.py", f"{_corpus(folder)} {RUN}".split(), "megatron") == 0
     assert list(folder.glob("out/**/checkpoint-2"))
+
+
+def test_a_run_whose_time_is_over_prints_the_flags_that_go_on_with_it(folder, capsys):
+    words = f"{_corpus(folder)} {RUN} --exit-duration-in-mins 1"
+    assert train_from_arguments("examples/pretrain_gpt.py", words.split(), "megatron") == 0
+    assert "(--exit-duration-in-mins) = 00:01 after step 1; --load out goes on from there." in capsys.readouterr().out
+    assert train_from_arguments("examples/pretrain_gpt.py", words.split(), "megatron") == USER_MISTAKE
+    assert "--save = out has checkpoints of an earlier run; give --load out" in capsys.readouterr().err

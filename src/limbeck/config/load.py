@@ -56,12 +56,21 @@ class LoadedConfig:
     dialect: str = native.NATIVE
 
     def with_origin(self, sentence: str) -> str:
-        """The sentence of an error that was found later, with the user's key behind the first key that is derived from one."""
+        """The sentence of an error that was found later, with the user's key behind the first key that is derived from one.
+
+        In Megatron-LM's command line ``--load`` of the folder ``--save`` is what resumes a run.
+        """
+        if self.dialect == "megatron":
+            folder = self.config.output_dir
+            again = (
+                f"--load {folder}" if self.origins["output_dir"] != "default" else f"--load {folder} --save {folder}"
+            )
+            sentence = re.sub(r"resume_from_checkpoint(=|: )(true|latest)", lambda _: again, sentence)
         keys = {path for path, _ in walk_keys(DistillConfig)}
         for found in re.finditer(r"[a-z]\w*(?:\.\w+)+", sentence):
             is_value = found[0] in self.origins or found[0] in keys  # and not a section
             origin = _origin_of(found[0], self.origins)
-            if is_value and origin.startswith("derived from"):
+            if is_value and origin.startswith(("derived from", "--")):
                 return f"{sentence[: found.end()]} ({origin}){sentence[found.end() :]}"
         return sentence
 

@@ -95,7 +95,7 @@ def _train_here(loaded: LoadedConfig) -> int:
     from limbeck.plan.adapt import adapt
     from limbeck.train.loop import DistillPipeline
 
-    result = DistillPipeline(config, adapt, loaded.notices).run()
+    result = DistillPipeline(config, adapt, loaded.notices, loaded.with_origin).run()
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"student: {result.student}")
     return 128 + result.stopped_by if result.stopped_by else 0

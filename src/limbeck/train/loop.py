@@ -80,12 +80,17 @@ class DistillPipeline:
         config: of the run.
         adapt: completes what ``config`` leaves open, when the devices are known.
         notices: printed to stderr by the main process when everything is loaded, so that they do not hide an error.
+        with_origin: adds the keys that the user wrote to a sentence about keys of ``config``.
     """
 
     def __init__(
-        self, config: DistillConfig, adapt: Adapt = lambda config, world: config, notices: Sequence[str] = ()
+        self,
+        config: DistillConfig,
+        adapt: Adapt = lambda config, world: config,
+        notices: Sequence[str] = (),
+        with_origin: Callable[[str], str] = str,
     ) -> None:
-        self.config, self._adapt, self._notices = config, adapt, notices
+        self.config, self._adapt, self._notices, self._with_origin = config, adapt, notices, with_origin
 
     def run(self) -> RunResult:
         """Train to the end, or until SIGINT or SIGTERM; either way a whole checkpoint is left. Resumes if
@@ -126,7 +131,7 @@ class DistillPipeline:
             )
             with signals as stop, explain_oom(f"rank {world.rank} trained", _LESS_TO_TRAIN):
                 try:
-                    result = train(run, stop, given.console, limits)
+                    result = train(run, stop, given.console, limits, self._with_origin)
                 except StopTraining:
                     if run.step > 0:
                         _save_for_megatron(config, world, run.step, given.console)
@@ -174,7 +179,11 @@ def _push(config: DistillConfig, world: World, result: RunResult, console_file: 
 
 
 def train(
-    run: Run, stop: StopRequest, console_file: TextIO | None = None, limits: TimeLimits | None = None
+    run: Run,
+    stop: StopRequest,
+    console_file: TextIO | None = None,
+    limits: TimeLimits | None = None,
+    with_origin: Callable[[str], str] = str,
 ) -> RunResult:
     """Train ``run`` from its current step to the end, until ``stop``, or until the time of ``limits`` is over."""
     config, world = run.config, run.world
@@ -218,7 +227,8 @@ def train(
         if cut_short:
             limit = config.checkpoint_config.save_before
             reason = signal.Signals(stopped).name if stopped else f"checkpoint_config.save_before = {limit}"
-            console.print(f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there.")
+            end = f"Stopped by {reason} after step {run.step}; resume_from_checkpoint=true goes on from there."
+            console.print(with_origin(end))
     return RunResult(config.checkpoint_dir / f"checkpoint-{run.step}", run.step, run.latest, stopped, out_of_time)
 
 

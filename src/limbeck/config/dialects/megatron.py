@@ -34,6 +34,7 @@ from limbeck.config.schema.path_rules import path_fault
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.errors import LimbeckError
+from limbeck.folders import list_checkpoints
 
 DEFAULT = "Megatron-LM's default"
 
@@ -411,10 +412,22 @@ def _trackers(result: Translation, given: Values) -> None:
         result.default("tracker_kwargs", arguments if len(chosen) > 1 else arguments[chosen[0]], origin)
 
 
+def _refuse_used(result: Translation, folder: str) -> None:
+    """Refuse a ``--save`` with checkpoints of a run that this one does not resume, which would mix with its own."""
+    elsewhere = result.get("checkpoint_config.output_dir") or result.get("output_dir") != folder
+    if not result.get("resume_from_checkpoint") and not elsewhere and list_checkpoints(Path(folder)):
+        result.refuse(
+            "--save",
+            f"= {folder} has checkpoints of an earlier run; give --load {folder} without --finetune to go on with it, or "
+            "another --save",
+        )
+
+
 def _save(result: Translation, given: Values, dims: Mapping[str, int]) -> None:
     if "save" not in given and result.get("output_dir") is None:
         result.notices.append("--save is not given: the last checkpoint is kept in ./output.")
     if "save" in given:
+        _refuse_used(result, given["save"])
         result.default("checkpoint_config.save_megatron", True, "--save")
     if "ckpt-format" not in given or result.get("checkpoint_config.save_megatron") is not True:
         return

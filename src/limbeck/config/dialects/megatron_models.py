@@ -86,8 +86,40 @@ def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
         unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
         result.ignored.extend(f"--{name}" for name in unread)
         return
+    _pattern(result, given)
     for name, (value, flag) in described.items():
         result.put(f"student.model_args.megatron_arguments.{name}", value, f"--{flag}")
+
+
+def _pattern(result: Translation, given: Mapping[str, Any]) -> None:
+    """Refuse an empty pattern of a hybrid's layers, and other arguments that describe other layers than the pattern."""
+    flags = [flag for flag in ("hybrid-layer-pattern", "hybrid-override-pattern") if flag in given]
+    for flag in flags:
+        if not given[flag].strip():
+            result.refuse(
+                f"--{flag}", "is empty; give a symbol for each layer, or remove it and give their number, --num-layers"
+            )
+            return
+    if not flags:
+        return
+    flag, pattern = flags[0], given[flags[0]]
+    symbols = pattern.replace("|", "")
+    if any(given[other].replace("|", "") != symbols for other in flags[1:]):
+        result.refuse(f"--{flag}", f"= {pattern} contradicts --{flags[1]} = {given[flags[1]]}; keep one of them")
+    for other, symbol in (("hybrid-attention-ratio", "*"), ("hybrid-mlp-ratio", "-")):
+        ratio = number(given.get(other, 0))
+        # Numbers that are no ratios are errors of their own.
+        if isinstance(ratio, (int, float)) and 0 < ratio <= 1 and round(ratio * len(symbols)) != symbols.count(symbol):
+            result.refuse(
+                f"--{other}",
+                f"= {given[other]} contradicts --{flag} = {pattern}, of whose {len(symbols)} layers "
+                f"{symbols.count(symbol)} are {symbol}; keep the pattern only",
+            )
+    if symbols != pattern:
+        result.notices.append(
+            f"the | in --{flag} have no effect: the layers are divided among --pipeline-model-parallel-size stages as those "
+            "of other models are."
+        )
 
 
 def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
@@ -115,7 +147,7 @@ def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, s
     resumed = result.get("resume_from_checkpoint") or resumed_checkpoint(given)
     for flag, sentence in table.OF_RESUMED.items():
         if flag in given and resumed:
-            result.refuse(f"--{flag}", sentence.format(resumed))
+            result.refuse(f"--{flag}", sentence.format(resumed, flag=f"--{flag}"))
         elif flag in given:
             result.ignored.append(f"--{flag}")
     if goes_on:
@@ -242,6 +274,9 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
         if not any(
             result.get(key) for key in ("teacher.model_args.model_name_or_path", "teacher_pretrain", "teacher.source")
         ):
+            for own in [one for one in ("export-kd-cfg", "export-kd-distill-cfg") if one in given]:
+                result.refuse(f"--{own}", f"needs --{flag}; give the teacher too, or remove --{own}")
+                result.pop("distillation_config")  # one error is enough
             result.default("distill_loss_weight", 0.0, f"no --{flag}")
             result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
         return
@@ -259,6 +294,8 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.refuse(
                 f"--{config_flag}", f"= {file} is not a file; leave it out, as {name} has a config.json for the teacher"
             )
+    elif file.is_file() and not _is_megatron(folder):
+        result.refuse(f"--{flag}", f"= {name} has no checkpoint of Megatron-LM; check the path")
     elif named is not None or file.is_file():
         content = read_mapping(file, f"--{config_flag}", locations)
         arguments = nemo_arguments(result, content, str(file))

@@ -200,6 +200,8 @@ _OFFLINE = "(cached logits of the teacher) is not supported; the teacher compute
 _SCALER = "is not supported: with --fp16 the scale of the loss begins at 65536; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
 
+_SPEC = "is not supported: layers of a GPT model need no --spec, and modules of your own are not run; remove it"
+
 HYBRID_MODELS = ("MambaModel", "HybridModel")
 """Values of ``--export-model-type`` for hybrids of Mamba, attention and feed-forward layers."""
 
@@ -257,7 +259,7 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         (VALUE, ("fp32",), "is not supported: the optimizer and what it adds to are fp32; set it to fp32"),
     ),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
-    "spec": (VALUES, HYBRID_SPECS, "is a module of your own, which Limbeck does not run; remove it"),
+    "spec": (VALUES, HYBRID_SPECS, _SPEC),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),
     **dict.fromkeys(("use-torch-fsdp2", "use-custom-fsdp", "use-megatron-fsdp"), (SWITCH, (), _FSDP)),
     **dict.fromkeys(("logits-save-dir", "logits-load-dir", "logits-save-top-k"), (VALUE, (), _OFFLINE)),
@@ -288,11 +290,11 @@ LOSS_SCALE: dict[str, dict[str, int]] = {
 OF_RESUMED: dict[str, str] = {
     **_all(
         "no-load-optim no-load-rng",
-        "cannot leave out a part of {}, which the run resumes from; remove it, or give another --save, which starts at step 0 "
-        "from the weights of --load",
+        "cannot leave out a part of {}, which the run resumes from; remove {flag}, or give another --save, which starts at "
+        "step 0 from the weights of --load",
     ),
     "use-checkpoint-opt-param-scheduler": "is not supported: a run that resumes from {} has the schedule of the command line; "
-    "remove it, and give the arguments of the schedule as before",
+    "remove {flag}, and give the arguments of the schedule as before",
 }
 """Arguments of ``SPECIAL`` about the checkpoint of a run that resumes, and the errors for them. Else they have no effect."""
 
