@@ -306,6 +306,33 @@ def test_an_unsupported_setting_is_refused_by_its_own_name(mistakes: Mistakes, o
     assert any(sentence in line and line.startswith(("command line: ", "run.yaml:")) for line in lines), lines
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        "checkpointing.higher_is_better",
+        "++checkpointing.enabled",
+        "++logger.wandb_enabled",
+        "loss_fn.zero_outside_topk",
+        "policy.dtensor_cfg.activation_checkpointing",
+        "policy.dynamic_batching.enabled",
+        "policy.megatron_cfg.enabled",
+    ],
+)
+def test_a_flag_is_true_or_false(mistakes: Mistakes, key: str) -> None:
+    (line,) = mistakes(f"{key}=maybe", yaml=UPSTREAM)
+    assert line == f"command line: {key.strip('+')} = maybe is not true or false."
+
+
+def test_an_empty_direction_of_the_metric_is_refused(mistakes: Mistakes) -> None:
+    (line,) = mistakes("checkpointing.higher_is_better=null", yaml=UPSTREAM)
+    assert line == "command line: checkpointing.higher_is_better = null is not true or false."
+
+
+def test_a_data_path_is_text(mistakes: Mistakes) -> None:
+    (line,) = mistakes("data.default.data_path=5", yaml=UPSTREAM)
+    assert line.startswith("command line: data.default.data_path = 5 is not text")
+
+
 def test_every_fixed_setting_is_refused_with_another_value(mistakes: Mistakes) -> None:
     inside = {"": "", "dataset": "data.train."}
     paths = [

@@ -102,7 +102,7 @@ def _translate_models(file: NemoRlFile) -> None:
             file.put(f"{ours}.strategy_args.strategy_name", f"fsdp2_{suffix}", f"{role}.dtensor_cfg")
         _translate_replicas(file, role, world)
     recompute = file.get("policy.dtensor_cfg.activation_checkpointing")
-    if isinstance(recompute, bool):
+    if recompute is not None:
         path = "policy.dtensor_cfg.activation_checkpointing"
         file.put("student.model_args.disable_gradient_checkpointing", not recompute, path)
     _translate_tokenizer(file)
@@ -188,9 +188,7 @@ def _translate_objective(file: NemoRlFile) -> None:
     if kind in (None, "mixed") and weight is not None:
         file.put("kd_objective_kwargs", {"forward": weight}, path)
     only_topk, path = find("zero_outside_topk")
-    if only_topk is not None and not isinstance(only_topk, bool):
-        file.refuse(path, f"= {format_value(only_topk)} must be true or false")
-    elif only_topk is not None:
+    if only_topk is not None:
         file.put("logits_topk_tail", "zero" if only_topk else "renormalize", path)
     if file.get("policy.generation.temperature") != 0:  # the distribution that is sampled is the one that is compared
         file.put("kd_temperature", file.get("policy.generation.temperature"), "policy.generation.temperature")
@@ -270,6 +268,8 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
         )
     file.put("checkpoint_config.best_metric", ours, path)
     higher = file.get("checkpointing.higher_is_better")
+    if higher is None and "higher_is_better" in file.section("checkpointing"):
+        file.refuse("checkpointing.higher_is_better", "= null is not true or false")
     file.put("checkpoint_config.best_mode", "min" if higher is False else "max", "checkpointing.higher_is_better")
     file.put("checkpoint_config.keep_best", keep, "checkpointing.keep_top_k")
     if keep is not None:  # the best ones, and the newest to resume from

@@ -10,6 +10,7 @@ from typing import Any
 from limbeck.config.dialects.nemo_rl_table import (
     DISABLED_BY,
     FIXED,
+    FLAGS,
     MOVED,
     NESTED,
     NO_MEANING,
@@ -112,6 +113,9 @@ class NemoRlFile:
             elif key in known and isinstance(value, (Mapping, list)) and _is_single(kind):
                 self.result.refuse(inner, f"= {format_value(value)} must be one value, not a list or a section of keys")
                 section[key] = None  # what reads it expects a value
+            elif key in known and key in FLAGS and value is not None and not isinstance(value, bool):
+                self.result.refuse(inner, f"= {format_value(value)} is not true or false")
+                del section[key]
             elif key in known:
                 self._check_inner(inner, value, kind)
             elif path:
@@ -147,7 +151,9 @@ class NemoRlFile:
     def _check_switched(self, path: str, value: Any, kind: str) -> None:
         unsupported = DISABLED_BY[kind]
         enabled = isinstance(value, dict) and value.get("enabled") is True
-        if enabled and unsupported is not None:
+        if isinstance(value, dict) and not isinstance(value.get("enabled"), (bool, type(None))):
+            self.result.refuse(f"{path}.enabled", f"= {format_value(value['enabled'])} is not true or false")
+        elif enabled and unsupported is not None:
             self.result.refuse(f"{path}.enabled", f"= true {unsupported.sentence}")
         elif enabled:
             self._check(path, value)
