@@ -295,6 +295,7 @@ def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> N
         ("data.train.repeat=2", "data.train.repeat = 2 repeats training data"),
         ("data.validation.prompt_file=other.txt", "data.default.prompt_file is not the same for all datasets"),
         ("data.default.prompt_file=none.txt", "data.default.prompt_file = none.txt is not a text file"),
+        ("checkpointing.metric_name='val:'", "checkpointing.metric_name = val: must be val: or train: and the name"),
         ("checkpointing.metric_name=accuracy", "checkpointing.metric_name = accuracy must be val: or train:"),
         ("checkpointing.checkpoint_must_save_by='3:30'", "checkpointing.checkpoint_must_save_by = 3:30 must be a time"),
         ("policy.generation.top_p=2", "policy.generation.top_p: rollout.top_p = 2 must be at most 1"),

@@ -254,13 +254,14 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
     metric, path = file.get("checkpointing.metric_name"), "checkpointing.metric_name"
     keep, latest = file.get("checkpointing.keep_top_k"), file.get("checkpointing.ft_keep_latest_k")
     validates = file.result.get("validation.data_args.sources") is not None
+    kind, _, name = str(metric).partition(":")
+    if metric is not None and metric not in _METRICS and (kind not in ("val", "train") or not name):
+        file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
+        return
     if metric is None or (str(metric).startswith("val") and not validates):
         file.result.put("checkpoint_config.best_metric", None, file.written("checkpointing"))
         file.put("max_ckpt_to_keep", keep, "checkpointing.keep_top_k")
         return
-    kind, colon, name = str(metric).partition(":")
-    if metric not in _METRICS and (kind not in ("val", "train") or not colon):
-        file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
     ours = _METRICS.get(metric, name if name.startswith(_GROUPS) else f"{kind}/{name}")
     if ours in _WRITTEN and file.result.get("rollout.environment") is None:
         file.refuse(
