@@ -329,6 +329,18 @@ def test_an_empty_direction_of_the_metric_is_refused(mistakes: Mistakes) -> None
     assert line == "command line: checkpointing.higher_is_better = null is not true or false."
 
 
+@pytest.mark.parametrize("key", ["gpus_per_node", "num_nodes"])
+@pytest.mark.parametrize("value", ["x", "0"])
+def test_a_wrong_number_of_devices_is_one_error(mistakes: Mistakes, key: str, value: str) -> None:
+    (line,) = mistakes(f"cluster.{key}={value}", yaml=UPSTREAM)
+    assert line == f"command line: cluster.{key} = {value} must be a whole number of at least 1."
+
+
+def test_a_missing_number_of_devices_is_one_error(mistakes: Mistakes) -> None:
+    (line,) = mistakes("cluster.gpus_per_node=null", yaml=UPSTREAM)
+    assert line.startswith("command line: cluster.gpus_per_node is not set; set it")
+
+
 def test_a_data_path_is_text(mistakes: Mistakes) -> None:
     (line,) = mistakes("data.default.data_path=5", yaml=UPSTREAM)
     assert line.startswith("command line: data.default.data_path = 5 is not text")

@@ -115,7 +115,7 @@ def _translate_replicas(file: NemoRlFile, role: str, world: int) -> None:
     copies = file.whole(path)
     tp, cp = (file.whole(f"{role}.dtensor_cfg.{key}_parallel_size") for key in ("tensor", "context"))
     data = world // (tp * cp)  # a remainder is an error elsewhere
-    if copies == 1:
+    if copies == 1 or file.wrong:
         return
     if data % copies or data <= copies:
         file.refuse(
@@ -130,6 +130,7 @@ def _place(file: NemoRlFile) -> int:
     """Set the devices of the training, and those of the generation if it has its own. Returns the number of ranks."""
     if file.get("cluster.gpus_per_node") is None:
         file.refuse("cluster.gpus_per_node", "is not set; set it to the number of devices of a machine")
+        file.wrong.add("cluster.gpus_per_node")
     world, own = file.num_ranks, file.generation_devices
     file.put("student.device_mapping", list(range(world)), "cluster.gpus_per_node")
     path = "policy.generation.colocated"

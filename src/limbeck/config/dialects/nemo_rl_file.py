@@ -30,6 +30,7 @@ class NemoRlFile:
         self.source: dict[str, Any] = copy.deepcopy(dict(source))  # values of the wrong kind are taken out of it
         self.student = "student" if "student" in source and "policy" not in source else "policy"
         self.result = Translation({})
+        self.wrong: set[str] = set()  # numbers that are missing, or not what ``whole`` expects
 
     def get(self, path: str) -> Any:
         """The value at ``path``, or None."""
@@ -57,11 +58,14 @@ class NemoRlFile:
 
     def whole(self, path: str, default: int = 1) -> int:
         """A number of at least 1, for arithmetic; ``default`` if it is unset or wrong."""
-        value = self.get(path)
+        value = None if path in self.wrong else self.get(path)
         if value is None:
             return default
         if type(value) is not int or value < 1:
+            self.wrong.add(path)
             self.refuse(path, f"= {format_value(value)} must be a whole number of at least 1")
+            if path in MOVED:
+                self.result.pop(MOVED[path])  # one error is enough
             return default
         return value
 
