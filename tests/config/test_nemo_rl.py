@@ -341,6 +341,16 @@ def test_a_missing_number_of_devices_is_one_error(mistakes: Mistakes) -> None:
     assert line.startswith("command line: cluster.gpus_per_node is not set; set it")
 
 
+def test_missing_training_data_is_one_error_that_names_it(mistakes: Mistakes) -> None:
+    (line,) = mistakes("data.train=null", yaml=UPSTREAM)
+    assert line.startswith("command line: data.train is not set; name a dataset")
+    (line,) = mistakes("data.train=null", "++logger.wandb={name: '${data.train.dataset_name}'}", yaml=UPSTREAM)
+    assert line == (
+        "command line: logger.wandb.name cannot be resolved: it refers to data.train.dataset_name, and data.train is missing "
+        "or not a section of keys; set data.train.dataset_name."
+    )
+
+
 def test_a_data_path_is_text(mistakes: Mistakes) -> None:
     (line,) = mistakes("data.default.data_path=5", yaml=UPSTREAM)
     assert line.startswith("command line: data.default.data_path = 5 is not text")

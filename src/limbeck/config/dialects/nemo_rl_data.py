@@ -33,6 +33,7 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
     train, validation = list(_entries(data, "train")), list(_entries(data, "validation"))
     if not train:
         result.refuse("data.train", "is not set; name a dataset in data.train.dataset_name, or data.dataset_name")
+        result.put("student.data_args.sources", [{"hub": "data.train"}], "data.train")  # one error is enough
     for entry in train:
         repeat, path = entry.get("repeat", (1, ""))
         if repeat not in (None, 1):
