@@ -295,6 +295,7 @@ def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> N
         ("data.train.repeat=2", "data.train.repeat = 2 repeats training data"),
         ("data.validation.prompt_file=other.txt", "data.default.prompt_file is not the same for all datasets"),
         ("data.default.prompt_file=none.txt", "data.default.prompt_file = none.txt is not a text file"),
+        ("checkpointing.metric_name='val:'", "checkpointing.metric_name = val: must be val: or train: and the name"),
         ("checkpointing.metric_name=accuracy", "checkpointing.metric_name = accuracy must be val: or train:"),
         ("checkpointing.checkpoint_must_save_by='3:30'", "checkpointing.checkpoint_must_save_by = 3:30 must be a time"),
         ("policy.generation.top_p=2", "policy.generation.top_p: rollout.top_p = 2 must be at most 1"),
@@ -304,6 +305,55 @@ def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> N
 def test_an_unsupported_setting_is_refused_by_its_own_name(mistakes: Mistakes, override: str, sentence: str) -> None:
     lines = mistakes(override, yaml=UPSTREAM)
     assert any(sentence in line and line.startswith(("command line: ", "run.yaml:")) for line in lines), lines
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "checkpointing.higher_is_better",
+        "++checkpointing.enabled",
+        "++logger.wandb_enabled",
+        "loss_fn.zero_outside_topk",
+        "policy.dtensor_cfg.activation_checkpointing",
+        "policy.dynamic_batching.enabled",
+        "policy.megatron_cfg.enabled",
+    ],
+)
+def test_a_flag_is_true_or_false(mistakes: Mistakes, key: str) -> None:
+    (line,) = mistakes(f"{key}=maybe", yaml=UPSTREAM)
+    assert line == f"command line: {key.strip('+')} = maybe is not true or false."
+
+
+def test_an_empty_direction_of_the_metric_is_refused(mistakes: Mistakes) -> None:
+    (line,) = mistakes("checkpointing.higher_is_better=null", yaml=UPSTREAM)
+    assert line == "command line: checkpointing.higher_is_better = null is not true or false."
+
+
+@pytest.mark.parametrize("key", ["gpus_per_node", "num_nodes"])
+@pytest.mark.parametrize("value", ["x", "0"])
+def test_a_wrong_number_of_devices_is_one_error(mistakes: Mistakes, key: str, value: str) -> None:
+    (line,) = mistakes(f"cluster.{key}={value}", yaml=UPSTREAM)
+    assert line == f"command line: cluster.{key} = {value} must be a whole number of at least 1."
+
+
+def test_a_missing_number_of_devices_is_one_error(mistakes: Mistakes) -> None:
+    (line,) = mistakes("cluster.gpus_per_node=null", yaml=UPSTREAM)
+    assert line.startswith("command line: cluster.gpus_per_node is not set; set it")
+
+
+def test_missing_training_data_is_one_error_that_names_it(mistakes: Mistakes) -> None:
+    (line,) = mistakes("data.train=null", yaml=UPSTREAM)
+    assert line.startswith("command line: data.train is not set; name a dataset")
+    (line,) = mistakes("data.train=null", "++logger.wandb={name: '${data.train.dataset_name}'}", yaml=UPSTREAM)
+    assert line == (
+        "command line: logger.wandb.name cannot be resolved: it refers to data.train.dataset_name, and data.train is missing "
+        "or not a section of keys; set data.train.dataset_name."
+    )
+
+
+def test_a_data_path_is_text(mistakes: Mistakes) -> None:
+    (line,) = mistakes("data.default.data_path=5", yaml=UPSTREAM)
+    assert line.startswith("command line: data.default.data_path = 5 is not text")
 
 
 def test_every_fixed_setting_is_refused_with_another_value(mistakes: Mistakes) -> None:

@@ -389,6 +389,21 @@ def test_an_environment_that_cannot_begin_is_named(source):
         source(**{"rollout.environment": "faulty"})
 
 
+def test_an_environment_that_takes_too_long_to_begin_is_named(source):
+    released = threading.Event()
+
+    class Slow(Lengths):
+        def reset(self, row):
+            released.wait(60)
+
+    ENVIRONMENTS.register("slow")(Slow)
+    with pytest.raises(
+        LimbeckError, match=r"slow cannot use the training rows: .* 0\.1 seconds, which is rollout\.env"
+    ):
+        source(**{"rollout.environment": "slow", "rollout.environment_seconds": 0.1})
+    released.set()
+
+
 @pytest.mark.parametrize("error", [SystemExit(3), ValueError("3")])
 def test_an_environment_that_cannot_be_made_is_named(source, error):
     def make():

@@ -159,6 +159,8 @@ def _hydra_message(error: BaseException) -> str:
     if not text:
         return _hydra_message(error.__cause__) if error.__cause__ else f"{type(error).__name__}."
     text = re.sub(r"^(In '[^']*':\s*)?(\w+ raised while [\w ]+:)?", "", text).partition(" full_key:")[0].strip()
+    if found := re.match(r"Error trying to access (\S+): node `([^`]+)` is not a container", text):
+        text = f"it refers to {found[1]}, and {found[2]} is missing or not a section of keys; set {found[1]}"
     return text.rstrip(".") + "."
 
 

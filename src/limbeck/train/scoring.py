@@ -63,6 +63,11 @@ class Scorer:
         for row in np.unique(groups, return_index=True)[1]:
             try:
                 self._calls.call(self._environment.reset, examples.columns_of(int(row)))
+            except LateCallError as error:
+                raise LimbeckError(
+                    f"rollout.environment = {self._name} cannot use the {what}: its method reset gave {error}, which is "
+                    "rollout.environment_seconds; increase this limit, or correct the method."
+                ) from error
             except (Exception, SystemExit) as error:  # an environment is a plug-in and may raise anything
                 reason = str(error) if isinstance(error, LimbeckError) else f"{type(error).__name__}: {error}."
                 raise LimbeckError(

@@ -102,7 +102,7 @@ def _translate_models(file: NemoRlFile) -> None:
             file.put(f"{ours}.strategy_args.strategy_name", f"fsdp2_{suffix}", f"{role}.dtensor_cfg")
         _translate_replicas(file, role, world)
     recompute = file.get("policy.dtensor_cfg.activation_checkpointing")
-    if isinstance(recompute, bool):
+    if recompute is not None:
         path = "policy.dtensor_cfg.activation_checkpointing"
         file.put("student.model_args.disable_gradient_checkpointing", not recompute, path)
     _translate_tokenizer(file)
@@ -115,7 +115,7 @@ def _translate_replicas(file: NemoRlFile, role: str, world: int) -> None:
     copies = file.whole(path)
     tp, cp = (file.whole(f"{role}.dtensor_cfg.{key}_parallel_size") for key in ("tensor", "context"))
     data = world // (tp * cp)  # a remainder is an error elsewhere
-    if copies == 1:
+    if copies == 1 or file.wrong:
         return
     if data % copies or data <= copies:
         file.refuse(
@@ -130,6 +130,7 @@ def _place(file: NemoRlFile) -> int:
     """Set the devices of the training, and those of the generation if it has its own. Returns the number of ranks."""
     if file.get("cluster.gpus_per_node") is None:
         file.refuse("cluster.gpus_per_node", "is not set; set it to the number of devices of a machine")
+        file.wrong.add("cluster.gpus_per_node")
     world, own = file.num_ranks, file.generation_devices
     file.put("student.device_mapping", list(range(world)), "cluster.gpus_per_node")
     path = "policy.generation.colocated"
@@ -188,9 +189,7 @@ def _translate_objective(file: NemoRlFile) -> None:
     if kind in (None, "mixed") and weight is not None:
         file.put("kd_objective_kwargs", {"forward": weight}, path)
     only_topk, path = find("zero_outside_topk")
-    if only_topk is not None and not isinstance(only_topk, bool):
-        file.refuse(path, f"= {format_value(only_topk)} must be true or false")
-    elif only_topk is not None:
+    if only_topk is not None:
         file.put("logits_topk_tail", "zero" if only_topk else "renormalize", path)
     if file.get("policy.generation.temperature") != 0:  # the distribution that is sampled is the one that is compared
         file.put("kd_temperature", file.get("policy.generation.temperature"), "policy.generation.temperature")
@@ -256,13 +255,14 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
     metric, path = file.get("checkpointing.metric_name"), "checkpointing.metric_name"
     keep, latest = file.get("checkpointing.keep_top_k"), file.get("checkpointing.ft_keep_latest_k")
     validates = file.result.get("validation.data_args.sources") is not None
+    kind, _, name = str(metric).partition(":")
+    if metric is not None and metric not in _METRICS and (kind not in ("val", "train") or not name):
+        file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
+        return
     if metric is None or (str(metric).startswith("val") and not validates):
         file.result.put("checkpoint_config.best_metric", None, file.written("checkpointing"))
         file.put("max_ckpt_to_keep", keep, "checkpointing.keep_top_k")
         return
-    kind, colon, name = str(metric).partition(":")
-    if metric not in _METRICS and (kind not in ("val", "train") or not colon):
-        file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
     ours = _METRICS.get(metric, name if name.startswith(_GROUPS) else f"{kind}/{name}")
     if ours in _WRITTEN and file.result.get("rollout.environment") is None:
         file.refuse(
@@ -270,6 +270,8 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
         )
     file.put("checkpoint_config.best_metric", ours, path)
     higher = file.get("checkpointing.higher_is_better")
+    if higher is None and "higher_is_better" in file.section("checkpointing"):
+        file.refuse("checkpointing.higher_is_better", "= null is not true or false")
     file.put("checkpoint_config.best_mode", "min" if higher is False else "max", "checkpointing.higher_is_better")
     file.put("checkpoint_config.keep_best", keep, "checkpointing.keep_top_k")
     if keep is not None:  # the best ones, and the newest to resume from

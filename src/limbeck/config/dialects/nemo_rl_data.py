@@ -11,6 +11,7 @@ from limbeck.config.dialects.nemo_rl_table import READ
 from limbeck.config.locations import SourceLocation
 from limbeck.config.schema import NAMED_DATASETS
 from limbeck.config.translation import Translation
+from limbeck.config.validation_errors import format_value
 
 Entry = dict[str, tuple[Any, str]]
 """A dataset: each key with its value and the path under which it is written."""
@@ -32,6 +33,7 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
     train, validation = list(_entries(data, "train")), list(_entries(data, "validation"))
     if not train:
         result.refuse("data.train", "is not set; name a dataset in data.train.dataset_name, or data.dataset_name")
+        result.put("student.data_args.sources", [{"hub": "data.train"}], "data.train")  # one error is enough
     for entry in train:
         repeat, path = entry.get("repeat", (1, ""))
         if repeat not in (None, 1):
@@ -108,8 +110,10 @@ def _source(result: Translation, entry: Entry) -> dict[str, Any]:
     # A file that stands in for a dataset has its columns, as a copy of it does.
     columns = NAMED_DATASETS[known][0] if file is not None and known in NAMED_DATASETS else _GENERIC.get(name, {})
     source: dict[str, Any] = {"hub": str(name)}
-    if file is not None:
-        source = {"path": [file]} if _is_file(str(file)) else {"hub": file}
+    if file is not None and not isinstance(file, str):
+        result.refuse(entry["data_path"][1], f"= {format_value(file)} is not text: the name of a file or of a dataset")
+    elif file is not None:
+        source = {"path": [file]} if _is_file(file) else {"hub": file}
     elif name in NAMED_DATASETS or name in by_hub:
         source = {"hub": known}
     elif isinstance(name, str) and _is_file(name):

@@ -10,6 +10,7 @@ from typing import Any
 from limbeck.config.dialects.nemo_rl_table import (
     DISABLED_BY,
     FIXED,
+    FLAGS,
     MOVED,
     NESTED,
     NO_MEANING,
@@ -29,6 +30,7 @@ class NemoRlFile:
         self.source: dict[str, Any] = copy.deepcopy(dict(source))  # values of the wrong kind are taken out of it
         self.student = "student" if "student" in source and "policy" not in source else "policy"
         self.result = Translation({})
+        self.wrong: set[str] = set()  # numbers that are missing, or not what ``whole`` expects
 
     def get(self, path: str) -> Any:
         """The value at ``path``, or None."""
@@ -56,11 +58,14 @@ class NemoRlFile:
 
     def whole(self, path: str, default: int = 1) -> int:
         """A number of at least 1, for arithmetic; ``default`` if it is unset or wrong."""
-        value = self.get(path)
+        value = None if path in self.wrong else self.get(path)
         if value is None:
             return default
         if type(value) is not int or value < 1:
+            self.wrong.add(path)
             self.refuse(path, f"= {format_value(value)} must be a whole number of at least 1")
+            if path in MOVED:
+                self.result.pop(MOVED[path])  # one error is enough
             return default
         return value
 
@@ -112,6 +117,9 @@ class NemoRlFile:
             elif key in known and isinstance(value, (Mapping, list)) and _is_single(kind):
                 self.result.refuse(inner, f"= {format_value(value)} must be one value, not a list or a section of keys")
                 section[key] = None  # what reads it expects a value
+            elif key in known and key in FLAGS and value is not None and not isinstance(value, bool):
+                self.result.refuse(inner, f"= {format_value(value)} is not true or false")
+                del section[key]
             elif key in known:
                 self._check_inner(inner, value, kind)
             elif path:
@@ -147,7 +155,9 @@ class NemoRlFile:
     def _check_switched(self, path: str, value: Any, kind: str) -> None:
         unsupported = DISABLED_BY[kind]
         enabled = isinstance(value, dict) and value.get("enabled") is True
-        if enabled and unsupported is not None:
+        if isinstance(value, dict) and not isinstance(value.get("enabled"), (bool, type(None))):
+            self.result.refuse(f"{path}.enabled", f"= {format_value(value['enabled'])} is not true or false")
+        elif enabled and unsupported is not None:
             self.result.refuse(f"{path}.enabled", f"= true {unsupported.sentence}")
         elif enabled:
             self._check(path, value)

@@ -25,24 +25,25 @@ def translate_batches(file: NemoRlFile) -> int:
     samples = prompts * generations or batch
     micro = file.whole("policy.train_micro_batch_size")
     ranks = max(world // (tp * cp), 1)
-    if world % (tp * cp):
+    known = not file.wrong  # else an error below may only follow from another one
+    if known and world % (tp * cp):
         file.refuse(
             "policy.dtensor_cfg.tensor_parallel_size",
             f"= {tp} times context_parallel_size = {cp} does not divide the {world} devices of the training; change one",
         )
-    elif batch % (ranks * micro):
+    elif known and batch % (ranks * micro):
         file.refuse(
             path,
             f"= {batch} cannot be divided into micro-batches of {micro} (train_micro_batch_size) on {ranks} data-parallel "
             "ranks; change one of them",
         )
-    if samples % batch:
+    if known and samples % batch:
         file.refuse(
             path,
             f"= {batch} does not divide the {samples} samples of a step (num_prompts_per_step x "
             "num_generations_per_prompt); change one of them",
         )
-    elif batch % generations:
+    elif known and batch % generations:
         file.refuse(
             path, f"= {batch} is not a multiple of num_generations_per_prompt = {generations}; change one of them"
         )

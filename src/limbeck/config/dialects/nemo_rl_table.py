@@ -126,6 +126,12 @@ NESTED = words(
 )
 """Those of them that may have a list or a section, besides the sections that are keys of ``READ``."""
 
+FLAGS = words(
+    """enabled higher_is_better zero_outside_topk activation_checkpointing match_all_linear tensorboard_enabled wandb_enabled
+    mlflow_enabled swanlab_enabled"""
+)
+"""Names of those of them that are true or false."""
+
 NO_MEANING: dict[str, frozenset[str]] = {
     "distillation": words("val_batch_size"),
     "checkpointing": words(
