@@ -67,6 +67,7 @@ def test_a_wrong_value_or_a_conflict_is_one_sentence(
     (folder / "number.json").write_text('{"train": 5}')
     (folder / "nemo").mkdir()
     (folder / "nemo" / "model_config.yaml").write_text("activation: [a]")
+    (folder / "nemo" / "latest_checkpointed_iteration.txt").write_text("1")
     with pytest.raises(LimbeckError) as caught:
         load_arguments([*words(text, base), *MODEL.split()], "megatron")
     lines = str(caught.value).splitlines()
