@@ -1,6 +1,6 @@
 """What a share of on-policy samples does for a student: λ = 0, 0.5 and 1, forward and reverse KL, and staleness.
 
-    python benchmarks/on_policy.py                       # three seeds; about 20 minutes on two cores
+    python benchmarks/on_policy.py                       # three seeds; about 17 minutes on two cores
     python benchmarks/on_policy.py --seeds 1 --steps 50
 
 Every core trains one model at a time, in one thread. For each seed, the teacher and the distilled student of ``limbeck demo``

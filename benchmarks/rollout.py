@@ -161,8 +161,10 @@ def main() -> None:
             args.json.write_text(json.dumps(values, indent=1))
 
     print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
-    likeliest = GenerationConfig(**{**settings.to_diff_dict(), "do_sample": False, "temperature": None, "top_k": None})
-    equal = {"model.generate": equal_greedy(generate_in_batches(model, prompts, args.micro_batch, likeliest))}
+    greedy_settings = GenerationConfig(
+        **{**settings.to_diff_dict(), "do_sample": False, "temperature": None, "top_k": None}
+    )
+    equal = {"model.generate": equal_greedy(generate_in_batches(model, prompts, args.micro_batch, greedy_settings))}
     results = measure({"limbeck": written_by(generator), "model.generate": theirs}, rounds)
     report(results)  # starting vLLM may take longer than a caller waits
     if find_spec("vllm"):
