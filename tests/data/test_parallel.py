@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from limbeck.data import tokenize_files
+from limbeck.data.parallel import encode_in_parallel
 from limbeck.errors import LimbeckError
 
 ARRAYS = ("tokens", "labels", "offsets", "weights", "groups", "num_supervised")
@@ -162,3 +164,26 @@ def test_a_killed_worker_raises_an_error_with_a_remedy(tmp_path, tokenizer):
 
     with pytest.raises(LimbeckError, match=r"SIGKILL.*preprocessing_num_workers: 1"):
         tokenize_files([write(tmp_path / "a.jsonl", 30_000)], tokenizer, workers=2, progress=kill_one)
+
+
+class _DiesWhileItSends:
+    """Its process is killed after half of its second result was sent."""
+
+    sent = 0
+
+    def encode(self, size):
+        def send_half(connection, data):
+            os.write(connection.fileno(), bytes(data)[: len(data) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        self.sent += 1
+        if self.sent == 2:
+            Connection._send = send_half
+        return b"0" * size
+
+
+@pytest.mark.processes
+@linux
+def test_a_worker_killed_in_the_middle_of_a_result_raises_the_same_error():
+    with pytest.raises(LimbeckError, match=r"\(SIGKILL\(-9\)\).*preprocessing_num_workers: 1"):
+        list(encode_in_parallel(_DiesWhileItSends(), range(20), lambda batch: (1000,), processes=2))

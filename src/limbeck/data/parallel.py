@@ -65,17 +65,26 @@ def _result(future: Future[Encoded], executor: ProcessPoolExecutor) -> Encoded:
     """Waits for a result.
 
     loky itself waits forever for the rest of a message whose sender was killed. Closing every writing end of that pipe makes
-    it raise BrokenProcessPool.
+    it raise BrokenProcessPool, but with a message about the torn result, so that the exit codes are added here.
     """
     while not wait([future], timeout=1).done:
         workers = list((executor._processes or {}).values())
-        if any(worker.exitcode not in (None, 0) for worker in workers):
-            for worker in workers:
-                worker.terminate()
-            writer = executor._result_queue and executor._result_queue._writer
-            if writer and not writer.closed:
-                writer.close()
+        codes = {worker.exitcode for worker in workers} - {None, 0}
+        if not codes or wait([future], timeout=5).done:  # loky usually notices by itself
+            continue
+        for worker in workers:
+            worker.terminate()
+        # loky closes this end as well, in its own thread: give it another file instead of closing it twice.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, executor._result_queue._writer.fileno())
+        os.close(nowhere)
+        if (error := future.exception()) is not None:
+            raise BrokenProcessPool("{" + ", ".join(map(_exit_code, sorted(codes))) + "}") from error
     return future.result()
+
+
+def _exit_code(code: int) -> str:
+    return f"{signal.Signals(-code).name}({code})" if -code in set(signal.Signals) else f"EXIT({code})"
 
 
 def _start(encoder: Encoder, parent: int) -> None:
