@@ -153,7 +153,7 @@ def test_validation_writes_answers_and_measures_them(configure, tmp_path, capsys
 
 
 @pytest.mark.parametrize("answered", [0, 2])
-def test_validation_by_writing_needs_no_answers(configure, tmp_path, answered):
+def test_validation_by_writing_needs_no_answers(configure, tmp_path, capsys, answered):
     """The loss is that of the rows with answers."""
     found = [{"question": f"What is {n} plus 5?"} | ({"answer": "7"} if n < 6 + answered else {}) for n in range(6, 10)]
     for name, lines in (("some", found), ("all", found[:answered])):
@@ -169,6 +169,8 @@ def test_validation_by_writing_needs_no_answers(configure, tmp_path, answered):
 
     accuracy, loss = run("some")
     assert set(accuracy) == {0, 1}
+    notice = "no row has an answer, so that val/loss (checkpoint_config.best_metric) is not measured"
+    assert (notice in " ".join(capsys.readouterr().out.split())) == (not answered)
     if answered:
         assert loss == pytest.approx(run("all")[1])
     else:

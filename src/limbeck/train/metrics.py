@@ -25,6 +25,8 @@ from limbeck.train.student import StudentLoss
 FEATURES = "features/"
 _STUDENT_METRICS = ("val/loss", "val/ce", "val/student_entropy", "student/val_loss")
 _TEACHER_METRICS = ("val/kd", "val/teacher_entropy", "val/top1_agreement")
+METRICS_OF_ANSWERS = _STUDENT_METRICS + _TEACHER_METRICS
+"""Metrics of validation rows with an answer."""
 WRITTEN_METRICS = ("val/accuracy", "val/mean_length", "val/truncated_share", "val/reward_unknown_share")
 """Metrics of validation by writing."""
 _LOSS_NAMES = DistillationLoss._fields

@@ -35,6 +35,7 @@ from limbeck.train.build.counts import reduce_counts
 from limbeck.train.build.sources import training_sources, validation_sources
 from limbeck.train.build.teacher_tokens import add_teacher_tokens
 from limbeck.train.console import row_counter
+from limbeck.train.metrics import METRICS_OF_ANSWERS, WRITTEN_METRICS
 from limbeck.train.reference_quirks import train_padding
 from limbeck.train.samples import answer_starts
 
@@ -161,6 +162,12 @@ def make_data(config: DistillConfig, world: World, progress: Progress | None = N
         text += f"\nvalidation: {held_out[1]}" + (
             f"\nvalidation takes {sum(chosen.counts):,} of these rows, selected by the seed." if chosen else ""
         )
+        best = config.checkpoint_config.best_metric
+        if not validation and best in METRICS_OF_ANSWERS:
+            text += (
+                f"\nvalidation: no row has an answer, so that {best} (checkpoint_config.best_metric) is not measured and no "
+                f"checkpoint is the best; set best_metric to a metric of written answers: {', '.join(WRITTEN_METRICS)}."
+            )
         largest = max(largest, held_out[1].largest_token)
         longest = max(longest, int(held_out[0].lengths.max()))
         of_teacher = max(of_teacher, _longest_for_teacher(config, held_out[0]))
