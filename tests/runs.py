@@ -27,6 +27,27 @@ def nested(flat: dict) -> dict:
     return whole
 
 
+def comparable(folder: Path, output: Path, student: str = "student", teacher: str = "teacher", **changes) -> dict:
+    """A configuration in float32 on the models and ``rows.jsonl`` of ``folder``, whose runs compare layouts."""
+    return nested(
+        {
+            "student_pretrain": str(folder / student),
+            "teacher_pretrain": str(folder / teacher),
+            "output_dir": str(output),
+            "sequence_length": 63,
+            "max_steps": 4,
+            "save_steps": 2,
+            "track_with": "none",
+            "student.model_args.dtype": "fp32",
+            "student.training_args.learning_rate": 1e-3,
+            "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 becomes whole steps
+            "student.data_args.file_name": [str(folder / "rows.jsonl")],
+            "teacher.model_args.dtype": "fp32",
+            **changes,
+        }
+    )
+
+
 def train(settings: dict, tmp_path: Path, ranks: int, *overrides: str) -> str:
     """What ``limbeck train`` prints, on ranks that several tests use."""
     return run_on_ranks(ranks, "-m", "limbeck", "train", str(_configuration(settings, tmp_path, ranks)), *overrides)

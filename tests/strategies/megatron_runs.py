@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from runs import nested, rows
+from runs import comparable, rows
 
 TP, CP, PP = "tensor_model_parallel_size", "context_parallel_size", "pipeline_model_parallel_size"
 VPP_KEY = "virtual_pipeline_model_parallel_size"
@@ -101,29 +101,17 @@ TEACHERS = {"hybrid": "teacher of hybrid", "mixtral": "qwen3_moe"}  # other stud
 
 
 def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
-    return nested(
-        {
-            "student_pretrain": str(folder / student),
-            "teacher_pretrain": str(folder / TEACHERS.get(student, "teacher")),
-            "output_dir": str(output),
-            "sequence_length": 63,
-            "max_steps": 8,
-            "save_steps": 4,
-            "eval_steps": 8,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.model_args.disable_gradient_checkpointing": True,
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.weight_decay": 0.1,
-            "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 becomes whole steps
-            **rows(2, 4),
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp32",
-            "validation.data_args.file_name": [str(folder / "rows.jsonl")],
-            **STUDENTS[student][1],
-            **changes,
-        }
-    )
+    of_all = {
+        "max_steps": 8,
+        "save_steps": 4,
+        "eval_steps": 8,
+        "student.model_args.disable_gradient_checkpointing": True,
+        "student.training_args.weight_decay": 0.1,
+        **rows(2, 4),
+        "validation.data_args.file_name": [str(folder / "rows.jsonl")],
+    }
+    teacher = TEACHERS.get(student, "teacher")
+    return comparable(folder, output, student, teacher, **{**of_all, **STUDENTS[student][1], **changes})
 
 
 def layout(student: dict, teacher: dict | None = None) -> dict:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_on_ranks
-from runs import assert_same_weights, metrics, nested, rows, weights
+from runs import assert_same_weights, comparable, metrics, rows, weights
 from tiny import make_data, make_model
 
 from limbeck import DistillPipeline
@@ -46,26 +46,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def configuration(folder: Path, output: Path, **changes) -> dict:
-    return nested(
-        {
-            "student_pretrain": str(folder / "student"),
-            "teacher_pretrain": str(folder / "teacher"),
-            "output_dir": str(output),
-            "sequence_length": 63,
-            "max_steps": STEPS,
-            "eval_steps": 0,
-            "logging_steps": 1,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.model_args.disable_gradient_checkpointing": True,
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.adam_epsilon": 1e-4,
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp32",
-            **rows(8),
-            **changes,
-        }
-    )
+    of_all = {
+        **rows(8),
+        "max_steps": STEPS,
+        "save_steps": 0,
+        "logging_steps": 1,
+        "student.model_args.disable_gradient_checkpointing": True,
+    }
+    return comparable(folder, output, **{**of_all, **changes})
 
 
 @pytest.fixture

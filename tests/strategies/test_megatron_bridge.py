@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_weights, metrics, nested, rows
+from runs import assert_same_weights, comparable, metrics, rows
 from safetensors.torch import load_file, save_file
 from tiny import make_data, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -42,28 +42,9 @@ CASES = {  # ranks, model, the student's strategy_config and the teacher's
 
 
 def configuration(folder: Path, output: Path, model: str, **changes) -> dict:
-    return nested(
-        {
-            "student_pretrain": str(folder / model),
-            "teacher_pretrain": str(folder / f"{model}-teacher"),
-            "output_dir": str(output),
-            "sequence_length": 64,
-            "max_steps": 4,
-            "save_steps": 2,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 becomes whole steps
-            **rows(2, 4),
-            "student.use_sequence_packing": True,
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp32",
-            "features.pairs": [
-                [f"model.{x}"] * 2 for x in ("embed_tokens", "layers.0.self_attn.o_proj", "layers.1.mlp")
-            ],
-            **changes,
-        }
-    )
+    pairs = [[f"model.{x}"] * 2 for x in ("embed_tokens", "layers.0.self_attn.o_proj", "layers.1.mlp")]
+    of_all = {**rows(2, 4), "sequence_length": 64, "student.use_sequence_packing": True, "features.pairs": pairs}
+    return comparable(folder, output, model, f"{model}-teacher", **{**of_all, **changes})
 
 
 @needs_bridge

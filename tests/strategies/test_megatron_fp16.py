@@ -1,56 +1,35 @@
 """megatron_train in float16: Megatron's scale of the loss, on CPUs."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from runs import assert_same_weights, metrics, nested, rows, training_state
+from runs import assert_same_weights, comparable, metrics, rows, training_state
 from tiny import make_data, make_model
 from transformers import AutoModelForCausalLM
 
 from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.strategies.megatron.core import OptimizerTensors
-from strategies.megatron_runs import needs_megatron
+from strategies.megatron_runs import layout, needs_megatron, run_ranks
 
 HERE = Path(__file__).parent
 PP, SHARDED = "pipeline_model_parallel_size", {"use_distributed_optimizer": True}
 EXPERTS = {"kind": "qwen3_moe", "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
-def configuration(folder: Path, output: Path, layout: dict | None, per_device: int = 2, **changes) -> dict:
-    strategies = {
-        "student.strategy_args.strategy_name": "megatron_train",
-        "student.strategy_args.strategy_config": layout,
-        "teacher.strategy_args.strategy_name": "megatron_infer",
-        "teacher.strategy_args.strategy_config": {PP: 2},
-        "plugins": [str(HERE / "megatron_on_cpu.py")],
+def configuration(folder: Path, output: Path, student: dict | None, per_device: int = 2, **changes) -> dict:
+    of_all = {
+        **rows(per_device, 2),
+        **({} if student is None else layout(student, {PP: 2})),
+        "sequence_length": 64,
+        "student.model_args.dtype": "fp16",
+        "teacher.model_args.dtype": "fp16",
+        "features.pairs": [["model.layers.0", "model.layers.1"], ["model.norm", "model.norm"]],
     }
-    return nested(
-        {
-            "student_pretrain": str(folder / "student"),
-            "teacher_pretrain": str(folder / "teacher"),
-            "output_dir": str(output),
-            "sequence_length": 64,
-            "max_steps": 4,
-            "save_steps": 2,
-            "track_with": "none",
-            "student.model_args.dtype": "fp16",
-            "student.training_args.learning_rate": 1e-3,
-            **rows(per_device, 2),
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "teacher.model_args.dtype": "fp16",
-            "student.training_args.adam_epsilon": 1e-4,
-            "features.pairs": [["model.layers.0", "model.layers.1"], ["model.norm", "model.norm"]],
-            **(strategies if layout is not None else {}),
-            **changes,
-        }
-    )
+    return comparable(folder, output, **{**of_all, **changes})
 
 
 class Scaler:
@@ -101,12 +80,7 @@ def test_float16_trains_as_with_fsdp2_and_resumes_exactly(tmp_path):
         # Gradients overflow from the first step on.
         "overflow": configuration(tmp_path, tmp_path / "overflow", {PP: 2}, **{"features.weight": 1e7, "max_steps": 2}),
     }
-    for name, settings in runs.items():
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "run_configurations.py"), *(str(tmp_path / f"{name}.yaml") for name in runs)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(2, {tmp_path / f"{name}.yaml": settings for name, settings in runs.items()})
 
     for name, changes in {"pp": {}, "ep": expert}.items():
         output = tmp_path / f"{name}-fsdp2"

@@ -2,14 +2,11 @@
 
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
-from runs import assert_same_weights, metrics, nested, rows
+from runs import assert_same_weights, comparable, metrics, rows
 from tiny import make_data, make_model
 
 from limbeck import DistillPipeline
@@ -17,7 +14,7 @@ from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models.megatron_families import FUSED_NORMS, local_name
 from limbeck.strategies.megatron.capture import capture_in
-from strategies.megatron_runs import needs_megatron
+from strategies.megatron_runs import layout, needs_megatron, run_ranks
 
 HERE = Path(__file__).parent
 TP, PP, SP = "tensor_model_parallel_size", "pipeline_model_parallel_size", {"sequence_parallel": True}
@@ -32,31 +29,16 @@ MODELS = {
 }  # fmt: skip
 
 
-def configuration(folder: Path, output: Path, model: str, layout: dict, **changes) -> dict:
-    return nested(
-        {
-            "student_pretrain": str(folder / model),
-            "teacher_pretrain": str(folder / f"{model}-teacher"),
-            "output_dir": str(output),
-            "sequence_length": 64,
-            "max_steps": 3,
-            "save_steps": 2,
-            "track_with": "none",
-            "student.model_args.dtype": "fp32",
-            "student.training_args.learning_rate": 1e-3,
-            "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 becomes whole steps
-            **rows(2),
-            "student.use_sequence_packing": True,
-            "student.data_args.file_name": [str(folder / "rows.jsonl")],
-            "student.strategy_args.strategy_name": "megatron_train",
-            "student.strategy_args.strategy_config": layout,
-            "teacher.model_args.dtype": "fp32",
-            "teacher.strategy_args.strategy_name": "megatron_infer",
-            "teacher.strategy_args.strategy_config": {TP: 2, **SP, **ENGINE},
-            "plugins": [str(HERE / f"{name}_on_cpu.py") for name in ("megatron", "transformer_engine")],
-            **changes,
-        }
-    )
+def configuration(folder: Path, output: Path, model: str, student: dict, **changes) -> dict:
+    of_all = {
+        **rows(2),
+        **layout(student, {TP: 2, **SP, **ENGINE}),
+        "sequence_length": 64,
+        "max_steps": 3,
+        "student.use_sequence_packing": True,
+        "plugins": [str(HERE / f"{name}_on_cpu.py") for name in ("megatron", "transformer_engine")],
+    }
+    return comparable(folder, output, model, f"{model}-teacher", **{**of_all, **changes})
 
 
 @needs_megatron
@@ -73,22 +55,17 @@ def test_layers_of_transformer_engine_train_as_local_ones_and_take_their_checkpo
     layouts["moe"]["expert_tensor_parallel_size"] = 1
     files = {}
 
-    def add(name: str, model: str, layout: dict, **changes) -> None:
+    def add(name: str, model: str, student: dict, **changes) -> None:
         changes |= pair if model == "qwen2" else {}
-        settings = configuration(tmp_path, tmp_path / f"{name}-out", model, layout, **changes)
+        settings = configuration(tmp_path, tmp_path / f"{name}-out", model, student, **changes)
         files[tmp_path / f"{name}.yaml"] = settings
 
-    for model, layout in layouts.items():
-        add(f"{model}-local", model, layout | local)
-        add(f"{model}-engine", model, layout | ENGINE)
+    for model, student in layouts.items():
+        add(f"{model}-local", model, student | local)
+        add(f"{model}-engine", model, student | ENGINE)
     resumed = {"resume_from_checkpoint": str(tmp_path / "qwen2-local-out" / "checkpoint-2")}
     add("again", "qwen2", {PP: 2, **ENGINE, "use_distributed_optimizer": True}, **resumed)
-    for path, settings in files.items():
-        path.write_text(yaml.safe_dump(settings))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "run_configurations.py"), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(2, files)
     for model in MODELS:
         one, other = (tmp_path / f"{model}-{kind}-out" for kind in ("local", "engine"))
         for key in ("train/loss", "student/grad_norm"):

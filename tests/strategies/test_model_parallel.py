@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from ranks import run_on_ranks
-from runs import assert_same_weights, forget_after, metrics, nested, rows
+from runs import assert_same_weights, comparable, forget_after, metrics, rows
 from safetensors.torch import load_file, save_file
 from tiny import make_data, make_model
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -112,26 +112,8 @@ def calm(path: Path) -> None:
 
 
 def configuration(folder: Path, output: Path, student: str, **changes) -> dict:
-    flat = {
-        "student_pretrain": str(folder / student),
-        "teacher_pretrain": str(folder / "teacher"),
-        "output_dir": str(output),
-        "sequence_length": 63,
-        "max_steps": 4,
-        "save_steps": 2,
-        "eval_steps": 4,
-        "logging_steps": 1,
-        "track_with": "none",
-        "student.model_args.dtype": "fp32",
-        "student.training_args.learning_rate": 1e-3,
-        "student.training_args.adam_epsilon": 1e-4,  # else the rounding of gradients near 0 is blown up to whole steps
-        "student.training_args.per_device_train_batch_size": 8,
-        "student.data_args.file_name": [str(folder / "rows.jsonl")],
-        "teacher.model_args.dtype": "fp32",
-        "validation.data_args.file_name": [str(folder / "rows.jsonl")],
-        **changes,
-    }
-    return nested(flat)
+    validation = {"eval_steps": 4, "validation.data_args.file_name": [str(folder / "rows.jsonl")]}
+    return comparable(folder, output, student, **{**rows(8), "logging_steps": 1, **validation, **changes})
 
 
 def run_ranks(ranks: int, configurations: dict[Path, dict]) -> None:
