@@ -20,7 +20,7 @@ from limbeck.objectives import (
     fused_linear_distillation,
     names,
 )
-from limbeck.objectives.cross_tokenizer import span_row
+from limbeck.objectives.span_divergence import span_row
 
 LONG = torch.int64
 

@@ -109,7 +109,7 @@ def deepspeed_alone() -> Iterator[None]:
     """DeepSpeed in a process group of this process alone, which is gone afterwards."""
     import deepspeed
 
-    from limbeck.strategies.deepspeed import load_deepspeed
+    from limbeck.strategies.deepspeed.library import load_deepspeed
 
     try:
         with patch.dict(os.environ):

@@ -58,7 +58,8 @@ def test_an_engine_takes_adamw_steps_on_the_clipped_gradient(max_norm):
 def test_deepspeed_takes_adamw_steps_on_the_clipped_gradient(stage, max_norm):
     from functools import partial
 
-    from limbeck.strategies.deepspeed import ZeroEngine, make_adamw
+    from limbeck.strategies.deepspeed.engine import ZeroEngine
+    from limbeck.strategies.deepspeed.strategy import make_adamw
 
     block = {"zero_optimization": {"stage": stage}}
     with deepspeed_alone():
@@ -72,7 +73,8 @@ def test_deepspeed_takes_adamw_steps_on_the_clipped_gradient(stage, max_norm):
 def test_deepspeed_adds_the_micro_batches_of_a_step(stage):
     from functools import partial
 
-    from limbeck.strategies.deepspeed import ZeroEngine, make_adamw
+    from limbeck.strategies.deepspeed.engine import ZeroEngine
+    from limbeck.strategies.deepspeed.strategy import make_adamw
 
     block = {"zero_optimization": {"stage": stage}}
     with deepspeed_alone():
