@@ -276,14 +276,6 @@ SPELLINGS = [
         "64",
         {"sequence_length": 48, "rollout.max_new_tokens": 48},
     ),
-    (
-        FORK.replace("max_length: 48", "max_length: 64"),
-        "student.max_total_sequence_length",
-        "32",
-        "distillation.max_length",
-        "64",
-        {"sequence_length": 32},
-    ),
 ]
 """A file, the spelling that it does not have with another value, the one that it has with its value, and what is set."""
 
@@ -312,6 +304,7 @@ def test_different_spellings_in_a_file_contradict_each_other(mistakes: Mistakes)
 def test_equal_spellings_are_one_setting(load: Load) -> None:
     same = [f"++{key}={present}" for yaml, key, _, _, present, _ in SPELLINGS if yaml == UPSTREAM]
     same.remove("++distillation.max_length=64")  # which sets the length of an answer too
+    same += ["++data.prompt_template=ask"]  # which names the same file
     loaded, plain = load(*same, yaml=UPSTREAM), load(yaml=UPSTREAM)
     assert (loaded.config, loaded.notices) == (plain.config, plain.notices)
 
@@ -325,6 +318,7 @@ def test_the_maximum_length_of_the_example_sets_the_lengths(mistakes: Mistakes) 
     assert lengths("distillation.max_length=512") == (512, 512)
     assert lengths("distillation.max_length=512", "policy.generation.max_new_tokens=512") == (512, 512)
     assert lengths("policy.generation.max_new_tokens=256") == (2048, 256)
+    assert lengths("policy.max_total_sequence_length=1024") == (1024, 1536)
     (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {max_length: 48, "))
     assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (run.yaml:" in line
 
