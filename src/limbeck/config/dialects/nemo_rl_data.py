@@ -49,9 +49,13 @@ def read_datasets(result: Translation, data: Mapping[str, Any], locations: Mappi
     A key of ``data`` itself is the fork's spelling of the same key of ``data.default``, and of the only training dataset.
     """
 
+    def meaning(key: str, value: Any) -> Any:
+        return (_find_prompt(str(value), locations) if key == "prompt_file" else None) or value
+
     def choose(key: str, *given: Setting | None) -> Setting:
-        files = (lambda name: _find_prompt(str(name), locations) or name) if key == "prompt_file" else None
-        return choose_spelling(result, [one for one in given if one is not None], locations, files)
+        return choose_spelling(
+            result, [one for one in given if one is not None], locations, lambda value: meaning(key, value)
+        )
 
     def keys_of(section: object, path: str) -> Entry:
         given = section if isinstance(section, Mapping) else {}
@@ -77,7 +81,8 @@ def read_datasets(result: Translation, data: Mapping[str, Any], locations: Mappi
         if "dataset_name" in entry and "dataset_name" in same:
             entry["dataset_name"] = choose("dataset_name", entry["dataset_name"], same["dataset_name"])
         # What `data` itself says of its dataset does not hold for another one.
-        other = "dataset_name" in entry and "dataset_name" in own and not _is_same(entry, same, "dataset_name")
+        names = [found["dataset_name"][0] for found in (entry, own) if "dataset_name" in found]
+        other = len(names) == 2 and not (same and names[0] == names[1])
         unrelated = {own[key][1] for key in _OF_ONE_DATASET if other and key in own}
         for key in same:
             if key in entry and key != "dataset_name" and same[key][1] not in unrelated:
@@ -86,13 +91,10 @@ def read_datasets(result: Translation, data: Mapping[str, Any], locations: Mappi
 
     datasets = Datasets(list(entries("train")), list(entries("validation")))
     for key, (value, path) in (*own.items(), *default.items()):
-        if value is not None and not any(_is_same(entry, {key: (value, path)}, key) for entry in datasets.all):
+        read = [meaning(key, entry[key][0]) for entry in datasets.all if key in entry]
+        if value is not None and meaning(key, value) not in read:
             ignore_once(result, path)
     return datasets
-
-
-def _is_same(one: Entry, other: Entry, key: str) -> bool:
-    return key in one and key in other and one[key][0] == other[key][0]
 
 
 def translate_data(result: Translation, datasets: Datasets, locations: Mapping[str, SourceLocation]) -> None:

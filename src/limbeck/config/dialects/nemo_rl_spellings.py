@@ -17,7 +17,7 @@ def choose_spelling(
     result: Translation,
     given: Sequence[Setting],
     locations: Mapping[str, SourceLocation],
-    meaning: Callable[[Any], Any] | None = None,
+    meaning: Callable[[Any], Any] = lambda value: value,
 ) -> Setting:
     """The one of several spellings of a setting that counts: the first with a value, or the first one if none has a value.
 
@@ -29,7 +29,7 @@ def choose_spelling(
     """
     chosen, *others = [one for one in given if one[0] is not None] or [given[0]]
     for other in others:
-        if other[0] == chosen[0] or (meaning is not None and meaning(other[0]) == meaning(chosen[0])):
+        if meaning(other[0]) == meaning(chosen[0]):
             continue
         if is_override(chosen[1], locations) == is_override(other[1], locations):
             place = find_location(chosen[1], locations)
