@@ -261,6 +261,14 @@ SPELLINGS = [
         {"student.data_args.sources": [{"hub": "math_cl"}]},
     ),
     (
+        UPSTREAM.replace("dataset_name: DeepScaler", "dataset_name: math_cl, max_samples: 9"),
+        "data.max_samples",
+        "5",
+        "data.train.max_samples",
+        "9",
+        {"student.data_args.sources": [{"hub": "math_cl", "max_samples": 5}]},
+    ),
+    (
         UPSTREAM,
         "data.prompt_template",
         "math_distillation",
@@ -309,7 +317,7 @@ def test_equal_spellings_are_one_setting(load: Load) -> None:
     assert (loaded.config, loaded.notices) == (plain.config, plain.notices)
 
 
-def test_the_maximum_length_of_the_example_sets_the_lengths(mistakes: Mistakes) -> None:
+def test_the_maximum_length_sets_the_lengths(load: Load, mistakes: Mistakes) -> None:
     def lengths(*overrides: str) -> tuple[int | None, int | None]:
         config = load_config(EXAMPLE, overrides).config
         return config.sequence_length, config.rollout and config.rollout.max_new_tokens
@@ -319,6 +327,7 @@ def test_the_maximum_length_of_the_example_sets_the_lengths(mistakes: Mistakes) 
     assert lengths("distillation.max_length=512", "policy.generation.max_new_tokens=512") == (512, 512)
     assert lengths("policy.generation.max_new_tokens=256") == (2048, 256)
     assert lengths("policy.max_total_sequence_length=1024") == (1024, 1536)
+    assert "distillation.max_length (run.yaml:" in load("++student.generation.max_new_tokens=32", yaml=FORK).notices[0]
     (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {max_length: 48, "))
     assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (run.yaml:" in line
 
@@ -333,7 +342,7 @@ def test_saving_without_a_section_of_checkpoints(load: Load) -> None:
 @pytest.mark.parametrize(
     ("overrides", "unused"),
     [
-        (["++data.train.dataset_name=gsm8k", "++data.subset=main"], ["data.dataset_name", "data.subset"]),
+        (["++data.train={dataset_name: gsm8k, split: test}", "++data.split=a"], ["data.dataset_name", "data.split"]),
         (["++data.train=[{dataset_name: gsm8k},{dataset_name: DeepScaler}]"], ["data.dataset_name"]),
         (["++data.train.max_samples=5", "++data.default.max_samples=7"], ["data.default.max_samples"]),
     ],
