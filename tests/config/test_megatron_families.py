@@ -62,7 +62,8 @@ REFUSED = {
     "DeepSeek-V2-Lite": (
         f"""{QWEN} 16 --num-layers 27 --hidden-size 2048 --num-attention-heads 16 --multi-latent-attention --kv-lora-rank 512
         --v-head-dim 128 --qk-head-dim 128 --qk-pos-emb-head-dim 64 --rotary-scaling-factor 40 --mscale 0.707
-        --mscale-all-dim 0.707 --num-experts 64 --moe-layer-freq ([0]+[1]*26) --moe-token-drop-policy probs --vocab-size 102399""",
+        --mscale-all-dim 0.707 --num-experts 64 --moe-layer-freq ([0]+[1]*26)
+        --moe-token-drop-policy probs --vocab-size 102400""",
         "multi_latent_attention = True cannot be expressed .* other models need a checkpoint of Hugging Face",
     ),
     "Llama 4": (f"{LLAMA} --num-layers 48 --export-qk-l2-norm", "--export-qk-l2-norm describes GPT-OSS or Llama 4"),

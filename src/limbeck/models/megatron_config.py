@@ -333,7 +333,8 @@ def _experts(given: Mapping[str, Any], where: str, kind: str, width: int, layers
     name = "add_qkv_bias" if kind == "qwen2" else "moe_layer_freq" if dense else "moe_router_pre_softmax"
     remedy = "" if kind == "qwen2" else ", or set qk_layernorm, which makes it a qwen3_moe"
     raise LimbeckError(
-        f"{where}: {name} = {_yaml(given[name])} with num_experts is neither a mixtral nor a qwen3_moe model; remove it{remedy}."
+        f"{where}: {name} = {_yaml(given[name])} with num_experts is neither a mixtral nor a qwen3_moe model; remove "
+        f"it{remedy}."
     )
 
 

@@ -429,9 +429,9 @@ _ACTIVATIONS = {
 }
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
 _PRECISIONS = {
-    f"{spelling}{end}": dtype
-    for spelling, dtype in {"bf16": "bf16", "16": "fp16", "fp16": "fp16", "32": "fp32"}.items()
-    for end in ("", "-mixed", "-true")
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
+    **dict.fromkeys(("fp16", "16", "16-mixed", "16-true"), "fp16"),
+    **dict.fromkeys(("32", "32-true"), "fp32"),
 }
 """NeMo's and Lightning's spellings. A teacher has no master weights, which are what tells ``-mixed`` from ``-true``."""
 
