@@ -211,7 +211,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
                 "teacher_pretrain": None,
                 "teacher.model_args.from_scratch": True,
                 "teacher.model_args.model_config_kwargs": {
-                    "model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200,
+                    "model_type": "qwen2", "hidden_size": 49152, "intermediate_size": 262144, "num_hidden_layers": 20,
                 },
             },
             "of memory; use more machines, smaller models or LoRA",

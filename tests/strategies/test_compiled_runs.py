@@ -90,8 +90,9 @@ def runs(monkeypatch):
     ("changes", "passes"),
     [
         ({}, 2),  # the student's and the teacher's
-        ({"student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"}, 2),
-        ({**PACKED, **RECOMPUTED, **LORA}, 3 * PIECES),  # and the student's once more
+        pytest.param({"student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"}, 2, marks=pytest.mark.slow),
+        # And the student's once more.
+        pytest.param({**PACKED, **RECOMPUTED, **LORA}, 3 * PIECES, marks=pytest.mark.slow),
     ],
     ids=["fp32", "autocast", "packed, recomputed, LoRA"],
 )
