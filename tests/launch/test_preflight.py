@@ -112,6 +112,7 @@ def test_a_damaged_model_is_an_error_and_the_other_is_still_checked(check, tmp_p
     assert "not a valid JSON file. Check the files in that folder" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_models_of_a_run_hold(configure, assets):
     student = load_model(ModelSource(str(assets / "student")), torch.float32)
     teacher = load_model(ModelSource(str(assets / "teacher")), torch.float32)

@@ -83,6 +83,7 @@ def copied(config, memory: float):
     return adapt(config, ALONE, memory=memory).rollout.generator_kwargs.get("copy")
 
 
+@pytest.mark.slow
 def test_the_student_writes_in_lockstep_only_where_a_copy_of_its_weights_does_not_fit(configure, capsys):
     config, on = configure(**WRITING), GPUS["H100"]
     plain = configure(**{**WRITING, "rollout.generator_kwargs": {"copy": False}})
@@ -200,4 +201,6 @@ def test_lockstep_for_the_sake_of_a_cache_names_slots(configure, capsys):
 
 def test_a_plan_names_prompts_of_the_teachers_own(configure):
     config = configure(**{"teacher.prompt.template": "{{ question }} {{ answer }}", "teacher.prompt.max_length": 99})
-    assert "its own prompts of up to 99 tokens" in " ".join(make_plan(config, 1, 1, GPUS["H100"], compiled=False).notices)
+    assert "its own prompts of up to 99 tokens" in " ".join(
+        make_plan(config, 1, 1, GPUS["H100"], compiled=False).notices
+    )

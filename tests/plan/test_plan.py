@@ -119,6 +119,7 @@ def test_hybrid_sharding_gathers_within_a_node(from_config):
     assert group.step.most["parameters"] == pytest.approx(2 * whole.step.most["parameters"], rel=0.01)
 
 
+@pytest.mark.slow
 def test_roles_with_their_own_devices_are_planned_separately(from_config):
     apart = {"student.device_mapping": [0, 1], "teacher.device_mapping": [2]}
     made = plan(from_config(**apart), 1, 4)
@@ -134,6 +135,7 @@ def test_roles_with_their_own_devices_are_planned_separately(from_config):
     assert shared.needed == student.step.total + teacher.step.total
 
 
+@pytest.mark.slow
 def test_pipeline_stages_are_planned_separately_and_wait_for_each_other(from_config):
     accumulate = {"student.training_args.gradient_accumulation_steps": 4}
     (whole,) = plan(from_config(**accumulate)).groups
@@ -175,6 +177,7 @@ def test_deepspeed_shards_what_its_stage_shards(from_config, monkeypatch):
     assert "LOCAL_RANK" not in os.environ  # accelerate would take a later Trainer for one of several ranks
 
 
+@pytest.mark.slow
 def test_what_a_library_allocates_is_not_counted_as_activations(from_config):
     (alone,) = simulate(load_mapping(from_config()).config, 1, "cpu")
     for changes in ({}, *({"student.strategy_args": zero("deepspeed_train", stage)} for stage in (1, 2, 3))):
@@ -235,6 +238,7 @@ def test_an_impossible_layout_is_one_sentence(from_config, tmp_path, capsys, arg
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_rows_are_as_long_as_both_models_take(from_config, tmp_path, capsys):
     longer, whole = (plan(from_config(sequence_length=length)) for length in (512, 256))
     assert longer.groups == whole.groups
