@@ -107,7 +107,7 @@ def test_compiled_layers_run_for_all_lengths_and_change_nothing(folder, backend,
         (7, 3),
         (5, 4, 9),
         (20, 2),
-        *((2 + i, 3 + i // 2) for i in range(9)),
+        *((2 + i, 3 + i // 2) for i in range(27)),
     ]  # more than PyTorch compiles before it gives up
     for lengths in batches:
         found, expected = (forward(model, lengths, packed=packed) for model in (compiled, plain))
