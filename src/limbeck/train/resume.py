@@ -36,7 +36,8 @@ def refuse_other_model(path: Path, config: Any) -> None:
     # Built again, it has the defaults of the installed version of Transformers.
     stored, own = (json.loads(one.to_json_string(use_diff=False)) for one in (type(config).from_dict(written), config))
     before, now = dict(leaves({**stored, "model_type": written.get("model_type")})), dict(leaves(own))
-    for key in {**before, **now}:
+    # Lists last: they follow from numbers, such as a kind for each layer.
+    for key in sorted({**before, **now}, key=lambda key: isinstance(now.get(key), list)):
         name = key.rpartition(".")[2]
         if before.get(key) == now.get(key) or key.startswith(_NO_MODEL) or name.endswith(("_token_id", "dropout")):
             continue
