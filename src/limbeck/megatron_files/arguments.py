@@ -39,17 +39,18 @@ def stored_arguments(name: str) -> dict[str, Any]:
 def dist_arguments(folder: Path, index: Any) -> dict[str, Any]:
     """Those of a ``torch_dist`` checkpoint. index: what ``read_metadata`` returns for it."""
     if (folder / COMMON).is_file():
-        return _attributes(read_torch_file(folder / COMMON).get("args"))
+        return _arguments(read_torch_file(folder / COMMON))
     for key, info in getattr(index, "storage_data", {}).items():
         if key.fqn == _COMMON_PART:
-            return _attributes(read_torch_file(folder / info.relative_path, (info.offset, info.length))[0].get("args"))
+            return _arguments(read_torch_file(folder / info.relative_path, (info.offset, info.length))[0])
     return {}
 
 
 def legacy_arguments(file: Path) -> dict[str, Any]:
     """Those in the ``file`` of one rank of a ``torch`` checkpoint."""
-    return _attributes(read_torch_file(file).get("args"))
+    return _arguments(read_torch_file(file))
 
 
-def _attributes(stored: Any) -> dict[str, Any]:
+def _arguments(content: Any) -> dict[str, Any]:
+    stored = content.get("args") if isinstance(content, dict) else None
     return dict(vars(stored)) if isinstance(stored, Record) else {}

@@ -32,14 +32,17 @@ def refuse_other_model(path: Path, config: Any) -> None:
     config: the ``PretrainedConfig`` of that model. Parameters of equal names and shapes may belong to another function, for
     example with another base of rotary positions.
     """
-    written = json.loads((path / "config.json").read_text())
-    # Built again, it has the defaults of the installed version of Transformers.
-    stored, own = (json.loads(one.to_json_string(use_diff=False)) for one in (type(config).from_dict(written), config))
-    before, now = dict(leaves({**stored, "model_type": written.get("model_type")})), dict(leaves(own))
+    stored = json.loads((path / "config.json").read_text())
+    written, writes = dict(leaves(stored)), dict(leaves(json.loads(config.to_json_string())))
+    if stored.get("model_type") == config.model_type:  # built again, it has the defaults of the installed Transformers
+        stored = json.loads(type(config).from_pretrained(path).to_json_string(use_diff=False))
+    before, now = dict(leaves(stored)), dict(leaves(json.loads(config.to_json_string(use_diff=False))))
     # Lists last: they follow from numbers, such as a kind for each layer.
-    for key in sorted({**before, **now}, key=lambda key: isinstance(now.get(key), list)):
-        name = key.rpartition(".")[2]
-        if before.get(key) == now.get(key) or key.startswith(_NO_MODEL) or name.endswith(("_token_id", "dropout")):
+    for key in sorted({**before, **now}, key=lambda key: (key != "model_type", isinstance(now.get(key), list))):
+        of_model = not any(name.startswith(_NO_MODEL) or name.endswith(_ENDS) for name in key.split("."))
+        # Some models change their configuration, so that reading it again gives another one.
+        differs = before.get(key) != now.get(key) and written.get(key) != writes.get(key)
+        if not (of_model and differs):
             continue
         raise LimbeckError(
             f"{path} is of another student: {key} is {_shown(before.get(key))} in its config.json and {_shown(now.get(key))} "
@@ -48,20 +51,18 @@ def refuse_other_model(path: Path, config: Any) -> None:
 
 
 _NO_MODEL = (
+    *("_", "architectures", "dtype", "id2label", "initializer_range", "label2id", "name_or_path", "output_"),
     *(
-        "_",
-        "architectures",
-        "dtype",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "name_or_path",
-        "output_",
         "problem_type",
+        "quantization_config",
+        "return_dict",
+        "router_aux_loss_coef",
+        "transformers_version",
+        "use_cache",
     ),
-    *("quantization_config", "return_dict", "router_aux_loss_coef", "transformers_version", "use_cache"),
 )
-"""Beginnings of the keys of ``config.json`` without which a model computes the same."""
+_ENDS = ("_token_id", "dropout")
+"""Beginnings and ends of the keys of ``config.json`` that do not change what a model computes when it is evaluated."""
 
 
 def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
