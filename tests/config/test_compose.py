@@ -41,6 +41,7 @@ def test_a_device_mapping_has_the_same_forms_on_the_command_line(load: Load, dev
     assert load(f"student.device_mapping={devices}").config.device_mapping == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 @settings(**PROPERTY)  # type: ignore[arg-type]
 @given(st.text(alphabet=st.characters(exclude_categories=("Cs", "Cc")), min_size=1).map(str.strip).filter(len))
 def test_text_on_the_command_line_is_unchanged(load: Load, text: str) -> None:

@@ -265,6 +265,16 @@ def test_the_teachers_own_tokenizer_is_read_or_named(folder: Path, tokenizer: st
     assert at(own, key) == "some/model" and not any("some/model" in notice for notice in own.notices)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "spellings"),
+    [("bf16", "bf16 bf16-mixed bf16-true"), ("fp16", "fp16 16 16-mixed 16-true"), ("fp32", "32 32-true")],
+)
+def test_the_precisions_of_lightning_are_the_teachers(folder: Path, dtype: str, spellings: str) -> None:
+    for precision in spellings.split():
+        (folder / "mcore" / "model_config.yaml").write_text(f"precision: {precision}")
+        assert at(run("", teacher="--export-kd-teacher-load mcore"), "teacher.model_args.dtype") == dtype
+
+
 def test_megatrons_own_names_are_known_in_the_teachers_file(folder: Path) -> None:
     lines = "bf16: true\nfp16: false\nposition_embedding_type: null\ndisable_bias_linear: true\nlog_interval: 3"
     (folder / "mcore" / "model_config.yaml").write_text(lines)
@@ -308,6 +318,13 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         ("--limbeck-strategy ddp", {}, "--limbeck-strategy = ddp is not one of megatron, fsdp2"),
         ("--lr-decay-style WSD", {}, "lr_scheduler_kwargs.wsd_decay_steps = 0 must be a whole number of steps above 0"),
         ("--lr-decay-style exp", {}, "decay_style = exp is not one of linear, cosine"),
+        (
+            "--min-lr 1",
+            {},
+            "--min-lr: student.training_args.lr_scheduler_kwargs.min_lr = 1 must not be above learning_rate",
+        ),
+        ("--lr-warmup-init 1", {}, "lr_scheduler_kwargs.warmup_init = 1 must not be above learning_rate = 0.001"),
+        ("--lr-warmup-iters 5 --lr-decay-iters 5", {}, "warmup_steps = 5 must be below student.training_args.lr_"),
         ("--num-layers-per-virtual-pipeline-stage 3", {}, "must divide --num-layers, which is 4"),
         (
             "--num-layers-per-virtual-pipeline-stage 3",

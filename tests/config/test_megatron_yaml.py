@@ -12,6 +12,7 @@ import yaml
 from limbeck.config import load_arguments
 from limbeck.config.dialects import megatron, megatron_table, megatron_yaml
 from limbeck.errors import LimbeckError
+from limbeck.models.megatron_pattern import layer_pattern
 
 FILE = """
 language_model:
@@ -76,6 +77,13 @@ def test_a_file_of_arguments_gives_what_its_flags_give(folder: Path) -> None:
     assert of_file.origins["student.training_args.learning_rate"].endswith("args.yaml:26)")
     replaced = load_arguments(["--yaml-cfg", "args.yaml", "--lr", "1e-3", "seed=3"])
     assert (replaced.config.student.training_args.learning_rate, replaced.config.seed) == (1e-3, 3)
+
+
+def test_a_list_of_the_file_is_the_pattern_of_layers_that_the_flag_has(folder: Path) -> None:
+    with (folder / "args.yaml").open("a") as file:
+        file.write("moe_layer_freq: [0, 1, 1, 1]")
+    arguments = load_arguments(["--yaml-cfg", "args.yaml"]).config.student.model_args.megatron_arguments
+    assert layer_pattern(arguments["moe_layer_freq"]) == layer_pattern("[0]+[1]*3") == [0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,7 @@ def test_limbecks_keys_replace_modelopts_defaults() -> None:
         ({"intermediate_layer_pairs": "a"}, "features.pairs = a is not a list"),
         ({"logit_layers": ["output_layer"]}, "must name two output heads"),
         ({"logit_kl_temperature": 0}, "kd_temperature = 0 must be greater than 0"),
+        ({"logit_kl_topk": 0}, "logit_kl_topk = 0 must be above 0; null is the whole vocabulary"),
     ],
 )
 def test_mistakes_are_reported(keys: dict[str, Any], sentence: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ Mistakes = Callable[..., list[str]]
 
 REFERENCES = Path(__file__).resolve().parents[3] / "shared" / "references" / "configs" / "nemo-rl"
 
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "configs" / "distillation_math_cl.yaml"
 CALCULATOR = Path(__file__).resolve().parents[2] / "examples" / "rollout" / "calculator.py"
 
 UPSTREAM = """
@@ -188,6 +190,7 @@ def test_validation_by_writing_becomes_keys_of_limbeck() -> None:
         ("train:grad_norm", "student/grad_norm"),
         ("train:mean_gen_tokens_per_sample", "rollout/mean_length"),
         ("train:rollout/reward", "rollout/reward"),
+        ("train:mean_total_reward", "rollout/reward"),
         ("train:student/grad_norm", "student/grad_norm"),
         ("val:accuracy", "val/accuracy"),
         ("val:val/kd", "val/kd"),
@@ -199,10 +202,11 @@ def test_a_metric_has_the_name_of_either_system(load: Load, name: str, ours: str
     assert load(f"checkpointing.metric_name={name}", higher, yaml=UPSTREAM).config.checkpoint_config.best_metric == ours
 
 
-def test_a_metric_of_written_answers_needs_an_environment(mistakes: Mistakes) -> None:
-    keys = ("++checkpointing.metric_name='val:accuracy'", "++data.validation.dataset_name=gsm8k")
-    (line,) = mistakes(*keys, yaml=FORK)
-    assert "checkpointing.metric_name = val:accuracy needs an environment" in line
+@pytest.mark.parametrize("metric", ["val:accuracy", "train:mean_total_reward"])
+def test_a_metric_of_checked_answers_needs_an_environment(mistakes: Mistakes, metric: str) -> None:
+    keys = (f"++checkpointing.metric_name='{metric}'", "++data.validation.dataset_name=gsm8k")
+    (line,) = mistakes(*keys, "++checkpointing.higher_is_better=true", yaml=FORK)
+    assert f"checkpointing.metric_name = {metric} needs an environment" in line
     assert line.endswith("add env: {math: {}}.")
 
 
@@ -216,6 +220,136 @@ def test_the_keys_of_the_fork_are_read_too(load: Load) -> None:
     assert config.student.data_args.prompt_file is not None
     assert config.student.data_args.prompt_file.endswith("examples/prompts/math_distillation.txt")
     assert (config.student.model_args.dtype, config.validation) == ("fp32", None)
+
+
+SPELLINGS = [
+    (UPSTREAM, "distillation.kl_type", "forward", "loss_fn.kl_type", "reverse", {"kd_objective": "forward_kl"}),
+    (FORK, "loss_fn.kl_type", "reverse", "distillation.kl_type", "forward", {"kd_objective": "reverse_kl"}),
+    (
+        UPSTREAM.replace("reverse", "mixed, mixed_kl_weight: 0.3"),
+        "distillation.mixed_kl_weight",
+        "0.7",
+        "loss_fn.mixed_kl_weight",
+        "0.3",
+        {"kd_objective_kwargs": {"forward": 0.7}},
+    ),
+    (
+        UPSTREAM,
+        "distillation.zero_outside_topk",
+        "false",
+        "loss_fn.zero_outside_topk",
+        "true",
+        {"logits_topk_tail": "renormalize"},
+    ),
+    (UPSTREAM, "distillation.max_steps", "5", "distillation.max_num_steps", "7", {"max_steps": 10}),
+    (UPSTREAM, "distillation.eval_steps", "3", "distillation.val_period", "5", {"eval_steps": 6}),
+    (UPSTREAM, "distillation.save_steps", "3", "checkpointing.save_period", "4", {"save_steps": 6}),
+    (
+        UPSTREAM,
+        "distillation.teacher_model_path",
+        "other",
+        "teacher.model_name",
+        "large",
+        {"teacher_pretrain": "other"},
+    ),
+    (
+        UPSTREAM,
+        "data.dataset_name",
+        "math_cl",
+        "data.train.dataset_name",
+        "DeepScaler",
+        {"student.data_args.sources": [{"hub": "math_cl"}]},
+    ),
+    (
+        UPSTREAM.replace("dataset_name: DeepScaler", "dataset_name: math_cl, max_samples: 9"),
+        "data.max_samples",
+        "5",
+        "data.train.max_samples",
+        "9",
+        {"student.data_args.sources": [{"hub": "math_cl", "max_samples": 5}]},
+    ),
+    (
+        UPSTREAM,
+        "data.prompt_template",
+        "math_distillation",
+        "data.default.prompt_file",
+        "ask.txt",
+        {"student.data_args.prompt_file": str(EXAMPLE.parents[1] / "prompts" / "math_distillation.txt")},
+    ),
+    (
+        UPSTREAM,
+        "distillation.max_length",
+        "48",
+        "policy.max_total_sequence_length",
+        "64",
+        {"sequence_length": 48, "rollout.max_new_tokens": 48},
+    ),
+]
+"""A file, the spelling that it does not have with another value, the one that it has with its value, and what is set."""
+
+
+@pytest.mark.parametrize(
+    ("yaml", "key", "value", "other", "present", "expected"), SPELLINGS, ids=[one[1] for one in SPELLINGS]
+)
+def test_of_two_spellings_the_one_of_the_command_line_counts(
+    load: Load, mistakes: Mistakes, yaml: str, key: str, value: str, other: str, present: str, expected: dict[str, Any]
+) -> None:
+    loaded = load(f"++{key}={value}", yaml=yaml)
+    assert {path: attrgetter(path)(loaded.config) for path in expected} == expected
+    assert f"{other} (run.yaml:" in loaded.notices[0]
+    lines = mistakes(f"++{key}={value}", f"{other}={present}", yaml=yaml)
+    assert any("contradicts" in line and key in line and f"{other} = {present}" in line for line in lines), lines
+
+
+def test_different_spellings_in_a_file_contradict_each_other(mistakes: Mistakes) -> None:
+    (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {kl_type: forward, "))
+    assert line == (
+        "run.yaml:1: distillation.kl_type = forward contradicts loss_fn.kl_type = reverse (run.yaml:2), which sets the same; "
+        "set one of them only."
+    )
+
+
+def test_equal_spellings_are_one_setting(load: Load) -> None:
+    same = [f"++{key}={present}" for yaml, key, _, _, present, _ in SPELLINGS if yaml == UPSTREAM]
+    same.remove("++distillation.max_length=64")  # which sets the length of an answer too
+    same += ["++data.prompt_template=ask"]  # which names the same file
+    loaded, plain = load(*same, yaml=UPSTREAM), load(yaml=UPSTREAM)
+    assert (loaded.config, loaded.notices) == (plain.config, plain.notices)
+
+
+def test_the_maximum_length_sets_the_lengths(load: Load, mistakes: Mistakes) -> None:
+    def lengths(*overrides: str) -> tuple[int | None, int | None]:
+        config = load_config(EXAMPLE, overrides).config
+        return config.sequence_length, config.rollout and config.rollout.max_new_tokens
+
+    assert lengths() == (2048, 1536)
+    assert lengths("distillation.max_length=512") == (512, 512)
+    assert lengths("distillation.max_length=512", "policy.generation.max_new_tokens=512") == (512, 512)
+    assert lengths("policy.generation.max_new_tokens=256") == (2048, 256)
+    assert lengths("policy.max_total_sequence_length=1024") == (1024, 1536)
+    assert "distillation.max_length (run.yaml:" in load("++student.generation.max_new_tokens=32", yaml=FORK).notices[0]
+    (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {max_length: 48, "))
+    assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (run.yaml:" in line
+
+
+def test_saving_without_a_section_of_checkpoints(load: Load) -> None:
+    assert load("++distillation.save_steps=6", yaml=FORK).config.save_steps == 6
+    loaded = load("++distillation.save_steps=6", "++checkpointing.enabled=false", yaml=FORK)
+    assert loaded.config.save_steps == 0
+    assert "distillation.save_steps (command line)" in loaded.notices[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "unused"),
+    [
+        (["++data.train={dataset_name: gsm8k, split: test}", "++data.split=a"], ["data.dataset_name", "data.split"]),
+        (["++data.train=[{dataset_name: gsm8k},{dataset_name: DeepScaler}]"], ["data.dataset_name"]),
+        (["++data.train.max_samples=5", "++data.default.max_samples=7"], ["data.default.max_samples"]),
+    ],
+)
+def test_a_key_that_no_dataset_reads_is_in_the_notice(load: Load, overrides: list[str], unused: list[str]) -> None:
+    notice = load(*overrides, yaml=FORK).notices[0]
+    assert re.findall(r"(data[\w.]+) \(", notice) == unused
 
 
 @pytest.mark.parametrize(
@@ -296,6 +430,11 @@ def test_a_file_of_data_itself_does_not_replace_another_dataset(load: Load) -> N
         ("data.validation.prompt_file=other.txt", "data.default.prompt_file is not the same for all datasets"),
         ("data.default.prompt_file=none.txt", "data.default.prompt_file = none.txt is not a text file"),
         ("checkpointing.metric_name='val:'", "checkpointing.metric_name = val: must be val: or train: and the name"),
+        ("checkpointing.metric_name='train:global_valid_seqs'", "the nearest metric is train:global_valid_toks"),
+        (
+            "checkpointing.metric_name='train:natural_termination_rate'",
+            "= train:natural_termination_rate is not measured in Limbeck; the nearest metric is train:truncation_rate with",
+        ),
         ("checkpointing.metric_name=accuracy", "checkpointing.metric_name = accuracy must be val: or train:"),
         ("checkpointing.checkpoint_must_save_by='3:30'", "checkpointing.checkpoint_must_save_by = 3:30 must be a time"),
         ("policy.generation.top_p=2", "policy.generation.top_p: rollout.top_p = 2 must be at most 1"),

@@ -21,6 +21,10 @@ def config(**changes: Any) -> DistillConfig:
 
 
 @pytest.mark.processes
+def scheduled(name: str, **kwargs: Any) -> dict[str, Any]:
+    return {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs}
+
+
 def test_loading_a_configuration_needs_neither_torch_nor_transformers(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "student_pretrain: s\nteacher_pretrain: t\nstudent: {data_args: {file_name: d}}\n"
@@ -142,6 +146,21 @@ def test_a_registered_objective_is_an_objective() -> None:
         ),
         ({"student": {"training_args": {"lr_scheduler_type": "cosine_with_min_lr"}}}, "needs min_lr or min_lr_rate"),
         ({"student": {"training_args": {"lr_scheduler_kwargs": {"min_lr": 1}}}}, "which reads none"),
+        (
+            {"student": {"training_args": scheduled("cosine_with_min_lr", min_lr=1)}},
+            "lr_scheduler_kwargs.min_lr = 1 must not be above learning_rate = 5e-05",
+        ),
+        (
+            {
+                "max_steps": 10,
+                "student": {"training_args": {"warmup_ratio": 0.5, **scheduled("megatron", decay_steps=5)}},
+            },
+            "warmup_ratio = 0.5, which is 5 steps, must be below student.training_args.lr_scheduler_kwargs.decay_steps = 5",
+        ),
+        (
+            {"max_steps": 10, "student": {"training_args": {"warmup_steps": 10, **scheduled("megatron")}}},
+            "warmup_steps = 10 must be below max_steps = 10, where the decay ends",
+        ),
         ({"student": {"strategy_args": {"strategy_name": "fsdp2_infer"}}}, "use fsdp2_train"),
         ({"teacher": {"strategy_args": {"strategy_name": "fsdp2_train"}}}, "use fsdp2_infer"),
         (

@@ -161,6 +161,7 @@ def accounted_for(path_or_rows, tokenizer, cache=None, **changes):
     return report.rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["base", "native"])
 def test_rows_of_any_content_are_learned_or_counted(native_tokenizer, template):
     seen = 0
@@ -191,6 +192,7 @@ def lines_of(content, name):
     return sum(line != b"" for line in re.split(rb"\r\n|\r|\n", content)) - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.csv", "rows.tsv"])
 def test_bytes_of_any_content_are_learned_or_listed(tmp_path, tokenizer, name):
     path, parted = tmp_path / name, {"csv": b",", "tsv": b"\t"}.get(name[-3:])

@@ -124,6 +124,10 @@ def test_the_handling_of_a_long_row_is_shown(chat_file, tokenizer):
     assert f"learned, in {-(-int(tokens) // 20)} pieces" in split
     assert "\ncut " not in split
     assert "\ncut " in printed(chat_file, tokenizer, None, sequence_length=20)
+    unread = {"overlong": "drop", "reads_answers": False}  # the prompt of the last answer decides
+    assert "more than 20, so it is dropped" in printed(chat_file, tokenizer, None, sequence_length=20, **unread)
+    cut = printed(chat_file, tokenizer, None, sequence_length=int(tokens) - 2, **unread)
+    assert "\ncut " in cut and "dropped" not in cut
 
 
 def test_rows_are_counted_through_sources_of_every_kind_as_training_reads_them(tmp_path, tokenizer):

@@ -112,6 +112,7 @@ def test_a_damaged_model_is_an_error_and_the_other_is_still_checked(check, tmp_p
     assert "not a valid JSON file. Check the files in that folder" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_memory_is_what_the_models_of_a_run_hold(configure, assets):
     student = load_model(ModelSource(str(assets / "student")), torch.float32)
     teacher = load_model(ModelSource(str(assets / "teacher")), torch.float32)
@@ -211,7 +212,7 @@ def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
                 "teacher_pretrain": None,
                 "teacher.model_args.from_scratch": True,
                 "teacher.model_args.model_config_kwargs": {
-                    "model_type": "qwen2", "hidden_size": 16384, "intermediate_size": 65536, "num_hidden_layers": 200,
+                    "model_type": "qwen2", "hidden_size": 49152, "intermediate_size": 262144, "num_hidden_layers": 20,
                 },
             },
             "of memory; use more machines, smaller models or LoRA",

@@ -80,7 +80,7 @@ def test_students_with_experts_and_with_mamba_layers_are_trained(script, assets,
 def test_the_layers_of_pretrain_mamba_are_mamba_layers(script, assets):
     """With Megatron's own ``--spec``, and the number of layers from the pattern or from ``--num-layers``."""
     teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'teacher'}"
-    common = f"{HYBRID} {RUN} {teacher} --mock-data --train-iters 1 --eval-iters 0"
+    common = f"{HYBRID} {RUN} {teacher} --mock-data --train-iters 2 --eval-iters 0"
     common += " --spec megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
     patterned = common.replace("--hybrid-override-pattern M-*", "--hybrid-layer-pattern MM").replace(
         "--num-layers 3", ""

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "examples" / "run_distillation.py"
 
@@ -27,6 +29,7 @@ def test_the_script_accepts_overrides_before_and_after_the_file(monkeypatch):
     assert seen[1] == (ROOT / "examples" / "configs" / "distillation_math_cl.yaml", ["a=1"])
 
 
+@pytest.mark.slow
 def test_a_recipe_that_inherits_trains_on_a_cpu(assets, tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(
         f"defaults: {os.path.relpath(ROOT / 'examples' / 'configs' / 'distillation_math_cl.yaml', tmp_path)}\n"

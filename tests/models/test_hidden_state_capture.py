@@ -91,6 +91,7 @@ def test_recomputed_activations_give_the_same_gradients(folders):
         torch.testing.assert_close(recomputed[name], gradient, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_nothing_outlives_a_step_with_the_garbage_collector_off(folders, recompute):
     model = load(folders[2])

@@ -34,6 +34,7 @@ def test_limbecks_own_warnings_are_notes_of_one_line(monkeypatch):
     assert "UserWarning: Something." in warnings.formatwarning("Something.", UserWarning, "/elsewhere.py", 7, "code")
 
 
+@pytest.mark.slow
 def test_an_installed_torchao_prints_nothing():
     pytest.importorskip("torchao")
     command = [sys.executable, "-c", "import limbeck.train.loop, transformers.quantizers"]

@@ -191,7 +191,8 @@ def test_the_flags_for_megatron_are_what_it_does_not_take_from_the_checkpoint():
         "qwen3": "--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm --rotary-seq-len-interpolation-factor 2",
         "mixtral": "--use-checkpoint-args --norm-epsilon 1e-06",
         "qwen3_moe": "--use-checkpoint-args --norm-epsilon 1e-06 --qk-layernorm",
-        "nemotron_h": "--use-checkpoint-args --norm-epsilon 1e-05",
+        "nemotron_h": "--use-checkpoint-args --norm-epsilon 1e-05 --spec "
+        "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec",
     }
 
 

@@ -1,5 +1,7 @@
 """Megatron-LM's arguments as Hugging Face configurations, and models with random weights made of them."""
 
+import re
+
 import pytest
 import torch
 from tiny import make_tokenizer
@@ -81,6 +83,27 @@ def test_experts_and_hybrids_have_architectures_of_their_own():
         assert read(arguments_of(one), "here").to_dict() == one.to_dict()
 
 
+@pytest.mark.parametrize(
+    ("pattern", "dense"),
+    [("[0,1,1]", [0]), ("([0]+[1])*1+[1]", [0]), ("2*[1] + [0]", [2]), ("[1]*(1+2)", []), ([1, 0, 1], [1]), (2, [1])],
+)
+def test_a_pattern_of_layers_means_what_it_means_in_python(pattern, dense):
+    arguments = LLAMA | {"num_experts": 4, "qk_layernorm": True, "moe_layer_freq": pattern}
+    assert hf_config(arguments, "here").mlp_only_layers == dense
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["[0]+", "[0,[1,1]]", "[1]*99999999999", "[1]*1.5", "[1]**3", "__import__('os')", "(0,1,1)", "[0]+1", "1+2", "3-1"],
+)
+def test_another_expression_is_no_pattern_of_layers(pattern):
+    arguments = LLAMA | {"num_experts": 4, "qk_layernorm": True, "moe_layer_freq": pattern}
+    with pytest.raises(
+        LimbeckError, match=re.escape(f"moe_layer_freq = {pattern} must be a whole number above 0, or a list")
+    ):
+        hf_config(arguments, "here")
+
+
 def test_the_end_token_of_a_null_tokenizer_is_one_more():
     assert hf_config(LLAMA | {"vocab_size": 300, "tokenizer_type": "NullTokenizer"}, "here").vocab_size == 301
 
@@ -94,7 +117,7 @@ def test_the_end_token_of_a_null_tokenizer_is_one_more():
         ({"num_experts": 4, "moe_layer_freq": 2}, "moe_layer_freq = 2 with num_experts is neither a mixtral"),
         (
             {"num_experts": 4, "moe_layer_freq": [0, 1]},
-            "must be a whole number above 0 or a list of 0 and 1 for each of 3",
+            "must be a whole number above 0, or a list of 0 and 1 for each of 3",
         ),
         (
             {"num_experts": 4, "moe_router_pre_softmax": True},
@@ -121,12 +144,13 @@ def tokenizer(tmp_path_factory):
     return folder
 
 
-def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
+@pytest.mark.parametrize(("padded", "rows"), [(None, 299), (384, 384)])
+def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer, padded, rows):
     config = load_mapping(
         {
             "tokenizer": str(tokenizer),
             "student": {
-                "model_args": {"megatron_arguments": {**LLAMA, "init_method_std": 0.1}},
+                "model_args": {"megatron_arguments": {**LLAMA, "padded_vocab_size": padded, "init_method_std": 0.1}},
                 "data_args": {"file_name": ["rows.jsonl"]},
             },
             "distill_loss_weight": 0,
@@ -136,7 +160,7 @@ def test_a_student_without_a_checkpoint_is_drawn_from_the_arguments(tokenizer):
     again = load_model(ModelSource.from_args(config.student.model_args, "student"), torch.float32, seed=3)
     assert config.tokenizer_name_or_path == str(tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert model.config.vocab_size == len(make_tokenizer())
+    assert model.config.vocab_size == rows
     assert model.config.eos_token_id == make_tokenizer().eos_token_id
     layer = model.model.layers[0]
     assert layer.self_attn.q_proj.weight.std().item() == pytest.approx(0.1, rel=0.1)

@@ -27,8 +27,8 @@ def problem(dtype=torch.float32):
     ("objective", "dtype"),
     [
         (Objective.of("js_divergence", temperature=2.0, squared=True), torch.bfloat16),
-        (Objective.of("adaptive_kl"), torch.float32),
-        (Objective.of("forward_kl", topk=7, tail="bucket"), torch.float32),
+        pytest.param(Objective.of("adaptive_kl"), torch.float32, marks=pytest.mark.slow),
+        pytest.param(Objective.of("forward_kl", topk=7, tail="bucket"), torch.float32, marks=pytest.mark.slow),
         (Objective(lambda p, q, log_p, log_q: ((q - p) ** 2 / 2, q * (q - p))), torch.float32),
     ],
     ids=["dense", "sorted", "sparse", "of a user"],

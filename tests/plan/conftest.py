@@ -35,6 +35,7 @@ def from_config(settings, tmp_path):
             "teacher.model_args.from_scratch": True,
             "student.data_args.file_name": str(tmp_path / "rows.jsonl"),
             "distill_on_prompt": True,
+            "compile_model": False,
             "compile_loss": False,
             "sequence_length": 128,
         }

@@ -77,6 +77,7 @@ def test_intermediate_results_of_fused_operators_take_no_memory():
     assert tracker.flops == 2 * 1024 * 256 * 256
 
 
+@pytest.mark.slow
 def test_compiled_layers_keep_fewer_activations(from_config):
     def step(recompute: bool, compiled: bool):
         changes = {"student.model_args.disable_gradient_checkpointing": not recompute}

@@ -37,6 +37,8 @@ KINDS = {
     "phi3": {"resid_pdrop": 0.5},  # dropout, which must be off
 }  # fmt: skip
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 
 def needs_gpu(test):
     """Skips ``test`` without a GPU."""
@@ -69,8 +71,11 @@ def test_greedy_completions_equal_those_of_transformers(kind, tmp_path):
     contract.check_new(make_generator(folder), folder)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "nemotron_h"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("llama", torch.bfloat16), ("gemma3_text", torch.float32), *(("nemotron_h", dtype) for dtype in DTYPES)],
+    ids=str,
+)
 def test_the_bytes_of_a_cache_are_known_before_it_is_allocated(kind, dtype, tmp_path, monkeypatch):
     """llama has two groups of keys and values for four heads, gemma3 sliding windows, and nemotron_h states."""
     folder = make_model(tmp_path, kind=kind, **KINDS[kind])

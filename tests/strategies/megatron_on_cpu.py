@@ -4,12 +4,16 @@
 """
 
 import contextlib
+import functools
+import threading
 
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import random as tensor_parallel_random
 from megatron.core.transformer.moe import token_dispatcher
 from torch.overrides import TorchFunctionMode
+
+from limbeck.strategies.megatron.strategy import MegatronStrategy
 
 CPU = torch.device("cpu")
 
@@ -58,8 +62,27 @@ def reduce_scatter(out, inputs, group=None, *, _reduce_scatter=dist.reduce_scatt
             out.copy_(summed)
 
 
+REDIRECTED = threading.local()
+
+
+def redirected(function):
+    """``function`` in a thread that has redirected its own calls, for the rest of its life.
+
+    A mode of PyTorch is of one thread, and workers of a group load plug-ins in another than the one that trains.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        if not hasattr(REDIRECTED, "mode"):
+            REDIRECTED.mode = CudaToCpu()
+            REDIRECTED.mode.__enter__()
+        return function(*args, **kwargs)
+
+    return run
+
+
 def install() -> None:
-    """Call it once per process, in the main thread."""
+    """Call it once per process."""
     cuda = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.synchronize = lambda *args, **kwargs: None
@@ -74,7 +97,9 @@ def install() -> None:
     cuda.manual_seed = lambda seed: torch.manual_seed(seed)
     tensor_parallel_random._get_cuda_rng_state = cuda.get_rng_state
     tensor_parallel_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    CudaToCpu().__enter__()  # for the life of the process
+    redirected(lambda: None)()
+    for name in ("build_student", "build_teacher"):
+        setattr(MegatronStrategy, name, redirected(getattr(MegatronStrategy, name)))
 
 
 install()

@@ -78,8 +78,11 @@ def runs(monkeypatch):
     ("changes", "passes"),
     [
         ({}, 2),  # the student's and the teacher's
-        ({"student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"}, 2),
-        ({**PACKED, **RECOMPUTED, **LORA}, 3 * PIECES),  # and the student's once more
+        pytest.param(
+            {"student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"}, 2, marks=pytest.mark.slow
+        ),
+        # And the student's once more.
+        pytest.param({**PACKED, **RECOMPUTED, **LORA}, 3 * PIECES, marks=pytest.mark.slow),
     ],
     ids=["fp32", "autocast", "packed, recomputed, LoRA"],
 )
@@ -94,6 +97,7 @@ def test_a_compiled_run_gives_the_student_of_an_uncompiled_one(folder, tmp_path,
     assert not any("_orig_mod" in name for name in weights(tmp_path / "True" / "student"))
 
 
+@pytest.mark.slow
 def test_pairs_of_features_inside_layers_are_captured(folder, tmp_path, runs):
     pairs = [["model.layers.0", "model.layers.0"], ["model.layers.1.mlp", "model.layers.1.mlp"]]
     for compiled in (False, True):

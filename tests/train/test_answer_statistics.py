@@ -1,5 +1,7 @@
 """Which answers are counted as loops, and the numbers about answers."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -30,7 +32,7 @@ def test_answers_are_counted_by_length_and_end():
         "rollout/min_length": 1, "rollout/max_length": 20, "rollout/truncated_share": 0.25,
         "rollout/repeated_share": 0.5, "rollout/empty_share": 0.25,
     }  # fmt: skip
-    assert set(AnswerStatistics().metrics().values()) == {0.0}
+    assert all(map(math.isnan, AnswerStatistics().metrics().values()))
 
 
 @pytest.mark.parametrize(("limit", "lengths"), [("mean_length_below", (1, 3)), ("mean_length_above", (5, 5))])

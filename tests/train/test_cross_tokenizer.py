@@ -56,9 +56,11 @@ def lines(folder: Path, key: str) -> list[float]:
 
 @pytest.mark.parametrize("changes", [
     {"cross_tokenizer": "hybrid"},
-    {"cross_tokenizer": "hybrid", "student.use_sequence_packing": True, "kd_objective": "js_divergence"},
-    {"cross_tokenizer": "hybrid", "student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"},
-        {"cross_tokenizer": "uld"},
+    pytest.param({"cross_tokenizer": "hybrid", "student.use_sequence_packing": True, "kd_objective": "js_divergence"},
+                 marks=pytest.mark.slow),
+    pytest.param({"cross_tokenizer": "hybrid", "student.model_args.dtype": "bf16", "teacher.model_args.dtype": "bf16"},
+                 marks=pytest.mark.slow),
+    {"cross_tokenizer": "uld"},
 ], ids=["hybrid", "packed", "bf16", "uld"])  # fmt: skip
 def test_distillation_from_a_teacher_with_another_tokenizer_reduces_the_divergence(configure, cross, changes):
     packed = "student.use_sequence_packing" in changes

@@ -124,6 +124,21 @@ def test_a_large_difference_is_warned_about_once(configure):
     assert found["rollout/log_prob_gap_share"] == 1
 
 
+@pytest.mark.parametrize("changes", [{"rollout.max_staleness": 1}, {"rollout.steps_per_rollout": 2}])
+def test_a_large_difference_is_warned_about_where_the_current_weights_have_written(configure, changes):
+    register("wrong", lambda one: replace(one, log_probs=tuple(value - 0.5 for value in one.log_probs)))
+    with pytest.warns(UserWarning, match="differ from the student's in training by 0.500 on average"):
+        DistillPipeline(configure(**SHORT, **{"rollout.generator": "wrong", "logging_steps": 2, **changes})).run()
+
+
+def test_a_generator_that_writes_nothing_is_reported_once(configure):
+    register("silent", lambda one: replace(one, token_ids=(), log_probs=()))
+    with pytest.warns(UserWarning, match="None of the 4 answers that were written for step 1 has a token") as seen:
+        found = DistillPipeline(configure(**SHORT, **{"rollout.generator": "silent"})).run().metrics
+    assert sum("has a token" in str(one.message) for one in seen) == 1
+    assert found["train/supervised_tokens"] == 0
+
+
 def test_the_gap_leaves_out_what_was_not_written_and_starts_anew():
     gap = LogProbGap(torch.device("cpu"), 0.2)
     with warnings.catch_warnings():

@@ -117,6 +117,7 @@ def test_replay_draws_from_the_newest_samples_of_the_student(source):
     written, replayed, others = [], 0, 0
     for step in range(20):
         made.next(step)
+        made.before_update()
         newest = [contents([one])[0][1:] for one in written[-5:]]
         for one in steps[-1]:
             replayed += one.origin == "replay"
@@ -167,12 +168,34 @@ def test_the_teacher_writes_the_answers_once(source, assets, tmp_path):
     made, steps = source(**changes, **files)
     for step in range(4):  # two epochs
         made.next(step)
+        made.before_update()
     for one in steps[0]:
         prompt = torch.tensor(one.tokens[None, : -one.num_answer_tokens].astype(np.int64))
         assert one.tokens.tolist() == teacher.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
     assert Counter(one.origin for samples in steps for one in samples) == {"teacher": 4 * 8}
     assert made._teacher._writer.counts.completions == 8 * 2
     assert made.metrics()["rollout/teacher_share"] == 1
+
+
+@pytest.mark.parametrize("writer", ["student", "teacher"])
+def test_each_occurrence_of_a_row_in_a_step_is_a_sample_of_its_own(source, assets, tmp_path, writer):
+    (tmp_path / "two.jsonl").write_text("\n".join((assets / "rows.jsonl").read_text().splitlines()[:2]))
+    paths = [str(assets / "rows.jsonl"), str(tmp_path / "two.jsonl")]
+    changes = {"student.data_args.file_name": None, "rollout.num_generations": 2, **rows(32)}
+    changes["student.data_args.sources"] = [{"path": path, "weight": 0.5} for path in paths]
+    changes |= {"rollout.on_policy_fraction": 0.5, "rollout.off_policy": "teacher"}
+    made, steps = source(**changes)
+    made.next(0)
+    (samples,) = steps
+    assert len(samples) == 32
+    numbers: dict[int, list[int]] = {}
+    for one in samples:
+        numbers.setdefault(one.row, []).append(one.number)
+    assert all(of_row == list(range(len(of_row))) for of_row in numbers.values())
+    repeated = max(numbers, key=lambda row: len(numbers[row]))
+    assert len(numbers[repeated]) > 4
+    theirs = [one.tokens.tobytes() for one in samples if (one.row, one.origin) == (repeated, writer)]
+    assert 1 < len(set(theirs)) == len(theirs) < len(numbers[repeated])
 
 
 def test_an_answer_of_the_teacher_depends_on_row_and_number_only(source):

@@ -77,10 +77,11 @@ def test_the_student_continues_the_prompts_of_the_data_with_its_current_weights(
             expected = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6)[0].tolist()
             assert ids == expected
             assert labels == [IGNORE] * (length - 1) + expected[length:]
+        made.before_update()
     line = made.metrics()
     assert line["rollout/on_policy_share"] == 1
     assert 1 <= line["rollout/mean_length"] <= 6
-    assert made.metrics()["rollout/mean_length"] == 0  # counted anew
+    assert np.isnan(made.metrics()["rollout/mean_length"])  # counted anew
 
 
 @pytest.mark.parametrize(("key", "number", "ages"), [
@@ -115,12 +116,14 @@ def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, ke
             for parameter in student.parameters():  # in place, as an optimizer does
                 parameter.add_(0.02 * step)
         weights.append({name: tensor.clone() for name, tensor in student.state_dict().items()})
+        if step:
+            made.before_update()
+            assert made.metrics()["rollout/staleness"] == ages[step - 1]
         made.weights_changed(lambda: iter(student.state_dict().items()), step)
         model.load_state_dict(weights[step - ages[step]])
         for row, ids, _ in texts(made.next(step)):
             prompt = torch.tensor([data.examples.row(row)[0][: starts[row]].tolist()])
             assert ids == model.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist()
-        assert made.metrics()["rollout/staleness"] == ages[step]
     made.close()
     assert len(calls) == 5  # and none beyond the last step
 
@@ -212,6 +215,22 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(con
     assert 0 < np.mean([line["rollout/on_policy_share"] for line in lines if "train/loss" in line]) < 1
 
 
+def test_the_metrics_of_a_step_are_those_of_its_own_samples(configure, tmp_path):
+    """Also with a teacher that receives each step while the one before is trained."""
+    changes = {"rollout.max_staleness": 2, "rollout.on_policy_fraction": 0.5, "rollout.save_samples": True, **rows(1)}
+    DistillPipeline(configure(**{**GREEDY, **changes, "rollout.generator": "hf", "max_steps": 6})).run()
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    shares = []
+    for line in (line for line in lines if "train/loss" in line):
+        file = tmp_path / "out" / "rollouts" / f"train-{line['step']}.jsonl"
+        is_written = json.loads(file.read_text())["origin"] == "student"
+        assert line["rollout/on_policy_share"] == is_written
+        for name in ("mean", "min", "max"):  # absent where nothing was written
+            assert line.get(f"rollout/{name}_length") == (line["train/supervised_tokens"] if is_written else None)
+        shares.append(is_written)
+    assert len(shares) == 6 and len(set(shares)) == 2
+
+
 def test_answers_that_end_differently_for_data_and_models_are_reported(source, assets, tmp_path):
     def warned(name: str, role: str, **changes) -> list[str]:
         folder = tmp_path / name
@@ -278,23 +297,39 @@ def test_answers_that_were_cut_do_not_show_how_they_end(source, tmp_path):
     assert not [one for one in found if "end with different tokens" in str(one.message)]
 
 
+@pytest.mark.parametrize("changes", [{}, {"rollout.on_policy_fraction": 0, "rollout.off_policy": "teacher"}])
 @pytest.mark.parametrize(
-    ("role", "sentence"),
+    ("role", "template", "sentence"),
     [
-        ("student", r"plain has no chat template, .* and the teacher .* has one; set"),
-        ("teacher", r"The teacher .*plain has no chat template, and the data is written with that of .*student, which"),
+        ("student", "", r"changed has no chat template, .* and the teacher .* has one; set"),
+        (
+            "teacher",
+            "",
+            r"The teacher .*changed has no chat template, and the data is written with that of .*student, which",
+        ),
+        (
+            "teacher",
+            "{{ raise_exception('No!') }}",
+            r"of the teacher .*changed cannot render a question .* \(No!\), so",
+        ),
     ],
 )
-def test_a_model_without_a_chat_template_beside_one_with_it_is_reported(source, assets, tmp_path, role, sentence):
-    folder = tmp_path / "plain"
+def test_a_chat_template_that_one_model_lacks_or_that_fails_is_reported(
+    source, assets, tmp_path, role, template, sentence, changes
+):
+    folder = tmp_path / "changed"
     shutil.copytree(assets / role, folder)
-    (folder / "chat_template.jinja").unlink()
+    path = folder / "chat_template.jinja"
+    path.write_text(template) if template else path.unlink()
     with pytest.warns(UserWarning, match=sentence):
-        source(**{f"{role}_pretrain": str(folder)})
+        source(**{f"{role}_pretrain": str(folder)}, **changes)
 
 
-def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path):
-    common = {**GREEDY, "rollout.max_new_tokens": 2, "max_steps": 6}
+@pytest.mark.parametrize("changes", [{}, {"rollout.max_staleness": 2}])
+def test_a_run_whose_answers_degenerate_ends_with_a_checkpoint(configure, tmp_path, changes):
+    common = {**GREEDY, **changes, "rollout.max_new_tokens": 2, "max_steps": 4}
+    if changes:
+        common["rollout.generator"] = "hf"
     limit = {"rollout.stop_if.mean_length_below": 3, "rollout.stop_if.for_steps": 3}
     with pytest.raises(
         LimbeckError, match=r"rollout/mean_length has passed .*mean_length_below = 3 in 3 steps in a row"
@@ -341,6 +376,7 @@ def test_a_stop_string_that_a_short_run_has_not_seen_is_reported_at_its_end(sour
     model = AutoModelForCausalLM.from_pretrained(config.student.model_args.model_name_or_path)
     made.weights_changed(lambda: iter(model.state_dict().items()), 0)
     made.next(0)
+    made.before_update()
     with pytest.warns(UserWarning, match="None of the student's first 8 answers contains the stop string 'ZZZZ'"):
         made.close()
 
@@ -377,6 +413,19 @@ def test_rows_without_a_prompt_are_refused_where_prompts_are_continued(configure
     assert len(
         make_data(configure(**{**GREEDY, **texts, **given, "student.data_args.overlong": "split"}), ALONE).examples
     )
+
+
+def test_a_long_answer_of_the_data_drops_a_prompt_only_where_it_is_read(configure, tmp_path):
+    lines = [{"question": "Why?", "answer": "so " * 99}, {"question": "so " * 99, "answer": "Why?"}]
+    lines += [{"question": f"What is {n}?", "answer": f"It is {n}."} for n in range(16)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    files = {"student.data_args.file_name": [str(path)], "validation.data_args.file_name": [str(path)]}
+    for share, rows_left in ((1.0, 17), (0.9, 16)):
+        changes = {**files, "student.data_args.overlong": "drop", "rollout.on_policy_fraction": share}
+        data = make_data(configure(**{**GREEDY, **changes}), ALONE)
+        assert len(data.examples) == rows_left
+        assert len(data.held_out) == 16  # of which the loss reads the answers
 
 
 def test_a_source_of_rollouts_needs_its_section(settings):

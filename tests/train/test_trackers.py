@@ -54,6 +54,7 @@ def check_stored_swanlab(folder: Path) -> None:
     assert b"<svg" in contents(folder / "swan", "report.html")
 
 
+@pytest.mark.slow
 def test_each_library_stores_the_metrics_and_the_report_of_a_run(configure, tmp_path):
     installed = [name for name in LIBRARIES if importlib.util.find_spec(name)]
     if not installed:

@@ -77,6 +77,7 @@ class Batch:
     sampled_log_probs: [supervised] float32, log-probability of each label under the distribution that it was sampled from,
                     NaN where it was not sampled; None when no label was.
     advantages:     [supervised] float32, the advantage of each label in a policy gradient; None without one.
+    is_stale:       whether ``sampled_log_probs`` are those of weights before the ones that are trained.
     cu_seqlens:     with packing, their ``cumulative_lengths``, which attention kernels read on the device. All layers of
                     student and teacher share them.
     teacher_tokens: the input of a teacher with another tokenizer; None when both models share one.
@@ -100,6 +101,7 @@ class Batch:
     objectives: tuple[Tensor, ...] | None = None
     sampled_log_probs: Tensor | None = None
     advantages: Tensor | None = None
+    is_stale: bool = False
     teacher_batch: Batch | None = None
 
     @classmethod

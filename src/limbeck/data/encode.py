@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from limbeck.data.masks import IGNORE, shift, supervise
+from limbeck.data.masks import IGNORE, last_answer, shift, supervise
 from limbeck.data.rows import Conversation, RowKeys, check_characters, reader
 from limbeck.data.sources import MAX_ROW, BadRow, Document, Item, Line, Record, RowError, decoded, place
 from limbeck.data.sources.items import too_long
@@ -39,6 +39,8 @@ class TokenizeSettings:
     domain_key:        column with the domain of a row.
     sequence_length:   maximum number of tokens in a row.
     overlong:          handling of longer rows: ``truncate`` (from the right), ``drop``, or ``split`` (into consecutive rows).
+    reads_answers:     whether the answers of the rows are used. If not, ``drop`` leaves out rows whose prompt is too long, and
+                       cuts longer answers.
     on_bad_row:        ``error`` or ``skip``.
     distill_on_prompt: supervise every token.
     prompts_only:      a row may lack its answer. It is then a prompt, as with ``prompts``; other rows are not changed.
@@ -62,6 +64,7 @@ class TokenizeSettings:
     domain_key: str | None = None
     sequence_length: int = 1024
     overlong: str = "truncate"
+    reads_answers: bool = True
     on_bad_row: str = "error"
     distill_on_prompt: bool = False
     prompts_only: bool = False
@@ -80,6 +83,12 @@ class TokenizeSettings:
             raise LimbeckError(
                 "overlong = split cuts answers from their prompts, which teacher.prompt needs; use drop."
             )
+
+    def truncates(self, supervised: NDArray[np.bool_]) -> bool:
+        """Whether a row longer than ``sequence_length`` with these supervised tokens [n] is cut, not dropped or split."""
+        if self.overlong == "drop" and not self.reads_answers:
+            return last_answer(supervised) < self.sequence_length
+        return self.overlong == "truncate"
 
     @cached_property
     def keys(self) -> RowKeys:
@@ -279,7 +288,7 @@ class _Batch:
 
     def __init__(self, settings: TokenizeSettings) -> None:
         self._limit = settings.sequence_length
-        self._overlong = settings.overlong
+        self._settings = settings
         self._continued = settings.prompts_only  # the answers to prompts are written in the same sequence
         self._domains: list[str] | None = None if settings.domain_key is None else []
         self._columns: list[bytes] | None = [] if settings.keep_columns else None
@@ -308,21 +317,21 @@ class _Batch:
         if is_prompt and self._continued and len(ids) == limit:
             self.dropped[f"prompt of {limit} tokens, which leaves no room for an answer"] += 1
             return
-        if overlong and (is_prompt or self._overlong == "drop"):
+        truncated = overlong and self._settings.truncates(supervised)
+        if overlong and (is_prompt or (self._settings.overlong == "drop" and not truncated)):
             self.dropped[f"longer than {limit} tokens"] += 1
             return
-        if overlong and self._overlong == "truncate":
+        if truncated:
             # The cut is inside a turn if the tokens on both sides of it are supervised.
             inside = bool(supervised[limit] and supervised[limit - 1])
             ids = ids[:limit]
         labels, weights = shift(ids, supervised, weights)
         count = int(np.count_nonzero(labels != IGNORE))
         if not count and not is_prompt:
-            cut = overlong and self._overlong == "truncate"
-            self.dropped[f"no supervised token in the first {limit}" if cut else "no supervised token"] += 1
+            self.dropped[f"no supervised token in the first {limit}" if truncated else "no supervised token"] += 1
             return
-        if not overlong or self._overlong == "truncate":
-            if overlong:
+        if not overlong or truncated:
+            if truncated:
                 self.counts["truncated"] += 1
                 self.counts["cut_answers"] += inside
             self._keep(ids, labels, weights, count, domain, columns)

@@ -31,6 +31,12 @@ def supervise(
     return supervised, None if (weights[supervised] == 1).all() else weights
 
 
+def last_answer(supervised: NDArray[np.bool_]) -> int:
+    """Returns the number of tokens before the last answer, a run of supervised tokens [n]; all n if there is none."""
+    starts = np.flatnonzero(supervised & ~np.concatenate(([False], supervised[:-1])))
+    return int(starts[-1]) if len(starts) else len(supervised)
+
+
 def shift(
     tokens: NDArray[np.int32], supervised: NDArray[np.bool_], weights: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:

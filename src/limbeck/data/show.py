@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.text import Text
 
@@ -92,11 +93,11 @@ def tokens_of(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     supervised, weights = supervise(offsets, rendered.spans, settings.distill_on_prompt, rendered.weight)
     answers, _ = supervise(offsets, [(start, end, 1.0) for start, end, _ in rendered.spans])
-    special = _special_ids(tokenizer)
+    special, end_of_row = _special_ids(tokenizer), _end_of_row(supervised, settings)
     shown, reached = [], 0
     for at, (token, (start, end)) in enumerate(zip(encoded["input_ids"], offsets.tolist(), strict=True)):
         kind = "learned" if at and supervised[at] else "masked" if at and answers[at] else "prompt"
-        if _is_cut(at, settings):
+        if at >= end_of_row:
             kind = "cut"
         weight = float(1.0 if weights is None else weights[at]) if kind == "learned" else 0.0
         text = rendered.text[min(start, reached) : end]
@@ -110,10 +111,11 @@ def tokens_of(rendered: Rendered, encoder: Encoder) -> list[ShownToken]:
 def tokens_of_document(document: Document, encoder: Encoder) -> list[ShownToken]:
     """Returns the decoded tokens of a pretokenised row; all except the first are learned."""
     special, known = _special_ids(encoder.tokenizer), set(encoder.tokenizer.get_vocab().values())
-    shown = []
-    for at, token in enumerate(document_ids(document).tolist()):
+    ids = document_ids(document)
+    shown, end_of_row = [], _end_of_row(np.ones(len(ids), dtype=bool), encoder.settings)
+    for at, token in enumerate(ids.tolist()):
         text = encoder.tokenizer.decode([token]) if token in known else f"(unknown: {token})"
-        kind = "cut" if _is_cut(at, encoder.settings) else "learned" if at else "prompt"
+        kind = "cut" if at >= end_of_row else "learned" if at else "prompt"
         shown.append(ShownToken(token, text, kind, token in special, float(kind == "learned")))
     return shown
 
@@ -169,14 +171,15 @@ def print_row(
             _print_same_template(console, conversation, texts, found.item.where, encoder, teacher)
 
 
-def _is_cut(at: int, settings: TokenizeSettings) -> bool:
-    return at >= settings.sequence_length and settings.overlong == "truncate"
+def _end_of_row(supervised: NDArray[np.bool_], settings: TokenizeSettings) -> int:
+    """Returns the number of tokens after which a text is cut: all, if it is not."""
+    return settings.sequence_length if settings.truncates(supervised) else len(supervised)
 
 
 def _fate(tokens: Sequence[ShownToken], settings: TokenizeSettings) -> str:
     """Returns how a text is used in training."""
     learned, limit = sum(token.kind == "learned" for token in tokens), settings.sequence_length
-    if len(tokens) > limit and settings.overlong == "drop":
+    if len(tokens) > limit and settings.overlong == "drop" and tokens[-1].kind != "cut":
         return f"more than {limit:,}, so it is dropped"
     if not learned:
         return "none learned, so it is dropped"

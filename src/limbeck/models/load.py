@@ -222,7 +222,9 @@ def _megatron_config(source: ModelSource) -> Any:
     if (name := given.get("tokenizer_model")) is not None:
         tokenizer = load_tokenizer(ModelSource(str(name), "tokenizer", trust_remote_code=source.trust_remote_code))
         size = 1 + max(tokenizer.get_vocab().values())
-        if arguments.get("vocab_size") is None:
+        # A new model has the rows that are given; a checkpoint may store more than those of its tokenizer.
+        padded = source.name_or_path is None and given.get("padded_vocab_size") is not None
+        if arguments.get("vocab_size") is None and not padded:
             arguments |= {"vocab_size": size, "tokenizer_type": None}
     config = (megatron_hybrid_config.hf_config if is_hybrid(arguments) else hf_config)(arguments, where)
     # A vocab_size in a checkpoint may be less than what the tokenizer can name, as for published models.

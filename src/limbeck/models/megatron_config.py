@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from limbeck.errors import LimbeckError
 from limbeck.models.megatron_families import ExpertShape
+from limbeck.models.megatron_pattern import layer_pattern
 
 _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "normalization": ("LayerNorm", ("RMSNorm",)),
@@ -35,6 +37,8 @@ _FIXED: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "window_size": (None, (None,)),
     "no_rope_freq": (None, (None,)),
     "squared_relu": (False, (False,)),
+    "quick_geglu": (False, (False,)),
+    "openai_gelu": (False, (False,)),
     "mtp_num_layers": (None, (None, 0)),
     "multi_latent_attention": (False, (False,)),
     "experimental_attention_variant": (None, (None,)),
@@ -150,7 +154,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
             )
             raise LimbeckError(
                 f"{where}: {name} {state} cannot be expressed as a llama, qwen2 or qwen3 model; it must be "
-                f"{' or '.join(_yaml(one) for one in possible)}."
+                f"{' or '.join(_yaml(one) for one in possible)}; other models need a checkpoint of Hugging Face."
             )
     if given.get("kv_channels") is None and hidden % heads:
         raise LimbeckError(
@@ -326,20 +330,25 @@ def _experts(given: Mapping[str, Any], where: str, kind: str, width: int, layers
     if kind == "llama" and normalized and not dense:
         return "mixtral", {"num_local_experts": count, "intermediate_size": width, "num_experts_per_tok": active}
     name = "add_qkv_bias" if kind == "qwen2" else "moe_layer_freq" if dense else "moe_router_pre_softmax"
+    remedy = "" if kind == "qwen2" else ", or set qk_layernorm, which makes it a qwen3_moe"
     raise LimbeckError(
-        f"{where}: {name} = {_yaml(given[name])} with num_experts is neither a mixtral nor a qwen3_moe model; remove it."
+        f"{where}: {name} = {_yaml(given[name])} with num_experts is neither a mixtral nor a qwen3_moe model; remove "
+        f"it{remedy}."
     )
 
 
 def _dense_layers(given: Mapping[str, Any], where: str, layers: int) -> list[int]:
     """The layers without experts. Megatron's ``moe_layer_freq`` is the distance of those with experts, or 0 or 1 for each."""
     pattern = _or(given.get("moe_layer_freq"), 1)
+    if isinstance(pattern, str):
+        with suppress(ValueError):
+            pattern = layer_pattern(pattern)
     if type(pattern) is int and pattern > 0:
         pattern = [int(layer % pattern == 0) for layer in range(layers)]
     if not isinstance(pattern, list) or len(pattern) != layers or not {1} <= set(pattern) <= {0, 1}:
         raise LimbeckError(
-            f"{where}: moe_layer_freq = {given['moe_layer_freq']} must be a whole number above 0 or a list of 0 and 1 for each "
-            f"of {layers} layers, with some 1; correct it."
+            f"{where}: moe_layer_freq = {given['moe_layer_freq']} must be a whole number above 0, or a list of 0 and 1 for "
+            f"each of {layers} layers, with some 1, such as [0]+[1]*{max(layers - 1, 1)}; correct it."
         )
     return [layer for layer, has_experts in enumerate(pattern) if not has_experts]
 

@@ -34,7 +34,11 @@ _MAMBA, _ATTENTION, _MLP = _KINDS
 
 _FIXED: dict[str, tuple[Any, Any, str]] = {
     "normalization": ("LayerNorm", "RMSNorm", "RMSNorm"),
-    "position_embedding_type": ("learned_absolute", "none", "none"),
+    "position_embedding_type": (
+        "learned_absolute",
+        "none",
+        "none, without use_rotary_position_embeddings: Nemotron-H models in Transformers have no positions",
+    ),
     "add_bias_linear": (True, False, "false (--disable-bias-linear)"),
     "untie_embeddings_and_output_weights": (False, True, "true"),
     "add_qkv_bias": (False, False, "false"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections import Counter
@@ -25,14 +26,14 @@ _REPETITIONS, _LOOP_TOKENS = 4, 12  # of the same tokens at the end of an answer
 class AnswerStatistics:
     """Sums over answers.
 
-    count: number of answers. tokens: in all; shortest, longest: of one answer. truncated: cut off. repeated: ending in a loop.
-    empty: with nothing before their end.
+    count: number of answers. tokens: in all; shortest, longest: of one answer, NaN without answers. truncated: cut off.
+    repeated: ending in a loop. empty: with nothing before their end.
     """
 
     count: int = 0
     tokens: int = 0
-    shortest: int = 0
-    longest: int = 0
+    shortest: float = math.nan
+    longest: float = math.nan
     truncated: int = 0
     repeated: int = 0
     empty: int = 0
@@ -44,8 +45,8 @@ class AnswerStatistics:
         tokens = [answer.labels[answer.labels != IGNORE] for answer in answers]
         lengths = list(map(len, tokens))
         texts = [one[:-1] if answer.finished else one for one, answer in zip(tokens, answers, strict=True)]
-        self.shortest = min(lengths) if self.count == 0 else min(self.shortest, *lengths)
-        self.longest = max(self.longest, *lengths)
+        self.shortest = float(np.nanmin([self.shortest, *lengths]))
+        self.longest = float(np.nanmax([self.longest, *lengths]))
         self.count += len(answers)
         self.tokens += sum(lengths)
         self.truncated += sum(not answer.finished for answer in answers)
@@ -53,12 +54,12 @@ class AnswerStatistics:
         self.empty += sum(len(text) == 0 for text in texts)
 
     def metrics(self) -> dict[str, float]:
-        """Means over the answers, as metrics; all 0 without answers."""
-        count = max(self.count, 1)
+        """Means over the answers, as metrics; all NaN without answers, which leaves them out of the log line."""
+        count = self.count or math.nan
         return {
             "rollout/mean_length": self.tokens / count,
-            "rollout/min_length": float(self.shortest),
-            "rollout/max_length": float(self.longest),
+            "rollout/min_length": self.shortest,
+            "rollout/max_length": self.longest,
             "rollout/truncated_share": self.truncated / count,
             "rollout/repeated_share": self.repeated / count,
             "rollout/empty_share": self.empty / count,
@@ -123,6 +124,29 @@ class StopRule:
                     f"{self._streaks[name]} steps in a row, and was {self._latest[metric]:.3g} in the last one. A checkpoint "
                     "was saved; go on from an earlier one with a lower learning_rate or on_policy_fraction, or change stop_if."
                 )
+
+
+class EmptyAnswers:
+    """Warns once about a step of whose written answers none has a token.
+
+    Args:
+        warns: whether this process warns.
+    """
+
+    def __init__(self, warns: bool) -> None:
+        self._warns = warns
+
+    def add(self, answers: Sequence[Sample], step: int) -> None:
+        """Look at the answers that were written for step number ``step`` (from 0)."""
+        if not self._warns or not answers or any(answer.num_answer_tokens for answer in answers):
+            return
+        self._warns = False
+        warnings.warn(
+            f"None of the {len(answers)} answers that were written for step {step + 1} has a token, not even one that ends it, "
+            "so nothing is learned from them. Usual causes: rollout.generator returns empty completions, or the prompts take "
+            "all positions of the model; correct the generator, or remove long prompts. Further such steps are not reported.",
+            stacklevel=2,
+        )
 
 
 class UnseenStopStrings:

@@ -19,39 +19,40 @@ GAP_METRICS = ("rollout/log_prob_gap_mean", "rollout/log_prob_gap_max", "rollout
 class LogProbGap:
     """Compares the log-probabilities of written tokens: the generator's with the student's in training.
 
-    They are those of one distribution, so a large difference is a mistake in the setup. Sums stay on the device until a log
-    line is written.
+    Of tokens that the current weights have written they are those of one distribution, so a large difference is a mistake in
+    the setup. Of others they also differ by what the student has learned since. Sums stay on the device until a log line is
+    written.
 
     Args:
         device: of the student.
-        limit: difference of a token, in nats, from which it counts for the share; a mean above it is warned about once.
-        warns: whether it is; not if older weights write, whose probabilities differ.
+        limit: difference of a token, in nats, from which it counts for the share. A mean above it is warned about once, over
+            tokens that the current weights have written.
     """
 
-    def __init__(self, device: torch.device, limit: float, warns: bool = True) -> None:
-        self._limit, self._warned = limit, not warns
-        self._sums = torch.zeros(
-            3, dtype=torch.float64, device=device
-        )  # of the differences; tokens off by more; tokens
+    def __init__(self, device: torch.device, limit: float) -> None:
+        self._limit, self._warned = limit, False
+        # Of the differences; tokens off by more; tokens. Of what the current weights have written, and of the rest.
+        self._sums = torch.zeros(2, 3, dtype=torch.float64, device=device)
         self._largest = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, written: Tensor, computed: Tensor) -> None:
-        """Add the tokens of a micro-batch, [n] each. NaN in either is not compared."""
+    def add(self, written: Tensor, computed: Tensor, is_stale: bool = False) -> None:
+        """Add the tokens of a micro-batch, [n] each. NaN in either is not compared. is_stale: older weights wrote them."""
         gap = (written.double() - computed.double()).abs()
         known = ~gap.isnan()
         gap = torch.where(known, gap, 0.0)
-        self._sums += torch.stack([gap.sum(), (gap > self._limit).sum().double(), known.sum().double()])
+        self._sums[int(is_stale)] += torch.stack([gap.sum(), (gap > self._limit).sum().double(), known.sum().double()])
         self._largest = torch.maximum(self._largest, torch.cat([gap, gap.new_zeros(1)]).amax())
 
     def read(self, world: World) -> dict[str, float]:
         """Return the metrics since the previous call, empty if no token was compared, and reset them. Collective."""
-        total, over, tokens = world.sum(self._sums).tolist()
+        sums = world.sum(self._sums)
+        (total, over, tokens), (of_current, _, current) = sums.sum(0).tolist(), sums[0].tolist()
         largest = world.max(self._largest.item())
         self._sums.zero_()
         self._largest.zero_()
         if not tokens:
             return {}
-        mean = total / tokens
+        mean = of_current / max(current, 1)
         if mean > self._limit and not self._warned and world.is_main:
             self._warned = True
             warnings.warn(
@@ -61,7 +62,7 @@ class LogProbGap:
                 "another temperature, or reads the prompt with another chat template.",
                 stacklevel=2,
             )
-        return dict(zip(GAP_METRICS, (mean, largest, over / tokens), strict=True))
+        return dict(zip(GAP_METRICS, (total / tokens, largest, over / tokens), strict=True))
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,7 @@ class OnPolicyLoss:
         if rollout is None or rollout.truncates:
             return None
         # Of what is written greedily, the generator reports the probability at temperature 1.
-        current = rollout.max_staleness == 0 and rollout.steps_per_rollout == 1
-        gap = LogProbGap(device, rollout.log_prob_gap_limit, warns=current)
+        gap = LogProbGap(device, rollout.log_prob_gap_limit)
         clip = None if rollout.policy_clip is None else (rollout.policy_clip[0], rollout.policy_clip[1])
         return cls(rollout.temperature or 1.0, clip, gap)
 
@@ -96,7 +96,7 @@ class OnPolicyLoss:
         computed = torch.full_like(log_probs, torch.nan)
         return RolloutTokens(log_probs, batch.advantages, self.temperature, self.clip, computed)
 
-    def compare(self, tokens: RolloutTokens) -> None:
-        """Compare the log-probabilities of tokens whose loss has been computed."""
+    def compare(self, tokens: RolloutTokens, batch: Batch) -> None:
+        """Compare the log-probabilities of the tokens of ``batch``, whose loss has been computed."""
         assert tokens.student_log_probs is not None
-        self.gap.add(tokens.log_probs, tokens.student_log_probs)
+        self.gap.add(tokens.log_probs, tokens.student_log_probs, batch.is_stale)

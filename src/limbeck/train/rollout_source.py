@@ -10,8 +10,8 @@ continues exactly from a checkpoint, on any number of ranks.
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from limbeck.errors import LimbeckError
 from limbeck.rollout.student import num_tokens
 from limbeck.strategies.world import World
 from limbeck.train.adaptive_share import AdaptiveShare
-from limbeck.train.answer_statistics import AnswerStatistics, StopRule, UnseenStopStrings
+from limbeck.train.answer_statistics import AnswerStatistics, EmptyAnswers, StopRule, UnseenStopStrings
 from limbeck.train.answers import AnswerWriter, NumberedPrompt
 from limbeck.train.build.answer_ends import disagreements, end_of_template
 from limbeck.train.build.data import Data
@@ -42,7 +42,7 @@ from limbeck.train.samples import DATASET, REPLAY, STUDENT, TEACHER, Sample, ans
 from limbeck.train.scoring import RewardCounts, Scorer
 from limbeck.train.step_source import Weights, count_steps
 from limbeck.train.teacher_writer import TeacherWriter
-from limbeck.train.write_ahead import WriteAhead
+from limbeck.train.write_ahead import WriteAhead, WrittenStep
 from limbeck.train.writer import Writer, WritingCounts
 
 _CHECKED_ROWS = 1000  # of which the answers' last token is looked at
@@ -90,7 +90,7 @@ class RolloutSource:
         stops = sorted({*self._settings.stop_token_ids, *ends})
         self.writer = Writer(config, world, stops)
         self._teacher = TeacherWriter(config, world, data.tokenizer, stops) if TEACHER in origins else None
-        if world.is_main and STUDENT in origins:
+        if world.is_main and {STUDENT, TEACHER} & set(origins):
             for sentence in disagreements(config, data.tokenizer, ends, has_answers):
                 warnings.warn(sentence, stacklevel=2)
         staleness = self._settings.max_staleness
@@ -99,10 +99,12 @@ class RolloutSource:
         block = self._settings.steps_per_rollout
         self._ahead = WriteAhead(self._begin, lambda: self._prompts.position, staleness, self._total_steps, block)
         self._version = 0  # of the student's weights
+        self._made: deque[WrittenStep] = deque()  # steps that are not trained yet
         self._counts: Counter[str] = Counter()  # of the samples by origin
         self._statistics = AnswerStatistics()
         self._stop_rule = StopRule(self._settings.stop_if)
         self._unseen = UnseenStopStrings(self._settings.stop_strings if world.is_main else (), data.tokenizer)
+        self._empty = EmptyAnswers(warns=world.is_main)
         self._staleness: list[int] = []  # of each step
         self.scorer: Scorer | None = None
         if self._settings.environment is not None:
@@ -117,26 +119,20 @@ class RolloutSource:
         self._tokenizer, self._output_dir = data.tokenizer, config.output_dir
 
     def next(self, step: int) -> StepBatch:
-        self._stop_rule.check(step)
         taken = self._ahead.take(step, self._version)
-        samples = taken.samples
-        answers = [sample for sample in samples if sample.origin == STUDENT]
-        self._stop_rule.add(answers)
-        self._unseen.add(answers)
-        self._statistics.add(answers)
-        self._counts.update(sample.origin for sample in samples)
-        self._staleness.append(step - taken.version)
-        for sample in answers if self.scorer is not None else ():
-            self._rewards.add(sample.reward, sample.reason)
-        if self._settings.save_samples and self._world.is_main:
-            save_samples(self._output_dir, f"train-{step + 1}", samples, self._tokenizer)
-        examples = to_examples(samples, self._objectives, self._weights, self._settings.reward_weight)
+        self._made.append(taken)
+        examples = to_examples(taken.samples, self._objectives, self._weights, self._settings.reward_weight)
         if self._examples.teacher_prompts is not None:
             examples = with_teacher_prompts(examples, self._examples)
-        return make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
+        made = make_step(examples, self._stream_settings, self._world.data_rank, self._world.dims.data_size)
+        if taken.version == step:
+            return made
+        return replace(made, micro_batches=tuple(replace(batch, is_stale=True) for batch in made.micro_batches))
 
     def before_update(self) -> None:
         self._ahead.finish()  # a failure now loses no step
+        self._stop_rule.check(self._version)
+        self._count(self._made.popleft())  # now, because a step may be made while an earlier one is trained
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         self._ahead.finish()  # with the weights before these
@@ -150,13 +146,13 @@ class RolloutSource:
             self._share.validated(metrics)
 
     def metrics(self) -> dict[str, float]:
-        counts, steps = self.writer.counts, max(len(self._staleness), 1)
-        origins, total = self._settings.origins, max(self._counts.total(), 1)
+        counts, steps, origins = self.writer.counts, max(len(self._staleness), 1), self._settings.origins
+        total = max(self._counts.total(), 1)
         found = {
             "rollout/on_policy_share": self._counts[STUDENT] / total,
             **{f"rollout/{name}_share": self._counts[name] / total for name in (TEACHER, REPLAY) if name in origins},
             **({"rollout/adaptive_share": self._share.at(0, 1)} if isinstance(self._share, AdaptiveShare) else {}),
-            **self._statistics.metrics(),
+            **(self._statistics.metrics() if STUDENT in origins else {}),
             "rollout/staleness": sum(self._staleness) / steps,
             "rollout/tokens_per_second": counts.tokens / counts.seconds if counts.seconds else 0.0,
             "time/rollout": counts.waited_seconds / steps,
@@ -190,10 +186,24 @@ class RolloutSource:
             self.scorer.close()
         self._unseen.report()
 
+    def _count(self, trained: WrittenStep) -> None:
+        """Add the step that is being trained to the metrics."""
+        samples = trained.samples
+        answers = [sample for sample in samples if sample.origin == STUDENT]
+        self._stop_rule.add(answers)
+        self._unseen.add(answers)
+        self._empty.add([sample for sample in samples if sample.origin in (STUDENT, TEACHER)], trained.step)
+        self._statistics.add(answers)
+        self._counts.update(sample.origin for sample in samples)
+        self._staleness.append(trained.step - trained.version)
+        for sample in answers if self.scorer is not None else ():
+            self._rewards.add(sample.reward, sample.reason)
+        if self._settings.save_samples and self._world.is_main:
+            save_samples(self._output_dir, f"train-{trained.step + 1}", samples, self._tokenizer)
+
     def _begin(self, step: int) -> Callable[[], list[Sample]]:
         """Take the next prompts and begin to write; returns the function that waits for the samples. Both are collective."""
-        rows = [int(unit[0]) for unit in self._prompts.take()]
-        numbered = [(row, number) for row in rows for number in range(self._settings.num_generations)]
+        numbered = number_samples([int(unit[0]) for unit in self._prompts.take()], self._settings.num_generations)
         origins = {sample: self._origin(step, *sample) for sample in numbered}
         finish = self._write(step, [sample for sample in numbered if origins[sample] == STUDENT])
         of_teacher: dict[tuple[int, int], Sample] = {}
@@ -294,6 +304,18 @@ class RolloutSource:
             int(labels[-1]) for labels, is_whole in zip(supervised, whole, strict=True) if is_whole and len(labels)
         )
         return {token for token, times in last.items() if times > last.total() // 2}, bool(last)
+
+
+def number_samples(rows: Sequence[int], num_generations: int) -> list[tuple[int, int]]:
+    """(row, number) of each sample of a step, ``num_generations`` for each of ``rows``. A row that occurs again in the step,
+    as in a mixture that repeats a small source, continues its numbers, so that each of its samples is another one.
+    """
+    counts: Counter[int] = Counter()
+    numbered = []
+    for row in rows:
+        numbered += [(row, counts[row] + number) for number in range(num_generations)]
+        counts[row] += num_generations
+    return numbered
 
 
 def prompts_per_step(config: DistillConfig, world: World) -> int:

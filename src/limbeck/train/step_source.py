@@ -57,7 +57,9 @@ class StepSource(Protocol):
         """
 
     def before_update(self) -> None:
-        """Wait for what uses the weights beside the training step, before the optimizer changes them. Raises as ``next``."""
+        """The next step in order has its gradients, and the optimizer changes the weights now. Wait for what uses them beside
+        the training step. Raises as ``next``.
+        """
 
     def weights_changed(self, weights: Weights, step: int) -> None:
         """The student has taken step ``step``, or is about to begin after it; ``weights()`` iterates over its current
@@ -68,8 +70,8 @@ class StepSource(Protocol):
         """The student has been validated with these results, before the next step is made; the same on every rank."""
 
     def metrics(self) -> dict[str, float]:
-        """Metrics of the steps since the previous call, which are added to a log line. Those that begin with ``time/`` are
-        seconds per step, which the line takes from ``time/data``.
+        """Metrics of the steps that were trained since the previous call, which are added to a log line; those that are not
+        finite are left out. Those that begin with ``time/`` are seconds per step, which the line takes from ``time/data``.
         """
 
     def state_dict(self) -> Mapping[str, Any]:

@@ -251,7 +251,7 @@ class StudentWithLoss(nn.Module):
             rollout=written,
         )
         if on_policy is not None and written is not None:
-            on_policy.compare(written)
+            on_policy.compare(written, batch)
         return result
 
     def _teacher_head(self, head: OutputHead) -> OutputHead:

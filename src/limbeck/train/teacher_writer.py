@@ -23,7 +23,7 @@ _STREAM = zlib.crc32(b"teacher")  # its random numbers are others than those of 
 
 
 class TeacherWriter:
-    """Writes one answer for each sample (row, number), and keeps it for later epochs.
+    """Writes one answer for each sample (row, number), and keeps it for later steps.
 
     An answer does not depend on the step, so a resumed run writes those that it needs again, equal up to rounding of the
     logits. Every rank holds the teacher a second time, in float32 on a CPU and in bfloat16 on a GPU.

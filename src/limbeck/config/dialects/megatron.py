@@ -378,15 +378,15 @@ def _schedule(result: Translation, given: Values, steps: _Steps) -> None:
         warmup = int(fraction * decay) if fraction else warmup
     style = given.get("lr-decay-style", "linear")
     kwargs: dict[str, Any] = {"decay_style": style, "decay_steps": decay}
-    for flag, key in (("min-lr", "min_lr"), ("lr-warmup-init", "warmup_init")):
-        if flag in given:
-            kwargs[key] = number(given[flag])
     if style == "WSD":
         kwargs["wsd_decay_steps"] = in_steps("lr-wsd-decay", 0)
         kwargs["wsd_decay_style"] = given.get("lr-wsd-decay-style", "exponential")
     if result.get(f"{path}.lr_scheduler_type") is None:
         result.put(f"{path}.lr_scheduler_type", "megatron", "--lr-decay-style")
         result.put(f"{path}.lr_scheduler_kwargs", kwargs, "--lr-decay-style")
+        for flag, key in (("min-lr", "min_lr"), ("lr-warmup-init", "warmup_init")):
+            if flag in given:
+                result.put(f"{path}.lr_scheduler_kwargs.{key}", number(given[flag]), f"--{flag}")
     flag = next((name for name in ("fraction", "samples", "iters") if f"lr-warmup-{name}" in given), "iters")
     result.default(f"{path}.warmup_steps", warmup, f"--lr-warmup-{flag}")
 

@@ -342,7 +342,12 @@ _ACTIVATIONS = {
     "gelu": {},
 }
 _NORMS = {"rmsnorm": "RMSNorm", "layernorm": "LayerNorm"}
-_PRECISIONS = {"bf16": "bf16", "bf16-mixed": "bf16", "16": "fp16", "fp16": "fp16", "16-mixed": "fp16", "32": "fp32"}
+_PRECISIONS = {
+    **dict.fromkeys(("bf16", "bf16-mixed", "bf16-true"), "bf16"),
+    **dict.fromkeys(("fp16", "16", "16-mixed", "16-true"), "fp16"),
+    **dict.fromkeys(("32", "32-true"), "fp32"),
+}
+"""NeMo's and Lightning's spellings. A teacher has no master weights, which are what tells ``-mixed`` from ``-true``."""
 
 
 def _convert(result: Translation, key: str, value: Any, found: dict[str, Any], file: str) -> None:

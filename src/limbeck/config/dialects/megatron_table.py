@@ -24,12 +24,16 @@ MODEL_VALUES = words(
     """num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups kv-channels max-position-embeddings
         position-embedding-type rotary-base rotary-percent rotary-seq-len-interpolation-factor
         rope-scaling-factor make-vocab-size-divisible-by normalization norm-epsilon init-method-std window-size
-        num-experts moe-ffn-hidden-size moe-router-topk moe-layer-freq moe-shared-expert-intermediate-size
+        num-experts moe-ffn-hidden-size moe-router-topk moe-layer-freq moe-latent-size moe-shared-expert-intermediate-size
         moe-router-score-function moe-router-topk-scaling-factor moe-router-num-groups
         hybrid-override-pattern hybrid-layer-pattern hybrid-attention-ratio hybrid-mlp-ratio mamba-state-dim
-        mamba-head-dim mamba-num-groups mamba-num-heads heterogeneous-layers-config-path"""
+        mamba-head-dim mamba-num-groups mamba-num-heads heterogeneous-layers-config-path padded-vocab-size
+        no-rope-freq softmax-type glu-linear-offset activation-func-clamp-value experimental-attention-variant"""
 )
 """Arguments that describe the student; megatron_arguments has them with ``_`` for ``-``."""
+
+PATTERNS = ("moe-layer-freq", "no-rope-freq")
+"""Those that may be a list, which is an entry for each layer."""
 
 MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
     "disable-bias-linear": ("add_bias_linear", False),
@@ -37,7 +41,7 @@ MODEL_SWITCHES: dict[str, tuple[str, Any]] = {
     **{
         name: (name.replace("-", "_"), True)
         for name in _all(
-            """group-query-attention swiglu squared-relu openai-gelu use-rope-scaling rotary-interleaved
+            """group-query-attention swiglu squared-relu openai-gelu quick-geglu use-rope-scaling rotary-interleaved
         untie-embeddings-and-output-weights qk-layernorm qk-l2-norm add-qkv-bias apply-layernorm-1p
         apply-residual-connection-post-layernorm multi-latent-attention is-hybrid-model
         moe-router-pre-softmax moe-router-enable-expert-bias""",
@@ -170,7 +174,8 @@ IGNORED: dict[str, str] = {
         profile use-pytorch-profiler record-memory-history disable-gloo-process-groups use-tp-pp-dp-mapping
         no-one-logger moe-permute-fusion moe-per-layer-logging disable-mamba-mem-eff-path
         no-position-embedding no-initialization data-parallel-random-init use-sharp use-nccl-ub test-mode
-        use-precision-aware-optimizer enable-experimental disable-bf16-reduced-precision-matmul""",
+        use-precision-aware-optimizer enable-experimental disable-bf16-reduced-precision-matmul
+        use-fused-weighted-squared-relu moe-shared-expert-overlap moe-pad-expert-input-to-capacity""",
         SWITCH,
     ),
     **_all(
@@ -186,12 +191,17 @@ IGNORED: dict[str, str] = {
         mid-level-dataset-surplus non-persistent-save-interval non-persistent-ckpt-type ddp-num-buckets
         rerun-mode error-injection-rate error-injection-type one-logger-project one-logger-run-name
         config-logger-dir sgd-momentum
-        wgrad-deferral-limit sample-rate eval-global-batch-size""",
+        wgrad-deferral-limit sample-rate eval-global-batch-size tiktoken-pattern
+        moe-token-drop-policy moe-router-bias-update-rate moe-router-group-topk window-attn-skip-freq linear-attention-freq
+        kv-lora-rank q-lora-rank v-head-dim qk-head-dim qk-pos-emb-head-dim rotary-scaling-factor mscale mscale-all-dim""",
         VALUE,
     ),
     **_all("profile-ranks high-priority-stream-groups tiktoken-special-tokens", VALUES),
 }
-"""Arguments without a meaning in Limbeck, where checkpoints are whole, formats are recognised and kernels are PyTorch's."""
+"""Arguments without a meaning in Limbeck, where checkpoints are whole, formats are recognised and kernels are PyTorch's.
+
+Some belong to another argument that Limbeck refuses, such as ``--multi-latent-attention`` or ``--window-size``.
+"""
 
 _LATER = "is not supported; remove it"
 _PACKS = "is not supported: documents of a row attend to each other, as by default in Megatron-LM; remove it"
@@ -200,6 +210,7 @@ _OFFLINE = "(cached logits of the teacher) is not supported; the teacher compute
 _SCALER = "is not supported: with --fp16 the scale of the loss begins at 65536; remove it, or train with --bf16"
 _DATA = "is not supported; remove it and set student.data_args.file_name=FILE, which reads conversations and text"
 
+_OTHER_MODELS = "describes GPT-OSS or Llama 4, which need a checkpoint of Hugging Face; --load that, and remove it"
 _SPEC = "is not supported: layers of a GPT model need no --spec, and modules of your own are not run; remove it"
 
 HYBRID_MODELS = ("MambaModel", "HybridModel")
@@ -238,6 +249,7 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         "is not supported yet: the loss of a run has no term that balances experts, so set it to 0",
     ),
     "moe-z-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
+    "moe-expert-capacity-factor": (VALUE, (), "(experts leave out tokens) is not supported; remove it"),
     "moe-router-load-balancing-type": (VALUE, ("none", "aux_loss"), "is not supported yet; use none"),
     "rl-default-temperature": (VALUE, (), "belongs to reinforcement learning; " + _LATER),
     "data-parallel-sharding-strategy": (VALUE, ("no_shard",), _FSDP),
@@ -267,11 +279,11 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "sft": (SWITCH, (), _DATA),
     **_all(
         """optimizer-cpu-offload skip-train use-legacy-models freeze-all-layers freeze-base-for-mtp
-        multiple-validation-sets decrease-batch-size-if-needed onnx-safe enable-gpt-oss export-qk-l2-norm
-        export-moe-apply-probs-on-input load-main-params-from-ckpt perform-rl-step export-kd-finalize
-        init-method-xavier-uniform fim-data""",
+        multiple-validation-sets decrease-batch-size-if-needed onnx-safe load-main-params-from-ckpt perform-rl-step
+        export-kd-finalize init-method-xavier-uniform fim-data""",
         (SWITCH, (), _LATER),
     ),
+    **_all("enable-gpt-oss export-qk-l2-norm export-moe-apply-probs-on-input", (SWITCH, (), _OTHER_MODELS)),
 }
 """Arguments that would change the result: their kind, the values that Limbeck also has, and the end of the error for others."""
 

@@ -109,7 +109,9 @@ def _arguments(result: Translation, path: str, key: str, value: Any) -> Iterator
             result.refuse(path, f"= {format_value(value)} must be true or false")
         elif value:
             yield flag, True
-    elif isinstance(value, (dict, bool)) or (isinstance(value, list) and kinds[flag] == table.VALUE):
+    elif isinstance(value, (dict, bool)) or (
+        isinstance(value, list) and kinds[flag] == table.VALUE and flag not in table.PATTERNS
+    ):
         if value is not False:  # false is an argument that is not given
             result.refuse(path, f"= {format_value(value)} must be one value")
     elif kinds[flag] == table.VALUES:

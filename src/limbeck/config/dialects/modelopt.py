@@ -65,8 +65,12 @@ def translate(translation: Translation, locations: dict[str, SourceLocation]) ->
     for key, sentence in ONLY_UNSET.items():
         if keys.pop(key, None) is not None:
             translation.refuse(f"{KEY}.{key}", sentence)
-    if keys.get("logit_kl_topk", 0) is None:
-        keys["logit_kl_topk"] = 0
+    if keys.get("logit_kl_topk") == 0:
+        translation.refuse(
+            f"{KEY}.logit_kl_topk", f"= {keys.pop('logit_kl_topk')} must be above 0; null is the whole vocabulary"
+        )
+    elif "logit_kl_topk" in keys and keys["logit_kl_topk"] is None:
+        keys["logit_kl_topk"] = 0  # which is the whole vocabulary in logits_topk
     pairs = keys.get("intermediate_layer_pairs")
     if isinstance(pairs, list):
         keys["intermediate_layer_pairs"] = [_pair(entry) for entry in pairs]

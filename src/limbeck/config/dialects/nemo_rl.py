@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from limbeck.config.dialects.base import Source
-from limbeck.config.dialects.nemo_rl_data import environment_of, translate_data
+from limbeck.config.dialects.nemo_rl_data import Datasets, environment_of, read_datasets, translate_data
 from limbeck.config.dialects.nemo_rl_file import NemoRlFile
+from limbeck.config.dialects.nemo_rl_spellings import ignore_once
 from limbeck.config.dialects.nemo_rl_steps import put_steps, translate_batches, translate_schedule
 from limbeck.config.dialects.nemo_rl_table import MOVED, READ
 from limbeck.config.locations import SourceLocation, find_location
@@ -36,12 +36,29 @@ _METRICS = {
     "train:mean_gen_tokens_per_sample": "rollout/mean_length",
     "train:max_gen_tokens_per_sample": "rollout/max_length",
     "train:truncation_rate": "rollout/truncated_share",
+    "train:mean_total_reward": "rollout/reward",
 }
 """Metrics that have another name here; the others keep theirs."""
 
+_NOT_MEASURED = {
+    "train:natural_termination_rate": "train:truncation_rate with higher_is_better: false",
+    "train:max_turns_reached_rate": "train:truncation_rate",
+    "train:total_turns": "train:total_num_tokens",
+    "train:avg_turns_per_sample": "train:mean_gen_tokens_per_sample",
+    "train:max_turns_per_sample": "train:max_gen_tokens_per_sample",
+    "train:mean_prompt_length": "train:mean_gen_tokens_per_sample",
+    "train:mean_total_tokens_per_sample": "train:mean_gen_tokens_per_sample",
+    "train:mean_env_tokens_per_sample": "train:mean_gen_tokens_per_sample",
+    "train:global_valid_seqs": "train:global_valid_toks",
+    "train:num_valid_samples": "train:global_valid_toks",
+    "train:train_fp_utilization": "train:tokens_per_sec_per_gpu",
+    "train:wd": "train:lr",
+}
+"""Metrics of NeMo-RL that Limbeck does not have, and the nearest one that it has."""
+
 _GROUPS = ("train/", "val/", "student/", "rollout/", "time/", "system/")
-_WRITTEN = ("val/accuracy", "val/mean_length", "val/truncated_share")
-"""Metrics of answers that the student writes in validation, which needs an environment."""
+_CHECKED = ("val/accuracy", "val/mean_length", "val/truncated_share", "rollout/reward")
+"""Metrics that need an environment: rewards, and those of answers that the student writes in validation."""
 
 
 class NemoRlDialect:
@@ -66,12 +83,13 @@ class NemoRlDialect:
                 f"{where}: teachers: off-policy distillation from several teachers or other tokenizers is not supported in "
                 "NeMo-RL's form; write a file of Limbeck with cross_tokenizer."
             )
-        file = NemoRlFile(source)
+        file = NemoRlFile(source, locations)
         file.check()
         _translate_models(file)
         _translate_objective(file)
-        _translate_generation(file)
-        translate_data(file.result, file.section("data"), locations)
+        datasets = read_datasets(file.result, file.section("data"), locations)
+        _translate_generation(file, datasets)
+        translate_data(file.result, datasets, locations)
         updates = translate_batches(file)
         translate_schedule(file, updates)
         _translate_checkpoints(file, updates)
@@ -88,8 +106,8 @@ DIALECT = NemoRlDialect()
 
 def _translate_models(file: NemoRlFile) -> None:
     world = _place(file)
+    file.put("teacher_pretrain", *file.one_of("teacher.model_name", "distillation.teacher_model_path"))
     if "teacher" not in file.source:
-        file.put("teacher_pretrain", file.get("distillation.teacher_model_path"), "distillation.teacher_model_path")
         for path, target in MOVED.items():
             if path.startswith(("policy.dtensor_cfg.", "policy.precision")) and target.startswith("student."):
                 file.put(target.replace("student.", "teacher.", 1), file.get(path), path)
@@ -175,34 +193,28 @@ def _translate_lora(file: NemoRlFile) -> None:
 def _translate_objective(file: NemoRlFile) -> None:
     where = "loss_fn" if "loss_fn" in file.source else "distillation"
     file.put("objective_preset", "nemo_rl", where)
-
-    def find(key: str) -> tuple[Any, str]:
-        paths = [f"{section}.{key}" for section in ("loss_fn", "distillation")]
-        return next(((file.get(path), path) for path in paths if file.get(path) is not None), (None, where))
-
-    kind, path = find("kl_type")
+    kind, path = file.one_of("loss_fn.kl_type", "distillation.kl_type")
     if kind is not None and kind not in _KL:
         file.refuse(path, f"= {format_value(kind)} is not one of {', '.join(_KL)}")
     elif kind is not None:
         file.put("kd_objective", _KL[kind], path)
-    weight, path = find("mixed_kl_weight")
+    weight, path = file.one_of("loss_fn.mixed_kl_weight", "distillation.mixed_kl_weight")
     if kind in (None, "mixed") and weight is not None:
         file.put("kd_objective_kwargs", {"forward": weight}, path)
-    only_topk, path = find("zero_outside_topk")
+    elif weight is not None:
+        ignore_once(file.result, path)
+    only_topk, path = file.one_of("loss_fn.zero_outside_topk", "distillation.zero_outside_topk")
     if only_topk is not None:
         file.put("logits_topk_tail", "zero" if only_topk else "renormalize", path)
     if file.get("policy.generation.temperature") != 0:  # the distribution that is sampled is the one that is compared
         file.put("kd_temperature", file.get("policy.generation.temperature"), "policy.generation.temperature")
 
 
-def _translate_generation(file: NemoRlFile) -> None:
-    longest = file.get("distillation.max_length")
-    for target in ("sequence_length", "rollout.max_new_tokens"):
-        if file.result.get(target) is None:
-            file.put(target, longest, "distillation.max_length")
+def _translate_generation(file: NemoRlFile, datasets: Datasets) -> None:
+    _translate_lengths(file)
     if file.result.section("rollout") is None:
         file.put("rollout.on_policy_fraction", 1.0, "distillation")
-    _translate_environment(file)
+    _translate_environment(file, datasets)
     backend = file.get("policy.generation.backend")
     if backend is None:
         return
@@ -228,10 +240,28 @@ def _translate_generation(file: NemoRlFile) -> None:
         )
 
 
-def _translate_environment(file: NemoRlFile) -> None:
+def _translate_lengths(file: NemoRlFile) -> None:
+    """``max_length`` sets both limits. In a file it may also be one of them beside the other."""
+    ours = "distillation.max_length"
+    limits = {
+        "sequence_length": "policy.max_total_sequence_length",
+        "rollout.max_new_tokens": "policy.generation.max_new_tokens",
+    }
+    given = {target: path for target, path in limits.items() if file.get(path) is not None}
+    if file.is_override(ours):
+        for target, path in given.items():
+            file.put(target, *file.one_of(path, ours))
+    elif len(given) == len(limits) and file.get(ours) not in map(file.get, given.values()):
+        file.one_of(max(given.values(), key=file.is_override), ours)
+    for target in limits:
+        if target not in given:
+            file.put(target, file.get(ours), ours)
+
+
+def _translate_environment(file: NemoRlFile, datasets: Datasets) -> None:
     """The environment that the datasets name, or the first one of ``env``."""
     given = [name for name in file.section("env") if name in ENVIRONMENTS]
-    found = environment_of(file.result, file.section("data"))
+    found = environment_of(file.result, datasets)
     if found is None and "env" not in file.source:
         return
     name, path = found or ((given or ["math"])[0], "env")
@@ -245,11 +275,14 @@ def _translate_environment(file: NemoRlFile) -> None:
 
 
 def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
-    if file.section("checkpointing").get("enabled") is False or "checkpointing" not in file.source:
+    periods = ("checkpointing.save_period", "distillation.save_steps")
+    enabled = file.section("checkpointing").get("enabled") is not False
+    if not enabled or ("checkpointing" not in file.source and file.get(periods[1]) is None):
         file.put("save_steps", 0, "checkpointing")
+        if file.get(periods[1]) is not None:
+            ignore_once(file.result, periods[1])
     else:
-        path = "checkpointing.save_period"
-        put_steps(file, "save_steps", path if file.get(path) is not None else "distillation.save_steps", updates)
+        put_steps(file, "save_steps", updates, *periods)
         file.put("resume_from_checkpoint", True, "checkpointing")  # as NeMo-RL does
         _translate_time_limit(file)
     metric, path = file.get("checkpointing.metric_name"), "checkpointing.metric_name"
@@ -259,15 +292,16 @@ def _translate_checkpoints(file: NemoRlFile, updates: int) -> None:
     if metric is not None and metric not in _METRICS and (kind not in ("val", "train") or not name):
         file.refuse(path, f"= {format_value(metric)} must be val: or train: and the name of a metric, or null")
         return
+    if metric in _NOT_MEASURED:
+        file.refuse(path, f"= {metric} is not measured in Limbeck; the nearest metric is {_NOT_MEASURED[metric]}")
+        return
     if metric is None or (str(metric).startswith("val") and not validates):
         file.result.put("checkpoint_config.best_metric", None, file.written("checkpointing"))
         file.put("max_ckpt_to_keep", keep, "checkpointing.keep_top_k")
         return
     ours = _METRICS.get(metric, name if name.startswith(_GROUPS) else f"{kind}/{name}")
-    if ours in _WRITTEN and file.result.get("rollout.environment") is None:
-        file.refuse(
-            path, f"= {metric} needs an environment, which checks answers in validation; add env: {{math: {{}}}}"
-        )
+    if ours in _CHECKED and file.result.get("rollout.environment") is None:
+        file.refuse(path, f"= {metric} needs an environment, which checks answers; add env: {{math: {{}}}}")
     file.put("checkpoint_config.best_metric", ours, path)
     higher = file.get("checkpointing.higher_is_better")
     if higher is None and "higher_is_better" in file.section("checkpointing"):

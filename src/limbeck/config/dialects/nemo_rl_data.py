@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from limbeck.config.dialects.nemo_rl_spellings import Setting, choose_spelling, ignore_once
 from limbeck.config.dialects.nemo_rl_table import READ
 from limbeck.config.locations import SourceLocation
 from limbeck.config.schema import NAMED_DATASETS
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 
-Entry = dict[str, tuple[Any, str]]
-"""A dataset: each key with its value and the path under which it is written."""
+Entry = dict[str, Setting]
+"""A dataset: each key with its value and where it is written. ``prompt_template`` is under ``prompt_file``."""
+
 
 _FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".gz", ".zst")
 _GENERIC = {
@@ -28,9 +31,75 @@ _REPOSITORY = Path(__file__).resolve().parents[4]
 _PROMPT_FOLDERS = (".", "examples/prompts", "prompts")
 
 
-def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapping[str, SourceLocation]) -> None:
+@dataclass(frozen=True)
+class Datasets:
+    """The datasets of training and of validation."""
+
+    train: list[Entry]
+    validation: list[Entry]
+
+    @property
+    def all(self) -> list[Entry]:
+        return [*self.train, *self.validation]
+
+
+def read_datasets(result: Translation, data: Mapping[str, Any], locations: Mapping[str, SourceLocation]) -> Datasets:
+    """The datasets of ``data.train`` and ``data.validation``, with the keys of ``data.default`` and of ``data`` itself.
+
+    A key of ``data`` itself is the fork's spelling of the same key of ``data.default``, and of the only training dataset.
+    """
+
+    def meaning(key: str, value: Any) -> Any:
+        return (_find_prompt(str(value), locations) if key == "prompt_file" else None) or value
+
+    def choose(key: str, *given: Setting | None) -> Setting:
+        return choose_spelling(
+            result, [one for one in given if one is not None], locations, lambda value: meaning(key, value)
+        )
+
+    def keys_of(section: object, path: str) -> Entry:
+        given = section if isinstance(section, Mapping) else {}
+        entry: Entry = {key: (given[key], f"{path}.{key}") for key in READ["dataset"] if key in given}
+        if "prompt_template" in entry:
+            entry["prompt_file"] = choose("prompt_file", entry.get("prompt_file"), entry.pop("prompt_template"))
+        return entry
+
+    own, default = keys_of(data, "data"), keys_of(data.get("default"), "data.default")
+    shared = default | {key: choose(key, default.get(key), one) for key, one in own.items()}
+
+    def entries(part: str) -> Iterator[Entry]:
+        given = data.get(part)
+        if given is None and part == "train" and ("dataset_name" in shared or "data_path" in shared):
+            given = {}
+        single = part == "train" and not isinstance(given, list)
+        for one in given if isinstance(given, list) else [] if given is None else [given]:
+            if isinstance(one, Mapping):
+                yield complete(keys_of(one, f"data.{part}"), own if single else {})
+
+    def complete(entry: Entry, same: Entry) -> Entry:
+        """``entry`` with the keys of the other sections; those of ``same`` are spellings of its own."""
+        if "dataset_name" in entry and "dataset_name" in same:
+            entry["dataset_name"] = choose("dataset_name", entry["dataset_name"], same["dataset_name"])
+        # What `data` itself says of its dataset does not hold for another one.
+        names = [found["dataset_name"][0] for found in (entry, own) if "dataset_name" in found]
+        other = len(names) == 2 and not (same and names[0] == names[1])
+        unrelated = {own[key][1] for key in _OF_ONE_DATASET if other and key in own}
+        for key in same:
+            if key in entry and key != "dataset_name" and same[key][1] not in unrelated:
+                entry[key] = choose(key, entry[key], same[key])
+        return {key: found for key, found in shared.items() if found[1] not in unrelated} | entry
+
+    datasets = Datasets(list(entries("train")), list(entries("validation")))
+    for key, (value, path) in (*own.items(), *default.items()):
+        read = [meaning(key, entry[key][0]) for entry in datasets.all if key in entry]
+        if value is not None and meaning(key, value) not in read:
+            ignore_once(result, path)
+    return datasets
+
+
+def translate_data(result: Translation, datasets: Datasets, locations: Mapping[str, SourceLocation]) -> None:
     """Set the training data, the validation data, and the text around a question."""
-    train, validation = list(_entries(data, "train")), list(_entries(data, "validation"))
+    train, validation = datasets.train, datasets.validation
     if not train:
         result.refuse("data.train", "is not set; name a dataset in data.train.dataset_name, or data.dataset_name")
         result.put("student.data_args.sources", [{"hub": "data.train"}], "data.train")  # one error is enough
@@ -42,21 +111,24 @@ def translate_data(result: Translation, data: Mapping[str, Any], locations: Mapp
     if validation:
         _put_sources(result, "validation.data_args.sources", validation)
         _put_repeat(result, validation)
-    for key in ("prompt_template", "prompt_file"):
-        if (found := _common(result, key, [*train, *validation])) is not None:
-            name, path = found
-            if (file := _find_prompt(result, name, path, locations)) is not None:
-                result.put("student.data_args.prompt_file", str(file), path)
-    if (found := _common(result, "system_prompt_file", [*train, *validation])) is not None:
+    for key in ("prompt_file", "system_prompt_file"):
+        if (found := _common(result, key, datasets.all)) is None:
+            continue
         name, path = found
-        if (file := _find_prompt(result, name, path, locations)) is not None:
+        file = _find_prompt(name, locations)
+        if file is None:
+            example = f"examples/prompts/{Path(name).stem}.txt"
+            result.refuse(path, f"= {name} is not a text file; write it, for example as {example}")
+        elif key == "prompt_file":
+            result.put("student.data_args.prompt_file", str(file), path)
+        else:
             result.put("student.data_args.default_system", file.read_text(encoding="utf-8").strip(), path)
 
 
-def environment_of(result: Translation, data: Mapping[str, Any]) -> tuple[str, str] | None:
+def environment_of(result: Translation, datasets: Datasets) -> tuple[str, str] | None:
     """The ``env_name`` of the datasets and where it is written; None if there is none."""
-    entries = [*_entries(data, "train"), *_entries(data, "validation")]
-    return _common(result, "env_name", [entry for entry in entries if entry.get("env_name", (None, ""))[0] is not None])
+    named = [entry for entry in datasets.all if entry.get("env_name", (None, ""))[0] is not None]
+    return _common(result, "env_name", named)
 
 
 def _put_repeat(result: Translation, validation: list[Entry]) -> None:
@@ -70,25 +142,6 @@ def _put_repeat(result: Translation, validation: list[Entry]) -> None:
         answers = result.get("validation.rollout.max_samples")
         if type(answers) is int and type(repeat) is int and repeat > 0:
             result.put("validation.rollout.max_samples", -(-answers // repeat), "distillation.max_val_samples")
-
-
-def _entries(data: Mapping[str, Any], part: str) -> Iterator[Entry]:
-    """The datasets of ``data.train`` or ``data.validation``, with the keys of ``data.default`` and of ``data`` itself."""
-    shared: Entry = {key: (data[key], f"data.{key}") for key in READ["dataset"] if key in data}
-    default = data.get("default")
-    if isinstance(default, Mapping):
-        shared |= {key: (value, f"data.default.{key}") for key, value in default.items()}
-    given = data.get(part)
-    if given is None and part == "train" and ("dataset_name" in shared or "data_path" in shared):
-        given = {}
-    for one in given if isinstance(given, list) else [] if given is None else [given]:
-        if isinstance(one, Mapping):
-            # What `data` itself says of its dataset does not hold for another one.
-            other = {
-                (key, f"data.{key}") for key in _OF_ONE_DATASET if "dataset_name" in one and "dataset_name" in data
-            }
-            inherited = {key: found for key, found in shared.items() if (key, found[1]) not in other}
-            yield inherited | {key: (value, f"data.{part}.{key}") for key, value in one.items()}
 
 
 def _put_sources(result: Translation, target: str, entries: list[Entry]) -> None:
@@ -156,7 +209,7 @@ def _common(result: Translation, key: str, entries: list[Entry]) -> tuple[str, s
     return None if value is None or len(values) > 1 else (str(value), path)
 
 
-def _find_prompt(result: Translation, name: str, path: str, locations: Mapping[str, SourceLocation]) -> Path | None:
+def _find_prompt(name: str, locations: Mapping[str, SourceLocation]) -> Path | None:
     """The text file ``name``, or ``name.txt`` in a folder of prompts.
 
     It is searched for in the working directory, in the folders of the configuration and those around them, and in Limbeck's
@@ -164,11 +217,10 @@ def _find_prompt(result: Translation, name: str, path: str, locations: Mapping[s
     """
     files = dict.fromkeys(Path(location.file).resolve() for location in locations.values() if location.line)
     bases = dict.fromkeys([Path.cwd(), *(folder for file in files for folder in file.parents), _REPOSITORY])
-    names = (name, f"{name}.txt")
-    for base in bases:
-        for folder in _PROMPT_FOLDERS:
-            for candidate in names:
-                if (file := base / folder / Path(candidate).expanduser()).is_file():
-                    return file
-    result.refuse(path, f"= {name} is not a text file; write it, for example as examples/prompts/{Path(name).stem}.txt")
-    return None
+    candidates = (
+        base / folder / Path(candidate).expanduser()
+        for base in bases
+        for folder in _PROMPT_FOLDERS
+        for candidate in (name, f"{name}.txt")
+    )
+    return next((file for file in candidates if file.is_file()), None)

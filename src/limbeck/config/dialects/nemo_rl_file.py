@@ -7,6 +7,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from limbeck.config.dialects.nemo_rl_spellings import choose_spelling, is_override
 from limbeck.config.dialects.nemo_rl_table import (
     DISABLED_BY,
     FIXED,
@@ -18,6 +19,7 @@ from limbeck.config.dialects.nemo_rl_table import (
     TEACHER_READS,
     Fixed,
 )
+from limbeck.config.locations import SourceLocation
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
 from limbeck.registry import ENVIRONMENTS
@@ -26,7 +28,8 @@ from limbeck.registry import ENVIRONMENTS
 class NemoRlFile:
     """One file and its translation. Paths have ``policy`` for the student's section, also if the file calls it ``student``."""
 
-    def __init__(self, source: Mapping[str, Any]) -> None:
+    def __init__(self, source: Mapping[str, Any], locations: Mapping[str, SourceLocation]) -> None:
+        self.locations = locations
         self.source: dict[str, Any] = copy.deepcopy(dict(source))  # values of the wrong kind are taken out of it
         self.student = "student" if "student" in source and "policy" not in source else "policy"
         self.result = Translation({})
@@ -48,6 +51,14 @@ class NemoRlFile:
         """``path`` as the file writes it."""
         head, dot, rest = path.partition(".")
         return f"{self.student if head == 'policy' else head}{dot}{rest}"
+
+    def is_override(self, path: str) -> bool:
+        """Whether the command line sets the key at ``path``."""
+        return is_override(self.written(path), self.locations)
+
+    def one_of(self, *paths: str) -> tuple[Any, str]:
+        """The value that counts among spellings of one setting, and its path; see ``choose_spelling``."""
+        return choose_spelling(self.result, [(self.get(path), self.written(path)) for path in paths], self.locations)
 
     def refuse(self, path: str, sentence: str) -> None:
         self.result.refuse(self.written(path), sentence)

@@ -9,7 +9,6 @@ from limbeck.config.dialects.nemo_rl_file import NemoRlFile
 from limbeck.config.validation_errors import format_value
 
 _PYTORCH_SCHEDULES = "torch.optim.lr_scheduler."
-_STEP_KEYS = ("eval_steps", "save_steps")
 
 
 def translate_batches(file: NemoRlFile) -> int:
@@ -57,20 +56,14 @@ def translate_batches(file: NemoRlFile) -> int:
             f"{file.written(path)} = {batch}: NeMo-RL trains {updates} optimizer steps on the {samples} samples of a step; "
             f"Limbeck counts optimizer steps, so max_num_steps, val_period and save_period become {updates} times as many."
         )
-    steps = "max_num_steps" if file.get("distillation.max_num_steps") is not None else "max_steps"
-    put_steps(file, "max_steps", f"distillation.{steps}", updates)
-    period = "val_period" if file.get("distillation.val_period") is not None else "eval_steps"
-    put_steps(file, "eval_steps", f"distillation.{period}", updates)
-    unused = [key for key in _STEP_KEYS if file.get(f"distillation.{key}") is not None]
-    if period == "val_period" and "eval_steps" in unused:
-        file.result.ignored.append("distillation.eval_steps")
-    if file.get("checkpointing.save_period") is not None and "save_steps" in unused:
-        file.result.ignored.append("distillation.save_steps")
+    put_steps(file, "max_steps", updates, "distillation.max_num_steps", "distillation.max_steps")
+    put_steps(file, "eval_steps", updates, "distillation.val_period", "distillation.eval_steps")
     return updates
 
 
-def put_steps(file: NemoRlFile, target: str, path: str, updates: int) -> None:
-    value = file.get(path)
+def put_steps(file: NemoRlFile, target: str, updates: int, *paths: str) -> None:
+    """Set ``target`` to a number of NeMo-RL's steps, of ``updates`` optimizer steps each. ``paths`` are its spellings."""
+    value, path = file.one_of(*paths)
     file.put(target, value * updates if type(value) is int and value > 0 else value, path)
 
 

@@ -180,7 +180,8 @@ class DataArgs(Section):
     overlong: Literal["truncate", "drop", "split"] = Field(
         default="truncate",
         description="How rows longer than sequence_length are handled: truncate cuts the right end, drop removes the "
-        "row, split divides it into several rows, whose prompts rollout cannot continue.",
+        "row, split divides it into several rows, whose prompts rollout cannot continue. Where rollout uses no answer of the "
+        "data, drop removes rows whose prompt is too long.",
     )
     on_bad_row: Literal["error", "skip"] = Field(
         default="error",

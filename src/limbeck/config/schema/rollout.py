@@ -198,7 +198,8 @@ class RolloutConfig(Section):
         default=0.1,
         gt=0,
         description="Difference between the generator's and the student's log-probability of a written token from which the "
-        "token counts for rollout/log_prob_gap_share. A warning is printed if the mean difference is larger.",
+        "token counts for rollout/log_prob_gap_share. A warning is printed if the mean difference is larger in steps that the "
+        "current weights have written.",
     )
     environment: Annotated[str, registered(ENVIRONMENTS)] | None = Field(
         default=None,

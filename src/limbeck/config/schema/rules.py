@@ -233,7 +233,7 @@ def _training_contradictions(config: RunFields) -> Iterator[Contradiction]:
                 f"student.training_args.lr_scheduler_kwargs.{key}",
                 f"is not read by lr_scheduler_type = {scheduler}, which reads {', '.join(readable) or 'none'}",
             )
-    yield from schedule_contradictions(scheduler, kwargs)
+    yield from schedule_contradictions(training, config.max_steps)
     yield from tracker_contradictions(config)
     for path, name, given, known in (
         ("step_source", config.effective_step_source, config.step_source_kwargs, STEP_SOURCE_KWARGS),

@@ -6,17 +6,45 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from limbeck.config.schema.base import Contradiction
-from limbeck.config.schema.training import MEGATRON_STYLES, SEQUENTIAL_KWARGS, SEQUENTIAL_REQUIRED
+from limbeck.config.schema.training import (
+    MEGATRON_STYLES,
+    SCHEDULER_KWARGS,
+    SEQUENTIAL_KWARGS,
+    SEQUENTIAL_REQUIRED,
+    TrainingArgs,
+)
 
 PATH = "student.training_args.lr_scheduler_kwargs"
 
 
-def schedule_contradictions(scheduler: str, kwargs: Mapping[str, Any]) -> Iterator[Contradiction]:
-    """Errors in the ``lr_scheduler_kwargs`` of a scheduler."""
+def schedule_contradictions(training: TrainingArgs, max_steps: int | None) -> Iterator[Contradiction]:
+    """Errors in the ``lr_scheduler_kwargs`` of a scheduler. max_steps: of the run; None if epochs limit it."""
+    scheduler, kwargs = training.lr_scheduler_type, training.lr_scheduler_kwargs
     if scheduler == "sequential":
         yield from _sequential_contradictions(kwargs)
     elif scheduler == "megatron":
-        yield from _megatron_contradictions(kwargs)
+        faults = list(_megatron_contradictions(kwargs))
+        yield from faults or _warmup_contradictions(training, max_steps)
+    for key in {"min_lr", "warmup_init"}.intersection(SCHEDULER_KWARGS.get(scheduler, ())):
+        value = kwargs.get(key)
+        if isinstance(value, (int, float)) and value > training.learning_rate:
+            yield Contradiction(
+                f"{PATH}.{key}", f"= {value:g} must not be above learning_rate = {training.learning_rate:g}"
+            )
+
+
+def _warmup_contradictions(training: TrainingArgs, max_steps: int | None) -> Iterator[Contradiction]:
+    """Megatron-LM's schedule decays after the warm-up."""
+    given = training.lr_scheduler_kwargs.get("decay_steps")
+    decay, end = (max_steps, "max_steps") if given is None else (given, f"{PATH}.decay_steps")
+    steps = training.warmup_steps
+    warmup = steps or int(training.warmup_ratio * (max_steps or 0) + 0.5)
+    if decay is not None and warmup >= decay:
+        yield Contradiction(
+            f"student.training_args.{'warmup_steps' if steps else 'warmup_ratio'}",
+            f"= {steps or f'{training.warmup_ratio:g}, which is {warmup} steps,'} must be below {end} = {decay}, where the "
+            "decay ends",
+        )
 
 
 def _megatron_contradictions(kwargs: Mapping[str, Any]) -> Iterator[Contradiction]:

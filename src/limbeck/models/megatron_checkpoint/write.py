@@ -21,6 +21,9 @@ Format = Literal["torch_dist", "torch"]
 Layers = Literal["transformer_engine", "local"]
 """Megatron's ``--transformer-impl``."""
 
+HYBRID_SPEC = "megatron.core.models.mamba.mamba_layer_specs mamba_stack_spec"
+"""Megatron's ``--spec`` of a hybrid, without which ``pretrain_mamba.py`` and ``pretrain_hybrid.py`` build no model."""
+
 
 def write_checkpoint(
     model: Any,
@@ -71,7 +74,8 @@ def loading_flags(config: PretrainedConfig) -> str:
     """The flags with which Megatron-LM builds the model of ``config`` from its checkpoint.
 
     They are those of its arguments that ``--use-checkpoint-args`` does not take (``load_args_from_checkpoint`` of
-    ``megatron/training/checkpointing.py``).
+    ``megatron/training/checkpointing.py``), and the layers of a hybrid. It takes those too, but ModelOpt's scripts refuse a
+    checkpoint that stores them (``megatron/post_training/model_builder.py``), so the checkpoint does not.
     """
     arguments = arguments_of(config)
     flags = ["--use-checkpoint-args", f"--norm-epsilon {arguments['norm_epsilon']:g}"]
@@ -81,6 +85,8 @@ def loading_flags(config: PretrainedConfig) -> str:
         flags.append(f"--use-rope-scaling --rope-scaling-factor {arguments['rope_scaling_factor']:g}")
     if arguments.get("rotary_seq_len_interpolation_factor") is not None:
         flags.append(f"--rotary-seq-len-interpolation-factor {arguments['rotary_seq_len_interpolation_factor']:g}")
+    if arguments.get("is_hybrid_model"):
+        flags.append(f"--spec {HYBRID_SPEC}")
     return " ".join(flags)
 
 

@@ -29,6 +29,7 @@ def end_of_template(config: DistillConfig, tokenizer: Any, **changes: Any) -> se
         weight_key=None,
         domain_key=None,
         overlong="drop",
+        reads_answers=True,
         on_bad_row="error",
         prompts_only=False,
         keep_columns=False,
@@ -87,7 +88,7 @@ def disagreements(
     ends = {other.eos_token_id} | end_token_ids(ModelSource.from_args(config.teacher.model_args, "teacher"))
     if last_tokens and not ends & set(last_tokens):
         yield (
-            f"{answers}, and so the student's, end with {in_data}, and the teacher {teacher} ends an answer with "
+            f"{answers} end with {in_data}, and the teacher {teacher} ends an answer with "
             f"{_names(ends, other)}. It may teach the student not to end; use a teacher or a template with the same end."
         )
     if config.student.data_args.template not in (None, "native") or not (
@@ -106,12 +107,27 @@ def disagreements(
             "may never have seen; use a teacher that was trained on conversations, or set student.data_args.template."
         )
         return
-    ours, theirs = (one.apply_chat_template(_CONVERSATION, tokenize=False) for one in (tokenizer, other))
-    if ours != theirs:
+    try:
+        ours, of_teacher = _rendered(tokenizer, student), _rendered(other, f"the teacher {teacher}")
+    except LimbeckError as error:
+        yield str(error)
+        return
+    if ours != of_teacher:
         yield (
             f"The data is written with the chat template of {student} ({ours!r}), and the teacher {teacher} has another one "
-            f"({theirs!r}); use a teacher with the same template, or set student.data_args.template to the teacher's."
+            f"({of_teacher!r}); use a teacher with the same template, or set student.data_args.template to the teacher's."
         )
+
+
+def _rendered(tokenizer: Any, name: str) -> str:
+    """A conversation in the tokenizer's own template. Raises LimbeckError if the template refuses it."""
+    try:
+        return str(tokenizer.apply_chat_template(_CONVERSATION, tokenize=False))
+    except Exception as error:  # a template is a program and may raise anything
+        raise LimbeckError(
+            f"The chat template of {name} cannot render a question with its answer ({error}), so the templates of student and "
+            "teacher were not compared; set student.data_args.template to one that both models know."
+        ) from error
 
 
 def _names(tokens: Collection[int], tokenizer: Any) -> str:

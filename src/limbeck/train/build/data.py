@@ -232,7 +232,10 @@ def prepare_validation(
     if not config.validation_sources:
         return None
     settings = replace(
-        token_settings(config), domain_key=None, prompts_only=config.effective_validation.rollout is not None
+        token_settings(config),
+        domain_key=None,
+        prompts_only=config.effective_validation.rollout is not None,
+        reads_answers=True,
     )
     return _tokenized(config, tokenizer, validation_sources(config), settings, show, progress)
 
@@ -254,6 +257,7 @@ def token_settings(config: DistillConfig) -> TokenizeSettings:
         domain_key=args.domain_key,
         sequence_length=config.sequence_length,
         overlong=args.overlong,
+        reads_answers=config.needs_answers,
         on_bad_row=args.on_bad_row,
         distill_on_prompt=config.distill_on_prompt,
         prompts_only=not config.needs_answers,
