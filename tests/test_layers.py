@@ -8,7 +8,7 @@ import limbeck
 
 SOURCE = Path(limbeck.__file__).parent
 LAYERS = (
-    ("errors", "interrupt", "registry", "folders", "version"),
+    ("errors", "interrupt", "registry", "folders", "megatron_files", "version"),
     ("config",),
     ("objectives",),
     ("data",),

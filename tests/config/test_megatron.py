@@ -329,7 +329,7 @@ def test_a_key_of_nemo_that_cannot_be_translated_is_an_error(folder: Path, line:
         (
             "--num-layers-per-virtual-pipeline-stage 3",
             {"student": "--load mcore --use-checkpoint-args --tokenizer-model hf"},
-            "must divide --num-layers, which is not given; give it, also beside --use-checkpoint-args",
+            "must divide --num-layers, which is not known; give it.",
         ),
         ("--make-vocab-size-divisible-by 0", {}, "--make-vocab-size-divisible-by = 0 must be at least 1"),
         ("", {"teacher": "--export-kd-teacher-load nowhere"}, "--export-kd-teacher-load = nowhere has no checkpoint"),
@@ -490,8 +490,12 @@ def test_load_resumes_its_own_run_or_starts_the_student(folder: Path) -> None:
     )
     taught = run("", teacher="--export-kd-teacher-load out")
     assert at(taught, "teacher.model_args.model_name_or_path") == "out/checkpoint-40"
-    step = run("--load mcore --ckpt-step 12 --tokenizer-model hf", student="")
-    assert at(step, model) == "mcore/iter_0000012"
+    for step in (4, 12):
+        (folder / "mcore" / f"iter_{step:07d}").mkdir()
+    of_step = run("--load mcore --ckpt-step 12 --tokenizer-model hf", student="")
+    assert at(of_step, model) == "mcore/iter_0000012"
+    (line,) = mistakes("--load mcore --ckpt-step 99 --tokenizer-model hf", student="")
+    assert "--ckpt-step = 99 has no checkpoint in mcore, which has 4, 12; give one of these, or remove it" in line
     _checkpoint(folder / "out" / "checkpoint-9")
     earlier = run("--load ./out/ --save out --ckpt-step 9 --exit-interval 30")
     assert (at(earlier, resume), at(earlier, "max_steps")) == ("out/checkpoint-9", 30)

@@ -124,12 +124,27 @@ def test_checkpoints_of_megatron_train_as_those_of_hugging_face(script, assets, 
     assert (tmp_path / "other" / "student" / "model.safetensors").is_file()
 
 
+def test_a_run_that_began_from_a_checkpoint_goes_on_exactly(script, assets, tmp_path, capsys):
+    write_checkpoint(
+        AutoModelForCausalLM.from_pretrained(assets / "student", dtype=torch.float32), tmp_path / "mcore", 1
+    )
+    teacher = f"--export-kd-teacher-load {assets / 'teacher'} --tokenizer-model {assets / 'student'}"
+    text = f"{RUN} {teacher} --mock-data --eval-iters 0"
+    assert script(f"{text} --load {assets / 'student'} --save whole") == 0
+    for start, parts in ((assets / "student", "of-hf"), ("./mcore --use-checkpoint-args", "of-megatron")):
+        assert script(f"{text} --load {start} --save {parts} --exit-interval 2") == 0
+        assert losses(parts).keys() == {1, 2}
+        assert script(f"{text} --load {parts} --save {parts} --norm-epsilon 0.5") == 0
+        assert losses(parts) == pytest.approx(losses("whole"), rel=1e-6) and len(losses(parts)) == 4
+        assert "--norm-epsilon" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("--num-layer 3", "--num-layer is not a flag, did you mean --num-layers?"),
         ("--data-path nowhere --split 1,0,0", "nowhere does not exist"),
-        ("--num-experts 4 --moe-layer-freq 2 --mock-data", "moe_layer_freq = 2"),
+        ("--num-experts 4 --moe-layer-freq 2 --mock-data", "moe_layer_freq (--moe-layer-freq) = 2"),
     ],
 )
 def test_a_mistake_is_one_sentence(script, assets, capsys, text, sentence):

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from limbeck.cli import main
 from limbeck.errors import LimbeckError
+from limbeck.megatron_files.arguments import stored_arguments
 from limbeck.models import ModelSource, load_model, megatron_hybrid_config
 from limbeck.models.megatron_checkpoint import arguments_of, loading_flags, open_checkpoint, write_checkpoint
 from limbeck.models.megatron_config import hf_config
@@ -179,6 +180,7 @@ def test_what_is_written_is_read_again(kind, form, tmp_path):
     assert folder == tmp_path / "iter_0000007"
     assert_same(read(tmp_path), model)
     assert_same(read(folder), model)
+    assert stored_arguments(str(tmp_path)) == open_checkpoint(str(folder)).arguments != {}
 
 
 def test_the_flags_for_megatron_are_what_it_does_not_take_from_the_checkpoint():

@@ -71,11 +71,13 @@ def test_the_configuration_has_the_sizes_of_the_arguments():
     assert (config.intermediate_size, config.mlp_hidden_act) == (48, "relu2")
     assert (config.vocab_size, config.max_position_embeddings) == (128, 64)
     defaults = {**ARGUMENTS, "hidden_size": 256, "ffn_hidden_size": None}
-    for name in ("mamba_head_dim", "mamba_num_groups", "mamba_state_dim"):
+    for name in ("num_query_groups", "mamba_head_dim", "mamba_num_groups", "mamba_state_dim"):
         del defaults[name]
     config = hf_config(defaults, "args")
     assert (config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size) == (8, 64, 8, 128)
     assert config.intermediate_size == 1024
+    assert config.num_key_value_heads == 1
+    assert hf_config({**defaults, "group_query_attention": None}, "args").num_key_value_heads == 4
 
 
 def test_a_new_model_has_the_decays_and_steps_of_megatron():

@@ -182,8 +182,16 @@ def test_a_checkpoint_of_another_student_is_refused(build, tmp_path):
     run = build()
     run.saver.save(1, run.requests.state_dict(), {})
     other = make_model(tmp_path / "other", layers=3)
-    with pytest.raises(LimbeckError, match=r"another student.*layers\.2\..* differs"):
-        build(student_pretrain=str(other), resume_from_checkpoint=True)
+    same_shapes = {"student.model_args.model_config_kwargs": {"rope_parameters": {"rope_theta": 7.0}}}
+    frozen = {"student.model_args.freeze_module_prefix": "model.layers.1"}
+    for change, sentence in (
+        ({"student_pretrain": str(other)}, r"another student: num_hidden_layers is 2 in its config.json and 3 in"),
+        (same_shapes, r"another student: rope_parameters\.rope_theta is \S+ in its config.json and 7.0 in"),
+        (frozen, r"other frozen parameters.*layers\.1\..* differs"),
+    ):
+        with pytest.raises(LimbeckError, match=sentence):
+            build(**change, resume_from_checkpoint=True)
+    build(resume_from_checkpoint=True, **{"student.model_args.model_config_kwargs": {"initializer_range": 0.5}})
 
 
 def test_a_run_refuses_checkpoints_of_an_earlier_run_and_later_ones(configure, tmp_path):

@@ -39,6 +39,10 @@ class LauncherSetting:
     is_default: bool = False
 
 
+_OF_USER = ("derived from", "--")
+"""Beginnings of the origins that are other keys or flags of the user."""
+
+
 @dataclass(frozen=True)
 class LoadedConfig:
     """A checked configuration.
@@ -58,6 +62,7 @@ class LoadedConfig:
     def with_origin(self, sentence: str) -> str:
         """The sentence of an error that was found later, with the user's key behind the first key that is derived from one.
 
+        Where that is a mapping whose keys have several origins, they follow the keys of the mapping that the sentence names.
         In Megatron-LM's command line ``--load`` of the folder ``--save`` is what resumes a run.
         """
         if self.dialect == "megatron":
@@ -69,9 +74,17 @@ class LoadedConfig:
         keys = {path for path, _ in walk_keys(DistillConfig)}
         for found in re.finditer(r"[a-z]\w*(?:\.\w+)+", sentence):
             is_value = found[0] in self.origins or found[0] in keys  # and not a section
+            before, after = sentence[: found.end()], sentence[found.end() :]
+            inside = {
+                path.removeprefix(f"{found[0]}."): origin
+                for path, origin in self.origins.items()
+                if path.startswith(f"{found[0]}.") and origin.startswith(_OF_USER)
+            }
+            if is_value and len(set(inside.values())) > 1:  # each key of a mapping may have an origin of its own
+                return before + _with_origins(after, inside)
             origin = _origin_of(found[0], self.origins)
-            if is_value and origin.startswith(("derived from", "--")):
-                return f"{sentence[: found.end()]} ({origin}){sentence[found.end() :]}"
+            if is_value and origin.startswith(_OF_USER):
+                return f"{before} ({origin}){after}"
         return sentence
 
 
@@ -271,6 +284,12 @@ def _origins(
             yield path, f"derived from {path.split('.')[0]}_pretrain"
         else:
             yield path, "default"
+
+
+def _with_origins(text: str, origins: Mapping[str, str]) -> str:
+    """``text`` with the origin behind each key of ``origins`` in it."""
+    names = "|".join(map(re.escape, origins))
+    return re.sub(rf"\b({names})\b", lambda name: f"{name[0]} ({origins[name[0]]})", text)
 
 
 def _origin_of(path: str, origins: Mapping[str, str]) -> str:

@@ -161,8 +161,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
             f"{where}: hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}; correct one."
         )
     channels = size(given, "kv_channels", where, hidden // heads)
-    grouped = given.get("group_query_attention")
-    groups = size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
+    groups = query_groups(given, heads, where)
     for name, value, divisor, of in (
         ("num_attention_heads", heads, groups, "num_query_groups"),
         ("kv_channels", channels, 2, "rotary positions"),
@@ -352,6 +351,14 @@ def _dense_layers(given: Mapping[str, Any], where: str, layers: int) -> list[int
             f"each of {layers} layers, with some 1, such as [0]+[1]*{max(layers - 1, 1)}; correct it."
         )
     return [layer for layer, has_experts in enumerate(pattern) if not has_experts]
+
+
+def query_groups(given: Mapping[str, Any], heads: int, where: str) -> int:
+    """The number of heads of keys and values: Megatron-LM has one for all queries if group_query_attention is true without
+    num_query_groups, and ignores that if it is false. Where it is not given, as in files of NeMo, num_query_groups counts.
+    """
+    grouped = given.get("group_query_attention")
+    return size(given, "num_query_groups", where, 1 if grouped else heads) if grouped in (None, True) else heads
 
 
 def vocab_size(given: Mapping[str, Any], where: str) -> int:

@@ -18,6 +18,7 @@ from limbeck.errors import LimbeckError
 from limbeck.models.megatron_config import (
     canonical,
     not_written,
+    query_groups,
     scale_output_projections,
     size,
     vocab_size,
@@ -81,7 +82,6 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
                 f"{where}: {name} {state} cannot be expressed as a nemotron_h model; it must be {words}."
             )
     hidden, heads = size(given, "hidden_size", where), size(given, "num_attention_heads", where)
-    grouped = given.get("group_query_attention") in (None, True)
     head_dim = size(given, "mamba_head_dim", where, 64)
     config = AutoConfig.for_model(
         MODEL_TYPE,
@@ -89,7 +89,7 @@ def hf_config(arguments: Mapping[str, Any], where: str) -> PretrainedConfig:
         hidden_size=hidden,
         intermediate_size=size(given, "ffn_hidden_size", where, 4 * hidden),
         num_attention_heads=heads,
-        num_key_value_heads=size(given, "num_query_groups", where, heads) if grouped else heads,
+        num_key_value_heads=query_groups(given, heads, where),
         head_dim=size(given, "kv_channels", where, hidden // heads),
         mamba_num_heads=size(given, "mamba_num_heads", where, 2 * hidden // head_dim),
         mamba_head_dim=head_dim,

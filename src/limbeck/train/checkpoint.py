@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from limbeck.errors import LimbeckError
+from limbeck.folders import TRAINING as TRAINING
 from limbeck.folders import list_checkpoints as list_checkpoints
 from limbeck.strategies.shards import Sliceable
 from limbeck.strategies.world import World
@@ -26,7 +27,6 @@ from limbeck.train.gather import gather_json
 from limbeck.train.tensor_files import fingerprint, open_shards
 
 MANIFEST = "manifest.json"
-TRAINING = "training"
 _TEMPORARY = ".checkpoint-{}.writing"
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from limbeck.config.locations import leaves
 from limbeck.errors import LimbeckError
-from limbeck.train.checkpoint import MANIFEST, TRAINING
+from limbeck.folders import TRAINING, stored_config
+from limbeck.train.checkpoint import MANIFEST
 
 _NOT_COMPARED = "resume_from_checkpoint"
 
@@ -25,6 +26,45 @@ def refuse_model(path: Path) -> None:
         )
 
 
+def refuse_other_model(path: Path, config: Any) -> None:
+    """Raise LimbeckError if the ``config.json`` of the checkpoint ``path`` describes another model than the one to train.
+
+    config: the ``PretrainedConfig`` of that model. Parameters of equal names and shapes may belong to another function, for
+    example with another base of rotary positions.
+    """
+    stored = json.loads((path / "config.json").read_text())
+    written, writes = dict(leaves(stored)), dict(leaves(json.loads(config.to_json_string())))
+    if stored.get("model_type") == config.model_type:  # built again, it has the defaults of the installed Transformers
+        stored = json.loads(type(config).from_pretrained(path).to_json_string(use_diff=False))
+    before, now = dict(leaves(stored)), dict(leaves(json.loads(config.to_json_string(use_diff=False))))
+    # Lists last: they follow from numbers, such as a kind for each layer.
+    for key in sorted({**before, **now}, key=lambda key: (key != "model_type", isinstance(now.get(key), list))):
+        of_model = not any(name.startswith(_NO_MODEL) or name.endswith(_ENDS) for name in key.split("."))
+        # Some models change their configuration, so that reading it again gives another one.
+        differs = before.get(key) != now.get(key) and written.get(key) != writes.get(key)
+        if not (of_model and differs):
+            continue
+        raise LimbeckError(
+            f"{path} is of another student: {key} is {_shown(before.get(key))} in its config.json and {_shown(now.get(key))} "
+            "in the model of this run; resume with the configuration of the checkpoint, or set another output_dir."
+        )
+
+
+_NO_MODEL = (
+    *("_", "architectures", "dtype", "id2label", "initializer_range", "label2id", "name_or_path", "output_"),
+    *(
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "router_aux_loss_coef",
+        "transformers_version",
+        "use_cache",
+    ),
+)
+_ENDS = ("_token_id", "dropout")
+"""Beginnings and ends of the keys of ``config.json`` that do not change what a model computes when it is evaluated."""
+
+
 def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
     """The differences between the configuration of the checkpoint ``path`` and ``config``, as "key: was → now".
 
@@ -32,9 +72,8 @@ def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
 
     A damaged checkpoint has none; loading it is an error.
     """
-    try:
-        stored = json.loads((path / TRAINING / "state.json").read_text())["config"]
-    except (OSError, ValueError, KeyError):
+    stored = stored_config(path)
+    if not stored:
         return []
     before, now = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(config))))
     changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != _NOT_COMPARED]

@@ -16,10 +16,10 @@ from typing import Any
 from limbeck.config.dialects import megatron_table as table
 from limbeck.config.dialects.arguments import Parser, override
 from limbeck.config.dialects.base import Source
+from limbeck.config.dialects.megatron_checkpoints import Start, find_start
 from limbeck.config.dialects.megatron_data import translate_data
 from limbeck.config.dialects.megatron_models import (
     number,
-    resumed_checkpoint,
     share_with_teacher,
     student_layers,
     translate_student,
@@ -135,11 +135,12 @@ def _translate(result: Translation, given: Values, locations: dict[str, SourceLo
     for name, key in table.MOVED.items():
         if name in given:
             result.set(key, given[name], f"--{name}")
-    dims = _parallel(result, given)
+    start = find_start(result, given)
+    dims = _parallel(result, given, start)
     _precision(result, given)
-    steps = _steps(result, given, dims)
+    steps = _steps(result, given, dims, start)
     _schedule(result, given, steps)
-    translate_student(result, given)
+    translate_student(result, given, start)
     translate_teacher(result, given, locations)
     share_with_teacher(result, given)
     for role in ("student", "teacher") if "trust-remote-code" in given else ():
@@ -192,7 +193,7 @@ def has_gpu() -> bool:
     return allowed not in ("", "-1") and any(Path("/dev").glob("nvidia[0-9]*"))
 
 
-def _parallel(result: Translation, given: Values) -> dict[str, int]:
+def _parallel(result: Translation, given: Values, start: Start) -> dict[str, int]:
     """Set the strategy and its dimensions for both models; returns the sizes of the student.
 
     An override of the teacher's layout takes precedence over the flags.
@@ -218,7 +219,7 @@ def _parallel(result: Translation, given: Values) -> dict[str, int]:
                 value = True if name == "sequence-parallel" else whole(result, given, name, 1, least=1)
                 assign(f"{path}.strategy_config.{key}", value, f"--{name}")
     sizes = {key: _size(result, key) for name, key in table.PARALLEL.items() if name != "sequence-parallel"}
-    _virtual_stages(result, given, of_megatron, sizes["pipeline_model_parallel_size"])
+    _virtual_stages(result, given, of_megatron, sizes["pipeline_model_parallel_size"], start)
     config = "student.strategy_args.strategy_config.megatron"
     if chosen == "megatron":
         for name, value in of_megatron.items():
@@ -246,16 +247,16 @@ def _size(result: Translation, key: str) -> int:
     return value if type(value) is int and value > 0 else 1
 
 
-def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pipeline: int) -> None:
+def _virtual_stages(result: Translation, given: Values, of_megatron: Values, pipeline: int, start: Start) -> None:
     stages, layers = (
         given.get(name) for name in ("num-virtual-stages-per-pipeline-rank", "num-layers-per-virtual-pipeline-stage")
     )
     if layers is not None:
         flag = "num-layers-per-virtual-pipeline-stage"
         held = whole(result, given, flag, 1) * pipeline
-        every = student_layers(result, given)
+        every = student_layers(result, given, start)
         if not every or not held or every % held:
-            number_of = f"{every}" if every else "not given; give it, also beside --use-checkpoint-args"
+            number_of = f"{every}" if every else "not known; give it"
             result.refuse(
                 f"--{flag}",
                 f"= {layers} times --pipeline-model-parallel-size must divide --num-layers, which is {number_of}",
@@ -297,7 +298,7 @@ class _Steps:
     steps: int
 
 
-def _steps(result: Translation, given: Values, dims: Mapping[str, int]) -> _Steps:
+def _steps(result: Translation, given: Values, dims: Mapping[str, int], start: Start) -> _Steps:
     """Set micro-batches and steps. Numbers that cannot be read are errors and count as 1."""
     if "micro-batch-size" not in given:
         result.refuse("--micro-batch-size", "is not given; give the number of rows of a micro-batch")
@@ -338,8 +339,8 @@ def _steps(result: Translation, given: Values, dims: Mapping[str, int]) -> _Step
     last = steps
     if "exit-interval" in given:
         interval = whole(result, given, "exit-interval", 1, least=1)
-        resumed = resumed_checkpoint(given)
-        done = int(resumed.name.removeprefix("checkpoint-")) if resumed else 0
+        step = start.resumed.name.removeprefix("checkpoint-") if start.resumed else "0"
+        done = int(step) if step.isdecimal() else 0
         last = min(steps, (done // interval + 1) * interval)
     result.default(
         "max_steps", last, "--exit-interval" if last != steps else f"--{names[0] if names else 'train-iters'}"

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.dialects import megatron_table as table
 from limbeck.config.dialects.files import read_mapping
+from limbeck.config.dialects.megatron_checkpoints import (
+    NAME,
+    Start,
+    find_checkpoint,
+    is_hugging_face,
+    layers_and_experts,
+)
 from limbeck.config.locations import SourceLocation
 from limbeck.config.translation import Translation
 from limbeck.config.validation_errors import format_value
-from limbeck.folders import list_checkpoints, run_weights
-
-_CHECKPOINT = ("latest_checkpointed_iteration.txt", "iter_*", ".metadata", "mp_rank_*", "release")
-"""What a folder with a checkpoint of Megatron-LM contains one of."""
+from limbeck.folders import is_megatron_checkpoint
 
 ARGUMENTS = sorted(
     {name.replace("-", "_") for name in table.MODEL_VALUES}
@@ -50,45 +53,41 @@ def whole(result: Translation, given: Mapping[str, Any], name: str, default: int
     return default
 
 
-def resumes(given: Mapping[str, Any]) -> bool:
-    """Whether ``--load`` is ``--save``, in any spelling, and the run in that folder goes on."""
-    load, save = given.get("load"), given.get("save")
-    if not load or not save:
-        return False
-    return os.path.realpath(load) == os.path.realpath(save) and "finetune" not in given
-
-
-def resumed_checkpoint(given: Mapping[str, Any]) -> Path | None:
-    """The checkpoint in ``--save`` from which a run resumes: of ``--ckpt-step``, or the newest."""
-    found = {path.name: path for path in list_checkpoints(Path(given["save"]))} if resumes(given) else {}
-    if "ckpt-step" in given:
-        return found.get(f"checkpoint-{number(given['ckpt-step'])}")
-    return list(found.values())[-1] if found else None
-
-
-def is_hugging_face(name: str) -> bool:
-    """Whether a folder has a Hugging Face checkpoint, or the name can only be one on the hub: OWNER/NAME."""
-    folder = Path(name)
-    of_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not folder.exists()
-    return (folder / "config.json").is_file() or of_hub
-
-
-def translate_student(result: Translation, given: Mapping[str, Any]) -> None:
+def translate_student(result: Translation, given: Mapping[str, Any], start: Start) -> None:
     """Set the student's weights or its architecture, and the tokenizer."""
-    start, origin = _start(result, given)
-    if start is not None:
-        result.default("student.model_args.model_name_or_path", start, origin)
-    start = result.get("student.model_args.model_name_or_path") or result.get("student_pretrain")
-    _tokenizer(result, given, start)
+    named = result.get(NAME) or result.get("student_pretrain")
+    if start.name is not None and not (start.resumed and named):
+        result.default(NAME, start.name, start.flag)
+    name = named or start.name
+    _tokenizer(result, given, name)
     whole(result, given, "make-vocab-size-divisible-by", 128, least=1)
-    described = architecture(given)
-    if start is not None and (is_hugging_face(start) or "use-checkpoint-args" in given):
-        unread = [name for name in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if name in given]
-        result.ignored.extend(f"--{name}" for name in unread)
-        return
-    _pattern(result, given)
+    described = architecture(result, given)
+    of_hugging_face, of_run = name is not None and is_hugging_face(name), start.name is not None and start.resumed
+    if of_hugging_face or (name is not None and "use-checkpoint-args" in given) or (of_run and not start.arguments):
+        unread = [flag for flag in table.MODEL_VALUES | table.MODEL_SWITCHES.keys() if flag in given]
+        result.ignored.extend(f"--{flag}" for flag in unread if f"--{flag}" not in result.ignored)
+        described = {}
+    else:
+        _pattern(result, given)
+    if start.arguments and not of_hugging_face:
+        described |= _as_before(result, described, start)
+    for argument, (value, flag) in described.items():
+        result.put(f"student.model_args.megatron_arguments.{argument}", value, f"--{flag}")
+
+
+def _as_before(
+    result: Translation, described: Mapping[str, tuple[Any, str]], start: Start
+) -> dict[str, tuple[Any, str]]:
+    """The arguments of the run that is resumed. A flag with another value would be of another model, and is an error."""
     for name, (value, flag) in described.items():
-        result.put(f"student.model_args.megatron_arguments.{name}", value, f"--{flag}")
+        before = start.arguments.get(name, value)
+        if before != value and name != "seq_length":  # the number of positions of a new model, which this one is not
+            result.refuse(
+                f"--{flag}",
+                f"= {format_value(value)} contradicts {name} = {format_value(before)} of the run that goes on from "
+                f"{start.resumed}; remove it, or give another --save for a new run",
+            )
+    return {name: (value, described.get(name, (None, "load"))[1]) for name, value in start.arguments.items()}
 
 
 def _pattern(result: Translation, given: Mapping[str, Any]) -> None:
@@ -122,8 +121,12 @@ def _pattern(result: Translation, given: Mapping[str, Any]) -> None:
         )
 
 
-def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
+def architecture(result: Translation, given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     """Megatron's arguments of the model that flags describe, each with its value and its flag."""
+    if "num-query-groups" in given and "group-query-attention" not in given:
+        # Megatron-LM then has as many groups as heads. Files of NeMo have no such switch.
+        result.ignored.append("--num-query-groups")
+        given = {flag: value for flag, value in given.items() if flag != "num-query-groups"}
     found = {
         name.replace("-", "_"): (number(given[name]), name) for name in sorted(table.MODEL_VALUES) if name in given
     }
@@ -134,76 +137,6 @@ def architecture(given: Mapping[str, Any]) -> dict[str, tuple[Any, str]]:
     if found and "seq-length" in given:
         found["seq_length"] = (number(given["seq-length"]), "seq-length")
     return found
-
-
-def _start(result: Translation, given: Mapping[str, Any]) -> tuple[str | None, str]:
-    """The checkpoint whose weights start the student, and its flag; None for random weights.
-
-    ``--load`` that is ``--save`` resumes the run in that folder. Until it has a checkpoint of Limbeck, one of Megatron-LM
-    there or ``--pretrained-checkpoint`` starts the student.
-    """
-    load, pretrained = (given.get(name) for name in ("load", "pretrained-checkpoint"))
-    goes_on = resumes(given)
-    resumed = result.get("resume_from_checkpoint") or resumed_checkpoint(given)
-    for flag, sentence in table.OF_RESUMED.items():
-        if flag in given and resumed:
-            result.refuse(f"--{flag}", sentence.format(resumed, flag=f"--{flag}"))
-        elif flag in given:
-            result.ignored.append(f"--{flag}")
-    if goes_on:
-        found = resumed_checkpoint(given) if "ckpt-step" in given else None
-        has_step = found is not None or (_is_megatron(Path(load or "")) and not list_checkpoints(Path(load or "")))
-        if "ckpt-step" in given and not has_step:
-            _refuse_step(result, given, load)
-        result.default("resume_from_checkpoint", str(found or "latest"), "--ckpt-step" if found else "--load")
-    for name, flag in ((load, "--load"), (pretrained, "--pretrained-checkpoint")):
-        if name is None:
-            continue
-        folder = Path(name)
-        can_be_new = flag == "--load" and goes_on
-        weights = None if can_be_new else run_weights(folder)
-        if weights is not None:
-            if "ckpt-step" in given:
-                weights = folder / f"checkpoint-{number(given['ckpt-step'])}"
-                if not (weights / "config.json").is_file():
-                    _refuse_step(result, given, name)
-            return str(weights), flag
-        if _is_megatron(folder) or (is_hugging_face(name) and (folder.exists() or not can_be_new)):
-            return str(folder / _iteration(given)) if _is_megatron(folder) and "ckpt-step" in given else name, flag
-        if not can_be_new and (flag != "--load" or pretrained is None):
-            result.refuse(
-                flag, f"= {name} has no checkpoint, neither of Megatron-LM nor of Hugging Face; check the path"
-            )
-            return name, flag
-    if load is not None and resumed is None and "exit-on-missing-checkpoint" in given:
-        result.refuse(
-            "--load", f"= {load} has no checkpoint; check the path, or start without --exit-on-missing-checkpoint"
-        )
-    named = any(result.get(key) for key in ("student.model_args.model_name_or_path", "student_pretrain"))
-    if load is None and pretrained is None and not _has_layers(given) and not named:
-        result.refuse(
-            "student_pretrain",
-            "is not set; give --load CHECKPOINT, or --num-layers and the other sizes of a new student",
-        )
-    return None, "--load"
-
-
-def _has_layers(given: Mapping[str, Any]) -> bool:
-    """Whether the number of the student's layers is given, which a pattern of a hybrid also says."""
-    return any(name in given for name in ("num-layers", "hybrid-layer-pattern", "hybrid-override-pattern"))
-
-
-def _refuse_step(result: Translation, given: Mapping[str, Any], folder: str | None) -> None:
-    result.refuse("--ckpt-step", f"= {given['ckpt-step']} has no checkpoint in {folder}; remove it for the newest")
-
-
-def _iteration(given: Mapping[str, Any]) -> str:
-    step = number(given["ckpt-step"])
-    return f"iter_{step:07d}" if isinstance(step, int) else str(step)
-
-
-def _is_megatron(folder: Path) -> bool:
-    return folder.is_dir() and any(next(folder.glob(pattern), None) for pattern in _CHECKPOINT)
 
 
 def _tokenizer(result: Translation, given: Mapping[str, Any], start: str | None) -> None:
@@ -280,7 +213,7 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.default("distill_loss_weight", 0.0, f"no --{flag}")
             result.notices.append(f"--{flag} is not given, so the student is trained without a teacher.")
         return
-    name = str(run_weights(Path(name)) or name)
+    name = find_checkpoint(name) or name
     result.default("teacher.model_args.model_name_or_path", name, f"--{flag}")
     if result.get("distillation_config") is None:  # ModelOpt's defaults: the divergence of whole vocabularies alone
         result.default("distill_loss_weight", 1.0, f"--{flag}")
@@ -294,14 +227,14 @@ def translate_teacher(result: Translation, given: Mapping[str, Any], locations: 
             result.refuse(
                 f"--{config_flag}", f"= {file} is not a file; leave it out, as {name} has a config.json for the teacher"
             )
-    elif file.is_file() and not _is_megatron(folder):
+    elif file.is_file() and not is_megatron_checkpoint(name):
         result.refuse(f"--{flag}", f"= {name} has no checkpoint of Megatron-LM; check the path")
     elif named is not None or file.is_file():
         content = read_mapping(file, f"--{config_flag}", locations)
         arguments = nemo_arguments(result, content, str(file))
         _teacher_tokenizer(result, content, str(file), arguments)
         result.put("teacher.model_args.megatron_arguments", arguments, f"--{config_flag}")
-    elif _is_megatron(folder):
+    elif is_megatron_checkpoint(name):
         result.notices.append(f"{file} does not exist: the teacher has the arguments that its checkpoint stores.")
     else:
         result.refuse(
@@ -319,8 +252,10 @@ def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
     name = result.get("teacher.model_args.model_name_or_path") or result.get("teacher_pretrain")
     if name is None or result.get("teacher.strategy_args.strategy_name") != "megatron_infer":
         return
-    layers, experts = _layers_and_experts(result, str(name))
     shared = [flag for flag in (*table.OF_EXPERTS, *table.OF_STAGES) if flag in given]
+    if not shared:
+        return
+    layers, experts = layers_and_experts(str(name), result.get("teacher.model_args.megatron_arguments") or {})
     values = {flag: number(result.get(f"{student}.megatron.{table.megatron_key(flag)}")) for flag in shared}
     ends = [value for flag, value in values.items() if flag in table.OF_STAGES and isinstance(value, int)]
     rest, stages = (layers or 0) - sum(ends), number(result.get(f"{teacher}.pipeline_model_parallel_size")) or 1
@@ -337,34 +272,13 @@ def share_with_teacher(result: Translation, given: Mapping[str, Any]) -> None:
         )
 
 
-def _layers_and_experts(result: Translation, teacher: str) -> tuple[int | None, int | None]:
-    """The numbers of layers, and of experts of a layer, that the teacher's configuration has; None where it is not known."""
-    found = result.get("teacher.model_args.megatron_arguments") or {}
-    names: list[tuple[str, ...]] = [("num_layers",), ("num_experts",)]
-    if (Path(teacher) / "config.json").is_file():
-        found = _config(teacher)
-        found.setdefault("num_experts", 0)
-        names = [("num_hidden_layers",), ("num_local_experts", "num_experts")]
-    layers, experts = (next((found[key] for key in keys if isinstance(found.get(key), int)), None) for keys in names)
-    return layers, experts
-
-
-def _config(name: str) -> dict[str, Any]:
-    """The ``config.json`` in the folder ``name``; empty if it cannot be read, which is an error when the model is loaded."""
-    try:
-        found = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def student_layers(result: Translation, given: Mapping[str, Any]) -> int:
-    """The number of the student's layers: of its Hugging Face folder, or else of the flags; 0 if it is not known."""
-    for name in (given.get("load"), given.get("pretrained-checkpoint")):
-        found = _config(str(run_weights(Path(name)) or name)).get("num_hidden_layers") if name else None
-        if isinstance(found, int):
-            return found
-    return whole(result, given, "num-layers", 0)
+def student_layers(result: Translation, given: Mapping[str, Any], start: Start) -> int:
+    """The number of the student's layers, of its checkpoint or of the flags; 0 if it is not known."""
+    of_flags = "num-layers" in given and "use-checkpoint-args" not in given
+    if of_flags and (start.name is None or not is_hugging_face(start.name)):
+        return whole(result, given, "num-layers", 0)
+    layers, _ = layers_and_experts(start.name, start.arguments)
+    return layers or whole(result, given, "num-layers", 0)
 
 
 def nemo_arguments(result: Translation, content: Mapping[str, Any], file: str) -> dict[str, Any]:

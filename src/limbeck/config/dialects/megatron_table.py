@@ -310,6 +310,9 @@ OF_RESUMED: dict[str, str] = {
 }
 """Arguments of ``SPECIAL`` about the checkpoint of a run that resumes, and the errors for them. Else they have no effect."""
 
+OF_LOADED = ("use-checkpoint-args", "ckpt-step")
+"""Arguments of ``SPECIAL`` about the checkpoint that starts the student. Without one they have no effect."""
+
 
 def kinds() -> dict[str, str]:
     """Every flag, and whether it is a switch or has one value or several."""
@@ -387,7 +390,7 @@ SPECIAL_MEANING: dict[str, str] = {
     "limbeck-strategy": "strategy_name of both models: megatron, or fsdp2",
     **dict.fromkeys(("bf16", "fp16"), "model_args.dtype of both models; fp32 without"),
     "finetune": "--load is not resumed; its weights start the student",
-    "use-checkpoint-args": "arguments that describe the student are those of --load",
+    "use-checkpoint-args": "arguments that describe the student are those of --load; no effect without one",
     "recompute-activations": "recompute-granularity selective",
     "moe-layer-recompute": "recompute-granularity selective, and moe in recompute-modules",
     "trust-remote-code": "model_args.trust_remote_code of both models; false without",

@@ -71,6 +71,9 @@ def read_arguments(result: Translation, name: str, locations: dict[str, SourceLo
         for flag, text in _arguments(result, path, key, value):
             given[flag] = text
             locations.setdefault(f"--{flag}", locations.get(path, SourceLocation(name)))
+    if "num-query-groups" in given:  # in a file Megatron-LM reads this key alone
+        given["group-query-attention"] = True
+        locations.setdefault("--group-query-attention", locations["--num-query-groups"])
     return given
 
 

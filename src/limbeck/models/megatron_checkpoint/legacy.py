@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_checkpoint.inert import Record, read_torch_file
+from limbeck.megatron_files.arguments import LEGACY, legacy_arguments
+from limbeck.megatron_files.inert import read_torch_file
 from limbeck.models.megatron_checkpoint.stored import LAYERS, Key, StoredCheckpoint, parameter_key
-
-FILE = "model_optim_rng.pt"
 
 _FOLDER = re.compile(r"mp_rank_(\d{2})(?:_(\d{3}))?(?:_(\d{3}))?")
 
@@ -105,11 +104,10 @@ def _files(folder: Path) -> tuple[dict[_Rank, Path], dict[str, Any]]:
                 f"{path} is of a Megatron that is too old, which is not read; load it with Megatron-LM and save it with "
                 "--ckpt-format torch_dist."
             )
-        if not (path / FILE).is_file():
-            raise LimbeckError(f"{path} has no {FILE}; copy the checkpoint again.")
-        numbers[tuple(int(number) for number in found.groups() if number is not None)] = path / FILE
-    stored = read_torch_file(next(iter(numbers.values()))).get("args")
-    arguments = dict(vars(stored)) if isinstance(stored, Record) else {}
+        if not (path / LEGACY).is_file():
+            raise LimbeckError(f"{path} has no {LEGACY}; copy the checkpoint again.")
+        numbers[tuple(int(number) for number in found.groups() if number is not None)] = path / LEGACY
+    arguments = legacy_arguments(next(iter(numbers.values())))
     # A second number is of the pipeline, unless the model has only one stage and its experts are divided.
     divided = (arguments.get("expert_model_parallel_size") or 1) > 1
     of_experts = divided and (arguments.get("pipeline_model_parallel_size") or 1) == 1

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from limbeck.errors import LimbeckError
-from limbeck.folders import MEGATRON_TRACKER
+from limbeck.folders import MEGATRON_INDEX, megatron_iteration
 from limbeck.models.megatron_checkpoint.legacy import open_legacy
 from limbeck.models.megatron_checkpoint.stored import StoredCheckpoint, path_of
-from limbeck.models.megatron_checkpoint.torch_dist import INDEX, open_torch_dist
+from limbeck.models.megatron_checkpoint.torch_dist import open_torch_dist
 from limbeck.models.megatron_families import EMBEDDINGS, FAMILIES, HEAD, Heads, Kind, Parameter, joined, slice_of
 
 
@@ -22,32 +22,15 @@ def open_checkpoint(name: str) -> StoredCheckpoint:
     Raises:
         LimbeckError: if there is no complete checkpoint of a known format.
     """
-    folder = _iteration(Path(name))
-    if (folder / INDEX).is_file():
+    folder = megatron_iteration(Path(name))
+    if (folder / MEGATRON_INDEX).is_file():
         return open_torch_dist(folder)
     if next(folder.glob("mp_rank_*"), None) is not None:
         return open_legacy(folder)
     raise LimbeckError(
-        f"{folder} is no checkpoint of Megatron-LM in the format torch_dist (with a file {INDEX}) or torch (with folders "
-        "mp_rank_00, ...); save it with --ckpt-format torch_dist."
+        f"{folder} is no checkpoint of Megatron-LM in the format torch_dist (with a file {MEGATRON_INDEX}) or torch (with "
+        "folders mp_rank_00, ...); save it with --ckpt-format torch_dist."
     )
-
-
-def _iteration(folder: Path) -> Path:
-    if (folder / INDEX).is_file() or next(folder.glob("mp_rank_*"), None) is not None:
-        return folder
-    tracker = folder / MEGATRON_TRACKER
-    if not tracker.is_file():
-        raise LimbeckError(
-            f"{folder} has no {MEGATRON_TRACKER} that names its newest checkpoint; use the path of one of its folders iter_*."
-        )
-    newest = tracker.read_text(encoding="utf-8", errors="replace").strip()
-    if newest != "release" and not newest.isdecimal():
-        raise LimbeckError(f"{tracker} names {newest[:30]!r}, which is neither an iteration nor release; correct it.")
-    found = folder / (newest if newest == "release" else f"iter_{int(newest):07d}")
-    if not found.is_dir():
-        raise LimbeckError(f"{tracker} names {found.name}, but there is no such folder; copy the checkpoint again.")
-    return found
 
 
 def load_weights(checkpoint: StoredCheckpoint, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, Tensor]:

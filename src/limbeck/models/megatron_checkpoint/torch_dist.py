@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.models.megatron_checkpoint.inert import Record, read_metadata, read_torch_file, reason
+from limbeck.folders import MEGATRON_INDEX
+from limbeck.megatron_files.arguments import dist_arguments
+from limbeck.megatron_files.inert import read_metadata, reason
 from limbeck.models.megatron_checkpoint.stored import Key, StoredCheckpoint, parameter_key
 from limbeck.models.megatron_families import Kind, local_name
-
-INDEX, COMMON = ".metadata", "common.pt"
-_COMMON_PART = "common_state/shard_0_1"  # of the files of tensors, in place of COMMON since megatron-core 0.19
 
 _IN_PROJ = ("z", "x", "B", "C", "dt")
 PARTS: dict[Kind, tuple[str, ...]] = {"mamba_in": _IN_PROJ, "mamba_conv": _IN_PROJ[1:4]}
@@ -35,7 +34,7 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
     Raises:
         LimbeckError: if it is incomplete or damaged.
     """
-    index = read_metadata(folder / INDEX)
+    index = read_metadata(folder / MEGATRON_INDEX)
     try:
         places = {
             (key.fqn, getattr(key, "offset", None)): (info.relative_path, info.offset, info.length)
@@ -49,7 +48,7 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
         }
     except (AttributeError, KeyError, TypeError, IndexError) as error:
         raise LimbeckError(
-            f"{folder / INDEX} does not list the parts of its tensors ({error}); copy the checkpoint again."
+            f"{folder / MEGATRON_INDEX} does not list the parts of its tensors ({error}); copy the checkpoint again."
         ) from error
     parameters: dict[Key, Callable[[], list[Tensor]]] = {}
     parts: dict[Key, dict[str, _Tensor]] = {}
@@ -64,13 +63,7 @@ def open_torch_dist(folder: Path) -> StoredCheckpoint:
         else:
             parameters[key] = tensor.read
     parameters |= {key: partial(_join, found) for key, found in parts.items()}
-    arguments: Any = None
-    if (folder / COMMON).is_file():
-        arguments = read_torch_file(folder / COMMON).get("args")
-    elif (_COMMON_PART, None) in places:
-        name, begin, length = places[_COMMON_PART, None]
-        arguments = read_torch_file(folder / name, (begin, length))[0].get("args")
-    return StoredCheckpoint(str(folder), dict(vars(arguments)) if isinstance(arguments, Record) else {}, parameters)
+    return StoredCheckpoint(str(folder), dist_arguments(folder, index), parameters)
 
 
 def _join(parts: dict[str, _Tensor]) -> list[Tensor]:
@@ -126,5 +119,5 @@ class _Tensor:
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             raise LimbeckError(f"{path} is missing or damaged ({reason(error)}); copy the checkpoint again.") from error
         if not isinstance(part, Tensor) or tuple(part.shape) != chunk.shape:
-            raise LimbeckError(f"{path} does not hold what {INDEX} lists; copy the checkpoint again.")
+            raise LimbeckError(f"{path} does not hold what {MEGATRON_INDEX} lists; copy the checkpoint again.")
         return part

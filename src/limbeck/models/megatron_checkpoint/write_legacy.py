@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limbeck.models.megatron_checkpoint.legacy import FILE
+from limbeck.megatron_files.arguments import LEGACY
 from limbeck.models.megatron_checkpoint.state import extra_states, parameters_of
 from limbeck.models.megatron_checkpoint.stored import EXPERTS
 from limbeck.models.megatron_families import family_of
@@ -35,6 +35,6 @@ def write_legacy(model: Any, folder: Path, common: dict[str, Any], rows: int, *,
         state |= {each.format(number): matrix.clone() for number, matrix in enumerate(tensor)}
     if fused:
         state |= dict.fromkeys(extra for name in [*state] for extra in extra_states(name))
-    path = folder / "mp_rank_00" / FILE
+    path = folder / "mp_rank_00" / LEGACY
     path.parent.mkdir()
     torch.save({**common, "model": state}, path)

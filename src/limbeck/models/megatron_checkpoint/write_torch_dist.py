@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from limbeck.megatron_files.arguments import COMMON
 from limbeck.models.megatron_checkpoint.state import MadeParameter, extra_states, parameters_of
 from limbeck.models.megatron_checkpoint.stored import EXPERTS, FUSED, PRE_MLP_NORM
-from limbeck.models.megatron_checkpoint.torch_dist import COMMON, PARTS
+from limbeck.models.megatron_checkpoint.torch_dist import PARTS
 from limbeck.models.megatron_families import ExpertShape, Heads, family_of, layers_with_experts
 
 _FORMAT = {

@@ -1,0 +1,1 @@
+"""The files of Megatron-LM's checkpoints, and the arguments that they store."""
