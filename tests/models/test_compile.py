@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_model
+from torch._dynamo.backends.common import aot_autograd
 
 from limbeck.models import (
     HiddenStateCapture,
@@ -44,7 +45,6 @@ class CountingBackend:
 def backend(monkeypatch):
     counting = CountingBackend()
     monkeypatch.setattr(compiling, "BACKEND", counting)
-    monkeypatch.setattr(compiling._CompiledForward, "failed", False)
     torch._dynamo.reset()
     yield counting
     torch._dynamo.reset()
@@ -135,26 +135,61 @@ def test_layers_around_captured_submodules_run_uncompiled(folder, backend):
     assert backend.runs == LAYERS + 1
 
 
-def test_a_failing_compiler_warns_once_and_changes_nothing(folder, backend, monkeypatch):
-    def fail(graph, example_inputs):
-        raise OSError("there is no C++ compiler")
+def fails_from(graph, *, backward):
+    """A backend that runs graphs as they are, and fails to compile the one with this number, or its backward."""
+    count = 0
 
-    monkeypatch.setattr(compiling, "BACKEND", fail)
-    plain, compiled = load(folder, recomputed=False), load(folder, recomputed=False)
+    def compile_forward(module, inputs):
+        nonlocal count
+        count += 1
+        if count >= graph and not backward:
+            raise OSError("there is no C++ compiler")
+        return module.forward
+
+    def compile_backward(module, inputs):
+        if count >= graph:
+            raise OSError("ptxas failed")
+        return module.forward
+
+    return aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
+
+
+@pytest.mark.parametrize(
+    ("graph", "backward", "recomputed"),
+    [
+        (1, False, None),
+        (1, True, None),
+        (3, True, False),  # after the first pieces of a layer have run
+        (1, True, True),  # its first graph with gradients is compiled in the backward pass
+    ],
+)
+@pytest.mark.skipif(
+    not hasattr(torch._functorch.config, *compiling._WITH_BACKWARD), reason="PyTorch < 2.10 compiles backwards later"
+)
+def test_a_failing_compiler_warns_once_and_changes_nothing(folder, backend, monkeypatch, graph, backward, recomputed):
+    monkeypatch.setattr(compiling, "BACKEND", fails_from(graph, backward=backward))
+    options = {"packed": graph > 1, "recomputed": recomputed}
+    plain, compiled = load(folder, **options), load(folder, **options)
     compile_layers(decoder_layers(compiled))
     with pytest.warns(UserWarning, match="Qwen2DecoderLayer could not be compiled") as caught:
-        found = forward(compiled, (9, 4))
+        for lengths in [(9, 4), (5, 6)]:
+            found, expected = (forward(model, lengths, packed=graph > 1) for model in (compiled, plain))
+            torch.testing.assert_close(found, expected)
+            for states in (found, expected):
+                states.square().mean().backward()
     assert len(caught) == 1
-    expected = forward(plain, (9, 4))
-    torch.testing.assert_close(found, expected)
-    for states in (found, expected):
-        states.square().mean().backward()
     torch.testing.assert_close(gradients(compiled), gradients(plain))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    torch._dynamo.reset()
+    again = load(folder, **options)
+    compile_layers(decoder_layers(again))
+    forward(again, (9, 4), packed=graph > 1)
+    assert backend.runs > 0, "the models of another run are not compiled"
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler")
-def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path):
+def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path, recwarn):
     folder = make_model(tmp_path / "model", layers=1)
     plain, compiled = load(folder), load(folder)
     torch._dynamo.reset()
@@ -164,7 +199,7 @@ def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for states in (found, expected):
             states.square().mean().backward()
-    assert not compiling._CompiledForward.failed
+    assert not any("could not be compiled" in str(warning.message) for warning in recwarn)
     torch.testing.assert_close(gradients(compiled), gradients(plain), rtol=1e-3, atol=1e-4)
 
 
