@@ -135,15 +135,31 @@ def test_layers_around_captured_submodules_run_uncompiled(folder, backend):
     assert backend.runs == LAYERS + 1
 
 
-def fails_from(graph, *, backward):
-    """A backend that runs graphs as they are, and fails to compile the one with this number, or its backward."""
+def test_a_failing_compiler_warns_once_and_the_next_model_is_compiled(folder, backend, monkeypatch):
+    def fail(graph, example_inputs):
+        raise OSError("there is no C++ compiler")
+
+    monkeypatch.setattr(compiling, "BACKEND", fail)
+    plain, failing, other = (load(folder) for _ in range(3))
+    compile_layers(decoder_layers(failing))
+    with pytest.warns(UserWarning, match="Qwen2DecoderLayer could not be compiled") as caught:
+        found = forward(failing, (9, 4))
+    assert len(caught) == 1
+    torch.testing.assert_close(found, forward(plain, (9, 4)))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    torch._dynamo.reset()
+    compile_layers(decoder_layers(other))
+    forward(other, (9, 4))
+    assert backend.runs == LAYERS
+
+
+def fails_in_backward(graph):
+    """A backend that runs graphs as they are, and fails to compile the backward of the one with this number."""
     count = 0
 
     def compile_forward(module, inputs):
         nonlocal count
         count += 1
-        if count >= graph and not backward:
-            raise OSError("there is no C++ compiler")
         return module.forward
 
     def compile_backward(module, inputs):
@@ -154,37 +170,32 @@ def fails_from(graph, *, backward):
     return aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
 
 
-@pytest.mark.parametrize(
-    ("graph", "backward", "recomputed"),
-    [
-        (1, False, None),
-        (1, True, None),
-        (3, True, False),  # after the first pieces of a layer have run
-        (1, True, True),  # its first graph with gradients is compiled in the backward pass
-    ],
-)
 @pytest.mark.skipif(
     not hasattr(torch._functorch.config, *compiling._WITH_BACKWARD), reason="PyTorch < 2.10 compiles backwards later"
 )
-def test_a_failing_compiler_warns_once_and_changes_nothing(folder, backend, monkeypatch, graph, backward, recomputed):
-    monkeypatch.setattr(compiling, "BACKEND", fails_from(graph, backward=backward))
-    options = {"packed": graph > 1, "recomputed": recomputed}
-    plain, compiled = load(folder, **options), load(folder, **options)
+@pytest.mark.parametrize(
+    ("graph", "recomputed"),
+    [
+        (1, None),
+        (3, False),  # after the first pieces of a layer have run
+        (1, True),  # its first graph with gradients is compiled in the backward pass
+    ],
+)
+def test_a_backward_that_cannot_be_compiled_warns_once_and_changes_nothing(
+    folder, backend, monkeypatch, graph, recomputed
+):
+    monkeypatch.setattr(compiling, "BACKEND", fails_in_backward(graph))
+    packed = graph > 1
+    plain, compiled = (load(folder, packed=packed, recomputed=recomputed) for _ in range(2))
     compile_layers(decoder_layers(compiled))
     with pytest.warns(UserWarning, match="Qwen2DecoderLayer could not be compiled") as caught:
         for lengths in [(9, 4), (5, 6)]:
-            found, expected = (forward(model, lengths, packed=graph > 1) for model in (compiled, plain))
+            found, expected = (forward(model, lengths, packed=packed) for model in (compiled, plain))
             torch.testing.assert_close(found, expected)
             for states in (found, expected):
                 states.square().mean().backward()
     assert len(caught) == 1
     torch.testing.assert_close(gradients(compiled), gradients(plain))
-    monkeypatch.setattr(compiling, "BACKEND", backend)
-    torch._dynamo.reset()
-    again = load(folder, **options)
-    compile_layers(decoder_layers(again))
-    forward(again, (9, 4), packed=graph > 1)
-    assert backend.runs > 0, "the models of another run are not compiled"
 
 
 @pytest.mark.processes
