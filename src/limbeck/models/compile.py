@@ -112,7 +112,7 @@ class _CompiledForward:
         checkpoint = layer._gradient_checkpointing_func
         if checkpoint.keywords["use_reentrant"]:  # code with gradients is first compiled in the backward pass
             return checkpoint(partial(self._run, **kwargs), *args)
-        # Other checkpoints must recompute what ran, and a failed attempt may have run in part: the other has its own checkpoint.
+        # Other checkpoints recompute what ran, of which a failed attempt may have run a part: each attempt has its own.
         return self._attempt(lambda forward: checkpoint(partial(forward, layer, **kwargs), *args))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
