@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --json gpu.json
 
 Runs the tests marked ``gpu``, and ``step_gpu.py``, ``loss_gpu.py``, ``rollout.py`` and ``on_policy_step.py`` with ``--quick``,
-each with a time limit, in at most eight minutes, and prints which goals of ``goals.py`` are kept. A part that fails leaves the others standing. It uses the Python that runs
-it, this checkout's ``src``, and what is installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2
-without a GPU.
+each with a time limit, in at most eight minutes, and says which of the goals in ``goals.py`` are kept. A part that fails leaves
+the others standing. It uses the Python that runs it, this checkout's ``src``, and what is installed; nothing is installed or
+downloaded. Exit status: 0, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
