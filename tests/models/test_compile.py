@@ -46,7 +46,8 @@ def backend(monkeypatch):
     counting = CountingBackend()
     monkeypatch.setattr(compiling, "BACKEND", counting)
     torch._dynamo.reset()
-    yield counting
+    with torch._dynamo.config.patch(recompile_limit=1):  # too few, beyond which layers silently run uncompiled
+        yield counting
     torch._dynamo.reset()
 
 

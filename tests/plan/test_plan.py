@@ -254,6 +254,7 @@ def test_the_command_prints_tables_and_json(from_config, tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] and printed["gpu"]["name"] == "A100"
+    assert printed["compiled"] and 0 < printed["efficiency"]["models"] < printed["efficiency"]["loss"] < 1
     assert sum(printed["groups"][0]["peak"].values()) == printed["needed"]
 
 

@@ -43,8 +43,8 @@ def print_plan(console: Console, plan: Plan) -> None:
     console.print(
         f"At most {plan.tokens_per_second:,.0f} tokens/s: matrix products at the GPU's dense peak, links at their full rate. "
         f"Measured steps take longer: the last line assumes the shares of these rates that were measured with {MEASURED}, "
-        f"{shares['models']} for models whose layers are {'compiled' if plan.compiled else 'not compiled'}, {shares['loss']} for "
-        f"the loss and {shares['optimizer']} for the optimizer."
+        f"{shares['models']} for models whose layers are {'compiled' if plan.compiled else 'not compiled'}, {shares['loss']} "
+        f"for the loss and {shares['optimizer']} for the optimizer."
     )
 
 
