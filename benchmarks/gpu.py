@@ -4,9 +4,9 @@
     python benchmarks/gpu.py --json gpu.json
 
 Runs the tests marked ``gpu``, and ``step_gpu.py``, ``loss_gpu.py``, ``rollout.py`` and ``on_policy_step.py`` with ``--quick``,
-each with a time limit, in at most eight minutes. A part that fails leaves the others standing. It uses the Python that runs
-it, this checkout's ``src``, and what is installed; nothing is installed or downloaded. Exit status: 0, 1 if a part failed, 2
-without a GPU.
+each with a time limit, in at most eight minutes, and says which of the goals in ``goals.py`` are kept. A part that fails leaves
+the others standing. It uses the Python that runs it, this checkout's ``src``, and what is installed; nothing is installed or
+downloaded. Exit status: 0, 1 if a part failed, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+import goals
+from side import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS, STEP, LOSS, WRITE, ON_POLICY = "tests", "step", "loss", "write", "on_policy"
@@ -80,7 +83,10 @@ def run(name: str, limit: int, arguments: list[str], folder: Path) -> dict[str, 
     lines = [line for line in text.splitlines() if line.strip()]
     found: dict[str, Any] = {"status": status, "seconds": round(time.monotonic() - begun, 1)}
     if measured.exists():
-        return found | json.loads(measured.read_text())
+        try:
+            return found | json.loads(measured.read_text())
+        except ValueError as error:
+            found["status"] = f"failed, {measured.name} is not JSON: {error}"
     return found | {"last_line": lines[-1].strip("= ") if lines else ""}
 
 
@@ -113,7 +119,7 @@ def rows(name: str, found: dict[str, Any]) -> list[str]:
                 f"{result['of_products']:.2f} x products, {result['of_aligned_products_per_logit']:.2f} x aligned products "
                 f"per logit, growth {result['growth_gb']:.2f} GB"
             )
-    return lines
+    return lines + goals.lines(found.get("goals", []))
 
 
 def main() -> None:
@@ -137,7 +143,7 @@ def main() -> None:
                 continue
             found = report["parts"][name] = run(name, limit, arguments, Path(temporary))
             table += rows(name, found)
-            args.json.write_text(json.dumps(report, indent=1))  # what is there stands if this process is ended
+            write_json(args.json, report)  # what is there stands if this process is ended
     print(f"\n{report['device']}, torch {report['torch']}", *table, f"written to {args.json}", sep="\n")
     sys.exit(any(found["status"] != "ok" for found in report["parts"].values()))
 

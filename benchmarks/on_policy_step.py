@@ -25,7 +25,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from side import TRL, Side, python_of, save_models
+from side import TRL, Side, python_of, save_models, write_json
 
 VOCAB, ENDS, LONGEST = 8192, list(range(1, 129)), 64
 MODEL = {"vocab_size": VOCAB, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": ENDS, "pad_token_id": 0,
@@ -95,7 +95,7 @@ def main() -> None:
                     found[side.name].append(result)
             if args.json:
                 values = {"device": device, "dtype": dtype, "results": summary(found)}
-                args.json.write_text(json.dumps(values, indent=1))
+                write_json(args.json, values)
     print(f"median of {rounds} interleaved steps")
     for result in summary(found):
         parts = ", ".join(f"{part} {result[part] * 1e3:.0f}" for part in PARTS)

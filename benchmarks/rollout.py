@@ -17,7 +17,6 @@ vLLM, which takes long to start. ``vllm`` is the generator of that name, which c
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side import write_json
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -158,7 +158,7 @@ def main() -> None:
     def report(results: list[dict[str, Any]]) -> None:
         if args.json:
             values = {"device": str(device), "dtype": str(dtype), "equal_greedy_completions": equal, "results": results}
-            args.json.write_text(json.dumps(values, indent=1))
+            write_json(args.json, values)
 
     print(f"{len(prompts)} prompts of 8 to {args.longest} tokens, up to {args.max_tokens} new ones, {dtype}, {device}")
     greedy_settings = GenerationConfig(

@@ -1,5 +1,5 @@
 """What benchmarks of two sides share: the environments of the compared libraries, which are created on first use in this
-folder, the process of a side, and models with random weights.
+folder, the process of a side, models with random weights, and the file of results.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 TRL = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0", "datasets", "trl==1.16.0")
@@ -26,6 +27,13 @@ def python_of(name: str, requirements: tuple[str, ...]) -> str:
         subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements], check=True)
         stamp.write_text(wanted)
     return python
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write ``values`` to ``path``, which is never half-written, whenever this process is ended."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(values, indent=1))
+    part.replace(path)
 
 
 class Side:

@@ -23,7 +23,7 @@ rows; the second finds what the first has left, as a second run does:
 A side that runs out of memory is tried again with micro-batches of half the rows and the same number of tokens per step. The
 share of the matmul peak counts 2 operations per parameter of the teacher and token and 6 per parameter of the student and
 token, without attention and recomputation. Times are medians after warm-up; the first step is measured from the start of
-training, compilation included.
+training, compilation included. At the end it says which of the goals in ``goals.py`` are kept.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from goals import lines, step_goals
+from side import write_json
 
 HERE = Path(__file__).resolve().parent
 SIDES = ("products", "limbeck", "trl", "liger")
@@ -399,8 +402,9 @@ def main() -> None:
                 results.append(result)
                 add_ratios(results)
                 if args.json:  # what is there stands if this process is ended
-                    args.json.write_text(json.dumps(report, indent=1))
+                    write_json(args.json, report | {"goals": step_goals(results)})
         show(results)
+        print("", *lines(step_goals(results)), sep="\n")
     wanted = [result for result in results if not result["status"].startswith("not installed")]
     sys.exit(any("seconds" not in result for result in wanted))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from side import write_json
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -213,11 +214,10 @@ def products(job: Job) -> None:
     all_tokens = tokens * micro_batches
     result = {"seconds": total, "tokens_per_second": all_tokens / total, "operations": operations, "peak_flops": peak}
     result["parts"] = {"matmul peak, TFLOP/s": round(peak / 1e12, 1)}
-    write = lambda: (Path(job["out"]) / "result.json").write_text(json.dumps(result))  # noqa: E731
-    write()  # these stand whatever happens to the bodies
+    write_json(Path(job["out"]) / "result.json", result)  # these stand whatever happens to the bodies
     if job["bodies"]:
         result["parts"] |= bodies(job, micro_batches)
-        write()
+        write_json(Path(job["out"]) / "result.json", result)
 
 
 def bodies(job: Job, micro_batches: int) -> dict[str, float]:

@@ -86,6 +86,7 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_leaves_the_others_standing(tmp_p
             (gpu.TESTS, 60, ["-c", "import sys; print('== 1 failed =='); sys.exit(3)"]),
             (gpu.STEP, 2, ["-c", HANGS, str(folder / f"{gpu.STEP}.json")]),
             (gpu.LOSS, 60, ["-c", finds_package, str(folder / f"{gpu.LOSS}.json")]),
+            (gpu.WRITE, 60, ["-c", "import sys; open(sys.argv[1], 'w').write('{')", str(folder / f"{gpu.WRITE}.json")]),
         ]
 
     monkeypatch.setattr(gpu, "parts", parts)
@@ -97,6 +98,7 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_leaves_the_others_standing(tmp_p
     assert ended.value.code == 1
     found = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     statuses = {name: part["status"] for name, part in found.items()}
+    assert statuses.pop("write").startswith("failed, write.json is not JSON")
     assert statuses == {"tests": "failed, exit status 3", "step": "stopped after 2 s", "loss": "ok"}
     table = capsys.readouterr().out.split("a GPU, torch")[1]
     assert "1 failed" in table
@@ -105,6 +107,31 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_leaves_the_others_standing(tmp_p
         for _ in range(200):
             os.kill(found["step"]["child"], 0)
             time.sleep(0.02)
+
+
+def test_goals_are_judged_where_their_sides_were_run(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    goals = importlib.import_module("goals")
+    common = {"shape": goals.SMALL, "rows": "full", "seconds": 2.0, "peak_gb": 20.0, "first_step_seconds": 30.0}
+    ours = {**common, "side": "limbeck", "tokens_per_second": 300.0}
+    packed = {**ours, "rows": "packed", "tokens_per_second": 260.0}
+    products = {**common, "side": "products", "seconds": 1.5}
+    liger = {**common, "side": "liger", "tokens_per_second": 100.0, "peak_gb": 40.0}
+    failed = {"shape": goals.SMALL, "rows": "full", "side": "trl", "status": "out of memory"}
+    judged = goals.step_goals([products, ours, failed, liger, packed])
+    assert {each["goal"]: (round(each["value"], 2), each["kept"]) for each in judged} == {
+        goals.SPEED_LIGER.what: (3.0, True),
+        goals.MEMORY_LIGER.what: (0.5, False),
+        goals.STEP.what: (1.33, True),
+        goals.PACKED.what: (0.87, False),
+        goals.COLD.what: (30.0, True),
+        goals.KEPT_CACHE.what: (30.0, False),
+    }
+    size = {"hidden_student": 896, "hidden_teacher": 1536, "vocab": 151_665, "what": "limbeck forward_kl"}
+    loss = {**size, "of_products": 0.25, "of_aligned_products_per_logit": 1.16, "growth_gb": 1.02}
+    judged = goals.loss_goals([{**size, "what": "products"}, loss])
+    assert [each["kept"] for each in judged] == [False, True]
+    assert goals.lines(judged)[0].endswith("1.16, goal ≤ 1.12, kept: NO")
 
 
 def test_the_parts_of_make_gpu_take_at_most_eight_minutes(tmp_path, monkeypatch):

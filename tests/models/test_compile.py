@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_model
+from torch._dynamo.backends.common import aot_autograd
 
 from limbeck.models import (
     HiddenStateCapture,
@@ -44,9 +45,9 @@ class CountingBackend:
 def backend(monkeypatch):
     counting = CountingBackend()
     monkeypatch.setattr(compiling, "BACKEND", counting)
-    monkeypatch.setattr(compiling._CompiledForward, "failed", False)
     torch._dynamo.reset()
-    yield counting
+    with torch._dynamo.config.patch(recompile_limit=1):  # too few, beyond which layers silently run uncompiled
+        yield counting
     torch._dynamo.reset()
 
 
@@ -144,26 +145,72 @@ def test_layers_around_captured_submodules_run_uncompiled(folder, backend):
     assert backend.runs == LAYERS + 1
 
 
-def test_a_failing_compiler_warns_once_and_changes_nothing(folder, backend, monkeypatch):
+def test_a_failing_compiler_warns_once_and_the_next_model_is_compiled(folder, backend, monkeypatch):
     def fail(graph, example_inputs):
         raise OSError("there is no C++ compiler")
 
     monkeypatch.setattr(compiling, "BACKEND", fail)
-    plain, compiled = load(folder, recomputed=False), load(folder, recomputed=False)
+    plain, failing, other = (load(folder) for _ in range(3))
+    compile_layers(decoder_layers(failing))
+    with pytest.warns(UserWarning, match="Qwen2DecoderLayer could not be compiled") as caught:
+        found = forward(failing, (9, 4))
+    assert len(caught) == 1
+    torch.testing.assert_close(found, forward(plain, (9, 4)))
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    torch._dynamo.reset()
+    compile_layers(decoder_layers(other))
+    forward(other, (9, 4))
+    assert backend.runs == LAYERS
+
+
+def fails_in_backward(graph):
+    """A backend that runs graphs as they are, and fails to compile the backward of the one with this number."""
+    count = 0
+
+    def compile_forward(module, inputs):
+        nonlocal count
+        count += 1
+        return module.forward
+
+    def compile_backward(module, inputs):
+        if count >= graph:
+            raise OSError("ptxas failed")
+        return module.forward
+
+    return aot_autograd(fw_compiler=compile_forward, bw_compiler=compile_backward)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch._functorch.config, *compiling._WITH_BACKWARD), reason="PyTorch < 2.10 compiles backwards later"
+)
+@pytest.mark.parametrize(
+    ("graph", "recomputed"),
+    [
+        (1, None),
+        (3, False),  # after the first pieces of a layer have run
+        (1, True),  # its first graph with gradients is compiled in the backward pass
+    ],
+)
+def test_a_backward_that_cannot_be_compiled_warns_once_and_changes_nothing(
+    folder, backend, monkeypatch, graph, recomputed
+):
+    monkeypatch.setattr(compiling, "BACKEND", fails_in_backward(graph))
+    packed = graph > 1
+    plain, compiled = (load(folder, packed=packed, recomputed=recomputed) for _ in range(2))
     compile_layers(decoder_layers(compiled))
     with pytest.warns(UserWarning, match="Qwen2DecoderLayer could not be compiled") as caught:
-        found = forward(compiled, (9, 4))
+        for lengths in [(9, 4), (5, 6)]:
+            found, expected = (forward(model, lengths, packed=packed) for model in (compiled, plain))
+            torch.testing.assert_close(found, expected)
+            for states in (found, expected):
+                states.square().mean().backward()
     assert len(caught) == 1
-    expected = forward(plain, (9, 4))
-    torch.testing.assert_close(found, expected)
-    for states in (found, expected):
-        states.square().mean().backward()
     torch.testing.assert_close(gradients(compiled), gradients(plain))
 
 
 @pytest.mark.processes
 @pytest.mark.skipif(not compiler_found(), reason="there is no C++ compiler")
-def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path):
+def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path, recwarn):
     folder = make_model(tmp_path / "model", layers=1)
     plain, compiled = load(folder), load(folder)
     torch._dynamo.reset()
@@ -173,7 +220,7 @@ def test_inductor_gives_the_same_hidden_states_and_gradients(tmp_path):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         for states in (found, expected):
             states.square().mean().backward()
-    assert not compiling._CompiledForward.failed
+    assert not any("could not be compiled" in str(warning.message) for warning in recwarn)
     torch.testing.assert_close(gradients(compiled), gradients(plain), rtol=1e-3, atol=1e-4)
 
 

@@ -506,6 +506,25 @@ class TestOnAGpu:
         assert_close_step(single, packs, 1e-3)
 
 
+def test_the_longest_length_is_rounded_up_to_a_power_of_two():
+    for longest in (1, 128, 129, 140, 256, 300, 5000):
+        with varlen_attention.separate_documents((1, longest), torch.tensor([0, 1, 1 + longest], dtype=torch.int32)):
+            given = varlen_attention.causal_mask().max_length
+        assert given.bit_count() == 1
+        assert max(127, longest - 1) < given < 2 * max(128, longest)
+
+
+def test_without_documents_positions_that_start_again_divide_no_row():
+    model = tiny("llama", attention="sdpa").eval()
+    ids, positions = torch.randint(3, VOCAB, (1, 6)), torch.tensor([[0, 1, 2, 0, 1, 2]])
+    with torch.no_grad():
+        found = hidden_states(body(model), ids, positions)
+        whole = body(model)(
+            input_ids=ids, position_ids=positions, attention_mask=torch.ones_like(ids)
+        ).last_hidden_state
+    torch.testing.assert_close(found, whole)
+
+
 @pytest.mark.parametrize("family", ["mistral", "gemma2"])
 def test_rows_without_documents_and_generation_are_as_before(family):
     model = tiny(family).eval()

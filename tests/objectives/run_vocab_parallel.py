@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from aligned import ProductSizes, aligned_to
 
 from limbeck.errors import LimbeckError
 from limbeck.objectives import (
@@ -15,7 +16,6 @@ from limbeck.objectives import (
     RolloutTokens,
     TopK,
     VocabParallel,
-    aligned_head,
     compiler_found,
     fused_linear_distillation,
     names,
@@ -81,6 +81,30 @@ def check_certain_teacher() -> None:
                 found.append((loss.double(), hidden.grad.double()))
             torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-6)
+
+
+def check_aligned_slices() -> None:
+    """Slices of any width, of heads with 0 to 127 rows beyond the vocabulary, have aligned products and change nothing."""
+    vocab, rank, ranks = 520, dist.get_rank(), dist.get_world_size()
+    g = torch.Generator().manual_seed(2)
+    h_s, h_t, w_s, w_t = (torch.randn(rows, n, generator=g).double() for rows in (9, vocab) for n in (5, 4))
+    labels = torch.randint(0, vocab, (9,), generator=g)
+
+    def run(*heads, **options):
+        leaves = [h_s.clone().requires_grad_(), heads[0].clone().requires_grad_()]
+        loss = fused_linear_distillation(*leaves, h_t, heads[1], labels, objective="js_divergence", **options).loss
+        return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+    loss, d_hidden, d_weight = run(w_s, w_t)
+    for beyond in range(128):
+        each = -(-(vocab + beyond) // ranks)
+        held = slice(rank * each, (rank + 1) * each)
+        slices = [torch.cat([w, w.new_full((beyond, w.shape[1]), torch.nan)])[held] for w in (w_s, w_t)]
+        with aligned_to(64), ProductSizes() as products:
+            found = run(*slices, reducer=VocabParallel(vocab, head_rows=vocab + beyond))
+        assert {size for size in products.sizes if size > 9 and size % 64} == set()
+        padded = torch.cat([d_weight, d_weight.new_zeros(beyond, d_weight.shape[1])])[held]
+        torch.testing.assert_close(found, [loss, d_hidden, padded], rtol=1e-9, atol=1e-11)
 
 
 def main(vocab: int) -> None:
@@ -170,8 +194,9 @@ def main(vocab: int) -> None:
     torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
     assert torch.isfinite(h.grad).all() and torch.isfinite(w.grad).all()
     check_certain_teacher()
+    check_aligned_slices()
     print(f"rank {rank} of {ranks} agrees")
 
 
-with patch.dict(aligned_head._MULTIPLE, cpu=8), start_world():  # as on a GPU
+with aligned_to(8), start_world():  # as on a GPU
     main(int(sys.argv[1]))

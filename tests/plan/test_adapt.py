@@ -10,6 +10,7 @@ import torch
 from runs import rows
 
 from limbeck import DistillPipeline
+from limbeck.models import recomputes_activations
 from limbeck.plan.adapt import adapt
 from limbeck.plan.copied_weights import with_copy
 from limbeck.plan.estimate import RESERVED, make_plan, refusal
@@ -18,7 +19,7 @@ from limbeck.plan.simulate import simulate
 from limbeck.rollout import hf
 from limbeck.rollout.kv_cache import SlotCache
 from limbeck.strategies.world import World
-from limbeck.train.build.student import recomputes_activations, with_recomputation
+from limbeck.train.build.student import with_recomputation
 
 ALONE = World(0, 1, torch.device("cpu"))
 UNSET = {"student.model_args.disable_gradient_checkpointing": None, **rows(8, 1), "sequence_length": 64}

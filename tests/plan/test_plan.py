@@ -259,6 +259,7 @@ def test_the_command_prints_tables_and_json(from_config, tmp_path, capsys):
     assert main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["fits"] and printed["gpu"]["name"] == "A100"
+    assert printed["compiled"] and 0 < printed["efficiency"]["models"] < printed["efficiency"]["loss"] < 1
     assert sum(printed["groups"][0]["peak"].values()) == printed["needed"]
 
 
@@ -295,3 +296,11 @@ def test_the_expected_time_and_memory_are_those_that_were_measured_on_an_h100():
     assert uncompiled.needed == pytest.approx(25.25e9, rel=0.05)
     assert replace(uncompiled, compiled=True).expected == pytest.approx(0.241, rel=0.05)
     assert uncompiled.overlapped < uncompiled.expected
+    table = Path(__file__).parents[3] / "shared/gpu/README.md"
+    if table.exists():  # compiled layers, aligned products, activations recomputed
+        row = next(line for line in table.read_text().splitlines() if "the same with gradient checkpointing" in line)
+        seconds, _, peak = (float(cell.strip(" *GB").replace(" ", "")) for cell in row.split("|")[2:5])
+        settings["student"]["model_args"]["disable_gradient_checkpointing"] = False
+        recomputed = plan(settings, per_node=1)
+        assert recomputed.expected == pytest.approx(seconds, rel=0.2)
+        assert recomputed.needed == pytest.approx(peak * 1e9, rel=0.05)

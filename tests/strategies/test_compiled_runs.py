@@ -16,7 +16,8 @@ from limbeck import DistillPipeline
 from limbeck.config import load_mapping
 from limbeck.errors import LimbeckError
 from limbeck.models import compile as compiling
-from limbeck.plan.models import simulated_student
+from limbeck.models import decoder_layers
+from limbeck.plan.models import simulated_student, simulated_teacher
 from limbeck.strategies.base import strategy_of
 from limbeck.strategies.parallel_dims import ParallelDims
 
@@ -117,6 +118,23 @@ def test_a_plan_compiles_nothing(folder, tmp_path, monkeypatch):
     config = load_mapping(configuration(folder, tmp_path / "out", compile_model=True)).config
     with simulated_student(config, ranks=2, rank=0) as simulated:
         assert simulated.teacher is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({"tensor_model_parallel_size": 2}, True),
+        ({"tensor_model_parallel_size": 2, "sequence_parallel": True}, False),
+        ({"offload_policy": True}, False),
+    ],
+)
+def test_teachers_with_sequence_parallelism_or_offloaded_weights_are_not_compiled(folder, tmp_path, options, compiled):
+    changes = {f"teacher.strategy_args.strategy_config.{key}": value for key, value in options.items()}
+    config = load_mapping(configuration(folder, tmp_path / "out", compile_model=True, **changes)).config
+    with simulated_teacher(config, ranks=2, rank=0) as teacher:
+        teacher.compile(config, 1.0, "cpu")
+        layers = decoder_layers(teacher.model.body)
+        assert [isinstance(layer.forward, compiling._CompiledForward) for layer in layers] == [compiled] * LAYERS
 
 
 def test_a_short_run_compiles_nothing_by_default(folder, tmp_path, runs):

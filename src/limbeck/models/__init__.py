@@ -1,7 +1,7 @@
 """Hugging Face causal language models: loading, output heads, hidden-state capture, varlen attention, freezing and LoRA."""
 
 import limbeck.models.logs  # noqa: F401  (before anything that imports transformers)
-from limbeck.models.activation_checkpointing import recompute_activations
+from limbeck.models.activation_checkpointing import recompute_activations, recomputes_activations
 from limbeck.models.compile import compile_layers, should_compile, undo_around
 from limbeck.models.freeze import freeze, select_trained
 from limbeck.models.heads import (
@@ -64,6 +64,7 @@ __all__ = [
     "model_outline",
     "output_head",
     "recompute_activations",
+    "recomputes_activations",
     "recurrent_layers",
     "resolve_pairs",
     "select_trained",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -30,6 +31,10 @@ _RECOMPILE_LIMIT = 32
 """Student and teacher of one architecture share a limit: training and evaluation, one row or several, each kind of
 layer. PyTorch's 8 can be too few, and beyond the limit layers silently run uncompiled."""
 
+_WITH_BACKWARD = {"force_non_lazy_backward_lowering": True}
+"""An option of AOTAutograd, which PyTorch has from 2.10 on: a failure to compile a backward pass is raised when the forward
+pass is compiled, where the layers can still run uncompiled. Otherwise it is raised again in the backward pass."""
+
 _FORWARD_CHECKPOINTS = "__call__" not in vars(GradientCheckpointingLayer)
 """Whether transformers wraps activation checkpointing around a layer's ``forward``; older versions wrap ``__call__``."""
 
@@ -48,15 +53,15 @@ def compile_layers(layers: Sequence[nn.Module]) -> None:
     """Compile each of ``layers`` at its first call.
 
     Call it after tensor, context and pipeline parallelism have changed the layers. FSDP and activation checkpointing may
-    come before or after it. If compilation fails, all layers run uncompiled, after one warning.
+    come before or after it. If compilation fails, all of these layers run uncompiled, after one warning.
     """
     if not layers:
         warnings.warn(
             "compile_model: the model does not name its layers (_no_split_modules); it runs uncompiled.", stacklevel=2
         )
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILE_LIMIT)
+    model = _Model()
     for layer in layers:
-        layer.forward = _CompiledForward(layer)
+        layer.forward = _CompiledForward(layer, model)
 
 
 def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module | None]) -> None:
@@ -71,16 +76,28 @@ def undo_around(layers: Sequence[nn.Module], modules: Iterable[nn.Module | None]
 
 def compile_function(forward: Callable[..., Any]) -> Callable[..., Any]:
     """The compiled ``forward`` of a class of layers. `limbeck plan` replaces it."""
-    return torch.compile(forward, dynamic=True, backend=BACKEND)
+    return torch.compile(forward, dynamic=True, backend=_compile_graph)
+
+
+def _compile_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    """``BACKEND``, which compiles the backward pass at once."""
+    config = torch._functorch.config
+    with config.patch(_WITH_BACKWARD if hasattr(config, *_WITH_BACKWARD) else {}):
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+
+@dataclass
+class _Model:
+    """What the compiled layers of a model share. ``failed``: one of them could not be compiled, so that all run uncompiled."""
+
+    failed: bool = False
 
 
 class _CompiledForward:
     """The compiled ``forward`` of one layer."""
 
-    failed = False
-
-    def __init__(self, layer: nn.Module) -> None:
-        self._layer = layer
+    def __init__(self, layer: nn.Module, model: _Model) -> None:
+        self._layer, self._model = layer, model
         self._plain: Callable[..., Any] = type(layer).forward
         # PyTorch runs the inside of a checkpoint uncompiled, so the compiled code must begin there.
         self._checkpoints = _FORWARD_CHECKPOINTS and isinstance(layer, GradientCheckpointingLayer)
@@ -90,19 +107,33 @@ class _CompiledForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         layer: Any = self._layer
-        if self._checkpoints and layer.gradient_checkpointing and layer.training:
-            return layer._gradient_checkpointing_func(partial(self._run, **kwargs), *args)
-        return self._run(*args, **kwargs)
+        if not (self._checkpoints and layer.gradient_checkpointing and layer.training):
+            return self._run(*args, **kwargs)
+        checkpoint = layer._gradient_checkpointing_func
+        if checkpoint.keywords["use_reentrant"]:  # code with gradients is first compiled in the backward pass
+            return checkpoint(partial(self._run, **kwargs), *args)
+        # Other checkpoints recompute what ran, of which a failed attempt may have run a part: each attempt has its own.
+        return self._attempt(lambda forward: checkpoint(partial(forward, layer, **kwargs), *args))
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        if not _CompiledForward.failed:
+        return self._attempt(lambda forward: forward(self._layer, *args, **kwargs))
+
+    def _attempt(self, call: Callable[[Callable[..., Any]], Any]) -> Any:
+        """``call`` with the compiled forward, or with the plain one if that cannot be compiled."""
+        # PyTorch keeps this setting per thread, and on a GPU a thread of autograd runs what is recomputed.
+        if torch._dynamo.config.recompile_limit < _RECOMPILE_LIMIT:
+            torch._dynamo.config.recompile_limit = _RECOMPILE_LIMIT
+        if not self._model.failed:
             try:
-                return self._compiled(self._layer, *args, **kwargs)
+                return call(self._compiled)
             except torch._dynamo.exc.TorchDynamoException as error:
-                _CompiledForward.failed = True
-                warnings.warn(
-                    f"The layers of {type(self._layer).__name__} could not be compiled ({type(error).__name__}); all models "
-                    "run uncompiled, which is slower and gives the same results. compile_model: false avoids the attempt.",
-                    stacklevel=2,
-                )
-        return self._plain(self._layer, *args, **kwargs)
+                self._fail(error)
+        return call(self._plain)
+
+    def _fail(self, error: Exception) -> None:
+        self._model.failed = True
+        warnings.warn(
+            f"The layers of {type(self._layer).__name__} could not be compiled ({type(error).__name__}); their model runs "
+            "uncompiled, which is slower and gives the same results. compile_model: false avoids the attempt.",
+            stacklevel=2,
+        )

@@ -34,8 +34,11 @@ _ADAM_BYTES = (
 
 _BODIES = {True: 0.45, False: 0.24}
 _EFFICIENCY = {"loss": 0.64, "optimizer": 0.8, "communication": 1.0}
-"""Shares of the peak rates that parts of a step reach: the models' layers compiled or not, and the others. Measured with
-Qwen2.5-0.5B as the student and 1.5B as the teacher on an H100 (benchmarks/step_gpu.py); larger models reach more."""
+"""Shares of the peak rates that parts of a step reach: the models' layers compiled or not, and the others. Larger models reach
+more."""
+
+MEASURED = "Qwen2.5-0.5B and 1.5B on an H100 (benchmarks/step_gpu.py)"
+"""Where these shares come from."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,11 @@ class Plan:
         return self.needed <= self.usable
 
     @property
+    def efficiency(self) -> dict[str, float]:
+        """The share of the peak rate that ``expected`` assumes for each part of a step."""
+        return {"models": _BODIES[self.compiled], **_EFFICIENCY}
+
+    @property
     def overlapped(self) -> float:
         """Seconds of a step whose communication and roles on other GPUs overlap with computation."""
         return max(self._on(device, lambda group: group.overlapped, sum) for device in self._devices)
@@ -172,6 +180,8 @@ class Plan:
             "usable": self.usable,
             "step_seconds": {"overlapped": self.overlapped, "serial": self.serial, "expected": self.expected},
             "tokens_per_second": self.tokens_per_second,
+            "compiled": self.compiled,
+            "efficiency": {**self.efficiency, "measured_with": MEASURED},
             "groups": groups,
         }
 

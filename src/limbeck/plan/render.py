@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.table import Table
 
-from limbeck.plan.estimate import RESERVED, Group, Plan
+from limbeck.plan.estimate import MEASURED, RESERVED, Group, Plan
 
 _NAMES = {
     "parameters": "student's parameters (FSDP2: float32 masters)",
@@ -39,10 +39,12 @@ def print_plan(console: Console, plan: Plan) -> None:
     time.add_row("step without overlap", f"{plan.serial * 1e3:.1f}")
     time.add_row("step as measured steps run, roughly", f"{plan.expected * 1e3:.0f}")
     console.print(time)
+    shares = plan.efficiency
     console.print(
         f"At most {plan.tokens_per_second:,.0f} tokens/s: matrix products at the GPU's dense peak, links at their full rate. "
-        "Measured steps take longer: the last line assumes their efficiency, which is that of small models on an H100, with "
-        f"layers {'compiled' if plan.compiled else 'not compiled'}."
+        f"Measured steps take longer: the last line assumes the shares of these rates that were measured with {MEASURED}, "
+        f"{shares['models']} for models whose layers are {'compiled' if plan.compiled else 'not compiled'}, {shares['loss']} "
+        f"for the loss and {shares['optimizer']} for the optimizer."
     )
 
 

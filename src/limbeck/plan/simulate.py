@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from limbeck.config import DistillConfig
 from limbeck.data.batch import Batch
 from limbeck.errors import LimbeckError, UnknownMemory
-from limbeck.models import ModelSource, model_outline, output_head
+from limbeck.models import ModelSource, model_outline, output_head, recomputes_activations
 from limbeck.objectives import DistillationLoss, Sampled, TopK
 from limbeck.objectives.chunks import default_chunk
 from limbeck.objectives.sizes import FusedSizes
@@ -31,7 +31,7 @@ from limbeck.strategies.parallel_dims import ParallelDims
 from limbeck.strategies.world import World
 from limbeck.teachers import Signal, TeacherRequest
 from limbeck.train.build.objective import signal_spec
-from limbeck.train.build.student import recomputes_activations, resolve_parallelism, with_recomputation
+from limbeck.train.build.student import resolve_parallelism, with_recomputation
 from limbeck.train.student import TrainInput
 
 

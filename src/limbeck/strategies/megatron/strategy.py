@@ -17,7 +17,7 @@ from torch import Tensor
 from limbeck.config import DistillConfig
 from limbeck.config.schema import MegatronConfig, WorkerConfig
 from limbeck.errors import LimbeckError
-from limbeck.models import body, hidden_states, submodules, unwrap_model
+from limbeck.models import body, hidden_states, recomputes_activations, submodules, unwrap_model
 from limbeck.models.dtypes import compute_dtype
 from limbeck.models.megatron_families import padded_rows
 from limbeck.strategies.base import Engine, FrozenModel, Placement, StudentSpec, TeacherSpec
@@ -87,9 +87,9 @@ class MegatronStrategy:
         outline, initial = outline_of(model), dict(unwrap_model(model).state_dict())
         trained = {name: parameter.requires_grad for name, parameter in unwrap_model(model).named_parameters()}
         before = hidden_before(model, dims) if spec.verify else None
-        disabled = spec.worker.model_args.disable_gradient_checkpointing
-        recompute = world.device.type == "cuda" if disabled is None else not disabled
-        recompute = given.recompute_granularity == "full" or (given.recompute_granularity is None and recompute)
+        recompute = given.recompute_granularity == "full" or (
+            given.recompute_granularity is None and recomputes_activations(spec.config, world.device.type)
+        )
         by_layer = recompute and bool(spec.config.features.pairs)
         if by_layer:
             given = given.model_copy(update={"recompute_granularity": None})

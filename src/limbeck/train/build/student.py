@@ -26,6 +26,7 @@ from limbeck.models import (
     load_model,
     output_head,
     recompute_activations,
+    recomputes_activations,
     select_trained,
     should_compile,
     undo_around,
@@ -203,12 +204,6 @@ def prepare_student(config: DistillConfig, model: Any) -> Any:
     if args.unfrozen_parameters is not None or args.frozen_parameters is not None:
         select_trained(model, args.unfrozen_parameters, args.frozen_parameters, args.parameter_match)
     return model
-
-
-def recomputes_activations(config: DistillConfig, device_type: str) -> bool:
-    """Whether activation checkpointing is on. Where nothing has decided: on GPUs, where memory runs out first."""
-    disabled = config.student.model_args.disable_gradient_checkpointing
-    return device_type == "cuda" if disabled is None else not disabled
 
 
 def with_recomputation(config: DistillConfig, *, recompute: bool) -> DistillConfig:
