@@ -217,6 +217,7 @@ class Here:
         return future
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_what_a_share_does_prints_every_setting(monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")

@@ -52,6 +52,7 @@ def test_a_strategy_without_simulate_cannot_be_planned(configure):
         make_plan(config, 1, 1, find_gpu("H100"))
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_the_losses_of_the_one_that_it_wraps(trains, configure, tmp_path):
     whole = {"student.training_args.per_device_train_batch_size": 96}  # every step has the same rows
     config = trains("teacher", **{"teacher.source": "memory_cache"}, **whole)

@@ -1,5 +1,6 @@
 """``DistillTrainer``: training, saving, resuming, and the value of its loss."""
 
+import pytest
 import torch
 from tiny import make_model, make_tokenizer, rows
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -47,6 +48,7 @@ def test_it_trains_saves_the_student_only_and_resumes(tmp_path):
         torch.testing.assert_close(resumed._student.state_dict()[name], tensor, rtol=0, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_its_loss_equals_the_definition_with_any_accumulation(tmp_path):
     run = trainer(tmp_path)
     batch = collate(dataset()[:8])

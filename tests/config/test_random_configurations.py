@@ -136,6 +136,7 @@ def test_a_value_of_another_kind_in_a_file_of_nemo_rl_is_accepted_or_refused_wit
 
 
 @pytest.mark.parametrize("dialect", list(VALID))
+@pytest.mark.slow
 def test_a_mutated_configuration_is_accepted_or_refused_with_sentences(dialect: str, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     chance, refused = random.Random(f"fuzz/{dialect}"), 0

@@ -36,6 +36,7 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_every_bad_row_is_listed_with_its_place_and_counted_by_its_reason(tmp_path, tokenizer, workers):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(GOOD).encode()

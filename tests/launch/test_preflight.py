@@ -170,6 +170,7 @@ def test_memory_that_sizes_do_not_determine_is_a_notice(check):
     ("stage", "accumulate", "bytes_each"),
     [(1, 1, 4 + 4 / 2 + 12 / 2), (1, 2, 4 + 4 + 12 / 2), (2, 1, 4 + 16 / 2), (3, 1, 20 / 2)],
 )
+@pytest.mark.slow
 def test_memory_of_a_zero_stage_is_what_it_does_not_shard_and_its_shards(
     configure, assets, stage, accumulate, bytes_each
 ):

@@ -87,7 +87,7 @@ def gradients(model):
     ("options", "graphs", "runs"),
     [
         ({}, 1, LAYERS),
-        ({"packed": True}, PIECES, LAYERS * PIECES),
+        pytest.param({"packed": True}, PIECES, LAYERS * PIECES, marks=pytest.mark.slow),
         ({"recomputed": False}, 1, 2 * LAYERS),
         pytest.param({"recomputed": True}, 2, 2 * LAYERS, marks=pytest.mark.slow),  # without gradients, then with them
         pytest.param(
@@ -119,6 +119,7 @@ def test_compiled_layers_run_for_all_lengths_and_change_nothing(folder, backend,
     torch.testing.assert_close(gradients(compiled), gradients(plain))
 
 
+@pytest.mark.slow
 def test_evaluation_and_autocast_compile_once_more_each(folder, backend):
     plain, compiled = load(folder), load(folder)
     compile_layers(decoder_layers(compiled))

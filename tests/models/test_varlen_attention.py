@@ -341,6 +341,7 @@ def test_the_kernel_is_called_as_each_version_of_pytorch_takes_it(signature, opt
     torch.testing.assert_close(output, query if "scale" in options else query * 0.5 * 8)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_is_compiled_once_for_all_batches(kernel, monkeypatch):
     monkeypatch.setattr(varlen_attention, "_varlen", torch_library_attend)
     model = tiny("mistral").eval()

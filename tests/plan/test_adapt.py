@@ -39,6 +39,7 @@ def needed(config):
     return make_plan(config, 1, 1, gpu, compiled=False).needed / (1 - 0.08)
 
 
+@pytest.mark.slow
 def test_activations_are_recomputed_only_where_they_do_not_fit(configure, capsys):
     config = configure(**UNSET)
     limit = needed(with_recomputation(config, recompute=False))
@@ -126,6 +127,7 @@ def test_where_lockstep_is_impossible_or_not_wanted_nothing_is_planned(configure
     assert adapt(config, ALONE, memory=1.0) is config
 
 
+@pytest.mark.slow
 def test_an_offloaded_copy_is_not_beside_activations(configure):
     config = configure(**WRITING, **{"rollout.offload": True})
     plain = configure(**{**WRITING, "rollout.generator_kwargs": {"copy": False}})
@@ -192,6 +194,7 @@ def test_the_cache_is_beside_activations_only_if_the_student_writes_ahead(config
     )  # the student's and the teacher's, which is larger
 
 
+@pytest.mark.slow
 def test_lockstep_for_the_sake_of_a_cache_names_slots(configure, capsys):
     many = {**rows(1, 256), "rollout.generator_kwargs": {"slots": 256}}
     assert copied(configure(**{**WRITING, **many}), 1.0) is False

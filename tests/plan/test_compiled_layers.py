@@ -46,6 +46,7 @@ def bfloat16():
     torch.set_default_dtype(torch.float32)
 
 
+@pytest.mark.slow
 def test_a_layer_keeps_what_torch_compile_keeps(bfloat16):
     def torch_compile(forward):
         return torch.compile(forward, backend="aot_eager_decomp_partition", dynamic=False)

@@ -110,6 +110,7 @@ def test_traffic_is_what_fsdp_gathers_and_reduces(from_config):
     assert {each.link for each in group.traffic} == {"between nodes"}
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_gathers_within_a_node(from_config):
     (group,) = plan(from_config(**{f"{STUDENT}.fsdp_size": 4}), 2, 4).groups
     links = {(each.collective, each.ranks): each.link for each in group.traffic}
@@ -250,6 +251,7 @@ def test_rows_are_as_long_as_both_models_take(from_config, tmp_path, capsys):
     assert notice in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_json(from_config, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump(from_config(compile_model="auto")))

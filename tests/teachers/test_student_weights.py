@@ -54,6 +54,7 @@ def test_the_average_is_that_of_the_weights_after_each_step(configure, tmp_path,
 
 
 @pytest.mark.parametrize("changes", [{}, ON_POLICY | LORA])
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_one_that_was_not_interrupted(configure, tmp_path, changes):
     changes = AVERAGE | changes | {"max_steps": 6, "save_steps": 3, "eval_steps": 0}
     for name in ("whole", "parts"):

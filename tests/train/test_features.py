@@ -98,6 +98,7 @@ def test_validation_loss_equals_training_loss_on_the_same_rows(configure, mask):
 
 
 @pytest.mark.parametrize("mask", ["tokens", "supervised"])
+@pytest.mark.slow
 def test_micro_batches_give_the_losses_of_one_batch(configure, tmp_path, mask):
     changes = {"features.pairs": PAIRS, "features.mask": mask, "eval_steps": 6}
     DistillPipeline(configure(output_dir=str(tmp_path / "one"), **changes)).run()

@@ -56,6 +56,7 @@ def test_taid_gets_the_divergence_and_the_progress_of_the_step(configure):
     assert updates == [(pytest.approx(line["train/train_distill_loss"] / 4), 1 / 8)]
 
 
+@pytest.mark.slow
 def test_a_micro_batch_is_freed_before_the_next_one_is_made(configure):
     run = build_run(
         configure(max_steps=2, eval_steps=0, **{"student.training_args.gradient_accumulation_steps": 3}),
