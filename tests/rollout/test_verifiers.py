@@ -80,6 +80,10 @@ def math():
         ("#### 18 dollars per day", "18"),
         (r"\boxed{12\text{ m}^2}", "12"),
         (r"\boxed{\frac{1}{2}}", "0.5"),
+        ("**#### 7.**", "7"),
+        ("#### **.5**.", "0.5"),
+        ("#### 5m", "5"),
+        (r"\boxed{5 m/s}", "5"),
     ],
 )
 def test_the_exact_verifier_accepts(answer, reference):
@@ -93,6 +97,7 @@ def test_the_exact_verifier_accepts(answer, reference):
         (r"\boxed{1,2}", "12"),
         (r"\boxed{2x}", "2"),
         (r"\boxed{2 pi}", "2"),
+        (r"\boxed{2m n}", "2"),
         (r"\boxed{3 and 4}", "3"),
         (r"\boxed{1/0}", "0"),
         ("9" * 5000, "9"),
@@ -103,7 +108,10 @@ def test_the_exact_verifier_refuses(answer, reference):
     assert ExactVerifier().scores([answer], [reference]) == [WRONG]
 
 
-@pytest.mark.parametrize("answer", ["I do not know.", r"\boxed{}", "#### ", ""])
+UNFINISHED = [r"42 \boxed{}", "42 #### **", r"\boxed{42", r"\boxed{42} or \boxed{4"]
+
+
+@pytest.mark.parametrize("answer", ["I do not know.", "", *UNFINISHED])
 def test_an_answer_that_is_not_found_is_not_a_wrong_one(answer):
     assert ExactVerifier().scores([answer], ["42"]) == [Score(None, NO_ANSWER)]
 
