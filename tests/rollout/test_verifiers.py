@@ -45,8 +45,12 @@ def start_slowly(answer: str, reference: str) -> Score:
     return Score(1)
 
 
-def fail_to_start(answer: str, reference: str) -> Score:
-    os._exit(5)
+def fail_to_start_once(answer: str, reference: str) -> Score:
+    failed = Path(os.environ["FAILED"])
+    if not failed.exists():
+        failed.touch()
+        os._exit(5)
+    return Score(1)
 
 
 @pytest.fixture
@@ -184,10 +188,12 @@ def test_the_imports_of_a_process_take_no_time_from_its_first_answer():
 
 
 @pytest.mark.processes
-def test_a_process_that_does_not_start_is_one_clear_error():
-    pool = WorkerPool(fail_to_start, workers=1)
+def test_a_process_that_does_not_start_is_one_clear_error_and_replaced(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAILED", str(tmp_path / "failed"))
+    pool = WorkerPool(fail_to_start_once, workers=1)
     with pytest.raises(LimbeckError, match=r"did not start \(exit status 5\)"):
         pool.scores(["1"], ["1"])
+    assert pool.scores(["1"], ["1"]) == [RIGHT]
     pool.close()
 
 

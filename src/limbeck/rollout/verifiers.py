@@ -154,24 +154,28 @@ class _Worker:
         self._connection.close()
 
     def _start(self) -> None:
-        self._connection, theirs = _CONTEXT.Pipe()
-        arguments = (theirs, self._check, self._seconds)
-        self._process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
+        connection, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_work, args=(theirs, self._check, self._seconds), daemon=True)
+        try:
+            process.start()
+        except OSError as error:
+            raise LimbeckError(
+                f"A process of the verifier could not be started: {error}; free memory or end processes."
+            ) from error
         theirs.close()  # so that the end of the process closes the pipe
-        self._ready = False
+        self._connection, self._process, self._ready = connection, process, False
 
     def _wait_until_ready(self) -> None:
         """The time limit of a check must not include the imports of the process."""
         if not self._ready:
-            try:
+            with suppress(EOFError, OSError):
                 self._ready = self._connection.poll(_START_SECONDS) and self._connection.recv()
-            except (EOFError, OSError):
-                self._process.join()
         if not self._ready:
+            self.stop()
+            status = self._process.exitcode
+            self._start()  # for the next answer
             raise LimbeckError(
-                f"A process of the verifier did not start (exit status {self._process.exitcode}); its message, if it wrote "
-                "one, is above."
+                f"A process of the verifier did not start (exit status {status}); its message, if it wrote one, is above."
             )
 
 
