@@ -326,7 +326,11 @@ def test_the_maximum_length_sets_the_lengths(load: Load, mistakes: Mistakes) -> 
     assert "policy.max_total_sequence_length (run.yaml:" in loaded.notices[0]
     (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {max_length: 48, "))
     assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (run.yaml:" in line
-    three = ("++distillation.max_length=48", "policy.max_total_sequence_length=64", "policy.generation.max_new_tokens=32")
+    three = (
+        "++distillation.max_length=48",
+        "policy.max_total_sequence_length=64",
+        "policy.generation.max_new_tokens=32",
+    )
     (line,) = mistakes(*three, yaml=UPSTREAM)
     assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (command line)" in line
 

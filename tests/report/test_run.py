@@ -89,9 +89,19 @@ def test_metrics_without_a_measurement_are_refused(tmp_path, content):
 
 def test_the_first_answers_of_the_newest_validation_are_shown_and_escaped(tmp_path):
     (tmp_path / "rollouts").mkdir()
-    answer = {"origin": "student", "prompt": "<b>2 + 2?", "completion": "<script>4", "reward": None, "reason": "timeout"}
+    answer = {
+        "origin": "student",
+        "prompt": "<b>2 + 2?",
+        "completion": "<script>4",
+        "reward": None,
+        "reason": "timeout",
+    }
     for name, text in (("val-2", "old"), ("val-10", "<script>4"), ("train-11", "in training")):
-        rows = ({**answer, "completion": text}, {**answer, "origin": "dataset"}, {**answer, "reward": 1.0, "reason": ""})
+        rows = (
+            {**answer, "completion": text},
+            {**answer, "origin": "dataset"},
+            {**answer, "reward": 1.0, "reason": ""},
+        )
         lines = "\n".join(map(json.dumps, rows)) + '\n{"prompt": "torn'
         (tmp_path / "rollouts" / f"{name}.jsonl").write_text(lines)
     run = load_run(write(tmp_path, [training(1, 3.0)]))

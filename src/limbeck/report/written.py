@@ -1,4 +1,4 @@
-"""Answers that the student wrote: in validation, from ``rollouts/val-<step>.jsonl``, or else in training, from ``train-<step>``."""
+"""Answers that the student wrote, from the newest ``rollouts/val-<step>.jsonl``, or else the newest ``train-<step>.jsonl``."""
 
 from __future__ import annotations
 
