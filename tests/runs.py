@@ -14,6 +14,17 @@ from safetensors.torch import load_file
 from limbeck.strategies.shards import whole_box
 from limbeck.train.tensor_files import open_shards
 
+POLICY = {
+    "plugins": [str(Path(__file__).with_name("unequal_rewards.py"))],
+    "kd_objective": "policy_gradient",
+    "distill_loss_weight": 0.6,
+    "rollout.temperature": 1.0,
+    "rollout.num_generations": 2,
+    "rollout.environment": "unequal",
+    "rollout.reward_weight": 0.7,
+}
+"""A policy gradient whose advantages are the teacher's and those of rewards."""
+
 
 def nested(flat: dict) -> dict:
     """``{"dotted.key": value}`` as nested dictionaries."""

@@ -276,14 +276,6 @@ SPELLINGS = [
         "ask.txt",
         {"student.data_args.prompt_file": str(EXAMPLE.parents[1] / "prompts" / "math_distillation.txt")},
     ),
-    (
-        UPSTREAM,
-        "distillation.max_length",
-        "48",
-        "policy.max_total_sequence_length",
-        "64",
-        {"sequence_length": 48, "rollout.max_new_tokens": 48},
-    ),
 ]
 """A file, the spelling that it does not have with another value, the one that it has with its value, and what is set."""
 
@@ -311,7 +303,6 @@ def test_different_spellings_in_a_file_contradict_each_other(mistakes: Mistakes)
 
 def test_equal_spellings_are_one_setting(load: Load) -> None:
     same = [f"++{key}={present}" for yaml, key, _, _, present, _ in SPELLINGS if yaml == UPSTREAM]
-    same.remove("++distillation.max_length=64")  # which sets the length of an answer too
     same += ["++data.prompt_template=ask"]  # which names the same file
     loaded, plain = load(*same, yaml=UPSTREAM), load(yaml=UPSTREAM)
     assert (loaded.config, loaded.notices) == (plain.config, plain.notices)
@@ -325,11 +316,23 @@ def test_the_maximum_length_sets_the_lengths(load: Load, mistakes: Mistakes) -> 
     assert lengths() == (2048, 1536)
     assert lengths("distillation.max_length=512") == (512, 512)
     assert lengths("distillation.max_length=512", "policy.generation.max_new_tokens=512") == (512, 512)
+    assert lengths("distillation.max_length=240", "policy.generation.max_new_tokens=8") == (240, 8)
+    assert lengths("distillation.max_length=8", "policy.max_total_sequence_length=240") == (240, 8)
     assert lengths("policy.generation.max_new_tokens=256") == (2048, 256)
     assert lengths("policy.max_total_sequence_length=1024") == (1024, 1536)
     assert "distillation.max_length (run.yaml:" in load("++student.generation.max_new_tokens=32", yaml=FORK).notices[0]
+    loaded = load("++distillation.max_length=48", yaml=UPSTREAM)
+    assert (loaded.config.sequence_length, loaded.config.rollout.max_new_tokens) == (48, 48)
+    assert "policy.max_total_sequence_length (run.yaml:" in loaded.notices[0]
     (line,) = mistakes(yaml=UPSTREAM.replace("distillation: {", "distillation: {max_length: 48, "))
     assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (run.yaml:" in line
+    three = (
+        "++distillation.max_length=48",
+        "policy.max_total_sequence_length=64",
+        "policy.generation.max_new_tokens=32",
+    )
+    (line,) = mistakes(*three, yaml=UPSTREAM)
+    assert "distillation.max_length = 48 contradicts policy.max_total_sequence_length = 64 (command line)" in line
 
 
 def test_saving_without_a_section_of_checkpoints(load: Load) -> None:

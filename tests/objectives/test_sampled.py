@@ -141,6 +141,13 @@ def test_the_policy_gradient_is_that_of_its_definition(
     torch.testing.assert_close(out.loss, expected, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(out.policy, policy, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(out.kd, kd, rtol=1e-9, atol=1e-10)
+    entropy = -(u * (log_p_all.exp() * log_p_all).sum(-1)[keep]).sum() / count
+    unknown = torch.tensor(torch.nan, dtype=torch.float64)
+    is_known = teacher["teacher_head"] is not None
+    torch.testing.assert_close(
+        out.teacher_entropy, entropy if is_known else unknown, equal_nan=True, rtol=1e-9, atol=1e-10
+    )
+    assert out.top1_agreement.isnan() == (not is_known)
     again = (z_s / tau_w).log_softmax(-1).gather(-1, labels.clamp_min(0)[:, None]).squeeze(-1)
     torch.testing.assert_close(found, again.masked_fill(~keep, torch.nan), equal_nan=True, rtol=1e-9, atol=1e-10)
     if keep.any():

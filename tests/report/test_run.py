@@ -89,13 +89,27 @@ def test_metrics_without_a_measurement_are_refused(tmp_path, content):
 
 def test_the_first_answers_of_the_newest_validation_are_shown_and_escaped(tmp_path):
     (tmp_path / "rollouts").mkdir()
-    answer = {"prompt": "<b>2 + 2?", "completion": "<script>4", "reward": None, "reason": "timeout"}
-    for step, text in ((2, "old"), (10, "<script>4")):
-        lines = json.dumps({**answer, "completion": text}) + "\n" + json.dumps({**answer, "reward": 1.0, "reason": ""})
-        (tmp_path / "rollouts" / f"val-{step}.jsonl").write_text(lines + '\n{"prompt": "torn')
+    answer = {
+        "origin": "student",
+        "prompt": "<b>2 + 2?",
+        "completion": "<script>4",
+        "reward": None,
+        "reason": "timeout",
+    }
+    for name, text in (("val-2", "old"), ("val-10", "<script>4"), ("train-11", "in training")):
+        rows = (
+            {**answer, "completion": text},
+            {**answer, "origin": "dataset"},
+            {**answer, "reward": 1.0, "reason": ""},
+        )
+        lines = "\n".join(map(json.dumps, rows)) + '\n{"prompt": "torn'
+        (tmp_path / "rollouts" / f"{name}.jsonl").write_text(lines)
     run = load_run(write(tmp_path, [training(1, 3.0)]))
     assert [(sample.step, sample.reward) for sample in run.samples] == [(10, None), (10, 1.0)]
     html = write_report([run], tmp_path / "report.html", title="night").read_text()
     assert "&lt;script&gt;4" in html
     assert "<script>4" not in html
-    assert "reward unknown (timeout)" in html
+    assert "no reward (timeout)" in html
+    for file in (tmp_path / "rollouts").glob("val-*"):
+        file.unlink()
+    assert [(sample.step, sample.completion) for sample in load_run(tmp_path).samples[:1]] == [(11, "in training")]

@@ -45,8 +45,12 @@ def start_slowly(answer: str, reference: str) -> Score:
     return Score(1)
 
 
-def fail_to_start(answer: str, reference: str) -> Score:
-    os._exit(5)
+def fail_to_start_once(answer: str, reference: str) -> Score:
+    failed = Path(os.environ["FAILED"])
+    if not failed.exists():
+        failed.touch()
+        os._exit(5)
+    return Score(1)
 
 
 @pytest.fixture
@@ -80,6 +84,10 @@ def math():
         ("#### 18 dollars per day", "18"),
         (r"\boxed{12\text{ m}^2}", "12"),
         (r"\boxed{\frac{1}{2}}", "0.5"),
+        ("**#### 7.**", "7"),
+        ("#### **.5**.", "0.5"),
+        ("#### 5m", "5"),
+        (r"\boxed{5 m/s}", "5"),
     ],
 )
 def test_the_exact_verifier_accepts(answer, reference):
@@ -93,6 +101,7 @@ def test_the_exact_verifier_accepts(answer, reference):
         (r"\boxed{1,2}", "12"),
         (r"\boxed{2x}", "2"),
         (r"\boxed{2 pi}", "2"),
+        (r"\boxed{2m n}", "2"),
         (r"\boxed{3 and 4}", "3"),
         (r"\boxed{1/0}", "0"),
         ("9" * 5000, "9"),
@@ -103,7 +112,10 @@ def test_the_exact_verifier_refuses(answer, reference):
     assert ExactVerifier().scores([answer], [reference]) == [WRONG]
 
 
-@pytest.mark.parametrize("answer", ["I do not know.", r"\boxed{}", "#### ", ""])
+UNFINISHED = [r"42 \boxed{}", "42 #### **", r"\boxed{42", r"\boxed{42} or \boxed{4"]
+
+
+@pytest.mark.parametrize("answer", ["I do not know.", "", *UNFINISHED])
 def test_an_answer_that_is_not_found_is_not_a_wrong_one(answer):
     assert ExactVerifier().scores([answer], ["42"]) == [Score(None, NO_ANSWER)]
 
@@ -176,10 +188,12 @@ def test_the_imports_of_a_process_take_no_time_from_its_first_answer():
 
 
 @pytest.mark.processes
-def test_a_process_that_does_not_start_is_one_clear_error():
-    pool = WorkerPool(fail_to_start, workers=1)
+def test_a_process_that_does_not_start_is_one_clear_error_and_replaced(monkeypatch, tmp_path):
+    monkeypatch.setenv("FAILED", str(tmp_path / "failed"))
+    pool = WorkerPool(fail_to_start_once, workers=1)
     with pytest.raises(LimbeckError, match=r"did not start \(exit status 5\)"):
         pool.scores(["1"], ["1"])
+    assert pool.scores(["1"], ["1"]) == [RIGHT]
     pool.close()
 
 

@@ -115,7 +115,7 @@ class VllmTests(contract.SharedTests):
         assert (len(completion.token_ids), completion.finished) == (2, False)
         (too_long,) = contract.make_prompts(model.config.vocab_size, lengths=(positions,))
         with pytest.raises(
-            LimbeckError, match=rf"the prompt of row 100 has {positions} tokens, .* {positions} positions"
+            LimbeckError, match=rf"the prompt of row 100 has {positions} tokens, .* at most {positions} tokens"
         ):
             generator.generate([*prompts, too_long], SamplingParams(1))
         with pytest.raises(LimbeckError, match="the prompt of row 4 has no tokens"):

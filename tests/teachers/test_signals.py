@@ -135,7 +135,8 @@ def test_signals_and_transports_give_the_losses_of_one_process(
     student.call("train", configure(**apart).model_dump(mode="json"), teacher.actors)
     one, out = alone(**short), tmp_path / "out"
     for key in KEYS:
-        assert metrics(out, key) == pytest.approx(metrics(one, key), rel=1e-5, abs=1e-5), key
+        sent = [] if common is SAMPLED and key == "train/teacher_entropy" else metrics(one, key)
+        assert metrics(out, key) == pytest.approx(sent, rel=1e-5, abs=1e-5), key
     assert set(metrics(out, "transport/bytes_per_token")) == {float(bytes_per_token)}
     # Three steps on each share of the data, and validation in portions of 16 rows.
     micro_batches = 2 if changes is STAGES else 1

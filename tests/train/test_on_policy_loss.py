@@ -75,7 +75,7 @@ def test_a_policy_gradient_of_fresh_samples_is_the_estimate_of_the_reverse_kl(co
 
 
 def test_every_metric_of_a_run_may_select_the_best_checkpoint(configure, tmp_path):
-    best = "checkpoint_config.best_metric"
+    best, best_mode = "checkpoint_config.best_metric", "checkpoint_config.best_mode"
     changes = {**SHORT, "max_steps": 1, "kd_objective": "policy_gradient", "rollout.environment": "exact"}
     found = DistillPipeline(configure(**changes, **{best: "rollout/log_prob_gap_mean"})).run().metrics
     assert (tmp_path / "out" / "best").exists()
@@ -83,9 +83,12 @@ def test_every_metric_of_a_run_may_select_the_best_checkpoint(configure, tmp_pat
     of_source = [name for name in found if name.startswith(("rollout/", "time/")) and name not in GAP_METRICS]
     for name in (*found, "rollout/reward_reasons/timeout"):
         for known in (None, of_source):
-            check_best_metric(configure(**changes, **{best: name, "checkpoint_config.best_mode": "max"}), ALONE, known)
-    with pytest.raises(LimbeckError, match="not a metric of this run"):
-        check_best_metric(configure(**SHORT, **{best: "train/policy_loss"}), ALONE)
+            check_best_metric(configure(**changes, **{best: name, best_mode: "max"}), ALONE, known)
+    assert found["train/teacher_entropy"] > 0
+    apart = {"teacher.service": "a", **changes}  # which sends the probabilities of the sampled tokens only
+    for absent, own in (("policy_loss", SHORT), ("teacher_entropy", apart), ("top1_agreement", apart)):
+        with pytest.raises(LimbeckError, match="not a metric of this run"):
+            check_best_metric(configure(**own, **{best: f"train/{absent}", best_mode: "max"}), ALONE)
     pairs = {"features.pairs": [["model.norm", "model.norm"]], best: "train/features/model.norm"}
     check_best_metric(configure(**SHORT, **pairs), ALONE, of_source)
 

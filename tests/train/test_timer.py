@@ -65,7 +65,7 @@ def loss_of(value: float, features: list[float] | None = None) -> StudentLoss:
 
 
 def test_a_line_has_means_over_its_steps_and_starts_anew(clock):
-    metrics = StepMetrics(ALONE)
+    metrics = StepMetrics(ALONE, has_topk=True, has_policy=True)
     for tokens, supervised, slots, norm in ((30, 10, 40, 1.0), (50, 20, 60, 4.0)):
         with metrics.timer.section("data"):
             clock.now += 1
@@ -92,7 +92,7 @@ def test_a_line_has_means_over_its_steps_and_starts_anew(clock):
     for name, metric in (
         ("ce", "train_student_loss"), ("kd", "train_distill_loss"), ("student_entropy", "student_entropy"),
         ("teacher_entropy", "teacher_entropy"), ("top1_agreement", "top1_agreement"), ("topk_mass", "topk_mass"),
-        ("topk_overlap", "topk_overlap"),
+        ("topk_overlap", "topk_overlap"), ("policy", "policy_loss"),
     ):  # fmt: skip
         assert line[f"train/{metric}"] == pytest.approx(order[name]), metric
     assert 0.01 < line["system/peak_memory_gb"] < 1000
@@ -103,7 +103,10 @@ def test_a_line_has_means_over_its_steps_and_starts_anew(clock):
     again = metrics.line(0.0, True)
     assert (again["train/tokens"], again["student/grad_norm"], again["time/step"]) == (10.0, 3.0, 5.0)
     assert (again["train/loss"], again["time/data"], again["train/padding_share"]) == (0.0, 0.0, 0.0)
-    assert not {"train/topk_mass", "train/topk_overlap"} & again.keys()
+    assert again.keys() == line.keys()  # a metric whose value is 0 stays
+    plain = StepMetrics(ALONE)
+    clock.now += 1
+    assert line.keys() - plain.line(0.0, True).keys() == {"train/topk_mass", "train/topk_overlap", "train/policy_loss"}
 
 
 def test_a_line_without_a_teacher_has_no_divergence(clock):

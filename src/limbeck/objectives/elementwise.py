@@ -262,13 +262,18 @@ def _at_temperature(
 def _sampled_divergence(
     softmax: SoftmaxStats, log_p: Tensor, tile: TileInputs, spec: ElementwiseSpec, reducer: VocabReducer
 ) -> DivergenceGrad:
-    """An estimator of the divergence from the sampled token, of which the teacher's log-probability is log_p [n, 1]."""
+    """An estimator of the divergence from the sampled token, of which the teacher's log-probability is log_p [n, 1].
+
+    The teacher's entropy and the agreement are NaN if only log_p is known.
+    """
     zero, columns = torch.zeros_like(softmax.log_q1_target), tile.target.unsqueeze(-1)
     log_q = softmax.log_q1_target if spec.objective.temperature == 1.0 else reducer.gather(softmax.log_q, columns)
     value, slope = spec.objective.divergence_fn(log_p, log_q)
-    agreement = zero if softmax.agreement is None else softmax.agreement
-    entropy = _student_entropy(softmax, reducer)
-    return DivergenceGrad(value, entropy, zero, agreement, zero, zero, -slope, None, columns, slope)
+    entropy_q = _student_entropy(softmax, reducer)
+    entropy_p = agreement = torch.full_like(zero, torch.nan)
+    if softmax.p is not None and softmax.log_p is not None and softmax.agreement is not None:
+        entropy_p, agreement = -reducer.sum((softmax.p * softmax.log_p).sum(-1, keepdim=True)), softmax.agreement
+    return DivergenceGrad(value, entropy_q, entropy_p, agreement, zero, zero, -slope, None, columns, slope)
 
 
 def _topk_divergence(

@@ -108,7 +108,8 @@ class DistillationLoss(NamedTuple):
     - topk_mass: the teacher's probability of the k tokens. topk_overlap: the share of these k among the other model's own k.
     - policy: the policy gradient's part of the loss.
 
-    Fields that need a teacher, top-k, or tokens that the student has sampled, are 0 without them.
+    Fields that need a teacher, top-k, or tokens that the student has sampled, are 0 without them. The teacher's entropy and
+    the agreement are NaN if the teacher's signal is ``Sampled``, which does not contain them.
     """
 
     loss: Tensor

@@ -24,7 +24,7 @@ class Run:
     facts:   ``run.json``: exp_name, student, teacher, limbeck_version, parameters, config, data.
     rows:    measurements by step, in increasing order; training and validation of one step share a row.
     notices: warnings about the folder, for the report.
-    samples: some answers of the newest validation by writing.
+    samples: some written answers of the newest validation, or of the newest step.
     evaluations: results of ``limbeck eval``.
     """
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
+from limbeck.errors import LimbeckError
+
 if TYPE_CHECKING:  # the worker processes of verifiers import this package, but not torch
     from torch import Tensor
 
@@ -42,6 +44,27 @@ class SamplingParams:
     seed: int = 0
     stop_strings: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+
+
+def most_new_tokens(prompt: Prompt, sampling: SamplingParams, max_length: int | None) -> int:
+    """The most tokens of a completion of ``prompt``, together with which it has at most ``max_length``, if that is not None.
+
+    Raises:
+        LimbeckError: if the prompt is empty or leaves no position for a token.
+    """
+    length = len(prompt.token_ids)
+    if length == 0:
+        raise LimbeckError(f"the prompt of row {prompt.row_id} has no tokens; leave the row out.")
+    if max_length is None:
+        return sampling.max_tokens
+    if length >= max_length:
+        raise LimbeckError(
+            f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: a prompt and its answer "
+            f"have at most {max_length} tokens, by sequence_length, the model's positions or rollout.generator_kwargs; leave "
+            "out longer prompts, raise sequence_length, or set student.model_args.model_config_kwargs.max_position_embeddings "
+            "if the model supports more."
+        )
+    return min(sampling.max_tokens, max_length - length)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from limbeck.config import DistillConfig
 from limbeck.errors import LimbeckError
 from limbeck.models import body, unwrap_model
 from limbeck.rollout.decode_graphs import DecodeGraphs
-from limbeck.rollout.generator import Completion, Prompt, SamplingParams
+from limbeck.rollout.generator import Completion, Prompt, SamplingParams, most_new_tokens
 from limbeck.rollout.kv_cache import SLOT_ATTENTION, Decode, Prefill, SlotCache
 from limbeck.rollout.recurrent_cache import keep_states_in_slots, states_in_slots
 from limbeck.rollout.sampling import sample_tokens
@@ -186,18 +186,7 @@ class HfGenerator:
         return logits[:, 0]
 
     def _make_rows(self, index: int, prompt: Prompt, sampling: SamplingParams) -> list[_Row]:
-        length, most = len(prompt.token_ids), sampling.max_tokens
-        if length == 0:
-            raise LimbeckError(f"the prompt of row {prompt.row_id} has no tokens; leave the row out.")
-        if self._max_length is not None:
-            if length >= self._max_length:
-                raise LimbeckError(
-                    f"the prompt of row {prompt.row_id} has {length} tokens, which leaves no room to write: a prompt and its "
-                    f"answer have at most {self._max_length} tokens, by sequence_length or the positions of "
-                    f"{type(self.model).__name__}; leave out longer prompts, raise sequence_length, or set "
-                    "student.model_args.model_config_kwargs.max_position_embeddings if the model supports more."
-                )
-            most = min(most, self._max_length - length)
+        most = most_new_tokens(prompt, sampling, self._max_length)
         return [
             _Row(prompt, index, most, np.random.default_rng((sampling.seed, prompt.row_id, sample)))
             for sample in range(sampling.n)

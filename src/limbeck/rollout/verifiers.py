@@ -52,7 +52,8 @@ class Verifier(Protocol):
 
         Args:
             answers: whole completions. The answer in one is the content of its last ``\\boxed{…}``, or what follows its last
-                ``####``, or else the last number (``MathVerifier``: what math-verify extracts).
+                ``####``, or if it has neither, the last number (``MathVerifier``: what math-verify extracts). There is no
+                answer if that box is not closed, which happens where a completion is cut off.
             references: the right answers, alone or at the end of a solution that marks them in the same way.
         """
 
@@ -61,7 +62,9 @@ class Verifier(Protocol):
 
 
 class ExactVerifier:
-    """Compares numbers by value, without currency, thousands separators, percent signs and units; other answers as text."""
+    """Compares numbers by value, without currency signs, thousands separators, percent signs, and units, which are words of
+    two letters or more, or one of g, h, l, L, m, s. Other answers are compared as text without spaces and capital letters.
+    """
 
     def scores(self, answers: Sequence[str], references: Sequence[str]) -> list[Score]:
         return [check_exact(answer, reference) for answer, reference in zip(answers, references, strict=True)]
@@ -151,24 +154,28 @@ class _Worker:
         self._connection.close()
 
     def _start(self) -> None:
-        self._connection, theirs = _CONTEXT.Pipe()
-        arguments = (theirs, self._check, self._seconds)
-        self._process = _CONTEXT.Process(target=_work, args=arguments, daemon=True)
-        self._process.start()
+        connection, theirs = _CONTEXT.Pipe()
+        process = _CONTEXT.Process(target=_work, args=(theirs, self._check, self._seconds), daemon=True)
+        try:
+            process.start()
+        except OSError as error:
+            raise LimbeckError(
+                f"A process of the verifier could not be started: {error}; free memory or end processes."
+            ) from error
         theirs.close()  # so that the end of the process closes the pipe
-        self._ready = False
+        self._connection, self._process, self._ready = connection, process, False
 
     def _wait_until_ready(self) -> None:
         """The time limit of a check must not include the imports of the process."""
         if not self._ready:
-            try:
+            with suppress(EOFError, OSError):
                 self._ready = self._connection.poll(_START_SECONDS) and self._connection.recv()
-            except (EOFError, OSError):
-                self._process.join()
         if not self._ready:
+            self.stop()
+            status = self._process.exitcode
+            self._start()  # for the next answer
             raise LimbeckError(
-                f"A process of the verifier did not start (exit status {self._process.exitcode}); its message, if it wrote "
-                "one, is above."
+                f"A process of the verifier did not start (exit status {status}); its message, if it wrote one, is above."
             )
 
 
@@ -197,7 +204,8 @@ def _work(connection: Connection, check: Callable[[str, str], Score], seconds: f
 
 def check_exact(answer: str, reference: str) -> Score:
     """Compare two numbers by value, or two strings without spaces and capital letters."""
-    given = _marked_answer(answer) or _last_number(answer)
+    marked = _marked_answer(answer)
+    given = _last_number(answer) if marked is None else marked
     if not given:
         return Score(None, NO_ANSWER)
     return Score(int(_normalize(given) == _normalize(_marked_answer(reference) or reference)))
@@ -211,6 +219,8 @@ def check_math(answer: str, reference: str) -> Score:
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
     marked = _marked_answer(answer)
+    if marked == "":
+        return Score(None, NO_ANSWER)
     if marked and check_exact(answer, reference).value == 1:
         return Score(1)
 
@@ -233,22 +243,26 @@ _BRACE = re.compile(r"\\[{}]|[{}]")
 _NUMBER = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:/\d+)?"
 _NUMBERS = re.compile(rf"(?:(?<![\w)}}])-)?{_NUMBER}")  # the minus of 5-2 is not a sign
 _TEXT = r"\\(?:text|textbf|mathrm|mbox)\{([^{}]*)\}"
-_UNIT = rf"(?:{_TEXT}(?:\^\{{?\d\}}?)?|(?!(?:pi|and|or)\b)[A-Za-z]{{2,}}(?:[\s/]+[A-Za-z]+)*(?:\^\d)?)"
+_WORDS = r"(?:(?!(?:pi|and|or)\b)[A-Za-z]{2,}(?:[\s/]+[A-Za-z]+)*|[ghlLms](?:/[A-Za-z]+)?)"
+_UNIT = rf"(?:{_TEXT}(?:\^\{{?\d\}}?)?|{_WORDS}(?:\^\d)?)"
 _QUANTITY = re.compile(rf"\s*(-?{_NUMBER})\s*(?:\\?%)?\s*{_UNIT}?\s*")
 _INVISIBLE = re.compile(r"\\[\s,!;:]|\\?[$€£]|\\(?:left|right)(?![A-Za-z])")
 
 
 def _marked_answer(text: str) -> str | None:
-    """The content of the last ``\\boxed{…}``, or what follows the last ``####`` on its line, if there is either."""
+    """The content of the last ``\\boxed{…}``, empty if it is not closed, or what follows the last ``####`` on its line, without
+    Markdown's emphasis; None if there is neither.
+    """
     boxes = list(_BOXED.finditer(text))
     if boxes:
         start, depth = boxes[-1].end(), 1
         for brace in _BRACE.finditer(text, start):
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                return text[start : brace.start()].strip() or None
+                return text[start : brace.start()].strip()
+        return ""
     _, mark, rest = text.rpartition("####")
-    return (rest.strip().partition("\n")[0].strip() or None) if mark else None
+    return rest.strip().partition("\n")[0].lstrip("*_ ").rstrip("*_. ") if mark else None
 
 
 def _last_number(text: str) -> str | None:

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import LimbeckError
-from limbeck.rollout.generator import Completion, Prompt, SamplingParams
+from limbeck.rollout.generator import Completion, Prompt, SamplingParams, most_new_tokens
 from limbeck.rollout.student import end_token_ids, num_tokens
+from limbeck.rollout.weights import checked_weights
 
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -209,18 +210,10 @@ class VllmGenerator:
 
     def _request(self, prompt: Prompt, number: int, sampling: SamplingParams) -> Any:
         """The parameters of the request for one sample."""
-        room = self._max_model_len - len(prompt.token_ids)
-        if not prompt.token_ids:
-            raise LimbeckError(f"the prompt of row {prompt.row_id} has no tokens; leave the row out.")
-        if room < 1:
-            raise LimbeckError(
-                f"the prompt of row {prompt.row_id} has {len(prompt.token_ids)} tokens, which leaves no room to write: "
-                f"the generator vllm has {self._max_model_len} positions; raise sequence_length if the student supports "
-                "more, or leave out longer prompts."
-            )
+        most = most_new_tokens(prompt, sampling, self._max_model_len)
         seed = np.random.default_rng((sampling.seed, prompt.row_id, number)).integers(2**63)
         return self._vllm.SamplingParams(
-            max_tokens=min(sampling.max_tokens, room),
+            max_tokens=most,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -265,35 +258,16 @@ class _CheckpointWeights:
         names_of: dict[int, list[str]] = {}
         for name, tensor in state.items():
             names_of.setdefault(id(tensor), []).append(name)
-        self._tied = {name: tuple(names) for names in names_of.values() for name in names}
+        self._tied = {name: names for names in names_of.values() for name in names}
         embeddings = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module]
         padded = {id(tensor) for module in embeddings for tensor in module.parameters()}
         self._padded = {name for name, tensor in state.items() if id(tensor) in padded}
 
     def complete(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
         """``weights``, checked; every tied parameter under each of its names, which vLLM keeps apart on a CPU."""
-        missing = {names[0] for names in self._tied.values()}
-        for name, tensor in weights:
-            if name not in self._shapes:
-                raise LimbeckError(
-                    f"the generator received the weight {name}, which {self._model} does not have; send the names of the "
-                    "student's state dict, with adapters merged."
-                )
-            if tensor.shape != self._shapes[name]:
-                raise LimbeckError(
-                    f"the generator received the weight {name} with the shape {list(tensor.shape)} in place of "
-                    f"{list(self._shapes[name])}; build it from the student's own configuration."
-                )
-            names = self._tied[name]
-            if names[0] in missing:
-                missing.discard(names[0])
-                tensor = tensor.detach()[: self.vocab_size] if name in self._padded else tensor.detach()
-                yield from ((each, tensor) for each in names)
-        if missing:
-            raise LimbeckError(
-                f"the generator did not receive {', '.join(sorted(missing)[:3])} ({len(missing)} weights of {self._model}); "
-                "send every tensor of the student's state dict."
-            )
+        for name, tensor in checked_weights(weights, self._tied, self._shapes, self._model):
+            tensor = tensor[: self.vocab_size] if name in self._padded else tensor
+            yield from ((each, tensor) for each in self._tied[name])
 
 
 def _end_engine(ranks: int) -> None:

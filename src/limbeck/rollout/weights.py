@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,11 +25,13 @@ class SharedWeights:
         self._model = model
         self._device = torch.empty(0, device=device).device  # with its number, so that devices can be compared
         self._slots: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._shapes: dict[str, torch.Size] = {}
         by_tensor: dict[int, list[tuple[nn.Module, str]]] = {}
         for name, tensor in model.state_dict(keep_vars=True).items():
             module, _, attribute = name.rpartition(".")
             self._slots[name] = by_tensor.setdefault(id(tensor), [])
             self._slots[name].append((model.get_submodule(module), attribute))
+            self._shapes[name] = tensor.shape
         self._copies: set[int] = set()
         _compute_buffers(model, device)
 
@@ -39,21 +41,8 @@ class SharedWeights:
         Raises:
             LimbeckError: if one is missing, unknown or of another shape.
         """
-        model = type(self._model).__name__
-        missing = {id(slots): name for name, slots in self._slots.items()}
-        for name, tensor in weights:
-            if name not in self._slots:
-                raise LimbeckError(
-                    f"the generator received the weight {name}, which {model} does not have; send the names of the "
-                    "student's state dict, with adapters merged."
-                )
-            if missing.pop(id(self._slots[name]), None) is not None:
-                self._assign(name, tensor.detach())
-        if missing:
-            raise LimbeckError(
-                f"the generator did not receive {', '.join(sorted(missing.values())[:3])} ({len(missing)} weights of "
-                f"{model}); send every tensor of the student's state dict."
-            )
+        for name, tensor in checked_weights(weights, self._slots, self._shapes, type(self._model).__name__):
+            self._assign(name, tensor)
 
     def to(self, device: torch.device | str) -> None:
         """Move the weights. What was shared on another device is a copy from then on, until it is loaded again."""
@@ -62,11 +51,6 @@ class SharedWeights:
     def _assign(self, name: str, tensor: Tensor) -> None:
         slots = self._slots[name]
         present: Tensor = getattr(*slots[0])
-        if tensor.shape != present.shape:
-            raise LimbeckError(
-                f"the generator received the weight {name} with the shape {list(tensor.shape)} in place of "
-                f"{list(present.shape)}; build it from the student's own configuration."
-            )
         if (tensor.dtype, tensor.device) == (present.dtype, self._device):
             self._copies.discard(id(slots))
         elif id(slots) in self._copies and present.device == self._device:
@@ -78,6 +62,40 @@ class SharedWeights:
         for module, attribute in slots:
             is_parameter = isinstance(present, nn.Parameter)
             setattr(module, attribute, nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def checked_weights(
+    weights: Iterable[tuple[str, Tensor]], tied: Mapping[str, list[Any]], shapes: Mapping[str, torch.Size], model: str
+) -> Iterator[tuple[str, Tensor]]:
+    """The first of ``weights`` for each tensor of a model, detached.
+
+    Args:
+        weights: by name; one name of tied parameters is enough.
+        tied: all names of the model. Those of tied parameters have the same list.
+        shapes: of each name. model: its name.
+
+    Raises:
+        LimbeckError: if one is missing, unknown or of another shape.
+    """
+    missing = {id(group): name for name, group in tied.items()}
+    for name, tensor in weights:
+        if name not in tied:
+            raise LimbeckError(
+                f"the generator received the weight {name}, which {model} does not have; send the names of the student's "
+                "state dict, with adapters merged."
+            )
+        if tensor.shape != shapes[name]:
+            raise LimbeckError(
+                f"the generator received the weight {name} with the shape {list(tensor.shape)} in place of "
+                f"{list(shapes[name])}; build it from the student's own configuration."
+            )
+        if missing.pop(id(tied[name]), None) is not None:
+            yield name, tensor.detach()
+    if missing:
+        raise LimbeckError(
+            f"the generator did not receive {', '.join(sorted(missing.values())[:3])} ({len(missing)} weights of {model}); "
+            "send every tensor of the student's state dict."
+        )
 
 
 @contextmanager

@@ -25,6 +25,8 @@ from limbeck.train.student import StudentLoss
 FEATURES = "features/"
 _STUDENT_METRICS = ("val/loss", "val/ce", "val/student_entropy", "student/val_loss")
 _TEACHER_METRICS = ("val/kd", "val/teacher_entropy", "val/top1_agreement")
+_WHOLE_DISTRIBUTION = ("/teacher_entropy", "/top1_agreement")
+"""Ends of the names of metrics that need the probabilities of all tokens, or of the teacher's most likely ones."""
 METRICS_OF_ANSWERS = _STUDENT_METRICS + _TEACHER_METRICS
 """Metrics of validation rows with an answer."""
 WRITTEN_METRICS = ("val/accuracy", "val/mean_length", "val/truncated_share", "val/reward_unknown_share")
@@ -107,10 +109,24 @@ class Timer:
 
 
 class StepMetrics:
-    """Training metrics between two log lines, by their public names."""
+    """Training metrics between two log lines, by their public names.
 
-    def __init__(self, world: World, pairs: Sequence[str] = (), gap: LogProbGap | None = None) -> None:
-        self.world, self._gap = world, gap
+    Args:
+        pairs: labels of the pairs of intermediate features.
+        gap: compares log-probabilities of written tokens, if there are any.
+        has_topk: the divergence is over some tokens of the vocabulary only.
+        has_policy: the loss has a policy gradient.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        pairs: Sequence[str] = (),
+        gap: LogProbGap | None = None,
+        has_topk: bool = False,
+        has_policy: bool = False,
+    ) -> None:
+        self.world, self._gap, self._has_topk, self._has_policy = world, gap, has_topk, has_policy
         self.losses = LossSums(world.device, pairs)
         self.timer = Timer(world.device)
         self._norm = torch.zeros((), device=world.device)
@@ -138,7 +154,7 @@ class StepMetrics:
         self._norm += grad_norm
 
     def line(self, learning_rate: float, has_teacher: bool) -> dict[str, float]:
-        """Return the means over the steps since the previous line, and reset them. Collective."""
+        """Return the means over the steps since the previous line, NaN if unknown, and reset them. Collective."""
         n = max(self._steps, 1)
         # Each rank has divided its loss by its part of the supervised tokens, so the mean over the ranks that compute a loss
         # is the global mean.
@@ -167,10 +183,10 @@ class StepMetrics:
             line["train/train_distill_loss"] = losses["kd"]
             line["train/teacher_entropy"] = losses["teacher_entropy"]
             line["train/top1_agreement"] = losses["top1_agreement"]
-            if losses["topk_mass"]:
+            if self._has_topk:
                 line["train/topk_mass"] = losses["topk_mass"]
                 line["train/topk_overlap"] = losses["topk_overlap"]
-        if losses["policy"]:
+        if self._has_policy:
             line["train/policy_loss"] = losses["policy"]
         if self._gap is not None:
             line |= self._gap.read(self.world)
@@ -203,17 +219,17 @@ def check_best_metric(config: DistillConfig, world: World, of_source: Iterable[s
     validation = [*_STUDENT_METRICS, *(_TEACHER_METRICS if teacher else ())]
     if config.effective_validation.rollout is not None:
         validation += WRITTEN_METRICS
-    training = StepMetrics(world).line(0.0, teacher)
+    topk = teacher and config.logits_topk > 0
+    training = StepMetrics(world, has_topk=topk, has_policy=config.has_policy_gradient).line(0.0, teacher)
     aligned = config.cross_tokenizer != "off"
     optional = {
-        "train/topk_mass": teacher and config.logits_topk > 0,
-        "train/topk_overlap": teacher and config.logits_topk > 0,
         "train/aligned_share": aligned,
         f"train/{FEATURES}total": bool(config.features.pairs),
-        "train/policy_loss": config.has_policy_gradient,
         **dict.fromkeys(GAP_METRICS, config.rollout is not None and not config.rollout.truncates and not aligned),
     }
     known = [*validation, *(of_source or ()), *training, *(name for name, given in optional.items() if given)]
+    if config.teacher_source == "ray" and config.teacher_signal == "sampled_token":
+        known = [name for name in known if not name.endswith(_WHOLE_DISTRIBUTION)]
     named_later = (  # by a submodule, or by an environment
         *((f"train/{FEATURES}",) if config.features.pairs else ()),
         *(("rollout/reward_reasons/",) if config.rollout is not None and config.rollout.environment else ()),

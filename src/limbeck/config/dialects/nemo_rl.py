@@ -241,21 +241,24 @@ def _translate_generation(file: NemoRlFile, datasets: Datasets) -> None:
 
 
 def _translate_lengths(file: NemoRlFile) -> None:
-    """``max_length`` sets both limits. In a file it may also be one of them beside the other."""
+    """``max_length`` sets both limits, or the other one beside one that is set in the same place: the file, or the command
+    line, which has precedence.
+    """
     ours = "distillation.max_length"
     limits = {
         "sequence_length": "policy.max_total_sequence_length",
         "rollout.max_new_tokens": "policy.generation.max_new_tokens",
     }
     given = {target: path for target, path in limits.items() if file.get(path) is not None}
-    if file.is_override(ours):
-        for target, path in given.items():
-            file.put(target, *file.one_of(path, ours))
-    elif len(given) == len(limits) and file.get(ours) not in map(file.get, given.values()):
-        file.one_of(max(given.values(), key=file.is_override), ours)
-    for target in limits:
+    overrides = {target: path for target, path in given.items() if file.is_override(path)}
+    beside = overrides if file.is_override(ours) else given
+    if len(beside) == len(limits) and file.get(ours) not in map(file.get, beside.values()):
+        file.one_of(max(beside.values(), key=file.is_override), ours)
+    for target, path in limits.items():
         if target not in given:
             file.put(target, file.get(ours), ours)
+        elif target not in beside:
+            file.put(target, *file.one_of(path, ours))
 
 
 def _translate_environment(file: NemoRlFile, datasets: Datasets) -> None:

@@ -241,6 +241,8 @@ def build_run(
             world,
             student.settings.features.labels if student.settings.features else (),
             None if on_policy is None else on_policy.gap,
+            has_topk=0 < config.logits_topk < spec.vocab_size,
+            has_policy=config.has_policy_gradient,
         ),
         signal_spec=spec,
         taid=taid,
