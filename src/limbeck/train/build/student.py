@@ -150,9 +150,10 @@ def distribute_student(
     def features_on(capture: Capture, *, last: bool) -> Features | None:
         """The pairs of one part of the model. Every rank calls it for each of its parts; ``settings`` change on all at once."""
         nonlocal settings
-        if settings.features is None:
+        features = settings.features
+        if features is None:
             return None
-        found = settings.features.on(capture(settings.features.taps.names))
+        found = features.on(capture(features.taps.names))
         if world.max(found is not None and not last) and settings.balance == "modelopt":
             _adapt(
                 "loss_balance",
@@ -163,7 +164,7 @@ def distribute_student(
                 world,
             )
             settings = replace(settings, balance="weighted")
-        if world.max(found is not None and found.is_divided and settings.features.losses.shares_projection):
+        if world.max(found is not None and found.is_divided and features.losses.shares_projection):
             _adapt(
                 "projection",
                 "features.projection = shared is not built for features.pairs on several pipeline stages",
@@ -171,7 +172,7 @@ def distribute_student(
                 config,
                 world,
             )
-            settings = replace(settings, features=settings.features.per_pair())
+            settings = replace(settings, features=features.per_pair())
             return features_on(capture, last=last)
         return found
 
