@@ -53,7 +53,7 @@ def test_the_wrapper_of_rolls_megatron_example_trains_on_its_eight_ranks(tmp_pat
     command = ["bash", f"examples/{NAME}/run_distill_pipeline.sh"]
     environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=500, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     (student,) = tmp_path.glob("checkpoints/**/student")
