@@ -1,4 +1,6 @@
-"""The goals of Limbeck on one GPU, and whether the results of ``step_gpu.py`` and ``loss_gpu.py`` keep them."""
+"""The goals of Limbeck, and whether results keep them: on one GPU (``step_gpu.py``, ``loss_gpu.py``), and beside Megatron on
+CPUs (``megatron_step.py``).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,9 @@ SHARE = Goal("share of the matmul peak", "≥", 0.5)
 LOSS = Goal("loss ÷ aligned products, per logit", "≤", 1.12)
 GROWTH = Goal("growth of memory in the loss, GB", "≤", 1.2)
 LOSS_LIGER = Goal("loss ÷ Liger's", "≤", 0.6)
+MEGATRON_PARTS = Goal("step ÷ its parts", "≤", 1.05)
+MEGATRON_SPEED = Goal("steps/s ÷ ModelOpt's", "≥", 1.3)
+MEGATRON_MEMORY = Goal("growth of peak memory ÷ ModelOpt's", "≤", 0.6)
 
 SMALL, LARGE = "0.5B<-1.5B", "1.5B<-7B"
 

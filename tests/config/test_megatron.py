@@ -108,6 +108,14 @@ def test_an_argument_without_effect_is_in_the_one_notice(folder: Path, flag: str
     assert f"--{flag}" in notice
 
 
+def test_a_flag_may_have_a_value_for_each_layer_or_loss(folder: Path) -> None:
+    run("--moe-router-load-balancing-type none aux_loss --moe-aux-loss-coeff 0 0.0")
+    (line,) = mistakes("--moe-router-load-balancing-type aux_loss sinkhorn")
+    assert line.startswith("--moe-router-load-balancing-type = aux_loss sinkhorn is not supported")
+    (line,) = mistakes("--iterations-to-skip 3 4")
+    assert line.startswith("--iterations-to-skip = 3 4 is not supported")
+
+
 @pytest.mark.parametrize("flag", sorted(megatron_table.ONLY))
 def test_an_argument_that_would_change_the_result_is_refused(folder: Path, flag: str) -> None:
     kind, allowed, _ = megatron_table.ONLY[flag]
@@ -441,8 +449,9 @@ def test_layers_of_experts_are_recomputed_and_code_is_run_only_if_chosen(folder:
     text = "--limbeck-strategy megatron --num-experts 4 --moe-layer-recompute"
     assert at(run(text), key) == ["core_attn", "moe"]
     assert at(run(f"{text} --recompute-granularity selective --recompute-modules mlp"), key) == ["mlp", "moe"]
-    (line,) = mistakes(f"{text} --recompute-granularity full")
-    assert line.startswith("--moe-layer-recompute and --recompute-granularity full contradict each other")
+    for flag in ("--moe-layer-recompute", "--recompute-activations"):
+        (line,) = mistakes(f"{flag} --limbeck-strategy megatron --recompute-granularity full")
+        assert line.startswith(f"{flag} and --recompute-granularity full contradict each other")
     trusted = [f"{role}.model_args.trust_remote_code" for role in ("student", "teacher")]
     assert [at(run("--trust-remote-code"), key) for key in trusted] == [True, True]
     assert [at(run(""), key) for key in trusted] == [False, False]

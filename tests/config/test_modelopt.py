@@ -68,6 +68,35 @@ def test_the_scale_is_the_ratio_of_the_two_weights(scale: float | None) -> None:
     assert w / (1 - w) == pytest.approx(1.0 if scale is None else scale)
 
 
+@pytest.mark.parametrize(
+    ("keys", "weight"),
+    [
+        ({}, 10 / 11),
+        ({"loss_balance": "weighted"}, 10 / 11),
+        ({"features": {"weight": 2}}, 2),
+        ({"loss_balance": "modelopt"}, 1),
+    ],
+)
+def test_the_scale_multiplies_the_pairs_too(keys: dict[str, Any], weight: float) -> None:
+    file = {"intermediate_layer_pairs": [["a", "b"]], "skip_lm_loss": False, "kd_loss_scale": 10.0}
+    loaded = load_mapping({**BASE, **keys, "distillation_config": file})
+    assert loaded.config.features.weight == pytest.approx(weight)
+    assert loaded.notices == []
+    assert inline(intermediate_layer_pairs=[["a", "b"]]).config.features.weight == 1  # LM is left out: KL + pairs
+
+
+def test_only_what_the_user_has_not_set_gives_way_to_pipeline_stages() -> None:
+    file = {"distillation_config": {"intermediate_layer_pairs": [["a", "b"]]}}
+
+    def adapted(**keys: Any) -> list[str]:
+        return load_mapping({**BASE, **keys, **file}).config.features.adapt_to_stages
+
+    assert adapted() == ["loss_balance", "projection"]
+    assert adapted(loss_balance="modelopt") == ["projection"]
+    assert adapted(features={"projection": "shared"}) == ["loss_balance"]
+    assert adapted(features={"adapt_to_stages": []}) == []
+
+
 def test_a_number_in_its_file_needs_no_dot(run) -> None:
     w = load_config(run("skip_lm_loss: false\nkd_loss_scale: 1e1\n")).config.distill_loss_weight
     assert w / (1 - w) == pytest.approx(10.0)

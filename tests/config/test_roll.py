@@ -201,9 +201,61 @@ def test_megatron_reads_the_keys_that_other_strategies_ignore(load: Load) -> Non
     assert f"{MEGATRON}.use_distributed_optimizer" not in ignored
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_rolls_own_defaults_of_megatron_are_accepted(load: Load, mistakes: Mistakes, role: str) -> None:
+    sizes = [f"{kind}_parallel_size" for kind in ("tensor_model", "context", "pipeline_model")]
+    config = f"{role}.strategy_args.strategy_config"
+    loaded = load(*(f"{config}.{key}=null" for key in sizes), f"{config}.save_merged_model=false")
+    given = getattr(loaded.config, role).strategy_args.strategy_config
+    assert [getattr(given, key) for key in sizes] == [1, 1, 1]
+    assert any(f"{config}.save_merged_model" in notice for notice in loaded.notices if "no effect" in notice)
+    adapters = "student.model_args.lora_target=all-linear"
+    (line,) = mistakes("student.strategy_args.strategy_config.save_merged_model=false", adapters)
+    assert "save_merged_model = false with LoRA is not supported" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "unread"),
+    [
+        (["recompute_modules=[mlp]"], "recompute_modules has no effect: it is only read with recompute_granularity"),
+        (["recompute_granularity=full", "recompute_modules=[mlp]"], "recompute_modules has no effect"),
+        (["recompute_granularity=selective", "recompute_method=block"], "recompute_method has no effect"),
+        (["recompute_granularity=selective", "recompute_num_layers=2"], "recompute_num_layers has no effect"),
+        (["recompute_num_layers=2"], "recompute_num_layers has no effect"),
+        (["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=2"], None),
+    ],
+)
+def test_keys_of_recomputation_without_effect_cause_a_notice(
+    load: Load, settings: list[str], unread: str | None
+) -> None:
+    def notices(role: str, mode: str, *more: str) -> list[str]:
+        path = f"{role}.strategy_args"
+        keys = [f"{path}.strategy_config.{setting}" for setting in settings]
+        loaded = load(f"{path}.strategy_name=megatron_{mode}", *keys, *more)
+        return [notice for notice in loaded.notices if "megatron.recompute" in notice]
+
+    kept = notices("student", "train", "student.model_args.disable_gradient_checkpointing=true")
+    assert len(kept) == (unread is not None) and all(unread in notice for notice in kept if unread)
+    assert len(notices("teacher", "infer")) == len(settings)
+    if settings == ["recompute_num_layers=2"]:  # which full recomputation reads without recompute_granularity
+        assert notices("student", "train", "student.model_args.disable_gradient_checkpointing=false") == []
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
+        (
+            ["strategy_name=megatron_train", "strategy_config.recompute_modules=[]"],
+            "command line: student.strategy_args.strategy_config.recompute_modules = [] is empty; remove it",
+        ),
+        (
+            ["strategy_name=megatron_train", "strategy_config.moe_token_dispatcher_type=flex"],
+            "command line: student.strategy_args.strategy_config.moe_token_dispatcher_type = flex is not one of",
+        ),
+        (
+            ["strategy_name=megatron_train", "strategy_config.recompute_modules=[foo]"],
+            "command line: student.strategy_args.strategy_config.recompute_modules[0] = foo is not one of",
+        ),
         (
             ["strategy_name=megatron_train", "strategy_config.fsdp_size=2"],
             "fsdp_size is not read by megatron_train; remove it",

@@ -284,6 +284,8 @@ def test_the_command_converts_there_and_back(tmp_path, capsys):
     file = tmp_path / "legacy" / "iter_0000000" / "mp_rank_00" / "model_optim_rng.pt"
     assert "decoder.layers.0.input_layernorm.weight" in torch.load(file, weights_only=False)["model"]
     assert_same(read(tmp_path / "legacy"), read(tmp_path / "megatron"))
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "other"), "--transformer-impl", "local"]) == 2
+    assert "--transformer-impl selects the names of --format torch" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "again")]) == 2
     assert "exists; name a new folder" in capsys.readouterr().err
     (tmp_path / "run").mkdir()

@@ -254,6 +254,10 @@ def test_a_sentence_says_what_to_install(folder, tmp_path, monkeypatch):
             },
             "recompute_modules = ['mlp'] with features.pairs is not built",
         ),
+        (
+            layout({"recompute_granularity": "selective", "recompute_modules": ["mlp", "layernorm"]}),
+            "recompute_modules has layernorm, which megatron-core recomputes with Transformer Engine only",
+        ),
         (layout({"virtual_pipeline_model_parallel_size": 2}), "= 2 needs a pipeline_model_parallel_size above 1"),
     ],
 )
@@ -386,6 +390,11 @@ def test_keys_of_experts_on_a_dense_model_are_one_warning():
         warnings.simplefilter("error")
         warn_of_unread_keys(sparse, given, "tiny", "teacher")
         warn_of_unread_keys(dense, MegatronConfig(), "tiny", "teacher")
+    given = MegatronConfig(recompute_granularity="selective", recompute_modules=["core_attn", "mlp", "moe"])
+    for model, module, reason in ((dense, "moe", "no experts"), (sparse, "mlp", "experts in every layer")):
+        with pytest.warns(UserWarning, match=f"recompute_modules: {module} has no effect: tiny has {reason}") as found:
+            warn_of_unread_keys(model, given, "tiny", "student")
+        assert len(found) == 1
 
 
 @needs_megatron

@@ -49,6 +49,11 @@ def _convert(args: argparse.Namespace) -> int:
         raise LimbeckError(f"--iteration = {args.iteration} must be at least 0.")
     configure_logging()
     from_megatron = is_megatron_checkpoint(args.source)
+    if args.transformer_impl is not None and args.format != "torch" and not from_megatron:
+        raise LimbeckError(
+            "--transformer-impl selects the names of --format torch, and torch_dist has names that both kinds of layers "
+            "load; add --format torch, or remove it."
+        )
     weights = None if from_megatron or (Path(args.source) / "config.json").is_file() else run_weights(Path(args.source))
     args.source = str(weights or args.source)
     if from_megatron:

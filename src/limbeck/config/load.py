@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -241,9 +241,16 @@ def _in_order_of_lines(
 
 
 def _error(found: Contradiction, translation: Translation, locations: Mapping[str, SourceLocation], source: str) -> str:
-    """An error message; for a derived key, the location includes the key or flag that it was derived from."""
+    """An error message; for a derived key, the location includes the key or flag that it was derived from.
+
+    A key that was only moved to a section below, such as ``strategy_config.megatron``, has the name that the file gives it.
+    """
     place, origin = _written_at(found, translation, locations)
     location = str(place or source)
+    path, bracket, index = found.path.partition("[")
+    section, _, key = (origin or "").rpartition(".")
+    if section and path.startswith(f"{section}.") and path.endswith(f".{key}"):
+        return format_error(replace(found, path=f"{origin}{bracket}{index}"), location)
     return format_error(found, location if origin in (None, location) else f"{location}: {origin}")
 
 

@@ -151,6 +151,7 @@ class FeatureLosses(nn.Module):
     ) -> None:
         super().__init__()
         self.losses = tuple(losses)
+        self._widths, self._seed = tuple(widths), seed
         for name in self.losses:
             if name not in LOSSES:
                 raise LimbeckError(f"{name!r} is not a feature loss; use one of {', '.join(LOSSES)}.")
@@ -178,6 +179,10 @@ class FeatureLosses(nn.Module):
         """Whether several pairs have one projection."""
         used = [number for number in self._projection_of if number is not None]
         return len(set(used)) < len(used)
+
+    def per_pair(self) -> FeatureLosses:
+        """The same losses, with new projections that no two pairs share."""
+        return FeatureLosses(self.losses, self._widths, seed=self._seed)
 
     def only(self, indices: Sequence[int]) -> FeatureLosses:
         """The losses of some of the pairs, with their projections under the same names."""

@@ -55,6 +55,11 @@ class Features(nn.Module):
         """Whether other pairs are computed elsewhere."""
         return len(self._computed) < len(self.labels)
 
+    def per_pair(self) -> Features:
+        """The same term, with new projections that no two pairs share."""
+        losses = self.losses.per_pair()
+        return Features(losses, self.taps, self.labels, weight=self.weight, supervised_only=self.supervised_only)
+
     def on(self, taps: HiddenStateCapture) -> Features | None:
         """The term of the pairs whose student submodule ``taps`` holds, which has the names of all; None if it holds none.
 

@@ -172,10 +172,13 @@ def _check_text(given: Values) -> None:
 
 def _refuse(result: Translation, given: Values) -> None:
     for name, (_, allowed, sentence) in table.ONLY.items():
-        value = " ".join(given[name]) if isinstance(given.get(name), list) else given.get(name)
+        known = {number(one) for one in allowed}
+        value = given.get(name)
+        each = value if isinstance(value, list) else [value]
+        value = " ".join(value) if isinstance(value, list) else value
         if name in given and not any(needed in given for needed in table.NEEDED.get(name, given)):
             result.ignored.append(f"--{name}")
-        elif name in given and not any(number(value) == number(one) for one in allowed):
+        elif name in given and not ({number(value)} <= known or {number(one) for one in each} <= known):
             shown = "" if value is True else f" = {value}"
             result.refuse(f"--{name}", f"{shown} {sentence}".strip())
     model = given.get("export-model-type", "GPTModel")
@@ -203,11 +206,10 @@ def _parallel(result: Translation, given: Values, start: Start) -> dict[str, int
         result.refuse("--limbeck-strategy", f"= {chosen} is not one of megatron, fsdp2")
         chosen = "fsdp2"
     of_megatron = {name: given[name] for name in table.OF_MEGATRON if name in given}
-    if given.get("recompute-activations"):
-        of_megatron.setdefault("recompute-granularity", "selective")
+    for flag in ("recompute-activations", "moe-layer-recompute"):
+        if given.get(flag) and of_megatron.setdefault("recompute-granularity", "selective") == "full":
+            result.refuse(f"--{flag}", "and --recompute-granularity full contradict each other; keep one")
     if given.get("moe-layer-recompute"):
-        if of_megatron.setdefault("recompute-granularity", "selective") == "full":
-            result.refuse("--moe-layer-recompute", "and --recompute-granularity full contradict each other; keep one")
         modules = of_megatron.get("recompute-modules", ["core_attn"])
         of_megatron["recompute-modules"] = modules if "moe" in modules else [*modules, "moe"]
     for role, mode, assign in (("student", "train", result.set), ("teacher", "infer", result.default)):

@@ -180,7 +180,7 @@ IGNORED: dict[str, str] = {
     ),
     **_all(
         """attention-backend distributed-backend local-rank num-workers
-        dataloader-type cp-comm-type timing-log-level timing-log-option tensorboard-log-interval
+        dataloader-type timing-log-level timing-log-option tensorboard-log-interval
         tensorboard-queue-size logging-level log-memory-interval cross-entropy-fusion-impl
         empty-unused-memory-level manual-gc-interval profile-step-start profile-step-end memory-snapshot-path
         num-dataset-builder-threads min-loss-scale
@@ -196,7 +196,7 @@ IGNORED: dict[str, str] = {
         kv-lora-rank q-lora-rank v-head-dim qk-head-dim qk-pos-emb-head-dim rotary-scaling-factor mscale mscale-all-dim""",
         VALUE,
     ),
-    **_all("profile-ranks high-priority-stream-groups tiktoken-special-tokens", VALUES),
+    **_all("profile-ranks high-priority-stream-groups tiktoken-special-tokens cp-comm-type", VALUES),
 }
 """Arguments without a meaning in Limbeck, where checkpoints are whole, formats are recognised and kernels are PyTorch's.
 
@@ -244,17 +244,17 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
     "weight-decay-incr-style": (VALUE, ("constant",), "is not supported; use constant"),
     "mtp-num-layers": (VALUE, ("0",), "(multi-token prediction) is not supported; remove it"),
     "moe-aux-loss-coeff": (
-        VALUE,
+        VALUES,
         ("0",),
         "is not supported yet: the loss of a run has no term that balances experts, so set it to 0",
     ),
     "moe-z-loss-coeff": (VALUE, ("0",), "is not supported yet; set it to 0"),
     "moe-expert-capacity-factor": (VALUE, (), "(experts leave out tokens) is not supported; remove it"),
-    "moe-router-load-balancing-type": (VALUE, ("none", "aux_loss"), "is not supported yet; use none"),
+    "moe-router-load-balancing-type": (VALUES, ("none", "aux_loss"), "is not supported yet; use none"),
     "rl-default-temperature": (VALUE, (), "belongs to reinforcement learning; " + _LATER),
     "data-parallel-sharding-strategy": (VALUE, ("no_shard",), _FSDP),
     **_all(
-        """decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format iterations-to-skip""",
+        """decoupled-lr decoupled-min-lr start-weight-decay end-weight-decay fp8-format fp4-format""",
         (VALUE, (), _LATER),
     ),
     **_all(
@@ -270,6 +270,7 @@ ONLY: dict[str, tuple[str, tuple[str, ...], str]] = {
         "main-grads-dtype main-params-dtype exp-avg-dtype exp-avg-sq-dtype",
         (VALUE, ("fp32",), "is not supported: the optimizer and what it adds to are fp32; set it to fp32"),
     ),
+    "iterations-to-skip": (VALUES, (), _LATER),
     "rampup-batch-size": (VALUES, (), "is not supported; give the final --global-batch-size"),
     "spec": (VALUES, HYBRID_SPECS, _SPEC),
     **dict.fromkeys(("reset-position-ids", "reset-attention-mask", "eod-mask-loss"), (SWITCH, (), _PACKS)),

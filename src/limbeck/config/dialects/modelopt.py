@@ -78,10 +78,15 @@ def translate(translation: Translation, locations: dict[str, SourceLocation]) ->
     for foreign, ours in MOVED.items():
         if keys.get(foreign) is not None:
             _set(translation, ours, keys[foreign], foreign)
+    adaptable = [ours for ours in ("loss_balance", "features.projection") if translation.get(ours) is None]
     for ours, value in DEFAULTS.items():
-        is_read = pairs or not ours.startswith("features.")
-        if is_read and translation.get(ours) is None:
-            translation.put(ours, value, KEY)
+        if pairs or not ours.startswith("features."):
+            translation.default(ours, value, KEY)
+    if pairs and adaptable:
+        translation.default("features.adapt_to_stages", [ours.rpartition(".")[2] for ours in adaptable], KEY)
+    can_be_weighted = translation.get("loss_balance") == "weighted" or "loss_balance" in adaptable
+    if pairs and can_be_weighted and keys.get("skip_lm_loss") is False:  # s multiplies the divergence and the pairs
+        translation.default("features.weight", translation.get("distill_loss_weight"), f"{KEY}.kd_loss_scale")
 
 
 def _translate_weight(translation: Translation, keys: Mapping[str, Any]) -> None:

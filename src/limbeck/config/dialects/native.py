@@ -33,7 +33,12 @@ SPELLINGS: dict[str, dict[str, dict[object, object]]] = {
         "resume_from_checkpoint": {None: False, "": False},
     },
     "model_args": {"dtype": DTYPES, "attn_implementation": {"fa2": "flash_attention_2", None: "auto"}},
-    "strategy_config": {"param_dtype": DTYPES, "reduce_dtype": {**DTYPES, None: "fp32"}},
+    "strategy_config": {
+        "param_dtype": DTYPES,
+        "reduce_dtype": {**DTYPES, None: "fp32"},
+        "sequence_parallel": {None: False},
+        **{f"{kind}_parallel_size": {None: 1} for kind in ("tensor_model", "context", "pipeline_model")},
+    },
 }
 """Other spellings of a value, by kind of section and key."""
 

@@ -199,6 +199,11 @@ def _drop_precision_flags(result: Translation) -> None:
 
 
 def _drop_ignored_keys(result: Translation) -> None:
+    for role in ("student", "teacher"):
+        config = f"{role}.strategy_args.strategy_config"
+        has_adapters = role == "student" and result.get("student.model_args.lora_target") is not None
+        if result.get(f"{config}.save_merged_model") is False and not has_adapters:
+            result.ignore(config, {"save_merged_model"})
     for kind in NO_MEANING.keys() | ONLY_WHEN_OFF.keys():
         for path, section in result.sections(kind):
             for key in list(section):

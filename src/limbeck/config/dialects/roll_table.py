@@ -130,9 +130,15 @@ ONLY_WHEN_OFF: dict[str, dict[str, tuple[tuple[object, ...], str]]] = {
         ),
         "pipeline_model_parallel_layout": ((None,), _PARALLEL[1]),
         "optimizer_cpu_offload": _OFFLOAD,
-        "optimizer_offload_fraction": ((None, 0, 0.0), _OFFLOAD[1]),
+        "optimizer_offload_fraction": (
+            (None, 0, 0.0),
+            "(a part of the optimizer in CPU memory) is not supported yet; remove it",
+        ),
         "save_only_model": ((None, False), "would make resuming impossible and is not supported; set it to false"),
-        "save_merged_model": ((None, True), "is not supported; adapters are always merged when saving, so remove it"),
+        "save_merged_model": (
+            (None, True),
+            "with LoRA is not supported: adapters are always merged when saving; set it to true, or remove it",
+        ),
         "fp8": ((None, False), "is not supported yet; remove it"),
         "fp8_recipe": ((None,), "is not supported yet; remove it"),
         "fp8_param": ((None, False), "is not supported yet; remove it"),

@@ -91,7 +91,7 @@ class MegatronConfig(Section):
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe"]] | None = Field(
         default=None,
         description="What selective recomputation recomputes: core_attn, layernorm, mlp (layers without experts) or moe "
-        "(layers with experts). If unset, core_attn.",
+        "(layers with experts). layernorm needs transformer_impl: transformer_engine. If unset, core_attn.",
     )
     overlap_grad_reduce: bool = Field(
         default=False, description="Reduce gradients over the data parallel ranks during the backward pass."
@@ -109,6 +109,8 @@ class MegatronConfig(Section):
     @field_validator("recompute_modules", mode="before")
     @classmethod
     def _of_limbecks_layers(cls, value: Any) -> Any:
+        if value == []:
+            raise ValueError("is empty; remove it to recompute core_attn, or name other modules")
         for module in value if isinstance(value, list) else []:
             if str(module) in _NOT_RECOMPUTED:
                 raise ValueError(f"has {module}, which {_NOT_RECOMPUTED[str(module)]}")

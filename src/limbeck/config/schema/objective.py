@@ -117,6 +117,12 @@ class FeaturesConfig(Section):
         default="tokens",
         description="Positions at which features are compared: all tokens except padding, or only supervised tokens.",
     )
+    adapt_to_stages: list[Literal["loss_balance", "projection"]] = Field(
+        default_factory=list,
+        description="Which of loss_balance: modelopt and projection: shared become weighted and per_pair, with a notice, where "
+        "the pairs lie on pipeline stages for which they are not built. Others are an error there. ModelOpt's configuration "
+        "sets this to those of the two that are not set.",
+    )
     logit_layers: TwoNames | None = Field(
         default=None,
         description="Names of the output heads of student and teacher in ModelOpt's configuration, checked against the "

@@ -9,6 +9,7 @@ from limbeck.config.schema.base import Contradiction
 from limbeck.config.schema.environment_rules import environment_contradictions, unread_environment_keys
 from limbeck.config.schema.freezing import freezing_contradictions
 from limbeck.config.schema.megatron import MegatronConfig
+from limbeck.config.schema.megatron_rules import unread_megatron_keys
 from limbeck.config.schema.models import StrategyArgs, StrategyConfig, reads_megatron_keys
 from limbeck.config.schema.objective import OBJECTIVE_KEYS, OBJECTIVE_KWARGS, OBJECTIVES, SAMPLED_OBJECTIVES
 from limbeck.config.schema.origin_objectives import distils, for_origin, objectives_by_origin
@@ -400,9 +401,9 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
     if config.kd_objective == "policy_gradient":
         yield "temperature_squared", "is not read by policy_gradient, which is no divergence"
     if not config.features.pairs:
-        for key in ("weight", "projection", "mask"):
+        for key in ("weight", "projection", "mask", "adapt_to_stages"):
             yield f"features.{key}", "is only read with features.pairs"
-    elif config.loss_balance == "modelopt":
+    elif config.loss_balance == "modelopt" and "loss_balance" not in config.features.adapt_to_stages:
         yield "features.weight", "is not read with loss_balance: modelopt"
     student = config.student
     if not student.use_dynamic_batching_in_train:
@@ -447,6 +448,7 @@ def unread_keys(config: RunFields) -> Iterator[tuple[str, str]]:
             )
     if not config.validation_sources:
         yield "eval_steps", "is only read with validation files"
+    yield from unread_megatron_keys(config)
     yield from unread_environment_keys(config)
 
 

@@ -78,15 +78,25 @@ def check_family(model: Any, dims: ParallelDims, name: str, role: str) -> None:
 
 
 def warn_of_unread_keys(model: Any, given: MegatronConfig, name: str, role: str) -> None:
-    """Warn once of the keys that only experts read, for a Hugging Face ``model`` without experts."""
+    """Warn of the keys that only experts read, for a Hugging Face ``model`` without experts, and of modules to recompute that
+    no layer has."""
+    section, with_experts = f"{role}.strategy_args.strategy_config", layers_with_experts(unwrap_model(model))
     keys = [key for key in MegatronConfig.model_fields if key.startswith(("moe_", "expert_"))]
     unread = [key for key in keys if getattr(given, key) != MegatronConfig.model_fields[key].default]
-    if unread and not any(layers_with_experts(unwrap_model(model))):
+    if unread and not any(with_experts):
         have = "have" if len(unread) > 1 else "has"
-        warnings.warn(
-            f"{role}.strategy_args.strategy_config: {', '.join(unread)} {have} no effect: {name} has no experts.",
-            stacklevel=2,
-        )
+        warnings.warn(f"{section}: {', '.join(unread)} {have} no effect: {name} has no experts.", stacklevel=2)
+    absent = {
+        "moe": "has no experts" if not any(with_experts) else "",
+        "mlp": "has experts in every layer" if all(with_experts) else "",
+        "layernorm": "has no norm that Transformer Engine computes alone" if not any(with_experts) else "",
+    }
+    read = given.recompute_modules if role == "student" and given.recompute_granularity == "selective" else None
+    for module in read or ():
+        if absent.get(module):
+            warnings.warn(
+                f"{section}.recompute_modules: {module} has no effect: {name} {absent[module]}.", stacklevel=2
+            )
 
 
 def _check_experts(model: Any, dims: ParallelDims, name: str, role: str) -> None:

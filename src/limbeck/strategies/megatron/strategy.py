@@ -70,6 +70,8 @@ class MegatronStrategy:
             raise LimbeckError(f"{key} would change nothing: a teacher computes one micro-batch at a time; remove it.")
         if virtual is not None and (dims.pp == 1 or virtual == 1):
             raise LimbeckError(f"{key} needs a pipeline_model_parallel_size above 1, and to be 2 or more; remove it.")
+        if role == "student" and given.recompute_granularity == "selective":
+            _check_recomputed_modules(given)
         if config.features.pairs and role == "student":
             _check_recomputation(given)
         if device_type == "cpu" and not _has_cuda_device():
@@ -191,6 +193,15 @@ def _build(
     chunks = build_gpt_chunks(spec.model, dims, dtype, given, recompute=recompute, name=spec.name, role=role)
     bodies = [wrap_body(spec.model, chunk.to(world.device), groups, dims) for chunk in chunks]
     return groups, bodies, WeightMap(chunks, spec.model, groups)
+
+
+def _check_recomputed_modules(given: MegatronConfig) -> None:
+    """Raise LimbeckError for norms without Transformer Engine: what recomputes them reads its state without checking for it."""
+    if "layernorm" in (given.recompute_modules or ()) and given.transformer_impl != "transformer_engine":
+        raise LimbeckError(
+            "student.strategy_args.strategy_config.recompute_modules has layernorm, which megatron-core recomputes with "
+            "Transformer Engine only; remove it, or set transformer_impl: transformer_engine."
+        )
 
 
 def _check_recomputation(given: MegatronConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -147,20 +148,32 @@ def distribute_student(
     settings = replace(settings, features=make_features(config, model, teacher), balance=config.loss_balance)
 
     def features_on(capture: Capture, *, last: bool) -> Features | None:
+        """The pairs of one part of the model. Every rank calls it for each of its parts; ``settings`` change on all at once."""
+        nonlocal settings
         features = settings.features
         if features is None:
             return None
         found = features.on(capture(features.taps.names))
-        if world.max(found is not None and not last) and config.loss_balance == "modelopt":
-            raise LimbeckError(
+        if world.max(found is not None and not last) and settings.balance == "modelopt":
+            _adapt(
+                "loss_balance",
                 "loss_balance = modelopt compares the size of all terms on the last pipeline stage, and features.pairs names "
-                "layers of an earlier one; name later layers, or set loss_balance: weighted."
+                "layers of an earlier one",
+                "name later layers, or set loss_balance: weighted",
+                config,
+                world,
             )
+            settings = replace(settings, balance="weighted")
         if world.max(found is not None and found.is_divided and features.losses.shares_projection):
-            raise LimbeckError(
-                "features.projection = shared with features.pairs on several pipeline stages is not built; set "
-                "features.projection=per_pair, also where a ModelOpt configuration chose shared, or pair layers of one stage."
+            _adapt(
+                "projection",
+                "features.projection = shared is not built for features.pairs on several pipeline stages",
+                "set features.projection: per_pair, or pair layers of one stage",
+                config,
+                world,
             )
+            settings = replace(settings, features=features.per_pair())
+            return features_on(capture, last=last)
         return found
 
     def make_term(capture: Capture) -> nn.Module | None:
@@ -170,7 +183,8 @@ def distribute_student(
     def make_root(placement: Placement) -> nn.Module:
         parallel, own = None, settings
         if placement.capture is not None:
-            own = replace(settings, features=features_on(placement.capture, last=True))
+            features = features_on(placement.capture, last=True)
+            own = replace(settings, features=features)
         if placement.vocab_group is not None:
             parallel = VocabParallel(settings.vocab_size, placement.vocab_group, placement.head_rows)
         if placement.pipeline is None:
@@ -183,6 +197,15 @@ def distribute_student(
     if settings.features is not None:
         undo_around(decoder_layers(body(model)), settings.features.taps.modules)
     return Student(engine, model, settings, size)
+
+
+def _adapt(key: str, fault: str, remedy: str, config: DistillConfig, world: World) -> None:
+    """Raise LimbeckError for a setting that pipeline stages do not allow, or warn if ``adapt_to_stages`` has it."""
+    if key not in config.features.adapt_to_stages:
+        raise LimbeckError(f"{fault}; {remedy}.")
+    if world.is_main:
+        instead = {"loss_balance": "weighted", "projection": "per_pair"}[key]
+        warnings.warn(f"{fault}, so {instead} is used, as features.adapt_to_stages allows.", stacklevel=2)
 
 
 def prepare_student(config: DistillConfig, model: Any) -> Any:
