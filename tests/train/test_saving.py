@@ -194,6 +194,27 @@ def test_a_checkpoint_of_another_student_is_refused(build, tmp_path):
     build(resume_from_checkpoint=True, **{"student.model_args.model_config_kwargs": {"initializer_range": 0.5}})
 
 
+def test_adapters_of_another_rank_or_scale_are_refused_and_another_base_is_named(build, tmp_path):
+    lora = {"student.model_args.lora_target": "all-linear", "student.model_args.lora_rank": 4}
+    run = build(**lora)
+    run.saver.save(1, run.requests.state_dict(), {})
+    for change, sentence in (
+        (
+            {"student.model_args.lora_rank": 8},
+            r"checkpoint-1 has LoRA adapters with rank = 4, and .*lora_rank gives 8;",
+        ),
+        (
+            {"student.model_args.lora_alpha": 100},
+            r"checkpoint-1 has LoRA adapters with alpha = 8, and .*lora_alpha gives 100;",
+        ),
+    ):
+        with pytest.raises(LimbeckError, match=sentence):
+            build(**{**lora, **change}, resume_from_checkpoint=True)
+    build(**lora, **{"student.model_args.lora_alpha": 8}, resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="were trained beside the weights of"):
+        build(**lora, student_pretrain=str(make_model(tmp_path / "other", seed=3)), resume_from_checkpoint=True)
+
+
 def test_a_run_refuses_checkpoints_of_an_earlier_run_and_later_ones(configure, tmp_path):
     out = tmp_path / "out"
     assert find_checkpoint(configure()) is None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from limbeck.config.locations import leaves
+from limbeck.config.schema import StudentModelArgs
 from limbeck.errors import LimbeckError
 from limbeck.folders import TRAINING, stored_config
 from limbeck.train.checkpoint import MANIFEST
@@ -50,6 +52,33 @@ def refuse_other_model(path: Path, config: Any) -> None:
         )
 
 
+def refuse_other_adapters(path: Path, args: StudentModelArgs, *, warns: bool) -> None:
+    """Raise LimbeckError if the LoRA adapters of the checkpoint ``path`` have another rank or scale than those of ``args``.
+
+    warns: about another ``model_name_or_path``, because the weights beside the adapters are not in the state of a run.
+    """
+    model = stored_config(path).get("student", {}).get("model_args", {})
+    if args.lora_target is None or model.get("lora_target") is None:
+        return
+    stored = args.model_copy(update={key: model.get(key) for key in ("lora_rank", "lora_alpha", "model_name_or_path")})
+    for key, before, now in (("rank", stored.lora_rank, args.lora_rank), ("alpha", _alpha(stored), _alpha(args))):
+        if before != now:
+            raise LimbeckError(
+                f"{path} has LoRA adapters with {key} = {before}, and student.model_args.lora_{key} gives {now}; set lora_rank "
+                "and lora_alpha as in the checkpoint, or set another output_dir."
+            )
+    if warns and stored.model_name_or_path != args.model_name_or_path:
+        warnings.warn(
+            f"The LoRA adapters in {path} were trained beside the weights of {stored.model_name_or_path}, and the student now has "
+            f"those of {args.model_name_or_path}. Unless both are the same weights, this is another student.",
+            stacklevel=2,
+        )
+
+
+def _alpha(args: StudentModelArgs) -> int:
+    return 2 * args.lora_rank if args.lora_alpha is None else args.lora_alpha
+
+
 _NO_MODEL = (
     *("_", "architectures", "dtype", "id2label", "initializer_range", "label2id", "name_or_path", "output_"),
     *(
@@ -76,8 +105,8 @@ def changed_settings(path: Path, config: Mapping[str, Any]) -> list[str]:
     if not stored:
         return []
     before, now = dict(leaves(stored)), dict(leaves(json.loads(json.dumps(config))))
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key) and key != _NOT_COMPARED]
-    return [f"{key}: {_shown(before.get(key))} → {_shown(now.get(key))}" for key in changed]
+    shown = {key: (_shown(before.get(key)), _shown(now.get(key))) for key in {**before, **now} if key != _NOT_COMPARED}
+    return [f"{key}: {was} → {will_be}" for key, (was, will_be) in shown.items() if was != will_be]
 
 
 def _shown(value: Any) -> str:

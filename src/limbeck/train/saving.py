@@ -32,7 +32,7 @@ from limbeck.teachers.student_weights import AveragedTeacher
 from limbeck.train import checkpoint as checkpoints
 from limbeck.train.background import BackgroundWork
 from limbeck.train.build.student import Student
-from limbeck.train.resume import refuse_model, refuse_other_model
+from limbeck.train.resume import refuse_model, refuse_other_adapters, refuse_other_model
 from limbeck.train.shard_owners import Owned, assign_shards, owned_shards
 from limbeck.train.student_export import ExportShare, StudentExport
 from limbeck.train.tensor_files import write_shards
@@ -165,6 +165,7 @@ class Saver:
         """
         checkpoint, engine = checkpoints.load_checkpoint(path, self._world), self._student.engine
         refuse_other_model(path, self._student.model.config)
+        refuse_other_adapters(path, self._config.student.model_args, warns=self._world.is_main)
         names = {name.removeprefix(MODEL): name for name in engine.trained_names()}
         if names.keys() != checkpoint.masters.keys():
             odd = min(names.keys() ^ checkpoint.masters.keys())
