@@ -13,7 +13,7 @@ class StopTraining(LimbeckError):
 
 
 class WritingError(LimbeckError):
-    """A generator failed to write completions; raised on every rank, and before the optimizer has changed anything."""
+    """A generator or an environment failed; raised on every rank, and before the optimizer has changed anything."""
 
 
 class UnknownMemory(LimbeckError):

@@ -319,6 +319,19 @@ def test_a_faulty_environment_is_named(source, steps, sentence):
         made.scorer.begin(data.examples, [0]).step({0: (1,)})
 
 
+def test_a_run_whose_environment_returns_too_few_steps_loses_no_completed_step(configure, tmp_path):
+    calls = iter(range(1000))
+
+    class Short(Lengths):
+        def step(self, episodes, completions):
+            return super().step(episodes, completions)[next(calls) == 2 :]
+
+    ENVIRONMENTS.register("short")(Short)
+    with pytest.raises(LimbeckError, match=r"The environment short returned .* up to step 2, are saved"):
+        DistillPipeline(configure(**{**SHORT, "rollout.environment": "short", "max_steps": 4})).run()
+    assert (tmp_path / "out" / "checkpoint-2" / "manifest.json").is_file()
+
+
 def test_an_environment_that_exits_does_not_end_the_run(source):
     class Exits(Lengths):
         def step(self, episodes, completions):

@@ -211,7 +211,7 @@ def test_adapters_of_another_rank_or_scale_are_refused_and_another_base_is_named
         with pytest.raises(LimbeckError, match=sentence):
             build(**{**lora, **change}, resume_from_checkpoint=True)
     build(**lora, **{"student.model_args.lora_alpha": 8}, resume_from_checkpoint=True)
-    with pytest.warns(UserWarning, match="were trained beside the weights of"):
+    with pytest.warns(UserWarning, match="belong to the weights of"):
         build(**lora, student_pretrain=str(make_model(tmp_path / "other", seed=3)), resume_from_checkpoint=True)
 
 

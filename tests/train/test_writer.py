@@ -36,7 +36,7 @@ def test_each_engine_gets_its_part_of_the_prompts(configure, monkeypatch):
         return [Completion(prompt, (1,)) for prompt in prompts.values()]
 
     monkeypatch.setattr("limbeck.train.writer._gather", gather)
-    monkeypatch.setattr("limbeck.train.writer.gather_json", lambda value, world: [value])
+    monkeypatch.setattr("limbeck.train.gather.gather_json", lambda value, world: [value])
     config = configure(**{"distill_loss_weight": 1.0, "rollout.generator": "hf"})
     for rank in range(3):
         engines = Engines()

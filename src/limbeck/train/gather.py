@@ -1,14 +1,18 @@
-"""JSON values of every rank, on every rank."""
+"""JSON values and errors of every rank, on every rank."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
+from limbeck.errors import LimbeckError, WritingError
 from limbeck.strategies.world import World
+
+Result = TypeVar("Result")
 
 
 def gather_json(value: Any, world: World, group: dist.ProcessGroup | None = None) -> list[Any]:
@@ -26,3 +30,20 @@ def gather_json(value: Any, world: World, group: dist.ProcessGroup | None = None
     parts = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in range(world.size)]
     dist.all_gather(parts, torch.nn.functional.pad(own, (0, longest - len(own))), group=group)
     return [json.loads(part[: int(size)].cpu().numpy().tobytes()) for size, part in zip(sizes, parts, strict=True)]
+
+
+def agree(call: Callable[[], Result], world: World) -> Result:
+    """What ``call`` returns on this rank. Collective.
+
+    Raises:
+        WritingError: if it raised LimbeckError on any rank; on every rank, so that they can save together.
+    """
+    result, failure = None, None
+    try:
+        result = call()
+    except LimbeckError as error:
+        failure = error
+    for sentence in gather_json(None if failure is None else str(failure), world):
+        if sentence is not None:
+            raise WritingError(sentence) from failure
+    return cast(Result, result)

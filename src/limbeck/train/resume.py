@@ -69,8 +69,8 @@ def refuse_other_adapters(path: Path, args: StudentModelArgs, *, warns: bool) ->
             )
     if warns and stored.model_name_or_path != args.model_name_or_path:
         warnings.warn(
-            f"The LoRA adapters in {path} were trained beside the weights of {stored.model_name_or_path}, and the student is now "
-            f"{args.model_name_or_path}. Unless both have the same weights, this is another student.",
+            f"The LoRA adapters in {path} belong to the weights of {stored.model_name_or_path}, and the student now has "
+            f"those of {args.model_name_or_path}. Unless both are the same weights, this is another student.",
             stacklevel=2,
         )
 

@@ -18,7 +18,7 @@ from limbeck.errors import LimbeckError
 from limbeck.rollout import EnvironmentStep, count_reasons, make_environment
 from limbeck.rollout.verifiers import TIMEOUT
 from limbeck.strategies.world import World
-from limbeck.train.gather import gather_json
+from limbeck.train.gather import agree, gather_json
 from limbeck.train.timed_calls import LateCallError, TimedCalls
 
 logger = logging.getLogger(__name__)
@@ -169,11 +169,16 @@ class Episodes:
         self._states = dict(zip(mine, scorer.reset(examples, [rows[number] for number in mine]), strict=True))
 
     def step(self, completions: Mapping[int, Sequence[int]]) -> dict[int, EnvironmentStep]:
-        """The results of the completions (token ids) of some episodes, by the episode's number. Collective."""
+        """The results of the completions (token ids) of some episodes, by the episode's number. Collective.
+
+        Raises:
+            WritingError: if the environment returned something else than steps; on every rank.
+        """
         mine = [number for number in completions if number in self._states]
         failed = {number: self._states[number] for number in mine if isinstance(self._states[number], EnvironmentStep)}
         alive = [number for number in mine if number not in failed]
-        stepped = self._scorer.step([self._states[number] for number in alive], [completions[n] for n in alive])
+        states, texts = [self._states[number] for number in alive], [completions[number] for number in alive]
+        stepped = agree(lambda: self._scorer.step(states, texts), self._world)
         found = failed | dict(zip(alive, stepped, strict=True))
         own = [
             [number, one.reply, None if one.reward is None else float(one.reward), one.reason]

@@ -53,7 +53,8 @@ class StepSource(Protocol):
 
         Raises:
             StopTraining: to end the run after a checkpoint; on every rank, and before the state is changed.
-            WritingError: if a generator failed; on every rank. The run ends with a checkpoint of the last completed step.
+            WritingError: if a generator failed, or an environment returned no steps; on every rank. The run ends with a
+                checkpoint of the last completed step.
         """
 
     def before_update(self) -> None:

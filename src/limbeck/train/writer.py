@@ -18,12 +18,12 @@ from torch import Tensor
 
 from limbeck.config import DistillConfig
 from limbeck.config.schema.rollout import RolloutConfig
-from limbeck.errors import LimbeckError, WritingError
+from limbeck.errors import LimbeckError
 from limbeck.models import ModelSource, model_limits
 from limbeck.registry import GENERATORS
 from limbeck.rollout import Completion, Generator, InPlaceGenerator, Prompt, SamplingParams
 from limbeck.strategies.world import World
-from limbeck.train.gather import gather_json
+from limbeck.train.gather import agree
 from limbeck.train.step_source import Weights
 
 _LESS_TO_WRITE = (
@@ -204,7 +204,7 @@ class Writer:
         self, prompts: Sequence[Prompt], generate: Callable[[], tuple[list[Completion], float]]
     ) -> list[Completion]:
         begun = time.perf_counter()
-        own, seconds = self._agreed(generate)
+        own, seconds = agree(generate, self._world)
         by_prompt: dict[int, list[Completion]] = {}
         known = {prompt.row_id: prompt for prompt in prompts}
         for completion in _gather(own, known, self._world):
@@ -215,19 +215,6 @@ class Writer:
         self.counts.seconds += seconds
         self.counts.waited_seconds += time.perf_counter() - begun
         return found
-
-    def _agreed(self, generate: Callable[[], tuple[list[Completion], float]]) -> tuple[list[Completion], float]:
-        """What ``generate`` returns; its error on one rank is raised on all, so that they can save together. Collective."""
-        result, failure = None, None
-        try:
-            result = generate()
-        except LimbeckError as error:
-            failure = error
-        for sentence in gather_json(None if failure is None else str(failure), self._world):
-            if sentence is not None:
-                raise WritingError(sentence) from failure
-        assert result is not None
-        return result
 
 
 def sampling_params(settings: RolloutConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
