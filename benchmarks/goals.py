@@ -33,7 +33,7 @@ MEGATRON_MEMORY = Goal("growth of peak memory ÷ ModelOpt's", "≤", 0.6)
 SMALL, LARGE = "0.5B<-1.5B", "1.5B<-7B"
 
 
-def judge(goal: Goal, value: float, case: str) -> dict[str, Any]:
+def compare(goal: Goal, value: float, case: str) -> dict[str, Any]:
     """A result: the goal, the value of this ``case`` and whether the goal is kept."""
     kept = value >= goal.limit if goal.sign == "≥" else value <= goal.limit
     return {"case": case, "goal": goal.what, "value": value, "limit": f"{goal.sign} {goal.limit}", "kept": kept}
@@ -44,12 +44,12 @@ def step_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     peak.
     """
     measured = {(r["shape"], r["rows"], r["side"]): r for r in results if "seconds" in r}
-    judged = []
+    compared = []
 
     def divide(goal: Goal, one: tuple[str, str], other: tuple[str, str], key: str) -> None:
         ours, theirs = (measured.get((SMALL, *case), {}).get(key) for case in (one, other))
         if ours and theirs:
-            judged.append(judge(goal, ours / theirs, f"{SMALL} {one[0]}"))
+            compared.append(compare(goal, ours / theirs, f"{SMALL} {one[0]}"))
 
     full, packed = ("full", "limbeck"), ("packed", "limbeck")
     divide(SPEED_LIGER, full, ("full", "liger"), "tokens_per_second")
@@ -60,30 +60,30 @@ def step_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = [r for (shape, _, side), r in measured.items() if (shape, side) == (SMALL, "limbeck")]
     # A side's caches are empty for its first kind of rows.
     for goal, result in zip((COLD, KEPT_CACHE), ours, strict=False):
-        judged.append(judge(goal, result["first_step_seconds"], f"{SMALL} {result['rows']}"))
+        compared.append(compare(goal, result["first_step_seconds"], f"{SMALL} {result['rows']}"))
     share = measured.get((LARGE, *full), {}).get("matmul_share")
     if share:
-        judged.append(judge(SHARE, share, f"{LARGE} full"))
-    return judged
+        compared.append(compare(SHARE, share, f"{LARGE} full"))
+    return compared
 
 
 def loss_goals(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The goals of the sizes that ``loss_gpu.py`` has measured."""
-    judged = []
+    compared = []
     for result in results:
         case = f"{result['hidden_student']}/{result['hidden_teacher']}, vocabulary {result['vocab']}, {result['what']}"
         if "of_aligned_products_per_logit" in result:
-            judged.append(judge(LOSS, result["of_aligned_products_per_logit"], case))
-            judged.append(judge(GROWTH, result["growth_gb"], case))
+            compared.append(compare(LOSS, result["of_aligned_products_per_logit"], case))
+            compared.append(compare(GROWTH, result["growth_gb"], case))
         elif "limbeck_of_it" in result:
-            judged.append(judge(LOSS_LIGER, result["limbeck_of_it"], case))
-    return judged
+            compared.append(compare(LOSS_LIGER, result["limbeck_of_it"], case))
+    return compared
 
 
-def lines(judged: list[dict[str, Any]]) -> list[str]:
+def lines(compared: list[dict[str, Any]]) -> list[str]:
     """One line for each of the goals."""
     return [
         f"       {each['case']}, {each['goal']}: {each['value']:.2f}, goal {each['limit']}, "
         f"kept: {'yes' if each['kept'] else 'NO'}"
-        for each in judged
+        for each in compared
     ]

@@ -56,12 +56,12 @@ def compare(ranks: int, dtype: str, rounds: int, warmup: int) -> None:
     print(
         f"  parts    {both * 1e3:6.0f} ms: student {middle['student'] * 1e3:.0f}, teacher {middle['teacher'] * 1e3:.0f}"
     )
-    judged = (
+    compared = (
         (goals.MEGATRON_PARTS, middle["limbeck"] / both),
         (goals.MEGATRON_SPEED, middle["modelopt"] / middle["limbeck"]),
         (goals.MEGATRON_MEMORY, growth["limbeck"] / growth["modelopt"]),
     )
-    print(*goals.lines([goals.judge(goal, value, f"{ranks} rank(s), {dtype}") for goal, value in judged]), sep="\n")
+    print(*goals.lines([goals.compare(goal, value, f"{ranks} rank(s), {dtype}") for goal, value in compared]), sep="\n")
 
 
 def main() -> None:

@@ -118,8 +118,8 @@ def test_goals_are_judged_where_their_sides_were_run(monkeypatch):
     products = {**common, "side": "products", "seconds": 1.5}
     liger = {**common, "side": "liger", "tokens_per_second": 100.0, "peak_gb": 40.0}
     failed = {"shape": goals.SMALL, "rows": "full", "side": "trl", "status": "out of memory"}
-    judged = goals.step_goals([products, ours, failed, liger, packed])
-    assert {each["goal"]: (round(each["value"], 2), each["kept"]) for each in judged} == {
+    compared = goals.step_goals([products, ours, failed, liger, packed])
+    assert {each["goal"]: (round(each["value"], 2), each["kept"]) for each in compared} == {
         goals.SPEED_LIGER.what: (3.0, True),
         goals.MEMORY_LIGER.what: (0.5, False),
         goals.STEP.what: (1.33, True),
@@ -129,9 +129,9 @@ def test_goals_are_judged_where_their_sides_were_run(monkeypatch):
     }
     size = {"hidden_student": 896, "hidden_teacher": 1536, "vocab": 151_665, "what": "limbeck forward_kl"}
     loss = {**size, "of_products": 0.25, "of_aligned_products_per_logit": 1.16, "growth_gb": 1.02}
-    judged = goals.loss_goals([{**size, "what": "products"}, loss])
-    assert [each["kept"] for each in judged] == [False, True]
-    assert goals.lines(judged)[0].endswith("1.16, goal ≤ 1.12, kept: NO")
+    compared = goals.loss_goals([{**size, "what": "products"}, loss])
+    assert [each["kept"] for each in compared] == [False, True]
+    assert goals.lines(compared)[0].endswith("1.16, goal ≤ 1.12, kept: NO")
 
 
 def test_the_parts_of_make_gpu_take_at_most_eight_minutes(tmp_path, monkeypatch):

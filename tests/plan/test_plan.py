@@ -93,6 +93,7 @@ def test_a_plan_equals_what_two_real_ranks_hold(from_config, tmp_path):
             assert step.total == pytest.approx(peak, rel=0.1), name
 
 
+@pytest.mark.slow
 def test_a_sampled_token_is_sent_as_one_number(from_config):
     sampled = {"kd_objective": "policy_gradient", "distill_loss_weight": 1.0, "rollout": {}, "distill_on_prompt": False}
     steps = simulate(load_mapping(from_config(**APART, **sampled)).config, 3, "cpu")

@@ -77,6 +77,7 @@ def test_distillation_from_a_teacher_with_another_tokenizer_reduces_the_divergen
     assert tokenizer.chat_template == TEMPLATE
 
 
+@pytest.mark.slow
 def test_resume_is_bit_exact(configure, cross, tmp_path):
     through = configure(**cross, output_dir=str(tmp_path / "through"))
     DistillPipeline(through).run()

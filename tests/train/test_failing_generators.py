@@ -40,6 +40,7 @@ DEATHS = [  # the layout, the method that raises, in which call, what, and the l
 
 
 @pytest.mark.parametrize(("layout", "method", "call", "error", "completed"), DEATHS)
+@pytest.mark.slow
 def test_a_run_whose_generator_dies_loses_no_completed_step(
     configure, tmp_path, layout, method, call, error, completed
 ):

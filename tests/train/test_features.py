@@ -129,6 +129,7 @@ def test_several_ranks_give_the_losses_of_one(configure, settings, tmp_path, cha
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.slow
 def test_resume_is_bit_exact_and_projections_stay_out_of_the_student(configure, tmp_path, recompute):
     changes = {"features.pairs": PAIRS, "student.model_args.disable_gradient_checkpointing": not recompute}
     config = configure(**changes)

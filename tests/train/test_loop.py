@@ -245,6 +245,7 @@ def test_max_grad_norm_zero_does_not_clip(configure, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.slow
 def test_half_precision_trains_and_is_saved_in_the_configured_dtype(configure, dtype):
     config = configure(
         **{"student.model_args.dtype": dtype, "teacher.model_args.dtype": "bf16"}, max_steps=20, distill_loss_weight=1.0

@@ -74,6 +74,7 @@ def expected(fault, z_s, z_t, batch, base):
     "fault",
     ["unshifted_mask", "every_token", "base_vocabulary", "zero_padded_vocabulary", "mean_over_vocabulary"],
 )
+@pytest.mark.slow
 def test_a_quirk_gives_the_formula_of_its_system(configure, assets, pair, fault, packing):
     config = configure(
         **STEP, student_pretrain=pair[0], teacher_pretrain=pair[1], objective_faults=[fault],

@@ -86,6 +86,7 @@ def test_an_adaptive_share_grows_when_the_validation_is_no_better_than_at_the_la
     assert other.state() == share.state() == {"share": 0.5, "reference": 9.0}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_an_adaptive_share_and_decreasing_writing_is_that_of_one_that_went_through(
     configure, tmp_path
 ):

@@ -128,6 +128,7 @@ def test_a_step_is_written_with_weights_of_exactly_the_configured_age(source, ke
     assert len(calls) == 5  # and none beyond the last step
 
 
+@pytest.mark.slow
 def test_the_share_is_drawn_for_each_sample_from_seed_step_and_row(source):
     made, _, data = source(**{"rollout.on_policy_fraction": 0.3, **rows(32)})
     starts, shares = answer_starts(data.examples), []
