@@ -109,7 +109,7 @@ def test_a_part_of_make_gpu_that_fails_or_hangs_leaves_the_others_standing(tmp_p
             time.sleep(0.02)
 
 
-def test_goals_are_judged_where_their_sides_were_run(monkeypatch):
+def test_goals_are_compared_where_their_sides_were_run(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     goals = importlib.import_module("goals")
     common = {"shape": goals.SMALL, "rows": "full", "seconds": 2.0, "peak_gb": 20.0, "first_step_seconds": 30.0}
