@@ -183,7 +183,7 @@ def distribute_student(
     def make_root(placement: Placement) -> nn.Module:
         parallel, own = None, settings
         if placement.capture is not None:
-            features = features_on(placement.capture, last=True)
+            features = features_on(placement.capture, last=True)  # first, because it may change settings
             own = replace(settings, features=features)
         if placement.vocab_group is not None:
             parallel = VocabParallel(settings.vocab_size, placement.vocab_group, placement.head_rows)
